@@ -1,0 +1,37 @@
+"""Codecs turn float features into what lies on disk, and back.
+
+    codec = get_codec("f16").calibrate(x)        x (rows, levels, H, W, C), any float dtype
+    encoded = codec.encode(x)
+    encoded.tensors()                            {name: tensor}: exactly what goes to disk
+    encoded.decode(device="cuda", dtype=torch.float32)
+
+A codec is registered under one name in `_CODECS`; nothing else needs to know it.
+"""
+
+from __future__ import annotations
+
+from pipeline.codecs.base import ArrayLayout, Codec, Encoded
+from pipeline.codecs.scalar import BFloat16Codec, Float16Codec, Float32Codec
+from pipeline.errors import CodecError
+
+_CODECS: dict[str, type[Codec]] = {codec.name: codec for codec in (Float32Codec, Float16Codec, BFloat16Codec)}
+
+
+def codec_names() -> list[str]:
+    return list(_CODECS)
+
+
+def get_codec(name: str) -> Codec:
+    """The codec called `name`, not calibrated. Raises `CodecError` for a name nobody registered."""
+    try:
+        return _CODECS[name]()
+    except KeyError:
+        raise CodecError(
+            "There is no codec of this name.",
+            got=repr(name),
+            expected=f"one of {', '.join(_CODECS)}",
+            do="choose one of them in the recipe (codec: …)",
+        ) from None
+
+
+__all__ = ["ArrayLayout", "Codec", "Encoded", "codec_names", "get_codec"]

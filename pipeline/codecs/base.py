@@ -1,0 +1,69 @@
+"""The interface that every codec keeps. Shapes: R rows, S levels, H×W grid, C channels."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ArrayLayout:
+    """One Zarr array of a teacher: its shape behind the row axis, its dtype and its axes' names."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    axes: tuple[str, ...]
+    attributes: dict[str, Any]
+
+
+class Codec(ABC):
+    """Encodes (R, S, H, W, C) features. `calibrate` is a no-op for codecs without tables."""
+
+    name: ClassVar[str]
+
+    def calibrate(self, features_RSHWC: Tensor) -> Self:
+        """Learn what the codec needs (means, scales, rotations) from a sample of rows."""
+        return self
+
+    def state(self) -> dict[str, Tensor]:
+        """The calibrated tables, as they are kept in `stats/<teacher>.safetensors`."""
+        return {}
+
+    def load_state(self, tables: dict[str, Tensor]) -> Self:
+        return self
+
+    @abstractmethod
+    def layout(self, levels: int, grid: tuple[int, int], width: int) -> dict[str, ArrayLayout]:
+        """The arrays that `encode` fills for one row."""
+
+    @abstractmethod
+    def encode(self, features_RSHWC: Tensor) -> Encoded:
+        """Encode on whatever device the features are. Raises `CodecError` for values it cannot hold."""
+
+    @abstractmethod
+    def decode_tensors(
+        self, tensors: dict[str, Tensor], device: torch.device | str, dtype: torch.dtype
+    ) -> Tensor: ...
+
+
+@dataclass
+class Encoded:
+    """Encoded rows: the codec and its tensors, each with the row axis first."""
+
+    codec: Codec
+    arrays: dict[str, Tensor]
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self.arrays
+
+    def decode(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
+        """Features (R, S, H, W, C). The codes travel to `device` packed and are decoded there."""
+        return self.codec.decode_tensors(self.arrays, device, dtype)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.arrays.values())

@@ -1,0 +1,58 @@
+"""The three plain codecs: float32, float16 and bfloat16."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from pipeline.codecs.base import ArrayLayout, Codec, Encoded
+from pipeline.errors import CodecError
+
+CODE_AXES = ("level", "height", "width", "channel")
+
+
+class _FloatCodec(Codec):
+    dtype: ClassVar[torch.dtype]
+    stored_dtype: ClassVar[torch.dtype]
+    attributes: ClassVar[dict[str, Any]] = {}
+
+    def layout(self, levels: int, grid: tuple[int, int], width: int) -> dict[str, ArrayLayout]:
+        return {"codes": ArrayLayout((levels, *grid, width), self.stored_dtype, CODE_AXES, self.attributes)}
+
+    def encode(self, features_RSHWC: Tensor) -> Encoded:
+        codes = features_RSHWC.to(self.dtype)
+        if not torch.isfinite(codes).all():
+            worst = features_RSHWC.abs().max().item()
+            raise CodecError(
+                f"Codec {self.name} cannot hold these features.",
+                got=f"a largest magnitude of {worst:g}",
+                expected=f"finite values of at most {torch.finfo(self.dtype).max:g}",
+                do="choose bf16 or f32 if the values are finite; look at the teacher if they are not",
+            )
+        return Encoded(self, {"codes": codes.contiguous().view(self.stored_dtype)})
+
+    def decode_tensors(
+        self, tensors: dict[str, Tensor], device: torch.device | str, dtype: torch.dtype
+    ) -> Tensor:
+        return tensors["codes"].to(device, non_blocking=True).view(self.dtype).to(dtype)
+
+
+class Float32Codec(_FloatCodec):
+    name = "f32"
+    dtype = stored_dtype = torch.float32
+
+
+class Float16Codec(_FloatCodec):
+    name = "f16"
+    dtype = stored_dtype = torch.float16
+
+
+class BFloat16Codec(_FloatCodec):
+    """Zarr v3 has no agreed bfloat16, so the bits are stored as uint16 and an attribute says so."""
+
+    name = "bf16"
+    dtype = torch.bfloat16
+    stored_dtype = torch.uint16
+    attributes: ClassVar[dict[str, Any]] = {"bits_of": "bfloat16"}

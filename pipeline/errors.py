@@ -1,0 +1,130 @@
+"""Every error that teachercache raises on purpose, in one tree.
+
+    TeacherCacheError
+    ├── RecipeError (ValueError)              a recipe or an override that cannot be meant
+    ├── SourceError
+    │   ├── SourceNotFoundError (FileNotFoundError)
+    │   ├── EmptySourceError                  a source without a single image
+    │   └── ImageDecodeError                  one image; quarantined, never ends a build
+    ├── TeacherError
+    │   ├── UnknownTeacherError (KeyError)
+    │   ├── TeacherInputError (ValueError)    an input size, block or grid that cannot work
+    │   └── WeightsNotFoundError (FileNotFoundError)
+    ├── CacheError
+    │   ├── CacheNotFoundError (FileNotFoundError)
+    │   ├── CacheMismatchError                another spec at the same path
+    │   ├── IncompleteCacheError              committed shards are missing
+    │   └── CorruptShardError                 a commit record whose files differ
+    ├── CodecError (ValueError)
+    ├── DiskSpaceError (OSError)
+    ├── BuildError                            shards failed; everything else is committed
+    └── CheckpointError                       a checkpoint that does not fit the run
+
+A message says what was got, what was expected and what to do: `explain()` gives it that form.
+"""
+
+from __future__ import annotations
+
+
+def explain(problem: str, *, got: object = None, expected: object = None, do: str | None = None) -> str:
+    """One message in the house form: problem, then `got`, `expected` and `do`, each on its own line."""
+    lines = [problem]
+    for label, value in (("got", got), ("expected", expected), ("do", do)):
+        if value is not None:
+            lines.append(f"  {label + ':':<10}{value}")
+    return "\n".join(lines)
+
+
+class TeacherCacheError(Exception):
+    """Base of every error that a user can act on.
+
+    Keyword arguments other than the problem are formatted by `explain()`.
+    """
+
+    def __init__(
+        self, problem: str, *, got: object = None, expected: object = None, do: str | None = None
+    ) -> None:
+        self.problem = problem
+        super().__init__(explain(problem, got=got, expected=expected, do=do))
+
+    def __str__(self) -> str:  # KeyError and OSError would otherwise repr() or number the message
+        return str(self.args[0])
+
+    def __reduce__(self) -> tuple[object, ...]:  # errors cross process borders (Ray) as plain text
+        return (_rebuild, (type(self), str(self.args[0])))
+
+
+def _rebuild(kind: type[TeacherCacheError], text: str) -> TeacherCacheError:
+    return kind(text)
+
+
+class RecipeError(TeacherCacheError, ValueError):
+    """A recipe file or a `key=value` override that cannot be meant."""
+
+
+class SourceError(TeacherCacheError):
+    """A problem with the images that a cache is built from."""
+
+
+class SourceNotFoundError(SourceError, FileNotFoundError):
+    """The folder, tar or Parquet file is not there."""
+
+
+class EmptySourceError(SourceError):
+    """The place exists and holds no image that a source of this kind reads."""
+
+
+class ImageDecodeError(SourceError):
+    """One image cannot be turned into pixels; the builder quarantines it and goes on."""
+
+
+class TeacherError(TeacherCacheError):
+    """A problem with a teacher."""
+
+
+class UnknownTeacherError(TeacherError, KeyError):
+    """Neither a preset of ours nor a timm model."""
+
+
+class TeacherInputError(TeacherError, ValueError):
+    """An input size, a block index or a grid that this architecture cannot take."""
+
+
+class WeightsNotFoundError(TeacherError, FileNotFoundError):
+    """Pretrained weights could not be had from the hub, nor from a file."""
+
+
+class CacheError(TeacherCacheError):
+    """A problem with a cache on disk."""
+
+
+class CacheNotFoundError(CacheError, FileNotFoundError):
+    """No cache at this path."""
+
+
+class CacheMismatchError(CacheError):
+    """The cache at this path was built with another spec."""
+
+
+class IncompleteCacheError(CacheError):
+    """Rows were asked for whose shards are not committed."""
+
+
+class CorruptShardError(CacheError):
+    """A shard's files are not those that its commit record states."""
+
+
+class CodecError(TeacherCacheError, ValueError):
+    """Values that a codec cannot hold, or tensors that it cannot decode."""
+
+
+class DiskSpaceError(TeacherCacheError, OSError):
+    """The plan does not fit the disk."""
+
+
+class BuildError(TeacherCacheError):
+    """Some shards failed for good; every other shard is committed."""
+
+
+class CheckpointError(TeacherCacheError):
+    """A checkpoint that is missing, incomplete, or of another run."""

@@ -1,0 +1,249 @@
+"""Where bytes live: a local folder, or any `fsspec` URL (`s3://bucket/prefix`, `memory://…`).
+
+Everything a cache writes goes through `Storage`, because the commit protocol rests on its promise:
+a name either does not exist or holds all of its bytes. Locally that is temporary name → fsync →
+rename → fsync of the folder; on an object store it is a single PUT (or a completed multipart upload).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+import fsspec
+import xxhash
+from typing_extensions import Buffer
+
+from pipeline.errors import CacheError
+
+TEMPORARY_SUFFIX = ".partial"
+_READ_BLOCK = 1 << 22
+
+
+class ChecksumWriter:
+    """A write-only file that hashes what passes through: one pass over the bytes, none to verify."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._hash = xxhash.xxh3_128()
+        self.nbytes = 0
+
+    def write(self, data: Buffer) -> None:
+        self._file.write(data)
+        self._hash.update(data)
+        self.nbytes += memoryview(data).nbytes
+
+    @property
+    def checksum(self) -> str:
+        return self._hash.hexdigest()
+
+
+class Storage(ABC):
+    """A folder of whole files. Names are relative POSIX paths and cannot leave the folder."""
+
+    url: str
+
+    @staticmethod
+    def at(url: str | os.PathLike[str]) -> Storage:
+        """The storage at a local path or an fsspec URL."""
+        text = os.fspath(url)
+        if "://" in text and not text.startswith("file://"):
+            return RemoteStorage(text)
+        return LocalStorage(text.removeprefix("file://"))
+
+    @abstractmethod
+    def open_read(self, name: str) -> IO[bytes]: ...
+
+    @abstractmethod
+    def open_write(self, name: str) -> Any:
+        """Context manager yielding a `ChecksumWriter`; the name appears, whole, when it exits cleanly."""
+
+    @abstractmethod
+    def size(self, name: str) -> int | None:
+        """Bytes of a file, or None when it does not exist."""
+
+    @abstractmethod
+    def names(self, folder: str) -> list[str]:
+        """Sorted base names of the finished files directly in `folder` (empty when it is missing)."""
+
+    @abstractmethod
+    def remove(self, name: str) -> None:
+        """Delete a file; a missing one is not an error."""
+
+    @abstractmethod
+    def free_bytes(self) -> int | None:
+        """Bytes that can still be written, or None where that has no meaning (object stores)."""
+
+    @abstractmethod
+    def sweep(self, folder: str) -> list[str]:
+        """Delete unfinished temporary files in `folder`; returns their names."""
+
+    def read(self, name: str) -> bytes:
+        with self.open_read(name) as file:
+            return file.read()
+
+    def read_range(self, name: str, offset: int, nbytes: int) -> bytes:
+        with self.open_read(name) as file:
+            file.seek(offset)
+            return file.read(nbytes)
+
+    def write(self, name: str, data: Buffer) -> None:
+        with self.open_write(name) as file:
+            file.write(data)
+
+    def exists(self, name: str) -> bool:
+        return self.size(name) is not None
+
+    def checksum(self, name: str) -> str:
+        """xxh3-128 of a file's bytes, in hex."""
+        digest = xxhash.xxh3_128()
+        with self.open_read(name) as file:
+            while block := file.read(_READ_BLOCK):
+                digest.update(block)
+        return digest.hexdigest()
+
+
+def safe_name(name: str) -> str:
+    """`name`, if it is a relative path that stays inside its folder; names come from files we read."""
+    path = PurePosixPath(name)
+    if not name or path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
+        raise CacheError(
+            "A file name in this cache would leave its folder.",
+            got=repr(name),
+            expected="a relative path without '..'",
+            do="do not use this cache: it was damaged or made to do harm",
+        )
+    return str(path)
+
+
+class LocalStorage(Storage):
+    """A folder on a local (or mounted) file system."""
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        self.root = Path(root).expanduser().absolute()
+        self.url = str(self.root)
+
+    def path(self, name: str) -> Path:
+        return self.root / safe_name(name)
+
+    def open_read(self, name: str) -> IO[bytes]:
+        return self.path(name).open("rb")
+
+    @contextmanager
+    def open_write(self, name: str) -> Iterator[ChecksumWriter]:
+        target = self.path(name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f"{target.name}.{uuid.uuid4().hex[:12]}{TEMPORARY_SUFFIX}")
+        try:
+            with temporary.open("xb") as file:
+                yield ChecksumWriter(file)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(target)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _fsync_folder(target.parent)
+
+    def size(self, name: str) -> int | None:
+        try:
+            return self.path(name).stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def names(self, folder: str) -> list[str]:
+        try:
+            entries = os.scandir(self.path(folder))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        with entries:
+            return sorted(e.name for e in entries if not e.name.endswith(TEMPORARY_SUFFIX))
+
+    def remove(self, name: str) -> None:
+        self.path(name).unlink(missing_ok=True)
+
+    def free_bytes(self) -> int | None:
+        existing = self.root
+        while not existing.exists():
+            existing = existing.parent
+        return shutil.disk_usage(existing).free
+
+    def sweep(self, folder: str) -> list[str]:
+        stale = list(self.path(folder).rglob(f"*{TEMPORARY_SUFFIX}"))
+        for path in stale:
+            path.unlink(missing_ok=True)
+        return [str(path.relative_to(self.root)) for path in stale]
+
+
+def _fsync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class RemoteStorage(Storage):
+    """A prefix on an object store, through fsspec. A file appears when its upload completes."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        self.filesystem, self._root = fsspec.core.url_to_fs(self.url)
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{safe_name(name)}"
+
+    def open_read(self, name: str) -> IO[bytes]:
+        file: IO[bytes] = self.filesystem.open(self._path(name), "rb")
+        return file
+
+    def read(self, name: str) -> bytes:
+        data: bytes = self.filesystem.cat_file(self._path(name))
+        return data
+
+    def read_range(self, name: str, offset: int, nbytes: int) -> bytes:
+        data: bytes = self.filesystem.cat_file(self._path(name), start=offset, end=offset + nbytes)
+        return data
+
+    @contextmanager
+    def open_write(self, name: str) -> Iterator[ChecksumWriter]:
+        file = self.filesystem.open(self._path(name), "wb", autocommit=False)
+        try:
+            yield ChecksumWriter(file)
+            file.close()
+        except BaseException:
+            file.discard()
+            raise
+        file.commit()
+
+    def size(self, name: str) -> int | None:
+        try:
+            return int(self.filesystem.size(self._path(name)))
+        except FileNotFoundError:
+            return None
+
+    def names(self, folder: str) -> list[str]:
+        self.filesystem.invalidate_cache()
+        try:
+            entries = self.filesystem.ls(self._path(folder), detail=False)
+        except FileNotFoundError:
+            return []
+        return sorted(PurePosixPath(entry).name for entry in entries)
+
+    def remove(self, name: str) -> None:
+        try:
+            self.filesystem.rm_file(self._path(name))
+        except FileNotFoundError:
+            return
+
+    def free_bytes(self) -> int | None:
+        return None
+
+    def sweep(self, folder: str) -> list[str]:
+        return []
