@@ -28,7 +28,7 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class ViewPolicySpec(Strict):
+class ViewPolicy(Strict):
     """How views are drawn. The drawn parameters in `views.parquet`, not this, are the truth."""
 
     policy: PolicyName = "imagenet_train"
@@ -137,7 +137,7 @@ class CacheSpec(Strict):
 
     schema_version: Literal[1] = SCHEMA_VERSION
     dataset: DatasetSpec
-    views: ViewPolicySpec
+    views: ViewPolicy
     rows_per_shard: int = Field(ge=1)
     images: Literal["reference", "copy"] = "reference"
     store: Literal["zarr"] = "zarr"
@@ -172,14 +172,24 @@ class CacheSpec(Strict):
         last = self.segments[-1]
         return -(-(last.first_row + last.num_rows) // self.rows_per_shard)
 
-    def shard_rows(self, shard: int) -> range:
-        """The rows that exist in a shard (the last one of a segment may be short)."""
+    def shard_segment(self, shard: int) -> Segment:
         start = shard * self.rows_per_shard
         for segment in self.segments:
-            end = segment.first_row + segment.num_rows
-            if segment.first_row <= start < end:
-                return range(start, min(start + self.rows_per_shard, end))
+            if segment.first_row <= start < segment.first_row + segment.num_rows:
+                return segment
         raise IndexError(f"shard {shard} is not in 0…{self.num_shards - 1}")
+
+    def shard_rows(self, shard: int) -> range:
+        """The rows that exist in a shard (the last one of a segment may be short)."""
+        segment = self.shard_segment(shard)
+        start = shard * self.rows_per_shard
+        return range(start, min(start + self.rows_per_shard, segment.first_row + segment.num_rows))
+
+    def shard_samples(self, shard: int) -> range:
+        """The samples whose views are the rows of a shard, `shard_segment(shard).num_views` each."""
+        segment, rows = self.shard_segment(shard), self.shard_rows(shard)
+        first, last = ((row - segment.first_row) // segment.num_views for row in (rows[0], rows[-1]))
+        return range(segment.samples[0] + first, segment.samples[0] + last + 1)
 
     def content_id(self, teacher: str) -> str:
         """Hash of all that decides the bytes of this teacher's rows (or of the copied images)."""

@@ -8,7 +8,9 @@ rename → fsync of the folder; on an object store it is a single PUT (or a comp
 from __future__ import annotations
 
 import os
+import platform
 import shutil
+import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -24,6 +26,7 @@ from pipeline.errors import CacheError
 
 TEMPORARY_SUFFIX = ".partial"
 _READ_BLOCK = 1 << 22
+_REMOTE_WRITER_TIMEOUT_S = 24 * 3600.0
 
 
 class ChecksumWriter:
@@ -73,6 +76,15 @@ class Storage(ABC):
         """Sorted base names of the finished files directly in `folder` (empty when it is missing)."""
 
     @abstractmethod
+    def walk(self, folder: str = "") -> Iterator[tuple[str, int]]:
+        """(name, bytes) of every file below `folder`, lazily, in one order everywhere.
+
+        The files of a folder come before its subfolders, each sorted by name. Symbolic links are
+        followed; a dangling one is listed as the file it claims to be, a link to a folder above is not
+        entered. Raises `FileNotFoundError` for a missing folder.
+        """
+
+    @abstractmethod
     def remove(self, name: str) -> None:
         """Delete a file; a missing one is not an error."""
 
@@ -81,8 +93,8 @@ class Storage(ABC):
         """Bytes that can still be written, or None where that has no meaning (object stores)."""
 
     @abstractmethod
-    def sweep(self, folder: str) -> list[str]:
-        """Delete unfinished temporary files in `folder`; returns their names."""
+    def sweep(self) -> list[str]:
+        """Delete the temporary files that dead processes left behind; returns their names."""
 
     def read(self, name: str) -> bytes:
         with self.open_read(name) as file:
@@ -139,7 +151,7 @@ class LocalStorage(Storage):
     def open_write(self, name: str) -> Iterator[ChecksumWriter]:
         target = self.path(name)
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f"{target.name}.{uuid.uuid4().hex[:12]}{TEMPORARY_SUFFIX}")
+        temporary = target.with_name(f"{target.name}.{_writer_tag()}{TEMPORARY_SUFFIX}")
         try:
             with temporary.open("xb") as file:
                 yield ChecksumWriter(file)
@@ -165,6 +177,22 @@ class LocalStorage(Storage):
         with entries:
             return sorted(e.name for e in entries if not e.name.endswith(TEMPORARY_SUFFIX))
 
+    def walk(self, folder: str = "") -> Iterator[tuple[str, int]]:
+        pending = [(f"{safe_name(folder)}/" if folder else "", frozenset[tuple[int, int]]())]
+        while pending:
+            prefix, above = pending.pop()
+            status = (self.root / prefix).stat()
+            identity = (status.st_dev, status.st_ino)
+            if identity in above:
+                continue
+            with os.scandir(self.root / prefix) as entries:
+                listed = sorted(entries, key=lambda entry: entry.name)
+            for entry in listed:
+                if entry.is_file() or (entry.is_symlink() and not entry.is_dir()):
+                    yield prefix + entry.name, entry.stat(follow_symlinks=entry.is_file()).st_size
+            folders = [f"{prefix}{entry.name}/" for entry in listed if entry.is_dir()]
+            pending += [(name, above | {identity}) for name in reversed(folders)]
+
     def remove(self, name: str) -> None:
         self.path(name).unlink(missing_ok=True)
 
@@ -174,11 +202,26 @@ class LocalStorage(Storage):
             existing = existing.parent
         return shutil.disk_usage(existing).free
 
-    def sweep(self, folder: str) -> list[str]:
-        stale = list(self.path(folder).rglob(f"*{TEMPORARY_SUFFIX}"))
+    def sweep(self) -> list[str]:
+        stale = [path for path in self.root.rglob(f"*{TEMPORARY_SUFFIX}") if not _may_be_alive(path)]
         for path in stale:
             path.unlink(missing_ok=True)
-        return [str(path.relative_to(self.root)) for path in stale]
+        return sorted(str(path.relative_to(self.root)) for path in stale)
+
+
+def _writer_tag() -> str:
+    return f"{platform.node()}~{os.getpid()}~{uuid.uuid4().hex[:8]}"
+
+
+def _may_be_alive(temporary: Path) -> bool:
+    """Whether the process that writes this file may still run: it does here, or wrote elsewhere lately."""
+    try:
+        tag = temporary.name.removesuffix(TEMPORARY_SUFFIX).split("~")
+        if tag[0].endswith(f".{platform.node()}"):
+            return Path(f"/proc/{int(tag[1])}").exists()
+        return time.time() - temporary.stat().st_mtime < _REMOTE_WRITER_TIMEOUT_S
+    except (FileNotFoundError, IndexError, ValueError):
+        return False
 
 
 def _fsync_folder(folder: Path) -> None:
@@ -236,6 +279,18 @@ class RemoteStorage(Storage):
             return []
         return sorted(PurePosixPath(entry).name for entry in entries)
 
+    def walk(self, folder: str = "") -> Iterator[tuple[str, int]]:
+        self.filesystem.invalidate_cache()
+        pending = [self._path(folder) if folder else self._root]
+        while pending:
+            path = pending.pop()
+            listed = sorted(self.filesystem.ls(path, detail=True), key=lambda entry: entry["name"])
+            self.filesystem.invalidate_cache(path)  # fsspec would keep an entry for every file
+            for entry in listed:
+                if entry["type"] == "file" and entry["name"] != path:
+                    yield entry["name"].removeprefix(f"{self._root}/"), entry["size"]
+            pending += [entry["name"] for entry in reversed(listed) if entry["type"] == "directory"]
+
     def remove(self, name: str) -> None:
         try:
             self.filesystem.rm_file(self._path(name))
@@ -245,5 +300,5 @@ class RemoteStorage(Storage):
     def free_bytes(self) -> int | None:
         return None
 
-    def sweep(self, folder: str) -> list[str]:
+    def sweep(self) -> list[str]:
         return []

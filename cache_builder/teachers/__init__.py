@@ -1,0 +1,18 @@
+"""Frozen encoders: by preset or by timm name, from a recipe to features."""
+
+from __future__ import annotations
+
+from cache_builder.teachers.base import Teacher, TeacherFeatures
+from cache_builder.teachers.flops import teacher_gmacs
+from cache_builder.teachers.recipe import TeacherRecipe, build_teacher, resolve_teacher
+from cache_builder.teachers.registry import presets
+
+__all__ = [
+    "Teacher",
+    "TeacherFeatures",
+    "TeacherRecipe",
+    "build_teacher",
+    "presets",
+    "resolve_teacher",
+    "teacher_gmacs",
+]

@@ -1,14 +1,45 @@
-"""What every teacher gives: `TeacherFeatures`, and how pixels get in."""
+"""What every teacher gives, what every kind of teacher can say of a model, and how pixels get in."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
+import xxhash
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from pipeline.spec import TeacherSpec
+from pipeline.errors import TeacherInputError
+from pipeline.spec import Size, TeacherSpec
+
+RGB = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a model is before an input size is chosen.
+
+    `model` is the complete name (with timm's tag), `patch` (h, w) what image sizes are multiples of.
+    """
+
+    model: str
+    patch: Size
+    mean: RGB
+    std: RGB
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a model gives at one input size: (width, grid) of every block, and what else it has.
+
+    `global_width` is None when it has no global feature, or none was asked for.
+    """
+
+    blocks: tuple[tuple[int, Size], ...]
+    has_cls_token: bool
+    global_width: int | None
 
 
 @dataclass
@@ -26,10 +57,32 @@ class TeacherFeatures:
 
 
 class Teacher(nn.Module, ABC):
-    """A frozen encoder in eval mode."""
+    """A frozen encoder in eval mode. Each subclass is one kind of model; `registry.py` lists them.
+
+    `Kind(spec)` builds the model with its weights on the current default device. The class methods
+    answer without weights, so that a recipe can be resolved and planned anywhere.
+    """
 
     spec: TeacherSpec
     weights_hash: str
+
+    def __init__(self, spec: TeacherSpec) -> None:
+        super().__init__()
+        self.spec = spec
+
+    @classmethod
+    @abstractmethod
+    def models(cls) -> Collection[str]:
+        """Every model name that this kind can build."""
+
+    @classmethod
+    @abstractmethod
+    def describe(cls, model: str) -> Architecture: ...
+
+    @classmethod
+    @abstractmethod
+    def probe(cls, model: str, image_size: Size, global_feature: bool) -> Outputs:
+        """Raises `TeacherInputError` when the model cannot take this size."""
 
     @abstractmethod
     def forward(self, pixels_B3HW: Tensor) -> TeacherFeatures:
@@ -37,10 +90,39 @@ class Teacher(nn.Module, ABC):
 
 
 def preprocess(pixels_B3HW: Tensor, spec: TeacherSpec) -> Tensor:
-    """uint8 views at `render_size` → normalised float32 at `image_size`."""
-    mean = torch.tensor(spec.mean, device=pixels_B3HW.device).view(1, 3, 1, 1)
-    std = torch.tensor(spec.std, device=pixels_B3HW.device).view(1, 3, 1, 1)
-    x = (pixels_B3HW.float() / 255 - mean) / std
-    if spec.render_size != spec.image_size:
-        x = nn.functional.interpolate(x, size=spec.image_size, mode="bilinear", align_corners=False)
-    return x
+    """uint8 views at `render_size` → normalised float32 at `image_size`.
+
+    The two sizes differ only under `sak_compat`. The view is then enlarged bicubically until it
+    touches `image_size` and padded with zeros on the right or below, as the authors' code does (the
+    paper, B.1, says "pad and resize").
+    """
+    if pixels_B3HW.dtype != torch.uint8 or pixels_B3HW.shape[1:] != (3, *spec.render_size):
+        raise TeacherInputError(
+            f"These are not views for {spec.model}.",
+            got=f"{pixels_B3HW.dtype} of shape {tuple(pixels_B3HW.shape)}",
+            expected=f"torch.uint8 of shape (B, 3, {spec.render_size[0]}, {spec.render_size[1]})",
+            do="render the views at spec.render_size",
+        )
+    # From pageable memory this copy waits for nothing on the device.
+    mean_std = torch.tensor([spec.mean, spec.std]).to(pixels_B3HW.device, non_blocking=True)
+    mean, std = mean_std.view(2, 1, 3, 1, 1)
+    x: Tensor = (pixels_B3HW.float() / 255 - mean) / std
+    if spec.render_size == spec.image_size:
+        return x
+    height, width = spec.image_size
+    scale = min(height / x.shape[2], width / x.shape[3])
+    fitted = (round(x.shape[2] * scale), round(x.shape[3] * scale))
+    x = F.interpolate(x, size=fitted, mode="bicubic", align_corners=False)
+    return F.pad(x, (0, width - fitted[1], 0, height - fitted[0]))
+
+
+def weights_hash(module: nn.Module) -> str:
+    """xxh3-128 over names, dtypes, shapes and bytes of the state dict, sorted by name, in hex.
+
+    Independent of device and memory format. About 0.1 s per GB on the CPU.
+    """
+    digest = xxhash.xxh3_128()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

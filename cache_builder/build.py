@@ -1,0 +1,126 @@
+"""`build`: from a recipe to a complete cache. Running it again continues where it stopped."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import pyarrow.compute as pc
+from rich.console import Console
+
+from cache_builder.draft import Draft, draft, merge_spec
+from cache_builder.plan import Plan, make_plan, pending
+from cache_builder.progress import BuildProgress
+from cache_builder.recipe import BuildRecipe
+from cache_builder.runner import FailedShard, LocalRunner, Runner, Task
+from cache_builder.stages import bottleneck
+from pipeline.cache import FeatureCache
+from pipeline.errors import BuildError
+from pipeline.manifest import Manifest
+from pipeline.spec import CacheSpec, TeacherSpec
+from pipeline.storage import Storage
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """What one run of `build` did: shards and views committed by it, and the state of the whole."""
+
+    cache: FeatureCache
+    shards: int
+    views: int
+    wall_s: float
+    seconds: Mapping[str, float]
+    quarantined: int
+
+
+def prepare(recipe: BuildRecipe, console: Console) -> tuple[Draft, CacheSpec, Plan]:
+    """Scan, resolve, merge with the cache that may be there, and plan. Writes nothing."""
+    storage = Storage.at(recipe.cache)
+    manifest = Manifest(storage)
+    with console.status("scanning the images, resolving the teachers") as status:
+        counter = Counter[str]()
+
+        def show(new: int) -> None:
+            counter["samples"] += new
+            status.update(f"scanning the images: {counter['samples']:,}")
+
+        drafted = draft(recipe, show)
+    spec = merge_spec(manifest.spec(), drafted.spec, storage.url) if manifest.exists() else drafted.spec
+    image_bytes = pc.sum(drafted.samples["nbytes"]).as_py() or 0
+    return drafted, spec, make_plan(recipe, spec, storage, image_bytes)
+
+
+def build(recipe: BuildRecipe, console: Console | None = None) -> BuildResult:
+    """Build, continue, or extend by teachers the cache that the recipe states.
+
+    Raises `CacheMismatchError` when another cache is at the path, `DiskSpaceError` when the plan does
+    not fit, and `BuildError`, after everything else is committed, when shards failed for good.
+    """
+    console = console or Console(stderr=True)
+    storage = Storage.at(recipe.cache)
+    manifest = Manifest(storage)
+    drafted, spec, plan = prepare(recipe, console)
+    plan.require_space()
+    names = list(recipe.teachers)
+    tasks = [Task(shard, missing) for shard, missing in pending(manifest, spec, names).items()]
+    progress = BuildProgress(console, len(tasks))
+    if tasks:
+        storage.sweep()
+        with _runner(recipe, {name: spec.teachers[name] for name in names}) as runner:
+            _write_spec(manifest, _with_hashes(spec, runner.weights_hashes()), drafted)
+            with progress:
+                failed = runner.run(storage.url, tasks, progress.on_commit)
+        if progress.shards:
+            console.print(
+                bottleneck(progress.seconds, progress.seconds["wall"] / recipe.runner.shards_in_flight)
+            )
+        if failed:
+            raise _build_error(failed, len(tasks))
+    else:
+        console.print(f"Nothing to do: all {spec.num_shards} shards are committed for {', '.join(names)}.")
+    return BuildResult(
+        cache=FeatureCache.open(storage.url),
+        shards=progress.shards,
+        views=progress.views,
+        wall_s=progress.wall_s,
+        seconds=progress.seconds,
+        quarantined=len(manifest.quarantine()),
+    )
+
+
+def _runner(recipe: BuildRecipe, teachers: Mapping[str, TeacherSpec]) -> Runner:
+    if recipe.runner.kind == "local":
+        return LocalRunner(recipe.runner, teachers)
+    from cache_builder.ray_runner import RayRunner  # a local build starts without ray
+
+    return RayRunner(recipe.runner, teachers)
+
+
+def _with_hashes(spec: CacheSpec, hashes: Mapping[str, str]) -> CacheSpec:
+    teachers = {
+        name: teacher if teacher.weights_hash else teacher.model_copy(update={"weights_hash": hashes[name]})
+        for name, teacher in spec.teachers.items()
+    }
+    return CacheSpec.model_validate(spec.model_dump() | {"teachers": teachers, "cache_id": ""})
+
+
+def _write_spec(manifest: Manifest, spec: CacheSpec, drafted: Draft) -> None:
+    """Lay out the arrays of new teachers, then let the spec name them."""
+    known = manifest.spec() if manifest.exists() else None
+    cache = FeatureCache(manifest.storage, spec)
+    for name in spec.teachers:
+        if known is None or name not in known.teachers:
+            cache.store.create(spec, name)
+    if known is None:
+        manifest.create(spec, drafted.samples, drafted.views())
+    elif known.teachers.keys() != spec.teachers.keys():
+        manifest.write_spec(spec)
+
+
+def _build_error(failed: Sequence[FailedShard], total: int) -> BuildError:
+    reasons = "\n  - ".join(f"shard {shard.shard}: {shard.reason}" for shard in failed)
+    return BuildError(
+        f"{len(failed)} of {total} shards failed; every other one is committed:\n  - {reasons}",
+        do="mend the reason and run the same command again; it computes only what is missing",
+    )

@@ -1,0 +1,188 @@
+"""What a build will cost, before anything runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from cache_builder.recipe import BuildRecipe
+from cache_builder.teachers.flops import teacher_gmacs
+from pipeline.errors import DiskSpaceError
+from pipeline.manifest import Manifest
+from pipeline.spec import IMAGES, CacheSpec, TeacherSpec
+from pipeline.storage import Storage
+from pipeline.stores.base import teacher_layouts
+
+_CHECKSUM_BYTES, _INDEX_BYTES = 4, 16  # crc32c behind every chunk; offset and size in the shard's index
+
+
+@dataclass(frozen=True)
+class TeacherPlan:
+    """One teacher's share. `gmacs` are for one view."""
+
+    name: str
+    spec: TeacherSpec
+    bytes_per_row: int
+    num_arrays: int
+    missing_shards: int
+    missing_rows: int
+    gmacs: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`free_bytes` is None where the place has no limit that can be asked for (object stores)."""
+
+    url: str
+    spec: CacheSpec
+    teachers: tuple[TeacherPlan, ...]
+    image_bytes: int
+    free_bytes: int | None
+    tflops_per_gpu: float
+    student_images_per_s: float
+
+    @property
+    def bytes_per_row(self) -> int:
+        return sum(teacher.bytes_per_row for teacher in self.teachers)
+
+    @property
+    def total_bytes(self) -> int:
+        return self.spec.num_rows * self.bytes_per_row + self.image_bytes
+
+    @property
+    def missing_bytes(self) -> int:
+        rows = sum(teacher.missing_rows * teacher.bytes_per_row for teacher in self.teachers)
+        return rows + (self.image_bytes if any(teacher.missing_rows for teacher in self.teachers) else 0)
+
+    @property
+    def num_files(self) -> int:
+        """Shard files and commit records, with the images' where they are copied."""
+        per_shard = sum(teacher.num_arrays + 1 for teacher in self.teachers)
+        return self.spec.num_shards * (per_shard + (2 if self.spec.images == "copy" else 0))
+
+    @property
+    def gpu_hours(self) -> float:
+        flops = sum(2e9 * teacher.gmacs * teacher.missing_rows for teacher in self.teachers)
+        return flops / (self.tflops_per_gpu * 1e12) / 3600
+
+    @property
+    def read_bytes_per_s(self) -> float:
+        """What training reads when the student takes `student_images_per_s`."""
+        return self.student_images_per_s * self.bytes_per_row
+
+    def require_space(self) -> None:
+        """Raises `DiskSpaceError` when what is missing does not fit."""
+        if self.free_bytes is not None and self.missing_bytes > self.free_bytes:
+            raise DiskSpaceError(
+                "The cache does not fit the disk.",
+                got=f"{human_bytes(self.free_bytes)} free at {self.url}",
+                expected=f"{human_bytes(self.missing_bytes)} for what is still to be built",
+                do="choose another place (cache=…), fewer views, or a smaller grid and codec",
+            )
+
+    def table(self) -> RenderableType:
+        spec = self.spec
+        teachers = Table(title=f"Plan for {self.url}", title_justify="left")
+        for column in ("teacher", "model", "weights", "input", "levels", "grid", "width", "codec"):
+            teachers.add_column(column)
+        for column in ("bytes/view", "GMACs/view", "shards to do"):
+            teachers.add_column(column, justify="right")
+        for plan in self.teachers:
+            teacher = plan.spec
+            teachers.add_row(
+                plan.name,
+                teacher.model,
+                "pretrained" if teacher.pretrained else "random",
+                "×".join(map(str, teacher.image_size)),
+                str(teacher.num_levels),
+                f"{teacher.grid.kind} {'×'.join(map(str, teacher.stored_grid))}",
+                str(teacher.width),
+                teacher.codec,
+                human_bytes(plan.bytes_per_row),
+                f"{plan.gmacs:.1f}",
+                f"{plan.missing_shards}/{spec.num_shards}",
+            )
+        totals = Table.grid(padding=(0, 2))
+        free = "no limit known" if self.free_bytes is None else f"{human_bytes(self.free_bytes)} free"
+        gmacs = sum(teacher.gmacs for teacher in self.teachers)
+        for name, value in (
+            (
+                "rows",
+                f"{spec.num_rows:,} = {spec.dataset.num_samples:,} samples × {spec.views.num_views} views",
+            ),
+            ("shards", f"{spec.num_shards:,} of {spec.rows_per_shard} rows, for each teacher"),
+            ("bytes", f"{human_bytes(self.total_bytes)} ({human_bytes(self.bytes_per_row)} a view)"),
+            ("still to write", f"{human_bytes(self.missing_bytes)} ({free})"),
+            ("files", f"{self.num_files:,}"),
+            ("teachers", f"{gmacs:,.1f} GMACs a view"),
+            ("GPU-hours", f"{self.gpu_hours:,.2f} at {self.tflops_per_gpu:g} TFLOP/s sustained a GPU"),
+            (
+                "training reads",
+                f"{human_bytes(round(self.read_bytes_per_s))}/s for {self.student_images_per_s:g} img/s",
+            ),
+        ):
+            totals.add_row(Text(name, style="bold"), value)
+        return Group(teachers, totals)
+
+
+def make_plan(recipe: BuildRecipe, spec: CacheSpec, storage: Storage, image_bytes: int) -> Plan:
+    """The plan for the recipe's teachers in the cache `spec`; `image_bytes` is the size of the source."""
+    manifest = Manifest(storage)
+    rows = {shard: len(spec.shard_rows(shard)) for shard in range(spec.num_shards)}
+    teachers = []
+    for name in recipe.teachers:
+        teacher = spec.teachers[name]
+        missing = rows.keys() - manifest.committed(name)
+        layouts = teacher_layouts(teacher)
+        teachers.append(
+            TeacherPlan(
+                name=name,
+                spec=teacher,
+                bytes_per_row=bytes_per_row(teacher),
+                num_arrays=len(layouts),
+                missing_shards=len(missing),
+                missing_rows=sum(rows[shard] for shard in missing),
+                gmacs=teacher_gmacs(teacher),
+            )
+        )
+    return Plan(
+        url=storage.url,
+        spec=spec,
+        teachers=tuple(teachers),
+        image_bytes=image_bytes if spec.images == "copy" else 0,
+        free_bytes=storage.free_bytes(),
+        tflops_per_gpu=recipe.plan.teacher_tflops_per_gpu,
+        student_images_per_s=recipe.plan.student_images_per_s,
+    )
+
+
+def bytes_per_row(teacher: TeacherSpec) -> int:
+    """Bytes on disk of one row of a teacher, checksums and index included."""
+    layouts = teacher_layouts(teacher).values()
+    return sum(
+        math.prod(layout.shape) * layout.dtype.itemsize + _CHECKSUM_BYTES + _INDEX_BYTES for layout in layouts
+    )
+
+
+def pending(manifest: Manifest, spec: CacheSpec, names: Sequence[str]) -> dict[int, tuple[str, ...]]:
+    """Who is still missing in each shard: teachers, and "images" where they are copied."""
+    wanted = [*names, *([IMAGES] if spec.images == "copy" else [])]
+    committed = {name: manifest.committed(name) for name in wanted}
+    missing = {
+        shard: tuple(name for name in wanted if shard not in committed[name])
+        for shard in range(spec.num_shards)
+    }
+    return {shard: names for shard, names in missing.items() if names}
+
+
+def human_bytes(count: int) -> str:
+    """1234567 → "1.23 MB" (decimal units, three significant digits)."""
+    value, units = float(count), ["B", "kB", "MB", "GB", "TB", "PB"]
+    while value >= 999.5 and len(units) > 1:
+        value, units = value / 1000, units[1:]
+    return f"{value:.3g} {units[0]}"

@@ -1,0 +1,69 @@
+"""What a build shows while it runs: a live bar on a terminal, a line now and then in a log."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from cache_builder.stages import STAGES
+from pipeline.manifest import CommitRecord
+
+_LOG_EVERY_S = 10.0
+
+
+class BuildProgress:
+    """Counts committed shards and views; `seconds` are the stages' sums over all shards so far."""
+
+    def __init__(self, console: Console, shards: int) -> None:
+        self._console = console
+        self._total = shards
+        self._start = self._logged = time.monotonic()
+        self.shards = self.views = 0
+        self.seconds = dict.fromkeys((*STAGES, "wall"), 0.0)
+        self._bar = Progress(
+            TextColumn("building"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("shards · {task.fields[rate]:.2f} img/s · ETA"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[stages]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=shards, rate=0.0, stages="")
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    @property
+    def wall_s(self) -> float:
+        return time.monotonic() - self._start
+
+    @property
+    def views_per_s(self) -> float:
+        return self.views / self.wall_s if self.wall_s else 0.0
+
+    def on_commit(self, records: Mapping[str, CommitRecord]) -> None:
+        record = next(iter(records.values()))
+        self.shards += 1
+        self.views += record.num_rows
+        for stage, value in record.seconds.items():
+            self.seconds[stage] += value
+        stages = " ".join(f"{stage} {self.seconds[stage]:.1f}s" for stage in STAGES)
+        self._bar.update(self._task, completed=self.shards, rate=self.views_per_s, stages=stages)
+        now = time.monotonic()
+        if not self._console.is_terminal and (
+            now - self._logged > _LOG_EVERY_S or self.shards == self._total
+        ):
+            self._logged = now
+            left_s = (self._total - self.shards) * self.wall_s / self.shards
+            rate = f"{self.views_per_s:.2f} img/s · ETA {left_s:.0f} s"
+            self._console.print(f"{self.shards}/{self._total} shards · {rate} · {stages}", soft_wrap=True)

@@ -1,0 +1,76 @@
+"""The recipe of a build: what people write, checked. `draft.py` resolves it into a `CacheSpec`."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from cache_builder.teachers.recipe import TeacherRecipe
+from pipeline.spec import Strict, ViewPolicy
+
+
+class SourceRecipe(Strict):
+    """Where the images are. `kind: auto` looks at what is there."""
+
+    path: str
+    kind: str = "auto"
+
+
+class RunnerRecipe(Strict):
+    """Who computes. `num_actors`, `gpus_per_actor` and `cpus_per_actor` concern Ray alone.
+
+    `num_actors: null` uses the whole cluster, and nodes that join later; `gpus_per_actor: null` means
+    1 where the cluster has GPUs and 0 where it has none. `shards_in_flight` shards a process overlap.
+    """
+
+    kind: Literal["local", "ray"] = "local"
+    device: str = "auto"
+    batch_size: int = Field(16, ge=1)
+    decode_threads: int = Field(4, ge=1)
+    shards_in_flight: int = Field(2, ge=1)
+    max_attempts: int = Field(5, ge=1)
+    num_actors: int | None = Field(None, ge=1)
+    gpus_per_actor: float | None = Field(None, ge=0)
+    cpus_per_actor: float = Field(1, gt=0)
+    shard_timeout_s: float | None = Field(None, gt=0)
+
+
+class PlanRecipe(Strict):
+    """The rates that `teachercache plan` assumes; measure yours and state them."""
+
+    teacher_tflops_per_gpu: float = Field(300, gt=0)
+    student_images_per_s: float = Field(1000, gt=0)
+
+
+class BuildRecipe(Strict):
+    """A complete statement of a cache build."""
+
+    cache: str
+    source: SourceRecipe
+    teachers: dict[str, TeacherRecipe] = Field(min_length=1)
+    views: ViewPolicy = ViewPolicy()
+    rows_per_shard: int = Field(256, ge=1)
+    images: Literal["reference", "copy"] = "reference"
+    sak_compat: bool = False
+    runner: RunnerRecipe = RunnerRecipe()
+    plan: PlanRecipe = PlanRecipe()
+
+    @field_validator("source", mode="before")
+    @classmethod
+    def _source_from_path(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+    @field_validator("teachers", mode="before")
+    @classmethod
+    def _teachers_by_name(cls, value: Any) -> Any:
+        """`[dinov2_large, sam_large]` is short for presets (or timm models) under their own names."""
+        if isinstance(value, list):
+            return {str(name): {} for name in value}
+        if isinstance(value, dict):
+            return {
+                name: {} if teacher == {} else teacher
+                for name, teacher in value.items()
+                if teacher is not None
+            }
+        return value

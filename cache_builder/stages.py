@@ -1,0 +1,46 @@
+"""Seconds spent in each stage of a build, and the bottleneck in words."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+STAGES = ("read", "decode", "forward", "encode", "write")
+
+
+class StageSeconds:
+    """Adds up seconds by stage; the stages run in several threads, so their sum may exceed the wall time."""
+
+    def __init__(self) -> None:
+        self.totals = dict.fromkeys(STAGES, 0.0)
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.add(name, time.perf_counter() - start)
+
+    def add(self, name: str, seconds: float) -> None:
+        with self._lock:
+            self.totals[name] += seconds
+
+
+def bottleneck(seconds: Mapping[str, float], wall: float) -> str:
+    """One sentence that says what a build waited for. `seconds` and `wall` are sums over its shards."""
+    share = seconds["forward"] / wall if wall else 0.0
+    if share >= 0.8:
+        return f"The teachers are the bottleneck: their forward passes take {share:.0%} of the time."
+    other = max((stage for stage in STAGES if stage != "forward"), key=lambda stage: seconds[stage])
+    advice = {
+        "read": "faster or nearer source images",
+        "decode": "more runner.decode_threads, or more CPU cores a GPU",
+        "encode": "a cheaper codec",
+        "write": "a faster disk, or a smaller codec and grid",
+    }
+    return (
+        f"The teachers wait: their forward passes take {share:.0%} of the time, "
+        f"the largest other stage is {other}. It would help to have {advice[other]}."
+    )

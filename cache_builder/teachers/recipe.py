@@ -1,0 +1,208 @@
+"""The user's side of a teacher: what stands under `teachers.<name>:`, and how it becomes a `TeacherSpec`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Self
+
+import torch
+from pydantic import Field, model_validator
+
+from cache_builder.teachers.base import RGB, Architecture, Outputs, Teacher, weights_hash
+from cache_builder.teachers.registry import Preset, find_model, find_preset, find_teacher, kind_of
+from pipeline.errors import CacheMismatchError, TeacherInputError
+from pipeline.spec import GridKind, GridSpec, Precision, Size, Strict, TeacherSpec, ViewPolicy
+
+IMAGENET_MEAN: RGB = (0.485, 0.456, 0.406)
+IMAGENET_STD: RGB = (0.229, 0.224, 0.225)
+STUDENT_PATCH = 16
+
+Pixels = Annotated[int, Field(ge=1)]
+
+
+class TeacherRecipe(Strict):
+    """One teacher, as a recipe states it. Everything left out is asked of the preset or of timm.
+
+    `preset` or `model` (any timm name) says which; without either, the teacher's own name does.
+    `image_size` is one number or (height, width) in pixels. `block_indices` are 0-based positions, by
+    default the ends of the four quarters of the network. `grid_size` is (height, width) in tokens.
+    `checkpoint` is a local file: safetensors, or a .pth that holds nothing but tensors.
+    """
+
+    preset: str | None = None
+    model: str | None = None
+    image_size: Pixels | tuple[Pixels, Pixels] | None = None
+    block_indices: tuple[int, ...] | None = None
+    grid: GridKind = "native"
+    grid_size: tuple[Pixels, Pixels] | None = None
+    codec: str = "f16"
+    cls_token: bool = False
+    global_feature: bool = False
+    pretrained: bool | None = None
+    checkpoint: str | None = None
+    precision: Precision = "float32"
+    mean: RGB | None = None
+    std: RGB | None = None
+    random_seed: int = 0
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.preset and self.model:
+            raise ValueError(f"give preset or model, not both: got {self.preset!r} and {self.model!r}")
+        if self.grid == "native" and self.grid_size:
+            raise ValueError(f"grid 'native' takes no grid_size, got {self.grid_size}")
+        if self.checkpoint and self.pretrained is False:
+            raise ValueError("a checkpoint and pretrained=false contradict each other: leave one out")
+        indices = self.block_indices
+        if indices is not None and (not indices or indices[0] < 0 or sorted(set(indices)) != [*indices]):
+            raise ValueError(f"block_indices must be 0-based and increasing, got {[*indices]}")
+        return self
+
+
+def resolve_teacher(
+    name: str, recipe: TeacherRecipe, view_size: Size, sak_compat: bool = False
+) -> TeacherSpec:
+    """The complete spec of teacher `name` for views of `view_size` (height, width); needs no weights.
+
+    The teacher sees the view at the nearest multiple of its patch (384 → 378 for patch 14). A preset
+    with a `longest_side` (SAM, 1024) keeps the view's aspect: 448×576 becomes 800×1024.
+
+    `sak_compat` reproduces the reference instead: ImageNet statistics for all, every teacher at the
+    size of the view (a patch-14 teacher then drops the pixels that fill no patch), and SAM fed with
+    the rendered view, enlarged and padded to a square.
+
+    Raises `UnknownTeacherError`, or `TeacherInputError` for a size, block or output that the model
+    does not have.
+    """
+    preset = _preset(name, recipe)
+    kind = kind_of(preset.model)
+    architecture = kind.describe(preset.model)
+    image_size = _image_size(architecture, preset, recipe, view_size, sak_compat)
+    outputs = kind.probe(architecture.model, image_size, recipe.global_feature)
+    block_indices = recipe.block_indices or _quarter_ends(len(outputs.blocks))
+    width, native_grid = _common_shape(name, outputs, block_indices)
+    _require_outputs(name, architecture, outputs, recipe)
+    grid_size = recipe.grid_size or (view_size[0] // STUDENT_PATCH, view_size[1] // STUDENT_PATCH)
+    return TeacherSpec(
+        model=architecture.model,
+        pretrained=recipe.pretrained is not False,
+        checkpoint=recipe.checkpoint,
+        random_seed=recipe.random_seed,
+        image_size=image_size,
+        render_size=view_size if sak_compat else image_size,
+        mean=recipe.mean or (IMAGENET_MEAN if sak_compat else architecture.mean),
+        std=recipe.std or (IMAGENET_STD if sak_compat else architecture.std),
+        block_indices=block_indices,
+        native_grid=native_grid,
+        width=width,
+        grid=GridSpec() if recipe.grid == "native" else GridSpec(kind=recipe.grid, size=grid_size),
+        codec=recipe.codec,
+        cls_token=recipe.cls_token,
+        global_width=outputs.global_width,
+        precision=recipe.precision,
+    )
+
+
+def build_teacher(
+    teacher: TeacherSpec | str, device: torch.device | str = "cpu", **overrides: Any
+) -> Teacher:
+    """A frozen teacher with its weights on `device`; its `spec` carries the `weights_hash`.
+
+    From a name, `overrides` are the keys of a `TeacherRecipe`, and views have the default size:
+    `build_teacher("dinov2_small", pretrained=False, image_size=224)`.
+
+    Raises `WeightsNotFoundError`, and `CacheMismatchError` when a spec that comes from a cache names
+    other weights.
+    """
+    if isinstance(teacher, str):
+        teacher = resolve_teacher(teacher, TeacherRecipe(**overrides), ViewPolicy.model_validate({}).size)
+    elif overrides:
+        raise TypeError(f"a TeacherSpec is complete; got {', '.join(overrides)} beside it")
+    built = kind_of(teacher.model)(teacher)
+    built.weights_hash = weights_hash(built)
+    if teacher.weights_hash not in (None, built.weights_hash):
+        raise CacheMismatchError(
+            f"These are not the weights of {teacher.model} that the cache was built with.",
+            got=f"weights with hash {built.weights_hash}",
+            expected=f"weights with hash {teacher.weights_hash}",
+            do="give the same checkpoint and library versions, or build another cache",
+        )
+    built.spec = teacher.model_copy(update={"weights_hash": built.weights_hash})
+    return built.to(device)
+
+
+def _preset(name: str, recipe: TeacherRecipe) -> Preset:
+    if recipe.preset:
+        return find_preset(recipe.preset)
+    return find_model(recipe.model) if recipe.model else find_teacher(name)
+
+
+def _image_size(
+    architecture: Architecture, preset: Preset, recipe: TeacherRecipe, view_size: Size, sak_compat: bool
+) -> Size:
+    if recipe.image_size is not None:
+        size = recipe.image_size if isinstance(recipe.image_size, tuple) else (recipe.image_size,) * 2
+        nearest = _nearest_multiple(size, architecture.patch)
+        if size != nearest and not sak_compat:
+            raise TeacherInputError(
+                f"{architecture.model} cannot cover this image size with whole patches.",
+                got=f"image_size {size[0]}×{size[1]}",
+                expected=f"multiples of {architecture.patch[0]}×{architecture.patch[1]} pixels",
+                do=f"set image_size to [{nearest[0]}, {nearest[1]}], or leave it out to follow the views",
+            )
+        return size
+    if preset.longest_side is None:
+        return view_size if sak_compat else _nearest_multiple(view_size, architecture.patch)
+    if sak_compat:
+        return preset.longest_side, preset.longest_side
+    scale = preset.longest_side / max(view_size)
+    return _nearest_multiple((view_size[0] * scale, view_size[1] * scale), architecture.patch)
+
+
+def _nearest_multiple(size: tuple[float, float], patch: Size) -> Size:
+    height, width = (
+        max(1, int(pixels / step + 0.5)) * step for pixels, step in zip(size, patch, strict=True)
+    )
+    return height, width
+
+
+def _quarter_ends(num_blocks: int) -> tuple[int, ...]:
+    """L/4, L/2, 3L/4 and L as 0-based positions, rounded up: 6, 13, 20, 26 of 27 blocks."""
+    return tuple(sorted({-(-num_blocks * quarter // 4) - 1 for quarter in (1, 2, 3, 4)}))
+
+
+def _common_shape(name: str, outputs: Outputs, block_indices: tuple[int, ...]) -> tuple[int, Size]:
+    """Width and grid that all requested blocks share."""
+    last = len(outputs.blocks) - 1
+    if block_indices[-1] > last:
+        raise TeacherInputError(
+            f"Teacher {name} has no block {block_indices[-1]}.",
+            got=f"block_indices {[*block_indices]}",
+            expected=f"positions from 0 to {last}",
+            do="correct block_indices, or leave them out",
+        )
+    shapes = {outputs.blocks[index] for index in block_indices}
+    if len(shapes) > 1:
+        blocks = (
+            f"{i}: width {width}, grid {grid[0]}×{grid[1]}" for i, (width, grid) in enumerate(outputs.blocks)
+        )
+        raise TeacherInputError(
+            f"The levels of teacher {name} do not have one width and one grid.",
+            got=f"block_indices {[*block_indices]} of {'; '.join(blocks)}",
+            expected="blocks of the same width and the same grid",
+            do=f"choose such block_indices, for example [{last}]; other levels can be a teacher of their own",
+        )
+    return shapes.pop()
+
+
+def _require_outputs(name: str, architecture: Architecture, outputs: Outputs, recipe: TeacherRecipe) -> None:
+    for wanted, has, key in (
+        (recipe.cls_token, outputs.has_cls_token, "cls_token"),
+        (recipe.global_feature, outputs.global_width is not None, "global_feature"),
+    ):
+        if wanted and not has:
+            raise TeacherInputError(
+                f"Teacher {name} has no {key}.",
+                got=f"{key}: true for {architecture.model}",
+                expected=f"{key}: false",
+                do=f"leave {key} out for this teacher",
+            )

@@ -1,0 +1,73 @@
+"""Which teachers there are. A new one is a row in `presets.yaml`; a new kind is a class in `_KINDS`."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from functools import cache
+from importlib.resources import files
+
+import yaml
+
+from cache_builder.teachers.base import Teacher
+from cache_builder.teachers.timm_teacher import TimmTeacher
+from pipeline.errors import UnknownTeacherError
+from pipeline.spec import Strict
+
+_KINDS: tuple[type[Teacher], ...] = (TimmTeacher,)
+
+
+class Preset(Strict):
+    """A row of `presets.yaml`. `longest_side` is in pixels; None: the size of the view."""
+
+    model: str
+    longest_side: int | None = None
+
+
+@cache
+def presets() -> dict[str, Preset]:
+    rows = yaml.safe_load(files("cache_builder.teachers").joinpath("presets.yaml").read_text("utf-8"))
+    return {name: Preset.model_validate(row) for name, row in rows.items()}
+
+
+def find_preset(name: str) -> Preset:
+    """The preset `name`. Raises `UnknownTeacherError`."""
+    try:
+        return presets()[name]
+    except KeyError:
+        raise _unknown("preset", name) from None
+
+
+def find_model(model: str) -> Preset:
+    """A model as a preset: the row that holds it, if there is one. Raises `UnknownTeacherError`."""
+    complete = kind_of(model).describe(model).model
+    return next((row for row in presets().values() if row.model == complete), Preset(model=complete))
+
+
+def find_teacher(name: str) -> Preset:
+    """A preset of this name, else a model of this name. Raises `UnknownTeacherError`."""
+    return find_preset(name) if name in presets() else find_model(name)
+
+
+def kind_of(model: str) -> type[Teacher]:
+    """The class that builds `model`. Raises `UnknownTeacherError`."""
+    for kind in _KINDS:
+        if model in kind.models():
+            return kind
+    raise _unknown("teacher", model)
+
+
+def _unknown(what: str, name: str) -> UnknownTeacherError:
+    models = {model for kind in _KINDS for model in kind.models()}
+    near = [
+        f"{label} {', '.join(matches)}"
+        for label, names in (("preset", presets()), ("model", models))
+        if (matches := get_close_matches(name, names))
+    ]
+    return UnknownTeacherError(
+        f"There is no {what} of this name.",
+        got=repr(name),
+        expected=f"nearest: {'; '.join(near)}"
+        if near
+        else f"a preset ({', '.join(presets())}) or a timm model",
+        do="correct the name, or give `preset:` or `model:` (any timm model, with or without its tag)",
+    )

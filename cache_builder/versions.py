@@ -1,0 +1,21 @@
+"""Versions of everything that can change a feature, kept in `cache.json` and in every commit record."""
+
+from __future__ import annotations
+
+import platform
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+
+_PACKAGES = ("teachercache", "torch", "torchvision", "timm", "transformers", "pillow", "numpy", "zarr")
+
+
+@cache
+def versions() -> dict[str, str]:
+    """{package: version}; a package that is not installed is left out."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

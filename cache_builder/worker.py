@@ -1,0 +1,56 @@
+"""What a process that computes features holds: the teachers on their device, and the cache it fills."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import torch
+
+from cache_builder.extract import ShardExtractor
+from cache_builder.recipe import RunnerRecipe
+from cache_builder.teachers import Teacher, build_teacher
+from pipeline.cache import FeatureCache
+from pipeline.errors import CacheMismatchError
+from pipeline.manifest import CommitRecord
+from pipeline.spec import IMAGES, TeacherSpec
+
+
+class Worker:
+    """Loads teachers once; extracts shard after shard. Safe to call from `shards_in_flight` threads."""
+
+    def __init__(self, teachers: Mapping[str, TeacherSpec], runner: RunnerRecipe) -> None:
+        device = runner.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._runner = runner
+        self._teachers: dict[str, Teacher] = {
+            name: build_teacher(spec, device=device) for name, spec in teachers.items()
+        }
+        self._extractor: ShardExtractor | None = None
+
+    def weights_hashes(self) -> dict[str, str]:
+        return {name: teacher.weights_hash for name, teacher in self._teachers.items()}
+
+    def open(self, url: str) -> None:
+        """Open the cache to fill. Raises `CacheMismatchError` if its rows come from other weights."""
+        cache = FeatureCache.open(url)
+        for name, found in self.weights_hashes().items():
+            expected = cache.spec.teachers[name].weights_hash
+            if found != expected:
+                raise CacheMismatchError(
+                    f"Teacher {name} has other weights here than the cache was built with.",
+                    got=f"weights hash {found}",
+                    expected=f"{expected}, as in {url}/cache.json",
+                    do="use the same weights file and library versions on every machine",
+                )
+        self._extractor = ShardExtractor(
+            cache,
+            self._teachers,
+            batch_size=self._runner.batch_size,
+            decode_threads=self._runner.decode_threads,
+        )
+
+    def extract(self, shard: int, names: Collection[str]) -> dict[str, CommitRecord]:
+        assert self._extractor is not None, "open() comes first"
+        assert set(names) <= {*self._teachers, IMAGES}, names
+        return self._extractor.extract(shard, names)

@@ -1,0 +1,194 @@
+"""The `teachercache` command. Each verb takes a recipe or a cache, and `key=value` overrides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from jobs.launch import EXIT_FAILED, run
+
+app = typer.Typer(
+    help=__doc__ and "Run frozen vision teachers once, cache their features, train students from the cache.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+console = Console()
+
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A YAML file, or a recipe of jobs/recipes by name.")
+]
+CacheArgument = Annotated[
+    str, typer.Argument(metavar="CACHE", help="A folder or URL (s3://…) that holds a cache.")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides, such as views.num_views=4.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+
+
+@app.command()
+def plan(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+    """Print what a build will cost (rows, bytes, files, GPU-hours), before anything runs.
+
+    Exits with status 1 when the disk is too small.
+
+    Example: `teachercache plan imagenet1k_vitl source.path=/data/train cache=/data/cache`
+    """
+    from cache_builder.build import prepare
+    from cache_builder.recipe import BuildRecipe
+    from pipeline.recipe import load_recipe
+
+    _, _, result = prepare(load_recipe(BuildRecipe, recipe, overrides or []), console)
+    console.print(result.table())
+    result.require_space()
+
+
+@app.command()
+def build(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option(help="Print the plan and stop.")] = False,
+) -> None:
+    """Run the teachers and fill the cache; run it again to continue after any stop.
+
+    `runner.kind=ray` uses the Ray cluster that `ray start` made, or starts one here.
+
+    Example: `teachercache build demo source.path=~/photos cache=/tmp/cache "teachers=[dinov2_small]"`
+    """
+    from cache_builder.build import build as build_cache
+    from cache_builder.build import prepare
+    from cache_builder.recipe import BuildRecipe
+    from pipeline.recipe import load_recipe
+
+    checked = load_recipe(BuildRecipe, recipe, overrides or [])
+    if dry_run:
+        console.print(prepare(checked, console)[2].table())
+        return
+    result = build_cache(checked, console)
+    console.print(
+        f"{result.cache.storage.url}: {result.shards} shards, {result.views} views in {result.wall_s:.1f} s"
+        f" ({result.views / result.wall_s:.2f} img/s)"
+        if result.views
+        else f"{result.cache.storage.url}: complete",
+        soft_wrap=True,
+    )
+    if result.quarantined:
+        console.print(f"{result.quarantined} samples are quarantined; `teachercache inspect` names them.")
+
+
+@app.command()
+def verify(
+    cache: CacheArgument,
+    full: Annotated[bool, typer.Option("--full", help="Read every byte and compare checksums.")] = False,
+) -> None:
+    """Check every committed shard against its commit record. Exits with status 1 when one differs.
+
+    Example: `teachercache verify /data/cache --full`
+    """
+    from rich.progress import track
+
+    from cache_builder.verify import teachers_and_images
+    from cache_builder.verify import verify as verify_cache
+    from pipeline.cache import FeatureCache
+
+    opened = FeatureCache.open(cache)
+    shards = sum(len(opened.manifest.committed(name)) for name in teachers_and_images(opened))
+    steps = iter(track(range(shards), "verifying", console=console, transient=True))
+    problems = verify_cache(opened, full=full, progress=lambda: (next(steps, None), None)[1])
+    for problem in problems:
+        console.print(
+            f"{problem.teacher} shard {problem.shard}: {problem.reason}", style="red", soft_wrap=True
+        )
+    if problems:
+        console.print(
+            f"{len(problems)} of {shards} shards differ. Delete their records "
+            f"({', '.join(sorted({f'commits/{p.teacher}/{p.shard:05d}.json' for p in problems})[:3])}, …) "
+            "and run the build again: it computes what has no record.",
+            soft_wrap=True,
+        )
+        raise typer.Exit(EXIT_FAILED)
+    depth = "every byte" if full else "records and sizes; --full reads every byte"
+    console.print(f"{shards} shards of {', '.join(teachers_and_images(opened))} are sound ({depth}).")
+
+
+@app.command()
+def inspect(
+    cache: CacheArgument,
+    pictures: Annotated[
+        Path | None, typer.Option(help="Write PCA maps of a few samples to this PNG.")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="How many samples the picture shows.")] = 3,
+    as_json: Json = False,
+) -> None:
+    """Show what a cache holds and whether it is complete.
+
+    Example: `teachercache inspect /data/cache --pictures maps.png`
+    """
+    from jobs.inspect.summary import summarize, summary_table
+    from pipeline.cache import FeatureCache
+
+    opened = FeatureCache.open(cache)
+    summary = summarize(opened)
+    if as_json:
+        console.print_json(data=summary)
+    else:
+        console.print(summary_table(summary))
+    if pictures is not None:
+        from jobs.inspect.pictures import pca_maps
+
+        pca_maps(opened, pictures, num_samples=samples)
+        console.print(f"PCA maps: {pictures}", soft_wrap=True)
+
+
+@app.command()
+def train(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+    """Train a student in this one process; use `accelerate launch jobs/train_student.py` for several.
+
+    Example: `teachercache train sak_stage1_base cache=/data/cache output=runs/base`
+    """
+    from pipeline.recipe import load_recipe
+    from student.recipe import TrainRecipe
+    from student.train import train as train_student
+
+    result = train_student(load_recipe(TrainRecipe, recipe, overrides or []))
+    console.print(result)
+
+
+@app.command()
+def repsim(
+    student: Annotated[
+        str, typer.Argument(metavar="STUDENT", help="A folder that `train` wrote (…/student).")
+    ],
+    cache: CacheArgument,
+    max_samples: Annotated[int, typer.Option(help="Samples to average over.")] = 1000,
+    as_json: Json = False,
+) -> None:
+    """Cosine similarity of a student's representations to its teachers' (SAK, Tables 3 and 17)."""
+    raise NotImplementedError
+
+
+def _not_there_yet(verb: str) -> Callable[[list[str] | None], None]:
+    def command(arguments: Annotated[list[str] | None, typer.Argument(hidden=True)] = None) -> None:
+        console.print(f"teachercache {verb} is not there yet.")
+        raise typer.Exit(EXIT_FAILED)
+
+    command.__doc__ = "Not there yet."
+    return command
+
+
+for _verb in ("calibrate", "repair", "report", "view", "convert", "evaluate"):
+    app.command(_verb)(_not_there_yet(_verb))
+
+
+def main() -> None:
+    run(app)
+
+
+if __name__ == "__main__":
+    main()

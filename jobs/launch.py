@@ -1,0 +1,46 @@
+"""What every launcher shares: recipes from the command line, and errors as messages, not tracebacks."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+
+from pipeline.errors import BuildError, RecipeError, TeacherCacheError
+
+EXIT_FAILED, EXIT_USAGE = 1, 2
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call `main`; end with a message and exit status 1 on our errors (2 when the recipe is wrong)."""
+    try:
+        main()
+    except TeacherCacheError as error:
+        kind = "Incomplete" if isinstance(error, BuildError) else "Error"
+        console = Console(stderr=True, soft_wrap=True)
+        console.print(f"[bold red]{kind}:[/] ", end="")
+        console.print(str(error), markup=False, highlight=False)
+        raise SystemExit(EXIT_USAGE if isinstance(error, RecipeError) else EXIT_FAILED) from None
+
+
+def require_absolute_in_job(key: str, path: str) -> None:
+    """Inside a Ray job the working folder is a throw-away copy: a relative path would be lost with it."""
+    in_copy = "runtime_resources" in Path.cwd().parts
+    if in_copy and "://" not in path and not Path(path).expanduser().is_absolute():
+        raise RecipeError(
+            "A Ray job needs an absolute path here; its working folder is deleted when it ends.",
+            got=f"{key}={path}",
+            expected="a path or URL that every node of the cluster sees",
+            do=f"override it: {key}=/shared/…",
+        )
+
+
+def recipe_and_overrides(usage: str) -> tuple[str, list[str]]:
+    """RECIPE and key=value … of a script; prints `usage` and exits on --help or without a recipe."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage)
+        raise SystemExit(0 if arguments else EXIT_USAGE)
+    return arguments[0], arguments[1:]

@@ -1,0 +1,137 @@
+"""What a codec does to a token before it is scaled and quantised, and undoes after.
+
+Shapes: R rows, S levels, C channels. A calibrated normalisation is its tables, and each is linear:
+
+    standardise   y = (x − mean) / std
+    hadamard      y = H D (x − mean) / std         D random signs, H a Hadamard matrix
+    phi-s         y = H D Uᵀ (x − mean) / std      U the eigenvectors of the covariance, one std a level
+
+The last is PHI-S (Ranzinger et al. 2024, "PHI-S: Distribution Balancing for Label-Free Multi-Teacher
+Distillation"): an isotropic scale and a rotation after which every channel has unit variance.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from pipeline.codecs.hadamard import hadamard_factors, rotate
+from pipeline.feature_stats import FeatureMoments
+
+SIGN_SEED = 0
+SMALLEST_STD = 1e-12
+# A channel that hardly varies in the calibration sample is not blown up to match the others: it may vary
+# later, and would then take the whole range of its token.
+SMALLEST_RELATIVE_STD = 1e-3
+
+
+class Normalisation(ABC):
+    """Tables of one calibration. `forward` takes whole rows, `inverse` any tokens of one level."""
+
+    table_names: ClassVar[tuple[str, ...]]
+
+    def __init__(self, tables: dict[str, Tensor]) -> None:
+        self.tables = tables
+
+    @classmethod
+    @abstractmethod
+    def calibrate(cls, features_RSHWC: Tensor) -> Self:
+        """The tables for features like these; float32, on their device."""
+
+    def to(self, device: torch.device) -> Self:
+        return type(self)({name: table.to(device) for name, table in self.tables.items()})
+
+    @abstractmethod
+    def forward(self, features_RSHWC: Tensor) -> Tensor:
+        """y, float32, of the same shape; over the calibration sample its mean square is 1."""
+
+    @abstractmethod
+    def inverse(self, tokens: Tensor, scales: Tensor, level: int) -> Tensor:
+        """x of y = scales · tokens, (…, C) and (…, 1), all of one level."""
+
+
+class Standardise(Normalisation):
+    table_names = ("mean", "std")
+
+    @classmethod
+    def calibrate(cls, features_RSHWC: Tensor) -> Self:
+        return cls(_standard_tables(features_RSHWC))
+
+    def forward(self, features_RSHWC: Tensor) -> Tensor:
+        return (features_RSHWC.float() - _per_level(self.tables["mean"])) / _per_level(self.tables["std"])
+
+    def inverse(self, tokens: Tensor, scales: Tensor, level: int) -> Tensor:
+        return torch.addcmul(self.tables["mean"][level], tokens * scales, self.tables["std"][level])
+
+
+class Hadamard(Normalisation):
+    table_names = ("mean", "std", "signs", "left", "right")
+
+    def __init__(self, tables: dict[str, Tensor]) -> None:
+        super().__init__(tables)
+        self._signed_std_SC = tables["signs"] * tables["std"]
+
+    @classmethod
+    def calibrate(cls, features_RSHWC: Tensor) -> Self:
+        return cls(_standard_tables(features_RSHWC) | _rotation_tables(features_RSHWC))
+
+    def forward(self, features_RSHWC: Tensor) -> Tensor:
+        centred_RSHWC = features_RSHWC.float() - _per_level(self.tables["mean"])
+        signed_RSHWC = centred_RSHWC / _per_level(self._signed_std_SC)
+        return rotate(signed_RSHWC, self.tables["left"], self.tables["right"])
+
+    def inverse(self, tokens: Tensor, scales: Tensor, level: int) -> Tensor:
+        signed = rotate(tokens, self.tables["left"].T, self.tables["right"].T)
+        return torch.addcmul(self.tables["mean"][level], signed * scales, self._signed_std_SC[level])
+
+
+class PhiS(Normalisation):
+    """`rotation` (S, C, C) is H D Uᵀ, dense: exact for each teacher, and dear to decode without a GPU."""
+
+    table_names = ("mean", "std", "rotation")
+
+    @classmethod
+    def calibrate(cls, features_RSHWC: Tensor) -> Self:
+        moments = FeatureMoments.of(features_RSHWC, covariance=True)
+        variances_SC, eigenvectors_SCC = torch.linalg.eigh(moments.covariance_SCC())
+        tables = _rotation_tables(features_RSHWC)
+        signed_SCC = (tables["signs"].double() * eigenvectors_SCC).contiguous()
+        rotation_SCC = rotate(signed_SCC, tables["left"].double(), tables["right"].double()).mT
+        std_S = variances_SC.clamp(min=0).mean(1).sqrt().clamp(min=SMALLEST_STD)
+        return cls(
+            {"mean": moments.mean_SC.float(), "std": std_S.float(), "rotation": rotation_SCC.float().contiguous()}
+        )
+
+    def forward(self, features_RSHWC: Tensor) -> Tensor:
+        centred_RSHWC = features_RSHWC.float() - _per_level(self.tables["mean"])
+        levels = centred_RSHWC.unbind(1)
+        rotated = [level @ rotation.T for level, rotation in zip(levels, self.tables["rotation"], strict=True)]
+        return torch.stack(rotated, 1) / self.tables["std"][:, None, None, None]
+
+    def inverse(self, tokens: Tensor, scales: Tensor, level: int) -> Tensor:
+        rotated = tokens @ self.tables["rotation"][level]
+        return torch.addcmul(self.tables["mean"][level], rotated, scales * self.tables["std"][level])
+
+
+def _standard_tables(features_RSHWC: Tensor) -> dict[str, Tensor]:
+    moments = FeatureMoments.of(features_RSHWC)
+    std_SC = moments.std_SC()
+    usual_S1 = std_SC.median(1, keepdim=True).values
+    floor_S1 = (SMALLEST_RELATIVE_STD * usual_S1).clamp(min=SMALLEST_STD)
+    return {"mean": moments.mean_SC.float(), "std": std_SC.maximum(floor_S1).float()}
+
+
+def _rotation_tables(features_RSHWC: Tensor) -> dict[str, Tensor]:
+    width = features_RSHWC.shape[-1]
+    generator = torch.Generator().manual_seed(SIGN_SEED)
+    signs_C = 1.0 - 2.0 * torch.randint(2, (width,), generator=generator)
+    left, right = hadamard_factors(width)
+    tables = {"signs": signs_C, "left": left.float(), "right": right.float()}
+    return {name: table.to(features_RSHWC.device) for name, table in tables.items()}
+
+
+def _per_level(table_SC: Tensor) -> Tensor:
+    return table_SC[:, None, None]

@@ -1,0 +1,53 @@
+"""Codes of 1 to 8 bits, packed without gaps along the last axis.
+
+The codes of one token are one little-endian bit stream: code i is the bits i·b … i·b + b − 1, and bit j of
+the stream is bit j % 8 (0 the lowest) of byte j // 8. The last byte is filled up with zeros. With numpy alone:
+`np.unpackbits(packed, axis=-1, count=width * b, bitorder="little").reshape(*, width, b) @ 2 ** np.arange(b)`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def packed_width(width: int, bits: int) -> int:
+    """Bytes that `width` codes take."""
+    return -(-width * bits // 8)
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """uint8 (…, width), each below 2^bits → uint8 (…, packed_width)."""
+    width = codes.shape[-1]
+    codes_per_group, bytes_per_group = _group(bits)
+    groups = F.pad(codes, (0, -width % codes_per_group)).unflatten(-1, (-1, codes_per_group))
+    packed = torch.zeros(*groups.shape[:-1], bytes_per_group, dtype=torch.uint8, device=codes.device)
+    for i in range(codes_per_group):
+        byte, shift = divmod(i * bits, 8)
+        packed[..., byte] |= groups[..., i] << shift
+        if shift + bits > 8:
+            packed[..., byte + 1] |= groups[..., i] >> (8 - shift)
+    return packed.flatten(-2)[..., : packed_width(width, bits)].contiguous()
+
+
+def unpack(packed: Tensor, bits: int, width: int) -> Tensor:
+    """uint8 (…, packed_width) → uint8 (…, width), the inverse of `pack`."""
+    codes_per_group, bytes_per_group = _group(bits)
+    groups = F.pad(packed, (0, -packed.shape[-1] % bytes_per_group)).unflatten(-1, (-1, bytes_per_group))
+    codes = []
+    for i in range(codes_per_group):
+        byte, shift = divmod(i * bits, 8)
+        code = groups[..., byte] >> shift
+        if shift + bits > 8:
+            code = code | groups[..., byte + 1] << (8 - shift)
+        codes.append(code & (2**bits - 1))
+    return torch.stack(codes, -1).flatten(-2)[..., :width]
+
+
+def _group(bits: int) -> tuple[int, int]:
+    """The shortest run of (codes, bytes) that ends on a byte."""
+    common = math.gcd(bits, 8)
+    return 8 // common, bits // common

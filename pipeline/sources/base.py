@@ -1,0 +1,244 @@
+"""What every source gives: a sample table, and random access to the encoded images it lists."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from functools import partial
+from itertools import chain, islice
+from multiprocessing import get_context
+from posixpath import splitext
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import xxhash
+
+from pipeline.errors import EmptySourceError, ImageDecodeError, SourceError, SourceNotFoundError
+from pipeline.sources.decode import HEAD_BYTES, probe_size
+from pipeline.sources.keys import OK, name_problem, printable, with_unique_keys
+from pipeline.sources.place import Place
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+
+# path: relative to the source's folder. offset: bytes into that file (Parquet: row number in it).
+# width, height: pixels, EXIF orientation applied; 0 unless status is "ok". status: "ok" or the reason
+# why there is no such image. head_hash: xxh3-64 of the first HEAD_BYTES.
+SAMPLE_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("path", pa.string()),
+        ("offset", pa.int64()),
+        ("nbytes", pa.int64()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("label", pa.string()),
+        ("status", pa.string()),
+        ("head_hash", pa.uint64()),
+    ]
+)
+_UNIT_SCHEMA = SAMPLE_SCHEMA.append(pa.field("qualified_key", pa.string()))
+
+_UNITS_WORTH_PROCESSES = 8
+_REMOTE_THREADS = 32
+_UNITS_AHEAD_PER_WORKER = 4
+_NAMES_LOOKED_AT = 10_000
+
+
+class Source(ABC):
+    """Images at a place. Holds no open file: picklable, safe to fork and to use from threads."""
+
+    kind: ClassVar[str]
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        self.location = place.location
+
+    @abstractmethod
+    def _units(self) -> Iterable[Any]:
+        """Picklable pieces of work, in the order (path, offset) of their rows."""
+
+    @abstractmethod
+    def _scan_unit(self, unit: Any) -> pa.Table:
+        """The rows of one unit, `SampleRows.table()`. Runs in another process or thread."""
+
+    def _names(self) -> Iterator[str]:
+        """The names in which images are looked for, to say what was found when none is one."""
+        return (name for name, _ in self.place.files())
+
+    def scan(self, workers: int = 1, progress: Callable[[int], None] | None = None) -> pa.Table:
+        """The table of all samples, `SAMPLE_SCHEMA`, sorted by key (which is unique).
+
+        Every image that is there has a row; what cannot be used (an unreadable header, an unsafe name,
+        the place where a tar is cut) has a `status` that says why. `progress` is called with the number
+        of rows since its last call. Local files are read by `workers` processes, remote ones by threads.
+        Raises `EmptySourceError`, `SourceNotFoundError`, `SourceError`.
+        """
+        tables = []
+        try:
+            for table in self._scan_units(workers):
+                tables.append(table)
+                if progress is not None:
+                    progress(table.num_rows)
+        except (FileNotFoundError, PermissionError) as error:
+            failure = SourceNotFoundError if isinstance(error, FileNotFoundError) else SourceError
+            raise failure(
+                "A source cannot be read.",
+                got=str(error),
+                expected=f"files under {self.location} that stay there and may be read",
+                do="mend the permissions or the mount, and run the same command again",
+            ) from error
+        samples = pa.concat_tables([_UNIT_SCHEMA.empty_table(), *tables])
+        if not pc.any(pc.equal(samples["status"], OK)).as_py():
+            raise self._empty(samples)
+        return with_unique_keys(samples).sort_by("key").combine_chunks()
+
+    def read(self, path: str, offset: int, nbytes: int) -> bytes:
+        """The encoded image that a row of the sample table locates.
+
+        Raises `SourceNotFoundError` when the file is gone, `ImageDecodeError` when it was shortened.
+        """
+        try:
+            data = self.place.storage.read_range(path, offset, nbytes)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise self._gone(path) from error
+        return self._unchanged(data, path, nbytes)
+
+    def _scan_units(self, workers: int) -> Iterator[pa.Table]:
+        units = iter(self._units())
+        first = list(islice(units, _UNITS_WORTH_PROCESSES))
+        pool: Executor
+        if not self.place.is_local:  # waiting for answers, and a process would see no memory:// files
+            workers = _REMOTE_THREADS
+            pool = ThreadPoolExecutor(workers)
+        elif workers > 1 and len(first) == _UNITS_WORTH_PROCESSES:
+            pool = ProcessPoolExecutor(workers, get_context("spawn"))  # fork copies locks of other threads
+        else:
+            yield from map(self._scan_unit, chain(first, units))
+            return
+        pending: deque[Future[pa.Table]] = deque()
+        with pool:
+            for unit in chain(first, units):
+                pending.append(pool.submit(self._scan_unit, unit))
+                if len(pending) > workers * _UNITS_AHEAD_PER_WORKER:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+
+    def _containers(self, suffix: str) -> Iterator[tuple[str, int]]:
+        """(path, bytes) of the tars or Parquet files of this place."""
+        for path, nbytes in self.place.files():
+            if splitext(path)[1].lower() == suffix:
+                if problem := name_problem(path):
+                    raise SourceError(f"{printable(path)} cannot be read.", got=problem, do="rename the file")
+                yield path, nbytes
+
+    def _unchanged(self, data: bytes | None, path: str, nbytes: int) -> bytes:
+        if data is None or len(data) != nbytes:
+            found = "nothing" if data is None else f"{len(data):,} bytes"
+            raise ImageDecodeError(f"{path} changed since it was scanned: {found} instead of {nbytes:,}")
+        return data
+
+    def _gone(self, path: str) -> SourceNotFoundError:
+        return SourceNotFoundError(
+            f"{path} is gone.",
+            got=f"no such file under {self.location}",
+            expected="the images that the cache was built from",
+            do="check the mount, or name the new place of the images",
+        )
+
+    def _empty(self, samples: pa.Table) -> EmptySourceError:
+        if samples.num_rows:
+            key, path, status = (samples[name][0].as_py() for name in ("key", "path", "status"))
+            return EmptySourceError(
+                f"None of the {samples.num_rows:,} images can be read.",
+                got=f"{key} in {path}: {status}",
+                expected="at least one JPEG, PNG or WebP image",
+                do="open some of them with an image viewer",
+            )
+        names = list(islice(self._names(), _NAMES_LOOKED_AT))
+        return no_image_error(self.location, names, f"no image for a source of kind {self.kind}")
+
+
+class SampleRows:
+    """Collects the rows of one unit."""
+
+    def __init__(self) -> None:
+        self._columns: dict[str, list[Any]] = {name: [] for name in _UNIT_SCHEMA.names}
+
+    def add(
+        self,
+        key: str,
+        qualified_key: str,
+        path: str,
+        offset: int,
+        nbytes: int,
+        label: str | None,
+        read_first: Callable[[int], bytes],
+    ) -> None:
+        """One image. `read_first(n)` gives its first n bytes."""
+        head, size = b"", (0, 0)
+        status = name_problem(qualified_key) or name_problem(key) or OK
+        if status == OK:
+            try:
+                head = read_first(min(nbytes, HEAD_BYTES))
+                size = probe_size(head, nbytes, partial(read_first, nbytes))
+            except ImageDecodeError as error:
+                status = error.problem
+            except (FileNotFoundError, PermissionError) as error:
+                status = f"cannot be read: {error.strerror}"
+        else:
+            key, qualified_key = printable(key), printable(qualified_key)
+            path = printable(path) if name_problem(path) else path
+        self._append(key, path, offset, nbytes, *size, label, status, _hash(head), qualified_key)
+
+    def reject(self, path: str, offset: int, nbytes: int, status: str, name: str = "") -> None:
+        """A place in a file that holds no usable image, named by `name` or else by the place."""
+        key = printable(name) or f"{path}#{offset}"
+        self._append(key, path, offset, nbytes, 0, 0, None, status, _hash(b""), key)
+
+    def table(self) -> pa.Table:
+        return pa.table(self._columns, schema=_UNIT_SCHEMA)
+
+    def _append(self, *values: object) -> None:
+        for column, value in zip(self._columns.values(), values, strict=True):
+            column.append(value)
+
+
+def dataset_fingerprint(samples: pa.Table) -> str:
+    """xxh3-128, in hex, of what the samples are: key, nbytes, width, height, head_hash.
+
+    `samples` is sorted by key, as `scan` gives it. Where the images lie, how they were listed and by
+    how many workers, on which machine and when does not matter.
+    """
+    digest = xxhash.xxh3_128()
+    keys = samples["key"].cast(pa.large_binary()).combine_chunks()
+    _, offsets, text = keys.buffers()
+    ends = np.frombuffer(offsets, np.int64)[keys.offset : keys.offset + len(keys) + 1]
+    digest.update(np.diff(ends).tobytes())
+    digest.update(memoryview(text)[ends[0] : ends[-1]])
+    for name in ("nbytes", "width", "height", "head_hash"):
+        digest.update(samples[name].to_numpy().tobytes())
+    return digest.hexdigest()
+
+
+def is_image_name(name: str) -> bool:
+    return splitext(name)[1].lower() in IMAGE_SUFFIXES
+
+
+def no_image_error(location: str, names: Iterable[str], problem: str) -> EmptySourceError:
+    suffixes = Counter(splitext(name)[1].lower() or "no suffix" for name in names)
+    found = ", ".join(f"{count:,} × {suffix}" for suffix, count in suffixes.most_common(5))
+    return EmptySourceError(
+        f"There is {problem}.",
+        got=f"{location} with {found or 'no file at all'}",
+        expected=f"names that end in {', '.join(IMAGE_SUFFIXES)}, in any case: files, or members of tars",
+        do="check the path; convert other formats first",
+    )
+
+
+def _hash(data: bytes) -> int:
+    return xxhash.xxh3_64_intdigest(data)

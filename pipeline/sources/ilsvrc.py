@@ -1,0 +1,65 @@
+"""`ILSVRC2012_img_train.tar` as ImageNet distributes it: a tar of one tar per class."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from posixpath import basename, splitext
+from typing import NamedTuple
+
+import pyarrow as pa
+
+from pipeline.sources.base import SampleRows, Source, is_image_name
+from pipeline.sources.tar import tar_members
+from pipeline.sources.webdataset import read_range
+
+
+class _ClassTar(NamedTuple):
+    """The tar of one class in bytes [start, end) of the outer one, or what is wrong there."""
+
+    path: str
+    wnid: str
+    start: int
+    end: int
+    problem: str | None
+
+
+class ILSVRCSource(Source):
+    """Images stay where they are, two tars deep, and are read by byte range.
+
+    The key is the name of the image, such as `n01440764_10026`, the label its class, `n01440764`.
+    """
+
+    kind = "ilsvrc"
+
+    def _units(self) -> Iterator[_ClassTar]:
+        for path, nbytes in self._containers(".tar"):
+            with self.place.storage.open_read(path) as file:
+                for member in tar_members(file, 0, nbytes):
+                    wnid, suffix = splitext(basename(member.name))
+                    end = member.offset + member.nbytes
+                    if suffix.lower() == ".tar":  # one that is cut is read up to there, and says so itself
+                        yield _ClassTar(path, wnid, member.offset, end, None)
+                    elif member.problem is not None:
+                        yield _ClassTar(path, member.name, member.offset, end, member.problem)
+
+    def _scan_unit(self, unit: _ClassTar) -> pa.Table:
+        path, wnid, start, end, problem = unit
+        rows = SampleRows()
+        if problem is not None:
+            rows.reject(path, start, end - start, problem, wnid)
+            return rows.table()
+        with self.place.storage.open_read(path) as file:
+            for member in tar_members(file, start, end):
+                key = splitext(member.name)[0]
+                if member.problem is not None:
+                    rows.reject(path, member.offset, member.nbytes, member.problem, key)
+                elif is_image_name(member.name):
+                    read_first = partial(read_range, file, member.offset)
+                    rows.add(key, f"{wnid}/{key}", path, member.offset, member.nbytes, wnid, read_first)
+        return rows.table()
+
+    def _names(self) -> Iterator[str]:
+        for path, nbytes in self._containers(".tar"):
+            with self.place.storage.open_read(path) as file:
+                yield from (f"{path}/{member.name}" for member in tar_members(file, 0, nbytes))

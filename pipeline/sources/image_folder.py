@@ -1,0 +1,52 @@
+"""Images as files, in folders of any depth."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from functools import partial
+from itertools import islice
+from posixpath import splitext
+
+import pyarrow as pa
+
+from pipeline.sources.base import SampleRows, Source, is_image_name
+from pipeline.storage import LocalStorage
+
+_FILES_PER_UNIT = 1024
+_REMOTE_FILES_PER_UNIT = 16  # one request each, and the units of a source run side by side
+
+Files = list[tuple[str, int]]
+
+
+class ImageFolderSource(Source):
+    """JPEG, PNG and WebP files below a folder, by suffix in any case.
+
+    The key is the path without its suffix (with it, where two files differ in nothing else), the label
+    the name of the folder that holds the file.
+    """
+
+    kind = "image_folder"
+
+    def _units(self) -> Iterator[Files]:
+        images = (file for file in self.place.files() if is_image_name(file[0]))
+        size = _FILES_PER_UNIT if self.place.is_local else _REMOTE_FILES_PER_UNIT
+        while unit := list(islice(images, size)):
+            yield unit
+
+    def _scan_unit(self, unit: Files) -> pa.Table:
+        rows = SampleRows()
+        for path, nbytes in unit:
+            label = path.rpartition("/")[0].rpartition("/")[2] or None
+            rows.add(splitext(path)[0], path, path, 0, nbytes, label, partial(self._read_first, path))
+        return rows.table()
+
+    def _read_first(self, path: str, nbytes: int) -> bytes:
+        storage = self.place.storage
+        if not isinstance(storage, LocalStorage):
+            return storage.read_range(path, 0, nbytes) if nbytes else b""
+        handle = os.open(f"{storage.root}/{path}", os.O_RDONLY)  # a fifth of what a file object costs
+        try:
+            return os.read(handle, nbytes)
+        finally:
+            os.close(handle)

@@ -1,0 +1,82 @@
+"""Sample keys: which names may be one, and what happens when two samples have the same.
+
+Names inside tars and Parquet files are data from strangers. A name that could leave a folder, break a
+line or not be written at all never becomes a path or a usable key: its sample is kept out by `status`.
+"""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+OK = "ok"
+_LONGEST_NAME = 4096
+_SHOWN_CHARACTERS = 200
+_UNSAFE = re.compile(
+    r"(?P<path>(?:^|/)\.{0,2}(?:/|$))"
+    r"|(?P<character>[\x00-\x1f\x7f-\x9f\u2028\u2029\\])"
+    r"|(?P<encoding>[\ud800-\udfff])"
+)
+_REASONS = {
+    "path": "it is not a plain relative path",
+    "character": "it has a control character or a backslash",
+    "encoding": "it is not UTF-8",
+}
+
+
+def name_problem(name: str) -> str | None:
+    """Why `name` can be neither a key nor a path, or None when it can."""
+    if len(name) > _LONGEST_NAME:
+        return f"unsafe name: it has {len(name):,} characters"
+    unsafe = _UNSAFE.search(name)
+    return f"unsafe name: {_REASONS[str(unsafe.lastgroup)]}" if unsafe else None
+
+
+def printable(name: str) -> str:
+    """`name` in printable ASCII, shortened: for the rows of samples that are kept out."""
+    return name[:_SHOWN_CHARACTERS].encode("unicode_escape").decode("ascii")
+
+
+def with_unique_keys(table: pa.Table) -> pa.Table:
+    """`table` with every key occurring once; its column `qualified_key` is used up.
+
+    Samples that share a key take their qualified one (with suffix, container or row), all of them, so
+    that no listing order decides who keeps the short name. Where even that is shared (one name
+    twice in one tar) the first in the tar has it, and the later ones are kept out by `status`, under
+    the key and their offset. `table` must come in the order (path, offset).
+    """
+    table = table.combine_chunks()
+    keys, status = table["key"], table["status"]
+    qualified = table["qualified_key"]
+    while (shorten := _shared(keys) & pc.not_equal(keys, qualified).to_numpy()).any():
+        keys = pc.if_else(pa.array(shorten), qualified, keys)
+    while (later := _later(keys)).any():
+        mask = pa.array(later)
+        reason = pc.binary_join_element_wise(table["path"], " already has a sample ", keys, "")
+        reason = pc.binary_join_element_wise("duplicate key: ", reason, "")
+        status = pc.if_else(pc.and_(mask, pc.equal(status, OK)), reason, status)
+        offsets = table["offset"].cast(pa.string())
+        keys = pc.if_else(mask, pc.binary_join_element_wise(keys, offsets, "#"), keys)
+    return table.drop_columns("qualified_key").set_column(0, "key", keys)
+
+
+def _codes(keys: pa.ChunkedArray) -> NDArray[np.int32]:
+    """A number for each key, the same for equal keys."""
+    codes: NDArray[np.int32] = keys.combine_chunks().dictionary_encode().indices.to_numpy()
+    return codes
+
+
+def _shared(keys: pa.ChunkedArray) -> NDArray[np.bool_]:
+    codes = _codes(keys)
+    return np.bincount(codes)[codes] > 1
+
+
+def _later(keys: pa.ChunkedArray) -> NDArray[np.bool_]:
+    codes = _codes(keys)
+    later = np.ones(len(codes), bool)
+    later[np.unique(codes, return_index=True)[1]] = False
+    return later

@@ -1,0 +1,171 @@
+"""Parquet files in the Hub's image layout, such as `ILSVRC/imagenet-1k`.
+
+Column `image` is struct{bytes, path}; column `label`, if there is one, holds integers or names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from posixpath import basename, splitext
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.errors import SourceError
+from pipeline.sources.base import SampleRows, Source
+from pipeline.storage import LocalStorage, Storage
+
+_ROWS_PER_BATCH = 256
+_ROW_GROUPS_KEPT = 4
+_FOOTERS_KEPT = 4096
+
+
+class _RowGroup(NamedTuple):
+    """Rows [first_row, first_row + num_rows) of a file, or what is wrong with the file."""
+
+    path: str
+    group: int
+    first_row: int
+    num_rows: int
+    problem: str | None = None
+
+
+class ParquetSource(Source):
+    """A Parquet file, or those of a folder or pattern (as `data/train-*.parquet`).
+
+    The key is the stem of `image.path`; where there is none, or several rows have the same, it is
+    `<file without suffix>/<row>`. A row is read by its number: its whole row group is decoded, and the
+    last few are kept, so that reading in the order of the file is cheap and random order is not.
+    """
+
+    kind = "parquet"
+
+    def _units(self) -> Iterator[_RowGroup]:
+        for path, _ in self._containers(".parquet"):
+            try:
+                footer = _footer(self.place.storage.url, path)
+            except pa.ArrowInvalid as error:
+                yield _RowGroup(path, 0, 0, 0, f"the Parquet file cannot be read: {_first_line(error)}")
+                continue
+            _check_layout(path, footer.schema.to_arrow_schema())
+            first_row = 0
+            for group in range(footer.num_row_groups):
+                num_rows = footer.row_group(group).num_rows
+                yield _RowGroup(path, group, first_row, num_rows)
+                first_row += num_rows
+
+    def _scan_unit(self, unit: _RowGroup) -> pa.Table:
+        rows = SampleRows()
+        if unit.problem is not None:
+            rows.reject(unit.path, 0, 0, unit.problem)
+            return rows.table()
+        row = unit.first_row
+        try:
+            with _open(self.place.storage.url, unit.path) as file:
+                for batch in _batches(file, unit.group, ["image", "label"]):
+                    for data, name, label in _images(batch):
+                        _add(rows, unit.path, row, data, name, label)
+                        row += 1
+        except (pa.ArrowException, OSError) as error:
+            if getattr(error, "errno", None) is not None:  # the system failed, not the file's content
+                raise
+            lost = f"rows {row:,} to {unit.first_row + unit.num_rows - 1:,} cannot be read"
+            rows.reject(unit.path, row, 0, f"{lost}: {_first_line(error)}")
+        return rows.table()
+
+    def read(self, path: str, offset: int, nbytes: int) -> bytes:
+        try:
+            first_rows = _first_rows(self.place.storage.url, path)
+            group = int(np.searchsorted(first_rows, offset, side="right")) - 1
+            images = _row_group(self.place.storage.url, path, group)
+        except FileNotFoundError as error:
+            raise self._gone(path) from error
+        return self._unchanged(images[offset - first_rows[group]].as_py(), path, nbytes)
+
+
+def _add(rows: SampleRows, path: str, row: int, data: pa.Scalar, name: str | None, label: object) -> None:
+    file_key = f"{splitext(path)[0]}/{row:08d}"
+    if not data.is_valid:
+        rows.reject(path, row, 0, "the row has null bytes", file_key)
+        return
+    buffer = data.as_buffer()
+    rows.add(
+        splitext(basename(name or ""))[0] or file_key,
+        file_key,
+        path,
+        row,
+        buffer.size,
+        None if label is None else str(label),
+        lambda nbytes: buffer.slice(0, nbytes).to_pybytes(),
+    )
+
+
+def _images(batch: pa.RecordBatch) -> Iterator[tuple[pa.Scalar, str | None, object]]:
+    """(bytes, path, label) of the rows; the bytes are not copied."""
+    image = batch.column("image")
+    data = pc.struct_field(image, "bytes")
+    has_path = image.type.get_field_index("path") >= 0
+    nothing = [None] * batch.num_rows
+    paths = pc.struct_field(image, "path").to_pylist() if has_path else nothing
+    labels = batch.column("label").to_pylist() if "label" in batch.schema.names else nothing
+    return zip(data, paths, labels, strict=True)
+
+
+def _check_layout(path: str, schema: pa.Schema) -> None:
+    image = schema.field("image").type if "image" in schema.names else None
+    if image is not None and pa.types.is_struct(image) and image.get_field_index("bytes") >= 0:
+        kind = image.field("bytes").type
+        if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+            return
+    raise SourceError(
+        f"{path} is not in the Hub's image layout.",
+        got=", ".join(f"{field.name}: {field.type}" for field in schema),
+        expected="a column image: struct<bytes: binary, path: string>, and maybe a column label",
+        do="save it with `datasets` and a column of type Image(), or choose other files with a pattern",
+    )
+
+
+def _open(url: str, path: str) -> pq.ParquetFile:
+    storage = Storage.at(url)
+    return pq.ParquetFile(
+        storage.path(path) if isinstance(storage, LocalStorage) else storage.open_read(path)
+    )
+
+
+def _batches(file: pq.ParquetFile, group: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    batches: Iterator[pa.RecordBatch] = file.iter_batches(
+        _ROWS_PER_BATCH, row_groups=[group], columns=columns, use_threads=False
+    )
+    return batches
+
+
+@lru_cache(_FOOTERS_KEPT)
+def _footer(url: str, path: str) -> Any:
+    with _open(url, path) as file:
+        return file.metadata
+
+
+@lru_cache(_FOOTERS_KEPT)
+def _first_rows(url: str, path: str) -> np.ndarray:
+    footer = _footer(url, path)
+    sizes = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
+    return np.cumsum([0, *sizes[:-1]])
+
+
+@lru_cache(_ROW_GROUPS_KEPT)
+def _row_group(url: str, path: str, group: int) -> pa.ChunkedArray:
+    """The encoded images of a row group. Kept per process, so that a source itself holds no state."""
+    with _open(url, path) as file:
+        parts = [
+            pc.struct_field(batch.column("image"), "bytes")
+            for batch in _batches(file, group, ["image.bytes"])
+        ]
+    return pa.chunked_array(parts)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]

@@ -1,0 +1,73 @@
+"""Where images lie: a location taken apart into a folder and the files of it that are meant."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import fsspec
+
+from pipeline.errors import SourceNotFoundError
+from pipeline.storage import LocalStorage, Storage
+
+_MAGIC = re.compile(r"[*?[]")
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder (everything below it), one file, or the files that match a pattern such as `train-*.tar`.
+
+    `storage` is the folder that sample paths are relative to: the folder itself, the one that holds
+    the file, or what stands before the first part of a location with `*`, `?` or `[`.
+    `**` matches folders of any depth.
+    """
+
+    location: str
+    storage: Storage
+    selection: str | None = None  # a file name or a pattern, relative to `storage`
+
+    @staticmethod
+    def at(location: str | os.PathLike[str]) -> Place:
+        """Raises `SourceNotFoundError`. A local location becomes absolute."""
+        text = os.fspath(location).removeprefix("file://")
+        if "://" not in text:
+            text = str(Path(text).expanduser().absolute())
+        filesystem, path = fsspec.core.url_to_fs(text)
+        if filesystem.isdir(path):
+            return Place(text, Storage.at(text))
+        folder, _, name = text.rpartition("/")
+        if filesystem.isfile(path):
+            return Place(text, Storage.at(folder or "/"), name)
+        if magic := _MAGIC.search(text):
+            folder, _, _ = text[: magic.start()].rpartition("/")
+            return Place(text, Storage.at(folder or "/"), text[len(folder) + 1 :])
+        raise SourceNotFoundError(
+            "There is nothing at this place.",
+            got=text,
+            expected="a folder of images, a tar or Parquet file, or a folder or pattern of those",
+            do="check the path, and that the disk or bucket is mounted and readable here",
+        )
+
+    @property
+    def is_local(self) -> bool:
+        return isinstance(self.storage, LocalStorage)
+
+    def files(self) -> Iterator[tuple[str, int]]:
+        """(path relative to `storage`, bytes) of every file that is meant, in one order everywhere."""
+        if self.selection is None:
+            yield from self.storage.walk()
+        elif (nbytes := self.storage.size(self.selection)) is not None:
+            yield self.selection, nbytes
+        elif isinstance(self.storage, LocalStorage):
+            root = self.storage.root
+            for path in sorted(root.glob(self.selection)):
+                if path.is_file():
+                    yield path.relative_to(root).as_posix(), path.stat().st_size
+        else:
+            filesystem, root_path = fsspec.core.url_to_fs(self.storage.url)
+            for name, entry in sorted(filesystem.glob(f"{root_path}/{self.selection}", detail=True).items()):
+                if entry["type"] == "file":
+                    yield name.removeprefix(f"{root_path}/"), entry["size"]

@@ -1,0 +1,90 @@
+"""WebDataset tars, such as those of `timm/imagenet-1k-wds`: `key.jpg` with `key.cls` or `key.json`."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from functools import partial
+from itertools import groupby
+from operator import attrgetter
+from posixpath import splitext
+from typing import IO, NamedTuple
+
+import pyarrow as pa
+
+from pipeline.sources.base import IMAGE_SUFFIXES, SampleRows, Source
+from pipeline.sources.tar import TarMember, tar_members
+
+_NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
+_LONGEST_LABEL_BYTES = 1 << 20
+
+
+class _Field(NamedTuple):
+    key: str
+    name: str
+    member: TarMember
+
+
+class WebDatasetSource(Source):
+    """A tar, or the tars of a folder or pattern. Members are read by byte range, never extracted.
+
+    As webdataset has it, a member's key ends and its field begins at the first dot of its base name
+    (`a.seg.png` is the field `seg.png` of sample `a`, not an image of its own), and the members of one
+    sample lie together. The label is the text of `cls`, or else `label` in `json`. A key that occurs in
+    several tars becomes `<tar without suffix>/<key>` in each; within one tar, the first sample keeps it
+    and the others get the status "duplicate key".
+    """
+
+    kind = "webdataset"
+
+    def _units(self) -> Iterator[tuple[str, int]]:
+        return self._containers(".tar")
+
+    def _scan_unit(self, unit: tuple[str, int]) -> pa.Table:
+        path, tar_nbytes = unit
+        rows = SampleRows()
+        with self.place.storage.open_read(path) as file:
+            fields = (_Field(*_split(member.name), member) for member in tar_members(file, 0, tar_nbytes))
+            for key, group in groupby(fields, attrgetter("key")):
+                sample = list(group)
+                label = _label(file, sample)
+                for _, name, member in sample:
+                    offset, nbytes = member.offset, member.nbytes
+                    if member.problem is not None:
+                        rows.reject(path, offset, nbytes, member.problem, key or member.name)
+                    elif f".{name}" in IMAGE_SUFFIXES:
+                        read_first = partial(read_range, file, offset)
+                        rows.add(key, f"{splitext(path)[0]}/{key}", path, offset, nbytes, label, read_first)
+        return rows.table()
+
+    def _names(self) -> Iterator[str]:
+        for path, nbytes in self._containers(".tar"):
+            with self.place.storage.open_read(path) as file:
+                yield from (f"{path}/{member.name}" for member in tar_members(file, 0, nbytes))
+
+
+def read_range(file: IO[bytes], offset: int, nbytes: int) -> bytes:
+    file.seek(offset)
+    return file.read(nbytes)
+
+
+def _split(name: str) -> tuple[str, str]:
+    match = _NAME.fullmatch(name)
+    return (match[1], match[2].lower()) if match else ("", "")
+
+
+def _label(file: IO[bytes], sample: list[_Field]) -> str | None:
+    texts = {
+        name: read_range(file, member.offset, member.nbytes).decode(errors="replace")
+        for _, name, member in sample
+        if name in ("cls", "json") and member.nbytes <= _LONGEST_LABEL_BYTES
+    }
+    if "cls" in texts:
+        return texts["cls"].strip()
+    try:
+        content = json.loads(texts.get("json", "null"))
+    except (ValueError, RecursionError):
+        return None
+    label = content.get("label") if isinstance(content, dict) else None
+    return None if label is None else str(label)

@@ -1,0 +1,65 @@
+"""What every feature store keeps: whole shards written once by one writer, rows read in any order."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipeline.codecs import ArrayLayout, get_codec
+from pipeline.manifest import FileRecord
+from pipeline.spec import CacheSpec, TeacherSpec
+
+Arrays = dict[str, NDArray]
+
+CLS_TOKEN = "cls"
+GLOBAL_FEATURE = "global"
+
+
+def teacher_layouts(teacher: TeacherSpec) -> dict[str, ArrayLayout]:
+    """Every array of a teacher: those of its codec, and its token features where the spec asks.
+
+    Token features are few bytes and matter much, so they are kept at 16 bits (32 under `f32`).
+    """
+    codec = get_codec(teacher.codec)
+    layouts = codec.layout(teacher.num_levels, teacher.stored_grid, teacher.width)
+    token_dtype = torch.float32 if teacher.codec == "f32" else torch.float16
+    if teacher.cls_token:
+        layouts[CLS_TOKEN] = ArrayLayout(
+            (teacher.num_levels, teacher.width), token_dtype, ("level", "channel"), {}
+        )
+    if teacher.global_width:
+        layouts[GLOBAL_FEATURE] = ArrayLayout((teacher.global_width,), token_dtype, ("channel",), {})
+    return layouts
+
+
+class ShardWriter(ABC):
+    """Takes the rows of one shard in ascending order; rows never written are absent."""
+
+    @abstractmethod
+    def write(self, offsets: Sequence[int], arrays: Mapping[str, NDArray]) -> None:
+        """Rows at `offsets` within the shard; every array has them first."""
+
+    @abstractmethod
+    def files(self) -> dict[str, FileRecord]:
+        """The files of the shard, once the context that gave this writer has closed."""
+
+
+class FeatureStore(ABC):
+    """The rows of every teacher of one cache."""
+
+    @abstractmethod
+    def create(self, spec: CacheSpec, teacher: str) -> None:
+        """Lay out a teacher's arrays; harmless where they are already there."""
+
+    @abstractmethod
+    def write_shard(self, spec: CacheSpec, teacher: str, shard: int) -> AbstractContextManager[ShardWriter]:
+        """A writer whose files appear whole when the context closes, and not at all if it fails."""
+
+    @abstractmethod
+    def read(self, spec: CacheSpec, teacher: str, rows: NDArray[np.int64], names: Sequence[str]) -> Arrays:
+        """The named arrays at `rows`, in that order, rows first."""

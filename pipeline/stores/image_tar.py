@@ -1,0 +1,46 @@
+"""Copies of a shard's source images, byte for byte, in one tar that `webdataset` can read."""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from pipeline.manifest import FileRecord
+from pipeline.storage import ChecksumWriter, Storage
+
+_SUFFIXES = {b"\xff\xd8": ".jpg", b"\x89P": ".png", b"RI": ".webp"}
+
+
+def image_tar_name(shard: int) -> str:
+    return f"images/{shard:05d}.tar"
+
+
+class ImageTarWriter:
+    """`members` are the byte ranges (offset, nbytes) of the images added so far, (0, 0) for an absent one."""
+
+    def __init__(self, name: str, file: ChecksumWriter) -> None:
+        self._name, self._file = name, file
+        self.members: list[tuple[int, int]] = []
+
+    @classmethod
+    @contextmanager
+    def open(cls, storage: Storage, shard: int) -> Iterator[ImageTarWriter]:
+        name = image_tar_name(shard)
+        with storage.open_write(name) as file:
+            yield cls(name, file)
+            file.write(b"\0" * 2 * tarfile.BLOCKSIZE)
+
+    def add(self, key: str, image: bytes | None) -> None:
+        """The next sample of the shard; None keeps the place of one that cannot be decoded."""
+        if image is None:
+            self.members.append((0, 0))
+            return
+        header = tarfile.TarInfo(key + _SUFFIXES.get(image[:2], ".img"))
+        header.size = len(image)
+        self._file.write(header.tobuf(tarfile.PAX_FORMAT))
+        self.members.append((self._file.nbytes, len(image)))
+        self._file.write(image + b"\0" * (-len(image) % tarfile.BLOCKSIZE))
+
+    def files(self) -> dict[str, FileRecord]:
+        return {self._name: FileRecord(nbytes=self._file.nbytes, checksum=self._file.checksum)}

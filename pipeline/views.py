@@ -1,0 +1,235 @@
+"""Views: one deterministic crop, flip and jitter of a sample, drawn once and replayed everywhere.
+
+A `View` is drawn from a counter-based generator keyed by (seed, sample_key, view_index), so any
+machine can draw any view in any order. What was drawn is stored in `views.parquet`; the stored
+parameters, not the seed, are the truth, and `render_view` is the one function that turns them into
+pixels, for the teacher (at its input size) and for the student (at the view's own size).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import torch
+import xxhash
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from pipeline.spec import Size, ViewPolicy
+
+VIEW_SCHEMA = pa.schema(
+    [
+        ("sample_index", pa.int64()),
+        ("view_index", pa.int32()),
+        ("left", pa.float32()),
+        ("top", pa.float32()),
+        ("right", pa.float32()),
+        ("bottom", pa.float32()),
+        ("flip", pa.bool_()),
+        ("brightness", pa.float32()),
+        ("contrast", pa.float32()),
+        ("saturation", pa.float32()),
+        ("hue", pa.float32()),
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+    ]
+)
+
+_CROP_ATTEMPTS = 10  # as torchvision's RandomResizedCrop, before it falls back to a centre crop
+_DRAWS_PER_VIEW = 2 * _CROP_ATTEMPTS + 3
+_BLOCK_SAMPLES = 1 << 16
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class View:
+    """One view of one sample.
+
+    `box` is (left, top, right, bottom) in pixels of the decoded source image, EXIF orientation
+    applied. `size` is (height, width) of the student's input. Jitter factors as in torchvision:
+    1 keeps brightness, contrast and saturation, 0 keeps the hue.
+    """
+
+    box: tuple[float, float, float, float]
+    flip: bool
+    size: Size
+    brightness: float = 1.0
+    contrast: float = 1.0
+    saturation: float = 1.0
+    hue: float = 0.0
+
+
+def render_view(image: Image.Image, view: View, size: Size | None = None) -> Tensor:
+    """The pixels of a view: uint8 (3, height, width), at `size` or else at the view's own size.
+
+    Pillow's bicubic filter with antialiasing, straight from the source pixels; its 8-bit arithmetic
+    is integer, so the same Pillow version gives the same bits on every machine.
+    """
+    height, width = size or view.size
+    crop = image.resize((width, height), Image.Resampling.BICUBIC, box=view.box)
+    if view.flip:
+        crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if view.brightness != 1:
+        crop = F.adjust_brightness(crop, view.brightness)
+    if view.contrast != 1:
+        crop = F.adjust_contrast(crop, view.contrast)
+    if view.saturation != 1:
+        crop = F.adjust_saturation(crop, view.saturation)
+    if view.hue != 0:
+        crop = F.adjust_hue(crop, view.hue)
+    return torch.from_numpy(np.array(crop)).permute(2, 0, 1).contiguous()
+
+
+def draw_view(policy: ViewPolicy, sample_key: str, width: int, height: int, view_index: int) -> View:
+    """The view that `draw_views` gives for this sample: for looking at a policy, not for reading a cache."""
+    table = draw_views(
+        policy, [sample_key], np.array([width]), np.array([height]), (view_index, view_index + 1)
+    )
+    return ViewTable(table).view(0)
+
+
+def draw_views(
+    policy: ViewPolicy,
+    sample_keys: Sequence[str],
+    widths: NDArray[np.integer],
+    heights: NDArray[np.integer],
+    views: tuple[int, int],
+    first_sample: int = 0,
+) -> pa.Table:
+    """Views [views[0], views[1]) of every sample, samples-major, as a table of `VIEW_SCHEMA`.
+
+    A sample of unknown size (0 × 0: its header could not be read) gets an empty box.
+    """
+    blocks = []
+    for start in range(0, len(sample_keys), _BLOCK_SAMPLES):
+        stop = min(start + _BLOCK_SAMPLES, len(sample_keys))
+        blocks.append(
+            _draw_block(
+                policy,
+                sample_keys[start:stop],
+                np.asarray(widths[start:stop], np.float64),
+                np.asarray(heights[start:stop], np.float64),
+                np.arange(*views),
+                first_sample + start,
+            )
+        )
+    return pa.Table.from_batches(blocks, schema=VIEW_SCHEMA)
+
+
+def _draw_block(
+    policy: ViewPolicy,
+    sample_keys: Sequence[str],
+    widths: Floats,
+    heights: Floats,
+    views: NDArray[np.int64],
+    first_sample: int,
+) -> pa.RecordBatch:
+    shape = (len(sample_keys), len(views))
+    width, height = (np.broadcast_to(side[:, None], shape) for side in (widths, heights))
+    if policy.policy == "imagenet_eval":
+        left, top, right, bottom = _centre_crop(policy, width, height)
+        flip = np.zeros(shape, bool)
+    else:
+        uniforms = _uniforms(policy.seed, sample_keys, views)
+        left, top, right, bottom = _random_resized_crop(policy, width, height, uniforms)
+        flip = uniforms[..., -1] < policy.flip_probability
+    count = left.size
+    ones, zeros = np.ones(count, np.float32), np.zeros(count, np.float32)
+    samples = np.arange(first_sample, first_sample + shape[0])
+    columns = [
+        np.repeat(samples, shape[1]),
+        np.tile(views.astype(np.int32), shape[0]),
+        *(side.astype(np.float32).ravel() for side in (left, top, right, bottom)),
+        flip.ravel(),
+        *(ones, ones, ones, zeros),
+        np.full(count, policy.size[0], np.int32),
+        np.full(count, policy.size[1], np.int32),
+    ]
+    return pa.RecordBatch.from_arrays([pa.array(column) for column in columns], schema=VIEW_SCHEMA)
+
+
+def _random_resized_crop(
+    policy: ViewPolicy, width: Floats, height: Floats, uniforms: Floats
+) -> tuple[Floats, Floats, Floats, Floats]:
+    """torchvision's RandomResizedCrop for many samples at once: first of ten attempts that fits."""
+    attempts = uniforms[..., : 2 * _CROP_ATTEMPTS].reshape(*width.shape, _CROP_ATTEMPTS, 2)
+    area = (width * height)[..., None] * _between(attempts[..., 0], *policy.scale)
+    ratio = np.exp(_between(attempts[..., 1], np.log(policy.ratio[0]), np.log(policy.ratio[1])))
+    crop_width, crop_height = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
+    fits = (
+        (crop_width >= 1)
+        & (crop_width <= width[..., None])
+        & (crop_height >= 1)
+        & (crop_height <= height[..., None])
+    )
+    first = np.argmax(fits, axis=-1)[..., None]
+    w = np.take_along_axis(crop_width, first, -1)[..., 0]
+    h = np.take_along_axis(crop_height, first, -1)[..., 0]
+    left = np.floor(uniforms[..., -3] * (width - w + 1))
+    top = np.floor(uniforms[..., -2] * (height - h + 1))
+
+    fallback = ~fits.any(-1)
+    w = np.where(fallback, np.minimum(width, np.rint(height * policy.ratio[1])), w)
+    h = np.where(fallback, np.minimum(height, np.rint(width / policy.ratio[0])), h)
+    left = np.where(fallback, np.floor((width - w) / 2), left)
+    top = np.where(fallback, np.floor((height - h) / 2), top)
+    return left, top, left + w, top + h
+
+
+def _centre_crop(policy: ViewPolicy, width: Floats, height: Floats) -> tuple[Floats, Floats, Floats, Floats]:
+    """Resize so that the crop takes `crop_fraction` of the tighter side, then crop the centre."""
+    out_height, out_width = policy.size
+    source_per_output = policy.crop_fraction * np.minimum(width / out_width, height / out_height)
+    w, h = out_width * source_per_output, out_height * source_per_output
+    left, top = (width - w) / 2, (height - h) / 2
+    return left, top, left + w, top + h
+
+
+def _between(uniform: Floats, low: float, high: float) -> Floats:
+    return low + uniform * (high - low)
+
+
+def _uniforms(seed: int, sample_keys: Sequence[str], views: NDArray[np.int64]) -> Floats:
+    """(samples, views, draws) numbers in [0, 1): SplitMix64 at counter (view, draw), keyed by the sample.
+
+    Steele et al., "Fast splittable pseudorandom number generators", 2014: the k-th output is a mix
+    of state + k·γ, so any element is computed on its own, and numpy computes all of them at once.
+    """
+    keys = np.array([xxhash.xxh3_64_intdigest(key.encode(), seed) for key in sample_keys], np.uint64)
+    draws = np.arange(1, _DRAWS_PER_VIEW + 1, dtype=np.uint64)
+    counters = views.astype(np.uint64)[:, None] * np.uint64(_DRAWS_PER_VIEW) + draws
+    z = keys[:, None, None] + counters * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    z ^= z >> np.uint64(31)
+    uniforms: Floats = (z >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return uniforms
+
+
+class ViewTable:
+    """Views by row, on top of an Arrow table of `VIEW_SCHEMA`."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self._columns = {name: table[name].to_numpy() for name in VIEW_SCHEMA.names}
+
+    def __len__(self) -> int:
+        return len(self._columns["flip"])
+
+    def view(self, index: int) -> View:
+        """The view in line `index` of the table."""
+        value = {name: column[index].item() for name, column in self._columns.items()}
+        return View(
+            box=(value["left"], value["top"], value["right"], value["bottom"]),
+            flip=value["flip"],
+            size=(value["height"], value["width"]),
+            brightness=value["brightness"],
+            contrast=value["contrast"],
+            saturation=value["saturation"],
+            hue=value["hue"],
+        )

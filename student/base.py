@@ -1,0 +1,122 @@
+"""What every student is: a model that normalises its own input, and can be saved and loaded.
+
+A saved student is a folder of two files, `config.json` (kind and arguments) and `model.safetensors`.
+Loading it needs neither a cache nor a teacher.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pipeline.errors import CheckpointError
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+
+
+class Student(nn.Module, ABC):
+    """`config` holds the arguments of the constructor, as JSON can hold them.
+
+    Mean and standard deviation (of pixels in 0–1) are kept with the weights, so that a student always
+    sees pixels as it saw them when it was trained.
+    """
+
+    kind: ClassVar[str]
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: Mapping[str, Any], mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.config = dict(config)
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
+
+    def normalize(self, images_B3HW: Tensor) -> Tensor:
+        """uint8 RGB images → the float32 pixels that `forward` takes, on the device of the images."""
+        return (images_B3HW.float() / 255 - self.mean) / self.std
+
+    @abstractmethod
+    def forward(self, pixels_B3HW: Tensor) -> dict[str, list[Tensor]]:
+        """Normalised pixels → for each teacher its levels, each (B, C of the teacher, h, w)."""
+
+    @abstractmethod
+    def parameters_by_part(self) -> dict[str, int]:
+        """The number of parameters of each part; the parts add up to the whole."""
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        save_file(weights, target / WEIGHTS_FILE)
+        config = {"kind": self.kind, **self.config}
+        (target / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, source: str | os.PathLike[str], revision: str | None = None) -> Self:
+        """The student in a folder, or in a repository of the Hub, in eval mode on the CPU.
+
+        Raises `CheckpointError` for a student of another kind, and where files are missing, damaged or
+        hold other weights than the config asks for.
+        """
+        folder = find_saved(source, revision)
+        config = read_config(folder)
+        if (kind := config.pop("kind", None)) != cls.kind:
+            raise CheckpointError(
+                f"The student in {folder} is of another kind.",
+                got=kind,
+                expected=cls.kind,
+                do="use student.load_student(), which looks at the kind",
+            )
+        try:
+            student = cls(**config)
+            student.load_state_dict(load_file(folder / WEIGHTS_FILE))
+        except (OSError, SafetensorError, TypeError, RuntimeError) as error:
+            raise CheckpointError(
+                f"The student in {folder} cannot be loaded.",
+                got=error,
+                expected=f"a {CONFIG_FILE} and a {WEIGHTS_FILE} that save_pretrained() wrote together",
+                do="copy or download the folder again",
+            ) from error
+        return student.eval()
+
+
+def find_saved(source: str | os.PathLike[str], revision: str | None = None) -> Path:
+    """The local folder of a saved student; one on the Hub is downloaded."""
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    files = [CONFIG_FILE, WEIGHTS_FILE]
+    try:
+        return Path(snapshot_download(os.fspath(source), revision=revision, allow_patterns=files))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            "There is no such student.",
+            got=os.fspath(source),
+            expected="a folder that save_pretrained() wrote, or a repository of the Hugging Face Hub",
+            do="check the path; a finished run leaves its student in <output>/student",
+        ) from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    file = folder / CONFIG_FILE
+    try:
+        config = dict(json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{file} cannot be read.",
+            got=error,
+            expected="the JSON that save_pretrained() writes",
+            do="copy or download the folder again",
+        ) from error
+    return config

@@ -1,0 +1,23 @@
+"""Metrics of the students' tasks, in Python alone: streaming, mergeable, the same on any number of processes.
+
+metric = MeanIoU(num_classes=21)
+metric.update(prediction_BHW, target_BHW)                       for every batch
+metric.reduce(lambda x: accelerator.reduce(x.to(accelerator.device), "sum").cpu())
+metric.compute()
+"""
+
+from student.metrics.base import SumMetric
+from student.metrics.boundary import BoundaryBenchmark, BoundaryScores
+from student.metrics.dense import RMSE, MaxF, MeanAngularError, MeanIoU
+from student.metrics.gain import mtl_gain
+
+__all__ = [
+    "RMSE",
+    "BoundaryBenchmark",
+    "BoundaryScores",
+    "MaxF",
+    "MeanAngularError",
+    "MeanIoU",
+    "SumMetric",
+    "mtl_gain",
+]

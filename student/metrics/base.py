@@ -1,0 +1,64 @@
+"""Metrics whose whole state is sums: they stream, merge, and add up over processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Self
+
+from torch import Tensor
+
+from pipeline.errors import explain
+
+
+class SumMetric:
+    """A metric that is a function of sums over the data.
+
+    Counts are int64, so no split of the data changes a bit of them. The float64 sums (angles, squared errors,
+    F-measures of images) do not depend on the split beyond rounding, about 1e-15 a term.
+    """
+
+    def __init__(self, **sums: Tensor) -> None:
+        self._sums = sums
+
+    def state(self) -> dict[str, Tensor]:
+        """The sums by name, on the CPU: all that this metric remembers."""
+        return self._sums
+
+    def merge(self, other: Self) -> None:
+        """Add what `other`, a metric made with the same arguments, has seen."""
+        mine, theirs = self.state(), other.state()
+        shapes, other_shapes = ({n: tuple(s.shape) for n, s in sums.items()} for sums in (mine, theirs))
+        if type(self) is not type(other) or shapes != other_shapes:
+            raise ValueError(
+                explain(
+                    "Only metrics of one kind, made with the same arguments, can be merged.",
+                    got=f"{type(other).__name__} {other_shapes}",
+                    expected=f"{type(self).__name__} {shapes}",
+                    do="make every part of one metric with the same arguments",
+                )
+            )
+        for name, addend in theirs.items():
+            mine[name] += addend
+
+    def reduce(self, add_up: Callable[[Tensor], Tensor]) -> None:
+        """Replace every sum by its sum over all processes; to be called once, after the last update.
+
+        `add_up` adds a CPU tensor up over the processes; with accelerate
+        `lambda x: accelerator.reduce(x.to(accelerator.device), "sum").cpu()`.
+        """
+        sums = self.state()
+        for name in sums:
+            sums[name] = add_up(sums[name])
+
+
+def check_same_shape(prediction_shape: tuple[int, ...], target_shape: tuple[int, ...]) -> None:
+    """Raise `ValueError` unless prediction and target have the same shape, which broadcasting would hide."""
+    if tuple(prediction_shape) != tuple(target_shape):
+        raise ValueError(
+            explain(
+                "Prediction and target differ in shape.",
+                got=f"prediction {tuple(prediction_shape)}, target {tuple(target_shape)}",
+                expected="the same shape",
+                do="resize the prediction to the size of the target, and drop channels of size 1",
+            )
+        )

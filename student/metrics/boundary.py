@@ -1,0 +1,222 @@
+"""Boundary scores odsF, oisF and AP, as the BSDS benchmark and SEISM compute them (SAK, B.4).
+
+    benchmark = BoundaryBenchmark(max_distance=0.0075)          # 0.011 on NYUD-v2
+    for probability_HW, boundaries_AHW in images: benchmark.update(probability_HW, boundaries_AHW)
+    print(benchmark.compute().ods_f)
+
+Legend: H, W pixels, A annotators, T thresholds, U of them with different maps, N pixels predicted at any.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from skimage.morphology import thin
+from torch import Tensor
+
+from pipeline.errors import explain
+from student.metrics.base import SumMetric, check_same_shape
+from student.metrics.edge_nms import edge_nms
+from student.metrics.matching import Bools, find_candidates, match
+
+Floats = npt.NDArray[np.floating]
+Counts = npt.NDArray[np.int64]
+
+_TASKS_PER_IMAGE = 2  # so that one image alone keeps two processes busy
+_MAX_PENDING_IMAGES = 64  # bounds the memory that waiting images take
+
+
+def boundary_counts(
+    probability_HW: Floats, targets_AHW: Bools, thresholds_T: Floats, max_distance: float = 0.0075
+) -> Counts:
+    """What one image adds to precision and recall at every threshold (BSDS, `evaluation_bdry_image`).
+
+    `max_distance`: how far apart matched pixels may be, as a fraction of the image diagonal.
+    Returns int64 (T, 4): true pixels matched and in all, over all annotators; predicted pixels matched with
+    any annotator and in all. Predictions are thinned at every threshold; targets are taken as they are.
+    """
+    radius_px = max_distance * float(np.hypot(*probability_HW.shape))
+    # The maps are nested, so those of equal size are equal.
+    size_T = np.count_nonzero(probability_HW >= thresholds_T[:, None, None], axis=(1, 2))
+    _, first_U, map_T = np.unique(size_T, return_index=True, return_inverse=True)
+    maps_UHW = np.stack([thin(probability_HW >= threshold) for threshold in thresholds_T[first_U]])
+    any_HW: Bools = np.logical_or.reduce(maps_UHW)
+    present_UN = maps_UHW[:, any_HW]
+
+    matched_UN = np.zeros_like(present_UN)
+    recalled_U = np.zeros(len(present_UN), np.int64)
+    for target_HW in targets_AHW:
+        candidates = find_candidates(any_HW, target_HW, radius_px)
+        for index, present_N in enumerate(present_UN):
+            prediction_K, target_K = match(candidates.subset(present_N[candidates.prediction_E]))
+            matched_UN[index, prediction_K] = True
+            recalled_U[index] += len(target_K)
+    relevant_U = np.full_like(recalled_U, np.count_nonzero(targets_AHW))
+    counts_U4 = np.stack([recalled_U, relevant_U, matched_UN.sum(1), present_UN.sum(1)], axis=1)
+    return counts_U4[map_T]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoundaryScores:
+    """Fractions. ODS: one threshold for the data set. OIS: the best threshold of every image."""
+
+    ods_f: float
+    ods_precision: float
+    ods_recall: float
+    ods_threshold: float
+    ois_f: float
+    ois_precision: float
+    ois_recall: float
+    ap: float
+    thresholds_T: Floats
+    precision_T: Floats
+    recall_T: Floats
+
+
+def scores_of(thresholds_T: Floats, counts_T4: Counts, ois_counts_4: Counts) -> BoundaryScores:
+    """Scores from counts that are summed over images (BSDS, `collect_eval_bdry`).
+
+    ODS interpolates precision and recall linearly between thresholds, in 100 steps, where SEISM takes the
+    best of the thresholds (`precision_T` and `recall_T` give it; it is lower by some 1e-4). AP is the mean
+    precision at recall 0, 0.01 … 1, zero outside the recalls that were reached.
+    """
+    recall_T, precision_T = _recall_and_precision(counts_T4)
+    step_S = np.linspace(0, 1, 100)
+    between = [
+        np.append(curve_T[0], curve_T[:-1, None] * (1 - step_S) + curve_T[1:, None] * step_S)
+        for curve_T in (thresholds_T, recall_T, precision_T)
+    ]
+    best = int(np.argmax(_f_measure(between[1], between[2])))
+    ods_threshold, ods_recall, ods_precision = (float(curve[best]) for curve in between)
+
+    ois_recall, ois_precision = (float(ratio[0]) for ratio in _recall_and_precision(ois_counts_4[None]))
+    reached_R, where_R = np.unique(recall_T, return_index=True)
+    at_recall = np.interp(np.linspace(0, 1, 101), reached_R, precision_T[where_R], left=0, right=0)
+    return BoundaryScores(
+        ods_f=float(_f_measure(ods_recall, ods_precision)),
+        ods_precision=ods_precision,
+        ods_recall=ods_recall,
+        ods_threshold=ods_threshold,
+        ois_f=float(_f_measure(ois_recall, ois_precision)),
+        ois_precision=ois_precision,
+        ois_recall=ois_recall,
+        ap=float(at_recall.sum() / 100) if len(reached_R) > 1 else 0.0,
+        thresholds_T=thresholds_T,
+        precision_T=precision_T,
+        recall_T=recall_T,
+    )
+
+
+def _recall_and_precision(counts_T4: Counts) -> tuple[Floats, Floats]:
+    recalled_T, relevant_T, correct_T, predicted_T = counts_T4.T
+    return recalled_T / np.maximum(relevant_T, 1), correct_T / np.maximum(predicted_T, 1)
+
+
+def _f_measure(recall: Floats | float, precision: Floats | float) -> Floats:
+    total = np.add(precision, recall)
+    return 2 * np.multiply(precision, recall) / np.where(total == 0, 1, total)
+
+
+class BoundaryBenchmark(SumMetric):
+    """odsF, oisF and AP over a data set, image by image.
+
+    `max_distance`: 0.0075 (BSDS, PASCAL-Context) or 0.011 (NYUD-v2) of the image diagonal.
+    `nms_radius`: of the non-maximum suppression before thresholding (`edge_nms`); None takes predictions as
+    they are, as the BSDS benchmark itself does.
+    `executor`: evaluates images in parallel; one of processes, since the work holds the interpreter lock:
+    `ProcessPoolExecutor(2, mp_context=get_context("spawn"))`.
+    `progress`: called with the number of images that are done.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_distance: float = 0.0075,
+        nms_radius: int | None = 4,
+        num_thresholds: int = 99,
+        executor: Executor | None = None,
+        progress: Callable[[int], object] | None = None,
+    ) -> None:
+        super().__init__(
+            counts_T4=torch.zeros(num_thresholds, 4, dtype=torch.int64),
+            ois_counts_4=torch.zeros(4, dtype=torch.int64),
+        )
+        self.thresholds_T = np.arange(1, num_thresholds + 1) / (num_thresholds + 1)
+        self.max_distance = max_distance
+        self.nms_radius = nms_radius
+        self.executor = executor
+        self.progress = progress
+        self._pending: deque[list[Future[Counts]]] = deque()
+        self._images_done = 0
+
+    def update(self, probability_HW: Tensor | Floats, targets_AHW: Tensor | npt.NDArray) -> None:
+        """One image: boundary probabilities in [0, 1], and the boundary map (0 or 1) of every annotator.
+
+        A single target may come as (H, W). With an executor this returns before the image is evaluated.
+        Raises `ValueError` when sizes differ or values are not probabilities.
+        """
+        probability_HW, targets_AHW = _array(probability_HW), _array(targets_AHW)
+        if targets_AHW.ndim == 2:
+            targets_AHW = targets_AHW[None]
+        check_same_shape(probability_HW.shape, targets_AHW.shape[1:])
+        if not (probability_HW.min() >= 0 and probability_HW.max() <= 1):
+            raise ValueError(
+                explain(
+                    "A boundary map holds values that are no probabilities.",
+                    got=f"{probability_HW.min()} to {probability_HW.max()}",
+                    expected="0 to 1",
+                    do="pass the logits through a sigmoid",
+                )
+            )
+        if self.nms_radius is not None:
+            probability_HW = edge_nms(probability_HW, self.nms_radius)
+        targets_AHW = targets_AHW.astype(bool)
+
+        if self.executor is None:
+            self._add(boundary_counts(probability_HW, targets_AHW, self.thresholds_T, self.max_distance))
+            return
+        self._pending.append(
+            [
+                self.executor.submit(
+                    boundary_counts, probability_HW, targets_AHW, thresholds_T, self.max_distance
+                )
+                for thresholds_T in (self.thresholds_T[k::_TASKS_PER_IMAGE] for k in range(_TASKS_PER_IMAGE))
+            ]
+        )
+        while len(self._pending) > _MAX_PENDING_IMAGES or (
+            self._pending and all(task.done() for task in self._pending[0])
+        ):
+            self._collect()
+
+    def _collect(self) -> None:
+        counts_T4 = np.empty((len(self.thresholds_T), 4), np.int64)
+        for k, task in enumerate(self._pending.popleft()):
+            counts_T4[k::_TASKS_PER_IMAGE] = task.result()
+        self._add(counts_T4)
+
+    def _add(self, counts_T4: Counts) -> None:
+        best = int(np.argmax(_f_measure(*_recall_and_precision(counts_T4))))
+        self._sums["counts_T4"] += torch.from_numpy(counts_T4)
+        self._sums["ois_counts_4"] += torch.from_numpy(counts_T4[best])
+        self._images_done += 1
+        if self.progress is not None:
+            self.progress(self._images_done)
+
+    def state(self) -> dict[str, Tensor]:
+        while self._pending:
+            self._collect()
+        return self._sums
+
+    def compute(self) -> BoundaryScores:
+        sums = self.state()
+        return scores_of(self.thresholds_T, sums["counts_T4"].numpy(), sums["ois_counts_4"].numpy())
+
+
+def _array(values: Tensor | npt.NDArray) -> npt.NDArray:
+    return values.detach().cpu().numpy() if isinstance(values, Tensor) else values

@@ -1,0 +1,189 @@
+"""Metrics of the dense tasks (SAK, B.4): segmentation, saliency, surface normals, depth.
+
+Legend: B images, C classes, H, W pixels, T thresholds. Ratios are fractions, not percent.
+`update` takes tensors of any device; `compute` gives nan for what nothing was seen of.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import explain
+from student.metrics.base import SumMetric, check_same_shape
+
+IGNORE_INDEX = 255
+"""The label of pixels that nobody annotated, in every data set of the multi-task community."""
+
+_BETA_SQUARED = 0.3  # weighs precision over recall, in SAK and in the salient-object literature alike
+
+
+class MeanIoU(SumMetric):
+    """Mean over classes of intersection over union, pooled over all pixels.
+
+    `absent`: a class that neither a prediction nor a label names counts 0 ("zero", as in SAK's code and its
+    predecessors), or is left out of the mean ("skip", the usual convention).
+    """
+
+    def __init__(
+        self, num_classes: int, ignore_index: int = IGNORE_INDEX, absent: Literal["zero", "skip"] = "zero"
+    ) -> None:
+        super().__init__(confusion_CC=torch.zeros(num_classes, num_classes, dtype=torch.int64))
+        self.num_classes = num_classes
+        self.ignore_index = ignore_index
+        self.absent = absent
+
+    def update(self, prediction_BHW: Tensor, target_BHW: Tensor) -> None:
+        """Class indices, of any integer dtype. Raises `ValueError` for an index outside the classes."""
+        check_same_shape(prediction_BHW.shape, target_BHW.shape)
+        valid_BHW = target_BHW != self.ignore_index
+        prediction_N, target_N = prediction_BHW[valid_BHW].long(), target_BHW[valid_BHW].long()
+        for name, labels_N in (("prediction", prediction_N), ("target", target_N)):
+            outside_N = labels_N[(labels_N < 0) | (labels_N >= self.num_classes)]
+            if outside_N.numel():
+                raise ValueError(
+                    explain(
+                        f"The {name} names a class that does not exist.",
+                        got=f"class {int(outside_N[0])}",
+                        expected=f"0 to {self.num_classes - 1}, or {self.ignore_index} in a target",
+                        do="check num_classes and ignore_index",
+                    )
+                )
+        pair_N = target_N * self.num_classes + prediction_N
+        counts = torch.bincount(pair_N, minlength=self.num_classes**2).cpu()
+        self._sums["confusion_CC"] += counts.view(self.num_classes, self.num_classes)
+
+    def per_class(self) -> Tensor:
+        """IoU of every class, float64 (C,); an absent class is nan."""
+        confusion_CC = self._sums["confusion_CC"]
+        hits_C = confusion_CC.diagonal()
+        return hits_C / (confusion_CC.sum(0) + confusion_CC.sum(1) - hits_C).double()
+
+    def compute(self) -> float:
+        iou_C = self.per_class()
+        return float(iou_C.nan_to_num(0).mean() if self.absent == "zero" else iou_C.nanmean())
+
+
+class MaxF(SumMetric):
+    """Maximum over thresholds of the F-measure of saliency, beta² = 0.3.
+
+    `definition`
+        "pooled": one F-measure over all pixels of the data set, 19 thresholds 0.05 … 0.95 (SAK's code).
+        "per_image": the F-measures of the images are averaged at each of the 255 thresholds 1/255 … 1
+        (the salient-object literature; an image without salient pixels counts 0).
+    """
+
+    def __init__(
+        self, definition: Literal["pooled", "per_image"] = "pooled", ignore_index: int = IGNORE_INDEX
+    ) -> None:
+        steps = 20 if definition == "pooled" else 255
+        self.thresholds_T = torch.arange(1, steps + (definition == "per_image")) / steps
+        self.definition = definition
+        self.ignore_index = ignore_index
+        num_thresholds = len(self.thresholds_T)
+        if definition == "pooled":
+            super().__init__(
+                hits_T=torch.zeros(num_thresholds, dtype=torch.int64),
+                predicted_T=torch.zeros(num_thresholds, dtype=torch.int64),
+                salient=torch.zeros((), dtype=torch.int64),
+            )
+        else:
+            super().__init__(
+                f_T=torch.zeros(num_thresholds, dtype=torch.float64),
+                images=torch.zeros((), dtype=torch.int64),
+            )
+
+    def update(self, prediction_BHW: Tensor, target_BHW: Tensor) -> None:
+        """Probabilities in [0, 1], and labels 0, 1 or `ignore_index`."""
+        check_same_shape(prediction_BHW.shape, target_BHW.shape)
+        for prediction_HW, target_HW in zip(prediction_BHW, target_BHW, strict=True):
+            hits_T, predicted_T, salient = self._count(prediction_HW, target_HW)
+            if self.definition == "pooled":
+                self._sums["hits_T"] += hits_T
+                self._sums["predicted_T"] += predicted_T
+                self._sums["salient"] += salient
+            else:
+                self._sums["f_T"] += _f_measure(hits_T, predicted_T, salient)
+                self._sums["images"] += 1
+
+    def _count(self, prediction_HW: Tensor, target_HW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Pixels hit and pixels predicted at every threshold (T,), and salient pixels, on the CPU."""
+        valid_HW = target_HW != self.ignore_index
+        salient_N = target_HW[valid_HW] > 0
+        # How many thresholds a pixel reaches says for each of them whether it is reached.
+        thresholds_T = self.thresholds_T.to(prediction_HW.device)
+        reached_N = torch.bucketize(prediction_HW[valid_HW].float(), thresholds_T, right=True)
+        bins = len(thresholds_T) + 1
+        histogram_2b = torch.bincount(salient_N * bins + reached_N, minlength=2 * bins).view(2, bins).cpu()
+        at_least_2b = histogram_2b.flip(1).cumsum(1).flip(1)
+        return at_least_2b[1, 1:], at_least_2b.sum(0)[1:], at_least_2b[1, 0]
+
+    def compute(self) -> float:
+        sums = self._sums
+        if self.definition == "pooled":
+            f_T = _f_measure(sums["hits_T"], sums["predicted_T"], sums["salient"])
+        else:
+            f_T = sums["f_T"] / sums["images"]
+        return float(f_T.max())
+
+
+def _f_measure(hits_T: Tensor, predicted_T: Tensor, salient: Tensor) -> Tensor:
+    # (1 + β²)PR / (β²P + R) with P = hits / predicted and R = hits / salient
+    denominator_T = _BETA_SQUARED * salient.double() + predicted_T
+    return ((1 + _BETA_SQUARED) * hits_T / denominator_T).nan_to_num(0)
+
+
+class MeanAngularError(SumMetric):
+    """Mean angle between predicted and true surface normals, in degrees, over all annotated pixels.
+
+    Left out are pixels whose target has `ignore_index` in a channel or no direction (the zero vector).
+    A prediction of zero length is 90° off, as in SAK's code.
+    """
+
+    def __init__(self, ignore_index: int = IGNORE_INDEX) -> None:
+        super().__init__(
+            degrees=torch.zeros((), dtype=torch.float64), pixels=torch.zeros((), dtype=torch.int64)
+        )
+        self.ignore_index = ignore_index
+
+    def update(self, prediction_B3HW: Tensor, target_B3HW: Tensor) -> None:
+        """Vectors of any length; both are normalised here."""
+        check_same_shape(prediction_B3HW.shape, target_B3HW.shape)
+        valid_BHW = (target_B3HW != self.ignore_index).all(1) & (target_B3HW != 0).any(1)
+        prediction_N3, target_N3 = (
+            torch.nn.functional.normalize(normals.movedim(1, -1)[valid_BHW].double(), dim=1)
+            for normals in (prediction_B3HW, target_B3HW)
+        )
+        # The arc cosine of a dot product would lose half the digits of small angles.
+        angle_N = 2 * torch.atan2(
+            (prediction_N3 - target_N3).norm(dim=1), (prediction_N3 + target_N3).norm(dim=1)
+        )
+        self._sums["degrees"] += angle_N.rad2deg().sum().cpu()
+        self._sums["pixels"] += len(angle_N)
+
+    def compute(self) -> float:
+        return float(self._sums["degrees"] / self._sums["pixels"])
+
+
+class RMSE(SumMetric):
+    """Root mean squared error of depth, in the unit of the depths, pooled over pixels with 0 < depth < 80.
+
+    Predictions below zero count as zero (both as in SAK's code).
+    """
+
+    def __init__(self) -> None:
+        super().__init__(
+            squares=torch.zeros((), dtype=torch.float64), pixels=torch.zeros((), dtype=torch.int64)
+        )
+
+    def update(self, prediction_BHW: Tensor, target_BHW: Tensor) -> None:
+        check_same_shape(prediction_BHW.shape, target_BHW.shape)
+        valid_BHW = (target_BHW > 0) & (target_BHW < 80)
+        error_N = prediction_BHW[valid_BHW].double().clamp(min=0) - target_BHW[valid_BHW]
+        self._sums["squares"] += error_N.square().sum().cpu()
+        self._sums["pixels"] += len(error_N)
+
+    def compute(self) -> float:
+        return float((self._sums["squares"] / self._sums["pixels"]).sqrt())

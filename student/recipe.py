@@ -1,0 +1,164 @@
+"""`TrainRecipe`: what a training run is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from pipeline.errors import RecipeError
+from pipeline.spec import Strict
+from student.losses import CosineKind
+
+
+class StudentRecipe(Strict):
+    """`build_student`'s arguments; the cache gives the others."""
+
+    kind: Literal["sak"] = "sak"
+    stem: str = "vit_base_patch16_384"
+    pretrained: bool = True
+    reduction: int = Field(4, ge=1)
+
+
+class DistillationRecipe(Strict):
+    """`DistillationLoss`'s arguments."""
+
+    cosine: CosineKind = "flattened"
+    cosine_weight: float = Field(0.9, ge=0)
+    smooth_l1_weight: float = Field(0.1, ge=0)
+    teacher_weights: dict[str, float] = Field({})
+
+
+class OptimizerRecipe(Strict):
+    """AdamW. Every parameter decays, norms and biases too: the paper gives one number (Table 11) and
+    the authors' code applies it to all."""
+
+    lr: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(1e-2, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+
+
+class ScheduleRecipe(Strict):
+    """Length of the run and of its warm-up, in epochs or in optimizer steps.
+
+    Where both `epochs` and `max_steps` are given, the shorter ends the run and the cosine with it.
+    `final_lr` is that of the authors' code; the paper does not give it.
+    """
+
+    epochs: float | None = Field(None, gt=0)
+    max_steps: int | None = Field(None, ge=1)
+    warmup_epochs: float = Field(0, ge=0)
+    warmup_steps: int = Field(0, ge=0)
+    final_lr: float = Field(1e-5, ge=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.epochs is None and self.max_steps is None:
+            raise ValueError("one of epochs and max_steps is needed")
+        if self.warmup_epochs and self.warmup_steps:
+            raise ValueError("give warmup_epochs or warmup_steps, not both")
+        return self
+
+    def steps(self, steps_per_epoch: float) -> tuple[int, int]:
+        """(all steps, those of the warm-up), in optimizer steps."""
+        total = min(
+            math.ceil(self.epochs * steps_per_epoch) if self.epochs else math.inf,
+            self.max_steps or math.inf,
+        )
+        warmup = self.warmup_steps or math.ceil(self.warmup_epochs * steps_per_epoch)
+        if warmup >= total:
+            raise RecipeError(
+                "The warm-up is not shorter than the run.",
+                got=f"{warmup} steps of warm-up, {total} steps in all",
+                expected="a warm-up that ends before the run does",
+                do="shorten schedule.warmup_epochs or schedule.warmup_steps",
+            )
+        return int(total), warmup
+
+
+class LoaderRecipe(Strict):
+    """`threads` decode images and read features in each process; `prefetch` batches are kept ready."""
+
+    threads: int = Field(8, ge=1)
+    prefetch: int = Field(2, ge=1)
+
+
+class TrainRecipe(Strict):
+    """A distillation run. `cache` decides the views and their size, and so the student's input.
+
+    `images`: where the source images are now, if they moved since the cache was built. `teachers`: null
+    for all of the cache's. `features: online` runs the teachers instead of reading their features.
+    """
+
+    cache: str
+    images: str | None = None
+    output: str
+    features: Literal["cached", "online", "hybrid"] = "cached"
+    teachers: tuple[str, ...] | None = None
+    student: StudentRecipe = StudentRecipe()
+    distillation: DistillationRecipe = DistillationRecipe()
+    optimizer: OptimizerRecipe = OptimizerRecipe()
+    schedule: ScheduleRecipe
+    batch_size_per_process: int = Field(16, ge=1)
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    clip_norm: float = Field(0.0, ge=0)
+    mixed_precision: Literal["no", "bf16"] = "bf16"
+    seed: int = Field(0, ge=0)
+    resume: bool = True
+    checkpoint_every_steps: int = Field(1000, ge=1)
+    keep_checkpoints: int = Field(2, ge=1)
+    log_every_steps: int = Field(50, ge=1)
+    loader: LoaderRecipe = LoaderRecipe()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.features == "hybrid":
+            raise ValueError("features: hybrid is not there yet; choose cached or online")
+        if self.teachers is not None and not self.teachers:
+            raise ValueError("teachers must be null (all of the cache's) or name at least one")
+        return self
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        return Path(self.output) / "checkpoints"
+
+    def images_per_step(self, num_processes: int) -> int:
+        """Images of one optimizer step, over all processes."""
+        return self.batch_size_per_process * self.gradient_accumulation_steps * num_processes
+
+
+_PLACES_AND_SPEED = {
+    "cache",
+    "images",
+    "output",
+    "teachers",
+    "resume",
+    "checkpoint_every_steps",
+    "keep_checkpoints",
+    "log_every_steps",
+    "loader",
+    "batch_size_per_process",
+    "gradient_accumulation_steps",
+}
+
+
+def run_identity(recipe: TrainRecipe, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """All that decides the numbers of a run, flat: a checkpoint can be continued only where it is equal.
+
+    `facts` stand for what the recipe does not say: the cache's contents and the size of a whole batch,
+    over processes and accumulation. So a run may go on with more or fewer processes.
+    """
+    return _flatten(recipe.model_dump(mode="json", exclude=_PLACES_AND_SPEED) | dict(facts))
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

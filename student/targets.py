@@ -1,0 +1,63 @@
+"""Where the targets of a batch come from: the cache, or the teachers themselves."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+
+from pipeline.cache import FeatureCache
+from pipeline.grids import pool
+from pipeline.loader import Batch
+from pipeline.spec import Size
+from student.losses import Target
+
+
+class TargetSource(ABC):
+    """Gives the targets of a batch. `reads_features` and `extra_sizes` tell the loader what it needs."""
+
+    reads_features: bool
+    extra_sizes: frozenset[Size] = frozenset()
+
+    @abstractmethod
+    def __call__(self, batch: Batch) -> dict[str, Target]: ...
+
+
+class CachedTargets(TargetSource):
+    """The features as they are stored; codes travel to the device packed and are decoded there."""
+
+    reads_features = True
+
+    def __init__(self, teachers: Sequence[str], device: torch.device) -> None:
+        self._teachers = list(teachers)
+        self._device = device
+
+    def __call__(self, batch: Batch) -> dict[str, Target]:
+        return {name: Target(batch.features[name].decode(self._device)) for name in self._teachers}
+
+
+class OnlineTargets(TargetSource):
+    """The teachers run on the very views that the cache was built from, on the grids that it stores.
+
+    The reference that training from a cache must equal, up to what the codec loses. Raises
+    `CacheMismatchError` when the teachers that can be built here are not those of the cache.
+    """
+
+    reads_features = False
+
+    def __init__(self, cache: FeatureCache, teachers: Sequence[str], device: torch.device) -> None:
+        from cache_builder.teachers import build_teacher  # only this reference needs the builder
+
+        self._device = device
+        self._specs = {name: cache.spec.teachers[name] for name in teachers}
+        self._teachers = {name: build_teacher(spec, device=device) for name, spec in self._specs.items()}
+        self.extra_sizes = frozenset(spec.render_size for spec in self._specs.values())
+
+    def __call__(self, batch: Batch) -> dict[str, Target]:
+        targets = {}
+        for name, teacher in self._teachers.items():
+            spec = self._specs[name]
+            features = teacher(batch.renders[spec.render_size].to(self._device, non_blocking=True))
+            targets[name] = Target(pool(features.feature_maps_BSHWC, spec.grid))
+        return targets

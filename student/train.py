@@ -1,0 +1,263 @@
+"""Stage 1: distil a student from a cache (SAK, 3.4).
+
+`train(recipe)` is what every process runs, under `accelerate launch`, `torchrun` or alone. It reads the
+cache, never a teacher, unless the recipe says `features: online`.
+
+    <output>/checkpoints/   to continue from; running the same command again does
+    <output>/metrics.jsonl  one line for each step
+    <output>/tensorboard/   the same, as means
+    <output>/student/       the finished student, for `student.load_student`
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import ProjectConfiguration
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from pipeline.cache import FeatureCache
+from pipeline.errors import CheckpointError, RecipeError
+from pipeline.loader import Batch, FeatureLoader
+from pipeline.sampler import ShardShuffleSampler
+from student import Student, build_student
+from student.checkpoint import load_checkpoint, newest_checkpoint
+from student.loop import TrainingLoop
+from student.losses import DistillationLoss
+from student.recipe import TrainRecipe, run_identity
+from student.run_log import RunLog
+from student.schedule import cosine_with_warmup
+from student.targets import CachedTargets, OnlineTargets, TargetSource
+from student.timing import StageTimer, bottleneck
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """`student` is None when the run was interrupted by SIGTERM; the same command then continues it.
+
+    `steps` counts those of the whole run, earlier processes' included; `last_loss` is None where there
+    was no step left to take. `images_per_s` is over all processes.
+    """
+
+    output: Path
+    student: Path | None
+    steps: int
+    last_loss: float | None
+    images_per_s: float
+    bottleneck: str
+
+    @property
+    def interrupted(self) -> bool:
+        return self.student is None
+
+
+def train(recipe: TrainRecipe) -> TrainResult:
+    """Train, or continue, the run that `recipe` states; returns when it is finished or SIGTERM came.
+
+    Raises `CacheError` where the cache is missing, incomplete or without one of the teachers,
+    `RecipeError` for what cannot work with this cache, `CheckpointError` when the output folder holds
+    another run or a damaged checkpoint.
+    """
+    output = Path(recipe.output)
+    accelerator = _accelerator(recipe)
+    cache = FeatureCache.open(recipe.cache, images=recipe.images)
+    teachers = cache.check_teachers(recipe.teachers)
+    sampler = ShardShuffleSampler(
+        cache,
+        teachers,
+        batch_size_per_process=recipe.batch_size_per_process,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        seed=recipe.seed,
+    )
+    images_per_step = recipe.images_per_step(accelerator.num_processes)
+    _require_fit(recipe, cache, teachers, images_per_step, sampler.num_samples)
+    total_steps, warmup_steps = recipe.schedule.steps(sampler.num_samples / images_per_step)
+
+    torch.manual_seed(recipe.seed)
+    student = _build(recipe, cache, teachers)
+    targets = _targets(recipe, cache, teachers, accelerator.device)
+    optimizer = AdamW(
+        student.parameters(),
+        lr=recipe.optimizer.lr,
+        betas=recipe.optimizer.betas,
+        weight_decay=recipe.optimizer.weight_decay,
+        fused=True,
+    )
+    run = run_identity(
+        recipe,
+        {
+            "images_per_step": images_per_step,
+            "samples": sampler.num_samples,
+            "teachers": {name: cache.spec.content_id(name) for name in teachers},
+        },
+    )
+    model, optimizer = accelerator.prepare(student, optimizer)
+    first_step = _resume(recipe, accelerator, student, optimizer, run)
+    loop = TrainingLoop(
+        accelerator,
+        recipe,
+        model,
+        optimizer,
+        Distillation(recipe, model, student, targets, cache.spec.views.size),
+        partial(
+            cosine_with_warmup,
+            peak=recipe.optimizer.lr,
+            final=recipe.schedule.final_lr,
+            warmup_steps=warmup_steps,
+            total_steps=total_steps,
+        ),
+        run,
+    )
+    log = RunLog(
+        accelerator,
+        output,
+        first_step=first_step,
+        total_steps=total_steps,
+        every_steps=recipe.log_every_steps,
+    )
+    loader = FeatureLoader(
+        cache,
+        sampler,
+        teachers,
+        features=targets.reads_features,
+        extra_sizes=targets.extra_sizes,
+        start_step=first_step * recipe.gradient_accumulation_steps,
+        threads=recipe.loader.threads,
+        prefetch=recipe.loader.prefetch,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    with log, loader:
+        done = loop.run(iter(loader), first_step, total_steps, log)
+    verdict = bottleneck(done.seconds, done.steps)
+    accelerator.print(verdict)
+    if not done.interrupted and accelerator.is_main_process:
+        student.save_pretrained(output / "student")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return TrainResult(
+        output=output,
+        student=None if done.interrupted else output / "student",
+        steps=done.next_step,
+        last_loss=done.last_loss,
+        images_per_s=done.steps * images_per_step / done.wall_s if done.steps else 0.0,
+        bottleneck=verdict,
+    )
+
+
+class Distillation:
+    """The objective of stage 1: the student's feature maps against the teachers'."""
+
+    def __init__(
+        self,
+        recipe: TrainRecipe,
+        model: nn.Module,
+        student: Student,
+        targets: TargetSource,
+        size: tuple[int, int],
+    ) -> None:
+        """`model` is `student` as accelerate wrapped it."""
+        self._model = model
+        self._student = student
+        self._targets = targets
+        self._size = size
+        self._loss = DistillationLoss(**recipe.distillation.model_dump())
+
+    def __call__(self, batch: Batch, timer: StageTimer) -> tuple[Tensor, dict[str, Tensor]]:
+        with timer.stage("targets"):
+            targets = self._targets(batch)
+        with timer.stage("forward"):
+            images = batch.renders[self._size].to(self._student.mean.device, non_blocking=True)
+            output = self._loss(self._model(self._student.normalize(images)), targets)
+        terms = {"loss": output.levels, "cosine": output.cosine, "smooth_l1": output.smooth_l1}
+        return output.total, {
+            f"{term}/{teacher}/level{level}": value
+            for term, by_teacher in terms.items()
+            for teacher, values in by_teacher.items()
+            for level, value in enumerate(values)
+        }
+
+
+def _accelerator(recipe: TrainRecipe) -> Accelerator:
+    return Accelerator(
+        mixed_precision=recipe.mixed_precision,
+        gradient_accumulation_steps=recipe.gradient_accumulation_steps,
+        log_with="tensorboard",
+        project_config=ProjectConfiguration(project_dir=recipe.output),
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+        ],
+    )
+
+
+def _build(recipe: TrainRecipe, cache: FeatureCache, teachers: list[str]) -> Student:
+    return build_student(
+        **recipe.student.model_dump(),
+        teacher_dims={name: cache.spec.teachers[name].width for name in teachers},
+        image_size=cache.spec.views.size,
+    )
+
+
+def _targets(
+    recipe: TrainRecipe, cache: FeatureCache, teachers: list[str], device: torch.device
+) -> TargetSource:
+    if recipe.features == "online":
+        return OnlineTargets(cache, teachers, device)
+    return CachedTargets(teachers, device)
+
+
+def _require_fit(
+    recipe: TrainRecipe, cache: FeatureCache, teachers: list[str], images_per_step: int, num_samples: int
+) -> None:
+    """Raises `RecipeError` for what the recipe asks and this cache cannot give."""
+    if images_per_step > num_samples:
+        raise RecipeError(
+            "A step takes more images than the cache holds.",
+            got=f"{images_per_step} images a step, over processes and accumulation",
+            expected=f"at most {num_samples}, the valid samples of the cache",
+            do="lower batch_size_per_process or gradient_accumulation_steps",
+        )
+    for name in recipe.distillation.teacher_weights:
+        if name not in teachers:
+            near = difflib.get_close_matches(name, teachers, 1)
+            raise RecipeError(
+                "A weight is given for a teacher that is not distilled.",
+                got=f"distillation.teacher_weights.{name}",
+                expected=f"one of {', '.join(teachers)}",
+                do=f"did you mean {near[0]}?" if near else "remove it",
+            )
+
+
+def _resume(
+    recipe: TrainRecipe,
+    accelerator: Accelerator,
+    student: Student,
+    optimizer: Any,
+    run: dict[str, Any],
+) -> int:
+    """Load the newest checkpoint of the output folder, if there is one; returns the first step to take."""
+    newest = newest_checkpoint(recipe.checkpoint_folder)
+    if newest is not None and not recipe.resume:
+        raise CheckpointError(
+            "The output folder holds a run already, and resume is false.",
+            got=newest,
+            expected="a folder without checkpoints",
+            do="choose another output, delete that run, or set resume=true to continue it",
+        )
+    first_step = 0 if newest is None else load_checkpoint(newest, student, optimizer, run)
+    steps = accelerator.gather(torch.tensor([first_step], device=accelerator.device)).tolist()
+    if len(set(steps)) > 1:
+        raise CheckpointError(
+            "The processes of this run do not see the same checkpoints.",
+            got=f"newest steps {steps}, by process",
+            expected="one output folder that all machines share",
+            do="put `output` on a shared file system",
+        )
+    return first_step

@@ -1,0 +1,158 @@
+"""Small complete caches for tests: real images, real files, random features, no teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from cache_builder.recipe import BuildRecipe
+from pipeline.cache import FeatureCache
+from pipeline.manifest import CommitRecord, Manifest
+from pipeline.sources import dataset_fingerprint, open_source
+from pipeline.spec import CacheSpec, DatasetSpec, GridSpec, Segment, TeacherSpec, ViewPolicy
+from pipeline.storage import Storage
+from pipeline.stores.base import teacher_layouts
+from pipeline.views import draw_views
+
+
+def make_images(folder: Path, count: int, size: tuple[int, int] = (64, 48), seed: int = 0) -> Path:
+    """`count` smooth colourful JPEGs (width, height), different from each other."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(seed)
+    for i in range(count):
+        coarse = generator.integers(0, 256, (4, 5, 3), np.uint8)
+        Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(
+            folder / f"image_{i:03d}.jpg", quality=90
+        )
+    return folder
+
+
+def teacher_spec(width: int = 8, grid: int = 2, codec: str = "f32", cls_token: bool = False) -> TeacherSpec:
+    return TeacherSpec(
+        model="none",
+        pretrained=False,
+        weights_hash="0" * 32,
+        image_size=(32, 32),
+        render_size=(32, 32),
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+        block_indices=(0, 1, 2, 3),
+        native_grid=(grid, grid),
+        width=width,
+        grid=GridSpec(),
+        codec=codec,
+        cls_token=cls_token,
+    )
+
+
+def features(spec: CacheSpec, teacher: str) -> dict[str, torch.Tensor]:
+    """What every row of a made cache holds: the same numbers at every call."""
+    generator = torch.Generator().manual_seed(len(teacher))
+    rows = spec.num_shards * spec.rows_per_shard
+    arrays = {}
+    for name, layout in teacher_layouts(spec.teachers[teacher]).items():
+        values = torch.randn((rows, *layout.shape), generator=generator)
+        arrays[name] = (
+            values.to(torch.bfloat16).view(torch.uint16)
+            if layout.dtype == torch.uint16
+            else values.to(layout.dtype)
+        )
+    return arrays
+
+
+def make_cache(
+    path: str | Path,
+    images: Path,
+    *,
+    teachers: dict[str, TeacherSpec] | None = None,
+    num_views: int = 2,
+    samples_per_shard: int = 3,
+    view_size: tuple[int, int] = (32, 32),
+    invalid_samples: Collection[int] = (),
+    skip_shards: Collection[int] = (),
+) -> FeatureCache:
+    """A cache over `images`, every shard committed except `skip_shards`, `invalid_samples` quarantined."""
+    source = open_source(str(images))
+    samples = source.scan(workers=1, progress=None)
+    policy = ViewPolicy(num_views=num_views, size=view_size)
+    spec = CacheSpec(
+        dataset=DatasetSpec(
+            kind=source.kind,
+            location=source.location,
+            num_samples=samples.num_rows,
+            fingerprint=dataset_fingerprint(samples),
+        ),
+        views=policy,
+        rows_per_shard=samples_per_shard * num_views,
+        segments=(Segment(first_row=0, samples=(0, samples.num_rows), views=(0, num_views)),),
+        teachers=teachers or {"alpha": teacher_spec(), "beta": teacher_spec(width=4, grid=3, codec="f16")},
+        created="2026-01-01T00:00:00+00:00",
+        versions={},
+    )
+    storage = Storage.at(path)
+    views = draw_views(
+        policy,
+        samples["key"].to_pylist(),
+        samples["width"].to_numpy(),
+        samples["height"].to_numpy(),
+        (0, num_views),
+    )
+    manifest = Manifest(storage)
+    cache = FeatureCache(storage, spec)
+    for teacher in spec.teachers:
+        cache.store.create(spec, teacher)
+    manifest.create(spec, samples, views)
+    for teacher in spec.teachers:
+        for shard in range(spec.num_shards):
+            if shard not in skip_shards:
+                commit_shard(cache, teacher, shard, invalid_samples)
+    return FeatureCache.open(storage.url)
+
+
+def commit_shard(
+    cache: FeatureCache, teacher: str, shard: int, invalid_samples: Collection[int] = ()
+) -> None:
+    spec = cache.spec
+    rows = spec.shard_rows(shard)
+    owners = cache.index.locate(rows)[0]
+    invalid = [row for row, owner in zip(rows, owners.tolist(), strict=True) if owner in invalid_samples]
+    valid = [row for row in rows if row not in invalid]
+    arrays = features(spec, teacher)
+    with cache.store.write_shard(spec, teacher, shard) as writer:
+        writer.write(
+            [row - rows.start for row in valid],
+            {name: array[valid].numpy() for name, array in arrays.items()},
+        )
+    Manifest(cache.storage).commit(
+        CommitRecord(
+            teacher=teacher,
+            shard=shard,
+            content_id=spec.content_id(teacher),
+            first_row=rows.start,
+            num_rows=len(rows),
+            invalid_rows=tuple(invalid),
+            files=writer.files(),
+            source_checksum="",
+            seconds={},
+            host="",
+            versions={},
+            finished="",
+        )
+    )
+
+
+def build_recipe(cache: Path | str, source: Path | str, **changes: object) -> BuildRecipe:
+    """The recipe of a small real build: one tiny ViT, random weights."""
+    content: dict[str, object] = {
+        "cache": str(cache),
+        "source": str(source),
+        "teachers": {"tiny": {"model": "vit_tiny_patch16_224", "pretrained": False, "codec": "f32"}},
+        "views": {"num_views": 2, "size": [32, 32]},
+        "rows_per_shard": 6,
+        "runner": {"batch_size": 4, "decode_threads": 2},
+    }
+    return BuildRecipe.model_validate(content | changes)

@@ -1,0 +1,89 @@
+"""A recipe that cannot be meant ends with a message that names the key and the nearest known one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cache_builder.recipe import BuildRecipe
+from pipeline.errors import RecipeError
+from pipeline.recipe import SHIPPED, load_recipe
+from student.recipe import TrainRecipe
+
+TEXT = "cache: c\nsource: images\nteachers: [dinov2_small]\nviews: {num_views: 2}\n"
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(TEXT)
+    return path
+
+
+def test_overrides_reach_into_the_recipe(recipe: Path) -> None:
+    loaded = load_recipe(
+        BuildRecipe,
+        recipe,
+        ["views.num_views=4", "teachers=[sam_base,clip]", "source.path=/x", "runner.kind=ray"],
+    )
+    assert loaded.views.num_views == 4
+    assert list(loaded.teachers) == ["sam_base", "clip"]
+    assert (loaded.source.path, loaded.source.kind, loaded.runner.kind) == ("/x", "auto", "ray")
+
+
+def test_null_removes_a_teacher(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "cache: c\nsource: images\nteachers: {a: {model: vit_tiny_patch16_224}, b: {preset: sam_base}}\n"
+    )
+    assert list(load_recipe(BuildRecipe, path, ["teachers.a=null"]).teachers) == ["b"]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("view.num_views=2", r"view: unknown key; did you mean views\?"),
+        ("views.num_view=2", r"views.num_view: unknown key; did you mean num_views\?"),
+        ("runner.batchsize=2", r"runner.batchsize: unknown key; did you mean batch_size\?"),
+        ("teachers.x.codecs=f16", r"teachers.x.codecs: unknown key; did you mean codec\?"),
+        ("views.num_views=many", "views.num_views: .*integer.*'many'"),
+        ("views.num_views=0", "views.num_views: .*greater than or equal to 1"),
+        ("runner.kind=slurm", "runner.kind: .*'local' or 'ray'"),
+        ("views.policy=imagenet_eval", "one fixed centre crop"),
+        ("noequals", "must have the form key=value"),
+        ("views.scale=[0.5,0.1]", "low <= high"),
+    ],
+)
+def test_what_cannot_be_meant_is_named(recipe: Path, override: str, message: str) -> None:
+    overrides = ["teachers={x: {model: vit_tiny_patch16_224}}", override]
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(BuildRecipe, recipe, overrides)
+
+
+def test_a_missing_key_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("cache: c\n")
+    with pytest.raises(RecipeError, match="source: this key is needed"):
+        load_recipe(BuildRecipe, path)
+
+
+def test_broken_yaml_is_an_error_of_ours(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("cache: [1, 2\nsource: x")
+    with pytest.raises(RecipeError, match="cannot be read"):
+        load_recipe(BuildRecipe, path)
+
+
+def test_an_unknown_recipe_names_the_nearest_shipped_one() -> None:
+    with pytest.raises(RecipeError, match="did you mean imagenet1k_vitl"):
+        load_recipe(BuildRecipe, "imagenet1k_vit_l")
+
+
+@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_recipe_is_valid_and_says_how_to_run_it(path: Path) -> None:
+    text = path.read_text()
+    model = TrainRecipe if "\nstudent:" in text or "\nschedule:" in text else BuildRecipe
+    load_recipe(model, path.stem)
+    for word in ("Command", "Hardware", "Metric"):
+        assert word in text.split("\ncache:")[0], f"the header does not state: {word}"

@@ -1,0 +1,250 @@
+"""SAK's student: parameter counts of the paper, Eq. 1–3 against a plain twin, saving and loading."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pipeline.errors import CheckpointError, RecipeError
+from student import SAK, Student, build_student, load_student
+from student.sak.stem import level_blocks
+
+TEACHERS = ("dinov2", "clip", "sam")
+TINY = "vit_tiny_patch16_224"
+
+
+def tiny(image_size: tuple[int, int] = (64, 96), **teacher_dims: int) -> SAK:
+    torch.manual_seed(0)
+    student = build_student(
+        "sak", stem=TINY, teacher_dims=teacher_dims or {"a": 192, "b": 320}, image_size=image_size
+    )
+    assert isinstance(student, SAK)
+    return student
+
+
+@pytest.mark.parametrize(
+    ("stem", "image_size", "teacher_width", "expected"),
+    [
+        ("vit_base_patch16_384", (384, 384), 768, (86_088_960, 11_539_047, 18_432, 0)),
+        ("vit_base_patch16_384", (512, 512), 768, (86_433_024, 11_539_047, 18_432, 0)),
+        ("vit_base_patch16_384", (448, 576), 768, (86_420_736, 11_539_047, 18_432, 0)),
+        ("vit_base_patch16_384", (384, 384), 1024, (86_088_960, 11_539_047, 18_432, 9_449_472)),
+        ("vit_large_patch16_384", (384, 384), 1024, (303_688_704, 39_417_675, 24_576, 0)),
+        ("vit_large_patch16_384", (512, 512), 1024, (304_147_456, 39_417_675, 24_576, 0)),
+        ("vit_large_patch16_384", (448, 576), 1024, (304_131_072, 39_417_675, 24_576, 0)),
+        ("vit_small_patch16_384", (384, 384), 768, (21_810_816, 2_894_151, 9_216, 3_548_160)),
+    ],
+)
+def test_parameter_counts_are_the_reference_s(
+    stem: str, image_size: tuple[int, int], teacher_width: int, expected: tuple[int, ...]
+) -> None:
+    with torch.device("meta"):
+        dims = dict.fromkeys(TEACHERS, teacher_width)
+        student = build_student("sak", stem=stem, teacher_dims=dims, image_size=image_size)
+    parts = student.parameters_by_part()
+    assert tuple(parts[name] for name in ("stem", "adapter paths", "output norms", "aligners")) == expected
+    assert sum(parts.values()) == sum(parameter.numel() for parameter in student.parameters())
+
+
+@pytest.mark.parametrize(
+    ("width", "name", "total"), [(768, "base", 97_646_439), (1024, "large", 343_130_955)]
+)
+def test_totals_of_stage_1(width: int, name: str, total: int) -> None:
+    with torch.device("meta"):
+        student = build_student(
+            "sak",
+            stem=f"vit_{name}_patch16_384",
+            teacher_dims=dict.fromkeys(TEACHERS, width),
+            image_size=(384, 384),
+        )
+    assert sum(student.parameters_by_part().values()) == total
+
+
+def by_hand(student: SAK, teacher: str, pixels_B3HW: Tensor) -> list[Tensor]:
+    """Eq. 1–3, written as the paper writes them, on the modules of timm."""
+    vit, path = student.stem.vit, student.paths[teacher]
+
+    def adapter(index: int, r_in: Tensor) -> Tensor:
+        a = path.adapters[index]
+        hidden = r_in @ a.down.weight.T + a.down.bias
+        return a.scale * (nn.functional.gelu(hidden) @ a.up.weight.T + a.up.bias) + r_in
+
+    z = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(pixels_B3HW))))
+    r = adapter(0, z)
+    maps = []
+    for block in range(1, 13):
+        z = vit.blocks[block - 1](z)
+        r = adapter(block, r + z)
+        if block in (3, 6, 9, 12):
+            level = block // 3 - 1
+            tokens = path.output_norms[level](r[:, 1:])
+            if path.aligners:
+                tokens = path.aligners[level](tokens)
+            maps.append(tokens.transpose(1, 2).reshape(len(pixels_B3HW), -1, *student.stem.grid))
+    return maps
+
+
+def test_forward_equals_the_equations() -> None:
+    student = tiny().double()
+    for path in student.paths.values():  # values that no initialisation hides
+        for adapter in path.adapters:
+            nn.init.normal_(adapter.scale)
+            nn.init.normal_(adapter.up.bias)
+    pixels_B3HW = torch.randn(2, 3, 64, 96, dtype=torch.float64)
+    output = student(pixels_B3HW)
+    assert list(output) == ["a", "b"]
+    for teacher, width in (("a", 192), ("b", 320)):
+        expected = by_hand(student, teacher, pixels_B3HW)
+        assert [tuple(level.shape) for level in output[teacher]] == [(2, width, 4, 6)] * 4
+        for got, wanted in zip(output[teacher], expected, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_representations_are_the_stem_s_tokens_and_the_paths_before_their_aligners() -> None:
+    student = tiny()
+    pixels_B3HW = torch.randn(1, 3, 64, 96)
+    representations = student.representations(pixels_B3HW)
+    expected = student.stem.vit.forward_intermediates(
+        pixels_B3HW, indices=[2, 5, 8, 11], output_fmt="NLC", intermediates_only=True
+    )
+    for got, wanted in zip(representations.stem, expected, strict=True):
+        torch.testing.assert_close(got, wanted)
+    assert {tokens.shape for tokens in representations.paths["b"]} == {(1, 24, 192)}
+
+
+def test_every_parameter_is_trained() -> None:
+    student = tiny()
+    output = student(torch.randn(2, 3, 64, 96))
+    sum(level.square().mean() for levels in output.values() for level in levels).backward()
+    assert [name for name, p in student.named_parameters() if p.grad is None] == []
+
+
+@pytest.mark.parametrize(
+    "stem",
+    [
+        "vit_small_patch16_dinov3",
+        "vit_small_patch14_dinov2",
+        "beit_base_patch16_224",
+        "deit_tiny_patch16_224",
+    ],
+)
+def test_stems_of_other_families(stem: str) -> None:
+    patch = 14 if "14" in stem else 16
+    student = build_student("sak", stem=stem, teacher_dims={"a": 8}, image_size=(4 * patch, 3 * patch))
+    output = student(torch.randn(1, 3, 4 * patch, 3 * patch))["a"]
+    assert [tuple(level.shape) for level in output] == [(1, 8, 4, 3)] * 4
+    assert isinstance(student, SAK)
+    assert len(student.stem(torch.randn(1, 3, 4 * patch, 3 * patch))) == student.stem.depth + 1
+
+
+def test_levels_are_four_even_steps() -> None:
+    assert level_blocks(12) == [3, 6, 9, 12]
+    assert level_blocks(24) == [6, 12, 18, 24]
+    assert level_blocks(27) == [7, 14, 21, 27]
+
+
+def test_normalize_uses_the_statistics_of_the_stem() -> None:
+    student = tiny()
+    images_B3HW = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8)
+    config = timm.get_pretrained_cfg(TINY)
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (config.mean, config.std))
+    torch.testing.assert_close(student.normalize(images_B3HW), (images_B3HW / 255 - mean) / std)
+
+
+def test_a_saved_student_is_the_same_student(tmp_path: Path) -> None:
+    student = tiny().eval()
+    student.mean += 0.25  # a normalisation that this timm would not give
+    student.save_pretrained(tmp_path)
+    images_B3HW = torch.randint(0, 256, (1, 3, 64, 96), dtype=torch.uint8)
+    loaded = load_student(tmp_path)
+    assert not loaded.training
+    expected, got = (s(s.normalize(images_B3HW)) for s in (student, loaded))
+    for teacher in ("a", "b"):
+        for one, other in zip(expected[teacher], got[teacher], strict=True):
+            assert torch.equal(one, other)
+
+
+def test_a_saved_student_needs_neither_cache_nor_ray(tmp_path: Path) -> None:
+    tiny().save_pretrained(tmp_path)
+    code = (
+        "import sys; from student import load_student; load_student(sys.argv[1])\n"
+        "loaded = {name.split('.')[0] for name in sys.modules}\n"
+        "assert not loaded & {'ray', 'zarr', 'webdataset', 'cache_builder'}, loaded"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path], check=True)
+
+
+def damage(folder: Path, what: str) -> None:
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    match what:
+        case "no weights":
+            weights.unlink()
+        case "cut weights":
+            weights.write_bytes(weights.read_bytes()[:-100])
+        case "missing key":
+            tensors = load_file(weights)
+            tensors.pop("stem.vit.cls_token")
+            save_file(tensors, weights)
+        case "no config":
+            config.unlink()
+        case "not JSON":
+            config.write_text("{")
+        case "unknown argument":
+            config.write_text(json.dumps(json.loads(config.read_text()) | {"colour": "red"}))
+
+
+@pytest.mark.parametrize(
+    "what", ["no weights", "cut weights", "missing key", "no config", "not JSON", "unknown argument"]
+)
+def test_a_damaged_student_is_an_error(tmp_path: Path, what: str) -> None:
+    tiny().save_pretrained(tmp_path)
+    damage(tmp_path, what)
+    with pytest.raises(CheckpointError, match=str(tmp_path)):
+        SAK.from_pretrained(tmp_path)
+
+
+def test_a_student_of_another_kind_is_an_error(tmp_path: Path) -> None:
+    tiny().save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace('"sak"', '"soup"'))
+    with pytest.raises(CheckpointError, match="another kind"):
+        SAK.from_pretrained(tmp_path)
+    with pytest.raises(RecipeError, match="soup"):
+        load_student(tmp_path)
+
+
+def test_a_folder_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no such student"):
+        load_student(tmp_path / "nowhere")
+
+
+def wrong(**changes: object) -> Student:
+    arguments = {"stem": TINY, "teacher_dims": {"a": 192}, "image_size": (64, 64)} | changes
+    return build_student(str(arguments.pop("kind", "sak")), **arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kind": "sac"}, "did you mean sak"),
+        ({"stem": "vit_tiny_patch16_225"}, "did you mean .*vit_tiny_patch16_224"),
+        ({"stem": "resnet18"}, "cannot be a stem"),
+        ({"stem": "samvit_base_patch16", "image_size": (256, 256)}, "cannot be a stem"),
+        ({"image_size": (64, 70)}, r"\(64, 64\) is the nearest"),
+        ({"teacher_dims": {}}, "needs a teacher"),
+        ({"teacher_dims": {"a.b": 192}}, "letters, digits"),
+        ({"teacher_dims": {"train": 192}}, "name of a part"),
+        ({"tasks": {"semseg": 21}}, "stage 2"),
+    ],
+)
+def test_what_cannot_be_built_says_why(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        wrong(**changes)
