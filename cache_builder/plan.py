@@ -6,10 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
-
 from cache_builder.recipe import BuildRecipe
 from cache_builder.teachers.flops import teacher_gmacs
 from pipeline.errors import DiskSpaceError
@@ -84,50 +80,6 @@ class Plan:
                 expected=f"{human_bytes(self.missing_bytes)} for what is still to be built",
                 do="choose another place (cache=…), fewer views, or a smaller grid and codec",
             )
-
-    def table(self) -> RenderableType:
-        spec = self.spec
-        teachers = Table(title=f"Plan for {self.url}", title_justify="left")
-        for column in ("teacher", "model", "weights", "input", "levels", "grid", "width", "codec"):
-            teachers.add_column(column)
-        for column in ("bytes/view", "GMACs/view", "shards to do"):
-            teachers.add_column(column, justify="right")
-        for plan in self.teachers:
-            teacher = plan.spec
-            teachers.add_row(
-                plan.name,
-                teacher.model,
-                "pretrained" if teacher.pretrained else "random",
-                "×".join(map(str, teacher.image_size)),
-                str(teacher.num_levels),
-                f"{teacher.grid.kind} {'×'.join(map(str, teacher.stored_grid))}",
-                str(teacher.width),
-                teacher.codec,
-                human_bytes(plan.bytes_per_row),
-                f"{plan.gmacs:.1f}",
-                f"{plan.missing_shards}/{spec.num_shards}",
-            )
-        totals = Table.grid(padding=(0, 2))
-        free = "no limit known" if self.free_bytes is None else f"{human_bytes(self.free_bytes)} free"
-        gmacs = sum(teacher.gmacs for teacher in self.teachers)
-        for name, value in (
-            (
-                "rows",
-                f"{spec.num_rows:,} = {spec.dataset.num_samples:,} samples × {spec.views.num_views} views",
-            ),
-            ("shards", f"{spec.num_shards:,} of {spec.rows_per_shard} rows, for each teacher"),
-            ("bytes", f"{human_bytes(self.total_bytes)} ({human_bytes(self.bytes_per_row)} a view)"),
-            ("still to write", f"{human_bytes(self.missing_bytes)} ({free})"),
-            ("files", f"{self.num_files:,}"),
-            ("teachers", f"{gmacs:,.1f} GMACs a view"),
-            ("GPU-hours", f"{self.gpu_hours:,.2f} at {self.tflops_per_gpu:g} TFLOP/s sustained a GPU"),
-            (
-                "training reads",
-                f"{human_bytes(round(self.read_bytes_per_s))}/s for {self.student_images_per_s:g} img/s",
-            ),
-        ):
-            totals.add_row(Text(name, style="bold"), value)
-        return Group(teachers, totals)
 
 
 def make_plan(recipe: BuildRecipe, spec: CacheSpec, storage: Storage, image_bytes: int) -> Plan:

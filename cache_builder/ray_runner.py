@@ -7,6 +7,8 @@ shards it had in flight are queued again; extraction is idempotent, so running o
 
 from __future__ import annotations
 
+import os
+import secrets
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -40,16 +42,16 @@ class RayRunner(Runner):
 
     def __init__(self, recipe: RunnerRecipe, teachers: Mapping[str, TeacherSpec]) -> None:
         super().__init__(recipe, teachers)
-        self._started_ray = not ray.is_initialized()
-        if self._started_ray:
-            ray.init(logging_level="warning", log_to_driver=False)
+        self._connected_here = not ray.is_initialized()
+        if self._connected_here:
+            _connect()
         self._failed_starts = 0
         self._actors = [self._start_actor() for _ in range(self._wanted_actors())]
 
     def __exit__(self, *_: object) -> None:
         for actor in self._actors:
             ray.kill(actor.handle)
-        if self._started_ray:
+        if self._connected_here:
             ray.shutdown()
 
     def weights_hashes(self) -> dict[str, str]:
@@ -162,6 +164,18 @@ class RayRunner(Runner):
                 do="start nodes, or lower runner.cpus_per_actor and runner.gpus_per_actor",
             )
         return room
+
+
+def _connect() -> None:
+    """Join the cluster of this job or machine, or start a private one on this machine."""
+    quiet: dict[str, Any] = {"logging_level": "error", "log_to_driver": False}
+    try:
+        ray.init(address="auto", **quiet)
+    except ConnectionError:
+        # Ray guards a new cluster with a token. One given here leaves no ~/.ray/auth_token behind, which
+        # would turn authentication on for every later `ray start` of this user.
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        ray.init(address="local", include_dashboard=False, **quiet)
 
 
 def _get(call: Any) -> Any:

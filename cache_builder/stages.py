@@ -30,7 +30,7 @@ class StageSeconds:
 
 def bottleneck(seconds: Mapping[str, float], wall: float) -> str:
     """One sentence that says what a build waited for. `seconds` and `wall` are sums over its shards."""
-    share = seconds["forward"] / wall if wall else 0.0
+    share = min(seconds["forward"] / wall, 1.0) if wall else 0.0
     if share >= 0.8:
         return f"The teachers are the bottleneck: their forward passes take {share:.0%} of the time."
     other = max((stage for stage in STAGES if stage != "forward"), key=lambda stage: seconds[stage])

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also runs from a
 
 from rich.console import Console
 
-from cache_builder.build import build
+from cache_builder.builder import build
 from cache_builder.recipe import BuildRecipe
 from jobs.launch import recipe_and_overrides, require_absolute_in_job, run
 from pipeline.recipe import load_recipe

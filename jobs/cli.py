@@ -40,12 +40,13 @@ def plan(recipe: RecipeArgument, overrides: Overrides = None) -> None:
 
     Example: `teachercache plan imagenet1k_vitl source.path=/data/train cache=/data/cache`
     """
-    from cache_builder.build import prepare
+    from cache_builder.builder import prepare
     from cache_builder.recipe import BuildRecipe
+    from jobs.inspection.tables import plan_table
     from pipeline.recipe import load_recipe
 
     _, _, result = prepare(load_recipe(BuildRecipe, recipe, overrides or []), console)
-    console.print(result.table())
+    console.print(plan_table(result))
     result.require_space()
 
 
@@ -61,14 +62,15 @@ def build(
 
     Example: `teachercache build demo source.path=~/photos cache=/tmp/cache "teachers=[dinov2_small]"`
     """
-    from cache_builder.build import build as build_cache
-    from cache_builder.build import prepare
+    from cache_builder.builder import build as build_cache
+    from cache_builder.builder import prepare
     from cache_builder.recipe import BuildRecipe
+    from jobs.inspection.tables import plan_table
     from pipeline.recipe import load_recipe
 
     checked = load_recipe(BuildRecipe, recipe, overrides or [])
     if dry_run:
-        console.print(prepare(checked, console)[2].table())
+        console.print(plan_table(prepare(checked, console)[2]))
         return
     result = build_cache(checked, console)
     console.print(
@@ -130,7 +132,8 @@ def inspect(
 
     Example: `teachercache inspect /data/cache --pictures maps.png`
     """
-    from jobs.inspect.summary import summarize, summary_table
+    from jobs.inspection.summary import summarize
+    from jobs.inspection.tables import summary_table
     from pipeline.cache import FeatureCache
 
     opened = FeatureCache.open(cache)
@@ -140,7 +143,7 @@ def inspect(
     else:
         console.print(summary_table(summary))
     if pictures is not None:
-        from jobs.inspect.pictures import pca_maps
+        from jobs.inspection.pictures import pca_maps
 
         pca_maps(opened, pictures, num_samples=samples)
         console.print(f"PCA maps: {pictures}", soft_wrap=True)

@@ -1,31 +1,42 @@
-"""accelerate launch jobs/train_student.py RECIPE key=value …
+"""Distil a student from a teacher cache.
 
-Several CPU processes: torchrun --nproc_per_node N jobs/train_student.py RECIPE key=value …
-Exits with 143 when SIGTERM ended the run early; the same command then continues it.
+    accelerate launch jobs/train_student.py RECIPE key=value …
+    torchrun --nproc_per_node N jobs/train_student.py RECIPE key=value …      (several CPU processes)
+
+RECIPE is a YAML file, or the name of one in jobs/recipes (for example sak_stage1_base). Overrides:
+
+    cache=/data/cache                   the cache to train from
+    output=runs/base                    checkpoints, metrics and the finished student
+    teachers=[dinov2,sam]               some of the cache's teachers (default: all)
+    features=online                     run the teachers instead of reading their features
+    batch_size_per_process=16           images of each process and micro-batch
+
+Run the same command again after any stop: it continues from the newest checkpoint. SIGTERM saves one
+first and ends with status 143.
 """
 
 from __future__ import annotations
 
 import signal
 import sys
+from pathlib import Path
 
-from pipeline.errors import TeacherCacheError
+# The checkout instead of this folder, whose names would hide modules of the standard library.
+sys.path.pop(0)
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from jobs.launch import recipe_and_overrides, run
 from pipeline.recipe import load_recipe
 from student.recipe import TrainRecipe
 from student.train import train
 
 
-def main(arguments: list[str]) -> int:
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(__doc__)
-        return 0 if arguments else 2
-    try:
-        result = train(load_recipe(TrainRecipe, arguments[0], arguments[1:]))
-    except TeacherCacheError as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 128 + signal.SIGTERM if result.interrupted else 0
+def main() -> None:
+    path, overrides = recipe_and_overrides(__doc__ or "")
+    result = train(load_recipe(TrainRecipe, path, overrides))
+    if result.interrupted:
+        raise SystemExit(128 + signal.SIGTERM)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run(main)

@@ -1,0 +1,31 @@
+"""The data plane: sources, views, codecs, stores, and the cache that training reads.
+
+Names are imported on first use: teachers, codecs and losses need parts of this package, and none of
+what the stores need (zarr).
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.cache import FeatureCache
+    from pipeline.spec import ViewPolicy
+    from pipeline.views import View, render_view
+
+_HOMES = {
+    "FeatureCache": "pipeline.cache",
+    "View": "pipeline.views",
+    "ViewPolicy": "pipeline.spec",
+    "render_view": "pipeline.views",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+__all__ = ["FeatureCache", "View", "ViewPolicy", "render_view"]

@@ -1,19 +1,19 @@
-"""Token grids: bilinear resampling, its exact adjoint, and the pooling that is stored.
+"""Token grids: bilinear resampling, its adjoint and least squares, and the pooling that is stored.
 
-Shapes: B batch, S levels, C channels, h×w the student's grid, H×W the teacher's. Any of the two may be the
-finer one. Resampling is `align_corners=False` and separable: U = A_H ⊗ A_W with A_H (H, h) and A_W (W, w),
-so Uᵀt = A_Hᵀ t A_W, and <U s, t> = <s, Uᵀ t> holds to rounding.
+Shapes: B batch, S levels, C channels, h×w the student's grid, H×W the teacher's; any of the two may be the
+finer. Resampling is `align_corners=False` and separable, U = A_H ⊗ A_W with A_H (H, h) and A_W (W, w). So are
+Uᵀ and UᵀU, which need those small matrices only: <U s, t> = <s, Uᵀt> holds to rounding.
 """
 
 from __future__ import annotations
+
+from functools import cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.spec import GridSpec
-
-Size = tuple[int, int]  # (height, width)
+from pipeline.spec import GridSpec, Size
 
 
 def upsample(s_BChw: Tensor, grid: Size) -> Tensor:
@@ -26,32 +26,32 @@ def upsample(s_BChw: Tensor, grid: Size) -> Tensor:
 
 
 def adjoint(t_BCHW: Tensor, grid: Size) -> Tensor:
-    """Uᵀ t: (B, C, H, W) → (B, C, *grid), the exact transpose of `upsample` from `grid` to (H, W).
+    """Uᵀt: (B, C, H, W) → (B, C, *grid), the exact transpose of `upsample` from `grid` to (H, W).
 
-    A transpose sums, it does not average: for constant t its values are `adjoint_weight`. Computed in at
-    least float32, autocast or not, and returned in the dtype of `t`; differentiable.
+    A transpose sums, it does not average. Computed in at least float32, autocast or not, and returned in
+    the dtype of `t`; differentiable.
     """
-    working = t_BCHW.to(torch.promote_types(t_BCHW.dtype, torch.float32))
-    (height, width), (h, w) = t_BCHW.shape[-2:], grid
-    with torch.autocast(t_BCHW.device.type, enabled=False):
-        rows_Hh = interpolation_matrix(h, height, like=working)
-        columns_Ww = interpolation_matrix(w, width, like=working)
-        return (rows_Hh.T @ working @ columns_Ww).to(t_BCHW.dtype)
+    height, width = t_BCHW.shape[-2:]
+    rows_hH = interpolation_matrix(grid[0], height).T
+    columns_wW = interpolation_matrix(grid[1], width).T
+    return _separable(rows_hH, columns_wW, t_BCHW)
 
 
-def adjoint_weight(grid: Size, teacher_grid: Size, like: Tensor) -> Tensor:
-    """Uᵀ 1 (*grid): how many teacher tokens each student token stands for."""
-    return adjoint(torch.ones(1, 1, *teacher_grid, dtype=like.dtype, device=like.device), grid)[0, 0]
+def gram(s_BChw: Tensor, grid: Size) -> Tensor:
+    """UᵀU s: what `adjoint` gives for a teacher map that is U s; the map on `grid` is never formed."""
+    height, width = s_BChw.shape[-2:]
+    return _separable(_gram_matrix(height, grid[0]), _gram_matrix(width, grid[1]), s_BChw)
 
 
-def interpolation_matrix(source: int, target: int, like: Tensor) -> Tensor:
-    """A (target, source) with `A @ s` = s resampled along one axis; device and dtype as `like`.
+def least_squares(adjoint_BChw: Tensor, grid: Size) -> Tensor:
+    """(UᵀU)⁺ Uᵀt: the student map whose upsampling to `grid` is nearest to t. The inverse of `gram`.
 
-    It is what `F.interpolate` makes of the unit vectors, in float64, so it cannot differ from it.
+    It holds what `adjoint` holds and looks like features: a constant t gives the same constant. Upsampled
+    again, it is all of t that a student on this grid can reach.
     """
-    basis = torch.eye(source, dtype=torch.float64, device=like.device)
-    resampled_st: Tensor = F.interpolate(basis[None], size=target, mode="linear", align_corners=False)[0]
-    return resampled_st.T.to(like.dtype)
+    height, width = adjoint_BChw.shape[-2:]
+    rows_hh, columns_ww = _inverse_gram_matrix(height, grid[0]), _inverse_gram_matrix(width, grid[1])
+    return _separable(rows_hh, columns_ww, adjoint_BChw)
 
 
 def pool(feature_maps_BSHWC: Tensor, grid: GridSpec) -> Tensor:
@@ -68,3 +68,36 @@ def pool(feature_maps_BSHWC: Tensor, grid: GridSpec) -> Tensor:
     pooled_NChw = F.interpolate(working, size=grid.size, mode="bilinear", align_corners=False, antialias=True)
     pooled_NhwC = pooled_NChw.permute(0, 2, 3, 1).to(feature_maps_BSHWC.dtype).contiguous()
     return pooled_NhwC.view(*feature_maps_BSHWC.shape[:2], *pooled_NhwC.shape[1:])
+
+
+@cache
+def interpolation_matrix(source: int, target: int) -> Tensor:
+    """A (target, source), float64 on the CPU, with `A @ s` = s resampled along one axis.
+
+    It is what `F.interpolate` makes of the unit vectors, so it cannot differ from it.
+    """
+    with torch.inference_mode(False), torch.device("cpu"):
+        basis = torch.eye(source, dtype=torch.float64)
+        columns: Tensor = F.interpolate(basis[None], size=target, mode="linear", align_corners=False)[0]
+        return columns.T.contiguous()
+
+
+@cache
+def _gram_matrix(source: int, target: int) -> Tensor:
+    with torch.inference_mode(False):
+        matrix = interpolation_matrix(source, target)
+        return matrix.T @ matrix
+
+
+@cache
+def _inverse_gram_matrix(source: int, target: int) -> Tensor:
+    with torch.inference_mode(False):
+        inverse: Tensor = torch.linalg.pinv(_gram_matrix(source, target), hermitian=True)
+        return inverse
+
+
+def _separable(rows: Tensor, columns: Tensor, maps: Tensor) -> Tensor:
+    """rows @ map @ columnsᵀ for each map of (B, C, height, width)."""
+    working = maps.to(torch.promote_types(maps.dtype, torch.float32))
+    with torch.autocast(maps.device.type, enabled=False):
+        return (rows.to(working) @ working @ columns.T.to(working)).to(maps.dtype)

@@ -27,9 +27,10 @@ def load_recipe(model: type[Model], path: str | Path, overrides: Sequence[str] =
     """The recipe at `path` (or a shipped one, by name) with overrides applied. Raises `RecipeError`."""
     file = _find(Path(path))
     try:
-        base = OmegaConf.load(file)
-        merged = OmegaConf.merge(base, _overrides(overrides))
-        content = OmegaConf.to_container(merged, resolve=True)
+        config = OmegaConf.load(file)
+        for key, value in _parse(overrides):
+            OmegaConf.update(config, key, value, merge=False, force_add=True)
+        content = OmegaConf.to_container(config, resolve=True)
     except (YAMLError, OmegaConfBaseException, TypeError, ValueError) as error:
         raise RecipeError(
             f"Recipe {file} cannot be read.",
@@ -49,7 +50,7 @@ def check_recipe(model: type[Model], content: Any, origin: str) -> Model:
         raise RecipeError(
             f"Recipe {origin} has {len(problems)} problem{'s' * (len(problems) > 1)}:\n  - "
             + "\n  - ".join(problems),
-            do=f"change these keys in the file, or override them: {_example(error)}=…",
+            do="mend these keys in the file or among the overrides",
         ) from error
 
 
@@ -69,7 +70,8 @@ def _find(path: Path) -> Path:
     )
 
 
-def _overrides(overrides: Sequence[str]) -> Any:
+def _parse(overrides: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """(dotted key, value read as YAML) of each override; the value replaces what the recipe has there."""
     for text in overrides:
         key, equals, _ = text.partition("=")
         if not equals or not key.strip():
@@ -78,11 +80,7 @@ def _overrides(overrides: Sequence[str]) -> Any:
                 got=repr(text),
                 expected="for example views.num_views=4",
             )
-    return OmegaConf.from_dotlist(list(overrides))
-
-
-def _example(error: ValidationError) -> str:
-    return ".".join(str(part) for part in error.errors()[0]["loc"]) or "key"
+        yield key, OmegaConf.select(OmegaConf.from_dotlist([text]), key)
 
 
 def _describe(model: type[BaseModel], problem: Any) -> str:

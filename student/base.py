@@ -20,13 +20,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pipeline.errors import CheckpointError
+from pipeline.spec import Size
 
+NUM_LEVELS = 4  # the ends of the four quarters of a network, for students and teachers alike
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 
 
 class Student(nn.Module, ABC):
-    """`config` holds the arguments of the constructor, as JSON can hold them.
+    """`config` holds the arguments of the constructor, as JSON can hold them; `teacher_dims` and
+    `image_size` are among them.
 
     Mean and standard deviation (of pixels in 0–1) are kept with the weights, so that a student always
     sees pixels as it saw them when it was trained.
@@ -41,6 +44,15 @@ class Student(nn.Module, ABC):
         self.config = dict(config)
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
+
+    @property
+    def teachers(self) -> list[str]:
+        return list(self.config["teacher_dims"])
+
+    @property
+    def image_size(self) -> Size:
+        height, width = self.config["image_size"]
+        return height, width
 
     def normalize(self, images_B3HW: Tensor) -> Tensor:
         """uint8 RGB images → the float32 pixels that `forward` takes, on the device of the images."""

@@ -60,7 +60,7 @@ def bottleneck(seconds: Mapping[str, float], steps: int) -> str:
     """
     total = sum(seconds.get(stage, 0.0) for stage in STAGES)
     if not total:
-        return "No step was taken."
+        return "No step was left to take."
     share = {stage: seconds.get(stage, 0.0) / total for stage in STAGES}
     worst = max(share, key=lambda stage: share[stage])
     sentence = f"Bottleneck: {STAGES[worst]}, {share[worst]:.0%} of {total / steps:.3g} s a step"

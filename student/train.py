@@ -28,6 +28,7 @@ from pipeline.errors import CheckpointError, RecipeError
 from pipeline.loader import Batch, FeatureLoader
 from pipeline.sampler import ShardShuffleSampler
 from student import Student, build_student
+from student.base import NUM_LEVELS
 from student.checkpoint import load_checkpoint, newest_checkpoint
 from student.loop import TrainingLoop
 from student.losses import DistillationLoss
@@ -106,7 +107,7 @@ def train(recipe: TrainRecipe) -> TrainResult:
         recipe,
         model,
         optimizer,
-        Distillation(recipe, model, student, targets, cache.spec.views.size),
+        Distillation(recipe, model, student, targets),
         partial(
             cosine_with_warmup,
             peak=recipe.optimizer.lr,
@@ -156,25 +157,19 @@ class Distillation:
     """The objective of stage 1: the student's feature maps against the teachers'."""
 
     def __init__(
-        self,
-        recipe: TrainRecipe,
-        model: nn.Module,
-        student: Student,
-        targets: TargetSource,
-        size: tuple[int, int],
+        self, recipe: TrainRecipe, model: nn.Module, student: Student, targets: TargetSource
     ) -> None:
         """`model` is `student` as accelerate wrapped it."""
         self._model = model
         self._student = student
         self._targets = targets
-        self._size = size
         self._loss = DistillationLoss(**recipe.distillation.model_dump())
 
     def __call__(self, batch: Batch, timer: StageTimer) -> tuple[Tensor, dict[str, Tensor]]:
         with timer.stage("targets"):
             targets = self._targets(batch)
         with timer.stage("forward"):
-            images = batch.renders[self._size].to(self._student.mean.device, non_blocking=True)
+            images = batch.renders[self._student.image_size].to(self._student.mean.device, non_blocking=True)
             output = self._loss(self._model(self._student.normalize(images)), targets)
         terms = {"loss": output.levels, "cosine": output.cosine, "smooth_l1": output.smooth_l1}
         return output.total, {
@@ -187,6 +182,7 @@ class Distillation:
 
 def _accelerator(recipe: TrainRecipe) -> Accelerator:
     return Accelerator(
+        cpu=not torch.accelerator.is_available(),  # unless told so, it runs one process on CPUs, silently
         mixed_precision=recipe.mixed_precision,
         gradient_accumulation_steps=recipe.gradient_accumulation_steps,
         log_with="tensorboard",
@@ -224,6 +220,14 @@ def _require_fit(
             expected=f"at most {num_samples}, the valid samples of the cache",
             do="lower batch_size_per_process or gradient_accumulation_steps",
         )
+    for name in teachers:
+        if (levels := cache.spec.teachers[name].num_levels) != NUM_LEVELS:
+            raise RecipeError(
+                f"Teacher {name} cannot be distilled with its levels.",
+                got=f"{levels} levels in the cache",
+                expected=f"{NUM_LEVELS}, as the student has",
+                do=f"build the cache with {NUM_LEVELS} block_indices for it, or leave it out of `teachers`",
+            )
     for name in recipe.distillation.teacher_weights:
         if name not in teachers:
             near = difflib.get_close_matches(name, teachers, 1)

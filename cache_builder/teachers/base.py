@@ -111,7 +111,7 @@ def preprocess(pixels_B3HW: Tensor, spec: TeacherSpec) -> Tensor:
         return x
     height, width = spec.image_size
     scale = min(height / x.shape[2], width / x.shape[3])
-    fitted = (round(x.shape[2] * scale), round(x.shape[3] * scale))
+    fitted = (int(x.shape[2] * scale + 0.5), int(x.shape[3] * scale + 0.5))
     x = F.interpolate(x, size=fitted, mode="bicubic", align_corners=False)
     return F.pad(x, (0, width - fitted[1], 0, height - fitted[0]))
 
@@ -119,7 +119,7 @@ def preprocess(pixels_B3HW: Tensor, spec: TeacherSpec) -> Tensor:
 def weights_hash(module: nn.Module) -> str:
     """xxh3-128 over names, dtypes, shapes and bytes of the state dict, sorted by name, in hex.
 
-    Independent of device and memory format. About 0.1 s per GB on the CPU.
+    Independent of device and memory format. 0.2 s for a ViT-L (1.2 GB).
     """
     digest = xxhash.xxh3_128()
     for name, tensor in sorted(module.state_dict().items()):

@@ -1,8 +1,8 @@
 """Codecs turn float features into what lies on disk, and back.
 
-    codec = get_codec("f16").calibrate(x)        x (rows, levels, H, W, C), any float dtype
+    codec = get_codec("int4-hadamard").calibrate(x)      x (rows, levels, H, W, C), any float dtype
     encoded = codec.encode(x)
-    encoded.tensors()                            {name: tensor}: exactly what goes to disk
+    encoded.tensors()                                    {name: tensor}: exactly what goes to disk
     encoded.decode(device="cuda", dtype=torch.float32)
 
 A codec is registered under one name in `_CODECS`; nothing else needs to know it.
@@ -10,11 +10,24 @@ A codec is registered under one name in `_CODECS`; nothing else needs to know it
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from pipeline.codecs.base import ArrayLayout, Codec, Encoded
+from pipeline.codecs.dct import GridDctCodec
+from pipeline.codecs.quantized import SCHEMES, QuantizedCodec
 from pipeline.codecs.scalar import BFloat16Codec, Float16Codec, Float32Codec
 from pipeline.errors import CodecError
 
-_CODECS: dict[str, type[Codec]] = {codec.name: codec for codec in (Float32Codec, Float16Codec, BFloat16Codec)}
+_CODECS: dict[str, Callable[[], Codec]] = {
+    codec.name: codec for codec in (Float32Codec, Float16Codec, BFloat16Codec)
+}
+for _bits in (8, 6, 5, 4, 3):
+    for _scheme_name, _scheme in SCHEMES.items():
+        _name = f"int{_bits}" + _scheme_name
+        _CODECS[_name] = partial(QuantizedCodec, _name, _bits, _scheme)
+for _bits in (4, 3):
+    _CODECS[f"int{_bits}-dct"] = partial(GridDctCodec, f"int{_bits}-dct", _bits)
 
 
 def codec_names() -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ class ArrayLayout:
 class Codec(ABC):
     """Encodes (R, S, H, W, C) features. `calibrate` is a no-op for codecs without tables."""
 
-    name: ClassVar[str]
+    name: str
 
     def calibrate(self, features_RSHWC: Tensor) -> Self:
         """Learn what the codec needs (means, scales, rotations) from a sample of rows."""

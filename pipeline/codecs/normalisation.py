@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pipeline.codecs.hadamard import hadamard_factors, rotate
+from pipeline.errors import CodecError
 from pipeline.feature_stats import FeatureMoments
 
 SIGN_SEED = 0
@@ -34,15 +35,24 @@ class Normalisation(ABC):
     table_names: ClassVar[tuple[str, ...]]
 
     def __init__(self, tables: dict[str, Tensor]) -> None:
-        self.tables = tables
+        self.tables = {name: tables[name] for name in self.table_names}
+        self.levels, self.width = tables["mean"].shape
 
     @classmethod
     @abstractmethod
     def calibrate(cls, features_RSHWC: Tensor) -> Self:
         """The tables for features like these; float32, on their device."""
 
-    def to(self, device: torch.device) -> Self:
-        return type(self)({name: table.to(device) for name, table in self.tables.items()})
+    def require_shape(self, features_RSHWC: Tensor) -> None:
+        """Raises `CodecError` unless the features have the levels and channels of the calibration."""
+        shape = tuple(features_RSHWC.shape)
+        if len(shape) != 5 or (shape[1], shape[4]) != (self.levels, self.width):
+            raise CodecError(
+                "This codec was calibrated on features of another shape.",
+                got=shape,
+                expected=f"(rows, {self.levels}, H, W, {self.width})",
+                do="use the codec of this teacher, or calibrate one on these features",
+            )
 
     @abstractmethod
     def forward(self, features_RSHWC: Tensor) -> Tensor:
@@ -102,13 +112,19 @@ class PhiS(Normalisation):
         rotation_SCC = rotate(signed_SCC, tables["left"].double(), tables["right"].double()).mT
         std_S = variances_SC.clamp(min=0).mean(1).sqrt().clamp(min=SMALLEST_STD)
         return cls(
-            {"mean": moments.mean_SC.float(), "std": std_S.float(), "rotation": rotation_SCC.float().contiguous()}
+            {
+                "mean": moments.mean_SC.float(),
+                "std": std_S.float(),
+                "rotation": rotation_SCC.float().contiguous(),
+            }
         )
 
     def forward(self, features_RSHWC: Tensor) -> Tensor:
         centred_RSHWC = features_RSHWC.float() - _per_level(self.tables["mean"])
         levels = centred_RSHWC.unbind(1)
-        rotated = [level @ rotation.T for level, rotation in zip(levels, self.tables["rotation"], strict=True)]
+        rotated = [
+            level @ rotation.T for level, rotation in zip(levels, self.tables["rotation"], strict=True)
+        ]
         return torch.stack(rotated, 1) / self.tables["std"][:, None, None, None]
 
     def inverse(self, tokens: Tensor, scales: Tensor, level: int) -> Tensor:

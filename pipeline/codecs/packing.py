@@ -1,8 +1,8 @@
 """Codes of 1 to 8 bits, packed without gaps along the last axis.
 
 The codes of one token are one little-endian bit stream: code i is the bits i·b … i·b + b − 1, and bit j of
-the stream is bit j % 8 (0 the lowest) of byte j // 8. The last byte is filled up with zeros. With numpy alone:
-`np.unpackbits(packed, axis=-1, count=width * b, bitorder="little").reshape(*, width, b) @ 2 ** np.arange(b)`.
+the stream is bit j % 8 (0 the lowest) of byte j // 8. The last byte is filled up with zeros. This is
+`np.packbits(…, bitorder="little")` of the codes' bits, lowest first.
 """
 
 from __future__ import annotations

@@ -6,68 +6,77 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from pipeline.codecs.packing import pack, unpack
 from pipeline.errors import CodecError
 
-# Tokens are scaled by the best of these multiples of their root mean square. Rotated tokens are nearly
-# Gaussian, not quite; choosing costs nothing to decode and takes 3% off the error at 4 bits.
+# A token is scaled by the best of these multiples of its root mean square: rotated tokens are nearly
+# Gaussian, not quite. The choice takes 3% off the error at 4 bits and costs nothing to decode.
 GAUSSIAN_STEPS = (0.9, 1.0, 1.1, 1.2)
 
 
 class Quantizer:
-    """2^bits ascending levels, float32."""
+    """2^bits ascending levels, float32. A scaled value is rounded to float16, then to the nearest level.
+
+    There are only 2^16 float16 values, so encoding is a table lookup and the same on every device.
+    """
 
     def __init__(self, levels: Tensor) -> None:
         self.levels = levels
         self.bits = len(levels).bit_length() - 1
-        self._edges = (levels[1:] + levels[:-1]) / 2
-        # A CPU gathers slowly: take four 4-bit codes at once from a table of all 16-bit words.
-        self._words = None
-        if self.bits == 4 and levels.device.type == "cpu":
-            words = torch.arange(2**16)[:, None] >> torch.tensor([0, 4, 8, 12])
-            self._words = levels[words & 15]
+        halves = torch.arange(2**16, device=levels.device).to(torch.int16).view(torch.float16).float()
+        codes = torch.bucketize(halves, (levels[1:] + levels[:-1]) / 2)
+        self._code_of_half = codes.to(torch.uint8)
+        self._error_of_half = (halves - levels[codes]).square()
 
     def quantise(self, tokens: Tensor, base: Tensor, steps: Sequence[float]) -> tuple[Tensor, Tensor]:
         """float32 tokens (…, C) → packed codes (…, C·bits/8) and float16 scales (…,).
 
-        Each token takes that of the scales `base · step` (base (…, 1)) which leaves the least error.
+        Each token takes that of the scales `base · step`, base (…, 1), which leaves the least error.
         Raises `CodecError` where a scale is not finite in float16.
         """
-        candidates = [self._quantise_at(tokens, (base * step).half()) for step in steps]
-        codes, scales, errors = candidates[0]
-        for other_codes, other_scales, other_errors in candidates[1:]:
-            better = other_errors < errors
-            codes = torch.where(better, other_codes, codes)
-            scales = torch.where(better, other_scales, scales)
-            errors = torch.where(better, other_errors, errors)
-        require_finite_scales(scales)
+        scales = torch.cat([finite_scales(base * step) for step in steps], -1)
+        if len(steps) > 1:
+            errors = torch.stack([self._error(tokens, scale) for scale in scales.unbind(-1)], -1)
+            scales = scales.gather(-1, errors.argmin(-1, keepdim=True))
+        codes = _take(self._code_of_half, _half_bits(divide_by_scales(tokens, scales)))
         return pack(codes, self.bits), scales.squeeze(-1)
 
-    def _quantise_at(self, tokens: Tensor, scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        scale = scales.float()
-        unit = torch.where(scale > 0, tokens / scale, 0)
-        codes = torch.bucketize(unit, self._edges, out_int32=True)
-        errors = (unit - self.levels[codes]).square_().sum(-1, keepdim=True) * scale.square()
-        return codes.to(torch.uint8), scales, errors
+    def _error(self, tokens: Tensor, scales: Tensor) -> Tensor:
+        unit = divide_by_scales(tokens, scales[..., None])
+        return _take(self._error_of_half, _half_bits(unit)).sum(-1) * scales.float().square()
 
     def dequantise(self, packed: Tensor, width: int) -> Tensor:
         """Packed codes (…, C·bits/8) → levels (…, C), float32, not scaled."""
-        if self._words is not None and width % 4 == 0:
-            words = packed.view(torch.uint16).int()
-            return F.embedding(words, self._words).flatten(-2)
-        return self.levels[unpack(packed, self.bits, width).int()]
+        return _take(self.levels, unpack(packed, self.bits, width).int())
 
 
-def require_finite_scales(scales: Tensor) -> None:
+def finite_scales(scales: Tensor) -> Tensor:
+    """float16 scales. Raises `CodecError` where one is not finite."""
+    scales = scales.half()
     if not torch.isfinite(scales).all():
         raise CodecError(
             "Some tokens cannot be scaled.",
-            got="values that are not finite, or more than 65504 standard deviations from the mean",
+            got="values that are not finite, or more than 50,000 standard deviations from the mean",
             expected="finite features like those of the calibration sample",
-            do="look at the teacher if they are not finite; calibrate the codec on other rows if they are",
+            do="look at the teacher if they are not finite; calibrate the codec on more rows if they are",
         )
+    return scales
+
+
+def divide_by_scales(tokens: Tensor, scales: Tensor) -> Tensor:
+    """tokens / scales, float32; zeros where the scale is zero."""
+    return tokens * torch.where(scales > 0, 1 / scales.float(), 0)
+
+
+def _half_bits(unit: Tensor) -> Tensor:
+    """The bits of float16(unit), as an index."""
+    return unit.half().view(torch.int16).int() & 0xFFFF
+
+
+def _take(table: Tensor, index: Tensor) -> Tensor:
+    """table[index], which is ten times slower on a CPU."""
+    return table.index_select(0, index.flatten()).view(index.shape)
 
 
 def root_mean_square(tokens: Tensor) -> Tensor:

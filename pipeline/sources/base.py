@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
-from itertools import chain, islice
+from itertools import islice
 from multiprocessing import get_context
 from posixpath import splitext
 from typing import Any, ClassVar
@@ -42,7 +43,7 @@ SAMPLE_SCHEMA = pa.schema(
 )
 _UNIT_SCHEMA = SAMPLE_SCHEMA.append(pa.field("qualified_key", pa.string()))
 
-_UNITS_WORTH_PROCESSES = 8
+_SECONDS_ALONE = 2.0  # what starting processes costs
 _REMOTE_THREADS = 32
 _UNITS_AHEAD_PER_WORKER = 4
 _NAMES_LOOKED_AT = 10_000
@@ -109,19 +110,22 @@ class Source(ABC):
 
     def _scan_units(self, workers: int) -> Iterator[pa.Table]:
         units = iter(self._units())
-        first = list(islice(units, _UNITS_WORTH_PROCESSES))
         pool: Executor
-        if not self.place.is_local:  # waiting for answers, and a process would see no memory:// files
+        if self.place.is_local:
+            start = time.monotonic()
+            for unit in units:
+                yield self._scan_unit(unit)
+                if workers > 1 and time.monotonic() - start >= _SECONDS_ALONE:
+                    break
+            else:
+                return
+            pool = ProcessPoolExecutor(workers, get_context("spawn"))  # fork copies locks of other threads
+        else:  # this is waiting, not work; and a process would see no memory:// files
             workers = _REMOTE_THREADS
             pool = ThreadPoolExecutor(workers)
-        elif workers > 1 and len(first) == _UNITS_WORTH_PROCESSES:
-            pool = ProcessPoolExecutor(workers, get_context("spawn"))  # fork copies locks of other threads
-        else:
-            yield from map(self._scan_unit, chain(first, units))
-            return
         pending: deque[Future[pa.Table]] = deque()
         with pool:
-            for unit in chain(first, units):
+            for unit in units:
                 pending.append(pool.submit(self._scan_unit, unit))
                 if len(pending) > workers * _UNITS_AHEAD_PER_WORKER:
                     yield pending.popleft().result()

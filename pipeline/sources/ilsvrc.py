@@ -9,9 +9,8 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
-from pipeline.sources.base import SampleRows, Source, is_image_name
-from pipeline.sources.tar import tar_members
-from pipeline.sources.webdataset import read_range
+from pipeline.sources.base import SampleRows, is_image_name
+from pipeline.sources.tar import TarSource, read_range, tar_members
 
 
 class _ClassTar(NamedTuple):
@@ -24,7 +23,7 @@ class _ClassTar(NamedTuple):
     problem: str | None
 
 
-class ILSVRCSource(Source):
+class ILSVRCSource(TarSource):
     """Images stay where they are, two tars deep, and are read by byte range.
 
     The key is the name of the image, such as `n01440764_10026`, the label its class, `n01440764`.
@@ -33,14 +32,14 @@ class ILSVRCSource(Source):
     kind = "ilsvrc"
 
     def _units(self) -> Iterator[_ClassTar]:
-        for path, nbytes in self._containers(".tar"):
+        for path, nbytes in self._tars():
             with self.place.storage.open_read(path) as file:
                 for member in tar_members(file, 0, nbytes):
                     wnid, suffix = splitext(basename(member.name))
                     end = member.offset + member.nbytes
-                    if suffix.lower() == ".tar":  # one that is cut is read up to there, and says so itself
+                    if suffix.lower() == ".tar":
                         yield _ClassTar(path, wnid, member.offset, end, None)
-                    elif member.problem is not None:
+                    if member.problem is not None:
                         yield _ClassTar(path, member.name, member.offset, end, member.problem)
 
     def _scan_unit(self, unit: _ClassTar) -> pa.Table:
@@ -58,8 +57,3 @@ class ILSVRCSource(Source):
                     read_first = partial(read_range, file, member.offset)
                     rows.add(key, f"{wnid}/{key}", path, member.offset, member.nbytes, wnid, read_first)
         return rows.table()
-
-    def _names(self) -> Iterator[str]:
-        for path, nbytes in self._containers(".tar"):
-            with self.place.storage.open_read(path) as file:
-                yield from (f"{path}/{member.name}" for member in tar_members(file, 0, nbytes))

@@ -61,7 +61,8 @@ def with_unique_keys(table: pa.Table) -> pa.Table:
         status = pc.if_else(pc.and_(mask, pc.equal(status, OK)), reason, status)
         offsets = table["offset"].cast(pa.string())
         keys = pc.if_else(mask, pc.binary_join_element_wise(keys, offsets, "#"), keys)
-    return table.drop_columns("qualified_key").set_column(0, "key", keys)
+    columns = {name: table[name] for name in table.column_names if name != "qualified_key"}
+    return pa.table(columns | {"key": keys, "status": status})
 
 
 def _codes(keys: pa.ChunkedArray) -> NDArray[np.int32]:

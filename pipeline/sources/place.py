@@ -43,7 +43,9 @@ class Place:
             return Place(text, Storage.at(folder or "/"), name)
         if magic := _MAGIC.search(text):
             folder, _, _ = text[: magic.start()].rpartition("/")
-            return Place(text, Storage.at(folder or "/"), text[len(folder) + 1 :])
+            place = Place(text, Storage.at(folder or "/"), text[len(folder) + 1 :])
+            if any(True for _ in place.files()):
+                return place
         raise SourceNotFoundError(
             "There is nothing at this place.",
             got=text,

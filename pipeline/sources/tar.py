@@ -1,11 +1,15 @@
-"""Which byte ranges of a tar hold its files. `tarfile` reads the headers; nothing is extracted."""
+"""Images in tars, by byte range. `tarfile` reads the headers; nothing is extracted."""
 
 from __future__ import annotations
 
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import IO
+from typing import IO, Self
+
+from pipeline.sources.base import Source
+
+_PLAIN_KINDS = (tarfile.REGTYPE, tarfile.XHDTYPE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +22,23 @@ class TarMember:
     problem: str | None = None
 
 
+class _Header(tarfile.TarInfo):
+    """A header of which, in the plain case, only type, name and size are parsed: twice as fast a scan."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        kind = bytes(buf[156:157])
+        checksum = b"%06o" % (sum(buf) - sum(buf[148:156]) + 8 * ord(" "))
+        whole = len(buf) == tarfile.BLOCKSIZE and buf[148:154] == checksum
+        if not (whole and kind in _PLAIN_KINDS and buf[257:263] == b"ustar\0" and buf[124] < 0x80):
+            return super().frombuf(buf, encoding, errors)
+        prefix, name = (bytes(part).partition(b"\0")[0] for part in (buf[345:500], buf[:100]))
+        header = cls((prefix + b"/" + name if prefix else name).decode(encoding, errors))
+        header.type = kind
+        header.size = int(buf[124:136].rstrip(b"\0 ") or b"0", 8)
+        return header
+
+
 def tar_members(file: IO[bytes], start: int, end: int) -> Iterator[TarMember]:
     """The regular files of the tar that lies in bytes [start, end) of `file`, lazily, in order.
 
@@ -28,10 +49,10 @@ def tar_members(file: IO[bytes], start: int, end: int) -> Iterator[TarMember]:
     position = start
     file.seek(start)
     try:
-        tar = tarfile.TarFile(fileobj=file, encoding="utf-8", errors="surrogateescape")
+        tar = tarfile.TarFile(fileobj=file, tarinfo=_Header, encoding="utf-8", errors="surrogateescape")
         while (info := tar.next()) is not None and info.offset < end:
             tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep every header
-            if tar.offset <= position:
+            if tar.offset <= position or info.size < 0:
                 raise tarfile.ReadError("a header points backwards")
             stop = info.offset_data + info.size
             if info.isreg() and not info.issparse():
@@ -50,3 +71,21 @@ def tar_members(file: IO[bytes], start: int, end: int) -> Iterator[TarMember]:
     if last != bytes(tarfile.BLOCKSIZE):
         what = "damaged" if last else "cut"
         yield TarMember("", position, 0, f"the tar is {what} at byte {position:,}: no header, no end mark")
+
+
+def read_range(file: IO[bytes], offset: int, nbytes: int) -> bytes:
+    file.seek(offset)
+    return file.read(nbytes)
+
+
+class TarSource(Source):
+    """A tar, or the tars of a folder or pattern."""
+
+    def _tars(self) -> Iterator[tuple[str, int]]:
+        return self._containers(".tar")
+
+    def _names(self) -> Iterator[str]:
+        yield from super()._names()
+        for path, nbytes in self._tars():
+            with self.place.storage.open_read(path) as file:
+                yield from (f"{path}/{member.name}" for member in tar_members(file, 0, nbytes))

@@ -13,8 +13,8 @@ from typing import IO, NamedTuple
 
 import pyarrow as pa
 
-from pipeline.sources.base import IMAGE_SUFFIXES, SampleRows, Source
-from pipeline.sources.tar import TarMember, tar_members
+from pipeline.sources.base import IMAGE_SUFFIXES, SampleRows
+from pipeline.sources.tar import TarMember, TarSource, read_range, tar_members
 
 _NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
 _LONGEST_LABEL_BYTES = 1 << 20
@@ -26,7 +26,7 @@ class _Field(NamedTuple):
     member: TarMember
 
 
-class WebDatasetSource(Source):
+class WebDatasetSource(TarSource):
     """A tar, or the tars of a folder or pattern. Members are read by byte range, never extracted.
 
     As webdataset has it, a member's key ends and its field begins at the first dot of its base name
@@ -39,7 +39,7 @@ class WebDatasetSource(Source):
     kind = "webdataset"
 
     def _units(self) -> Iterator[tuple[str, int]]:
-        return self._containers(".tar")
+        return self._tars()
 
     def _scan_unit(self, unit: tuple[str, int]) -> pa.Table:
         path, tar_nbytes = unit
@@ -57,16 +57,6 @@ class WebDatasetSource(Source):
                         read_first = partial(read_range, file, offset)
                         rows.add(key, f"{splitext(path)[0]}/{key}", path, offset, nbytes, label, read_first)
         return rows.table()
-
-    def _names(self) -> Iterator[str]:
-        for path, nbytes in self._containers(".tar"):
-            with self.place.storage.open_read(path) as file:
-                yield from (f"{path}/{member.name}" for member in tar_members(file, 0, nbytes))
-
-
-def read_range(file: IO[bytes], offset: int, nbytes: int) -> bytes:
-    file.seek(offset)
-    return file.read(nbytes)
 
 
 def _split(name: str) -> tuple[str, str]:

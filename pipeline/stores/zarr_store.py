@@ -63,7 +63,7 @@ class ZarrShardWriter(ShardWriter):
             file, layout = self._files[array], self._layouts[array]
             assert values.shape == (len(offsets), *layout.shape), (array, values.shape, layout.shape)
             data = np.ascontiguousarray(values, numpy_dtype(layout))
-            for offset, chunk in zip(offsets, data.reshape(len(offsets), -1).view(np.uint8), strict=True):
+            for offset, chunk in zip(offsets, data, strict=True):
                 start = file.nbytes
                 _write_checked(file, chunk.tobytes())
                 self._index[array][offset] = start, file.nbytes - start

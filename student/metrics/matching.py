@@ -5,11 +5,13 @@ Two pixels may be matched when they are at most a given distance apart. BSDS min
     Σ round(100 · distance) over matched pairs  +  outlier cost · (pixels of both maps − matched pairs),
 
 with an outlier cost of a hundred times the greatest distance: nearly always a matching of maximum
-cardinality, and among those one of least distance. It does so by Goldberg's CSA, on a graph that ties a pixel
-to six outliers drawn at random. Here the same objective is minimised exactly (shortest augmenting paths, in
-scipy) and nothing is drawn: a pixel of the smaller side is matched or stays alone at the outlier cost. The
-number of matched pairs is that of BSDS. Which pixels are matched may differ where several matchings cost the
-same, as it does from run to run of BSDS.
+cardinality, and among those one of least distance. Here this is minimised exactly (shortest augmenting paths,
+in scipy): every pixel of the smaller side is matched, or stays alone at the outlier cost.
+
+BSDS minimises it by Goldberg's CSA on a graph with outliers, which must be matched too: a pixel is tied to six
+of them, and each of them to six others, all drawn at random. An outlier that nobody drew takes a pixel away, so
+BSDS leaves two or so in a thousand pairs unmatched, other ones from run to run; `benchmarks/boundary.py` prints
+what that does to odsF. Where several matchings cost the same, which pixels are matched is open in both.
 """
 
 from __future__ import annotations

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import RecipeError, WeightsNotFoundError
 from pipeline.spec import Size
-
-NUM_LEVELS = 4
+from student.base import NUM_LEVELS
 
 
 class Stem(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -75,7 +76,8 @@ def by_hand(student: SAK, teacher: str, pixels_B3HW: Tensor) -> list[Tensor]:
     def adapter(index: int, r_in: Tensor) -> Tensor:
         a = path.adapters[index]
         hidden = r_in @ a.down.weight.T + a.down.bias
-        return a.scale * (nn.functional.gelu(hidden) @ a.up.weight.T + a.up.bias) + r_in
+        r_out: Tensor = a.scale * (nn.functional.gelu(hidden) @ a.up.weight.T + a.up.bias) + r_in
+        return r_out
 
     z = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(pixels_B3HW))))
     r = adapter(0, z)
@@ -127,22 +129,18 @@ def test_every_parameter_is_trained() -> None:
     assert [name for name, p in student.named_parameters() if p.grad is None] == []
 
 
-@pytest.mark.parametrize(
-    "stem",
-    [
-        "vit_small_patch16_dinov3",
-        "vit_small_patch14_dinov2",
-        "beit_base_patch16_224",
-        "deit_tiny_patch16_224",
-    ],
-)
-def test_stems_of_other_families(stem: str) -> None:
+@pytest.mark.parametrize("stem", ["vit_small_patch16_dinov3", "eva02_tiny_patch14_224"])
+def test_stems_with_registers_and_rotary_positions(stem: str) -> None:
     patch = 14 if "14" in stem else 16
     student = build_student("sak", stem=stem, teacher_dims={"a": 8}, image_size=(4 * patch, 3 * patch))
-    output = student(torch.randn(1, 3, 4 * patch, 3 * patch))["a"]
-    assert [tuple(level.shape) for level in output] == [(1, 8, 4, 3)] * 4
+    pixels_B3HW = torch.randn(1, 3, 4 * patch, 3 * patch)
+    assert [tuple(level.shape) for level in student(pixels_B3HW)["a"]] == [(1, 8, 4, 3)] * 4
     assert isinstance(student, SAK)
-    assert len(student.stem(torch.randn(1, 3, 4 * patch, 3 * patch))) == student.stem.depth + 1
+    tokens_BND = student.stem(pixels_B3HW)
+    assert len(tokens_BND) == 13
+    expected = student.stem.vit.forward_intermediates(pixels_B3HW, output_fmt="NLC", intermediates_only=True)
+    for got, wanted in zip(tokens_BND[1:], expected, strict=True):
+        torch.testing.assert_close(got[:, student.stem.num_prefix_tokens :], wanted)
 
 
 def test_levels_are_four_even_steps() -> None:
@@ -159,27 +157,33 @@ def test_normalize_uses_the_statistics_of_the_stem() -> None:
     torch.testing.assert_close(student.normalize(images_B3HW), (images_B3HW / 255 - mean) / std)
 
 
-def test_a_saved_student_is_the_same_student(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[SAK, Path]:
+    folder = tmp_path_factory.mktemp("student")
     student = tiny().eval()
     student.mean += 0.25  # a normalisation that this timm would not give
-    student.save_pretrained(tmp_path)
-    images_B3HW = torch.randint(0, 256, (1, 3, 64, 96), dtype=torch.uint8)
-    loaded = load_student(tmp_path)
+    student.save_pretrained(folder)
+    return student, folder
+
+
+def test_a_saved_student_is_the_same_student(saved: tuple[SAK, Path]) -> None:
+    student, folder = saved
+    loaded = load_student(folder)
     assert not loaded.training
+    images_B3HW = torch.randint(0, 256, (1, 3, 64, 96), dtype=torch.uint8)
     expected, got = (s(s.normalize(images_B3HW)) for s in (student, loaded))
     for teacher in ("a", "b"):
         for one, other in zip(expected[teacher], got[teacher], strict=True):
             assert torch.equal(one, other)
 
 
-def test_a_saved_student_needs_neither_cache_nor_ray(tmp_path: Path) -> None:
-    tiny().save_pretrained(tmp_path)
+def test_a_saved_student_needs_neither_cache_nor_ray(saved: tuple[SAK, Path]) -> None:
     code = (
         "import sys; from student import load_student; load_student(sys.argv[1])\n"
         "loaded = {name.split('.')[0] for name in sys.modules}\n"
         "assert not loaded & {'ray', 'zarr', 'webdataset', 'cache_builder'}, loaded"
     )
-    subprocess.run([sys.executable, "-c", code, tmp_path], check=True)
+    subprocess.run([sys.executable, "-c", code, saved[1]], check=True)
 
 
 def damage(folder: Path, what: str) -> None:
@@ -204,21 +208,21 @@ def damage(folder: Path, what: str) -> None:
 @pytest.mark.parametrize(
     "what", ["no weights", "cut weights", "missing key", "no config", "not JSON", "unknown argument"]
 )
-def test_a_damaged_student_is_an_error(tmp_path: Path, what: str) -> None:
-    tiny().save_pretrained(tmp_path)
-    damage(tmp_path, what)
-    with pytest.raises(CheckpointError, match=str(tmp_path)):
-        SAK.from_pretrained(tmp_path)
+def test_a_damaged_student_is_an_error(saved: tuple[SAK, Path], tmp_path: Path, what: str) -> None:
+    folder = shutil.copytree(saved[1], tmp_path / "copy")
+    damage(folder, what)
+    with pytest.raises(CheckpointError, match=str(folder)):
+        SAK.from_pretrained(folder)
 
 
-def test_a_student_of_another_kind_is_an_error(tmp_path: Path) -> None:
-    tiny().save_pretrained(tmp_path)
-    config = tmp_path / "config.json"
+def test_a_student_of_another_kind_is_an_error(saved: tuple[SAK, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(saved[1], tmp_path / "copy")
+    config = folder / "config.json"
     config.write_text(config.read_text().replace('"sak"', '"soup"'))
     with pytest.raises(CheckpointError, match="another kind"):
-        SAK.from_pretrained(tmp_path)
+        SAK.from_pretrained(folder)
     with pytest.raises(RecipeError, match="soup"):
-        load_student(tmp_path)
+        load_student(folder)
 
 
 def test_a_folder_that_is_not_there_is_an_error(tmp_path: Path) -> None:

@@ -60,7 +60,8 @@ def pca_rgb(maps_RHWC: Tensor) -> Tensor:
     projected = centred @ (components * largest.sign()).T
     low, high = projected.quantile(0.01, 0), projected.quantile(0.99, 0)
     colours = (projected - low) / (high - low).clamp_min(1e-12)
-    return colours.clamp(0, 1).reshape(*maps_RHWC.shape[:-1], 3).float()
+    rgb: Tensor = colours.clamp(0, 1).reshape(*maps_RHWC.shape[:-1], 3).float()
+    return rgb
 
 
 def _image(cache: FeatureCache, row: int) -> NDArray:

@@ -1,0 +1,89 @@
+"""What codecs with calibrated tables have in common: learning, saving, loading, and the tables' device."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Generic, Self, TypeVar
+
+import torch
+from torch import Tensor
+
+from pipeline.codecs.base import Codec
+from pipeline.errors import CodecError
+
+Coder = TypeVar("Coder")
+
+
+class CalibratedCodec(Codec, Generic[Coder]):
+    """A codec that is its tables, kept on the CPU; a `Coder` is what works with them on one device."""
+
+    table_names: tuple[str, ...]
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._tables: dict[str, Tensor] = {}
+        self._coders: dict[torch.device, Coder] = {}
+
+    @abstractmethod
+    def _learn(self, features_RSHWC: Tensor) -> dict[str, Tensor]:
+        """The tables for features like these."""
+
+    @abstractmethod
+    def _coder(self, tables: dict[str, Tensor]) -> Coder:
+        """What encodes and decodes with these tables, on their device."""
+
+    @torch.no_grad()
+    def calibrate(self, features_RSHWC: Tensor) -> Self:
+        """Raises `CodecError` for features that are not finite, and for a sample without a token."""
+        shape, finite = tuple(features_RSHWC.shape), bool(torch.isfinite(features_RSHWC).all())
+        if len(shape) != 5 or 0 in shape or not finite:
+            raise CodecError(
+                f"Codec {self.name} cannot be calibrated on these features.",
+                got=f"shape {shape}, {'all' if finite else 'not all'} finite",
+                expected="finite features (rows, levels, H, W, C) of at least one row",
+                do="calibrate on some hundred rows of the teacher's own features",
+            )
+        return self.load_state(self._learn(features_RSHWC))
+
+    def state(self) -> dict[str, Tensor]:
+        self._require_tables()
+        return dict(self._tables)
+
+    def load_state(self, tables: dict[str, Tensor]) -> Self:
+        """Tables of `state()`; others beside them are left alone. Raises `CodecError` if one is missing."""
+        missing = [name for name in self.table_names if name not in tables]
+        if missing:
+            raise CodecError(
+                f"These are not the tables of codec {self.name}.",
+                got=f"{', '.join(sorted(tables)) or 'no table'}",
+                expected=f"{', '.join(self.table_names)}",
+                do="load the statistics that were saved for this codec, or calibrate it again",
+            )
+        self._tables = {name: tables[name].detach().cpu() for name in self.table_names}
+        self._coders = {}
+        return self
+
+    def _on(self, device: torch.device) -> Coder:
+        self._require_tables()
+        if device not in self._coders:
+            self._coders[device] = self._coder({name: t.to(device) for name, t in self._tables.items()})
+        return self._coders[device]
+
+    def _require_tables(self) -> None:
+        if not self._tables:
+            raise CodecError(
+                f"Codec {self.name} is not calibrated.",
+                expected="tables learnt from a sample of rows",
+                do=f'call get_codec("{self.name}").calibrate(features), or load_state() with saved tables',
+            )
+
+
+def row_blocks(features_RSHWC: Tensor) -> list[slice]:
+    """The rows to work on at a time: all, but one by one on a CPU, whose caches hold no more.
+
+    There is one block, an empty one, where there is no row.
+    """
+    num_rows = len(features_RSHWC)
+    if num_rows and features_RSHWC.device.type == "cpu" and not torch.compiler.is_compiling():
+        return [slice(row, row + 1) for row in range(num_rows)]
+    return [slice(None)]

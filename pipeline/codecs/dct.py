@@ -1,0 +1,230 @@
+"""A transform codec: what neighbouring tokens and levels share is stored once.
+
+    y = H D (x − mean) / std         as in the hadamard codecs
+    u = y / token_scale              so that every token of a row ends with the same relative error
+    k = (E ⊗ D_H ⊗ D_W) u            KLT over the levels, DCT-II over the grid: orthonormal
+
+A coefficient is one (level, row frequency, column frequency) with its C channels. Its channels share a
+float16 scale and a number of bits, 0 to 8, that the calibration sample sets: each bit goes where it lowers
+the error most (reverse water-filling). The bytes a row takes are those of the hadamard codec at most.
+
+Shapes: R rows, S levels, H×W grid, C channels, N = S·H·W coefficients.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.fft import dct
+from torch import Tensor
+
+from pipeline.codecs.base import ArrayLayout, Encoded
+from pipeline.codecs.calibrated import CalibratedCodec, row_blocks
+from pipeline.codecs.lloyd_max import gaussian_distortion, gaussian_levels
+from pipeline.codecs.normalisation import Hadamard
+from pipeline.codecs.quantizer import (
+    GAUSSIAN_STEPS,
+    Quantizer,
+    divide_by_scales,
+    finite_scales,
+    root_mean_square,
+)
+from pipeline.errors import CodecError
+
+MOST_BITS = 8
+
+
+@dataclass(frozen=True)
+class _Group:
+    """The coefficients of one number of bits, and their place in the bytes of a row."""
+
+    quantizer: Quantizer
+    positions: Tensor
+    code_bytes: slice
+
+
+class _Coder:
+    def __init__(self, tables: dict[str, Tensor]) -> None:
+        self.normalisation = Hadamard(tables)
+        self.bases = tables["level_basis"], tables["row_basis"], tables["column_basis"]
+        self.shape_SHW = tables["bits"].shape
+        self.groups = list(self._groups(tables["bits"].flatten(), tables["levels"]))
+
+    def _groups(self, bits_N: Tensor, levels: Tensor) -> list[_Group]:
+        groups, start = [], 0
+        for bits in range(MOST_BITS, 0, -1):
+            positions = (bits_N == bits).nonzero().squeeze(1)
+            end = start + len(positions) * self.normalisation.width * bits // 8
+            if len(positions):
+                quantizer = Quantizer(levels[2**bits - 2 : 2 ** (bits + 1) - 2])
+                groups.append(_Group(quantizer, positions, slice(start, end)))
+            start = end
+        return groups
+
+    def require_shape(self, features_RSHWC: Tensor) -> None:
+        self.normalisation.require_shape(features_RSHWC)
+        if features_RSHWC.shape[1:4] != self.shape_SHW:
+            raise CodecError(
+                "This codec was calibrated on another grid.",
+                got=tuple(features_RSHWC.shape[2:4]),
+                expected=tuple(self.shape_SHW[1:]),
+                do="calibrate a codec on features of this grid",
+            )
+
+    def encode(self, features_RSHWC: Tensor) -> dict[str, Tensor]:
+        tokens = self.normalisation.forward(features_RSHWC)
+        token_scales = finite_scales(root_mean_square(tokens))
+        spectrum_RNC = _transform(divide_by_scales(tokens, token_scales), self.bases).flatten(1, 3)
+        scales_RN = spectrum_RNC.new_zeros(spectrum_RNC.shape[:2], dtype=torch.float16)
+        codes = []
+        for group in self.groups:
+            coefficients = spectrum_RNC[:, group.positions]
+            packed, scales = group.quantizer.quantise(
+                coefficients, root_mean_square(coefficients), GAUSSIAN_STEPS
+            )
+            scales_RN[:, group.positions] = scales
+            codes.append(packed.flatten(1))
+        return {
+            "codes": torch.cat(codes, 1),
+            "scales": scales_RN.unflatten(1, self.shape_SHW),
+            "token_scales": token_scales.squeeze(-1),
+        }
+
+    def decode(self, codes: Tensor, scales_RSHW: Tensor, token_scales_RSHW: Tensor, out: Tensor) -> None:
+        width = self.normalisation.width
+        scales_RN1 = scales_RSHW.flatten(1).float()[..., None]
+        spectrum_RNC = scales_RN1.new_zeros(*scales_RN1.shape[:2], width)
+        for group in self.groups:
+            packed = codes[:, group.code_bytes].unflatten(1, (len(group.positions), -1))
+            values = group.quantizer.dequantise(packed, width)
+            spectrum_RNC[:, group.positions] = values * scales_RN1[:, group.positions]
+        level_basis, row_basis, column_basis = self.bases
+        bases = level_basis.mT, row_basis.mT, column_basis.mT
+        tokens = _transform(spectrum_RNC.unflatten(1, self.shape_SHW), bases)
+        for level in range(self.normalisation.levels):
+            scales = token_scales_RSHW[:, level, ..., None].float()
+            out[:, level] = self.normalisation.inverse(tokens[:, level], scales, level)
+
+
+class GridDctCodec(CalibratedCodec[_Coder]):
+    table_names = (
+        *Hadamard.table_names,
+        "level_basis",
+        "row_basis",
+        "column_basis",
+        "bits",
+        "levels",
+    )
+
+    def __init__(self, name: str, bits: int) -> None:
+        super().__init__(name)
+        self.bits = bits
+
+    def layout(self, levels: int, grid: tuple[int, int], width: int) -> dict[str, ArrayLayout]:
+        if width % 8:
+            raise CodecError(
+                f"Codec {self.name} needs whole bytes for the channels of a token.",
+                got=f"{width} channels",
+                expected="a multiple of 8",
+                do=f"use int{self.bits}-hadamard",
+            )
+        num_bytes = _bit_budget(self.bits, levels * math.prod(grid), width) * width // 8
+        attributes = {"codec": self.name, "bits": self.bits, "channels": width}
+        frequencies = ("level_component", "row_frequency", "column_frequency")
+        return {
+            "codes": ArrayLayout((num_bytes,), torch.uint8, ("byte",), attributes),
+            "scales": ArrayLayout((levels, *grid), torch.float16, frequencies, {}),
+            "token_scales": ArrayLayout((levels, *grid), torch.float16, ("level", "height", "width"), {}),
+        }
+
+    def _learn(self, features_RSHWC: Tensor) -> dict[str, Tensor]:
+        _, levels, height, width, channels = features_RSHWC.shape
+        self.layout(levels, (height, width), channels)
+        normalisation = Hadamard.calibrate(features_RSHWC)
+
+        products_SS = features_RSHWC.new_zeros(levels, levels, dtype=torch.float64)
+        for unit_RSHWC in _unit_rows(normalisation, features_RSHWC):
+            flat_SN = unit_RSHWC.transpose(0, 1).flatten(1)
+            products_SS += flat_SN @ flat_SN.T
+        level_basis = torch.linalg.eigh(products_SS).eigenvectors.mT.flip(0).float()
+        bases = level_basis, _dct_basis(height).to(level_basis), _dct_basis(width).to(level_basis)
+        power_SHW = features_RSHWC.new_zeros(levels, height, width, dtype=torch.float64)
+        for unit_RSHWC in _unit_rows(normalisation, features_RSHWC):
+            power_SHW += _transform(unit_RSHWC, bases).square().mean(-1).sum(0)
+        budget = _bit_budget(self.bits, power_SHW.numel(), channels)
+        bits_SHW = allocate_bits(power_SHW.flatten().cpu().numpy(), budget).reshape(power_SHW.shape)
+        levels_by_bits = np.concatenate([gaussian_levels(bits) for bits in range(1, MOST_BITS + 1)])
+        return normalisation.tables | {
+            "level_basis": bases[0],
+            "row_basis": bases[1],
+            "column_basis": bases[2],
+            "bits": torch.from_numpy(bits_SHW.astype(np.uint8)),
+            "levels": torch.from_numpy(levels_by_bits).float(),
+        }
+
+    def _coder(self, tables: dict[str, Tensor]) -> _Coder:
+        return _Coder(tables)
+
+    @torch.no_grad()
+    def encode(self, features_RSHWC: Tensor) -> Encoded:
+        coder = self._on(features_RSHWC.device)
+        coder.require_shape(features_RSHWC)
+        with torch.autocast(features_RSHWC.device.type, enabled=False):
+            parts = [coder.encode(features_RSHWC[rows]) for rows in row_blocks(features_RSHWC)]
+        return Encoded(self, {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+
+    @torch.no_grad()
+    def decode_tensors(
+        self, tensors: dict[str, Tensor], device: torch.device | str, dtype: torch.dtype
+    ) -> Tensor:
+        device = torch.device(device)
+        coder = self._on(device)
+        codes, scales, token_scales = (
+            tensors[name].to(device, non_blocking=True) for name in ("codes", "scales", "token_scales")
+        )
+        features_RSHWC = torch.empty(*scales.shape, coder.normalisation.width, dtype=dtype, device=device)
+        with torch.autocast(device.type, enabled=False):
+            for rows in row_blocks(features_RSHWC):
+                coder.decode(codes[rows], scales[rows], token_scales[rows], out=features_RSHWC[rows])
+        return features_RSHWC
+
+
+def allocate_bits(power_N: NDArray[np.float64], budget: int) -> NDArray[np.int64]:
+    """Bits (N,) of each coefficient, 0 to `MOST_BITS` and `budget` in all, for the least error by its power.
+
+    The distortion of the Gaussian quantiser is convex in its bits, so taking the largest gains is optimal.
+    """
+    distortion = np.array([gaussian_distortion(bits) for bits in range(MOST_BITS + 1)])
+    gains = np.multiply.outer(power_N, -np.diff(distortion))
+    best = np.argsort(-gains, axis=None, kind="stable")[:budget]
+    return np.bincount(best // MOST_BITS, minlength=len(power_N))
+
+
+def _bit_budget(bits: int, num_coefficients: int, width: int) -> int:
+    """Bits a channel, summed over the coefficients, that leave room for the second scale."""
+    return bits * num_coefficients - -(-16 * num_coefficients // width)
+
+
+def _unit_rows(normalisation: Hadamard, features_RSHWC: Tensor) -> Iterator[Tensor]:
+    for rows in row_blocks(features_RSHWC):
+        tokens = normalisation.forward(features_RSHWC[rows])
+        yield divide_by_scales(tokens, finite_scales(root_mean_square(tokens)))
+
+
+def _dct_basis(size: int) -> Tensor:
+    """DCT-II as an orthonormal matrix: a row for each frequency, lowest first."""
+    return torch.from_numpy(dct(np.eye(size), axis=0, norm="ortho"))
+
+
+def _transform(tokens_RSHWC: Tensor, bases: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """(level ⊗ row ⊗ column) applied to the levels and the grid; with transposed bases, the way back."""
+    level_basis, row_basis, column_basis = bases
+    shape = tokens_RSHWC.shape
+    columns = column_basis @ tokens_RSHWC
+    rows = row_basis @ columns.flatten(-2)
+    return (level_basis @ rows.flatten(2)).view(shape)

@@ -1,0 +1,101 @@
+"""Fixed-rate codecs: normalise, scale each token, quantise every value to one of 2^bits levels.
+
+    int4            standardised; levels evenly spaced up to the token's largest magnitude
+    int4-hadamard   standardised and rotated, so nearly Gaussian: Lloyd-Max levels of a unit Gaussian
+    int4-phi-s      the same after PHI-S instead
+
+Shapes: R rows, S levels, H×W grid, C channels. docs/codecs.md states the bytes, and
+`pipeline.codecs.reference` decodes them with numpy alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.codecs.base import ArrayLayout, Encoded
+from pipeline.codecs.calibrated import CalibratedCodec, row_blocks
+from pipeline.codecs.lloyd_max import gaussian_levels
+from pipeline.codecs.normalisation import Hadamard, Normalisation, PhiS, Standardise
+from pipeline.codecs.packing import packed_width
+from pipeline.codecs.quantizer import GAUSSIAN_STEPS, Quantizer, largest_magnitude, root_mean_square
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A normalisation with the levels and the token scales that suit what it gives."""
+
+    normalisation: type[Normalisation]
+    levels: Callable[[int], NDArray[np.float64]]
+    base_scale: Callable[[Tensor], Tensor]
+    scale_steps: Sequence[float]
+
+
+def _even_levels(bits: int) -> NDArray[np.float64]:
+    return np.linspace(-1, 1, 2**bits)
+
+
+SCHEMES = {  # by the suffix of the name
+    "": Scheme(Standardise, _even_levels, largest_magnitude, (1.0,)),
+    "-hadamard": Scheme(Hadamard, gaussian_levels, root_mean_square, GAUSSIAN_STEPS),
+    "-phi-s": Scheme(PhiS, gaussian_levels, root_mean_square, GAUSSIAN_STEPS),
+}
+
+
+class QuantizedCodec(CalibratedCodec[tuple[Normalisation, Quantizer]]):
+    def __init__(self, name: str, bits: int, scheme: Scheme) -> None:
+        super().__init__(name)
+        self.bits = bits
+        self.scheme = scheme
+        self.table_names = (*scheme.normalisation.table_names, "levels")
+
+    def layout(self, levels: int, grid: tuple[int, int], width: int) -> dict[str, ArrayLayout]:
+        attributes = {"codec": self.name, "bits": self.bits, "channels": width}
+        axes = ("level", "height", "width")
+        code_shape = (levels, *grid, packed_width(width, self.bits))
+        return {
+            "codes": ArrayLayout(code_shape, torch.uint8, (*axes, "byte"), attributes),
+            "scales": ArrayLayout((levels, *grid), torch.float16, axes, {}),
+        }
+
+    def _learn(self, features_RSHWC: Tensor) -> dict[str, Tensor]:
+        levels = torch.from_numpy(self.scheme.levels(self.bits)).float()
+        return self.scheme.normalisation.calibrate(features_RSHWC).tables | {"levels": levels}
+
+    def _coder(self, tables: dict[str, Tensor]) -> tuple[Normalisation, Quantizer]:
+        return self.scheme.normalisation(tables), Quantizer(tables["levels"])
+
+    @torch.no_grad()
+    def encode(self, features_RSHWC: Tensor) -> Encoded:
+        normalisation, quantizer = self._on(features_RSHWC.device)
+        normalisation.require_shape(features_RSHWC)
+        parts = []
+        with torch.autocast(features_RSHWC.device.type, enabled=False):
+            for rows in row_blocks(features_RSHWC):
+                tokens = normalisation.forward(features_RSHWC[rows])
+                parts.append(
+                    quantizer.quantise(tokens, self.scheme.base_scale(tokens), self.scheme.scale_steps)
+                )
+        codes, scales = (torch.cat(part) for part in zip(*parts, strict=True))
+        return Encoded(self, {"codes": codes, "scales": scales})
+
+    @torch.no_grad()
+    def decode_tensors(
+        self, tensors: dict[str, Tensor], device: torch.device | str, dtype: torch.dtype
+    ) -> Tensor:
+        device = torch.device(device)
+        normalisation, quantizer = self._on(device)
+        codes, scales = (tensors[name].to(device, non_blocking=True) for name in ("codes", "scales"))
+        features_RSHWC = torch.empty(*scales.shape, normalisation.width, dtype=dtype, device=device)
+        with torch.autocast(device.type, enabled=False):
+            for rows, level in itertools.product(row_blocks(features_RSHWC), range(normalisation.levels)):
+                tokens = quantizer.dequantise(codes[rows, level], normalisation.width)
+                scale = scales[rows, level, ..., None].float()
+                features_RSHWC[rows, level] = normalisation.inverse(tokens, scale, level)
+        return features_RSHWC

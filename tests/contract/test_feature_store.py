@@ -1,0 +1,172 @@
+"""What every feature store keeps. A store is added to `STORES`; the tests stay."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import zarr
+
+from pipeline import FeatureCache
+from pipeline.codecs import codec_names, get_codec
+from pipeline.errors import CacheError, CacheNotFoundError, CorruptShardError, IncompleteCacheError
+from pipeline.stores.base import FeatureStore
+from pipeline.stores.zarr_store import ZarrStore
+from tests.make_cache import commit_shard, features, make_cache, make_images, teacher_spec
+
+STORES: list[type[FeatureStore]] = [ZarrStore]
+PLAIN_CODECS = ("f32", "f16", "bf16")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_images(tmp_path_factory.mktemp("images"), 8)
+
+
+@pytest.fixture(params=["local", "memory"])
+def location(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(tmp_path / "cache") if request.param == "local" else f"memory://{uuid.uuid4().hex}"
+
+
+@pytest.mark.parametrize("codec", PLAIN_CODECS)
+def test_rows_come_back_in_any_order(location: str, images: Path, codec: str) -> None:
+    teachers = {"t": teacher_spec(codec=codec, cls_token=True)}
+    cache = make_cache(location, images, teachers=teachers)
+    rows = np.array([15, 0, 7, 7, 6])
+    written = features(cache.spec, "t")
+    read = cache.read(rows)["t"]
+    assert torch.equal(read.tensors()["codes"], written["codes"][rows])
+    decoded = get_codec(codec).decode_tensors({"codes": written["codes"][rows]}, "cpu", torch.float32)
+    assert torch.equal(read.decode(), decoded)
+    assert read.decode().shape == (5, 4, 2, 2, 8)
+    assert torch.equal(cache.read_tokens(rows, "t", "cls"), written["cls"][rows])
+
+
+def test_plain_codecs_are_there() -> None:
+    assert set(PLAIN_CODECS) <= set(codec_names())
+
+
+def test_a_cache_crosses_process_borders(location: str, images: Path) -> None:
+    cache = make_cache(location, images)
+    other = pickle.loads(pickle.dumps(cache))  # noqa: S301  our own bytes
+    assert torch.equal(other.read([3])["alpha"].decode(), cache.read([3])["alpha"].decode())
+
+
+def test_rows_without_a_commit_do_not_exist(location: str, images: Path) -> None:
+    cache = make_cache(location, images, skip_shards=[1])
+    assert cache.committed("alpha").tolist() == [True, False, True]
+    assert cache.read([5], ["alpha"])
+    with pytest.raises(IncompleteCacheError, match="shard 1"):
+        cache.read([6], ["alpha"])
+    with pytest.raises(IncompleteCacheError, match="alpha: 1 of 3 shards missing"):
+        cache.valid_samples()
+    commit_shard(cache, "alpha", 1)
+    assert FeatureCache.open(location).valid_samples(["alpha"]).size == 8
+
+
+def test_invalid_rows_hold_nothing_and_cannot_be_read(location: str, images: Path) -> None:
+    cache = make_cache(location, images, invalid_samples=[2, 7])
+    assert cache.valid_samples().tolist() == [0, 1, 3, 4, 5, 6]
+    with pytest.raises(CacheError, match=r"could not be decoded(.|\n)*image_002"):
+        cache.read([0, 4])
+
+
+@pytest.mark.parametrize("row", [-1, 16, 17, 10**12])
+def test_rows_that_are_not_there_are_an_index_error(location: str, images: Path, row: int) -> None:
+    with pytest.raises(IndexError, match=str(row)):
+        make_cache(location, images).read([row])
+
+
+def test_an_unknown_teacher_names_the_nearest(location: str, images: Path) -> None:
+    with pytest.raises(CacheError, match=r"did you mean alpha\?"):
+        make_cache(location, images).read([0], ["alhpa"])
+
+
+def test_no_cache_is_a_file_not_found_error(location: str) -> None:
+    with pytest.raises(CacheNotFoundError, match="build the cache first"):
+        FeatureCache.open(location)
+    assert issubclass(CacheNotFoundError, FileNotFoundError)
+
+
+def test_samples_are_found_by_key(location: str, images: Path) -> None:
+    cache = make_cache(location, images)
+    assert cache.find("image_003") == 3
+    assert cache.key(3) == "image_003"
+    assert cache.image(3).size == (64, 48)
+    with pytest.raises(KeyError, match="image_007"):
+        cache.find("image_07")
+
+
+def test_images_that_moved_are_found_where_they_are(tmp_path: Path) -> None:
+    first = make_images(tmp_path / "here", 3)
+    make_cache(tmp_path / "cache", first)
+    shutil.move(first, tmp_path / "there")
+    cache = FeatureCache.open(tmp_path / "cache", images=str(tmp_path / "there"))
+    assert cache.image(1).size == (64, 48)
+
+
+def test_plain_zarr_reads_the_store(tmp_path: Path, images: Path) -> None:
+    cache = make_cache(tmp_path / "cache", images, teachers={"t": teacher_spec(codec="f16", cls_token=True)})
+    group = zarr.open_group(tmp_path / "cache" / "teachers" / "t", mode="r")
+    written = features(cache.spec, "t")
+    np.testing.assert_array_equal(group["codes"][:16], written["codes"][:16].numpy())
+    np.testing.assert_array_equal(group["cls"][3], written["cls"][3].numpy())
+    assert group["codes"].metadata.dimension_names == ("row", "level", "height", "width", "channel")
+    assert group.attrs["teacher"]["model"] == "none"
+    assert not group["codes"][16:].any(), "the padding of the last shard is absent and reads as zero"
+
+
+def test_shard_files_are_those_of_zarr_python(tmp_path: Path, images: Path) -> None:
+    cache = make_cache(tmp_path / "cache", images, teachers={"t": teacher_spec(codec="f16")})
+    ours = tmp_path / "cache" / "teachers" / "t" / "codes"
+    metadata = zarr.open_array(ours, mode="r").metadata
+    reference = zarr.create_array(
+        tmp_path / "reference",
+        shape=metadata.shape,
+        shards=metadata.chunk_grid.chunk_shape,
+        chunks=(1, *metadata.shape[1:]),
+        dtype="float16",
+        filters=None,
+        compressors=metadata.codecs[0].codecs[1:],
+    )
+    reference[:12] = features(cache.spec, "t")["codes"][:12].numpy()
+    for shard in (0, 1):
+        name = f"c/{shard}/0/0/0/0"
+        assert (ours / name).read_bytes() == (tmp_path / "reference" / name).read_bytes()
+
+
+def test_a_shard_that_fails_leaves_nothing(tmp_path: Path, images: Path) -> None:
+    cache = make_cache(tmp_path / "cache", images, skip_shards=[2])
+
+    def fail() -> None:
+        with cache.store.write_shard(cache.spec, "alpha", 2) as writer:
+            writer.write([0], {"codes": features(cache.spec, "alpha")["codes"][:1].numpy()})
+            raise RuntimeError("the power goes")
+
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(RuntimeError):
+        fail()
+    assert [path for path in sorted(tmp_path.rglob("*")) if path.is_file()] == [
+        p for p in before if p.is_file()
+    ]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda data: data[:-30], lambda data: data[:40] + bytes([data[40] ^ 1]) + data[41:]],
+    ids=["cut", "flip"],
+)
+def test_a_damaged_shard_is_an_error_that_says_how_to_look(
+    tmp_path: Path, images: Path, damage: Callable[[bytes], bytes]
+) -> None:
+    make_cache(tmp_path / "cache", images)
+    shard = tmp_path / "cache" / "teachers" / "alpha" / "codes" / "c" / "0" / "0" / "0" / "0" / "0"
+    shard.write_bytes(damage(shard.read_bytes()))
+    with pytest.raises(CorruptShardError, match="teachercache verify"):
+        FeatureCache.open(tmp_path / "cache").read([0], ["alpha"])

@@ -1,0 +1,142 @@
+"""Builds on a real local Ray cluster, and what happens when its processes die."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+from rich.console import Console
+
+from cache_builder import build
+from cache_builder.verify import verify
+from pipeline import FeatureCache
+from pipeline.errors import BuildError, TeacherCacheError
+from tests.make_cache import build_recipe, make_images
+
+QUIET = Console(quiet=True)
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_images(tmp_path_factory.mktemp("images"), 16)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # or Ray leaves one in ~/.ray
+    ray.init(num_cpus=2, num_gpus=0, include_dashboard=False, logging_level="error", log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+def runner(**options: object) -> dict[str, object]:
+    return {"kind": "ray", "batch_size": 4, "decode_threads": 1, "gpus_per_actor": 0} | options
+
+
+def test_ray_and_local_builds_hold_the_same_features(tmp_path: Path, images: Path, cluster: None) -> None:
+    recipe = build_recipe(tmp_path / "ray", images, rows_per_shard=4, runner=runner())
+    result = build(recipe, QUIET)
+    local = build(build_recipe(tmp_path / "local", images, rows_per_shard=4), QUIET).cache
+    assert (result.shards, result.views) == (8, 32)
+    rows = list(range(32))
+    torch.testing.assert_close(
+        result.cache.read(rows)["tiny"].decode(), local.read(rows)["tiny"].decode(), rtol=1e-5, atol=1e-5
+    )
+    assert result.cache.spec.content_id("tiny") == local.spec.content_id("tiny")
+    assert verify(result.cache, full=True) == []
+
+
+def worker_pids() -> set[int]:
+    """Processes of actors that are doing something (`ray::Worker.extract`)."""
+    pids = set()
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if path.read_bytes().startswith(b"ray::Worker"):
+                pids.add(int(path.parent.name))
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # it ended while we looked
+    return pids
+
+
+def test_a_killed_actor_costs_its_shards_in_flight(tmp_path: Path, images: Path, cluster: None) -> None:
+    recipe = build_recipe(tmp_path / "cache", images, rows_per_shard=2, runner=runner(num_actors=2))
+    killed: list[int] = []
+
+    def kill_one_actor_in_the_middle() -> None:
+        commits = tmp_path / "cache" / "commits" / "tiny"
+        deadline = time.monotonic() + 120
+        while len(list(commits.glob("*.json"))) < 2 and time.monotonic() < deadline:
+            time.sleep(0.005)
+        killed.append(min(worker_pids()))
+        os.kill(killed[0], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_one_actor_in_the_middle)
+    killer.start()
+    result = build(recipe, QUIET)
+    killer.join()
+    assert killed
+    assert result.shards == 16
+    assert verify(result.cache, full=True) == []
+    assert result.cache.valid_samples().size == 16
+    reference = build(
+        build_recipe(tmp_path / "whole", images, rows_per_shard=2, runner=runner(num_actors=1)), QUIET
+    )
+    rows = list(range(32))
+    assert torch.equal(result.cache.read(rows)["tiny"].decode(), reference.cache.read(rows)["tiny"].decode())
+
+
+def test_a_teacher_that_cannot_load_is_one_message(tmp_path: Path, images: Path, cluster: None) -> None:
+    teacher = {"model": "vit_tiny_patch16_224", "checkpoint": str(tmp_path / "no.safetensors")}
+    recipe = build_recipe(tmp_path / "cache", images, teachers={"t": teacher}, runner=runner(num_actors=1))
+    with pytest.raises(BuildError, match=r"could not load the teachers(.|\n)*no\.safetensors"):
+        build(recipe, QUIET)
+    assert not (tmp_path / "cache" / "cache.json").exists()
+
+
+def test_errors_cross_process_borders(cluster: None) -> None:
+    @ray.remote
+    def fail() -> None:
+        raise BuildError("It failed.", got="this", expected="that", do="something")
+
+    with pytest.raises(TeacherCacheError) as caught:
+        ray.get(fail.remote())
+    assert "expected: that" in str(caught.value)
+
+
+def test_a_submitted_job_builds_a_cache(tmp_path: Path, images: Path) -> None:
+    """`ray start --head`, then the README's `ray job submit`."""
+    environment = os.environ | {"RAY_ADDRESS": "", "RAY_TMPDIR": "/tmp"}
+    environment.pop("RAY_ADDRESS")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(build_recipe(tmp_path / "cache", images, runner=runner(num_actors=1)).model_dump_json())
+
+    def run(*command: str) -> str:
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False
+        )
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return done.stdout
+
+    ray_command = str(Path(sys.executable).with_name("ray"))
+    run(ray_command, "start", "--head", "--num-cpus=2", "--num-gpus=0", "--port=0", "--dashboard-port=8299")
+    try:
+        address = "http://127.0.0.1:8299"
+        entry = (sys.executable, "jobs/cache_teachers.py", str(recipe), "views.num_views=1")
+        submit = (ray_command, "job", "submit", "--address", address, "--working-dir", ".", "--")
+        output = run(*submit, *entry)
+    finally:
+        run(ray_command, "stop", "--force")
+    assert re.search(r"16 views in", output)
+    assert verify(FeatureCache.open(tmp_path / "cache"), full=True) == []

@@ -1,0 +1,114 @@
+"""The trainer under torchrun: two real processes (gloo) against one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from cache_builder.builder import build
+from student.checkpoint import newest_checkpoint
+from tests.make_cache import build_recipe, make_images
+from tests.train_recipes import CONTENT, logged
+
+STEPS = 20
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Real features of a small ViT, float32 on its own grid."""
+    root = tmp_path_factory.mktemp("cache")
+    build(build_recipe(root / "cache", make_images(root / "images", 9)))
+    return root / "cache"
+
+
+def start(
+    cache: Path, output: Path, *, processes: int = 1, batch_size: int, steps: int = STEPS, **changes: Any
+) -> subprocess.Popen[bytes]:
+    output.mkdir(parents=True, exist_ok=True)
+    recipe = CONTENT | {
+        "cache": str(cache),
+        "output": str(output),
+        "batch_size_per_process": batch_size,
+        "schedule": {"max_steps": steps},
+        "checkpoint_every_steps": 1000,
+        **changes,
+    }
+    OmegaConf.save(recipe, output / "recipe.yaml")
+    launch = [sys.executable]
+    if processes > 1:
+        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    script = Path(__file__).parents[2] / "jobs" / "train_student.py"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([*launch, script, output / "recipe.yaml"], env=environment)
+
+
+def run(cache: Path, output: Path, **arguments: Any) -> list[float]:
+    with start(cache, output, **arguments) as process:
+        assert process.wait(timeout=300) == 0
+    return logged(output)
+
+
+@pytest.fixture(scope="module")
+def one_process(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    return run(cache, tmp_path_factory.mktemp("one"), batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def two_processes(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    return run(cache, tmp_path_factory.mktemp("two"), processes=2, batch_size=2)
+
+
+def test_two_processes_are_one_with_twice_the_batch(
+    one_process: list[float], two_processes: list[float]
+) -> None:
+    assert len(one_process) == STEPS
+    assert two_processes[:10] == pytest.approx(one_process[:10], rel=1e-4)
+
+
+def test_online_teachers_give_the_losses_of_the_cache(
+    cache: Path, one_process: list[float], tmp_path: Path
+) -> None:
+    assert run(cache, tmp_path, batch_size=4, features="online") == pytest.approx(one_process, rel=1e-5)
+
+
+def test_online_teachers_give_the_losses_of_the_cache_on_two_processes(
+    cache: Path, two_processes: list[float], tmp_path: Path
+) -> None:
+    online = run(cache, tmp_path, processes=2, batch_size=2, features="online")
+    assert online == pytest.approx(two_processes, rel=1e-5)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sigterm_saves_and_the_same_command_goes_on(cache: Path, tmp_path: Path, processes: int) -> None:
+    size = {"processes": processes, "batch_size": 4 // processes}
+    with start(cache, tmp_path, steps=100_000, **size) as process:
+        await_steps(tmp_path, 3)
+        process.send_signal(signal.SIGTERM)
+        code = process.wait(timeout=120)
+    assert code == 143 if processes == 1 else code != 0
+    before = logged(tmp_path)
+    checkpoint = newest_checkpoint(tmp_path / "checkpoints")
+    assert checkpoint is not None
+    assert checkpoint.name == f"step_{len(before):08d}"
+
+    with start(cache, tmp_path, steps=100_000, **size) as process:
+        await_steps(tmp_path, len(before) + 3)
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=120)
+    assert logged(tmp_path)[: len(before)] == before
+
+
+def await_steps(output: Path, count: int) -> None:
+    file = output / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not file.exists() or len(file.read_text().splitlines()) < count:
+        assert time.monotonic() < deadline, f"no {count} steps within two minutes"
+        time.sleep(0.05)

@@ -1,0 +1,275 @@
+"""Builds of real images by real (tiny) teachers, in one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from rich.console import Console
+from webdataset.tariterators import group_by_keys, tar_file_expander
+
+from cache_builder import build, build_teacher, extract_shard
+from cache_builder.plan import Plan
+from cache_builder.verify import verify
+from pipeline import FeatureCache, render_view
+from pipeline.errors import BuildError, CacheMismatchError, DiskSpaceError
+from pipeline.manifest import Manifest
+from tests.make_cache import build_recipe, make_images
+
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_images(tmp_path_factory.mktemp("images"), 8)
+
+
+def shard_files(cache: Path) -> dict[str, bytes]:
+    """Every array and table of a cache (commit records hold times, so they differ)."""
+    files = [path for path in cache.rglob("*") if path.is_file() and "commits" not in path.parts]
+    return {str(path.relative_to(cache)): path.read_bytes() for path in files if path.name != "cache.json"}
+
+
+def test_features_are_timms(tmp_path: Path, images: Path) -> None:
+    cache = build(build_recipe(tmp_path / "cache", images), QUIET).cache
+    spec = cache.spec.teachers["tiny"]
+    torch.manual_seed(spec.random_seed)
+    model = timm.create_model("vit_tiny_patch16_224", pretrained=False, img_size=spec.image_size).eval()
+    rows = [0, 5, 11, 15]
+    views = [render_view(cache.image(row // 2), cache.view(row), spec.render_size) for row in rows]
+    pixels = torch.stack(views) / 255
+    mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in (spec.mean, spec.std))
+    with torch.no_grad():
+        maps = model.forward_intermediates(
+            (pixels - mean) / std, indices=[2, 5, 8, 11], intermediates_only=True
+        )
+    by_hand = torch.stack(maps, 1).permute(0, 1, 3, 4, 2)
+    torch.testing.assert_close(cache.read(rows)["tiny"].decode(), by_hand, rtol=1e-5, atol=1e-5)
+
+
+def test_pooled_grids_and_tokens_are_stored(tmp_path: Path, images: Path) -> None:
+    teacher = {
+        "model": "vit_tiny_patch16_224",
+        "pretrained": False,
+        "image_size": 64,
+        "grid": "bilinear",
+        "grid_size": [2, 2],
+        "cls_token": True,
+        "global_feature": True,
+        "codec": "bf16",
+    }
+    cache = build(build_recipe(tmp_path / "cache", images, teachers={"t": teacher}), QUIET).cache
+    assert cache.read([3])["t"].decode().shape == (1, 4, 2, 2, 192)
+    live = build_teacher(cache.spec.teachers["t"])
+    features = live(render_view(cache.image(1), cache.view(3), (64, 64))[None])
+    assert features.cls_token_BSC is not None
+    torch.testing.assert_close(
+        cache.read_tokens([3], "t", "cls").float(), features.cls_token_BSC, rtol=1e-2, atol=1e-2
+    )
+    assert cache.read_tokens([3], "t", "global").shape == (1, cache.spec.teachers["t"].global_width)
+
+
+def test_building_again_computes_nothing(tmp_path: Path, images: Path) -> None:
+    recipe = build_recipe(tmp_path / "cache", images)
+    first = build(recipe, QUIET)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*") if path.is_file()}
+    second = build(recipe, QUIET)
+    after = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*") if path.is_file()}
+    assert (first.shards, first.views, second.shards) == (3, 16, 0)
+    assert before == after
+
+
+def test_a_killed_build_continues_to_the_same_bytes(tmp_path: Path, images: Path) -> None:
+    recipe = build_recipe(tmp_path / "killed", images, rows_per_shard=2)
+    script = (
+        "import sys; from cache_builder import build; from cache_builder.recipe import BuildRecipe;"
+        "build(BuildRecipe.model_validate_json(sys.argv[1]))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, recipe.model_dump_json()], stderr=subprocess.DEVNULL
+    )
+    manifest = Manifest(
+        FeatureCache.open(
+            build(build_recipe(tmp_path / "whole", images, rows_per_shard=2), QUIET).cache.storage.url
+        ).storage
+    )
+    commits = tmp_path / "killed" / "commits" / "tiny"
+    deadline = time.monotonic() + 120
+    while not list(commits.glob("*.json")) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    done = len(list(commits.glob("*.json")))
+    result = build(recipe, QUIET)
+    assert done >= 1
+    assert result.shards == 8 - done
+    assert shard_files(tmp_path / "killed") == shard_files(tmp_path / "whole")
+    assert manifest.committed("tiny") == set(range(8))
+    assert verify(result.cache, full=True) == []
+
+
+def test_another_teacher_joins_without_touching_the_first(tmp_path: Path, images: Path) -> None:
+    tiny = {"model": "vit_tiny_patch16_224", "pretrained": False, "codec": "f32"}
+    first = build(build_recipe(tmp_path / "cache", images), QUIET).cache
+    before = shard_files(tmp_path / "cache")
+    late = {"tiny": tiny, "late": tiny | {"random_seed": 7}}
+    grown = build(build_recipe(tmp_path / "cache", images, teachers=late), QUIET).cache
+    assert grown.teachers == ["late", "tiny"] or grown.teachers == ["tiny", "late"]
+    assert before.items() <= shard_files(tmp_path / "cache").items()
+    assert grown.spec.content_id("tiny") == first.spec.content_id("tiny")
+    read = grown.read([1])
+    assert not torch.equal(read["tiny"].decode(), read["late"].decode())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"views": {"num_views": 2, "size": [32, 32], "seed": 1}},
+            "views.seed: the cache has 0, the recipe asks for 1",
+        ),
+        ({"rows_per_shard": 4}, "rows_per_shard"),
+        (
+            {"teachers": {"tiny": {"model": "vit_tiny_patch16_224", "pretrained": False, "codec": "f16"}}},
+            "codec",
+        ),
+    ],
+)
+def test_another_spec_at_the_same_path_is_refused(
+    tmp_path: Path, images: Path, change: dict[str, object], message: str
+) -> None:
+    build(build_recipe(tmp_path / "cache", images), QUIET)
+    before = shard_files(tmp_path / "cache")
+    with pytest.raises(CacheMismatchError, match=message):
+        build(build_recipe(tmp_path / "cache", images, **change), QUIET)
+    assert shard_files(tmp_path / "cache") == before
+
+
+def test_other_images_at_the_same_path_are_refused(tmp_path: Path) -> None:
+    build(build_recipe(tmp_path / "cache", make_images(tmp_path / "a", 3)), QUIET)
+    with pytest.raises(CacheMismatchError, match="dataset fingerprint"):
+        build(build_recipe(tmp_path / "cache", make_images(tmp_path / "b", 3, seed=1)), QUIET)
+
+
+def test_undecodable_images_are_quarantined_and_the_build_goes_on(tmp_path: Path) -> None:
+    folder = make_images(tmp_path / "images", 6)
+    whole = (folder / "image_001.jpg").read_bytes()
+    (folder / "image_001.jpg").write_bytes(whole[: len(whole) // 2])
+    (folder / "image_004.jpg").write_bytes(b"<html>not an image</html>")
+    result = build(build_recipe(tmp_path / "cache", folder), QUIET)
+    assert result.quarantined == 2
+    assert result.cache.valid_samples().tolist() == [0, 2, 3, 5]
+    reasons = {entry.key: entry.reason for entry in result.cache.manifest.quarantine()}
+    assert set(reasons) == {"image_001", "image_004"}
+    assert [list(record.invalid_rows) for record in result.cache.commits("tiny").values()] == [[2, 3], [8, 9]]
+    reference = build(build_recipe(tmp_path / "other", make_images(tmp_path / "sound", 6)), QUIET).cache
+    rows = [0, 1, 4, 7, 11]
+    torch.testing.assert_close(
+        result.cache.read(rows)["tiny"].decode(), reference.read(rows)["tiny"].decode()
+    )
+
+
+def test_copied_images_need_no_source(tmp_path: Path) -> None:
+    folder = make_images(tmp_path / "images", 5)
+    originals = {path.stem: path.read_bytes() for path in folder.iterdir()}
+    cache = build(build_recipe(tmp_path / "cache", folder, images="copy"), QUIET).cache
+    for path in folder.iterdir():
+        path.unlink()
+    opened = FeatureCache.open(tmp_path / "cache")
+    assert {opened.key(i): opened.image_bytes(i) for i in range(5)} == originals
+    assert verify(cache, full=True) == []
+    tar = tmp_path / "cache" / "images" / "00000.tar"
+    with tarfile.open(tar) as archive:
+        assert archive.getnames() == ["image_000.jpg", "image_001.jpg", "image_002.jpg"]
+    with tar.open("rb") as stream:
+        samples = list(group_by_keys(tar_file_expander([{"url": tar.name, "stream": stream}])))
+    copies = {sample["__key__"]: sample["jpg"] for sample in samples}
+    assert copies == {key: originals[key] for key in ("image_000", "image_001", "image_002")}
+
+
+def test_a_source_that_vanishes_fails_the_shards_and_says_so(tmp_path: Path, images: Path) -> None:
+    folder = make_images(tmp_path / "images", 4)
+    recipe = build_recipe(tmp_path / "cache", folder, rows_per_shard=2, runner={"max_attempts": 2})
+    cache = build(recipe, QUIET).cache
+    for shard in (1, 3):
+        cache.storage.remove(f"commits/tiny/{shard:05d}.json")
+    (folder / "image_003.jpg").rename(tmp_path / "elsewhere.jpg")
+    teachers = {"tiny": build_teacher(cache.spec.teachers["tiny"])}
+    with pytest.raises(FileNotFoundError):
+        extract_shard(cache, 3, teachers)
+    (tmp_path / "elsewhere.jpg").rename(folder / "image_003.jpg")
+    assert extract_shard(cache, 3, teachers)["tiny"].num_rows == 2
+    assert build(recipe, QUIET).shards == 1
+
+
+def test_failed_shards_end_the_build_after_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_images(tmp_path / "images", 4)
+    recipe = build_recipe(tmp_path / "cache", folder, rows_per_shard=2, runner={"max_attempts": 2})
+    read = FeatureCache.source_bytes
+    calls: list[int] = []
+
+    def fail_on_2(self: FeatureCache, index: int) -> bytes:
+        if index == 2:
+            calls.append(index)
+            raise OSError("I/O error on the disk")
+        return read(self, index)
+
+    monkeypatch.setattr(FeatureCache, "source_bytes", fail_on_2)
+    with pytest.raises(
+        BuildError, match=r"1 of 4 shards failed(.|\n)*shard 2: OSError: I/O error on the disk"
+    ):
+        build(recipe, QUIET)
+    assert len(calls) == 2
+    assert Manifest(FeatureCache.open(tmp_path / "cache").storage).committed("tiny") == {0, 1, 3}
+
+
+def test_a_full_disk_is_refused_before_anything_is_written(
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    with pytest.raises(DiskSpaceError, match=r"got: +1 kB free(.|\n)*smaller grid and codec"):
+        build(build_recipe(tmp_path / "cache", images), QUIET)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_verify_finds_what_differs(tmp_path: Path, images: Path) -> None:
+    cache = build(build_recipe(tmp_path / "cache", images), QUIET).cache
+    shard = tmp_path / "cache" / "teachers" / "tiny" / "codes" / "c" / "1" / "0" / "0" / "0" / "0"
+    data = bytearray(shard.read_bytes())
+    data[100] ^= 1
+    shard.write_bytes(data)
+    assert verify(cache) == []
+    assert [(problem.teacher, problem.shard) for problem in verify(cache, full=True)] == [("tiny", 1)]
+    shard.write_bytes(data[:-1])
+    assert "expected" in verify(cache)[0].reason
+    shard.unlink()
+    assert verify(cache)[0].reason.endswith("is missing")
+    record = tmp_path / "cache" / "commits" / "tiny" / "00002.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"content_id": "0" * 32}))
+    assert "another spec" in verify(cache)[-1].reason
+
+
+def test_the_plan_states_what_the_disk_will_hold(tmp_path: Path, images: Path) -> None:
+    from cache_builder.builder import prepare
+
+    recipe = build_recipe(tmp_path / "cache", images)
+    plan: Plan = prepare(recipe, QUIET)[2]
+    assert (plan.spec.num_rows, plan.spec.num_shards, plan.num_files) == (16, 3, 6)
+    build(recipe, QUIET)
+    shards = [path.stat().st_size for path in (tmp_path / "cache").rglob("c/*/0/0/0/0")]
+    index = 3 * 4 + 2 * 20  # a crc32c an index; the last shard is short by two rows
+    assert sum(shards) == pytest.approx(plan.total_bytes, abs=index)
+    assert prepare(recipe, QUIET)[2].missing_bytes == 0
+    assert np.isclose(plan.gpu_hours, 2e9 * plan.teachers[0].gmacs * 16 / 300e12 / 3600)

@@ -1,0 +1,30 @@
+"""Small training runs for tests: what their recipe is, and what they logged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from student.recipe import TrainRecipe
+
+CONTENT: dict[str, Any] = {
+    "student": {"stem": "vit_tiny_patch16_224", "pretrained": False},
+    "schedule": {"max_steps": 8, "warmup_steps": 2},
+    "batch_size_per_process": 2,
+    "mixed_precision": "no",
+    "checkpoint_every_steps": 3,
+    "keep_checkpoints": 10,
+    "loader": {"threads": 2},
+}
+
+
+def train_recipe(cache: str | Path, output: str | Path, **changes: Any) -> TrainRecipe:
+    return TrainRecipe.model_validate(CONTENT | {"cache": str(cache), "output": str(output)} | changes)
+
+
+def logged(output: str | Path, key: str = "loss") -> list[float]:
+    """What `metrics.jsonl` holds under `key`, and that it holds every step once and in order."""
+    rows = [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(len(rows)))
+    return [row[key] for row in rows]

@@ -1,0 +1,61 @@
+"""Batches hold the rows that the sampler names: the right pixels beside the right features."""
+
+from __future__ import annotations
+
+import threading
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline import FeatureCache, render_view
+from pipeline.loader import FeatureLoader
+from pipeline.sampler import ShardShuffleSampler
+from tests.make_cache import features, make_cache, make_images, teacher_spec
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> FeatureCache:
+    folder = tmp_path_factory.mktemp("loader")
+    teachers = {"a": teacher_spec(cls_token=True), "b": teacher_spec(codec="f16", width=4)}
+    return make_cache(folder / "cache", make_images(folder / "images", 9), teachers=teachers)
+
+
+def test_batches_are_what_the_sampler_says(cache: FeatureCache) -> None:
+    sampler = ShardShuffleSampler(cache, batch_size_per_process=4, seed=3)
+    with FeatureLoader(cache, sampler, extra_sizes={(48, 40)}, threads=3) as loader:
+        batches = list(islice(loader, 6))
+    for step, batch in enumerate(batches):
+        assert batch.step == step
+        assert batch.rows.tolist() == sampler.batch(step).tolist()
+        for name in ("a", "b"):
+            assert torch.equal(
+                batch.features[name].tensors()["codes"], features(cache.spec, name)["codes"][batch.rows]
+            )
+        assert torch.equal(batch.cls_tokens["a"], features(cache.spec, "a")["cls"][batch.rows])
+        assert set(batch.renders) == {(32, 32), (48, 40)}
+        for i, row in enumerate(batch.rows.tolist()):
+            sample = int(cache.index.locate(row)[0])
+            assert batch.sample_keys[i] == cache.key(sample)
+            for size, pixels in batch.renders.items():
+                assert torch.equal(pixels[i], render_view(cache.image(sample), cache.view(row), size))
+        assert batch.seconds.keys() == {"read", "decode", "wait"}
+
+
+def test_without_features_only_images_are_read(cache: FeatureCache) -> None:
+    sampler = ShardShuffleSampler(cache, batch_size_per_process=2)
+    with FeatureLoader(cache, sampler, features=False, start_step=5) as loader:
+        batch = next(iter(loader))
+    assert (batch.step, batch.features, batch.cls_tokens) == (5, {}, {})
+
+
+def test_threads_end_with_the_context_and_errors_reach_the_consumer(tmp_path: Path) -> None:
+    images = make_images(tmp_path / "images", 3)
+    cache = make_cache(tmp_path / "cache", images)
+    for path in images.iterdir():
+        path.unlink()
+    sampler = ShardShuffleSampler(cache, batch_size_per_process=2)
+    with FeatureLoader(cache, sampler) as loader, pytest.raises(FileNotFoundError, match="is gone"):
+        next(iter(loader))
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("loader")]

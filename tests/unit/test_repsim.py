@@ -1,0 +1,85 @@
+"""Representation similarity against a loop over tokens, and where it must be 1."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.cache import FeatureCache
+from pipeline.errors import CacheError, RecipeError
+from pipeline.grids import upsample
+from pipeline.views import render_view
+from student import Student, build_student
+from student.repsim import representation_similarity, token_cosines
+from tests.make_cache import make_cache, make_images
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> FeatureCache:
+    root = tmp_path_factory.mktemp("cache")
+    return make_cache(root / "cache", make_images(root / "images", 7), num_views=1, invalid_samples=[2])
+
+
+@pytest.fixture(scope="module")
+def student() -> Student:
+    torch.manual_seed(0)
+    return build_student(
+        "sak", stem="vit_tiny_patch16_224", teacher_dims={"alpha": 8, "beta": 4}, image_size=(32, 32)
+    )
+
+
+def by_hand(student: Student, cache: FeatureCache, teacher: str, samples: list[int]) -> list[float]:
+    sums = np.zeros(4)
+    for sample in samples:
+        row = int(cache.index.rows(sample, 0))
+        image = render_view(cache.image(sample), cache.view(row), (32, 32))
+        with torch.no_grad():
+            maps = student.eval()(student.normalize(image[None]))[teacher]
+        target = cache.read([row], [teacher])[teacher].decode()[0]
+        for level in range(4):
+            height, width = target.shape[1:3]
+            student_CHW = upsample(maps[level], (height, width))[0]
+            cosines = [
+                torch.dot(student_CHW[:, i, j], target[level, i, j])
+                / (student_CHW[:, i, j].norm() * target[level, i, j].norm())
+                for i in range(height)
+                for j in range(width)
+            ]
+            sums[level] += float(torch.stack(cosines).mean())
+    return [float(total) / len(samples) for total in sums]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 16])
+def test_is_the_mean_over_tokens_and_samples(cache: FeatureCache, student: Student, batch_size: int) -> None:
+    student.train()
+    similarity = representation_similarity(student, cache, batch_size=batch_size)
+    assert student.training
+    for teacher in ("alpha", "beta"):
+        expected = by_hand(student, cache, teacher, [0, 1, 3, 4, 5, 6])
+        assert similarity[teacher].levels == pytest.approx(expected, abs=1e-5)
+        assert similarity[teacher].mean == pytest.approx(sum(expected) / 4, abs=1e-5)
+
+
+def test_takes_no_more_samples_than_asked(cache: FeatureCache, student: Student) -> None:
+    few = representation_similarity(student, cache, ["alpha"], max_samples=1, batch_size=4)["alpha"]
+    alone = [by_hand(student, cache, "alpha", [sample]) for sample in (0, 1, 3, 4, 5, 6)]
+    assert any(few.levels == pytest.approx(levels, abs=1e-5) for levels in alone)
+
+
+def test_is_one_for_a_teacher_that_is_its_own_student() -> None:
+    target_BSHWC = torch.randn(2, 4, 3, 5, 6)
+    maps = [7 * target_BSHWC[:, level].permute(0, 3, 1, 2) for level in range(4)]
+    torch.testing.assert_close(token_cosines(maps, target_BSHWC), torch.ones(2, 4))
+
+
+def test_what_cannot_be_compared_says_why(cache: FeatureCache, student: Student) -> None:
+    with pytest.raises(CacheError, match="did you mean beta"):
+        representation_similarity(student, cache, ["betta"])
+    stem = "vit_tiny_patch16_224"
+    wide = build_student("sak", stem=stem, teacher_dims={"alpha": 8}, image_size=(32, 48))
+    with pytest.raises(RecipeError, match="views of"):
+        representation_similarity(wide, cache)
+    alone = build_student("sak", stem=stem, teacher_dims={"alpha": 8}, image_size=(32, 32))
+    with pytest.raises(RecipeError, match="not distilled from"):
+        representation_similarity(alone, cache, ["alpha", "beta"])

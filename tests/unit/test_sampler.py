@@ -1,0 +1,97 @@
+"""Epochs are exact, ranks are disjoint, and the number of the step is the only state."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.cache import FeatureCache
+from pipeline.errors import CacheError
+from pipeline.sampler import ShardShuffleSampler
+from tests.make_cache import make_cache, make_images, teacher_spec
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> FeatureCache:
+    folder = tmp_path_factory.mktemp("sampler")
+    images = make_images(folder / "images", 23, size=(16, 16))
+    return make_cache(
+        folder / "cache",
+        images,
+        teachers={"t": teacher_spec()},
+        num_views=3,
+        samples_per_shard=2,
+        invalid_samples=[4],
+    )
+
+
+def sampler(cache: FeatureCache, batch: int = 4, **options: int) -> ShardShuffleSampler:
+    return ShardShuffleSampler(cache, batch_size_per_process=batch, window_shards=3, **options)
+
+
+def stream(cache: FeatureCache, samples: int, batch: int = 4, **options: int) -> np.ndarray:
+    made = sampler(cache, batch, **options)
+    return np.concatenate([made.batch(step) for step in range(-(-samples // batch))])[:samples]
+
+
+def test_every_epoch_holds_every_valid_sample_once(cache: FeatureCache) -> None:
+    valid = [sample for sample in range(23) if sample != 4]
+    samples = cache.index.locate(stream(cache, 5 * 22))[0].reshape(5, 22)
+    for epoch in samples:
+        assert sorted(epoch.tolist()) == valid
+    assert len({tuple(epoch) for epoch in samples.tolist()}) == 5, "epochs differ in their order"
+
+
+def test_num_views_epochs_see_every_row_once(cache: FeatureCache) -> None:
+    rows = stream(cache, 3 * 22)
+    assert sorted(rows.tolist()) == [row for row in range(69) if row not in (12, 13, 14)]
+    first_views = cache.index.locate(rows[:22])[1]
+    assert len(set(first_views.tolist())) == 3, "an epoch mixes views"
+
+
+def test_ranks_are_disjoint_and_make_up_the_global_batch(cache: FeatureCache) -> None:
+    whole = sampler(cache, 6)
+    ranks = [sampler(cache, 2, rank=rank, world_size=3) for rank in range(3)]
+    for step in range(20):
+        parts = [rank.batch(step) for rank in ranks]
+        np.testing.assert_array_equal(np.concatenate(parts), whole.batch(step))
+
+
+def test_any_step_can_be_had_without_those_before(cache: FeatureCache) -> None:
+    batches = sampler(cache).batches()
+    straight = [next(batches) for _ in range(12)]
+    resumed = sampler(cache).batches(start_step=7)
+    for batch in straight[7:]:
+        np.testing.assert_array_equal(batch, next(resumed))
+
+
+def test_a_run_can_go_on_with_another_number_of_processes(cache: FeatureCache) -> None:
+    before = [sampler(cache, 4).batch(step) for step in range(3)]
+    after = [sampler(cache, 2, rank=rank, world_size=2).batch(3) for rank in range(2)]
+    np.testing.assert_array_equal(np.concatenate([*before, *after]), stream(cache, 16))
+
+
+def test_the_seed_decides(cache: FeatureCache) -> None:
+    np.testing.assert_array_equal(stream(cache, 44, seed=1), stream(cache, 44, seed=1))
+    assert (stream(cache, 44, seed=1) != stream(cache, 44, seed=2)).any()
+
+
+def test_shuffling_stays_within_windows_of_shards(cache: FeatureCache) -> None:
+    rows = stream(cache, 22)
+    shards = rows // cache.spec.rows_per_shard
+    changes = [len(set(shards[start : start + 6].tolist())) for start in range(0, 18, 6)]
+    assert max(changes) <= 4, "six samples of a window of three two-sample shards (one is short)"
+
+
+def test_a_batch_may_be_larger_than_an_epoch(cache: FeatureCache) -> None:
+    samples = cache.index.locate(sampler(cache, 50).batch(0))[0]
+    assert len(set(samples[:22].tolist())) == len(set(samples[22:44].tolist())) == 22
+
+
+def test_nothing_valid_is_an_error(tmp_path: Path) -> None:
+    images = make_images(tmp_path / "images", 2)
+    broken = make_cache(tmp_path / "cache", images, invalid_samples=[0, 1])
+    with pytest.raises(CacheError, match="quarantined"):
+        ShardShuffleSampler(broken, batch_size_per_process=1)

@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from student.schedule import cosine_with_warmup
+
+
+def rates(warmup_steps: int, total_steps: int) -> list[float]:
+    return [
+        cosine_with_warmup(step, peak=1.0, final=0.1, warmup_steps=warmup_steps, total_steps=total_steps)
+        for step in range(total_steps + 1)
+    ]
+
+
+def test_warms_up_linearly_to_the_peak_and_falls_as_a_cosine() -> None:
+    values = rates(4, 24)
+    assert values[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
+    expected = [0.55 + 0.45 * math.cos(math.pi * k / 20) for k in range(21)]
+    assert values[4:] == pytest.approx(expected)
+    assert values[14] == pytest.approx(0.55)
+    assert values[24] == pytest.approx(0.1)
+
+
+def test_without_warmup_the_first_step_has_the_peak() -> None:
+    assert rates(0, 1) == pytest.approx([1.0, 0.1])
+
+
+def test_stays_at_the_final_rate_behind_the_end() -> None:
+    assert cosine_with_warmup(99, peak=1.0, final=0.1, warmup_steps=0, total_steps=10) == pytest.approx(0.1)

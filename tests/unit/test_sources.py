@@ -1,0 +1,310 @@
+"""What holds for every kind of source."""
+
+import os
+import pickle
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pytest
+
+from pipeline.errors import (
+    EmptySourceError,
+    ImageDecodeError,
+    RecipeError,
+    SourceError,
+    SourceNotFoundError,
+)
+from pipeline.sources import (
+    SAMPLE_SCHEMA,
+    base,
+    dataset_fingerprint,
+    decode_image,
+    image_folder,
+    open_source,
+    parquet,
+    source_kinds,
+)
+from tests.images import encode, exif, photo, tar_bytes, write_folder, write_parquet
+
+KINDS = ["image_folder", "webdataset", "parquet", "ilsvrc"]
+IMAGES = {
+    f"n{i % 2:08d}_{i}": encode(photo(40 + i, 30, seed=i), exif=exif(6) if i % 3 == 0 else b"")
+    for i in range(24)
+}
+SIZES = {key: (30, 40 + i) if i % 3 == 0 else (40 + i, 30) for i, key in enumerate(IMAGES)}
+
+Maker = Callable[[Path], Path]
+
+
+def make_folder(root: Path) -> Path:
+    return write_folder(root, {f"{key}.JPEG": data for key, data in IMAGES.items()})
+
+
+def make_webdataset(root: Path) -> Path:
+    shards: dict[str, bytes] = {}
+    for i in range(0, 24, 2):  # enough tars that processes are started for them
+        members = []
+        for key in list(IMAGES)[i : i + 2]:
+            members += [(f"{key}.jpg", IMAGES[key]), (f"{key}.cls", str(int(key[1:9])).encode())]
+        shards[f"train-{i:04d}.tar"] = tar_bytes(members)
+    return write_folder(root, shards)
+
+
+def make_parquet(root: Path) -> Path:
+    for name, part in (("train-0", slice(0, 12)), ("train-1", slice(12, 24))):
+        keys = list(IMAGES)[part]
+        write_parquet(
+            root / "data" / f"{name}.parquet",
+            [IMAGES[key] for key in keys],
+            [f"{key}.JPEG" for key in keys],
+            [int(key[1:9]) for key in keys],
+        )
+    return root
+
+
+def make_ilsvrc(root: Path) -> Path:
+    classes = []
+    for wnid in ("n00000000", "n00000001"):
+        members = [(f"{key}.JPEG", data) for key, data in IMAGES.items() if key.startswith(wnid)]
+        classes.append((f"{wnid}.tar", tar_bytes(members)))
+    write_folder(root, {"ILSVRC2012_img_train.tar": tar_bytes(classes)})
+    return root / "ILSVRC2012_img_train.tar"
+
+
+MAKERS: dict[str, Maker] = {
+    "image_folder": make_folder,
+    "webdataset": make_webdataset,
+    "parquet": make_parquet,
+    "ilsvrc": make_ilsvrc,
+}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def location(kind: str, tmp_path: Path) -> Path:
+    return MAKERS[kind](tmp_path / "source")
+
+
+def rows(table: pa.Table) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = table.to_pylist()
+    return found
+
+
+def test_kinds_are_told_by_looking(kind: str, location: Path) -> None:
+    source = open_source(location)
+    assert (source.kind, source.location) == (kind, str(location))
+    assert source_kinds() == KINDS
+
+
+def test_the_table_lists_every_image(kind: str, location: Path) -> None:
+    table = open_source(location).scan()
+    assert table.schema == SAMPLE_SCHEMA
+    assert table["key"].to_pylist() == sorted(IMAGES)
+    assert set(table["status"].to_pylist()) == {"ok"}
+    for row in rows(table):
+        key = row["key"]
+        assert row["nbytes"] == len(IMAGES[key])
+        assert (row["width"], row["height"]) == SIZES[key]
+        label = {"image_folder": None, "ilsvrc": key[:9]}.get(kind, str(int(key[1:9])))
+        assert row["label"] == label
+
+
+def test_read_gives_the_bytes_back(location: Path) -> None:
+    source = open_source(location)
+    table = source.scan()
+    source = pickle.loads(pickle.dumps(source))  # noqa: S301  # as Ray hands it to another process
+    for row in rows(table):
+        data = source.read(row["path"], row["offset"], row["nbytes"])
+        assert data == IMAGES[row["key"]]
+        assert decode_image(data).size == (row["width"], row["height"])
+
+
+def test_threads_may_share_a_source(location: Path) -> None:
+    source = open_source(location)
+    table = rows(source.scan()) * 8
+    together = threading.Barrier(8)
+
+    def read(part: int) -> bool:
+        together.wait()
+        return all(
+            source.read(row["path"], row["offset"], row["nbytes"]) == IMAGES[row["key"]]
+            for row in table[part::8]
+        )
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(read, range(8)))
+
+
+def test_root_and_time_do_not_change_the_table(kind: str, location: Path, tmp_path: Path) -> None:
+    here = open_source(location).scan()
+    elsewhere = MAKERS[kind](tmp_path / "elsewhere" / "deeper")
+    for path in elsewhere.rglob("*"):
+        os.utime(path, (1, 1))
+    there = open_source(elsewhere).scan()
+    assert there.equals(here)
+    assert dataset_fingerprint(there) == dataset_fingerprint(here)
+
+
+def test_units_give_the_same_rows_in_another_process(location: Path) -> None:
+    source = open_source(location)
+    for unit in source._units():
+        other_source, other_unit = pickle.loads(pickle.dumps((source, unit)))  # noqa: S301
+        assert other_source._scan_unit(other_unit).equals(source._scan_unit(unit))
+
+
+def test_processes_do_not_change_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_source(make_folder(tmp_path))
+    alone = source.scan()
+    monkeypatch.setattr(image_folder, "_FILES_PER_UNIT", 2)
+    monkeypatch.setattr(base, "_SECONDS_ALONE", 0.0)
+    counts: list[int] = []
+    assert source.scan(workers=2, progress=counts.append).equals(alone)
+    assert counts == [2] * 12
+
+
+def test_the_fingerprint_is_that_of_the_images_not_of_their_container(tmp_path: Path) -> None:
+    prints = {dataset_fingerprint(open_source(make(tmp_path / kind)).scan()) for kind, make in MAKERS.items()}
+    assert len(prints) == 1
+
+
+@pytest.mark.parametrize("column", ["key", "nbytes", "width", "height", "head_hash"])
+def test_the_fingerprint_sees_every_change(tmp_path: Path, column: str) -> None:
+    table = open_source(make_folder(tmp_path)).scan()
+    index = table.schema.get_field_index(column)
+    changed = table[column].to_pylist()
+    changed[7] = changed[7] + "x" if column == "key" else changed[7] ^ 1
+    other = table.set_column(
+        index, SAMPLE_SCHEMA.field(index), pa.array(changed, SAMPLE_SCHEMA.field(index).type)
+    )
+    assert dataset_fingerprint(other) != dataset_fingerprint(table)
+    parts = pa.concat_tables([table.slice(0, 5), table.slice(5)])
+    assert dataset_fingerprint(parts) == dataset_fingerprint(table)
+
+
+def test_keys_are_told_apart_in_the_fingerprint() -> None:
+    def table(*keys: str) -> pa.Table:
+        columns = {name: [0] * len(keys) for name in SAMPLE_SCHEMA.names}
+        strings = {name: [""] * len(keys) for name in ("path", "label", "status")}
+        return pa.table(columns | strings | {"key": list(keys)}, schema=SAMPLE_SCHEMA)
+
+    assert dataset_fingerprint(table("ab", "c")) != dataset_fingerprint(table("a", "bc"))
+
+
+def test_object_stores_give_the_same_table(kind: str, location: Path) -> None:
+    memory = fsspec.filesystem("memory")
+    memory.put(str(location), f"/{kind}/{location.name}", recursive=True)
+    url = f"memory://{kind}/{location.name}"
+    try:
+        source = open_source(url)
+        table = source.scan(workers=2)
+        assert (source.kind, source.location) == (kind, url)
+        assert table.equals(open_source(location).scan())
+        for row in rows(table):
+            assert source.read(row["path"], row["offset"], row["nbytes"]) == IMAGES[row["key"]]
+    finally:
+        memory.rm(f"/{kind}", recursive=True)
+
+
+def test_a_file_that_is_gone_is_no_bad_image(location: Path) -> None:
+    source = open_source(location)
+    row = rows(source.scan())[0]
+    location.rename(location.with_name("moved"))
+    for cached in (parquet._row_group, parquet._footer, parquet._first_rows):
+        cached.cache_clear()
+    with pytest.raises(SourceNotFoundError, match="is gone"):
+        source.read(row["path"], row["offset"], row["nbytes"])
+
+
+def test_a_file_that_changed_is_a_bad_image(location: Path) -> None:
+    source = open_source(location)
+    row = rows(source.scan())[-1]
+    with pytest.raises(ImageDecodeError, match="changed since it was scanned"):
+        source.read(row["path"], row["offset"], 1 << 30)
+
+
+def test_a_missing_place(kind: str, tmp_path: Path) -> None:
+    for location in (tmp_path / "nowhere", tmp_path / "*.tar", "memory://nowhere/at/all"):
+        with pytest.raises(SourceNotFoundError, match="check the path"):
+            open_source(location, kind)
+
+
+@pytest.mark.parametrize("asked", ["auto", *KINDS])
+def test_a_place_without_images_says_what_it_holds(asked: str, tmp_path: Path) -> None:
+    write_folder(tmp_path, {"a.txt": b"", "b.txt": b"", "c/README": b""})
+    with pytest.raises(EmptySourceError) as caught:
+        open_source(tmp_path, asked).scan()
+    assert "2 × .txt, 1 × no suffix" in str(caught.value)
+    assert ".jpg, .jpeg, .png, .webp" in str(caught.value)
+
+
+def test_an_empty_folder(tmp_path: Path) -> None:
+    with pytest.raises(EmptySourceError, match="no file at all"):
+        open_source(tmp_path)
+
+
+@pytest.mark.parametrize("kind_of_tar", ["webdataset", "ilsvrc"])
+def test_tars_without_images_name_their_members(kind_of_tar: str, tmp_path: Path) -> None:
+    write_folder(tmp_path, {"a.tar": tar_bytes([("x.npy", b"1"), ("y.npy", b"2")])})
+    with pytest.raises(EmptySourceError, match=r"2 × \.npy"):
+        open_source(tmp_path, kind_of_tar).scan()
+
+
+def test_only_unreadable_images(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"a.jpg": b"<html>", "b.jpg": b""})
+    with pytest.raises(EmptySourceError, match=r"None of the 2 images can be read.\n.*a.jpg: not an image"):
+        open_source(tmp_path).scan()
+
+
+def test_kinds_side_by_side_are_not_guessed(tmp_path: Path) -> None:
+    write_folder(
+        tmp_path, {"a.tar": tar_bytes([("x.jpg", IMAGES["n00000000_0"])]), "b.JPG": b"", "c.txt": b""}
+    )
+    with pytest.raises(SourceError, match=r"\.jpg, \.tar side by side") as caught:
+        open_source(tmp_path)
+    assert "name the kind" in str(caught.value)
+    assert open_source(tmp_path, "webdataset").scan()["key"].to_pylist() == ["x"]
+    assert open_source(tmp_path / "*.tar").kind == "webdataset"
+
+
+def test_an_unknown_kind(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="auto, or one of image_folder, webdataset, parquet, ilsvrc"):
+        open_source(tmp_path, "hdf5")
+
+
+def test_patterns_choose_files(tmp_path: Path) -> None:
+    for name in ("train-0", "train-1", "val-0"):
+        write_parquet(tmp_path / "data" / f"{name}.parquet", [IMAGES["n00000000_0"]], [f"{name}.jpg"])
+    keys = [
+        open_source(tmp_path / pattern).scan()["key"].to_pylist()
+        for pattern in ("data/train-*.parquet", "**/*-0.parquet", "data/val-0.parquet")
+    ]
+    assert keys == [["train-0", "train-1"], ["train-0", "val-0"], ["val-0"]]
+
+
+def test_a_folder_may_be_named_like_a_pattern(tmp_path: Path) -> None:
+    write_folder(tmp_path / "set [1]", {"a.jpg": IMAGES["n00000000_0"]})
+    assert open_source(tmp_path / "set [1]").scan()["key"].to_pylist() == ["a"]
+
+
+def test_relative_locations_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_folder(tmp_path / "source")
+    monkeypatch.chdir(tmp_path)
+    assert open_source("source").location == str(tmp_path / "source")
+    assert open_source(f"file://{tmp_path}/source").location == str(tmp_path / "source")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_place_that_may_not_be_read(tmp_path: Path) -> None:
+    make_webdataset(tmp_path)
+    (tmp_path / "train-0004.tar").chmod(0)
+    with pytest.raises(SourceError, match="permissions"):
+        open_source(tmp_path).scan()

@@ -1,0 +1,150 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.sources import open_source
+from tests.images import encode, photo, tar_bytes, write_folder
+
+JPEG, PNG = encode(photo(), "JPEG"), encode(photo(), "PNG")
+
+
+def scan(root: Path) -> dict[str, dict[str, Any]]:
+    return {row["key"]: row for row in open_source(root, "webdataset").scan().to_pylist()}
+
+
+def scan_tar(root: Path, *members: tuple[str, bytes]) -> dict[str, dict[str, Any]]:
+    return scan(write_folder(root, {"set.tar": tar_bytes(members)}))
+
+
+@pytest.mark.parametrize(
+    ("fields", "label"),
+    [
+        ([("cls", b"17\n")], "17"),
+        ([("json", json.dumps({"label": 3, "filename": "x"}).encode())], "3"),
+        ([("json", b'{"label": 3}'), ("cls", b"4")], "4"),
+        ([("cls", b"n01440764")], "n01440764"),
+        ([("json", b'{"caption": "none"}')], None),
+        ([("json", b"[1, 2]")], None),
+        ([("json", b"{broken")], None),
+        ([], None),
+    ],
+)
+def test_labels(tmp_path: Path, fields: list[tuple[str, bytes]], label: str | None) -> None:
+    before = [("a.jpg", JPEG), *((f"a.{name}", data) for name, data in fields)]
+    behind = [*((f"b.{name}", data) for name, data in fields), ("b.JPEG", JPEG)]
+    found = scan_tar(tmp_path, *before, *behind)
+    assert {key: row["label"] for key, row in found.items()} == {"a": label, "b": label}
+
+
+def test_a_key_ends_at_the_first_dot_of_the_name(tmp_path: Path) -> None:
+    found = scan_tar(
+        tmp_path,
+        ("./a.jpg", JPEG),
+        ("v1.0/b.png", PNG),
+        ("c.jpg", JPEG),
+        ("c.mask.png", PNG),
+        ("._c.jpg", b"left by macOS"),
+        ("d.txt", b"no image"),
+    )
+    assert sorted(found) == ["a", "c", "v1.0/b"]
+    assert {row["status"] for row in found.values()} == {"ok"}
+
+
+def test_a_key_in_two_tars_is_qualified_by_the_tar(tmp_path: Path) -> None:
+    write_folder(
+        tmp_path,
+        {
+            "part/0.tar": tar_bytes([("x.jpg", JPEG), ("only.jpg", JPEG)]),
+            "part/1.tar": tar_bytes([("x.jpg", PNG)]),
+        },
+    )
+    found = scan(tmp_path)
+    assert {key: (row["path"], row["nbytes"], row["status"]) for key, row in found.items()} == {
+        "only": ("part/0.tar", len(JPEG), "ok"),
+        "part/0/x": ("part/0.tar", len(JPEG), "ok"),
+        "part/1/x": ("part/1.tar", len(PNG), "ok"),
+    }
+
+
+def test_a_key_twice_in_one_tar_is_reported_and_nothing_lost(tmp_path: Path) -> None:
+    found = scan_tar(tmp_path, ("x.jpg", JPEG), ("y.jpg", JPEG), ("x.jpg", PNG), ("x.png", PNG))
+    assert len(found) == 4
+    first, second, third = (found[key] for key in sorted(found) if key.startswith("set/x"))
+    assert (first["key"], first["nbytes"], first["status"]) == ("set/x", len(JPEG), "ok")
+    for row in (second, third):
+        assert row["key"] == f"set/x#{row['offset']}"
+        assert row["status"] == "duplicate key: set.tar already has a sample set/x"
+    assert found["y"]["status"] == "ok"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../../etc/cron.jpg",
+        "/etc/passwd.jpg",
+        "a/../../b.jpg",
+        "a//b.jpg",
+        "two\nlines.jpg",
+        "a\\b.jpg",
+        "\x1b[2J.jpg",
+    ],
+)
+def test_unsafe_names_are_kept_out(tmp_path: Path, name: str) -> None:
+    found = scan_tar(tmp_path, ("good.jpg", JPEG), (name, JPEG))
+    (bad,) = (row for key, row in found.items() if key != "good")
+    assert str(bad["status"]).startswith("unsafe name: ")
+    assert str(bad["key"]).isprintable()
+    assert (bad["path"], bad["nbytes"], bad["width"]) == ("set.tar", len(JPEG), 0)
+    assert found["good"]["status"] == "ok"
+
+
+def test_names_that_are_not_utf8_are_kept_out(tmp_path: Path) -> None:
+    data = tar_bytes([("good.jpg", JPEG), ("caf_.jpg", JPEG)]).replace(b"caf_.jpg", b"caf\xe9.jpg")
+    at = data.index(b"caf\xe9.jpg")
+    block = data[at : at + 148] + b" " * 8 + data[at + 156 : at + 512]
+    data = data[: at + 148] + b"%06o\0 " % sum(block) + data[at + 156 :]
+    found = scan(write_folder(tmp_path, {"set.tar": data}))
+    assert found["caf\\udce9"]["status"] == "unsafe name: it is not UTF-8"
+
+
+def test_a_cut_tar_gives_what_is_before_the_cut_and_says_so(tmp_path: Path) -> None:
+    members = [(f"{i}.jpg", JPEG) for i in range(4)]
+    whole = tar_bytes(members)
+    write_folder(
+        tmp_path,
+        {"cut.tar": whole[: whole.rindex(b"2.jpg") + 700], "whole.tar": tar_bytes([("w.jpg", JPEG)])},
+    )
+    found = scan(tmp_path)
+    assert {key for key, row in found.items() if row["status"] == "ok"} == {"0", "1", "w"}
+    (bad,) = (row for row in found.values() if row["status"] != "ok")
+    assert (bad["key"], bad["path"]) == ("2", "cut.tar")
+    assert str(bad["status"]).startswith("the tar is cut: this member ends at byte ")
+
+
+def test_a_tar_without_end_and_one_that_is_none(tmp_path: Path) -> None:
+    whole = tar_bytes([("0.jpg", JPEG)])
+    write_folder(
+        tmp_path,
+        {"open.tar": whole.rstrip(b"\0") + bytes(-len(whole.rstrip(b"\0")) % 512), "page.tar": b"<html>"},
+    )
+    found = scan(tmp_path)
+    assert found["0"]["status"] == "ok"
+    reasons = {row["path"]: row["status"] for row in found.values() if row["status"] != "ok"}
+    assert "the tar is cut" in str(reasons["open.tar"])
+    assert "the tar is damaged at byte 0" in str(reasons["page.tar"])
+
+
+def test_bad_images_in_a_tar(tmp_path: Path) -> None:
+    found = scan_tar(tmp_path, ("good.jpg", JPEG), ("empty.jpg", b""), ("page.png", b"<html>"))
+    assert {key: row["status"] for key, row in found.items()} == {
+        "good": "ok",
+        "empty": "the file has zero bytes",
+        "page": "not an image: it starts with b'<html>'",
+    }
+
+
+def test_a_member_without_room_for_its_header_does_not_read_its_neighbour(tmp_path: Path) -> None:
+    found = scan_tar(tmp_path, ("short.jpg", JPEG[:20]), ("good.jpg", JPEG))
+    assert str(found["short"]["status"]).startswith("the header cannot be read")

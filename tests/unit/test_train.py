@@ -1,0 +1,223 @@
+"""The trainer in one process: exact resume, what it writes, what it refuses."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from pipeline.cache import FeatureCache
+from pipeline.errors import (
+    CacheError,
+    CacheNotFoundError,
+    CheckpointError,
+    IncompleteCacheError,
+    RecipeError,
+)
+from pipeline.recipe import load_recipe
+from student import load_student
+from student.recipe import TrainRecipe
+from student.train import train
+from tests.make_cache import make_cache, make_images, teacher_spec
+from tests.train_recipes import logged, train_recipe
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> Iterator[None]:
+    """accelerate keeps its precision for the life of a process."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_images(tmp_path_factory.mktemp("images"), 10)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
+    path = tmp_path_factory.mktemp("cache")
+    make_cache(path, images, invalid_samples=[4])
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
+    output = tmp_path_factory.mktemp("run")
+    result = train(train_recipe(cache, output))
+    assert not result.interrupted
+    assert result.steps == 8
+    return output
+
+
+def start_from(finished: Path, step: int, output: Path) -> Path:
+    """What a run that died some steps behind its checkpoint leaves."""
+    name = f"step_{step:08d}"
+    shutil.copytree(finished / "checkpoints" / name, output / "checkpoints" / name)
+    shutil.copy(finished / "metrics.jsonl", output)
+    return output
+
+
+def test_a_resumed_run_is_the_same_run(cache: Path, finished: Path, tmp_path: Path) -> None:
+    output = start_from(finished, 3, tmp_path)
+    with (output / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "loss"')  # torn by the kill
+    result = train(train_recipe(cache, output))
+    assert result.steps == 8
+    assert logged(output) == logged(finished)
+    weights, expected = (load_file(run / "student/model.safetensors") for run in (output, finished))
+    assert all(weights[name].equal(tensor) for name, tensor in expected.items())
+
+
+def test_with_accumulation_too_and_whatever_its_split(cache: Path, tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
+    train(train_recipe(cache, whole, gradient_accumulation_steps=2))
+    output = start_from(whole, 3, tmp_path / "resumed")
+    train(train_recipe(cache, output, gradient_accumulation_steps=2))
+    assert logged(output) == logged(whole)
+
+    other = start_from(whole, 3, tmp_path / "other split")
+    train(train_recipe(cache, other, batch_size_per_process=4))
+    assert logged(other) == pytest.approx(logged(whole), rel=1e-4)
+
+
+def test_a_finished_run_is_not_run_again(cache: Path, finished: Path) -> None:
+    before = (finished / "metrics.jsonl").read_text()
+    result = train(train_recipe(cache, finished))
+    assert (result.steps, result.last_loss) == (8, None)
+    assert (finished / "metrics.jsonl").read_text() == before
+
+
+def test_what_a_run_leaves(finished: Path) -> None:
+    checkpoints = sorted(path.name for path in (finished / "checkpoints").iterdir())
+    assert checkpoints == ["step_00000003", "step_00000006", "step_00000008"]
+    assert load_student(finished / "student").teachers == ["alpha", "beta"]
+    assert logged(finished, "lr")[:3] == pytest.approx([5e-4, 1e-3, 1e-3])
+    assert min(logged(finished, "grad_norm")) > 0
+    events = EventAccumulator(str(finished / "tensorboard")).Reload()
+    for tag in ("loss", "cosine/alpha/level3", "smooth_l1/beta/level0", "lr", "grad_norm", "images_per_s"):
+        assert tag in events.Tags()["scalars"]
+    mean = sum(logged(finished)) / 8
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx([mean])
+
+
+def test_the_student_learns(cache: Path, tmp_path: Path) -> None:
+    recipe = train_recipe(
+        cache,
+        tmp_path,
+        schedule={"epochs": 12},
+        batch_size_per_process=3,
+        teachers=["alpha"],
+        clip_norm=1.0,
+        optimizer={"lr": 3e-4},
+    )
+    result = train(recipe)
+    losses = logged(tmp_path)
+    assert len(losses) == 36  # 9 valid samples, 3 a step
+    assert result.last_loss == losses[-1]
+    assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
+
+
+def test_bf16_stays_near_float32(cache: Path, finished: Path, tmp_path: Path) -> None:
+    train(train_recipe(cache, tmp_path, mixed_precision="bf16"))
+    assert logged(tmp_path)[0] == pytest.approx(logged(finished)[0], rel=0.02)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(cache: Path, tmp_path: Path) -> None:
+    with pytest.raises(FloatingPointError, match="no longer finite at step"):
+        train(train_recipe(cache, tmp_path, optimizer={"lr": 1e30}, checkpoint_every_steps=100))
+    assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optimizer": {"lr": 2e-3}}, "optimizer.lr: 0.002"),
+        ({"teachers": ["alpha"]}, "teachers.beta"),
+        ({"batch_size_per_process": 3}, "images_per_step: 3"),
+        ({"seed": 1}, "seed: 1"),
+        ({"resume": False}, "resume is false"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(
+    cache: Path, finished: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        train(train_recipe(cache, finished, **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"cache": "nowhere"}, CacheNotFoundError, "nowhere"),
+        ({"teachers": ["alhpa"]}, CacheError, "did you mean alpha"),
+        ({"batch_size_per_process": 10}, RecipeError, "at most 9"),
+        ({"schedule": {"max_steps": 3, "warmup_steps": 3}}, RecipeError, "not shorter than the run"),
+        ({"distillation": {"teacher_weights": {"bata": 2}}}, RecipeError, "did you mean beta"),
+        ({"student": {"stem": "vit_tiny_patch14_224"}}, RecipeError, "timm has no model"),
+    ],
+)
+def test_what_cannot_be_trained_says_why(
+    cache: Path, tmp_path: Path, changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        train(train_recipe(changes.pop("cache", cache), tmp_path, **changes))
+
+
+def test_a_cache_that_is_not_complete_is_refused(images: Path, tmp_path: Path) -> None:
+    make_cache(tmp_path / "cache", images, skip_shards=[1])
+    with pytest.raises(IncompleteCacheError, match="run the same build command again"):
+        train(train_recipe(tmp_path / "cache", tmp_path / "run"))
+
+
+def test_a_cache_without_a_valid_sample_is_refused(images: Path, tmp_path: Path) -> None:
+    make_cache(tmp_path / "cache", images, invalid_samples=range(10))
+    with pytest.raises(CacheError, match="Not one sample"):
+        train(train_recipe(tmp_path / "cache", tmp_path / "run"))
+
+
+def test_a_teacher_with_other_levels_is_refused(images: Path, tmp_path: Path) -> None:
+    three = teacher_spec().model_copy(update={"block_indices": (0, 1, 2)})
+    cache = make_cache(tmp_path / "cache", images, teachers={"three": three})
+    assert isinstance(cache, FeatureCache)
+    with pytest.raises(RecipeError, match="3 levels in the cache"):
+        train(train_recipe(tmp_path / "cache", tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"features": "hybrid"}, "not there yet"),
+        ({"teachers": []}, "at least one"),
+        ({"schedule": {}}, "epochs and max_steps"),
+        ({"schedule": {"epochs": 2, "warmup_epochs": 1, "warmup_steps": 5}}, "not both"),
+    ],
+)
+def test_recipes_that_contradict_themselves(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        train_recipe("cache", "run", **changes)
+
+
+@pytest.mark.parametrize(
+    ("size", "student"), [("small", "vit_small"), ("base", "vit_base"), ("large", "vit_large")]
+)
+def test_the_recipes_of_stage_1_are_those_of_the_paper(size: str, student: str) -> None:
+    recipe = load_recipe(TrainRecipe, f"sak_stage1_{size}")
+    assert recipe.student.stem.startswith(student)
+    assert recipe.images_per_step(num_processes=8) == 128  # and what follows, from Table 11
+    assert (recipe.optimizer.lr, recipe.optimizer.weight_decay, recipe.clip_norm) == (1e-3, 1e-2, 0)
+    assert recipe.schedule.steps(1_281_167 / 128) == (300_274, 20_019)
+
+
+def test_the_trainer_loads_neither_ray_nor_the_builder() -> None:
+    code = "import sys, student.train; assert not {'ray', 'cache_builder'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
