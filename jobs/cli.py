@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -160,7 +161,11 @@ def train(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     from student.train import train as train_student
 
     result = train_student(load_recipe(TrainRecipe, recipe, overrides or []))
-    console.print(result)
+    if result.interrupted:
+        raise typer.Exit(128 + signal.SIGTERM)
+    console.print(
+        f"{result.steps} steps, {result.images_per_s:.1f} img/s; student: {result.student}", soft_wrap=True
+    )
 
 
 @app.command()
@@ -172,8 +177,22 @@ def repsim(
     max_samples: Annotated[int, typer.Option(help="Samples to average over.")] = 1000,
     as_json: Json = False,
 ) -> None:
-    """Cosine similarity of a student's representations to its teachers' (SAK, Tables 3 and 17)."""
-    raise NotImplementedError
+    """Cosine similarity of a student's representations to its teachers' (SAK, Tables 3 and 17).
+
+    Example: `teachercache repsim runs/base/student /data/cache --max-samples 5000`
+    """
+    from jobs.inspection.tables import similarity_table
+    from pipeline.cache import FeatureCache
+    from student import load_student
+    from student.repsim import representation_similarity
+
+    found = representation_similarity(
+        load_student(student), FeatureCache.open(cache), max_samples=max_samples
+    )
+    if as_json:
+        console.print_json(data={name: {"levels": s.levels, "mean": s.mean} for name, s in found.items()})
+    else:
+        console.print(similarity_table(found))
 
 
 def _not_there_yet(verb: str) -> Callable[[list[str] | None], None]:

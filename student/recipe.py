@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pipeline.errors import RecipeError
 from pipeline.spec import Strict
@@ -112,6 +112,11 @@ class TrainRecipe(Strict):
     keep_checkpoints: int = Field(2, ge=1)
     log_every_steps: int = Field(50, ge=1)
     loader: LoaderRecipe = LoaderRecipe()
+
+    @field_validator("mixed_precision", mode="before")
+    @classmethod
+    def _no_is_false_in_yaml(cls, value: Any) -> Any:
+        return "no" if value is False else value
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -47,7 +47,7 @@ class OnlineTargets(TargetSource):
     reads_features = False
 
     def __init__(self, cache: FeatureCache, teachers: Sequence[str], device: torch.device) -> None:
-        from cache_builder.teachers import build_teacher  # only this reference needs the builder
+        from cache_builder import build_teacher  # only this reference needs the builder
 
         self._device = device
         self._specs = {name: cache.spec.teachers[name] for name in teachers}

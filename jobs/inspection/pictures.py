@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib
@@ -44,6 +46,32 @@ def pca_maps(cache: FeatureCache, path: Path, num_samples: int = 3, seed: int = 
             axes[line, column].set_axis_off()
     figure.suptitle(_title(cache), fontsize=9)
     figure.savefig(path, dpi=110)
+
+
+def loss_curve(metrics: Path, path: Path) -> list[float]:
+    """Draw the loss of a run's `metrics.jsonl`, whole and by teacher, to a PNG; returns the whole loss."""
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    teachers = sorted({key.split("/")[1] for key in lines[0] if key.startswith("loss/")})
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    steps = [line["step"] + 1 for line in lines]
+    losses: list[float] = [line["loss"] for line in lines]
+    axes.plot(steps, losses, color="black", linewidth=2, label="all teachers")
+    for teacher, style in zip(teachers, cycle(("-", "--", ":", "-.")), strict=False):
+        terms = [
+            sum(value for key, value in line.items() if key.startswith(f"loss/{teacher}/")) for line in lines
+        ]
+        axes.plot(steps, terms, style, label=teacher)
+    axes.set(
+        xlabel="step",
+        ylabel="distillation loss",
+        title="Distillation loss, summed over levels",
+        ylim=(0, None),
+    )
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=110)
+    return losses
 
 
 def pca_rgb(maps_RHWC: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cache_builder.plan import Plan, human_bytes
+from student.repsim import Similarity
 
 _SHOWN_QUARANTINED = 8
 
@@ -73,6 +74,17 @@ def summary_table(summary: Mapping[str, Any]) -> RenderableType:
         for name, teacher in summary["teachers"].items()
     }
     return Group(_lines(head), _columns("teacher", columns), *_warnings(summary))
+
+
+def similarity_table(similarities: Mapping[str, Similarity]) -> RenderableType:
+    """Representation similarity, by level."""
+    levels = max(len(similarity.levels) for similarity in similarities.values())
+    columns = {
+        name: {f"level {level}": f"{similarity.levels[level]:.4f}" for level in range(levels)}
+        | {"mean": f"{similarity.mean:.4f}"}
+        for name, similarity in similarities.items()
+    }
+    return _columns("cosine similarity", columns)
 
 
 def _teacher_facts(teacher: Mapping[str, Any]) -> dict[str, str]:

@@ -176,7 +176,8 @@ class GridDctCodec(CalibratedCodec[_Coder]):
         coder.require_shape(features_RSHWC)
         with torch.autocast(features_RSHWC.device.type, enabled=False):
             parts = [coder.encode(features_RSHWC[rows]) for rows in row_blocks(features_RSHWC)]
-        return Encoded(self, {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+            arrays = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return Encoded(self, arrays)
 
     @torch.no_grad()
     def decode_tensors(

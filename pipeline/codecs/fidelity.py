@@ -36,24 +36,26 @@ def measure_fidelity(codec: Codec, features_RSHWC: Tensor) -> Fidelity:
     """Encode, decode and compare these rows; the codec must be calibrated."""
     encoded = codec.encode(features_RSHWC)
     decoded_RSHWC = encoded.decode(features_RSHWC.device, torch.float32)
+    return compare(features_RSHWC, decoded_RSHWC, encoded.nbytes // len(features_RSHWC))
+
+
+def compare(features_RSHWC: Tensor, decoded_RSHWC: Tensor, row_bytes: int) -> Fidelity:
     moments = FeatureMoments.of(features_RSHWC)
     mean, std = moments.mean_SC.float()[:, None, None], moments.std_SC().float()[:, None, None]
-    varying = std > 0
 
     def standardised(x_RSHWC: Tensor) -> Tensor:
-        return torch.where(varying, (x_RSHWC - mean) / std, 0)
+        return torch.where(std > 0, (x_RSHWC - mean) / std, 0)
 
     original_RSHWC = features_RSHWC.float()
-    row_bytes = encoded.nbytes // len(features_RSHWC)
     return Fidelity(
-        *_compare(standardised(original_RSHWC), standardised(decoded_RSHWC)),
-        *_compare(original_RSHWC, decoded_RSHWC),
+        *_errors(standardised(original_RSHWC), standardised(decoded_RSHWC)),
+        *_errors(original_RSHWC, decoded_RSHWC),
         row_bytes=row_bytes,
         float16_ratio=row_bytes / (2 * features_RSHWC[0].numel()),
     )
 
 
-def _compare(original: Tensor, decoded: Tensor) -> tuple[float, float, float]:
+def _errors(original: Tensor, decoded: Tensor) -> tuple[float, float, float]:
     """Mean and first percentile of the tokens' cosines, and the relative L2 error."""
     cosines = F.cosine_similarity(original, decoded, dim=-1).flatten().double()
     lowest = cosines.kthvalue(1 + (len(cosines) - 1) // 100).values

@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+# By bits, the shortest run of (codes, bytes) that ends on a byte.
+_GROUPS = {bits: (8 // math.gcd(bits, 8), bits // math.gcd(bits, 8)) for bits in range(1, 9)}
+
 
 def packed_width(width: int, bits: int) -> int:
     """Bytes that `width` codes take."""
@@ -22,7 +25,7 @@ def packed_width(width: int, bits: int) -> int:
 def pack(codes: Tensor, bits: int) -> Tensor:
     """uint8 (…, width), each below 2^bits → uint8 (…, packed_width)."""
     width = codes.shape[-1]
-    codes_per_group, bytes_per_group = _group(bits)
+    codes_per_group, bytes_per_group = _GROUPS[bits]
     groups = F.pad(codes, (0, -width % codes_per_group)).unflatten(-1, (-1, codes_per_group))
     packed = torch.zeros(*groups.shape[:-1], bytes_per_group, dtype=torch.uint8, device=codes.device)
     for i in range(codes_per_group):
@@ -35,7 +38,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 def unpack(packed: Tensor, bits: int, width: int) -> Tensor:
     """uint8 (…, packed_width) → uint8 (…, width), the inverse of `pack`."""
-    codes_per_group, bytes_per_group = _group(bits)
+    codes_per_group, bytes_per_group = _GROUPS[bits]
     groups = F.pad(packed, (0, -packed.shape[-1] % bytes_per_group)).unflatten(-1, (-1, bytes_per_group))
     codes = []
     for i in range(codes_per_group):
@@ -45,9 +48,3 @@ def unpack(packed: Tensor, bits: int, width: int) -> Tensor:
             code = code | groups[..., byte + 1] << (8 - shift)
         codes.append(code & (2**bits - 1))
     return torch.stack(codes, -1).flatten(-2)[..., :width]
-
-
-def _group(bits: int) -> tuple[int, int]:
-    """The shortest run of (codes, bytes) that ends on a byte."""
-    common = math.gcd(bits, 8)
-    return 8 // common, bits // common

@@ -82,7 +82,7 @@ class QuantizedCodec(CalibratedCodec[tuple[Normalisation, Quantizer]]):
                 parts.append(
                     quantizer.quantise(tokens, self.scheme.base_scale(tokens), self.scheme.scale_steps)
                 )
-        codes, scales = (torch.cat(part) for part in zip(*parts, strict=True))
+            codes, scales = (torch.cat(part) for part in zip(*parts, strict=True))
         return Encoded(self, {"codes": codes, "scales": scales})
 
     @torch.no_grad()

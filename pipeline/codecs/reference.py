@@ -21,31 +21,26 @@ def decode(codec: str, arrays: Arrays, tables: Arrays) -> Array:
     precision, _, scheme = codec.partition("-")
     bits = int(precision.removeprefix("int"))
     if scheme == "dct":
-        return _hadamard(_dct(arrays, tables), tables)
-    width = tables["mean"].shape[1]
-    levels = tables["levels"][_unpack(arrays["codes"], bits, width)]
-    tokens = levels * arrays["scales"][..., None].astype(np.float32)
-    return {"": _plain, "hadamard": _hadamard, "phi-s": _phi_s}[scheme](tokens, tables)
+        tokens_RSHWC = _dct(arrays, tables)
+    else:
+        levels = tables["levels"][_unpack(arrays["codes"], bits, tables["mean"].shape[1])]
+        tokens_RSHWC = levels * arrays["scales"][..., None].astype(np.float32)
+    if scheme in ("hadamard", "dct"):
+        rotation_CC = np.kron(tables["left"], tables["right"]) * tables["signs"]
+        tokens_RSHWC = tokens_RSHWC @ rotation_CC
+    elif scheme == "phi-s":
+        tokens_RSHWC = np.einsum("rshwd,sdc->rshwc", tokens_RSHWC, tables["rotation"], optimize=True)
+    num_levels = len(tables["mean"])
+    mean, std = (tables[name].reshape(num_levels, 1, 1, -1) for name in ("mean", "std"))
+    features: Array = mean + std * tokens_RSHWC
+    return features
 
 
 def _unpack(packed: Array, bits: int, width: int) -> Array:
     """A little-endian bit stream for each token: code i is bits i·b … i·b + b − 1, lowest first."""
     stream = np.unpackbits(packed, axis=-1, count=width * bits, bitorder="little")
-    return stream.reshape(*packed.shape[:-1], width, bits) @ (1 << np.arange(bits))
-
-
-def _plain(tokens_RSHWC: Array, tables: Arrays) -> Array:
-    return _levels(tables["mean"]) + tokens_RSHWC * _levels(tables["std"])
-
-
-def _hadamard(tokens_RSHWC: Array, tables: Arrays) -> Array:
-    rotation_CC = np.kron(tables["left"], tables["right"]) * tables["signs"]
-    return _plain(tokens_RSHWC @ rotation_CC, tables)
-
-
-def _phi_s(tokens_RSHWC: Array, tables: Arrays) -> Array:
-    rotated_RSHWC = np.einsum("rshwd,sdc->rshwc", tokens_RSHWC, tables["rotation"], optimize=True)
-    return _levels(tables["mean"]) + rotated_RSHWC * tables["std"][:, None, None, None]
+    codes: Array = stream.reshape(*packed.shape[:-1], width, bits) @ (1 << np.arange(bits))
+    return codes
 
 
 def _dct(arrays: Arrays, tables: Arrays) -> Array:
@@ -64,9 +59,6 @@ def _dct(arrays: Arrays, tables: Arrays) -> Array:
     spectrum = spectrum_RNC.reshape(len(codes), *tables["bits"].shape, width)
     spectrum = spectrum * arrays["scales"][..., None].astype(np.float32)
     bases = tables["level_basis"], tables["row_basis"], tables["column_basis"]
-    tokens_RSHWC = np.einsum("rtfgc,ts,fh,gw->rshwc", spectrum, *bases, optimize=True)
-    return tokens_RSHWC * arrays["token_scales"][..., None].astype(np.float32)
-
-
-def _levels(table_SC: Array) -> Array:
-    return table_SC[:, None, None]
+    tokens_RSHWC: Array = np.einsum("rtfgc,ts,fh,gw->rshwc", spectrum, *bases, optimize=True)
+    tokens_RSHWC *= arrays["token_scales"][..., None].astype(np.float32)
+    return tokens_RSHWC

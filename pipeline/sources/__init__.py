@@ -1,15 +1,17 @@
 """Where images come from: four kinds of source, one sample table, one decode.
 
-source = open_source("/data/imagenet/train")       the kind is told by looking
-samples = source.scan(workers=8)                   SAMPLE_SCHEMA, sorted by key
-image = decode_image(source.read(path, offset, nbytes))
+    source = open_source("/data/imagenet/train")       the kind is told by looking
+    samples = source.scan(workers=8)                   SAMPLE_SCHEMA, sorted by key
+    image = decode_image(source.read(path, offset, nbytes))
+
+The same images under the same keys have the same `dataset_fingerprint`, whatever holds them.
 """
 
 from __future__ import annotations
 
 import os
-from itertools import groupby, islice
-from posixpath import dirname, splitext
+from itertools import islice
+from posixpath import splitext
 
 from pipeline.errors import RecipeError, SourceError
 from pipeline.sources.base import (
@@ -34,7 +36,8 @@ _KIND_OF_SUFFIX = dict.fromkeys(IMAGE_SUFFIXES, ImageFolderSource.kind) | {
     ".tar": WebDatasetSource.kind,
     ".parquet": ParquetSource.kind,
 }
-_NAMES_SHOWN_OF = 10_000
+_FILES_LOOKED_AT = 10_000
+_TARS_LOOKED_AT = 8
 
 
 def source_kinds() -> list[str]:
@@ -42,7 +45,7 @@ def source_kinds() -> list[str]:
 
 
 def open_source(location: str | os.PathLike[str], kind: str = "auto") -> Source:
-    """The images at a folder, file, pattern or fsspec URL. Nothing is read but, for "auto", a listing.
+    """The images at a folder, file, pattern or fsspec URL; "auto" tells the kind by looking.
 
     Raises `SourceNotFoundError`, `EmptySourceError`, and `SourceError` when the kind cannot be told.
     """
@@ -58,24 +61,23 @@ def open_source(location: str | os.PathLike[str], kind: str = "auto") -> Source:
 
 
 def _look(place: Place) -> str:
-    """The kind that the first folder with any known file tells: images, tars or Parquet files."""
-    for folder, files in groupby(place.files(), lambda file: dirname(file[0])):
-        suffixes = {splitext(name)[1].lower(): (name, nbytes) for name, nbytes in files}
-        kinds = {_KIND_OF_SUFFIX[suffix] for suffix in suffixes if suffix in _KIND_OF_SUFFIX}
-        if len(kinds) > 1:
-            raise SourceError(
-                "It cannot be told what kind of source this is.",
-                got=f"{', '.join(sorted(set(suffixes) & set(_KIND_OF_SUFFIX)))} side by side in "
-                f"{place.storage.url}/{folder}".rstrip("/"),
-                expected="images, tars or Parquet files, one of these",
-                do=f"name the kind ({', '.join(_SOURCES)}), or choose files with a pattern such as …/*.tar",
-            )
-        if kinds == {WebDatasetSource.kind}:
-            return _look_into_tar(place, *suffixes[".tar"])
-        if kinds:
-            return kinds.pop()
-    names = islice((name for name, _ in place.files()), _NAMES_SHOWN_OF)
-    raise no_image_error(place.location, names, "no image here")
+    """The kind that all of the first files of a place have: images, tars or Parquet files."""
+    files = list(islice(place.files(), _FILES_LOOKED_AT))
+    known = {splitext(name)[1].lower() for name, _ in files} & set(_KIND_OF_SUFFIX)
+    kinds = {_KIND_OF_SUFFIX[suffix] for suffix in known}
+    if kinds == {WebDatasetSource.kind}:
+        tars = (file for file in files if splitext(file[0])[1].lower() == ".tar")
+        kinds = {_look_into_tar(place, *tar) for tar in islice(tars, _TARS_LOOKED_AT)}
+    if not kinds:
+        raise no_image_error(place.location, [name for name, _ in files], "no image here")
+    if len(kinds) > 1:
+        raise SourceError(
+            "It cannot be told what kind of source this is.",
+            got=f"{' and '.join(sorted(kinds))}, by {', '.join(sorted(known))} files in {place.location}",
+            expected="one kind of images, tars or Parquet files",
+            do="name the kind, or choose files with a pattern such as …/train-*.tar",
+        )
+    return kinds.pop()
 
 
 def _look_into_tar(place: Place, path: str, nbytes: int) -> str:

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from itertools import islice
 from multiprocessing import get_context
@@ -91,6 +92,13 @@ class Source(ABC):
                 got=str(error),
                 expected=f"files under {self.location} that stay there and may be read",
                 do="mend the permissions or the mount, and run the same command again",
+            ) from error
+        except BrokenProcessPool as error:
+            raise SourceError(
+                "A process that was scanning images died.",
+                got=f"{workers} workers",
+                expected="memory for each, and code in a script file, below `if __name__ == '__main__'`",
+                do="scan with fewer workers; with one, no process is started",
             ) from error
         samples = pa.concat_tables([_UNIT_SCHEMA.empty_table(), *tables])
         if not pc.any(pc.equal(samples["status"], OK)).as_py():
@@ -201,7 +209,7 @@ class SampleRows:
 
     def reject(self, path: str, offset: int, nbytes: int, status: str, name: str = "") -> None:
         """A place in a file that holds no usable image, named by `name` or else by the place."""
-        key = printable(name) or f"{path}#{offset}"
+        key = (printable(name) if name_problem(name) else name) or f"{path}#{offset}"
         self._append(key, path, offset, nbytes, 0, 0, None, status, _hash(b""), key)
 
     def table(self) -> pa.Table:

@@ -9,7 +9,9 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
+from pipeline.errors import SourceError
 from pipeline.sources.base import SampleRows, is_image_name
+from pipeline.sources.keys import printable
 from pipeline.sources.tar import TarSource, read_range, tar_members
 
 
@@ -39,6 +41,13 @@ class ILSVRCSource(TarSource):
                     end = member.offset + member.nbytes
                     if suffix.lower() == ".tar":
                         yield _ClassTar(path, wnid, member.offset, end, None)
+                    elif is_image_name(member.name):
+                        raise SourceError(
+                            f"{path} is not a tar of class tars.",
+                            got=f"an image in it, {printable(member.name)}",
+                            expected="one tar for each class, as in ILSVRC2012_img_train.tar",
+                            do="give the path of that tar alone, or kind: webdataset for a flat one",
+                        )
                     if member.problem is not None:
                         yield _ClassTar(path, member.name, member.offset, end, member.problem)
 

@@ -61,8 +61,11 @@ def with_unique_keys(table: pa.Table) -> pa.Table:
         status = pc.if_else(pc.and_(mask, pc.equal(status, OK)), reason, status)
         offsets = table["offset"].cast(pa.string())
         keys = pc.if_else(mask, pc.binary_join_element_wise(keys, offsets, "#"), keys)
-    columns = {name: table[name] for name in table.column_names if name != "qualified_key"}
-    return pa.table(columns | {"key": keys, "status": status})
+    table = table.drop_columns("qualified_key")
+    columns = {name: table[name] for name in table.column_names} | {"key": keys, "status": status}
+    for side in ("width", "height"):
+        columns[side] = pc.if_else(pc.equal(status, OK), table[side], pa.scalar(0, pa.int32()))
+    return pa.table(columns)
 
 
 def _codes(keys: pa.ChunkedArray) -> NDArray[np.int32]:

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.errors import SourceError
+from pipeline.errors import ImageDecodeError, SourceError
 from pipeline.sources.base import SampleRows, Source
 from pipeline.storage import LocalStorage, Storage
 
@@ -49,7 +49,7 @@ class ParquetSource(Source):
             try:
                 footer = _footer(self.place.storage.url, path)
             except pa.ArrowInvalid as error:
-                yield _RowGroup(path, 0, 0, 0, f"the Parquet file cannot be read: {_first_line(error)}")
+                yield _RowGroup(path, 0, 0, 0, f"the Parquet file cannot be read: {_reason(error)}")
                 continue
             _check_layout(path, footer.schema.to_arrow_schema())
             first_row = 0
@@ -71,10 +71,10 @@ class ParquetSource(Source):
                         _add(rows, unit.path, row, data, name, label)
                         row += 1
         except (pa.ArrowException, OSError) as error:
-            if getattr(error, "errno", None) is not None:  # the system failed, not the file's content
+            if _is_system_error(error):
                 raise
             lost = f"rows {row:,} to {unit.first_row + unit.num_rows - 1:,} cannot be read"
-            rows.reject(unit.path, row, 0, f"{lost}: {_first_line(error)}")
+            rows.reject(unit.path, row, 0, f"{lost}: {_reason(error)}")
         return rows.table()
 
     def read(self, path: str, offset: int, nbytes: int) -> bytes:
@@ -82,9 +82,14 @@ class ParquetSource(Source):
             first_rows = _first_rows(self.place.storage.url, path)
             group = int(np.searchsorted(first_rows, offset, side="right")) - 1
             images = _row_group(self.place.storage.url, path, group)
+            data = images[offset - first_rows[group]].as_py()
         except FileNotFoundError as error:
             raise self._gone(path) from error
-        return self._unchanged(images[offset - first_rows[group]].as_py(), path, nbytes)
+        except (pa.ArrowException, OSError, IndexError) as error:
+            if _is_system_error(error):
+                raise
+            raise ImageDecodeError(f"row {offset:,} of {path} cannot be read: {_reason(error)}") from error
+        return self._unchanged(data, path, nbytes)
 
 
 def _add(rows: SampleRows, path: str, row: int, data: pa.Scalar, name: str | None, label: object) -> None:
@@ -167,5 +172,10 @@ def _row_group(url: str, path: str, group: int) -> pa.ChunkedArray:
     return pa.chunked_array(parts)
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
+def _is_system_error(error: Exception) -> bool:
+    """Whether the disk or the network failed, rather than what the file holds."""
+    return getattr(error, "errno", None) is not None
+
+
+def _reason(error: Exception) -> str:
+    return str(error).partition("\n")[0]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import fsspec
 
-from pipeline.errors import SourceNotFoundError
+from pipeline.errors import SourceError, SourceNotFoundError
 from pipeline.storage import LocalStorage, Storage
 
 _MAGIC = re.compile(r"[*?[]")
@@ -35,11 +35,20 @@ class Place:
         text = os.fspath(location).removeprefix("file://")
         if "://" not in text:
             text = str(Path(text).expanduser().absolute())
-        filesystem, path = fsspec.core.url_to_fs(text)
-        if filesystem.isdir(path):
+        try:
+            filesystem, path = fsspec.core.url_to_fs(text)
+            is_folder, is_file = filesystem.isdir(path), filesystem.isfile(path)
+        except (ImportError, ValueError, PermissionError) as error:
+            raise SourceError(
+                "This place cannot be opened.",
+                got=f"{text}: {error}",
+                expected="a local path, or a URL that fsspec can open and you may read",
+                do="install what is missing, or check the URL and its credentials",
+            ) from error
+        if is_folder:
             return Place(text, Storage.at(text))
         folder, _, name = text.rpartition("/")
-        if filesystem.isfile(path):
+        if is_file:
             return Place(text, Storage.at(folder or "/"), name)
         if magic := _MAGIC.search(text):
             folder, _, _ = text[: magic.start()].rpartition("/")

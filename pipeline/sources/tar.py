@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import IO, Self
+from typing import IO, NamedTuple, Self
 
 from pipeline.sources.base import Source
 
 _PLAIN_KINDS = (tarfile.REGTYPE, tarfile.XHDTYPE)
 
 
-@dataclass(frozen=True, slots=True)
-class TarMember:
+class TarMember(NamedTuple):
     """A regular file in a tar, or (with a `problem`) the place from which a tar cannot be read."""
 
     name: str

@@ -13,11 +13,11 @@ from typing import IO, NamedTuple
 
 import pyarrow as pa
 
-from pipeline.sources.base import IMAGE_SUFFIXES, SampleRows
+from pipeline.sources.base import IMAGE_SUFFIXES, SampleRows, is_image_name
 from pipeline.sources.tar import TarMember, TarSource, read_range, tar_members
 
 _NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
-_LONGEST_LABEL_BYTES = 1 << 20
+_LONGEST_LABEL_BYTES = 1 << 16
 
 
 class _Field(NamedTuple):
@@ -29,11 +29,12 @@ class _Field(NamedTuple):
 class WebDatasetSource(TarSource):
     """A tar, or the tars of a folder or pattern. Members are read by byte range, never extracted.
 
-    As webdataset has it, a member's key ends and its field begins at the first dot of its base name
-    (`a.seg.png` is the field `seg.png` of sample `a`, not an image of its own), and the members of one
-    sample lie together. The label is the text of `cls`, or else `label` in `json`. A key that occurs in
-    several tars becomes `<tar without suffix>/<key>` in each; within one tar, the first sample keeps it
-    and the others get the status "duplicate key".
+    As webdataset has it, a member's key ends and its field begins at the first dot of its base name, and
+    the members of one sample lie together: beside `a.jpg`, `a.seg.png` is the field `seg.png` of sample
+    `a`. Only in a sample without a plain image field are such members images, named without suffix.
+    The label is the text of `cls`, or else `label` in `json`. A key that occurs in several tars becomes
+    `<tar without suffix>/<key>` in each; of those in one tar, the first sample has it so, and the
+    later ones get the status "duplicate key" under `<tar without suffix>/<key>#<offset>`.
     """
 
     kind = "webdataset"
@@ -49,19 +50,26 @@ class WebDatasetSource(TarSource):
             for key, group in groupby(fields, attrgetter("key")):
                 sample = list(group)
                 label = _label(file, sample)
-                for _, name, member in sample:
-                    offset, nbytes = member.offset, member.nbytes
-                    if member.problem is not None:
-                        rows.reject(path, offset, nbytes, member.problem, key or member.name)
-                    elif f".{name}" in IMAGE_SUFFIXES:
-                        read_first = partial(read_range, file, offset)
-                        rows.add(key, f"{splitext(path)[0]}/{key}", path, offset, nbytes, label, read_first)
+                for name, offset, nbytes, _ in _images(sample):
+                    own_key = splitext(name)[0]
+                    qualified_key = f"{splitext(path)[0]}/{own_key}"
+                    read_first = partial(read_range, file, offset)
+                    rows.add(own_key, qualified_key, path, offset, nbytes, label, read_first)
+                for _, _, (name, offset, nbytes, problem) in sample:
+                    if problem is not None:
+                        rows.reject(path, offset, nbytes, problem, key or name)
         return rows.table()
 
 
 def _split(name: str) -> tuple[str, str]:
     match = _NAME.fullmatch(name)
     return (match[1], match[2].lower()) if match else ("", "")
+
+
+def _images(sample: list[_Field]) -> list[TarMember]:
+    whole = [field for field in sample if field.key and field.member.problem is None]
+    plain = [member for _, name, member in whole if f".{name}" in IMAGE_SUFFIXES]
+    return plain or [member for _, _, member in whole if is_image_name(member.name)]
 
 
 def _label(file: IO[bytes], sample: list[_Field]) -> str | None:
@@ -77,4 +85,4 @@ def _label(file: IO[bytes], sample: list[_Field]) -> str | None:
     except (ValueError, RecursionError):
         return None
     label = content.get("label") if isinstance(content, dict) else None
-    return None if label is None else str(label)
+    return str(label) if isinstance(label, int | str) else None

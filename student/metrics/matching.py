@@ -5,13 +5,14 @@ Two pixels may be matched when they are at most a given distance apart. BSDS min
     Σ round(100 · distance) over matched pairs  +  outlier cost · (pixels of both maps − matched pairs),
 
 with an outlier cost of a hundred times the greatest distance: nearly always a matching of maximum
-cardinality, and among those one of least distance. Here this is minimised exactly (shortest augmenting paths,
-in scipy): every pixel of the smaller side is matched, or stays alone at the outlier cost.
+cardinality, and among those one of least distance. Here this is minimised exactly, by shortest augmenting
+paths in scipy.
 
-BSDS minimises it by Goldberg's CSA on a graph with outliers, which must be matched too: a pixel is tied to six
-of them, and each of them to six others, all drawn at random. An outlier that nobody drew takes a pixel away, so
-BSDS leaves two or so in a thousand pairs unmatched, other ones from run to run; `benchmarks/boundary.py` prints
-what that does to odsF. Where several matchings cost the same, which pixels are matched is open in both.
+BSDS minimises it by Goldberg's CSA on a graph with outliers, which must be matched too: a pixel is tied to
+six of them, and each of them to six others, all drawn at random. An outlier that nobody drew takes a pixel
+away, so BSDS leaves about one pair in a thousand unmatched, other ones from run to run;
+`benchmarks/boundary.py` prints what that does to odsF. Where several matchings cost the same, which pixels
+are matched is open in both.
 """
 
 from __future__ import annotations
@@ -91,20 +92,27 @@ def _independent_parts(candidates: Candidates) -> list[Ints]:
 
 
 def _solve(candidates: Candidates) -> tuple[Ints, Ints]:
+    """One part, as a square assignment problem, the only kind that the solver starts with a good guess.
+
+    Rows are the P predicted pixels and a stand-in for each of the T true ones; columns are the true pixels
+    and a stand-in for each predicted one. A pixel that is not matched takes its own stand-in. The stand-ins of
+    two matched pixels take each other.
+    """
     prediction_ids, prediction_E = np.unique(candidates.prediction_E, return_inverse=True)
     target_ids, target_E = np.unique(candidates.target_E, return_inverse=True)
-    swap = len(prediction_ids) > len(target_ids)  # the rows are the smaller side
-    row_ids, column_ids = (target_ids, prediction_ids) if swap else (prediction_ids, target_ids)
-    row_E, column_E = (target_E, prediction_E) if swap else (prediction_E, target_E)
-
-    rows, columns = len(row_ids), len(column_ids)
-    alone = np.arange(rows)  # every row has one more column, of its own, that stands for staying alone
-    # A sparse graph has no edge of weight zero, and each row has one edge in the end: so all weigh one more.
-    weight = 1 + np.concatenate([candidates.cost_E, np.full(rows, candidates.outlier_cost)])
-    ends = (np.concatenate([row_E, alone]), np.concatenate([column_E, columns + alone]))
-    row_R, column_R = min_weight_full_bipartite_matching(
-        csr_array((weight, ends), shape=(rows, columns + rows))
+    num_predicted, num_true = len(prediction_ids), len(target_ids)
+    prediction_P, target_T = np.arange(num_predicted), np.arange(num_true)
+    blocks = [
+        (prediction_E, target_E, candidates.cost_E),
+        (prediction_P, num_true + prediction_P, np.full(num_predicted, candidates.outlier_cost)),
+        (num_predicted + target_T, target_T, np.zeros(num_true)),
+        (num_predicted + target_E, num_true + prediction_E, np.zeros(len(target_E))),
+    ]
+    row, column, weight = (np.concatenate(part) for part in zip(*blocks, strict=True))
+    # No edge of a sparse graph weighs zero, and all assignments have as many edges: so each weighs one more.
+    side = num_predicted + num_true
+    row, column = min_weight_full_bipartite_matching(
+        csr_array((1 + weight, (row, column)), shape=(side, side))
     )
-    paired_R = column_R < columns
-    row_K, column_K = row_ids[row_R[paired_R]], column_ids[column_R[paired_R]]
-    return (column_K, row_K) if swap else (row_K, column_K)
+    paired = (row < num_predicted) & (column < num_true)
+    return prediction_ids[row[paired]], target_ids[column[paired]]

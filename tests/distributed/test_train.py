@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from cache_builder.builder import build
+from cache_builder import build
 from student.checkpoint import newest_checkpoint
 from tests.make_cache import build_recipe, make_images
 from tests.train_recipes import CONTENT, logged

@@ -55,7 +55,8 @@ def test_merging_in_one_order_gives_the_same_bits() -> None:
 
 
 def test_empty_moments_change_nothing() -> None:
-    moments, empty = FeatureMoments.of(features(), covariance=True), FeatureMoments.empty(2, 8, covariance=True)
+    moments = FeatureMoments.of(features(), covariance=True)
+    empty = FeatureMoments.empty(2, 8, covariance=True)
     for merged in (moments.merge(empty), empty.merge(moments)):
         require_close(merged, features())
     assert FeatureMoments.of(features()[:0]).count == 0

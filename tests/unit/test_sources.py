@@ -268,7 +268,7 @@ def test_kinds_side_by_side_are_not_guessed(tmp_path: Path) -> None:
     write_folder(
         tmp_path, {"a.tar": tar_bytes([("x.jpg", IMAGES["n00000000_0"])]), "b.JPG": b"", "c.txt": b""}
     )
-    with pytest.raises(SourceError, match=r"\.jpg, \.tar side by side") as caught:
+    with pytest.raises(SourceError, match=r"image_folder and webdataset, by \.jpg, \.tar files") as caught:
         open_source(tmp_path)
     assert "name the kind" in str(caught.value)
     assert open_source(tmp_path, "webdataset").scan()["key"].to_pylist() == ["x"]
@@ -308,3 +308,24 @@ def test_a_place_that_may_not_be_read(tmp_path: Path) -> None:
     (tmp_path / "train-0004.tar").chmod(0)
     with pytest.raises(SourceError, match="permissions"):
         open_source(tmp_path).scan()
+
+
+def test_a_place_that_no_library_opens() -> None:
+    with pytest.raises(SourceError, match="no-such-protocol"):
+        open_source("no-such-protocol://bucket/images")
+
+
+def test_a_process_that_dies_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_source(make_folder(tmp_path))
+    monkeypatch.setattr(image_folder, "_FILES_PER_UNIT", 2)
+    monkeypatch.setattr(base, "_SECONDS_ALONE", 0.0)
+    source.location = _Deadly()  # type: ignore[assignment]
+    with pytest.raises(SourceError, match="__main__"):
+        source.scan(workers=2)
+
+
+class _Deadly:
+    """Ends the process that unpickles it."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (os._exit, (1,))

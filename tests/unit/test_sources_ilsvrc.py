@@ -1,6 +1,9 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from pipeline.errors import SourceError
 from pipeline.sources import open_source
 from tests.images import encode, photo, tar_bytes, write_folder
 
@@ -29,6 +32,16 @@ def test_the_flat_tar_of_validation_images_is_a_webdataset(tmp_path: Path) -> No
     source = open_source(tmp_path / "ILSVRC2012_img_val.tar")
     assert source.kind == "webdataset"
     assert source.scan()["key"].to_pylist() == ["ILSVRC2012_val_00000001"]
+
+
+def test_train_and_validation_tar_side_by_side_are_not_mixed(tmp_path: Path) -> None:
+    flat = tar_bytes([("ILSVRC2012_val_00000001.JPEG", JPEG)])
+    write_folder(tmp_path, {"img_train.tar": tar_bytes(CLASSES), "img_val.tar": flat})
+    with pytest.raises(SourceError, match="ilsvrc and webdataset"):
+        open_source(tmp_path)
+    with pytest.raises(SourceError, match=r"img_val\.tar is not a tar of class tars"):
+        open_source(tmp_path, "ilsvrc").scan()
+    assert open_source(tmp_path / "img_train.tar").scan().num_rows == 9
 
 
 def test_a_cut_download_gives_what_is_before_the_cut_and_says_so(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.errors import SourceError
+from pipeline.errors import ImageDecodeError, SourceError
 from pipeline.sources import open_source
 from tests.images import encode, photo, write_folder, write_parquet
 
@@ -110,4 +110,6 @@ def test_a_damaged_row_group_is_reported_and_the_others_read(tmp_path: Path) -> 
     assert [key for key, row in found.items() if row["status"] == "ok"] == ["0", "1", "2", "6"]
     (bad,) = (row for row in found.values() if row["status"] != "ok")
     assert bad["offset"] == 3
+    with pytest.raises(ImageDecodeError, match=r"row 4 of a\.parquet cannot be read"):
+        open_source(tmp_path).read("a.parquet", 4, len(JPEGS[4]))
     assert str(bad["status"]).startswith("rows 3 to 5 cannot be read: ")

@@ -27,6 +27,7 @@ def scan_tar(root: Path, *members: tuple[str, bytes]) -> dict[str, dict[str, Any
         ([("cls", b"n01440764")], "n01440764"),
         ([("json", b'{"caption": "none"}')], None),
         ([("json", b"[1, 2]")], None),
+        ([("json", b'{"label": [1, 2]}')], None),
         ([("json", b"{broken")], None),
         ([], None),
     ],
@@ -50,6 +51,11 @@ def test_a_key_ends_at_the_first_dot_of_the_name(tmp_path: Path) -> None:
     )
     assert sorted(found) == ["a", "c", "v1.0/b"]
     assert {row["status"] for row in found.values()} == {"ok"}
+
+
+def test_names_with_dots_are_images_where_no_plain_one_is(tmp_path: Path) -> None:
+    found = scan_tar(tmp_path, ("2020.01.05_a.jpg", JPEG), ("2020.01.06_b.JPG", JPEG), ("x.v2.png", PNG))
+    assert sorted(found) == ["2020.01.05_a", "2020.01.06_b", "x.v2"]
 
 
 def test_a_key_in_two_tars_is_qualified_by_the_tar(tmp_path: Path) -> None:
@@ -76,6 +82,7 @@ def test_a_key_twice_in_one_tar_is_reported_and_nothing_lost(tmp_path: Path) -> 
     for row in (second, third):
         assert row["key"] == f"set/x#{row['offset']}"
         assert row["status"] == "duplicate key: set.tar already has a sample set/x"
+        assert (row["width"], row["height"]) == (0, 0)
     assert found["y"]["status"] == "ok"
 
 

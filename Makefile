@@ -1,0 +1,34 @@
+# Two commands: `make demo` and `make test`. Both make the environment first, from nothing but Python.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check clean
+
+help:
+	@echo "make demo                 images → teacher cache → student, in a few minutes"
+	@echo "make demo IMAGES=/folder  the same on your own images"
+	@echo "make demo PRETRAINED=1    the same with the teachers' real weights, where they can be had"
+	@echo "make test                 linter, types and the whole test suite"
+	@echo "make check                linter and types alone"
+	@echo "make clean                remove the environment and what the demo made"
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c "import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f'Python 3.11 or newer is needed, got {v.major}.{v.minor}: make PYTHON=python3.12 …')"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+demo: .venv/installed
+	$(BIN)/python -m jobs.demo $(if $(IMAGES),--images "$(IMAGES)") $(if $(filter 1,$(PRETRAINED)),--pretrained)
+
+check: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: check
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf .venv demo

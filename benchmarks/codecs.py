@@ -1,0 +1,133 @@
+"""Rate, fidelity and speed of every codec on four kinds of features, or on those of a cache.
+
+    python -m benchmarks.codecs                      synthetic features and a random ViT
+    python -m benchmarks.codecs --cache PATH         the teachers of a cache stored as f16 or f32
+    python -m benchmarks.codecs --ideas              also what was tried and not kept
+
+Prints one table and, last, one line of JSON. Speeds are GB/s of float16 features, the median of several
+runs into fresh memory. A codec is calibrated on rows that are not measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from benchmarks import signals
+from benchmarks.codec_ideas import IDEAS
+from pipeline.codecs import codec_names, get_codec
+from pipeline.codecs.fidelity import compare, measure_fidelity
+
+LEVELS, GRID, WIDTH = 4, (24, 24), 1024
+COLUMNS = {
+    "float16_ratio": ".4f",
+    "cosine_mean": ".5f",
+    "cosine_p1": ".5f",
+    "relative_l2": ".4f",
+    "raw_cosine_mean": ".5f",
+    "raw_cosine_p1": ".5f",
+    "encode_gb_per_s": ".2f",
+    "decode_gb_per_s": ".2f",
+}
+
+Signal = tuple[Tensor, Tensor]  # the calibration sample and the rows that are measured
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--cache", help="measure on the features of this cache")
+    parser.add_argument("--teacher", help="one teacher of the cache (default: all)")
+    parser.add_argument("--rows", type=int, default=8, help="rows to calibrate on, and as many to measure")
+    parser.add_argument("--codecs", nargs="+", default=codec_names())
+    parser.add_argument("--ideas", action="store_true", help="also codecs that did not win (slow)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+
+    results = []
+    for name, signal in _signals(args).items():
+        sample, features = (part.to(args.device) for part in signal)
+        for codec in args.codecs:
+            results.append({"signal": name, "codec": codec} | measure(codec, sample, features, args.repeats))
+        for idea in IDEAS if args.ideas else ():
+            results.append({"signal": name, "codec": f"({idea})"} | measure_idea(idea, sample, features))
+    console = Console(width=140)
+    console.print(_table(results))
+    machine = {"device": args.device, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    print(json.dumps({"benchmark": "codecs", "machine": machine, "results": results}))
+
+
+def _signals(args: argparse.Namespace) -> dict[str, Signal]:
+    if args.cache:
+        rows = signals.of_cache(args.cache, args.teacher, 2 * args.rows, seed=0)
+        return {name: (x[::2], x[1::2]) for name, x in rows.items()}
+    shape = args.rows, LEVELS, GRID, WIDTH
+    synthetic = {
+        "white": signals.white,
+        "heavy-tailed": signals.heavy_tailed,
+        "correlated": signals.correlated,
+    }
+    made = {name: (make(*shape, seed=0), make(*shape, seed=1)) for name, make in synthetic.items()}
+    photographs = tuple(signals.photographs(args.rows, GRID, seed) for seed in (0, 1))
+    return made | {"random ViT": photographs}
+
+
+def measure(name: str, sample: Tensor, features: Tensor, repeats: int) -> dict[str, Any]:
+    codec = get_codec(name).calibrate(sample)
+    encoded = codec.encode(features)
+    float16_gb = 2 * features.numel() / 1e9
+    return dataclasses.asdict(measure_fidelity(codec, features)) | {
+        "encode_gb_per_s": float16_gb / _median_s(lambda: codec.encode(features), repeats),
+        "decode_gb_per_s": float16_gb
+        / _median_s(lambda: encoded.decode(features.device, torch.float16), repeats),
+    }
+
+
+def measure_idea(name: str, sample: Tensor, features: Tensor) -> dict[str, Any]:
+    """On the CPU; it is encoded and decoded in one, so there is one speed."""
+    start = time.perf_counter()
+    decoded = IDEAS[name](sample.cpu(), features.cpu())
+    seconds = time.perf_counter() - start
+    row_bytes = get_codec("int4-hadamard").calibrate(sample).encode(features[:1]).nbytes
+    fidelity = compare(features.cpu(), decoded, row_bytes)
+    return dataclasses.asdict(fidelity) | {"encode_gb_per_s": 2 * features.numel() / 1e9 / seconds}
+
+
+def _median_s(run: Callable[[], object], repeats: int) -> float:
+    times = []
+    for _ in range(repeats + 1):
+        _synchronize()
+        start = time.perf_counter()
+        run()
+        _synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _table(results: list[dict[str, Any]]) -> Table:
+    table = Table("signal", "codec", *(name.replace("_", " ") for name in COLUMNS))
+    for before, result in zip([None, *results], results, strict=False):
+        if before and before["signal"] != result["signal"]:
+            table.add_section()
+        cells = (format(result[key], spec) if key in result else "" for key, spec in COLUMNS.items())
+        table.add_row(result["signal"], result["codec"], *cells)
+    return table
+
+
+if __name__ == "__main__":
+    main()

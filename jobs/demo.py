@@ -1,0 +1,178 @@
+"""From photographs to a trained student, in a few minutes on two cores: what `make demo` runs.
+
+Everything goes to demo/<name of the images>/. Run again, it computes only what is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import skimage
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from cache_builder.builder import BuildResult, build
+from cache_builder.plan import bytes_per_row, human_bytes
+from cache_builder.recipe import BuildRecipe
+from cache_builder.teachers import build_teacher
+from cache_builder.verify import verify
+from jobs.inspection.pictures import loss_curve, pca_maps
+from jobs.inspection.summary import summarize
+from jobs.inspection.tables import summary_table
+from jobs.launch import run
+from pipeline import FeatureCache
+from pipeline.errors import TeacherCacheError, WeightsNotFoundError
+from pipeline.recipe import load_recipe
+from pipeline.sources import open_source
+from student import build_student, load_student
+from student.repsim import Similarity, representation_similarity
+
+PHOTOGRAPHS = ["astronaut", "brick", "camera", "chelsea", "coffee", "coins", "grass", "gravel", "hubble_deep_field", "ihc", "moon", "motorcycle_left", "motorcycle_right", "retina", "rocket"]
+MAX_IMAGES = 48
+STUDENT_RECIPE = "demo_student"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="make demo", description=__doc__)
+    parser.add_argument("--images", type=Path, help=f"a folder of images; {MAX_IMAGES} of them are used")
+    parser.add_argument("--pretrained", action="store_true", help="real weights, where they can be had")
+    arguments = parser.parse_args()
+    console = Console()
+    started = time.monotonic()
+    name = arguments.images.expanduser().resolve().name if arguments.images else "photographs"
+    folder = Path("demo") / (name + "_pretrained" * arguments.pretrained)
+
+    images = collect_images(arguments.images, folder / "images")
+    console.rule("1. Teachers → cache, on a local Ray cluster")
+    result = build(build_recipe(folder, images, arguments.pretrained, console), console)
+    cache = result.cache
+
+    console.rule("2. Verify and inspect")
+    problems = verify(cache, full=True)
+    if problems:
+        raise TeacherCacheError(f"{len(problems)} shards differ from their commit records: {problems[0]}")
+    console.print("Every byte of every shard is what its commit record says.")
+    console.print(summary_table(summarize(cache)))
+    pca_maps(cache, folder / "pca_maps.png")
+
+    console.rule("3. Cache → student, under accelerate")
+    train(cache, folder)
+
+    console.rule("4. What came out")
+    losses = loss_curve(folder / "run" / "metrics.jsonl", folder / "loss.png")
+    student = load_student(folder / "run" / "student")
+    trained = representation_similarity(student, cache)
+    torch.manual_seed(0)
+    untrained = build_student(
+        "sak",
+        stem=student.config["stem"],
+        teacher_dims=student.config["teacher_dims"],
+        image_size=student.image_size,
+    )
+    console.print(results(result, losses, representation_similarity(untrained, cache), trained))
+    if not all(teacher.pretrained for teacher in cache.spec.teachers.values()):
+        console.print(
+            "The teachers' weights are random: these figures show that the parts fit, nothing else."
+        )
+    console.print(f"Pictures: {folder / 'pca_maps.png'} and {folder / 'loss.png'}", soft_wrap=True)
+    console.print(
+        f"All of it in {time.monotonic() - started:.0f} s. Look further: teachercache inspect {folder / 'cache'}"
+    )
+
+
+def collect_images(wanted: Path | None, folder: Path) -> Path:
+    """Copies of the photographs inside scikit-image, or of images spread evenly over the wanted folder."""
+    if folder.exists():
+        return folder
+    if wanted is None:
+        data = Path(skimage.__file__).parent / "data"
+        found = [path for path in sorted(data.iterdir()) if path.stem in PHOTOGRAPHS]
+    else:
+        source = open_source(wanted.expanduser().resolve(), "image_folder")
+        paths = sorted(set(source.scan()["path"].to_pylist()))
+        step = max(len(paths) / MAX_IMAGES, 1.0)
+        chosen = [paths[int(i * step)] for i in range(min(len(paths), MAX_IMAGES))]
+        found = [wanted.expanduser().resolve() / path for path in chosen]
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for number, path in enumerate(found):
+        shutil.copyfile(path, partial / f"{number:03d}_{path.name}")
+    partial.rename(folder)
+    return folder
+
+
+def build_recipe(folder: Path, images: Path, pretrained: bool, console: Console) -> BuildRecipe:
+    overrides = [f"cache={folder / 'cache'}", f"source.path={images}"]
+    recipe = load_recipe(BuildRecipe, "demo", overrides)
+    if not pretrained:
+        console.print("Teachers with random weights (PRETRAINED=1 asks for the real ones).")
+        return recipe
+    real = [f"teachers.{name}.pretrained=true" for name in recipe.teachers]
+    try:
+        for teacher in recipe.teachers.values():
+            build_teacher(str(teacher.preset), pretrained=True)
+    except WeightsNotFoundError as error:
+        console.print(
+            f"Real weights cannot be had, so they are random:\n{error}", style="yellow", markup=False
+        )
+        return recipe
+    console.print("Teachers with their real weights.")
+    return load_recipe(BuildRecipe, "demo", [*overrides, *real])
+
+
+def train(cache: FeatureCache, folder: Path) -> None:
+    """`accelerate launch jobs/train_student.py …`, as a user would."""
+    batch = min(8, cache.valid_samples().size)
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "accelerate.commands.launch"),
+            *(
+                "--num_processes",
+                "1",
+                "--num_machines",
+                "1",
+                "--mixed_precision",
+                "no",
+                "--dynamo_backend",
+                "no",
+            ),
+            *("jobs/train_student.py", STUDENT_RECIPE),
+            *(f"cache={cache.storage.url}", f"output={folder / 'run'}", f"batch_size_per_process={batch}"),
+        ],
+        check=True,
+    )
+
+
+def results(
+    result: BuildResult,
+    losses: list[float],
+    untrained: dict[str, Similarity],
+    trained: dict[str, Similarity],
+) -> Table:
+    spec = result.cache.spec
+    table = Table(title="Results", title_justify="left", show_header=False)
+    table.add_row(
+        "rows", f"{spec.num_rows} ({spec.dataset.num_samples} images × {spec.views.num_views} views)"
+    )
+    for name, teacher in spec.teachers.items():
+        table.add_row(f"bytes per row, {name}", human_bytes(bytes_per_row(teacher)))
+    rate = f"{result.views / result.wall_s:.2f} img/s" if result.views else "it was complete already"
+    table.add_row("teachers", rate)
+    table.add_row("loss, first → last step", f"{losses[0]:.4f} → {losses[-1]:.4f}")
+    for name in trained:
+        table.add_row(
+            f"representation similarity, {name}",
+            f"{untrained[name].mean:.3f} untrained → {trained[name].mean:.3f}",
+        )
+    return table
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,322 @@
+import itertools
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pipeline.codecs import Codec, codec_names, get_codec
+from pipeline.codecs.dct import allocate_bits
+from pipeline.codecs.fidelity import measure_fidelity
+from pipeline.codecs.lloyd_max import gaussian_distortion, gaussian_levels
+from pipeline.codecs.reference import decode
+from pipeline.errors import CodecError
+
+INT_CODECS = [name for name in codec_names() if name.startswith("int")]
+HADAMARD_CODECS = [f"int{bits}-hadamard" for bits in (8, 6, 5, 4, 3)]
+each_codec = pytest.mark.parametrize("name", codec_names())
+each_int_codec = pytest.mark.parametrize("name", INT_CODECS)
+
+
+def features(rows: int = 3, levels: int = 2, grid: tuple[int, int] = (4, 6), width: int = 96) -> Tensor:
+    """Channels of unlike means and deviations; every call gives the same values."""
+    generator = torch.Generator().manual_seed(width)
+    x = torch.randn(rows, levels, *grid, width, generator=generator)
+    return x * (0.1 + torch.rand(width, generator=generator)) + 3 * torch.randn(width, generator=generator)
+
+
+def smooth_features(rows: int, levels: int = 2, grid: int = 16, width: int = 256) -> Tensor:
+    """Fields with a 1/f amplitude over the grid, mixed over the channels."""
+    generator = torch.Generator().manual_seed(rows)
+    noise = torch.randn(rows, levels, grid, grid, width, generator=generator)
+    frequency = torch.fft.fftfreq(grid)
+    radius = torch.hypot(frequency[:, None], frequency).clamp(min=1 / grid)
+    fields: Tensor = torch.fft.ifft2(torch.fft.fft2(noise, dim=(2, 3)) / radius[..., None], dim=(2, 3)).real
+    mixing = torch.randn(width, width, generator=torch.Generator().manual_seed(0))
+    return fields @ mixing
+
+
+def calibrated(name: str, x: Tensor) -> Codec:
+    return get_codec(name).calibrate(x)
+
+
+def relative_error(actual: Tensor, x: Tensor) -> float:
+    deviation = x - x.mean((0, 2, 3), keepdim=True)
+    return float((actual - x).norm() / deviation.norm())
+
+
+@each_codec
+def test_encoded_tensors_are_those_of_the_layout(name: str) -> None:
+    x = features()
+    codec = calibrated(name, x)
+    tensors, layout = codec.encode(x).tensors(), codec.layout(2, (4, 6), 96)
+    assert get_codec(name).layout(2, (4, 6), 96) == layout  # a plan needs it before any calibration
+    assert tensors.keys() == layout.keys()
+    for key, tensor in tensors.items():
+        assert (tuple(tensor.shape), tensor.dtype) == ((3, *layout[key].shape), layout[key].dtype)
+        assert len(layout[key].axes) == len(layout[key].shape)
+
+
+@each_int_codec
+@pytest.mark.parametrize("width", [96, 104, 384])
+def test_decode_equals_the_numpy_reference(name: str, width: int) -> None:
+    x = features(width=width)
+    codec = calibrated(name, x)
+    encoded = codec.encode(x)
+    arrays = {key: tensor.numpy() for key, tensor in encoded.tensors().items()}
+    expected = decode(name, arrays, {key: table.numpy() for key, table in codec.state().items()})
+    assert expected.dtype == np.float32
+    np.testing.assert_allclose(encoded.decode().numpy(), expected, rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "bound"),
+    [("", (0.01, 0.04, 0.07, 0.15, 0.3)), ("-hadamard", (0.0065, 0.026, 0.051, 0.098, 0.187))],
+)
+def test_error_of_each_rate_on_gaussian_features(suffix: str, bound: tuple[float, ...]) -> None:
+    x = features(rows=4, width=256)
+    for bits, most in zip((8, 6, 5, 4, 3), bound, strict=True):
+        assert relative_error(calibrated(f"int{bits}{suffix}", x).encode(x).decode(), x) < most
+
+
+@pytest.mark.parametrize("width", [384, 768, 1024])
+def test_figures_of_int8_and_int4_with_outlier_channels_and_heavy_tails(width: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 1, 8, 8, width, generator=generator) ** 3
+    x[..., :4] *= 100
+    for name, ratio, mean, p1 in (("int8", 0.505, 0.9999, 0.9998), ("int4", 0.255, 0.995, 0.992)):
+        fidelity = measure_fidelity(calibrated(f"{name}-hadamard", x), x)
+        assert fidelity.float16_ratio <= ratio
+        assert fidelity.cosine_mean >= mean
+        assert fidelity.cosine_p1 >= p1
+
+
+def test_rotation_saves_tokens_with_outliers() -> None:
+    x = features(width=256)
+    x[..., 0, 0, 7] += 40
+    plain, rotated = (measure_fidelity(calibrated(name, x), x) for name in ("int4", "int4-hadamard"))
+    assert plain.cosine_p1 < 0.985 < 0.992 < rotated.cosine_p1
+
+
+@each_codec
+def test_rows_are_encoded_alone(name: str) -> None:
+    x = features()
+    codec = calibrated(name, x)
+    together = codec.encode(x).tensors()
+    for row in range(3):
+        for key, tensor in codec.encode(x[row : row + 1]).tensors().items():
+            assert torch.equal(tensor[0], together[key][row])
+
+
+@each_codec
+def test_no_rows(name: str) -> None:
+    codec = calibrated(name, features())
+    encoded = codec.encode(features()[:0])
+    assert encoded.nbytes == 0
+    assert encoded.decode(dtype=torch.float16).shape == (0, 2, 4, 6, 96)
+
+
+@each_codec
+def test_one_token_a_level(name: str) -> None:
+    x = features(rows=64, levels=1, grid=(1, 1))
+    assert relative_error(calibrated(name, x).encode(x).decode(), x) < 0.35
+
+
+@each_codec
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_features_and_results_of_any_dtype(name: str, dtype: torch.dtype) -> None:
+    x = features().to(dtype)
+    encoded = calibrated(name, x).encode(x)
+    decoded = encoded.decode(dtype=dtype)
+    assert decoded.dtype == dtype
+    torch.testing.assert_close(decoded, encoded.decode().to(dtype), rtol=0, atol=0)
+
+
+@each_int_codec
+def test_tokens_at_the_mean_come_back_as_the_mean(name: str) -> None:
+    x = features()
+    codec = calibrated(name, x)
+    mean = x.double().mean((0, 2, 3), keepdim=True).float().expand(1, 2, 4, 6, 96)
+    torch.testing.assert_close(codec.encode(mean).decode(), mean, rtol=1e-5, atol=1e-5)
+
+
+@each_int_codec
+def test_constant_channels(name: str) -> None:
+    x = features()
+    x[..., 5] = 7.25
+    decoded = calibrated(name, x).encode(x).decode()
+    if not name.endswith("phi-s"):  # one scale for all channels: its error is the same in all
+        torch.testing.assert_close(decoded[..., 5], x[..., 5], rtol=0, atol=2e-3)
+    assert relative_error(decoded, x) < 0.3
+    constant = torch.full((2, 1, 2, 2, 64), 3.0)
+    torch.testing.assert_close(calibrated(name, constant).encode(constant).decode(), constant)
+
+
+@each_int_codec
+def test_state_survives_safetensors_and_decodes_the_same(name: str, tmp_path: Path) -> None:
+    x = features()
+    codec = calibrated(name, x)
+    encoded = codec.encode(x)
+    save_file(codec.state(), tmp_path / "stats.safetensors")
+    loaded = get_codec(name).load_state(load_file(tmp_path / "stats.safetensors"))
+    again = loaded.encode(x)
+    for key, tensor in encoded.tensors().items():
+        assert torch.equal(again.tensors()[key], tensor)
+    tensors = encoded.tensors()
+    assert torch.equal(loaded.decode_tensors(tensors, "cpu", torch.float32), encoded.decode())
+
+
+@each_int_codec
+def test_encoded_rows_can_be_pickled(name: str) -> None:
+    encoded = calibrated(name, features()).encode(features())
+    assert torch.equal(pickle.loads(pickle.dumps(encoded)).decode(), encoded.decode())  # noqa: S301
+
+
+@pytest.mark.parametrize("name", ["int8", "int3-hadamard", "int4-hadamard", "int4-phi-s", "int4-dct"])
+def test_decode_compiles_to_one_graph_that_gives_the_same(name: str) -> None:
+    encoded = calibrated(name, features()).encode(features())
+    compiled = torch.compile(encoded.codec.decode_tensors, fullgraph=True, dynamic=False, backend="eager")
+    actual = compiled(encoded.tensors(), "cpu", torch.float32)
+    torch.testing.assert_close(actual, encoded.decode(), rtol=1e-5, atol=1e-5)
+
+
+@each_int_codec
+def test_autocast_and_inference_mode_change_nothing(name: str) -> None:
+    x = features()
+    codec = calibrated(name, x)
+    expected = codec.encode(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.inference_mode():
+        encoded = codec.encode(x)
+        decoded = encoded.decode()
+    for key, tensor in expected.tensors().items():
+        assert torch.equal(encoded.tensors()[key], tensor)
+    assert torch.equal(decoded, expected.decode())
+
+
+@each_int_codec
+def test_a_codec_that_is_not_calibrated_says_what_to_do(name: str) -> None:
+    codec = get_codec(name)
+    with pytest.raises(CodecError, match=r"not calibrated(.|\n)*calibrate\(features\)"):
+        codec.encode(features())
+    with pytest.raises(CodecError, match="not calibrated"):
+        codec.decode_tensors({}, "cpu", torch.float32)
+    with pytest.raises(CodecError, match="not calibrated"):
+        codec.state()
+
+
+@each_int_codec
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_values_that_cannot_be_held_are_refused(name: str, value: float) -> None:
+    codec = calibrated(name, features())
+    x = features()
+    x[1, 1, 2, 3, 4] = value
+    with pytest.raises(CodecError, match="cannot be scaled"):
+        codec.encode(x)
+    if value != 1e30:
+        with pytest.raises(CodecError, match="not all finite"):
+            get_codec(name).calibrate(x)
+
+
+@each_int_codec
+def test_features_of_another_shape_are_refused(name: str) -> None:
+    codec = calibrated(name, features())
+    for x in (features(width=104), features(levels=3), features()[0]):
+        with pytest.raises(CodecError, match="another shape"):
+            codec.encode(x)
+    with pytest.raises(CodecError, match="cannot be calibrated"):
+        get_codec(name).calibrate(features()[:0])
+
+
+@each_int_codec
+def test_tables_of_another_codec_are_refused(name: str) -> None:
+    state = calibrated(name, features()).state()
+    state.pop("mean")
+    with pytest.raises(CodecError, match="not the tables"):
+        get_codec(name).load_state(state)
+
+
+def test_an_unknown_name_lists_the_known_ones() -> None:
+    with pytest.raises(CodecError, match="int4-hadamard"):
+        get_codec("int7")
+
+
+@pytest.mark.parametrize(("bits", "distortion"), [(1, 0.3634), (2, 0.1175), (3, 0.03454), (4, 0.009497)])
+def test_lloyd_max_has_the_published_distortion(bits: int, distortion: float) -> None:
+    assert gaussian_distortion(bits) == pytest.approx(distortion, rel=1e-3)  # Max 1960, Table 1
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_lloyd_max_levels_are_a_fixed_point_on_samples(bits: int) -> None:
+    levels = gaussian_levels(bits)
+    samples = np.random.default_rng(0).standard_normal(400_000)
+    nearest = np.searchsorted((levels[1:] + levels[:-1]) / 2, samples)
+    assert np.mean((samples - levels[nearest]) ** 2) == pytest.approx(gaussian_distortion(bits), rel=0.02)
+    middle = len(levels) // 2
+    assert samples[nearest == middle].mean() == pytest.approx(levels[middle], rel=0.05)
+
+
+def test_phi_s_gives_every_channel_the_same_variance() -> None:
+    x = features(rows=8, width=64)
+    codec = calibrated("int8-phi-s", x)
+    rotation, mean = codec.state()["rotation"][0], codec.state()["mean"][0]
+    y = (x[:, 0].flatten(0, 2) - mean) @ rotation.T / codec.state()["std"][0]
+    torch.testing.assert_close(y.square().mean(0), torch.ones(64), rtol=1e-4, atol=0)
+
+
+def test_dct_beats_hadamard_on_smooth_fields_at_no_more_bytes() -> None:
+    sample, x = smooth_features(8), smooth_features(4)
+    fidelity = {}
+    for name in ("int4-hadamard", "int4-dct"):
+        fidelity[name] = measure_fidelity(calibrated(name, sample), x)
+    assert fidelity["int4-dct"].row_bytes <= fidelity["int4-hadamard"].row_bytes
+    assert fidelity["int4-dct"].relative_l2 < 0.85 * fidelity["int4-hadamard"].relative_l2
+    assert fidelity["int4-dct"].cosine_p1 > fidelity["int4-hadamard"].cosine_p1
+
+
+def test_dct_keeps_quiet_tokens_beside_loud_ones() -> None:
+    sample, x = smooth_features(8), smooth_features(4)
+    x[:, :, 3, 5] *= 30
+    assert measure_fidelity(calibrated("int4-dct", sample), x).cosine_p1 > 0.98
+
+
+def test_dct_refuses_another_grid_and_a_width_of_broken_bytes() -> None:
+    codec = calibrated("int4-dct", features())
+    with pytest.raises(CodecError, match="another grid"):
+        codec.encode(features(grid=(6, 4)))
+    with pytest.raises(CodecError, match="multiple of 8"):
+        codec.layout(4, (24, 24), 100)
+
+
+def test_bits_are_allocated_for_the_least_error() -> None:
+    power = np.array([9.0, 1.0, 0.2, 0.01])
+    bits = allocate_bits(power, budget=7)
+    distortion = [gaussian_distortion(b) for b in range(9)]
+
+    def error(candidate: tuple[int, ...]) -> float:
+        return float(power @ [distortion[b] for b in candidate])
+
+    candidates = [c for c in itertools.product(range(8), repeat=4) if sum(c) == 7]
+    assert tuple(bits) == min(candidates, key=error)
+
+
+def test_fidelity_of_a_lossless_codec() -> None:
+    x = features()
+    fidelity = measure_fidelity(get_codec("f32"), x)
+    assert fidelity.relative_l2 == fidelity.raw_relative_l2 == 0
+    assert fidelity.cosine_p1 == pytest.approx(1)
+    assert (fidelity.row_bytes, fidelity.float16_ratio) == (x[0].nbytes, 2)
+
+
+def test_fidelity_counts_cosines_of_standardised_tokens() -> None:
+    x = features(rows=8)
+    codec = calibrated("int3", x)
+    mean, std = x.mean((0, 2, 3), keepdim=True), x.std((0, 2, 3), keepdim=True, correction=0)
+    z, decoded = (x - mean) / std, (codec.encode(x).decode() - mean) / std
+    cosines = torch.nn.functional.cosine_similarity(z, decoded, dim=-1)
+    fidelity = measure_fidelity(codec, x)
+    assert fidelity.cosine_mean == pytest.approx(cosines.mean().item(), abs=1e-5)
+    assert fidelity.cosine_p1 == pytest.approx(cosines.quantile(0.01).item(), abs=1e-3)
+    assert fidelity.relative_l2 == pytest.approx(((z - decoded).norm() / z.norm()).item(), rel=1e-4)
