@@ -74,8 +74,9 @@ def merge_spec(existing: CacheSpec, wanted: CacheSpec, url: str) -> CacheSpec:
         old, new = existing.teachers[name].model_dump(), wanted.teachers[name].model_dump()
         differences += [
             f"teachers.{name}.{field}: the cache has {old[field]!r}, the recipe asks for {new[field]!r}"
-            for field in TeacherSpec.model_fields
-            if old[field] != new[field] and not (field == "weights_hash" and new[field] is None)
+            for field in TeacherSpec.model_fields.keys()
+            - {"checkpoint", "weights_hash"}  # workers compare hashes
+            if old[field] != new[field]
         ]
     if differences:
         raise CacheMismatchError(

@@ -33,7 +33,10 @@ from pipeline.sources import open_source
 from student import build_student, load_student
 from student.repsim import Similarity, representation_similarity
 
-PHOTOGRAPHS = ["astronaut", "brick", "camera", "chelsea", "coffee", "coins", "grass", "gravel", "hubble_deep_field", "ihc", "moon", "motorcycle_left", "motorcycle_right", "retina", "rocket"]
+PHOTOGRAPHS = {
+    *("astronaut", "brick", "camera", "chelsea", "coffee", "coins", "grass", "gravel", "hubble_deep_field"),
+    *("ihc", "moon", "motorcycle_left", "motorcycle_right", "retina", "rocket"),
+}
 MAX_IMAGES = 48
 STUDENT_RECIPE = "demo_student"
 
@@ -81,9 +84,8 @@ def main() -> None:
             "The teachers' weights are random: these figures show that the parts fit, nothing else."
         )
     console.print(f"Pictures: {folder / 'pca_maps.png'} and {folder / 'loss.png'}", soft_wrap=True)
-    console.print(
-        f"All of it in {time.monotonic() - started:.0f} s. Look further: teachercache inspect {folder / 'cache'}"
-    )
+    console.print(f"All of it in {time.monotonic() - started:.0f} s.")
+    console.print(f"Look further: teachercache inspect {folder / 'cache'}", soft_wrap=True)
 
 
 def collect_images(wanted: Path | None, folder: Path) -> Path:

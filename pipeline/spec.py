@@ -72,7 +72,8 @@ class TeacherSpec(Strict):
     """A frozen encoder, fully resolved: two equal specs give equal features.
 
     `render_size` is the size at which the view is rendered; it differs from `image_size` only under
-    `sak_compat`, where the rendered view is then resized bilinearly (SAK, B.1).
+    `sak_compat`, where the rendered view is then enlarged as the authors' code does it.
+    `checkpoint` says where weights came from; `weights_hash` says what they are.
     `native_grid` and `width` are what the model gives; `grid` says what is stored.
     """
 
@@ -201,7 +202,8 @@ class CacheSpec(Strict):
         }
         if teacher == IMAGES:
             return digest(base | {"images": self.images})
-        return digest(base | {"teacher": self.teachers[teacher].model_dump(mode="json")})
+        spec = self.teachers[teacher].model_dump(mode="json", exclude={"checkpoint"})  # the hash is identity
+        return digest(base | {"teacher": spec})
 
     def identity(self) -> str:
         return digest(

@@ -10,9 +10,9 @@ import math
 import signal
 import threading
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
@@ -36,12 +36,12 @@ Objective = Callable[[Batch, StageTimer], tuple[Tensor, dict[str, Tensor]]]
 class LoopResult:
     """`seconds` are sums over the `steps` that were taken, by stage."""
 
-    steps: int
     next_step: int
-    last_loss: float | None
-    seconds: Counter[str]
-    wall_s: float
-    interrupted: bool
+    steps: int = 0
+    last_loss: float | None = None
+    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    wall_s: float = 0.0
+    interrupted: bool = False
 
 
 class TrainingLoop:
@@ -71,7 +71,7 @@ class TrainingLoop:
 
         Raises `FloatingPointError` when the loss is no longer finite; checkpoints are older than that.
         """
-        result = LoopResult(0, first_step, None, Counter(), 0.0, False)
+        result = LoopResult(next_step=first_step)
         images_per_step = self._recipe.images_per_step(self._accelerator.num_processes)
         self._model.train()
         with StopRequest() as stop:
@@ -84,7 +84,8 @@ class TrainingLoop:
                 _require_finite(step, values["loss"])
                 values["images_per_s"] = images_per_step / duration
                 log.write(step, values | {f"seconds/{stage}": spent for stage, spent in seconds.items()})
-                result.seconds.update(seconds)
+                for stage, spent in seconds.items():
+                    result.seconds[stage] += spent
                 result.wall_s += duration
                 result.last_loss = values["loss"]
                 result.steps += 1

@@ -11,6 +11,8 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from pipeline.storage import TEMPORARY_SUFFIX
+
 METRICS_FILE = "metrics.jsonl"
 
 
@@ -76,10 +78,10 @@ class RunLog:
     def _reopen(self) -> IO[str]:
         kept: list[str] = []
         if self._file_path.exists():
-            lines = self._file_path.read_text().splitlines(keepends=True)
-            kept = [
-                line for line in lines if line.endswith("\n") and json.loads(line)["step"] < self._first_step
-            ]
-        file = self._file_path.open("w")
-        file.writelines(kept)
-        return file
+            whole = [line for line in self._file_path.read_text().splitlines(True) if line.endswith("\n")]
+            kept = [line for line in whole if json.loads(line)["step"] < self._first_step]
+        temporary = self._file_path.with_suffix(TEMPORARY_SUFFIX)
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text("".join(kept))
+        temporary.replace(self._file_path)
+        return self._file_path.open("a")

@@ -70,14 +70,12 @@ def tar_bytes(members: Iterable[tuple[str, bytes]], format: int = tarfile.PAX_FO
 def write_parquet(
     path: Path,
     images: Sequence[bytes | None],
-    names: Sequence[str | None] | None = None,
     labels: Sequence[int] | None = None,
     rows_per_group: int = 2,
 ) -> Path:
     """A file in the Hub's layout: image struct{bytes, path}, and label when there are any."""
-    names = [None] * len(images) if names is None else names
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    rows = [{"bytes": data, "path": name} for data, name in zip(images, names, strict=True)]
+    rows = [{"bytes": data, "path": "same.jpg"} for data in images]
     columns = {"image": pa.array(rows, kind)} | ({} if labels is None else {"label": pa.array(labels)})
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table(columns), path, row_group_size=rows_per_group)

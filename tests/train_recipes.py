@@ -9,7 +9,7 @@ from typing import Any
 from student.recipe import TrainRecipe
 
 CONTENT: dict[str, Any] = {
-    "student": {"stem": "vit_tiny_patch16_224", "pretrained": False},
+    "student": {"stem": "test_vit", "pretrained": False},
     "schedule": {"max_steps": 8, "warmup_steps": 2},
     "batch_size_per_process": 2,
     "mixed_precision": "no",

@@ -1,7 +1,7 @@
 """Sample keys: which names may be one, and what happens when two samples have the same.
 
-Names inside tars and Parquet files are data from strangers. A name that could leave a folder, break a
-line or not be written at all never becomes a path or a usable key: its sample is kept out by `status`.
+Names inside tars are data from strangers. A name that could leave a folder, break a line or not be
+written at all never becomes a path or a usable key: its sample is kept out by `status`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def printable(name: str) -> str:
 def with_unique_keys(table: pa.Table) -> pa.Table:
     """`table` with every key occurring once; its column `qualified_key` is used up.
 
-    Samples that share a key take their qualified one (with suffix, container or row), all of them, so
+    Samples that share a key take their qualified one (with suffix or container), all of them, so
     that no listing order decides who keeps the short name. Where even that is shared (one name
     twice in one tar) the first in the tar has it, and the later ones are kept out by `status`, under
     the key and their offset. `table` must come in the order (path, offset).

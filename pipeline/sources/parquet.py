@@ -1,13 +1,16 @@
 """Parquet files in the Hub's image layout, such as `ILSVRC/imagenet-1k`.
 
-Column `image` is struct{bytes, path}; column `label`, if there is one, holds integers or names.
+Column `image` is struct{bytes, path}, of which `path` is not read; column `label`, if there is one,
+holds integers or names.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from functools import lru_cache
-from posixpath import basename, splitext
+from posixpath import splitext
+from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,9 +40,10 @@ class _RowGroup(NamedTuple):
 class ParquetSource(Source):
     """A Parquet file, or those of a folder or pattern (as `data/train-*.parquet`).
 
-    The key is the stem of `image.path`; where there is none, or several rows have the same, it is
-    `<file without suffix>/<row>`. A row is read by its number: its whole row group is decoded, and the
-    last few are kept, so that reading in the order of the file is cheap and random order is not.
+    The key is `<file without suffix>/<row>`, never a name from `image.path`, so that samples, which are
+    sorted by key, keep the order of the rows. A row is read by its number: its whole row group is
+    decoded, and the last few are kept, so that reading in the order of the file is cheap and any other
+    is not. The Hub's imagenet-1k is shuffled: sorted by `image.path`, each image would cost a row group.
     """
 
     kind = "parquet"
@@ -66,9 +70,9 @@ class ParquetSource(Source):
         row = unit.first_row
         try:
             with _open(self.place.storage.url, unit.path) as file:
-                for batch in _batches(file, unit.group, ["image", "label"]):
-                    for data, name, label in _images(batch):
-                        _add(rows, unit.path, row, data, name, label)
+                for batch in _batches(file, unit.group, ["image.bytes", "label"]):
+                    for data, label in zip(_images(batch), _labels(batch), strict=True):
+                        _add(rows, unit.path, row, data, label)
                         row += 1
         except (pa.ArrowException, OSError) as error:
             if _is_system_error(error):
@@ -81,7 +85,8 @@ class ParquetSource(Source):
         try:
             first_rows = _first_rows(self.place.storage.url, path)
             group = int(np.searchsorted(first_rows, offset, side="right")) - 1
-            images = _row_group(self.place.storage.url, path, group)
+            with _LOCKS[group % len(_LOCKS)]:
+                images = _row_group(self.place.storage.url, path, group)
             data = images[offset - first_rows[group]].as_py()
         except FileNotFoundError as error:
             raise self._gone(path) from error
@@ -92,15 +97,15 @@ class ParquetSource(Source):
         return self._unchanged(data, path, nbytes)
 
 
-def _add(rows: SampleRows, path: str, row: int, data: pa.Scalar, name: str | None, label: object) -> None:
-    file_key = f"{splitext(path)[0]}/{row:08d}"
+def _add(rows: SampleRows, path: str, row: int, data: pa.Scalar, label: object) -> None:
+    key = f"{splitext(path)[0]}/{row:08d}"
     if not data.is_valid:
-        rows.reject(path, row, 0, "the row has null bytes", file_key)
+        rows.reject(path, row, 0, "the row has null bytes", key)
         return
     buffer = data.as_buffer()
     rows.add(
-        splitext(basename(name or ""))[0] or file_key,
-        file_key,
+        key,
+        key,
         path,
         row,
         buffer.size,
@@ -109,15 +114,14 @@ def _add(rows: SampleRows, path: str, row: int, data: pa.Scalar, name: str | Non
     )
 
 
-def _images(batch: pa.RecordBatch) -> Iterator[tuple[pa.Scalar, str | None, object]]:
-    """(bytes, path, label) of the rows; the bytes are not copied."""
-    image = batch.column("image")
-    data = pc.struct_field(image, "bytes")
-    has_path = image.type.get_field_index("path") >= 0
-    nothing = [None] * batch.num_rows
-    paths = pc.struct_field(image, "path").to_pylist() if has_path else nothing
-    labels = batch.column("label").to_pylist() if "label" in batch.schema.names else nothing
-    return zip(data, paths, labels, strict=True)
+def _images(batch: pa.RecordBatch) -> pa.Array:
+    """The encoded images of the rows; the bytes are not copied."""
+    return pc.struct_field(batch.column("image"), "bytes")
+
+
+def _labels(batch: pa.RecordBatch) -> list[object]:
+    has_label = "label" in batch.schema.names
+    return batch.column("label").to_pylist() if has_label else [None] * batch.num_rows
 
 
 def _check_layout(path: str, schema: pa.Schema) -> None:
@@ -129,7 +133,7 @@ def _check_layout(path: str, schema: pa.Schema) -> None:
     raise SourceError(
         f"{path} is not in the Hub's image layout.",
         got=", ".join(f"{field.name}: {field.type}" for field in schema),
-        expected="a column image: struct<bytes: binary, path: string>, and maybe a column label",
+        expected="a column image: struct<bytes: binary, …>, and maybe a column label",
         do="save it with `datasets` and a column of type Image(), or choose other files with a pattern",
     )
 
@@ -165,11 +169,18 @@ def _first_rows(url: str, path: str) -> np.ndarray:
 def _row_group(url: str, path: str, group: int) -> pa.ChunkedArray:
     """The encoded images of a row group. Kept per process, so that a source itself holds no state."""
     with _open(url, path) as file:
-        parts = [
-            pc.struct_field(batch.column("image"), "bytes")
-            for batch in _batches(file, group, ["image.bytes"])
-        ]
-    return pa.chunked_array(parts)
+        return pa.chunked_array([_images(batch) for batch in _batches(file, group, ["image.bytes"])])
+
+
+# Threads that come to a new row group together decode it once. Groups share a lock, so that there are few.
+_LOCKS = [Lock() for _ in range(16)]
+
+
+def _renew_locks() -> None:
+    _LOCKS[:] = [Lock() for _ in _LOCKS]
+
+
+os.register_at_fork(after_in_child=_renew_locks)  # whoever held one is not in the child to release it
 
 
 def _is_system_error(error: Exception) -> bool:

@@ -95,8 +95,8 @@ def _solve(candidates: Candidates) -> tuple[Ints, Ints]:
     """One part, as a square assignment problem, the only kind that the solver starts with a good guess.
 
     Rows are the P predicted pixels and a stand-in for each of the T true ones; columns are the true pixels
-    and a stand-in for each predicted one. A pixel that is not matched takes its own stand-in. The stand-ins of
-    two matched pixels take each other.
+    and a stand-in for each predicted one. A pixel that is not matched takes its own stand-in; the stand-ins
+    of two matched pixels take each other.
     """
     prediction_ids, prediction_E = np.unique(candidates.prediction_E, return_inverse=True)
     target_ids, target_E = np.unique(candidates.target_E, return_inverse=True)

@@ -106,12 +106,11 @@ def test_a_teacher_that_cannot_load_is_one_message(tmp_path: Path, images: Path,
 
 
 def test_errors_cross_process_borders(cluster: None) -> None:
-    @ray.remote
     def fail() -> None:
         raise BuildError("It failed.", got="this", expected="that", do="something")
 
     with pytest.raises(TeacherCacheError) as caught:
-        ray.get(fail.remote())
+        ray.get(ray.remote(fail).remote())
     assert "expected: that" in str(caught.value)
 
 

@@ -24,9 +24,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> FeatureCache:
 @pytest.fixture(scope="module")
 def student() -> Student:
     torch.manual_seed(0)
-    return build_student(
-        "sak", stem="vit_tiny_patch16_224", teacher_dims={"alpha": 8, "beta": 4}, image_size=(32, 32)
-    )
+    return build_student("sak", stem="test_vit", teacher_dims={"alpha": 8, "beta": 4}, image_size=(32, 32))
 
 
 def by_hand(student: Student, cache: FeatureCache, teacher: str, samples: list[int]) -> list[float]:
@@ -76,7 +74,7 @@ def test_is_one_for_a_teacher_that_is_its_own_student() -> None:
 def test_what_cannot_be_compared_says_why(cache: FeatureCache, student: Student) -> None:
     with pytest.raises(CacheError, match="did you mean beta"):
         representation_similarity(student, cache, ["betta"])
-    stem = "vit_tiny_patch16_224"
+    stem = "test_vit"
     wide = build_student("sak", stem=stem, teacher_dims={"alpha": 8}, image_size=(32, 48))
     with pytest.raises(RecipeError, match="views of"):
         representation_similarity(wide, cache)

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pipeline.errors import CheckpointError, RecipeError
+from pipeline.errors import CheckpointError, RecipeError, WeightsNotFoundError
 from student import SAK, Student, build_student, load_student
 from student.sak.stem import level_blocks
 
@@ -141,6 +141,13 @@ def test_stems_with_registers_and_rotary_positions(stem: str) -> None:
     expected = student.stem.vit.forward_intermediates(pixels_B3HW, output_fmt="NLC", intermediates_only=True)
     for got, wanted in zip(tokens_BND[1:], expected, strict=True):
         torch.testing.assert_close(got[:, student.stem.num_prefix_tokens :], wanted)
+
+
+def test_weights_that_cannot_be_had_are_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(WeightsNotFoundError, match="HF_HOME"):
+        build_student("sak", stem=TINY, teacher_dims={"a": 192}, image_size=(64, 64), pretrained=True)
 
 
 def test_levels_are_four_even_steps() -> None:

@@ -27,12 +27,16 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> FeatureCache:
     )
 
 
-def sampler(cache: FeatureCache, batch: int = 4, **options: int) -> ShardShuffleSampler:
-    return ShardShuffleSampler(cache, batch_size_per_process=batch, window_shards=3, **options)
+def sampler(
+    cache: FeatureCache, batch: int = 4, *, rank: int = 0, world_size: int = 1, seed: int = 0
+) -> ShardShuffleSampler:
+    return ShardShuffleSampler(
+        cache, batch_size_per_process=batch, rank=rank, world_size=world_size, seed=seed, window_shards=3
+    )
 
 
-def stream(cache: FeatureCache, samples: int, batch: int = 4, **options: int) -> np.ndarray:
-    made = sampler(cache, batch, **options)
+def stream(cache: FeatureCache, samples: int, seed: int = 0) -> np.ndarray:
+    batch, made = 4, sampler(cache, seed=seed)
     return np.concatenate([made.batch(step) for step in range(-(-samples // batch))])[:samples]
 
 

@@ -38,6 +38,8 @@ IMAGES = {
 }
 SIZES = {key: (30, 40 + i) if i % 3 == 0 else (40 + i, 30) for i, key in enumerate(IMAGES)}
 
+PARQUET_KEYS = {f"data/train-{i // 12}/{i % 12:08d}": name for i, name in enumerate(IMAGES)}
+
 Maker = Callable[[Path], Path]
 
 
@@ -58,12 +60,8 @@ def make_webdataset(root: Path) -> Path:
 def make_parquet(root: Path) -> Path:
     for name, part in (("train-0", slice(0, 12)), ("train-1", slice(12, 24))):
         keys = list(IMAGES)[part]
-        write_parquet(
-            root / "data" / f"{name}.parquet",
-            [IMAGES[key] for key in keys],
-            [f"{key}.JPEG" for key in keys],
-            [int(key[1:9]) for key in keys],
-        )
+        images, labels = [IMAGES[key] for key in keys], [int(key[1:9]) for key in keys]
+        write_parquet(root / "data" / f"{name}.parquet", images, labels)
     return root
 
 
@@ -94,6 +92,12 @@ def location(kind: str, tmp_path: Path) -> Path:
     return MAKERS[kind](tmp_path / "source")
 
 
+@pytest.fixture
+def names(kind: str) -> dict[str, str]:
+    """The name in IMAGES that each key stands for: in Parquet files, a key is file and row."""
+    return PARQUET_KEYS if kind == "parquet" else {name: name for name in IMAGES}
+
+
 def rows(table: pa.Table) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = table.to_pylist()
     return found
@@ -105,30 +109,30 @@ def test_kinds_are_told_by_looking(kind: str, location: Path) -> None:
     assert source_kinds() == KINDS
 
 
-def test_the_table_lists_every_image(kind: str, location: Path) -> None:
+def test_the_table_lists_every_image(kind: str, location: Path, names: dict[str, str]) -> None:
     table = open_source(location).scan()
     assert table.schema == SAMPLE_SCHEMA
-    assert table["key"].to_pylist() == sorted(IMAGES)
+    assert table["key"].to_pylist() == sorted(names)
     assert set(table["status"].to_pylist()) == {"ok"}
     for row in rows(table):
-        key = row["key"]
-        assert row["nbytes"] == len(IMAGES[key])
-        assert (row["width"], row["height"]) == SIZES[key]
-        label = {"image_folder": None, "ilsvrc": key[:9]}.get(kind, str(int(key[1:9])))
+        name = names[row["key"]]
+        assert row["nbytes"] == len(IMAGES[name])
+        assert (row["width"], row["height"]) == SIZES[name]
+        label = {"image_folder": None, "ilsvrc": name[:9]}.get(kind, str(int(name[1:9])))
         assert row["label"] == label
 
 
-def test_read_gives_the_bytes_back(location: Path) -> None:
+def test_read_gives_the_bytes_back(location: Path, names: dict[str, str]) -> None:
     source = open_source(location)
     table = source.scan()
     source = pickle.loads(pickle.dumps(source))  # noqa: S301  # as Ray hands it to another process
     for row in rows(table):
         data = source.read(row["path"], row["offset"], row["nbytes"])
-        assert data == IMAGES[row["key"]]
+        assert data == IMAGES[names[row["key"]]]
         assert decode_image(data).size == (row["width"], row["height"])
 
 
-def test_threads_may_share_a_source(location: Path) -> None:
+def test_threads_may_share_a_source(location: Path, names: dict[str, str]) -> None:
     source = open_source(location)
     table = rows(source.scan()) * 8
     together = threading.Barrier(8)
@@ -136,7 +140,7 @@ def test_threads_may_share_a_source(location: Path) -> None:
     def read(part: int) -> bool:
         together.wait()
         return all(
-            source.read(row["path"], row["offset"], row["nbytes"]) == IMAGES[row["key"]]
+            source.read(row["path"], row["offset"], row["nbytes"]) == IMAGES[names[row["key"]]]
             for row in table[part::8]
         )
 
@@ -172,8 +176,18 @@ def test_processes_do_not_change_the_table(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_the_fingerprint_is_that_of_the_images_not_of_their_container(tmp_path: Path) -> None:
-    prints = {dataset_fingerprint(open_source(make(tmp_path / kind)).scan()) for kind, make in MAKERS.items()}
+    named = [make for kind, make in MAKERS.items() if kind != "parquet"]  # whose keys are file and row
+    prints = {dataset_fingerprint(open_source(make(tmp_path / make.__name__)).scan()) for make in named}
     assert len(prints) == 1
+
+
+def test_parquet_files_hold_the_images_that_a_folder_holds(tmp_path: Path) -> None:
+    folder, files = (
+        open_source(make(tmp_path / make.__name__)).scan() for make in (make_folder, make_parquet)
+    )
+    names = pa.array([PARQUET_KEYS[key] for key in files["key"].to_pylist()])
+    files = files.set_column(0, SAMPLE_SCHEMA.field("key"), names).sort_by("key")
+    assert dataset_fingerprint(files) == dataset_fingerprint(folder)
 
 
 @pytest.mark.parametrize("column", ["key", "nbytes", "width", "height", "head_hash"])
@@ -199,7 +213,7 @@ def test_keys_are_told_apart_in_the_fingerprint() -> None:
     assert dataset_fingerprint(table("ab", "c")) != dataset_fingerprint(table("a", "bc"))
 
 
-def test_object_stores_give_the_same_table(kind: str, location: Path) -> None:
+def test_object_stores_give_the_same_table(kind: str, location: Path, names: dict[str, str]) -> None:
     memory = fsspec.filesystem("memory")
     memory.put(str(location), f"/{kind}/{location.name}", recursive=True)
     url = f"memory://{kind}/{location.name}"
@@ -209,7 +223,7 @@ def test_object_stores_give_the_same_table(kind: str, location: Path) -> None:
         assert (source.kind, source.location) == (kind, url)
         assert table.equals(open_source(location).scan())
         for row in rows(table):
-            assert source.read(row["path"], row["offset"], row["nbytes"]) == IMAGES[row["key"]]
+            assert source.read(row["path"], row["offset"], row["nbytes"]) == IMAGES[names[row["key"]]]
     finally:
         memory.rm(f"/{kind}", recursive=True)
 
@@ -282,12 +296,16 @@ def test_an_unknown_kind(tmp_path: Path) -> None:
 
 def test_patterns_choose_files(tmp_path: Path) -> None:
     for name in ("train-0", "train-1", "val-0"):
-        write_parquet(tmp_path / "data" / f"{name}.parquet", [IMAGES["n00000000_0"]], [f"{name}.jpg"])
-    keys = [
-        open_source(tmp_path / pattern).scan()["key"].to_pylist()
+        write_parquet(tmp_path / "data" / f"{name}.parquet", [IMAGES["n00000000_0"]])
+    paths = [
+        open_source(tmp_path / pattern).scan()["path"].to_pylist()
         for pattern in ("data/train-*.parquet", "**/*-0.parquet", "data/val-0.parquet")
     ]
-    assert keys == [["train-0", "train-1"], ["train-0", "val-0"], ["val-0"]]
+    assert paths == [
+        ["train-0.parquet", "train-1.parquet"],
+        ["data/train-0.parquet", "data/val-0.parquet"],
+        ["val-0.parquet"],
+    ]
 
 
 def test_a_folder_may_be_named_like_a_pattern(tmp_path: Path) -> None:

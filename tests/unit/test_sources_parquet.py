@@ -1,3 +1,6 @@
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -6,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import ImageDecodeError, SourceError
-from pipeline.sources import open_source
+from pipeline.sources import open_source, parquet
 from tests.images import encode, photo, write_folder, write_parquet
 
 JPEGS = [encode(photo(40 + i, 30, seed=i)) for i in range(7)]
@@ -16,34 +19,74 @@ def scan(root: Path) -> dict[str, dict[str, Any]]:
     return {row["key"]: row for row in open_source(root, "parquet").scan().to_pylist()}
 
 
-def test_rows_without_a_name_of_their_own_are_named_by_file_and_row(tmp_path: Path) -> None:
-    write_parquet(tmp_path / "data/a.parquet", JPEGS, ["x.jpg", None, "dir/y.jpg", "x.jpg", "", ".jpg", "z"])
-    write_parquet(tmp_path / "data/b.parquet", JPEGS[:2], ["y.png", "w.jpg"])
-    found = scan(tmp_path)
-    assert sorted(found) == sorted(
-        [*(f"data/a/{row:08d}" for row in (0, 1, 2, 3, 4)), ".jpg", "z", "data/b/00000000", "w"]
-    )
-    assert {row["status"] for row in found.values()} == {"ok"}
-    assert found["data/a/00000003"]["offset"] == 3
+def damage(path: Path, group: int, column: int) -> None:
+    """Overwrites a column (image.bytes is 0, image.path 1) of a row group."""
+    chunk = pq.read_metadata(path).row_group(group).column(column)
+    start = chunk.dictionary_page_offset or chunk.data_page_offset
+    data = bytearray(path.read_bytes())
+    data[start : start + chunk.total_compressed_size] = b"\xff" * chunk.total_compressed_size
+    path.write_bytes(data)
 
 
-def test_every_row_of_every_row_group_is_found_again(tmp_path: Path) -> None:
-    write_parquet(tmp_path / "a.parquet", JPEGS, [f"{i}.jpg" for i in range(7)], rows_per_group=3)
+def test_samples_keep_the_order_of_the_rows(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "data/a.parquet", JPEGS * 2, rows_per_group=3)
+    write_parquet(tmp_path / "data/b.parquet", JPEGS)
+    samples = open_source(tmp_path).scan()
+    expected = [*((f"data/a/{i:08d}", i) for i in range(14)), *((f"data/b/{i:08d}", i) for i in range(7))]
+    assert list(zip(samples["key"].to_pylist(), samples["offset"].to_pylist(), strict=True)) == expected
+    assert samples["width"].to_pylist() == [40 + i for i in range(7)] * 3
+
+
+def test_reading_in_table_order_decodes_each_row_group_once(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.parquet", JPEGS)
+    write_parquet(tmp_path / "b.parquet", JPEGS, rows_per_group=3)
     source = open_source(tmp_path)
-    for i, row in enumerate(source.scan().to_pylist()):
-        assert (row["key"], row["offset"], row["width"]) == (str(i), i, 40 + i)
-        assert source.read(row["path"], row["offset"], row["nbytes"]) == JPEGS[i]
+    samples = source.scan().to_pylist()
+    parquet._row_group.cache_clear()
+    read = [source.read(row["path"], row["offset"], row["nbytes"]) for row in samples]
+    assert read == JPEGS * 2
+    assert parquet._row_group.cache_info().misses == 4 + 3
+    for row in samples[::2] + samples[1::2]:
+        source.read(row["path"], row["offset"], row["nbytes"])
+    assert parquet._row_group.cache_info().misses > 2 * (4 + 3)  # any other order costs more
+
+
+def test_threads_that_need_the_same_row_group_decode_it_once(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.parquet", JPEGS, rows_per_group=7)
+    source = open_source(tmp_path)
+    together = threading.Barrier(7)
+
+    def read(row: dict[str, Any]) -> bytes:
+        together.wait()
+        return source.read(row["path"], row["offset"], row["nbytes"])
+
+    with ThreadPoolExecutor(7) as pool:
+        samples = source.scan().to_pylist()
+        parquet._row_group.cache_clear()
+        assert list(pool.map(read, samples)) == JPEGS
+    assert parquet._row_group.cache_info().misses == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")  # fork, as some loaders do
+def test_a_forked_process_does_not_wait_for_threads_of_its_parent(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.parquet", JPEGS)
+    source = open_source(tmp_path)
+    (row, *_) = source.scan().to_pylist()
+    with parquet._LOCKS[0]:
+        child = get_context("fork").Process(target=source.read, args=(row["path"], 0, row["nbytes"]))
+        child.start()
+        child.join(timeout=30)
+    child.kill()
+    assert child.exitcode == 0
 
 
 def test_null_bytes_and_bad_images(tmp_path: Path) -> None:
-    write_parquet(
-        tmp_path / "a.parquet", [JPEGS[0], None, b"", b"<html>"], ["0.jpg", "1.jpg", "2.jpg", "3.jpg"]
-    )
+    write_parquet(tmp_path / "a.parquet", [JPEGS[0], None, b"", b"<html>"])
     assert {key: row["status"] for key, row in scan(tmp_path).items()} == {
-        "0": "ok",
+        "a/00000000": "ok",
         "a/00000001": "the row has null bytes",
-        "2": "the file has zero bytes",
-        "3": "not an image: it starts with b'<html>'",
+        "a/00000002": "the file has zero bytes",
+        "a/00000003": "not an image: it starts with b'<html>'",
     }
 
 
@@ -60,14 +103,17 @@ def test_large_binary_and_no_path(tmp_path: Path) -> None:
     assert list(scan(tmp_path)) == ["a/00000000"]
 
 
-def test_unsafe_names_are_kept_out(tmp_path: Path) -> None:
-    write_parquet(tmp_path / "a.parquet", JPEGS[:4], ["ok.jpg", "new\nline.jpg", "..", "a\0b.jpg"])
-    found = scan(tmp_path)
-    assert found["ok"]["status"] == "ok"
-    bad = [row for key, row in found.items() if key != "ok"]
-    assert len(bad) == 3
-    assert all(str(row["status"]).startswith("unsafe name") for row in bad)
-    assert all(str(row["key"]).isprintable() for row in bad)
+def test_the_names_of_the_images_are_not_even_read(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet", JPEGS)
+    expected = open_source(tmp_path).scan()
+    damage(path, 0, column=1)
+    assert open_source(tmp_path).scan().equals(expected)
+
+
+def test_an_unsafe_file_name_is_explained(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "new\nline.parquet", JPEGS)
+    with pytest.raises(SourceError, match="rename the file"):
+        open_source(tmp_path).scan()
 
 
 @pytest.mark.parametrize(
@@ -87,27 +133,23 @@ def test_another_layout_is_explained(tmp_path: Path, columns: dict[str, list[obj
 
 
 def test_a_cut_file_is_reported_and_the_others_read(tmp_path: Path) -> None:
-    write_parquet(tmp_path / "good.parquet", JPEGS, [f"{i}.jpg" for i in range(7)])
+    write_parquet(tmp_path / "good.parquet", JPEGS)
     data = (tmp_path / "good.parquet").read_bytes()
     write_folder(
         tmp_path, {"cut.parquet": data[: len(data) // 2], "page.parquet": b"<html>", "none.parquet": b""}
     )
     found = scan(tmp_path)
-    assert [key for key, row in found.items() if row["status"] == "ok"] == [str(i) for i in range(7)]
+    assert [row["offset"] for row in found.values() if row["status"] == "ok"] == list(range(7))
     bad = {row["path"]: row["status"] for row in found.values() if row["status"] != "ok"}
     assert sorted(bad) == ["cut.parquet", "none.parquet", "page.parquet"]
     assert all(str(status).startswith("the Parquet file cannot be read: ") for status in bad.values())
 
 
 def test_a_damaged_row_group_is_reported_and_the_others_read(tmp_path: Path) -> None:
-    path = write_parquet(tmp_path / "a.parquet", JPEGS, [f"{i}.jpg" for i in range(7)], rows_per_group=3)
-    chunk = pq.read_metadata(path).row_group(1).column(0)
-    start = chunk.dictionary_page_offset or chunk.data_page_offset
-    data = bytearray(path.read_bytes())
-    data[start : start + chunk.total_compressed_size] = b"\xff" * chunk.total_compressed_size
-    path.write_bytes(data)
+    path = write_parquet(tmp_path / "a.parquet", JPEGS, rows_per_group=3)
+    damage(path, 1, column=0)
     found = scan(tmp_path)
-    assert [key for key, row in found.items() if row["status"] == "ok"] == ["0", "1", "2", "6"]
+    assert [row["offset"] for row in found.values() if row["status"] == "ok"] == [0, 1, 2, 6]
     (bad,) = (row for row in found.values() if row["status"] != "ok")
     assert bad["offset"] == 3
     with pytest.raises(ImageDecodeError, match=r"row 4 of a\.parquet cannot be read"):

@@ -3,6 +3,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import webdataset
 
 from pipeline.sources import open_source
 from tests.images import encode, photo, tar_bytes, write_folder
@@ -51,6 +52,21 @@ def test_a_key_ends_at_the_first_dot_of_the_name(tmp_path: Path) -> None:
     )
     assert sorted(found) == ["a", "c", "v1.0/b"]
     assert {row["status"] for row in found.values()} == {"ok"}
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # webdataset leaves its tar open
+def test_keys_and_bytes_are_those_of_webdataset(tmp_path: Path) -> None:
+    with webdataset.TarWriter(str(tmp_path / "set.tar")) as writer:
+        for i in range(5):
+            writer.write({"__key__": f"part.v1/n{i}", "jpg": JPEG + bytes(i), "cls": b"7", "seg.png": PNG})
+    expected = {
+        s["__key__"]: s["jpg"] for s in webdataset.WebDataset(str(tmp_path / "set.tar"), shardshuffle=False)
+    }
+    source = open_source(tmp_path)
+    rows = source.scan().to_pylist()
+    assert {row["key"]: source.read(row["path"], row["offset"], row["nbytes"]) for row in rows} == expected
+    assert len(expected) == 5
+    assert {row["label"] for row in rows} == {"7"}
 
 
 def test_names_with_dots_are_images_where_no_plain_one_is(tmp_path: Path) -> None:

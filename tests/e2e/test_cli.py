@@ -1,0 +1,162 @@
+"""The `teachercache` command, as a person uses it: exit statuses and messages."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from jobs import cli
+from tests.make_cache import build_recipe, make_cache, make_images
+
+ROOT = Path(__file__).parents[2]
+VERBS = "plan build calibrate verify repair inspect report view convert train evaluate repsim"
+Command = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def teachercache(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
+    """Run the command in this process; returns its exit status and what it printed."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def call(*arguments: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["teachercache", *map(str, arguments)])
+        monkeypatch.setattr(cli, "console", Console(width=200))
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        printed = capfd.readouterr()
+        status = ended.value.code or 0
+        assert isinstance(status, int)
+        return status, printed.out + printed.err
+
+    return call
+
+
+def script(name: str, *arguments: object, folder: Path) -> tuple[int, str]:
+    """Run a script of jobs/ in a process of its own."""
+    command = [sys.executable, str(ROOT / "jobs" / name), *map(str, arguments)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_images(tmp_path_factory.mktemp("images"), 4)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, images: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(build_recipe(tmp_path / "cache", images).model_dump_json())
+    return path
+
+
+def test_help_names_every_verb(teachercache: Command) -> None:
+    status, text = teachercache("--help")
+    assert status == 0
+    assert all(verb in text for verb in VERBS.split())
+
+
+def test_build_verify_inspect(teachercache: Command, recipe: Path, tmp_path: Path) -> None:
+    status, text = teachercache("plan", recipe)
+    assert status == 0
+    assert "8 in 2 shards of 6" in text
+    assert not (tmp_path / "cache").exists()
+    status, text = teachercache("build", recipe)
+    assert status == 0
+    assert "2 shards, 8 views" in text
+    assert "bottleneck" in text or "The teachers wait" in text
+    status, text = teachercache("verify", tmp_path / "cache", "--full")
+    assert (status, "2 shards of tiny are sound (every byte)" in text) == (0, True)
+    status, text = teachercache("inspect", tmp_path / "cache", "--pictures", tmp_path / "maps.png")
+    assert status == 0
+    assert "2 of 2" in text
+    assert "Random weights" in text
+    assert (tmp_path / "maps.png").stat().st_size > 10_000
+    status, text = teachercache("inspect", tmp_path / "cache", "--json")
+    assert json.loads(text)["teachers"]["tiny"]["rows_committed"] == 8
+
+
+def test_damage_is_found_and_named(teachercache: Command, recipe: Path, tmp_path: Path) -> None:
+    teachercache("build", recipe)
+    shard = next((tmp_path / "cache").rglob("c/1/0/0/0/0"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    status, text = teachercache("verify", tmp_path / "cache")
+    assert status == 1
+    assert "tiny shard 1" in text
+    assert "commits/tiny/00001.json" in text
+
+
+@pytest.mark.parametrize(
+    ("override", "status", "messages"),
+    [
+        ("source.path=/no/such/folder", 1, ["got:", "/no/such/folder", "do:"]),
+        ("source.path=EMPTY", 1, ["no image", "got:", "expected:", "do:"]),
+        ("teachers=[dinov2_smal]", 1, ["no teacher of this name", "dinov2_small"]),
+        (
+            "teachers={t: {model: vit_tiny_patch16_224, image_size: 50}}",
+            1,
+            ["50×50", "multiples of 16×16", "48"],
+        ),
+        ("teachers={t: {model: vit_tiny_patch16_224}}", 1, ["weights", "checkpoint", "pretrained"]),
+        ("vews.num_views=3", 2, ["vews: unknown key; did you mean views?"]),
+        ("views.num_views=three", 2, ["views.num_views", "integer", "three"]),
+    ],
+)
+def test_bad_input_ends_with_a_message(
+    teachercache: Command, recipe: Path, tmp_path: Path, override: str, status: int, messages: list[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    override = override.replace("EMPTY", str(tmp_path / "empty"))
+    ended, text = teachercache("build", recipe, override)
+    assert ended == status, text
+    for message in messages:
+        assert message in text
+    assert not (tmp_path / "cache" / "cache.json").exists()
+
+
+def test_a_cache_of_another_spec_is_refused(teachercache: Command, recipe: Path) -> None:
+    teachercache("build", recipe)
+    status, text = teachercache("build", recipe, "views.seed=4")
+    assert status == 1
+    assert "views.seed: the cache has 0, the recipe asks for 4" in text
+
+
+def test_training_refuses_what_is_not_complete(teachercache: Command, tmp_path: Path, images: Path) -> None:
+    make_cache(tmp_path / "cache", images, skip_shards=[1])
+    status, text = teachercache(
+        "train", "demo_student", f"cache={tmp_path / 'cache'}", f"output={tmp_path / 'run'}"
+    )
+    assert status == 1
+    assert "1 of 2 shards missing" in text
+    assert "run the same build command again" in text
+
+
+def test_no_cache_is_one_message(teachercache: Command, tmp_path: Path) -> None:
+    for verb in ("inspect", "verify"):
+        status, text = teachercache(verb, tmp_path)
+        assert status == 1
+        assert "There is no cache here" in text
+
+
+def test_a_ray_job_refuses_relative_paths(tmp_path: Path) -> None:
+    """Ray runs a job in a copy of the working folder, which it deletes."""
+    copy = tmp_path / "runtime_resources" / "working_dir_files"
+    copy.mkdir(parents=True)
+    status, text = script("cache_teachers.py", "demo", "cache=caches/x", folder=copy)
+    assert status == 2
+    assert "absolute path" in text
+
+
+@pytest.mark.parametrize("name", ["cache_teachers.py", "train_student.py"])
+def test_scripts_explain_themselves(name: str, tmp_path: Path) -> None:
+    status, text = script(name, "--help", folder=tmp_path)
+    assert status == 0
+    assert "RECIPE" in text
