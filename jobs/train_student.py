@@ -21,9 +21,7 @@ import signal
 import sys
 from pathlib import Path
 
-# The checkout instead of this folder, whose names would hide modules of the standard library.
-sys.path.pop(0)
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also runs from a checkout, not installed
 
 from jobs.launch import recipe_and_overrides, run
 from pipeline.recipe import load_recipe
