@@ -29,15 +29,15 @@ from pipeline.codecs import codec_names, get_codec
 from pipeline.codecs.fidelity import compare, measure_fidelity
 
 LEVELS, GRID, WIDTH = 4, (24, 24), 1024
-COLUMNS = {
-    "float16_ratio": ".4f",
-    "cosine_mean": ".5f",
-    "cosine_p1": ".5f",
-    "relative_l2": ".4f",
-    "raw_cosine_mean": ".5f",
-    "raw_cosine_p1": ".5f",
-    "encode_gb_per_s": ".2f",
-    "decode_gb_per_s": ".2f",
+COLUMNS = {  # key: (head, format)
+    "float16_ratio": ("of f16", ".4f"),
+    "cosine_mean": ("cosine", ".5f"),
+    "cosine_p1": ("1st pct.", ".5f"),
+    "relative_l2": ("rel. L2", ".4f"),
+    "raw_cosine_mean": ("raw cosine", ".5f"),
+    "raw_cosine_p1": ("1st pct.", ".5f"),
+    "encode_gb_per_s": ("encode", ".3f"),
+    "decode_gb_per_s": ("decode", ".2f"),
 }
 
 Signal = tuple[Tensor, Tensor]  # the calibration sample and the rows that are measured
@@ -78,8 +78,8 @@ def _signals(args: argparse.Namespace) -> dict[str, Signal]:
         "correlated": signals.correlated,
     }
     made = {name: (make(*shape, seed=0), make(*shape, seed=1)) for name, make in synthetic.items()}
-    photographs = tuple(signals.photographs(args.rows, GRID, seed) for seed in (0, 1))
-    return made | {"random ViT": photographs}
+    sample, features = (signals.photographs(args.rows, GRID, seed) for seed in (0, 1))
+    return made | {"random ViT": (sample, features)}
 
 
 def measure(name: str, sample: Tensor, features: Tensor, repeats: int) -> dict[str, Any]:
@@ -120,11 +120,11 @@ def _synchronize() -> None:
 
 
 def _table(results: list[dict[str, Any]]) -> Table:
-    table = Table("signal", "codec", *(name.replace("_", " ") for name in COLUMNS))
+    table = Table("signal", "codec", *(head for head, _ in COLUMNS.values()))
     for before, result in zip([None, *results], results, strict=False):
         if before and before["signal"] != result["signal"]:
             table.add_section()
-        cells = (format(result[key], spec) if key in result else "" for key, spec in COLUMNS.items())
+        cells = (format(result[key], spec) if key in result else "" for key, (_, spec) in COLUMNS.items())
         table.add_row(result["signal"], result["codec"], *cells)
     return table
 

@@ -24,7 +24,7 @@ def white(rows: int, levels: int, grid: Size, width: int, seed: int) -> Tensor:
 
 
 def heavy_tailed(rows: int, levels: int, grid: Size, width: int, seed: int) -> Tensor:
-    """Student-t values of 4 degrees of freedom, 1% of the tokens ten times and 8 channels 100 times larger."""
+    """Student-t values of 4 degrees of freedom, 1% of the tokens 10 and 8 channels 100 times larger."""
     generator = torch.Generator().manual_seed(seed)
     normal, *squares = torch.randn(5, rows, levels, *grid, width, generator=generator).unbind(0)
     chi_square = torch.stack([square.square() for square in squares]).mean(0)
@@ -41,7 +41,8 @@ def correlated(rows: int, levels: int, grid: Size, width: int, seed: int) -> Ten
     radius = torch.hypot(*torch.meshgrid(*frequencies, indexing="ij")).clamp(min=1 / max(grid))
     fields: Tensor = torch.fft.ifft2(torch.fft.fft2(noise, dim=(2, 3)) / radius[..., None], dim=(2, 3)).real
     mixing = torch.randn(width, width, generator=torch.Generator().manual_seed(1)) / width**0.5
-    return fields @ mixing
+    mixed: Tensor = fields @ mixing
+    return mixed
 
 
 @torch.inference_mode()
@@ -53,10 +54,11 @@ def photographs(rows: int, grid: Size, seed: int, model: str = "vit_base_patch16
     size = 16 * grid[0], 16 * grid[1]
     torch.manual_seed(0)
     vit = timm.create_model(model, pretrained=False, img_size=size).eval()
-    crops = _crops(rows, size, seed)
     quarter = len(vit.blocks) // 4
     levels = vit.forward_intermediates(
-        (crops - 0.5) / 0.25, indices=[quarter * k - 1 for k in (1, 2, 3, 4)], intermediates_only=True
+        (_crops(rows, size, seed) - 0.5) / 0.25,
+        indices=[quarter * k - 1 for k in (1, 2, 3, 4)],
+        intermediates_only=True,
     )
     return torch.stack(levels, 1).permute(0, 1, 3, 4, 2).float().contiguous().clone()
 

@@ -22,10 +22,9 @@ from pipeline.errors import CodecError
 _CODECS: dict[str, Callable[[], Codec]] = {
     codec.name: codec for codec in (Float32Codec, Float16Codec, BFloat16Codec)
 }
-for _bits in (8, 6, 5, 4, 3):
-    for _scheme_name, _scheme in SCHEMES.items():
-        _name = f"int{_bits}" + _scheme_name
-        _CODECS[_name] = partial(QuantizedCodec, _name, _bits, _scheme)
+for _suffix, _scheme in SCHEMES.items():
+    for _bits in _scheme.rates:
+        _CODECS[f"int{_bits}{_suffix}"] = partial(QuantizedCodec, f"int{_bits}{_suffix}", _bits, _scheme)
 for _bits in (4, 3):
     _CODECS[f"int{_bits}-dct"] = partial(GridDctCodec, f"int{_bits}-dct", _bits)
 

@@ -27,13 +27,7 @@ from pipeline.codecs.base import ArrayLayout, Encoded
 from pipeline.codecs.calibrated import CalibratedCodec, row_blocks
 from pipeline.codecs.lloyd_max import gaussian_distortion, gaussian_levels
 from pipeline.codecs.normalisation import Hadamard
-from pipeline.codecs.quantizer import (
-    GAUSSIAN_STEPS,
-    Quantizer,
-    divide_by_scales,
-    finite_scales,
-    root_mean_square,
-)
+from pipeline.codecs.quantizer import ScalarQuantizer, divide_by_scales, finite_scales, root_mean_square
 from pipeline.errors import CodecError
 
 MOST_BITS = 8
@@ -43,7 +37,7 @@ MOST_BITS = 8
 class _Group:
     """The coefficients of one number of bits, and their place in the bytes of a row."""
 
-    quantizer: Quantizer
+    quantizer: ScalarQuantizer
     positions: Tensor
     code_bytes: slice
 
@@ -61,7 +55,7 @@ class _Coder:
             positions = (bits_N == bits).nonzero().squeeze(1)
             end = start + len(positions) * self.normalisation.width * bits // 8
             if len(positions):
-                quantizer = Quantizer(levels[2**bits - 2 : 2 ** (bits + 1) - 2])
+                quantizer = ScalarQuantizer(levels[2**bits - 2 : 2 ** (bits + 1) - 2])
                 groups.append(_Group(quantizer, positions, slice(start, end)))
             start = end
         return groups
@@ -83,10 +77,7 @@ class _Coder:
         scales_RN = spectrum_RNC.new_zeros(spectrum_RNC.shape[:2], dtype=torch.float16)
         codes = []
         for group in self.groups:
-            coefficients = spectrum_RNC[:, group.positions]
-            packed, scales = group.quantizer.quantise(
-                coefficients, root_mean_square(coefficients), GAUSSIAN_STEPS
-            )
+            packed, scales = group.quantizer.quantise(spectrum_RNC[:, group.positions])
             scales_RN[:, group.positions] = scales
             codes.append(packed.flatten(1))
         return {

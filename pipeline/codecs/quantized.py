@@ -3,6 +3,7 @@
     int4            standardised; levels evenly spaced up to the token's largest magnitude
     int4-hadamard   standardised and rotated, so nearly Gaussian: Lloyd-Max levels of a unit Gaussian
     int4-phi-s      the same after PHI-S instead
+    int4-trellis    as int4-hadamard, but a code and the one before it choose among 256 levels
 
 Shapes: R rows, S levels, H×W grid, C channels. docs/codecs.md states the bytes, and
 `pipeline.codecs.reference` decodes them with numpy alone.
@@ -11,8 +12,9 @@ Shapes: R rows, S levels, H×W grid, C channels. docs/codecs.md states the bytes
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -24,17 +26,18 @@ from pipeline.codecs.calibrated import CalibratedCodec, row_blocks
 from pipeline.codecs.lloyd_max import gaussian_levels
 from pipeline.codecs.normalisation import Hadamard, Normalisation, PhiS, Standardise
 from pipeline.codecs.packing import packed_width
-from pipeline.codecs.quantizer import GAUSSIAN_STEPS, Quantizer, largest_magnitude, root_mean_square
+from pipeline.codecs.quantizer import ScalarQuantizer, TokenQuantizer, largest_magnitude
+from pipeline.codecs.trellis import TrellisQuantizer, trellis_levels
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """A normalisation with the levels and the token scales that suit what it gives."""
+    """A normalisation, and the levels and the quantiser that suit what it gives."""
 
     normalisation: type[Normalisation]
-    levels: Callable[[int], NDArray[np.float64]]
-    base_scale: Callable[[Tensor], Tensor]
-    scale_steps: Sequence[float]
+    levels: Callable[[int], NDArray[np.floating]]
+    quantizer: Callable[[Tensor], TokenQuantizer]
+    rates: tuple[int, ...] = (8, 6, 5, 4, 3)
 
 
 def _even_levels(bits: int) -> NDArray[np.float64]:
@@ -42,13 +45,16 @@ def _even_levels(bits: int) -> NDArray[np.float64]:
 
 
 SCHEMES = {  # by the suffix of the name
-    "": Scheme(Standardise, _even_levels, largest_magnitude, (1.0,)),
-    "-hadamard": Scheme(Hadamard, gaussian_levels, root_mean_square, GAUSSIAN_STEPS),
-    "-phi-s": Scheme(PhiS, gaussian_levels, root_mean_square, GAUSSIAN_STEPS),
+    "": Scheme(
+        Standardise, _even_levels, partial(ScalarQuantizer, base_scale=largest_magnitude, steps=(1.0,))
+    ),
+    "-hadamard": Scheme(Hadamard, gaussian_levels, ScalarQuantizer),
+    "-phi-s": Scheme(PhiS, gaussian_levels, ScalarQuantizer),
+    "-trellis": Scheme(Hadamard, trellis_levels, TrellisQuantizer, rates=(4, 3)),
 }
 
 
-class QuantizedCodec(CalibratedCodec[tuple[Normalisation, Quantizer]]):
+class QuantizedCodec(CalibratedCodec[tuple[Normalisation, TokenQuantizer]]):
     def __init__(self, name: str, bits: int, scheme: Scheme) -> None:
         super().__init__(name)
         self.bits = bits
@@ -65,11 +71,11 @@ class QuantizedCodec(CalibratedCodec[tuple[Normalisation, Quantizer]]):
         }
 
     def _learn(self, features_RSHWC: Tensor) -> dict[str, Tensor]:
-        levels = torch.from_numpy(self.scheme.levels(self.bits)).float()
+        levels = torch.tensor(self.scheme.levels(self.bits), dtype=torch.float32)
         return self.scheme.normalisation.calibrate(features_RSHWC).tables | {"levels": levels}
 
-    def _coder(self, tables: dict[str, Tensor]) -> tuple[Normalisation, Quantizer]:
-        return self.scheme.normalisation(tables), Quantizer(tables["levels"])
+    def _coder(self, tables: dict[str, Tensor]) -> tuple[Normalisation, TokenQuantizer]:
+        return self.scheme.normalisation(tables), self.scheme.quantizer(tables["levels"])
 
     @torch.no_grad()
     def encode(self, features_RSHWC: Tensor) -> Encoded:
@@ -78,10 +84,7 @@ class QuantizedCodec(CalibratedCodec[tuple[Normalisation, Quantizer]]):
         parts = []
         with torch.autocast(features_RSHWC.device.type, enabled=False):
             for rows in row_blocks(features_RSHWC):
-                tokens = normalisation.forward(features_RSHWC[rows])
-                parts.append(
-                    quantizer.quantise(tokens, self.scheme.base_scale(tokens), self.scheme.scale_steps)
-                )
+                parts.append(quantizer.quantise(normalisation.forward(features_RSHWC[rows])))
             codes, scales = (torch.cat(part) for part in zip(*parts, strict=True))
         return Encoded(self, {"codes": codes, "scales": scales})
 

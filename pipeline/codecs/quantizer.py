@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,40 +16,64 @@ from pipeline.errors import CodecError
 GAUSSIAN_STEPS = (0.9, 1.0, 1.1, 1.2)
 
 
-class Quantizer:
+class TokenQuantizer(Protocol):
+    def quantise(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """float32 tokens (…, C) → packed codes (…, C·bits/8) and float16 scales (…,).
+
+        Raises `CodecError` where a scale is not finite in float16.
+        """
+
+    def dequantise(self, packed: Tensor, width: int) -> Tensor:
+        """Packed codes (…, C·bits/8) → levels (…, C), float32, not scaled."""
+
+
+def root_mean_square(tokens: Tensor) -> Tensor:
+    """(…, C) → (…, 1)."""
+    return tokens.square().mean(-1, keepdim=True).sqrt()
+
+
+def largest_magnitude(tokens: Tensor) -> Tensor:
+    """(…, C) → (…, 1)."""
+    return tokens.abs().amax(-1, keepdim=True)
+
+
+class ScalarQuantizer(TokenQuantizer):
     """2^bits ascending levels, float32. A scaled value is rounded to float16, then to the nearest level.
 
-    There are only 2^16 float16 values, so encoding is a table lookup and the same on every device.
+    There are only 2^16 float16 values, so encoding is a table lookup and the same on every device. The scale
+    of a token is that of `base_scale · step` which leaves the least error.
     """
 
-    def __init__(self, levels: Tensor) -> None:
+    def __init__(
+        self,
+        levels: Tensor,
+        base_scale: Callable[[Tensor], Tensor] = root_mean_square,
+        steps: Sequence[float] = GAUSSIAN_STEPS,
+    ) -> None:
         self.levels = levels
         self.bits = len(levels).bit_length() - 1
+        self._base_scale = base_scale
+        self._steps = steps
         halves = torch.arange(2**16, device=levels.device).to(torch.int16).view(torch.float16).float()
         codes = torch.bucketize(halves, (levels[1:] + levels[:-1]) / 2)
         self._code_of_half = codes.to(torch.uint8)
         self._error_of_half = (halves - levels[codes]).square()
 
-    def quantise(self, tokens: Tensor, base: Tensor, steps: Sequence[float]) -> tuple[Tensor, Tensor]:
-        """float32 tokens (…, C) → packed codes (…, C·bits/8) and float16 scales (…,).
-
-        Each token takes that of the scales `base · step`, base (…, 1), which leaves the least error.
-        Raises `CodecError` where a scale is not finite in float16.
-        """
-        scales = torch.cat([finite_scales(base * step) for step in steps], -1)
-        if len(steps) > 1:
+    def quantise(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        base = self._base_scale(tokens)
+        scales = torch.cat([finite_scales(base * step) for step in self._steps], -1)
+        if len(self._steps) > 1:
             errors = torch.stack([self._error(tokens, scale) for scale in scales.unbind(-1)], -1)
             scales = scales.gather(-1, errors.argmin(-1, keepdim=True))
-        codes = _take(self._code_of_half, _half_bits(divide_by_scales(tokens, scales)))
+        codes = take(self._code_of_half, _half_bits(divide_by_scales(tokens, scales)))
         return pack(codes, self.bits), scales.squeeze(-1)
 
     def _error(self, tokens: Tensor, scales: Tensor) -> Tensor:
         unit = divide_by_scales(tokens, scales[..., None])
-        return _take(self._error_of_half, _half_bits(unit)).sum(-1) * scales.float().square()
+        return take(self._error_of_half, _half_bits(unit)).sum(-1) * scales.float().square()
 
     def dequantise(self, packed: Tensor, width: int) -> Tensor:
-        """Packed codes (…, C·bits/8) → levels (…, C), float32, not scaled."""
-        return _take(self.levels, unpack(packed, self.bits, width).int())
+        return take(self.levels, unpack(packed, self.bits, width).int())
 
 
 def finite_scales(scales: Tensor) -> Tensor:
@@ -74,16 +99,6 @@ def _half_bits(unit: Tensor) -> Tensor:
     return unit.half().view(torch.int16).int() & 0xFFFF
 
 
-def _take(table: Tensor, index: Tensor) -> Tensor:
+def take(table: Tensor, index: Tensor) -> Tensor:
     """table[index], which is ten times slower on a CPU."""
     return table.index_select(0, index.flatten()).view(index.shape)
-
-
-def root_mean_square(tokens: Tensor) -> Tensor:
-    """(…, C) → (…, 1)."""
-    return tokens.square().mean(-1, keepdim=True).sqrt()
-
-
-def largest_magnitude(tokens: Tensor) -> Tensor:
-    """(…, C) → (…, 1)."""
-    return tokens.abs().amax(-1, keepdim=True)
