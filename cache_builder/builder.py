@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import pyarrow.compute as pc
 from rich.console import Console
 
+from cache_builder.budget import parse_bytes
+from cache_builder.calibrate import CalibrationSample
 from cache_builder.draft import Draft, draft, merge_spec
 from cache_builder.plan import Plan, make_plan, pending
 from cache_builder.progress import BuildProgress
@@ -62,13 +64,18 @@ def build(recipe: BuildRecipe, console: Console | None = None) -> BuildResult:
     manifest = Manifest(storage)
     drafted, spec, plan = prepare(recipe, console)
     plan.require_space()
+    if recipe.budget is not None:
+        plan.require_budget(parse_bytes(recipe.budget))
     names = list(recipe.teachers)
     tasks = [Task(shard, missing) for shard, missing in pending(manifest, spec, names).items()]
     progress = BuildProgress(console, len(tasks))
     if tasks:
         storage.sweep()
         with _runner(recipe, {name: spec.teachers[name] for name in names}) as runner:
-            _write_spec(manifest, _with_hashes(spec, runner.weights_hashes()), drafted)
+            new = [name for name in names if spec.teachers[name].weights_hash is None]
+            if new:
+                spec = _found_out(manifest, spec, runner, new, drafted, recipe.calibration_rows)
+                _write_spec(manifest, spec, new, drafted)
             with progress:
                 failed = runner.run(storage.url, tasks, progress.on_commit)
         if progress.shards:
@@ -97,25 +104,35 @@ def _runner(recipe: BuildRecipe, teachers: Mapping[str, TeacherSpec]) -> Runner:
     return RayRunner(recipe.runner, teachers)
 
 
-def _with_hashes(spec: CacheSpec, hashes: Mapping[str, str]) -> CacheSpec:
-    teachers = {
-        name: teacher if teacher.weights_hash else teacher.model_copy(update={"weights_hash": hashes[name]})
-        for name, teacher in spec.teachers.items()
-    }
-    return CacheSpec.model_validate(spec.model_dump() | {"teachers": teachers, "cache_id": ""})
+def _found_out(
+    manifest: Manifest, spec: CacheSpec, runner: Runner, new: Sequence[str], drafted: Draft, rows: int
+) -> CacheSpec:
+    """`spec` with what only loaded teachers tell: the hash of their weights, and calibrated codecs."""
+    hashes = runner.weights_hashes()
+    sample = CalibrationSample.draw(drafted.source, drafted.samples, drafted.views, rows)
+    teachers, fidelity = dict(spec.teachers), dict(spec.fidelity)
+    for name, calibration in runner.calibrate(sample, new).items():
+        tables = calibration.tables
+        found = {
+            "weights_hash": hashes[name],
+            "tables_hash": manifest.write_tables(name, tables) if tables else None,
+        }
+        teachers[name] = teachers[name].model_copy(update=found)
+        fidelity[name] = calibration.fidelity
+    return CacheSpec.model_validate(
+        spec.model_dump() | {"teachers": teachers, "fidelity": fidelity, "cache_id": ""}
+    )
 
 
-def _write_spec(manifest: Manifest, spec: CacheSpec, drafted: Draft) -> None:
+def _write_spec(manifest: Manifest, spec: CacheSpec, new: Sequence[str], drafted: Draft) -> None:
     """Lay out the arrays of new teachers, then let the spec name them."""
-    known = manifest.spec() if manifest.exists() else None
     cache = FeatureCache(manifest.storage, spec)
-    for name in spec.teachers:
-        if known is None or name not in known.teachers:
-            cache.store.create(spec, name)
-    if known is None:
-        manifest.create(spec, drafted.samples, drafted.views())
-    elif known.teachers.keys() != spec.teachers.keys():
+    for name in new:
+        cache.store.create(spec, name)
+    if manifest.exists():
         manifest.write_spec(spec)
+    else:
+        manifest.create(spec, drafted.samples, drafted.views)
 
 
 def _build_error(failed: Sequence[FailedShard], total: int) -> BuildError:

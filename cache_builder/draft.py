@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 
 import pyarrow as pa
 
@@ -13,18 +14,22 @@ from cache_builder.recipe import BuildRecipe
 from cache_builder.teachers import resolve_teacher
 from cache_builder.versions import versions
 from pipeline.errors import CacheMismatchError
-from pipeline.sources import dataset_fingerprint, open_source
+from pipeline.sources import Source, dataset_fingerprint, open_source
 from pipeline.spec import CacheSpec, DatasetSpec, Segment, TeacherSpec
 from pipeline.views import draw_views
 
+_FOUND_OUT = {"checkpoint", "weights_hash", "tables_hash"}  # no recipe states them; workers compare hashes
 
-@dataclass(frozen=True)
+
+@dataclass
 class Draft:
     """A spec whose teachers have no weights hash yet, and the samples it is about."""
 
     spec: CacheSpec
     samples: pa.Table
+    source: Source
 
+    @cached_property
     def views(self) -> pa.Table:
         """The view table, one line a row."""
         segment = self.spec.segments[0]
@@ -57,7 +62,7 @@ def draft(recipe: BuildRecipe, progress: Callable[[int], None] | None = None) ->
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         versions=versions(),
     )
-    return Draft(spec, samples)
+    return Draft(spec, samples, source)
 
 
 def merge_spec(existing: CacheSpec, wanted: CacheSpec, url: str) -> CacheSpec:
@@ -74,8 +79,7 @@ def merge_spec(existing: CacheSpec, wanted: CacheSpec, url: str) -> CacheSpec:
         old, new = existing.teachers[name].model_dump(), wanted.teachers[name].model_dump()
         differences += [
             f"teachers.{name}.{field}: the cache has {old[field]!r}, the recipe asks for {new[field]!r}"
-            for field in TeacherSpec.model_fields.keys()
-            - {"checkpoint", "weights_hash"}  # workers compare hashes
+            for field in TeacherSpec.model_fields.keys() - _FOUND_OUT
             if old[field] != new[field]
         ]
     if differences:

@@ -27,11 +27,11 @@ from cache_builder.teachers import Teacher
 from cache_builder.versions import versions
 from pipeline.cache import FeatureCache
 from pipeline.errors import ImageDecodeError
-from pipeline.grids import pool
+from pipeline.grids import stored_form
 from pipeline.manifest import CommitRecord, QuarantineEntry
 from pipeline.sources import decode_image
 from pipeline.spec import IMAGES, Size, TeacherSpec
-from pipeline.stores.base import CLS_TOKEN, GLOBAL_FEATURE, ShardWriter, teacher_layouts
+from pipeline.stores.base import CLS_TOKEN, GLOBAL_FEATURE, NORMS, ShardWriter, teacher_layouts
 from pipeline.stores.image_tar import ImageTarWriter
 from pipeline.views import render_view
 
@@ -214,8 +214,10 @@ class ShardExtractor:
                 device = next(teacher.parameters()).device
                 features = teacher(pixels[spec.render_size].to(device, non_blocking=True))
             with seconds.stage("encode"):
-                pooled = pool(features.feature_maps_BSHWC, spec.grid)
-                tensors = dict(self._cache.codec(name).encode(pooled).tensors())
+                stored, norms_BS = stored_form(features.feature_maps_BSHWC, spec.grid)
+                tensors = dict(self._cache.codec(name).encode(stored).tensors())
+                if norms_BS is not None:
+                    tensors[NORMS] = norms_BS
                 tensors |= _tokens(spec, features.cls_token_BSC, features.global_feature_BD)
         return tensors
 

@@ -81,6 +81,16 @@ class Plan:
                 do="choose another place (cache=…), fewer views, or a smaller grid and codec",
             )
 
+    def require_budget(self, budget: int) -> None:
+        """Raises `DiskSpaceError` when the whole cache would take more than `budget` bytes."""
+        if self.total_bytes > budget:
+            raise DiskSpaceError(
+                "The cache is larger than its budget.",
+                got=f"{human_bytes(self.total_bytes)} with the grids and codecs of the recipe",
+                expected=f"at most {human_bytes(budget)}",
+                do="run `teachercache plan` with this budget: it says which grids and codecs keep to it",
+            )
+
 
 def make_plan(recipe: BuildRecipe, spec: CacheSpec, storage: Storage, image_bytes: int) -> Plan:
     """The plan for the recipe's teachers in the cache `spec`; `image_bytes` is the size of the source."""

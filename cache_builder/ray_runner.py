@@ -11,13 +11,14 @@ import os
 import secrets
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
+from cache_builder.calibrate import Calibration, CalibrationSample
 from cache_builder.recipe import RunnerRecipe
 from cache_builder.runner import FailedShard, OnCommit, Runner, Task, describe
 from cache_builder.worker import Worker
@@ -57,6 +58,10 @@ class RayRunner(Runner):
     def weights_hashes(self) -> dict[str, str]:
         hashes: dict[str, str] = _get(self._actors[0].handle.weights_hashes.remote())
         return hashes
+
+    def calibrate(self, sample: CalibrationSample, names: Collection[str]) -> dict[str, Calibration]:
+        answer: dict[str, Calibration] = _get(self._actors[0].handle.calibrate.remote(sample, list(names)))
+        return answer
 
     def run(self, url: str, tasks: Sequence[Task], on_commit: OnCommit) -> list[FailedShard]:
         queue, failed = deque(tasks), list[FailedShard]()

@@ -44,13 +44,19 @@ class PlanRecipe(Strict):
 
 
 class BuildRecipe(Strict):
-    """A complete statement of a cache build."""
+    """A complete statement of a cache build.
+
+    `calibration_rows`: from how many rows codecs learn. `budget` ("6TB"): the most that the features may
+    take; `teachercache plan` says which grids and codecs keep to it.
+    """
 
     cache: str
     source: SourceRecipe
     teachers: dict[str, TeacherRecipe] = Field(min_length=1)
     views: ViewPolicy = ViewPolicy()
     rows_per_shard: int = Field(256, ge=1)
+    calibration_rows: int = Field(64, ge=1)
+    budget: str | None = None
     images: Literal["reference", "copy"] = "reference"
     sak_compat: bool = False
     runner: RunnerRecipe = RunnerRecipe()

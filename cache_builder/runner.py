@@ -5,11 +5,12 @@ from __future__ import annotations
 import traceback
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Self
 
+from cache_builder.calibrate import Calibration, CalibrationSample
 from cache_builder.recipe import RunnerRecipe
 from cache_builder.worker import Worker
 from pipeline.errors import TeacherCacheError
@@ -56,6 +57,10 @@ class Runner(ABC):
         """Hash of every teacher's weights as the workers loaded them."""
 
     @abstractmethod
+    def calibrate(self, sample: CalibrationSample, names: Collection[str]) -> dict[str, Calibration]:
+        """Tables and fidelity of the codecs of the named teachers, by one worker."""
+
+    @abstractmethod
     def run(self, url: str, tasks: Sequence[Task], on_commit: OnCommit) -> list[FailedShard]:
         """Extract all tasks into the cache at `url`; returns those that failed for good."""
 
@@ -78,6 +83,9 @@ class LocalRunner(Runner):
 
     def weights_hashes(self) -> dict[str, str]:
         return self._worker.weights_hashes()
+
+    def calibrate(self, sample: CalibrationSample, names: Collection[str]) -> dict[str, Calibration]:
+        return self._worker.calibrate(sample, names)
 
     def run(self, url: str, tasks: Sequence[Task], on_commit: OnCommit) -> list[FailedShard]:
         self._worker.open(url)

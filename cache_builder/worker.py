@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 
 import torch
 
+from cache_builder.calibrate import Calibration, CalibrationSample, calibrate
 from cache_builder.extract import ShardExtractor
 from cache_builder.recipe import RunnerRecipe
 from cache_builder.teachers import Teacher, build_teacher
@@ -30,6 +31,10 @@ class Worker:
 
     def weights_hashes(self) -> dict[str, str]:
         return {name: teacher.weights_hash for name, teacher in self._teachers.items()}
+
+    def calibrate(self, sample: CalibrationSample, names: Collection[str]) -> dict[str, Calibration]:
+        """Tables and fidelity of the codecs of the named teachers."""
+        return calibrate({name: self._teachers[name] for name in names}, sample, self._runner.batch_size)
 
     def open(self, url: str) -> None:
         """Open the cache to fill. Raises `CacheMismatchError` if its rows come from other weights."""

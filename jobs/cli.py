@@ -5,12 +5,17 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from jobs.launch import EXIT_FAILED, run
+
+if TYPE_CHECKING:
+    from cache_builder.budget import Option
+    from cache_builder.draft import Draft
+    from cache_builder.recipe import BuildRecipe
 
 app = typer.Typer(
     help=__doc__ and "Run frozen vision teachers once, cache their features, train students from the cache.",
@@ -39,15 +44,30 @@ def plan(recipe: RecipeArgument, overrides: Overrides = None) -> None:
 
     Exits with status 1 when the disk is too small.
 
-    Example: `teachercache plan imagenet1k_vitl source.path=/data/train cache=/data/cache`
+    With `budget=6TB` it loads the teachers, tries codecs on a calibration sample, and says which grids and
+    codecs keep to it at the least loss.
+
+    Example: `teachercache plan imagenet1k_vitl source.path=/data/train cache=/data/cache budget=6TB`
     """
     from cache_builder.builder import prepare
     from cache_builder.recipe import BuildRecipe
-    from jobs.inspection.tables import plan_table
+    from jobs.inspection.tables import options_table, plan_table
     from pipeline.recipe import load_recipe
 
-    _, _, result = prepare(load_recipe(BuildRecipe, recipe, overrides or []), console)
+    checked = load_recipe(BuildRecipe, recipe, overrides or [])
+    drafted, _, result = prepare(checked, console)
     console.print(plan_table(result))
+    if checked.budget is not None:
+        from cache_builder.budget import choose, parse_bytes
+
+        available = _measure(checked, drafted, None)
+        budget = parse_bytes(checked.budget)
+        chosen = choose(available, result.spec.num_rows, budget)
+        console.print(
+            options_table({name: [option] for name, option in chosen.items()}, result.spec.num_rows)
+        )
+        console.print(f"Within {checked.budget}, on the calibration sample. Add to the command:")
+        console.print(" ".join(option.overrides(name) for name, option in chosen.items()), soft_wrap=True)
     result.require_space()
 
 
@@ -83,6 +103,49 @@ def build(
     )
     if result.quarantined:
         console.print(f"{result.quarantined} samples are quarantined; `teachercache inspect` names them.")
+
+
+@app.command()
+def calibrate(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    codecs: Annotated[str, typer.Option(help="Codecs to try, separated by commas.")] = "",
+) -> None:
+    """Try codecs on a calibration sample of the recipe's images and teachers; writes nothing.
+
+    A build calibrates by itself. This is to choose a codec: `calibration_rows=N` sets the sample's size.
+
+    Example: `teachercache calibrate imagenet1k_vitl source.path=/data/train calibration_rows=32`
+    """
+    from cache_builder.builder import prepare
+    from cache_builder.recipe import BuildRecipe
+    from jobs.inspection.tables import options_table
+    from pipeline.recipe import load_recipe
+
+    checked = load_recipe(BuildRecipe, recipe, overrides or [])
+    drafted, spec, _ = prepare(checked, console)
+    tried = [name.strip() for name in codecs.split(",")] if codecs else None
+    console.print(options_table(_measure(checked, drafted, tried), spec.num_rows))
+
+
+def _measure(recipe: BuildRecipe, drafted: Draft, codecs: list[str] | None) -> dict[str, list[Option]]:
+    from cache_builder.budget import CODECS, options
+    from cache_builder.calibrate import CalibrationSample
+
+    height, width = recipe.views.size
+    sample = CalibrationSample.draw(drafted.source, drafted.samples, drafted.views, recipe.calibration_rows)
+    found: dict[str, list[Option]] = {}
+    with console.status("calibrating") as status:
+        for name, available in options(
+            drafted.spec.teachers,
+            sample,
+            (height // 16, width // 16),
+            recipe.runner.batch_size,
+            codecs or CODECS,
+        ):
+            found[name] = available
+            status.update(f"calibrated {', '.join(found)}")
+    return found
 
 
 @app.command()
@@ -204,7 +267,7 @@ def _not_there_yet(verb: str) -> Callable[[list[str] | None], None]:
     return command
 
 
-for _verb in ("calibrate", "repair", "report", "view", "convert", "evaluate"):
+for _verb in ("repair", "report", "view", "convert", "evaluate"):
     app.command(_verb)(_not_there_yet(_verb))
 
 

@@ -54,6 +54,18 @@ def least_squares(adjoint_BChw: Tensor, grid: Size) -> Tensor:
     return _separable(rows_hh, columns_ww, adjoint_BChw)
 
 
+def stored_form(feature_maps_BSHWC: Tensor, grid: GridSpec) -> tuple[Tensor, Tensor | None]:
+    """What is stored of a teacher's maps: (features on the stored grid, ‖t‖ (B, S) for the adjoint grid)."""
+    if grid.kind != "adjoint":
+        return pool(feature_maps_BSHWC, grid), None
+    assert grid.size is not None
+    maps_NCHW = feature_maps_BSHWC.flatten(0, 1).permute(0, 3, 1, 2)
+    working = maps_NCHW.to(torch.promote_types(maps_NCHW.dtype, torch.float32))
+    adjoint_NhwC = adjoint(working, grid.size).permute(0, 2, 3, 1).contiguous()
+    norms_BS = torch.linalg.vector_norm(working.flatten(1), dim=1).view(feature_maps_BSHWC.shape[:2])
+    return adjoint_NhwC.view(*feature_maps_BSHWC.shape[:2], *adjoint_NhwC.shape[1:]), norms_BS
+
+
 def pool(feature_maps_BSHWC: Tensor, grid: GridSpec) -> Tensor:
     """Feature maps on the grid that is stored: (B, S, H, W, C) → (B, S, h, w, C), same dtype.
 

@@ -1,7 +1,8 @@
 """Batches for training, made by threads of the training process itself.
 
 Worker processes would copy every batch through shared memory, which caps any format near 1 GB/s;
-JPEG decoding, resizing and file reads all release the GIL, so threads keep up without copies.
+JPEG decoding, resizing and file reads all release the GIL, so threads keep up, and they read and render
+straight into the memory of the batch, which goes round.
 Do not hand the loader to `accelerator.prepare()`: the sampler has already split the rows by rank.
 """
 
@@ -9,9 +10,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count
 
 import numpy as np
@@ -19,11 +20,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.batch_memory import BatchMemory, TensorLayout
 from pipeline.cache import FeatureCache
 from pipeline.codecs import Encoded
 from pipeline.sampler import ShardShuffleSampler
 from pipeline.spec import Size
-from pipeline.stores.base import CLS_TOKEN
+from pipeline.stores.base import CLS_TOKEN, GLOBAL_FEATURE
 from pipeline.views import render_view
 
 
@@ -34,6 +36,9 @@ class Batch:
     `renders` are uint8 (b, 3, h, w) by (h, w); the student's own size is always there. `features` and
     `cls_tokens` are still encoded, on the CPU. `seconds`: `read` and `decode` are summed over threads,
     `wait` is what the consumer waited for.
+
+    The loader makes a later batch in the same memory once this one and all views of its tensors are gone;
+    until then nothing writes to them.
     """
 
     step: int
@@ -47,19 +52,19 @@ class Batch:
 
 @dataclass
 class _Pending:
-    """A batch under way: what its tasks return, in the order of the batch."""
+    """A batch under way: its tensors, and the tasks that fill them and return their seconds."""
 
-    step: int
-    rows: NDArray[np.int64]
-    views: list[Future[tuple[dict[Size, Tensor], float]]]
-    features: list[Future[tuple[str, Encoded, Tensor | None, float]]] = field(default_factory=list)
+    batch: Batch
+    reads: list[Future[float]]
+    renders: list[Future[float]]
 
 
 class FeatureLoader:
     """Endless iterator of `Batch`; a context manager that stops its threads.
 
-    `features=False` leaves the cached features unread (training with online teachers);
-    `extra_sizes` asks for renders at further sizes, such as the teachers' own.
+    `features=False` leaves the cached features unread (training with online teachers), `images=False`
+    the images; `extra_sizes` asks for renders at further sizes, such as the teachers' own. Memory for
+    `prefetch` + 2 batches goes round, while the consumer holds one.
     """
 
     def __init__(
@@ -69,6 +74,7 @@ class FeatureLoader:
         teachers: Sequence[str] | None = None,
         *,
         features: bool = True,
+        images: bool = True,
         extra_sizes: Collection[Size] = (),
         start_step: int = 0,
         threads: int = 2,
@@ -78,10 +84,11 @@ class FeatureLoader:
         self._cache = cache
         self._sampler = sampler
         self._teachers = cache.check_teachers(teachers) if features else []
-        self._sizes = sorted({cache.spec.views.size, *extra_sizes})
+        self._sizes = sorted({cache.spec.views.size, *extra_sizes}) if images else []
         self._steps = count(start_step)
+        self._threads = threads
         self._prefetch = prefetch
-        self._pin_memory = pin_memory
+        self._memory = BatchMemory(self._layouts(), pin_memory)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="loader")
         self._pending: deque[_Pending] = deque()
 
@@ -97,48 +104,82 @@ class FeatureLoader:
                 self._pending.append(self._submit(next(self._steps)))
             yield self._collect(self._pending.popleft())
 
+    def _layouts(self) -> dict[Hashable, TensorLayout]:
+        """The tensors of a batch: renders by their size, arrays by (teacher, array)."""
+        num_rows = self._sampler.batch_size_per_process
+        layouts: dict[Hashable, TensorLayout] = {
+            size: ((num_rows, 3, *size), torch.uint8) for size in self._sizes
+        }
+        for teacher in self._teachers:
+            for array, layout in self._cache.layouts(teacher).items():
+                if array != GLOBAL_FEATURE:
+                    layouts[teacher, array] = (num_rows, *layout.shape), layout.dtype
+        return layouts
+
     def _submit(self, step: int) -> _Pending:
         rows = self._sampler.batch(step)
-        features = [self._pool.submit(self._read, name, rows) for name in self._teachers]
-        views = [self._pool.submit(self._render, int(row)) for row in rows]
-        return _Pending(step, rows, views, features)
+        samples, _, lines = self._cache.index.locate(rows)
+        tensors = self._memory.take()
+        batch = Batch(
+            step=step,
+            rows=rows,
+            sample_keys=[self._cache.key(sample) for sample in samples.tolist()],
+            renders={size: tensors[size] for size in self._sizes},
+            features={
+                teacher: Encoded(
+                    self._cache.codec(teacher),
+                    {array: tensors[teacher, array] for array in self._cache.feature_layouts(teacher)},
+                )
+                for teacher in self._teachers
+            },
+            cls_tokens={
+                teacher: tensors[teacher, CLS_TOKEN]
+                for teacher in self._teachers
+                if self._cache.spec.teachers[teacher].cls_token
+            },
+            seconds={},
+        )
+        parts = [
+            slice(part[0], part[-1] + 1)
+            for part in np.array_split(np.arange(len(rows)), self._threads)
+            if part.size
+        ]
+        reads = [
+            self._pool.submit(self._read, batch, teacher, part)
+            for teacher in self._teachers
+            for part in parts
+        ]
+        renders = [
+            self._pool.submit(self._render, batch, i, sample, line)
+            for i, (sample, line) in enumerate(zip(samples.tolist(), lines.tolist(), strict=True))
+            if self._sizes
+        ]
+        return _Pending(batch, reads, renders)
 
-    def _read(self, teacher: str, rows: NDArray[np.int64]) -> tuple[str, Encoded, Tensor | None, float]:
+    def _read(self, batch: Batch, teacher: str, part: slice) -> float:
         start = time.perf_counter()
-        encoded = self._cache.read(rows, [teacher])[teacher]
-        wants_cls = self._cache.spec.teachers[teacher].cls_token
-        cls_token = self._cache.read_tokens(rows, teacher, CLS_TOKEN) if wants_cls else None
-        return teacher, encoded, cls_token, time.perf_counter() - start
+        rows, encoded = batch.rows[part], batch.features[teacher]
+        into = Encoded(encoded.codec, {name: tensor[part] for name, tensor in encoded.arrays.items()})
+        self._cache.read(rows, [teacher], out={teacher: into})
+        if teacher in batch.cls_tokens:
+            self._cache.read_tokens(rows, teacher, CLS_TOKEN, out=batch.cls_tokens[teacher][part])
+        return time.perf_counter() - start
 
-    def _render(self, row: int) -> tuple[dict[Size, Tensor], float]:
+    def _render(self, batch: Batch, i: int, sample: int, line: int) -> float:
         start = time.perf_counter()
-        sample = int(self._cache.index.locate(row)[0])
-        image, view = self._cache.image(sample), self._cache.view(row)
-        renders = {size: render_view(image, view, size) for size in self._sizes}
-        return renders, time.perf_counter() - start
+        image, view = self._cache.image(sample), self._cache.views.view(line)
+        for size, pixels in batch.renders.items():
+            pixels[i] = render_view(image, view, size)
+        return time.perf_counter() - start
 
     def _collect(self, pending: _Pending) -> Batch:
         start = time.perf_counter()
-        features = [future.result() for future in pending.features]
-        views = [future.result() for future in pending.views]
-        wait = time.perf_counter() - start
-        samples, _, _ = self._cache.index.locate(pending.rows)
-        return Batch(
-            step=pending.step,
-            rows=pending.rows,
-            sample_keys=[self._cache.key(int(sample)) for sample in samples],
-            renders={size: self._pin(torch.stack([view[size] for view, _ in views])) for size in self._sizes},
-            features={teacher: self._pin_encoded(encoded) for teacher, encoded, _, _ in features},
-            cls_tokens={teacher: self._pin(cls) for teacher, _, cls, _ in features if cls is not None},
-            seconds={
-                "read": sum(seconds for *_, seconds in features),
-                "decode": sum(seconds for _, seconds in views),
-                "wait": wait,
-            },
+        read_s, decode_s = (
+            sum(task.result() for task in tasks) for tasks in (pending.reads, pending.renders)
         )
-
-    def _pin(self, tensor: Tensor) -> Tensor:
-        return tensor.pin_memory() if self._pin_memory else tensor
-
-    def _pin_encoded(self, encoded: Encoded) -> Encoded:
-        return Encoded(encoded.codec, {name: self._pin(tensor) for name, tensor in encoded.arrays.items()})
+        pending.batch.seconds = {
+            "read": read_s,
+            "decode": decode_s,
+            "wait": time.perf_counter() - start,
+        }
+        return pending.batch

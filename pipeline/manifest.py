@@ -13,7 +13,10 @@ from typing import TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import safetensors.torch
+import xxhash
 from pydantic import Field, ValidationError
+from torch import Tensor
 
 from pipeline.errors import CacheError, CacheNotFoundError
 from pipeline.spec import SCHEMA_VERSION, CacheSpec, Strict
@@ -107,6 +110,30 @@ class Manifest:
     def views(self) -> pa.Table:
         return self._table(VIEWS_NAME)
 
+    def write_tables(self, teacher: str, tables: dict[str, Tensor]) -> str:
+        """Keep a codec's calibrated tables; returns their hash, for the teacher's spec."""
+        data = safetensors.torch.save(tables)
+        self.storage.write(tables_name(teacher), data)
+        return xxhash.xxh3_128_hexdigest(data)
+
+    def tables(self, teacher: str, tables_hash: str | None) -> dict[str, Tensor]:
+        """A codec's tables. Raises `CacheError` unless they are those of the spec."""
+        name = tables_name(teacher)
+        try:
+            data = self.storage.read(name)
+        except FileNotFoundError:
+            data = b""
+        found = xxhash.xxh3_128_hexdigest(data)
+        if found != tables_hash:
+            raise CacheError(
+                f"{name} is not what the features of {teacher} were encoded with.",
+                got=f"checksum {found}" if data else "no such file",
+                expected=f"checksum {tables_hash}, as in {SPEC_NAME}",
+                do="restore it from a copy; the codes cannot be decoded without it",
+            )
+        tables: dict[str, Tensor] = safetensors.torch.load(data)
+        return tables
+
     def commit(self, record: CommitRecord) -> None:
         name = commit_name(record.teacher, record.shard)
         self.storage.write(name, (record.model_dump_json() + "\n").encode())
@@ -170,6 +197,10 @@ class Manifest:
                 expected=f"what this version of teachercache writes (schema {SCHEMA_VERSION})",
                 do="run `teachercache verify` on the cache; use the version that built it if it is newer",
             ) from error
+
+
+def tables_name(teacher: str) -> str:
+    return f"stats/{teacher}.safetensors"
 
 
 def commit_name(teacher: str, shard: int) -> str:

@@ -17,7 +17,7 @@ SCHEMA_VERSION: Literal[1] = 1
 IMAGES = "images"  # the pseudo-teacher under which copied source images are committed
 
 Size = tuple[int, int]  # (height, width)
-GridKind = Literal["native", "bilinear"]
+GridKind = Literal["native", "adjoint", "bilinear"]
 PolicyName = Literal["imagenet_train", "imagenet_eval"]
 Precision = Literal["float32", "bfloat16"]
 
@@ -56,7 +56,11 @@ class ViewPolicy(Strict):
 
 
 class GridSpec(Strict):
-    """The token grid that is stored: the teacher's own, or a pooled one of `size` (h, w)."""
+    """The token grid that is stored: the teacher's own, or one of `size` (h, w).
+
+    `adjoint` stores Uᵀt and ‖t‖, from which SAK's flattened cosine and the squared error follow exactly;
+    `bilinear` stores pooled features.
+    """
 
     kind: GridKind = "native"
     size: Size | None = None
@@ -73,7 +77,8 @@ class TeacherSpec(Strict):
 
     `render_size` is the size at which the view is rendered; it differs from `image_size` only under
     `sak_compat`, where the rendered view is then enlarged as the authors' code does it.
-    `checkpoint` says where weights came from; `weights_hash` says what they are.
+    `checkpoint` says where weights came from; `weights_hash` says what they are. `tables_hash` is that of
+    the codec's calibrated tables, for codecs that have some.
     `native_grid` and `width` are what the model gives; `grid` says what is stored.
     """
 
@@ -82,6 +87,7 @@ class TeacherSpec(Strict):
     checkpoint: str | None = None
     random_seed: int = 0
     weights_hash: str | None = None
+    tables_hash: str | None = None
     image_size: Size
     render_size: Size
     mean: tuple[float, float, float]
@@ -134,7 +140,7 @@ class Segment(Strict):
 
 
 class CacheSpec(Strict):
-    """The content of `cache.json`."""
+    """The content of `cache.json`. `fidelity`: what each teacher's codec lost on the calibration sample."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
     dataset: DatasetSpec
@@ -146,6 +152,7 @@ class CacheSpec(Strict):
     teachers: dict[str, TeacherSpec]
     created: str
     versions: dict[str, str]
+    fidelity: dict[str, dict[str, float]] = {}
     cache_id: str = ""
 
     @model_validator(mode="after")

@@ -6,12 +6,13 @@ Loading it needs neither a cache nor a teacher.
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from huggingface_hub import snapshot_download
@@ -19,17 +20,31 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pipeline.errors import CheckpointError
+from pipeline.errors import CheckpointError, RecipeError
 from pipeline.spec import Size
+from student.lora import merged_state_dict
 
 NUM_LEVELS = 4  # the ends of the four quarters of a network, for students and teachers alike
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 
 
+class StudentOutput(NamedTuple):
+    """All that a student makes of a batch.
+
+    `feature_maps`: for each teacher its levels, each (B, C of the teacher, h, w). `predictions`: for each
+    task (B, channels, H, W) at the size of the image, as the task's loss takes them: logits, depths,
+    normals of any length. `gates`: for each task (B, levels, experts), where the student has routers.
+    """
+
+    feature_maps: dict[str, list[Tensor]]
+    predictions: dict[str, Tensor]
+    gates: dict[str, Tensor]
+
+
 class Student(nn.Module, ABC):
-    """`config` holds the arguments of the constructor, as JSON can hold them; `teacher_dims` and
-    `image_size` are among them.
+    """`config` holds the arguments of the constructor, as JSON can hold them; `teacher_dims`, `image_size`
+    and `tasks` are among them.
 
     Mean and standard deviation (of pixels in 0–1) are kept with the weights, so that a student always
     sees pixels as it saw them when it was trained.
@@ -50,6 +65,11 @@ class Student(nn.Module, ABC):
         return list(self.config["teacher_dims"])
 
     @property
+    def tasks(self) -> dict[str, int]:
+        """Name → output channels; empty for a student that only represents (stage 1)."""
+        return dict(self.config["tasks"])
+
+    @property
     def image_size(self) -> Size:
         height, width = self.config["image_size"]
         return height, width
@@ -59,8 +79,22 @@ class Student(nn.Module, ABC):
         return (images_B3HW.float() / 255 - self.mean) / self.std
 
     @abstractmethod
-    def forward(self, pixels_B3HW: Tensor) -> dict[str, list[Tensor]]:
-        """Normalised pixels → for each teacher its levels, each (B, C of the teacher, h, w)."""
+    def forward(
+        self, pixels_B3HW: Tensor, full: bool = False
+    ) -> dict[str, list[Tensor]] | dict[str, Tensor] | StudentOutput:
+        """Normalised pixels → what the student is for: the predictions, or, where it has no tasks, the
+        feature maps; with `full` a `StudentOutput` of all."""
+
+    def freeze(self, *parts: str) -> None:
+        """Exclude parts from training, each named as a submodule: "stem", "paths", "paths.clip", …
+
+        A new optimizer must be made of the parameters that still require a gradient. Raises `RecipeError`
+        for a part that is not there.
+        """
+        known = [name for name, _ in self.named_modules() if name]
+        for part in parts:
+            require_known("part of this student", part, known)
+            self.get_submodule(part).requires_grad_(False)
 
     @abstractmethod
     def parameters_by_part(self) -> dict[str, int]:
@@ -69,7 +103,7 @@ class Student(nn.Module, ABC):
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
-        weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        weights = {name: tensor.contiguous() for name, tensor in merged_state_dict(self).items()}
         save_file(weights, target / WEIGHTS_FILE)
         config = {"kind": self.kind, **self.config}
         (target / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
@@ -101,6 +135,18 @@ class Student(nn.Module, ABC):
                 do="copy or download the folder again",
             ) from error
         return student.eval()
+
+
+def require_known(what: str, name: str, known: Collection[str]) -> None:
+    """Raise `RecipeError`, with the nearest known name, unless `name` is known."""
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 1)
+        raise RecipeError(
+            f"There is no {what} of this name.",
+            got=name,
+            expected=f"one of {', '.join(known)}",
+            do=f"did you mean {near[0]}?" if near else None,
+        )
 
 
 def find_saved(source: str | os.PathLike[str], revision: str | None = None) -> Path:

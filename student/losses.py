@@ -6,6 +6,7 @@ h, w          grid of the student          H, W  grid of the teacher
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -16,26 +17,43 @@ from torch.nn import functional as F
 
 from pipeline.errors import explain
 from pipeline.grids import upsample
+from pipeline.spec import Size
+from student.adjoint_loss import (
+    flattened_cosine_from_adjoint,
+    smooth_l1_from_adjoint,
+    squared_error_from_adjoint,
+    token_cosine_from_adjoint,
+)
 
 CosineKind = Literal["flattened", "token"]
+DistanceKind = Literal["smooth_l1", "squared_error"]
+
+
+class Target(ABC):
+    """What one teacher says of a batch: the loss asks no more than this, whatever is known of the teacher."""
+
+    num_levels: int
+
+    @abstractmethod
+    def compare(
+        self, level: int, student_BChw: Tensor, cosine: CosineKind, distance: DistanceKind
+    ) -> tuple[Tensor, Tensor]:
+        """(1 - cosine, distance) at one level, two scalars; computed in at least float32."""
 
 
 @dataclass
-class Target:
-    """What one teacher says of a batch, on its own grid.
-
-    The loss asks a target only for `num_levels` and `compare`, so what is known of the teacher, and in
-    which form, is the target's own business.
-    """
+class FeatureTarget(Target):
+    """The teacher's features, on the grid that they are known on."""
 
     feature_maps_BSHWC: Tensor
 
-    @property
-    def num_levels(self) -> int:
-        return self.feature_maps_BSHWC.shape[1]
+    def __post_init__(self) -> None:
+        self.num_levels = self.feature_maps_BSHWC.shape[1]
 
-    def compare(self, level: int, student_BChw: Tensor, cosine: CosineKind) -> tuple[Tensor, Tensor]:
-        """(1 - cosine, smooth-L1) at one level, two scalars; computed in at least float32.
+    def compare(
+        self, level: int, student_BChw: Tensor, cosine: CosineKind, distance: DistanceKind
+    ) -> tuple[Tensor, Tensor]:
+        """As `Target.compare`.
 
         The student's map is resampled bilinearly to the teacher's grid, whichever is the finer. (The
         authors' code resamples the coarser of the two; with the teachers of the paper that is always
@@ -44,32 +62,77 @@ class Target:
         teacher_BHWC = self.feature_maps_BSHWC[:, level]
         dtype = torch.promote_types(student_BChw.dtype, torch.float32)
         height, width, channels = teacher_BHWC.shape[1:]
-        if student_BChw.shape[1] != channels:
-            raise ValueError(
-                explain(
-                    f"Student and teacher have different widths at level {level}.",
-                    got=f"{student_BChw.shape[1]} channels from the student",
-                    expected=f"{channels} channels, as the teacher has",
-                    do="build the student with this width in teacher_dims",
-                )
-            )
+        _require_width(level, student_BChw, channels)
         student_BHWC = upsample(student_BChw.to(dtype), (height, width)).permute(0, 2, 3, 1)
         teacher_BHWC = teacher_BHWC.to(dtype)
-        smooth_l1 = F.smooth_l1_loss(student_BHWC, teacher_BHWC)
+        measure = F.smooth_l1_loss if distance == "smooth_l1" else F.mse_loss
+        apart = measure(student_BHWC, teacher_BHWC)
         if cosine == "flattened":
             student_BHWC, teacher_BHWC = student_BHWC.flatten(1), teacher_BHWC.flatten(1)
-        return (1 - F.cosine_similarity(student_BHWC, teacher_BHWC, dim=-1)).mean(), smooth_l1
+        return (1 - F.cosine_similarity(student_BHWC, teacher_BHWC, dim=-1)).mean(), apart
+
+
+@dataclass
+class AdjointTarget(Target):
+    """Uᵀt on the student's grid (B, S, h, w, C) and ‖t‖ (B, S): the teacher's `grid` = (H, W) is not formed.
+
+    The flattened cosine and the squared error are those of the native map, exactly; the token cosine and
+    smooth-L1 are approximations (`student.adjoint_loss`).
+    """
+
+    adjoint_BShwC: Tensor
+    norms_BS: Tensor
+    grid: Size
+
+    def __post_init__(self) -> None:
+        self.num_levels = self.adjoint_BShwC.shape[1]
+
+    def compare(
+        self, level: int, student_BChw: Tensor, cosine: CosineKind, distance: DistanceKind
+    ) -> tuple[Tensor, Tensor]:
+        adjoint_BChw = self.adjoint_BShwC[:, level].permute(0, 3, 1, 2)
+        _require_width(level, student_BChw, adjoint_BChw.shape[1])
+        if student_BChw.shape[-2:] != adjoint_BChw.shape[-2:]:
+            raise ValueError(
+                explain(
+                    "An adjoint target holds for one student grid alone.",
+                    got=f"a student on {tuple(student_BChw.shape[-2:])}",
+                    expected=f"{tuple(adjoint_BChw.shape[-2:])}, the grid of the cache",
+                    do="build the cache with grid_size as the student's, or grid: native",
+                )
+            )
+        squared_norm_B = self.norms_BS[:, level].square()
+        known = (student_BChw, adjoint_BChw, squared_norm_B, self.grid)
+        measure = flattened_cosine_from_adjoint if cosine == "flattened" else token_cosine_from_adjoint
+        if distance == "smooth_l1":
+            apart = smooth_l1_from_adjoint(student_BChw, adjoint_BChw, self.grid)
+        else:
+            elements = self.grid[0] * self.grid[1] * adjoint_BChw.shape[1]
+            apart = squared_error_from_adjoint(*known).mean() / elements
+        return 1 - measure(*known).mean(), apart
+
+
+def _require_width(level: int, student_BChw: Tensor, channels: int) -> None:
+    if student_BChw.shape[1] != channels:
+        raise ValueError(
+            explain(
+                f"Student and teacher have different widths at level {level}.",
+                got=f"{student_BChw.shape[1]} channels from the student",
+                expected=f"{channels} channels, as the teacher has",
+                do="build the student with this width in teacher_dims",
+            )
+        )
 
 
 @dataclass
 class LossOutput:
     """`total` has the gradient. The others are detached, (S,) for each teacher: `levels` the terms of
-    the sum before the teacher's weight, `cosine` (as 1 - cosine) and `smooth_l1` what they are made of."""
+    the sum before the teacher's weight, `cosine` (as 1 - cosine) and `distance` what they are made of."""
 
     total: Tensor
     levels: dict[str, Tensor]
     cosine: dict[str, Tensor]
-    smooth_l1: dict[str, Tensor]
+    distance: dict[str, Tensor]
 
 
 class DistillationLoss(nn.Module):
@@ -77,7 +140,8 @@ class DistillationLoss(nn.Module):
 
     `cosine="flattened"` takes one cosine for each image over its whole map, as the authors' code does;
     `"token"` takes one for each token of the teacher's grid. Both are then averaged over what they were
-    taken for; smooth-L1 (beta = 1) is averaged over all elements. `teacher_weights` are 1 by default.
+    taken for; smooth-L1 (beta = 1), or the squared error, is averaged over all elements.
+    `teacher_weights` are 1 by default.
     Computed in float32 (float64 stays float64), autocast or not.
     """
 
@@ -85,13 +149,15 @@ class DistillationLoss(nn.Module):
         self,
         cosine: CosineKind = "flattened",
         cosine_weight: float = 0.9,
-        smooth_l1_weight: float = 0.1,
+        distance: DistanceKind = "smooth_l1",
+        distance_weight: float = 0.1,
         teacher_weights: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__()
         self.cosine = cosine
         self.cosine_weight = cosine_weight
-        self.smooth_l1_weight = smooth_l1_weight
+        self.distance = distance
+        self.distance_weight = distance_weight
         self.teacher_weights = dict(teacher_weights or {})
 
     def forward(self, student: Mapping[str, Sequence[Tensor]], targets: Mapping[str, Target]) -> LossOutput:
@@ -100,17 +166,20 @@ class DistillationLoss(nn.Module):
         Raises `ValueError` where student and targets differ in teachers, levels or widths.
         """
         _require_pairs(student, targets)
-        losses, levels, cosine, smooth_l1 = [], {}, {}, {}
+        losses, levels, cosine, distance = [], {}, {}, {}
         for teacher, maps_BChw in student.items():
             target = targets[teacher]
             with torch.autocast(maps_BChw[0].device.type, enabled=False):
-                terms = [target.compare(i, map_BChw, self.cosine) for i, map_BChw in enumerate(maps_BChw)]
-            cosine_S, smooth_l1_S = (torch.stack(values) for values in zip(*terms, strict=True))
-            loss_S = self.cosine_weight * cosine_S + self.smooth_l1_weight * smooth_l1_S
+                terms = [
+                    target.compare(i, map_BChw, self.cosine, self.distance)
+                    for i, map_BChw in enumerate(maps_BChw)
+                ]
+            cosine_S, distance_S = (torch.stack(values) for values in zip(*terms, strict=True))
+            loss_S = self.cosine_weight * cosine_S + self.distance_weight * distance_S
             losses.append(self.teacher_weights.get(teacher, 1.0) * loss_S.sum())
             levels[teacher] = loss_S.detach()
-            cosine[teacher], smooth_l1[teacher] = cosine_S.detach(), smooth_l1_S.detach()
-        return LossOutput(torch.stack(losses).sum(), levels, cosine, smooth_l1)
+            cosine[teacher], distance[teacher] = cosine_S.detach(), distance_S.detach()
+        return LossOutput(torch.stack(losses).sum(), levels, cosine, distance)
 
 
 def _require_pairs(student: Mapping[str, Sequence[Tensor]], targets: Mapping[str, Target]) -> None:

@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 
 from pipeline.errors import RecipeError
 from pipeline.spec import Strict
-from student.losses import CosineKind
+from student.losses import CosineKind, DistanceKind
 
 
 class StudentRecipe(Strict):
@@ -28,7 +28,8 @@ class DistillationRecipe(Strict):
 
     cosine: CosineKind = "flattened"
     cosine_weight: float = Field(0.9, ge=0)
-    smooth_l1_weight: float = Field(0.1, ge=0)
+    distance: DistanceKind = "smooth_l1"
+    distance_weight: float = Field(0.1, ge=0)
     teacher_weights: dict[str, float] = Field({})
 
 

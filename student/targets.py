@@ -8,10 +8,12 @@ from collections.abc import Sequence
 import torch
 
 from pipeline.cache import FeatureCache
+from pipeline.codecs import Encoded
 from pipeline.grids import pool
 from pipeline.loader import Batch
-from pipeline.spec import Size
-from student.losses import Target
+from pipeline.spec import Size, TeacherSpec
+from pipeline.stores.base import NORMS
+from student.losses import AdjointTarget, FeatureTarget, Target
 
 
 class TargetSource(ABC):
@@ -29,16 +31,24 @@ class CachedTargets(TargetSource):
 
     reads_features = True
 
-    def __init__(self, teachers: Sequence[str], device: torch.device) -> None:
-        self._teachers = list(teachers)
+    def __init__(self, cache: FeatureCache, teachers: Sequence[str], device: torch.device) -> None:
+        self._specs = {name: cache.spec.teachers[name] for name in teachers}
         self._device = device
 
     def __call__(self, batch: Batch) -> dict[str, Target]:
-        return {name: Target(batch.features[name].decode(self._device)) for name in self._teachers}
+        return {name: self._target(batch.features[name], spec) for name, spec in self._specs.items()}
+
+    def _target(self, encoded: Encoded, spec: TeacherSpec) -> Target:
+        features_BShwC = encoded.decode(self._device)
+        if spec.grid.kind != "adjoint":
+            return FeatureTarget(features_BShwC)
+        norms_BS = encoded.arrays[NORMS].to(self._device, non_blocking=True)
+        return AdjointTarget(features_BShwC, norms_BS, spec.native_grid)
 
 
 class OnlineTargets(TargetSource):
-    """The teachers run on the very views that the cache was built from, on the grids that it stores.
+    """The teachers run on the very views that the cache was built from, on the grids that it stores
+    (natively where it stores an adjoint).
 
     The reference that training from a cache must equal, up to what the codec loses. Raises
     `CacheMismatchError` when the teachers that can be built here are not those of the cache.
@@ -55,9 +65,12 @@ class OnlineTargets(TargetSource):
         self.extra_sizes = frozenset(spec.render_size for spec in self._specs.values())
 
     def __call__(self, batch: Batch) -> dict[str, Target]:
-        targets = {}
+        targets: dict[str, Target] = {}
         for name, teacher in self._teachers.items():
             spec = self._specs[name]
             features = teacher(batch.renders[spec.render_size].to(self._device, non_blocking=True))
-            targets[name] = Target(pool(features.feature_maps_BSHWC, spec.grid))
+            maps_BSHWC = features.feature_maps_BSHWC
+            if spec.grid.kind != "adjoint":
+                maps_BSHWC = pool(maps_BSHWC, spec.grid)
+            targets[name] = FeatureTarget(maps_BSHWC)
         return targets

@@ -171,7 +171,7 @@ class Distillation:
         with timer.stage("forward"):
             images = batch.renders[self._student.image_size].to(self._student.mean.device, non_blocking=True)
             output = self._loss(self._model(self._student.normalize(images)), targets)
-        terms = {"loss": output.levels, "cosine": output.cosine, "smooth_l1": output.smooth_l1}
+        terms = {"loss": output.levels, "cosine": output.cosine, self._loss.distance: output.distance}
         return output.total, {
             f"{term}/{teacher}/level{level}": value
             for term, by_teacher in terms.items()
@@ -206,7 +206,7 @@ def _targets(
 ) -> TargetSource:
     if recipe.features == "online":
         return OnlineTargets(cache, teachers, device)
-    return CachedTargets(teachers, device)
+    return CachedTargets(cache, teachers, device)
 
 
 def _require_fit(

@@ -1,20 +1,59 @@
-"""What is in a cache, as plain data: what `inspect --json` prints and `tables.py` shows."""
+"""What is in a cache and what is wrong with it, as plain data: what `inspect --json` prints.
+
+Reads records, listings and file sizes, never features, and imports no torch: a page of a cache of 15,000 shards
+takes less time than that import. Nothing that is broken ends it; it becomes one of `problems`.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Protocol
 
-from cache_builder.plan import bytes_per_row
-from cache_builder.stages import STAGES
-from cache_builder.verify import teachers_and_images
-from pipeline.cache import FeatureCache
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.errors import CacheError
+from pipeline.manifest import (
+    SAMPLES_NAME,
+    VIEWS_NAME,
+    CommitRecord,
+    Manifest,
+    QuarantineEntry,
+    tables_name,
+)
+from pipeline.spec import IMAGES, CacheSpec
+from pipeline.storage import LocalStorage, Storage
+from pipeline.stores.shard_format import CHECKSUM_NBYTES
+
+_REMOTE_THREADS = 32
+_INDEX_ENTRY_NBYTES = 16
+
+Problems = list[str]
 
 
-def summarize(cache: FeatureCache) -> dict[str, Any]:
-    """Everything that `inspect` shows, as plain data; works on a half-built cache."""
-    spec = cache.spec
+class Stored(Protocol):
+    """A `FeatureCache` or a `Manifest`."""
+
+    storage: Storage
+
+
+def summarize(cache: Stored) -> dict[str, Any]:
+    """Everything that `inspect` shows. Raises `CacheError` only where `cache.json` cannot be read."""
+    manifest = Manifest(cache.storage)
+    spec = manifest.spec()
+    problems: Problems = []
+    for name, num_rows in ((SAMPLES_NAME, spec.dataset.num_samples), (VIEWS_NAME, spec.num_rows)):
+        problems += _table_problems(manifest.storage, name, num_rows)
+    tallies = {name: _tally(manifest, spec, name, problems) for name in (*spec.teachers, *copied(spec))}
     return {
-        "url": cache.storage.url,
+        "url": manifest.storage.url,
         "cache_id": spec.cache_id,
         "created": spec.created,
         "versions": spec.versions,
@@ -24,25 +63,176 @@ def summarize(cache: FeatureCache) -> dict[str, Any]:
         "shards": spec.num_shards,
         "rows_per_shard": spec.rows_per_shard,
         "images": spec.images,
-        "teachers": {name: _teacher(cache, name) for name in cache.teachers},
-        "committed": {name: len(cache.manifest.committed(name)) for name in teachers_and_images(cache)},
-        "quarantined": [entry.model_dump(mode="json") for entry in cache.manifest.quarantine()],
+        "teachers": {
+            name: teacher.model_dump(mode="json")
+            | {"stored_grid": teacher.stored_grid, "fidelity": spec.fidelity.get(name)}
+            | {"bytes_per_row": _bytes_per_row(manifest.storage, name, problems)}
+            | tallies[name].facts()
+            for name, teacher in spec.teachers.items()
+        },
+        "committed": {name: tally.shards for name, tally in tallies.items()},
+        "quarantined": [entry.model_dump(mode="json") for entry in quarantined(manifest, problems)],
+        "problems": problems,
     }
 
 
-def _teacher(cache: FeatureCache, name: str) -> dict[str, Any]:
-    teacher = cache.spec.teachers[name]
-    records = cache.commits(name).values()
-    seconds = {
-        stage: sum(record.seconds.get(stage, 0.0) for record in records) for stage in (*STAGES, "wall")
-    }
-    return teacher.model_dump(mode="json") | {
-        "stored_grid": teacher.stored_grid,
-        "bytes_per_row": bytes_per_row(teacher),
-        "nbytes": sum(record.nbytes for record in records),
-        "rows_committed": sum(record.num_rows for record in records),
-        "rows_invalid": sum(len(record.invalid_rows) for record in records),
-        "seconds": {stage: round(value, 2) for stage, value in seconds.items()},
-        "hosts": sorted({record.host for record in records}),
-        "last_commit": max((record.finished for record in records), default=None),
-    }
+def copied(spec: CacheSpec) -> list[str]:
+    """The pseudo-teacher of the copied images, where there is one."""
+    return [IMAGES] if spec.images == "copy" else []
+
+
+@dataclass
+class _Tally:
+    """Sums over the commit records of one teacher."""
+
+    shards: int = 0
+    rows: int = 0
+    invalid_rows: int = 0
+    nbytes: int = 0
+    seconds: Counter[str] = field(default_factory=Counter)
+    hosts: Counter[str] = field(default_factory=Counter)
+    spans: list[tuple[float, float]] = field(default_factory=list)
+
+    def add(self, record: CommitRecord) -> None:
+        self.shards += 1
+        self.rows += record.num_rows
+        self.invalid_rows += len(record.invalid_rows)
+        self.nbytes += record.nbytes
+        self.seconds.update(record.seconds)
+        self.hosts[record.host] += 1
+        if record.finished:
+            end = datetime.fromisoformat(record.finished).timestamp()
+            self.spans.append((end - record.seconds.get("wall", 0.0), end))
+
+    def facts(self) -> dict[str, Any]:
+        busy_s = covered(self.spans)
+        last = max((end for _, end in self.spans), default=None)
+        return {
+            "nbytes": self.nbytes,
+            "rows_committed": self.rows,
+            "rows_invalid": self.invalid_rows,
+            "seconds": {stage: round(value, 2) for stage, value in self.seconds.items()},
+            "busy_s": round(busy_s, 2),
+            "rows_per_s": round(self.rows / busy_s, 3) if busy_s else None,
+            "hosts": dict(self.hosts.most_common()),
+            "last_commit": last and datetime.fromtimestamp(last).astimezone().isoformat(timespec="seconds"),
+        }
+
+
+def covered(spans: Iterable[tuple[float, float]]) -> float:
+    """Seconds in at least one of these (start, end): the time in which something was under way."""
+    total, reached = 0.0, -math.inf
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
+
+
+def _tally(manifest: Manifest, spec: CacheSpec, teacher: str, problems: Problems) -> _Tally:
+    tally = _Tally()
+    if teacher in spec.teachers and (tables_hash := spec.teachers[teacher].tables_hash):
+        problems += _tables_problems(manifest.storage, teacher, tables_hash)
+    content_id = spec.content_id(teacher)
+    for shard, record in records(manifest, teacher):
+        if isinstance(record, str):
+            problems.append(record)
+        else:
+            problems += record_problems(manifest.storage, spec, record, content_id)
+            if shard < spec.num_shards:
+                tally.add(record)
+    return tally
+
+
+def records(manifest: Manifest, teacher: str) -> Iterator[tuple[int, CommitRecord | str]]:
+    """(shard, its record, or why there is none) of every committed shard, in order."""
+
+    def read(shard: int) -> tuple[int, CommitRecord | str]:
+        try:
+            return shard, manifest.read_commit(teacher, shard)
+        except (CacheError, OSError) as error:
+            return shard, describe(error)
+
+    shards = sorted(manifest.committed(teacher))
+    if isinstance(manifest.storage, LocalStorage):  # threads would only wait for each other
+        yield from map(read, shards)
+    else:
+        with ThreadPoolExecutor(_REMOTE_THREADS) as pool:
+            yield from pool.map(read, shards)
+
+
+def record_problems(
+    storage: Storage, spec: CacheSpec, record: CommitRecord, content_id: str | None = None
+) -> Problems:
+    """What is wrong with a shard, by its record and, on a local disk, the sizes of its files."""
+    name = f"{record.teacher} shard {record.shard}"
+    if record.shard >= spec.num_shards:
+        return [f"{name} has a commit record, but this cache has {spec.num_shards} shards"]
+    if record.content_id != (content_id or spec.content_id(record.teacher)):
+        return [f"{name} was computed for another spec (content id {record.content_id})"]
+    problems = []
+    if isinstance(storage, LocalStorage):  # elsewhere each size is a request
+        for path, file in record.files.items():
+            if (size := storage.size(path)) != file.nbytes:
+                found = "is missing" if size is None else f"has {size:,} bytes"
+                problems.append(f"{name}: {path} {found}, expected {file.nbytes:,}")
+    return problems
+
+
+def array_metadata(storage: Storage, teacher: str) -> dict[str, dict[str, Any]]:
+    """The `zarr.json` of every array of a teacher. Raises `OSError`, `ValueError`."""
+    folder = f"teachers/{teacher}"
+    arrays = [name for name in storage.names(folder) if name != "zarr.json"]
+    if not arrays:
+        raise FileNotFoundError(f"{folder} holds no array")
+    return {array: json.loads(storage.read(f"{folder}/{array}/zarr.json")) for array in arrays}
+
+
+def quarantined(manifest: Manifest, problems: Problems) -> list[QuarantineEntry]:
+    """Every quarantined sample; a list that cannot be read is one of `problems`."""
+    return list(_attempt(manifest.quarantine, problems, default=list[QuarantineEntry]()))
+
+
+def describe(error: Exception) -> str:
+    """One line."""
+    text = error.problem if isinstance(error, CacheError) else f"{type(error).__name__}: {error}"
+    return text.splitlines()[0]
+
+
+def _bytes_per_row(storage: Storage, teacher: str, problems: Problems) -> int | None:
+    """Bytes on disk of one row, checksums and index included, as the arrays' own metadata states it."""
+
+    def total() -> int:
+        return sum(
+            math.prod(array["shape"][1:]) * np.dtype(array["data_type"]).itemsize
+            + CHECKSUM_NBYTES
+            + _INDEX_ENTRY_NBYTES
+            for array in array_metadata(storage, teacher).values()
+        )
+
+    return _attempt(total, problems, default=None, about=f"teachers/{teacher} cannot be understood: ")
+
+
+def _attempt(read: Callable[[], Any], problems: Problems, default: Any, about: str = "") -> Any:
+    try:
+        return read()
+    except (CacheError, OSError, ValueError, KeyError, TypeError) as error:
+        problems.append(about + describe(error))
+        return default
+
+
+def _table_problems(storage: Storage, name: str, num_rows: int) -> Problems:
+    try:
+        with storage.open_read(name) as file:
+            found = pq.ParquetFile(file).metadata.num_rows
+    except (OSError, pa.ArrowException) as error:
+        return [f"{name} cannot be read: {describe(error)}"]
+    return [] if found == num_rows else [f"{name} has {found:,} lines, expected {num_rows:,}"]
+
+
+def _tables_problems(storage: Storage, teacher: str, tables_hash: str) -> Problems:
+    name = tables_name(teacher)
+    try:
+        found = storage.checksum(name)
+    except OSError:
+        return [f"{name} is missing; the codes of {teacher} cannot be decoded without it"]
+    return [] if found == tables_hash else [f"{name} is not what {teacher} was encoded with"]

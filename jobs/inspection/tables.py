@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -10,6 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from cache_builder.budget import Option
 from cache_builder.plan import Plan, human_bytes
 from student.repsim import Similarity
 
@@ -85,6 +86,30 @@ def similarity_table(similarities: Mapping[str, Similarity]) -> RenderableType:
         for name, similarity in similarities.items()
     }
     return _columns("cosine similarity", columns)
+
+
+def options_table(options: Mapping[str, Sequence[Option]], num_rows: int) -> RenderableType:
+    """Grids and codecs of each teacher: bytes, and what they lose on the calibration sample."""
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in ("teacher", "grid", "codec"):
+        table.add_column(column)
+    for column in ("bytes/view", "all views", "of float16", "token cosine", "1st percentile", "relative L2"):
+        table.add_column(column, justify="right")
+    for name, available in options.items():
+        for option in available:
+            spec, fidelity = option.spec, option.fidelity
+            table.add_row(
+                name,
+                f"{spec.grid.kind} {_times(spec.stored_grid)}",
+                spec.codec,
+                human_bytes(option.bytes_per_row),
+                human_bytes(num_rows * option.bytes_per_row),
+                f"{fidelity.float16_ratio:.3f}",
+                f"{fidelity.cosine_mean:.5f}",
+                f"{fidelity.cosine_p1:.5f}",
+                f"{fidelity.relative_l2:.4f}",
+            )
+    return table
 
 
 def _teacher_facts(teacher: Mapping[str, Any]) -> dict[str, str]:

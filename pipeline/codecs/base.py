@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ class Codec(ABC):
     """Encodes (R, S, H, W, C) features. `calibrate` is a no-op for codecs without tables."""
 
     name: str
+    needs_tables: ClassVar[bool] = False
 
     def calibrate(self, features_RSHWC: Tensor) -> Self:
         """Learn what the codec needs (means, scales, rotations) from a sample of rows."""

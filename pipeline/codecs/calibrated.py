@@ -17,6 +17,7 @@ Coder = TypeVar("Coder")
 class CalibratedCodec(Codec, Generic[Coder]):
     """A codec that is its tables, kept on the CPU; a `Coder` is what works with them on one device."""
 
+    needs_tables = True
     table_names: tuple[str, ...]
 
     def __init__(self, name: str) -> None:

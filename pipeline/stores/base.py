@@ -18,15 +18,18 @@ Arrays = dict[str, NDArray]
 
 CLS_TOKEN = "cls"
 GLOBAL_FEATURE = "global"
+NORMS = "norms"
 
 
 def teacher_layouts(teacher: TeacherSpec) -> dict[str, ArrayLayout]:
-    """Every array of a teacher: those of its codec, and its token features where the spec asks.
+    """Every array of a teacher: those of its codec, ‖t‖ for the adjoint grid, token features on request.
 
     Token features are few bytes and matter much, so they are kept at 16 bits (32 under `f32`).
     """
     codec = get_codec(teacher.codec)
     layouts = codec.layout(teacher.num_levels, teacher.stored_grid, teacher.width)
+    if teacher.grid.kind == "adjoint":
+        layouts[NORMS] = ArrayLayout((teacher.num_levels,), torch.float32, ("level",), {"of": "native map"})
     token_dtype = torch.float32 if teacher.codec == "f32" else torch.float16
     if teacher.cls_token:
         layouts[CLS_TOKEN] = ArrayLayout(
@@ -35,6 +38,11 @@ def teacher_layouts(teacher: TeacherSpec) -> dict[str, ArrayLayout]:
     if teacher.global_width:
         layouts[GLOBAL_FEATURE] = ArrayLayout((teacher.global_width,), token_dtype, ("channel",), {})
     return layouts
+
+
+def feature_arrays(teacher: TeacherSpec) -> list[str]:
+    """The arrays that make up the features: all but the token features."""
+    return [name for name in teacher_layouts(teacher) if name not in (CLS_TOKEN, GLOBAL_FEATURE)]
 
 
 class ShardWriter(ABC):
@@ -61,5 +69,9 @@ class FeatureStore(ABC):
         """A writer whose files appear whole when the context closes, and not at all if it fails."""
 
     @abstractmethod
-    def read(self, spec: CacheSpec, teacher: str, rows: NDArray[np.int64], names: Sequence[str]) -> Arrays:
-        """The named arrays at `rows`, in that order, rows first."""
+    def read(self, spec: CacheSpec, teacher: str, rows: NDArray[np.int64], out: Arrays) -> None:
+        """Fill the arrays of `out`, by name, with `rows` in that order, rows first.
+
+        `out` is C-contiguous and of the shapes and dtypes of `teacher_layouts`. Raises `CorruptShardError`
+        for files that are not what a shard's are, and for a row that holds nothing.
+        """

@@ -2,18 +2,15 @@
 
 Shard files are written here and not through zarr-python, because a shard has to be streamed (one of
 SAM's is gigabytes), fsynced, renamed and hashed as it is written. The format is that of the sharding
-codec: each chunk's bytes followed by their crc32c, then the index, a little-endian (offset, nbytes)
-pair of uint64 per chunk, 2⁶⁴-1 for an absent chunk, followed by the index's own crc32c. A test holds
-these bytes equal to what zarr-python writes.
+codec (`shard_format`); a test holds these bytes equal to what zarr-python writes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import PurePosixPath
+from functools import lru_cache, partial
 
-import google_crc32c
 import numpy as np
 import zarr
 from numpy.typing import NDArray
@@ -29,8 +26,11 @@ from pipeline.manifest import FileRecord
 from pipeline.spec import CacheSpec
 from pipeline.storage import ChecksumWriter, LocalStorage, Storage
 from pipeline.stores.base import Arrays, FeatureStore, ShardWriter, teacher_layouts
+from pipeline.stores.shard_format import ABSENT, Index, checksum, empty_index, index_nbytes, parse_index
 
-ABSENT = np.uint64(2**64 - 1)
+_KEPT_INDEXES = 1024
+
+Ints = NDArray[np.int64]
 
 
 def array_folder(teacher: str, array: str) -> str:
@@ -39,7 +39,7 @@ def array_folder(teacher: str, array: str) -> str:
 
 def shard_file(teacher: str, array: str, shard: int, row_ndim: int) -> str:
     """Zarr's default chunk key: the shard along the row axis, 0 along every other."""
-    return str(PurePosixPath(array_folder(teacher, array), "c", str(shard), *["0"] * row_ndim))
+    return f"{array_folder(teacher, array)}/c/{shard}{'/0' * row_ndim}"
 
 
 def numpy_dtype(layout: ArrayLayout) -> np.dtype:
@@ -55,7 +55,7 @@ class ZarrShardWriter(ShardWriter):
         rows: int,
     ) -> None:
         self._names, self._files, self._layouts = names, files, layouts
-        self._index = {array: np.full((rows, 2), ABSENT, "<u8") for array in files}
+        self._index = {array: empty_index(rows) for array in files}
 
     def write(self, offsets: Sequence[int], arrays: Mapping[str, NDArray]) -> None:
         assert arrays.keys() == self._files.keys(), (arrays.keys(), self._files.keys())
@@ -81,14 +81,14 @@ class ZarrShardWriter(ShardWriter):
 
 def _write_checked(file: ChecksumWriter, data: bytes) -> None:
     file.write(data)
-    checksum: int = google_crc32c.value(data)
-    file.write(checksum.to_bytes(4, "little"))
+    file.write(checksum(data))
 
 
 class ZarrStore(FeatureStore):
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
         self._arrays: dict[tuple[str, str], zarr.Array] = {}
+        self._read_index = lru_cache(_KEPT_INDEXES)(partial(_read_index, storage))
 
     def create(self, spec: CacheSpec, teacher: str) -> None:
         memory = MemoryStore()
@@ -127,20 +127,30 @@ class ZarrStore(FeatureStore):
             yield writer
             writer.finish()
 
-    def read(self, spec: CacheSpec, teacher: str, rows: NDArray[np.int64], names: Sequence[str]) -> Arrays:
-        return {name: self._read_array(teacher, name, rows) for name in names}
+    def read(self, spec: CacheSpec, teacher: str, rows: NDArray[np.int64], out: Arrays) -> None:
+        shards, places = np.divmod(rows, spec.rows_per_shard)
+        for name, values in out.items():
+            try:
+                self._read_array(spec, teacher, name, shards, places, values)
+            except (ValueError, FileNotFoundError, KeyError) as error:  # ValueError: also a wrong checksum
+                raise CorruptShardError(
+                    f"Array {name} of teacher {teacher} cannot be read.",
+                    got=f"{type(error).__name__}: {error}",
+                    expected="the bytes that the commit records state",
+                    do=f"run: teachercache verify {self.storage.url}",
+                ) from error
 
-    def _read_array(self, teacher: str, name: str, rows: NDArray[np.int64]) -> NDArray:
-        try:
-            values = self._array(teacher, name).get_orthogonal_selection((rows,))
-        except (ValueError, OSError, KeyError) as error:  # zarr raises ValueError on a checksum mismatch
-            raise CorruptShardError(
-                f"Array {name} of teacher {teacher} cannot be read.",
-                got=f"{type(error).__name__}: {error}",
-                expected="the bytes that the commit records state",
-                do=f"run: teachercache verify {self.storage.url}",
-            ) from error
-        return np.asarray(values)
+    def _read_array(
+        self, spec: CacheSpec, teacher: str, name: str, shards: Ints, places: Ints, values: NDArray
+    ) -> None:
+        """Rows at `places` in `shards`. zarr would give zeros for files and rows that are not there."""
+        for shard in np.unique(shards).tolist():
+            file = shard_file(teacher, name, shard, values.ndim - 1)
+            present = (self._read_index(file, spec.rows_per_shard) != ABSENT).all(1)[places[shards == shard]]
+            if not present.all():
+                raise ValueError(f"{file} holds no row {places[shards == shard][~present][0]}")
+        rows = shards * spec.rows_per_shard + places
+        np.copyto(values, self._array(teacher, name).get_orthogonal_selection((rows,)), casting="no")
 
     def _array(self, teacher: str, name: str) -> zarr.Array:
         if (teacher, name) not in self._arrays:
@@ -153,8 +163,17 @@ class ZarrStore(FeatureStore):
             return LocalStore(self.storage.root, read_only=True)
         return FsspecStore.from_url(self.storage.url, read_only=True)
 
-    def __getstate__(self) -> dict[str, object]:
-        return {"storage": self.storage, "_arrays": {}}
+
+def _read_index(storage: Storage, name: str, num_rows: int) -> Index:
+    file_nbytes = storage.size(name)
+    if file_nbytes is None:
+        raise FileNotFoundError(name)
+    start = max(0, file_nbytes - index_nbytes(num_rows))
+    end = storage.read_range(name, start, file_nbytes - start)
+    try:
+        return parse_index(end, num_rows, file_nbytes)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def _items(store: MemoryStore) -> Iterator[tuple[str, bytes]]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from student import build_student
-from student.losses import DistillationLoss, Target
+from student.losses import DistillationLoss, FeatureTarget
 
 GOLDEN = Path(__file__).parents[1] / "goldens" / "sak_stage1_losses.json"
 
@@ -24,7 +24,10 @@ def ten_losses() -> list[float]:
         "sak", stem="vit_tiny_patch16_224", teacher_dims={"same": 192, "wide": 256}, image_size=(64, 96)
     )
     images_B3HW = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8)
-    targets = {"same": Target(torch.randn(2, 4, 4, 6, 192)), "wide": Target(torch.randn(2, 4, 9, 13, 256))}
+    targets = {
+        "same": FeatureTarget(torch.randn(2, 4, 4, 6, 192)),
+        "wide": FeatureTarget(torch.randn(2, 4, 9, 13, 256)),
+    }
     loss = DistillationLoss()
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, weight_decay=1e-2)
     losses = []

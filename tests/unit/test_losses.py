@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from student.losses import CosineKind, DistillationLoss, Target
+from pipeline.grids import stored_form
+from pipeline.spec import GridSpec
+from student.losses import AdjointTarget, CosineKind, DistillationLoss, FeatureTarget
 
 B, S, C = 2, 4, 5
 GRIDS = [((3, 4), (3, 4)), ((3, 4), (7, 9)), ((4, 4), (3, 2))]
@@ -19,9 +21,9 @@ def maps(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def pair(grid: tuple[int, int], teacher_grid: tuple[int, int]) -> tuple[list[Tensor], Target]:
+def pair(grid: tuple[int, int], teacher_grid: tuple[int, int]) -> tuple[list[Tensor], FeatureTarget]:
     student = [3 * maps(B, C, *grid, seed=level) for level in range(S)]
-    return student, Target(maps(B, S, *teacher_grid, C, seed=9))
+    return student, FeatureTarget(maps(B, S, *teacher_grid, C, seed=9))
 
 
 def bilinear_at(values_hw: list[list[float]], y: float, x: float) -> float:
@@ -35,7 +37,7 @@ def bilinear_at(values_hw: list[list[float]], y: float, x: float) -> float:
     return total
 
 
-def by_hand(student: list[Tensor], target: Target, cosine: CosineKind) -> float:
+def by_hand(student: list[Tensor], target: FeatureTarget, cosine: CosineKind) -> float:
     """Eq. 5 with loops over numbers."""
     total = 0.0
     _, levels, height, width, channels = target.feature_maps_BSHWC.shape
@@ -110,12 +112,12 @@ def test_sums_over_teachers_with_their_weights() -> None:
     torch.testing.assert_close(together.total, alone[0] + 0.25 * alone[1])
     torch.testing.assert_close(together.levels["b"].sum(), alone[1])
     torch.testing.assert_close(
-        together.levels["a"], 0.9 * together.cosine["a"] + 0.1 * together.smooth_l1["a"]
+        together.levels["a"], 0.9 * together.cosine["a"] + 0.1 * together.distance["a"]
     )
 
 
 def test_is_zero_for_a_perfect_student() -> None:
-    target = Target(maps(B, S, 3, 4, C))
+    target = FeatureTarget(maps(B, S, 3, 4, C))
     student = [target.feature_maps_BSHWC[:, level].permute(0, 3, 1, 2) for level in range(S)]
     assert DistillationLoss()({"a": student}, {"a": target}).total.item() == pytest.approx(0, abs=1e-12)
 
@@ -123,7 +125,7 @@ def test_is_zero_for_a_perfect_student() -> None:
 def test_is_computed_in_float32_under_autocast() -> None:
     student, target = pair((3, 4), (7, 9))
     half = [level.bfloat16() for level in student]
-    target = Target(target.feature_maps_BSHWC.half())
+    target = FeatureTarget(target.feature_maps_BSHWC.half())
     expected = DistillationLoss()({"a": [level.float() for level in half]}, {"a": target}).total
     with torch.autocast("cpu", torch.bfloat16):
         got = DistillationLoss()({"a": half}, {"a": target}).total
@@ -141,4 +143,38 @@ def test_is_computed_in_float32_under_autocast() -> None:
 )
 def test_what_does_not_fit_says_why(student: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        DistillationLoss()(student, {"a": Target(torch.zeros(1, S, 2, 2, C))})
+        DistillationLoss()(student, {"a": FeatureTarget(torch.zeros(1, S, 2, 2, C))})
+
+
+ADJOINT_GRIDS = [  # student's, teacher's: those of SAK's teachers, and a teacher coarser than the student
+    ((24, 24), (27, 27)),
+    ((24, 24), (64, 64)),
+    ((32, 32), (36, 36)),
+    ((28, 36), (32, 41)),
+    ((28, 36), (50, 64)),
+    ((14, 14), (7, 7)),
+]
+
+
+@pytest.mark.parametrize(("grid", "teacher_grid"), ADJOINT_GRIDS)
+def test_an_adjoint_target_is_worth_the_native_map(
+    grid: tuple[int, int], teacher_grid: tuple[int, int]
+) -> None:
+    """Flattened cosine and squared error, in value and gradient."""
+    student, native = pair(grid, teacher_grid)
+    student = [level.requires_grad_() for level in student]
+    stored, norms = stored_form(native.feature_maps_BSHWC, GridSpec(kind="adjoint", size=grid))
+    assert norms is not None
+    loss = DistillationLoss("flattened", distance="squared_error")
+    results = []
+    for target in (native, AdjointTarget(stored, norms, teacher_grid)):
+        output = loss({"a": student}, {"a": target})
+        results.append((output.total, *torch.autograd.grad(output.total, student)))
+    for exact, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-12, atol=1e-15)
+
+
+def test_an_adjoint_target_is_for_one_grid() -> None:
+    target = AdjointTarget(maps(B, S, 4, 4, C), maps(B, S).abs(), (7, 9))
+    with pytest.raises(ValueError, match="one student grid"):
+        DistillationLoss()({"a": [maps(B, C, 3, 4)] * S}, {"a": target})

@@ -1,0 +1,156 @@
+"""What a target on the student's grid does to the gradient of the distillation losses.
+
+    python -m benchmarks.grids
+
+For each pair of grids, the gradient with respect to the student's map is compared to that from the teacher's
+native map, for two students (random; near the target) and two kinds of targets (standardised channels; raw
+ones of unlike means and deviations). Entries are `cosine / relative error` of the gradient. Three targets:
+adjoint (Uᵀt and ‖t‖²), pooled (bilinear with antialiasing, compared on the student's grid), and for the
+flattened cosine also 4-bit codes (int4-hadamard) of Uᵀt and of the least-squares map (UᵀU)⁺Uᵀt.
+
+Prints one table and, last, one line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks import signals
+from pipeline.codecs import get_codec
+from pipeline.grids import adjoint, gram, least_squares, pool, upsample
+from pipeline.spec import GridSpec, Size
+from student.adjoint_loss import (
+    flattened_cosine_from_adjoint,
+    smooth_l1_from_adjoint,
+    token_cosine_from_adjoint,
+)
+
+PAIRS: list[tuple[Size, Size]] = [  # (student, teacher)
+    ((24, 24), (27, 27)),
+    ((24, 24), (64, 64)),
+    ((32, 32), (36, 36)),
+    ((32, 32), (64, 64)),
+    ((28, 36), (32, 41)),
+    ((32, 32), (24, 24)),
+]
+BATCH, WIDTH = 4, 256
+
+Loss = Callable[[Tensor], Tensor]  # of the student's map (B, C, h, w)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.parse_args()
+    results = [
+        {"student_grid": student, "teacher_grid": teacher, "target": kind, "student": state}
+        | {name: _agreement(s, loss, native) for name, (loss, native) in losses(t, student).items()}
+        for student, teacher in PAIRS
+        for kind, t in targets(teacher).items()
+        for state, s in students(t, student).items()
+    ]
+    Console(width=200).print(_table(results))
+    print(json.dumps({"benchmark": "grids", "torch": torch.__version__, "results": results}))
+
+
+def targets(grid: Size) -> dict[str, Tensor]:
+    """(B, C, H, W): smooth fields with as much variance again in single tokens."""
+    fields = signals.correlated(BATCH, 1, grid, WIDTH, seed=0)
+    noise = signals.white(BATCH, 1, grid, WIDTH, seed=1)
+    t = (fields / fields.std() + noise)[:, 0].permute(0, 3, 1, 2)
+    standardised = (t - t.mean((0, 2, 3), keepdim=True)) / t.std((0, 2, 3), keepdim=True)
+    generator = torch.Generator().manual_seed(2)
+    mean, log_std = torch.randn(2, WIDTH, 1, 1, generator=generator)
+    return {"standardised": standardised, "raw": (standardised + 2 * mean) * log_std.exp()}
+
+
+def students(t: Tensor, grid: Size) -> dict[str, Tensor]:
+    nearest = least_squares(adjoint(t, grid), (t.shape[-2], t.shape[-1]))
+    generator = torch.Generator().manual_seed(3)
+    deviation = t.std((0, 2, 3), keepdim=True)
+    noise = deviation * torch.randn(nearest.shape, generator=generator)
+    return {"random": noise, "near": nearest + 0.3 * noise}
+
+
+def losses(t: Tensor, student: Size) -> dict[str, tuple[Loss, Loss]]:
+    """By name, a loss from a small target and the loss from the native one that it stands for."""
+    teacher = (t.shape[-2], t.shape[-1])
+    squared_norm = t.square().flatten(1).sum(1)
+    small = adjoint(t, student)
+    pooled = _channels_first(pool(_channels_last(t), GridSpec(kind="bilinear", size=student)))
+    coded_adjoint = _coded(small)
+    coded_map = gram(_coded(least_squares(small, teacher)), teacher)
+
+    def flattened(s: Tensor) -> Tensor:
+        return F.cosine_similarity(upsample(s, teacher).flatten(1), t.flatten(1))
+
+    def token(s: Tensor) -> Tensor:
+        return F.cosine_similarity(upsample(s, teacher), t, dim=1).mean()
+
+    def smooth_l1(s: Tensor) -> Tensor:
+        return F.smooth_l1_loss(upsample(s, teacher), t)
+
+    def from_adjoint(target: Tensor) -> Loss:
+        return lambda s: flattened_cosine_from_adjoint(s, target, squared_norm, teacher)
+
+    return {
+        "flattened: adjoint": (from_adjoint(small), flattened),
+        "flattened: pooled": (lambda s: F.cosine_similarity(s.flatten(1), pooled.flatten(1)), flattened),
+        "flattened: int4 of Uᵀt": (from_adjoint(coded_adjoint), flattened),
+        "flattened: int4 of least squares": (from_adjoint(coded_map), flattened),
+        "token: adjoint": (
+            lambda s: token_cosine_from_adjoint(s, small, squared_norm, teacher).mean(),
+            token,
+        ),
+        "token: pooled": (lambda s: F.cosine_similarity(s, pooled, dim=1).mean(), token),
+        "smooth-L1: adjoint": (lambda s: smooth_l1_from_adjoint(s, small, teacher), smooth_l1),
+        "smooth-L1: pooled": (lambda s: F.smooth_l1_loss(s, pooled), smooth_l1),
+    }
+
+
+def _coded(maps_BChw: Tensor) -> Tensor:
+    features = _channels_last(maps_BChw)
+    return _channels_first(get_codec("int4-hadamard").calibrate(features).encode(features).decode())
+
+
+def _channels_last(maps_BCHW: Tensor) -> Tensor:
+    return maps_BCHW.permute(0, 2, 3, 1)[:, None]
+
+
+def _channels_first(features_B1HWC: Tensor) -> Tensor:
+    return features_B1HWC[:, 0].permute(0, 3, 1, 2)
+
+
+def _agreement(s: Tensor, loss: Loss, native: Loss) -> dict[str, float]:
+    actual, expected = (_gradient(s, function).double() for function in (loss, native))
+    return {
+        "cosine": F.cosine_similarity(actual, expected, dim=0).item(),
+        "relative_error": ((actual - expected).norm() / expected.norm()).item(),
+    }
+
+
+def _gradient(s: Tensor, loss: Loss) -> Tensor:
+    s = s.detach().requires_grad_()
+    return torch.autograd.grad(loss(s).sum(), s)[0].flatten()
+
+
+def _table(results: list[dict[str, Any]]) -> Table:
+    names = [name for name, value in results[0].items() if isinstance(value, dict)]
+    table = Table("grids", "target", "student", *names)
+    for result in results:
+        student, teacher = ("×".join(map(str, result[key])) for key in ("student_grid", "teacher_grid"))
+        cells = (f"{result[name]['cosine']:.3f} / {result[name]['relative_error']:.1g}" for name in names)
+        table.add_row(f"{student} → {teacher}", result["target"], result["student"], *cells)
+    return table
+
+
+if __name__ == "__main__":
+    main()

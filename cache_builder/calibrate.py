@@ -1,0 +1,96 @@
+"""The calibration phase: a sample of rows, from which codecs learn their tables and are judged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from cache_builder.teachers import Teacher
+from pipeline.codecs import get_codec
+from pipeline.codecs.fidelity import measure_fidelity
+from pipeline.errors import EmptySourceError, ImageDecodeError
+from pipeline.grids import stored_form
+from pipeline.sources import Source, decode_image
+from pipeline.spec import GridSpec
+from pipeline.views import View, ViewTable, render_view
+
+_SPARE = 2.0  # more samples than rows are wanted, since some may not decode
+
+
+@dataclass(frozen=True)
+class CalibrationSample:
+    """Views spread evenly over the samples, with where their images are. Small; crosses process borders."""
+
+    source: Source
+    places: tuple[tuple[str, int, int], ...]
+    views: tuple[View, ...]
+    num_rows: int
+
+    @classmethod
+    def draw(cls, source: Source, samples: pa.Table, views: pa.Table, num_rows: int) -> CalibrationSample:
+        usable = np.flatnonzero(np.asarray(samples["status"]) == "ok")
+        count = min(int(num_rows * _SPARE), usable.size)
+        chosen = usable[np.linspace(0, usable.size - 1, count).astype(int)]
+        num_views = views.num_rows // samples.num_rows
+        table = ViewTable(views)
+        columns = [samples[name].to_numpy()[chosen].tolist() for name in ("path", "offset", "nbytes")]
+        drawn = tuple(table.view(int(sample) * num_views + i % num_views) for i, sample in enumerate(chosen))
+        return cls(source, tuple(zip(*columns, strict=True)), drawn, min(num_rows, usable.size))
+
+    def pixels(self, size: tuple[int, int], limit: int | None = None) -> Tensor:
+        """uint8 (R, 3, height, width): the first `num_rows` (or `limit`) views whose images decode."""
+        wanted = min(limit or self.num_rows, self.num_rows)
+        renders: list[Tensor] = []
+        for place, view in zip(self.places, self.views, strict=True):
+            if len(renders) == wanted:
+                break
+            try:
+                renders.append(render_view(decode_image(self.source.read(*place)), view, size))
+            except ImageDecodeError:
+                continue  # the build will quarantine it, with the reason
+        if not renders:
+            raise EmptySourceError(
+                "Not one image of the calibration sample can be decoded.",
+                got=f"{len(self.places)} images of {self.source.location}",
+                expected="images that decode",
+                do="open some of them with an image viewer",
+            )
+        return torch.stack(renders)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A codec's tables (none for codecs without), and what it lost on the sample."""
+
+    tables: dict[str, Tensor]
+    fidelity: dict[str, float]
+
+
+@torch.inference_mode()
+def sample_features(
+    teacher: Teacher, sample: CalibrationSample, grid: GridSpec, batch_size: int, limit: int | None = None
+) -> Tensor:
+    """What is stored of the sample's features before encoding, (R, S, h, w, C) float32 on the CPU."""
+    device = next(teacher.parameters()).device
+    batches = sample.pixels(teacher.spec.render_size, limit).split(batch_size)
+    maps = (stored_form(teacher(batch.to(device)).feature_maps_BSHWC, grid)[0] for batch in batches)
+    return torch.cat([map_.float().cpu() for map_ in maps])
+
+
+def calibrate(
+    teachers: Mapping[str, Teacher], sample: CalibrationSample, batch_size: int
+) -> dict[str, Calibration]:
+    """Tables and fidelity of every teacher's codec on the sample."""
+    results = {}
+    for name, teacher in teachers.items():
+        codec = get_codec(teacher.spec.codec)
+        limit = None if codec.needs_tables else batch_size  # a plain codec learns nothing, and loses little
+        features_RSHWC = sample_features(teacher, sample, teacher.spec.grid, batch_size, limit).clone()
+        codec.calibrate(features_RSHWC)
+        results[name] = Calibration(codec.state(), asdict(measure_fidelity(codec, features_RSHWC)))
+    return results

@@ -1,0 +1,47 @@
+"""The bytes of a shard file, as Zarr's sharding codec lays them out.
+
+Each row's chunk, followed by its crc32c; then the index, a little-endian (offset, nbytes) pair of
+uint64 for each row, 2⁶⁴-1 twice for an absent chunk; then the index's own crc32c.
+"""
+
+from __future__ import annotations
+
+import google_crc32c
+import numpy as np
+from numpy.typing import NDArray
+
+ABSENT = 2**64 - 1
+CHECKSUM_NBYTES = 4
+
+Index = NDArray[np.uint64]  # (rows, 2): offset and nbytes, the checksum included
+
+
+def checksum(data: bytes | memoryview) -> bytes:
+    value: int = google_crc32c.value(np.frombuffer(data, np.uint8))  # it takes no memoryview
+    return value.to_bytes(CHECKSUM_NBYTES, "little")
+
+
+def empty_index(num_rows: int) -> Index:
+    return np.full((num_rows, 2), ABSENT, "<u8")
+
+
+def index_nbytes(num_rows: int) -> int:
+    return empty_index(num_rows).nbytes + CHECKSUM_NBYTES
+
+
+def parse_index(end: bytes, num_rows: int, file_nbytes: int) -> Index:
+    """The index in the last `index_nbytes(num_rows)` bytes of a file.
+
+    Raises `ValueError` unless its checksum is right and every chunk lies inside the file.
+    """
+    if len(end) != index_nbytes(num_rows):
+        raise ValueError(f"{file_nbytes} bytes are too few for an index of {num_rows} rows")
+    table, stored = end[:-CHECKSUM_NBYTES], end[-CHECKSUM_NBYTES:]
+    if checksum(table) != stored:
+        raise ValueError("the checksum of its index is wrong")
+    index = np.frombuffer(table, "<u8").reshape(num_rows, 2)
+    offset, nbytes = index[(index != ABSENT).any(1)].T
+    limit = np.uint64(file_nbytes - len(end))
+    if ((offset > limit) | (nbytes > limit - np.minimum(offset, limit))).any():
+        raise ValueError(f"its index names bytes beyond {limit}, where the chunks end")
+    return index
