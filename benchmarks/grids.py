@@ -8,7 +8,7 @@ ones of unlike means and deviations). Entries are `cosine / relative error` of t
 adjoint (Uᵀt and ‖t‖²), pooled (bilinear with antialiasing, compared on the student's grid), and for the
 flattened cosine also 4-bit codes (int4-hadamard) of Uᵀt and of the least-squares map (UᵀU)⁺Uᵀt.
 
-Prints one table and, last, one line of JSON.
+All but the codes is computed in float64. Prints one table and, last, one line of JSON.
 """
 
 from __future__ import annotations
@@ -65,10 +65,10 @@ def targets(grid: Size) -> dict[str, Tensor]:
     """(B, C, H, W): smooth fields with as much variance again in single tokens."""
     fields = signals.correlated(BATCH, 1, grid, WIDTH, seed=0)
     noise = signals.white(BATCH, 1, grid, WIDTH, seed=1)
-    t = (fields / fields.std() + noise)[:, 0].permute(0, 3, 1, 2)
+    t = _channels_first(fields / fields.std() + noise).double()
     standardised = (t - t.mean((0, 2, 3), keepdim=True)) / t.std((0, 2, 3), keepdim=True)
     generator = torch.Generator().manual_seed(2)
-    mean, log_std = torch.randn(2, WIDTH, 1, 1, generator=generator)
+    mean, log_std = torch.randn(2, WIDTH, 1, 1, generator=generator, dtype=t.dtype)
     return {"standardised": standardised, "raw": (standardised + 2 * mean) * log_std.exp()}
 
 
@@ -76,7 +76,7 @@ def students(t: Tensor, grid: Size) -> dict[str, Tensor]:
     nearest = least_squares(adjoint(t, grid), (t.shape[-2], t.shape[-1]))
     generator = torch.Generator().manual_seed(3)
     deviation = t.std((0, 2, 3), keepdim=True)
-    noise = deviation * torch.randn(nearest.shape, generator=generator)
+    noise = deviation * torch.randn(nearest.shape, generator=generator, dtype=t.dtype)
     return {"random": noise, "near": nearest + 0.3 * noise}
 
 
@@ -118,7 +118,8 @@ def losses(t: Tensor, student: Size) -> dict[str, tuple[Loss, Loss]]:
 
 def _coded(maps_BChw: Tensor) -> Tensor:
     features = _channels_last(maps_BChw)
-    return _channels_first(get_codec("int4-hadamard").calibrate(features).encode(features).decode())
+    encoded = get_codec("int4-hadamard").calibrate(features).encode(features)
+    return _channels_first(encoded.decode(dtype=maps_BChw.dtype))
 
 
 def _channels_last(maps_BCHW: Tensor) -> Tensor:
@@ -130,7 +131,7 @@ def _channels_first(features_B1HWC: Tensor) -> Tensor:
 
 
 def _agreement(s: Tensor, loss: Loss, native: Loss) -> dict[str, float]:
-    actual, expected = (_gradient(s, function).double() for function in (loss, native))
+    actual, expected = (_gradient(s, function) for function in (loss, native))
     return {
         "cosine": F.cosine_similarity(actual, expected, dim=0).item(),
         "relative_error": ((actual - expected).norm() / expected.norm()).item(),

@@ -212,7 +212,9 @@ class ShardExtractor:
         with self._device_lock, torch.inference_mode():
             with seconds.stage("forward"):
                 device = next(teacher.parameters()).device
-                features = teacher(pixels[spec.render_size].to(device, non_blocking=True))
+                views = pixels[spec.render_size]
+                views = views.pin_memory() if device.type == "cuda" else views
+                features = teacher(views.to(device, non_blocking=True))
             with seconds.stage("encode"):
                 stored, norms_BS = stored_form(features.feature_maps_BSHWC, spec.grid)
                 tensors = dict(self._cache.codec(name).encode(stored).tensors())

@@ -25,6 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 console = Console()
+_MAX_INDEX = 2**63 - 1
 
 RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A YAML file, or a recipe of jobs/recipes by name.")
@@ -186,30 +187,43 @@ def verify(
 @app.command()
 def inspect(
     cache: CacheArgument,
+    shard: Annotated[int | None, typer.Option(min=0, max=_MAX_INDEX, help="Show one shard.")] = None,
+    row: Annotated[int | None, typer.Option(min=0, max=_MAX_INDEX, help="Show one row.")] = None,
+    key: Annotated[str | None, typer.Option(help="Show one sample, by its key or the end of it.")] = None,
     pictures: Annotated[
         Path | None, typer.Option(help="Write PCA maps of a few samples to this PNG.")
     ] = None,
-    samples: Annotated[int, typer.Option(help="How many samples the picture shows.")] = 3,
+    samples: Annotated[int, typer.Option(min=1, help="How many samples the picture shows.")] = 3,
     as_json: Json = False,
 ) -> None:
-    """Show what a cache holds and whether it is complete.
+    """Show what a cache holds, whether it is complete, and what is broken.
 
-    Example: `teachercache inspect /data/cache --pictures maps.png`
+    Example: `teachercache inspect /data/cache --key n01440764_10026`
     """
+    from jobs.inspection import detail_tables, details
     from jobs.inspection.summary import summarize
     from jobs.inspection.tables import summary_table
-    from pipeline.cache import FeatureCache
+    from pipeline.manifest import Manifest
+    from pipeline.storage import Storage
 
-    opened = FeatureCache.open(cache)
-    summary = summarize(opened)
-    if as_json:
-        console.print_json(data=summary)
+    manifest = Manifest(Storage.at(cache))
+    if shard is not None:
+        found, table = details.shard_details(manifest, shard), detail_tables.shard_table
+    elif row is not None:
+        found, table = details.row_details(manifest, row), detail_tables.row_table
+    elif key is not None:
+        found, table = details.sample_details(manifest, key), detail_tables.sample_table
     else:
-        console.print(summary_table(summary))
+        found, table = summarize(manifest), summary_table
+    if as_json:
+        console.print_json(data=found)
+    else:
+        console.print(table(found))
     if pictures is not None:
         from jobs.inspection.pictures import pca_maps
+        from pipeline.cache import FeatureCache
 
-        pca_maps(opened, pictures, num_samples=samples)
+        pca_maps(FeatureCache.open(cache), pictures, num_samples=samples)
         console.print(f"PCA maps: {pictures}", soft_wrap=True)
 
 

@@ -18,6 +18,7 @@
     ├── CodecError (ValueError)
     ├── DiskSpaceError (OSError)
     ├── BuildError                            shards failed; everything else is committed
+    ├── TrainingError (FloatingPointError)    a loss that is no longer finite
     └── CheckpointError                       a checkpoint that does not fit the run
 
 A message says what was got, what was expected and what to do: `explain()` gives it that form.
@@ -124,6 +125,10 @@ class DiskSpaceError(TeacherCacheError, OSError):
 
 class BuildError(TeacherCacheError):
     """Some shards failed for good; every other shard is committed."""
+
+
+class TrainingError(TeacherCacheError, FloatingPointError):
+    """Training cannot go on: the loss is no longer finite."""
 
 
 class CheckpointError(TeacherCacheError):

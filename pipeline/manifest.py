@@ -2,30 +2,40 @@
 
 Commit order of a shard: its files, each whole (`Storage.open_write`); its quarantine list, if any;
 its commit record, last. A shard without a commit record does not exist.
+
+The record holds the checksums of the shard's files. What no record names carries its own (`seal`), as a
+last entry "checksum": a key of JSON objects, the last line of a quarantine list, metadata of a table.
 """
 
 from __future__ import annotations
 
 import io
+import json
+import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, Self, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import safetensors.torch
 import xxhash
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from torch import Tensor
 
 from pipeline.errors import CacheError, CacheNotFoundError
-from pipeline.spec import SCHEMA_VERSION, CacheSpec, Strict
+from pipeline.limits import MAX_ROWS, MAX_ROWS_PER_FILE_BYTE, MAX_ROWS_PER_SHARD, MAX_SHARDS, check_limits
+from pipeline.seal import UNSEALED, is_intact, seal
+from pipeline.sources import SAMPLE_SCHEMA
+from pipeline.spec import IMAGES, SCHEMA_VERSION, CacheSpec, Strict
 from pipeline.storage import Storage
+from pipeline.views import VIEW_SCHEMA
 
 SPEC_NAME = "cache.json"
 SAMPLES_NAME = "samples.parquet"
 VIEWS_NAME = "views.parquet"
 _READ_THREADS = 16
+_MAX_RECORD_BYTES = 1 << 26  # that of a shard of a million copied images
 
 Model = TypeVar("Model", bound=Strict)
 
@@ -46,10 +56,10 @@ class CommitRecord(Strict):
     """
 
     teacher: str
-    shard: int = Field(ge=0)
+    shard: int = Field(ge=0, lt=MAX_SHARDS)
     content_id: str
-    first_row: int = Field(ge=0)
-    num_rows: int = Field(ge=0)
+    first_row: int = Field(ge=0, lt=MAX_ROWS)
+    num_rows: int = Field(ge=0, le=MAX_ROWS_PER_SHARD)
     invalid_rows: tuple[int, ...] = ()
     files: dict[str, FileRecord]
     source_checksum: str
@@ -59,9 +69,31 @@ class CommitRecord(Strict):
     versions: dict[str, str]
     finished: str
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        rows = range(self.first_row, self.first_row + self.num_rows)
+        if any(row not in rows for row in self.invalid_rows):
+            raise ValueError(f"invalid_rows must be rows of the shard, {rows}")
+        if any(offset < 0 or nbytes < 0 or offset + nbytes > self.nbytes for offset, nbytes in self.members):
+            raise ValueError(f"members must be byte ranges of a tar of {self.nbytes} bytes")
+        return self
+
     @property
     def nbytes(self) -> int:
         return sum(file.nbytes for file in self.files.values())
+
+    def mismatch(self, spec: CacheSpec) -> str | None:
+        """Why this record cannot be one of the cache `spec`, or None."""
+        if self.shard >= spec.num_shards:
+            return f"shard {self.shard} does not exist in a cache of {spec.num_shards} shards"
+        if self.content_id != (expected := spec.content_id(self.teacher)):
+            return f"was computed for another spec: content id {self.content_id}, expected {expected}"
+        rows = spec.shard_rows(self.shard)
+        if (self.first_row, self.num_rows) != (rows.start, len(rows)):
+            return f"holds {self.num_rows} rows from row {self.first_row}, expected {rows}"
+        if self.teacher == IMAGES and len(self.members) != len(spec.shard_samples(self.shard)):
+            return f"holds {len(self.members)} images, expected {len(spec.shard_samples(self.shard))}"
+        return None
 
 
 class QuarantineEntry(Strict):
@@ -89,12 +121,14 @@ class Manifest:
         self.write_spec(spec)
 
     def write_spec(self, spec: CacheSpec) -> None:
-        self.storage.write(SPEC_NAME, (spec.model_dump_json(indent=1) + "\n").encode())
+        """Raises `CacheError` for a spec that no reader would accept."""
+        check_limits(spec)
+        self.storage.write(SPEC_NAME, _json_bytes(spec, indent=1))
 
     def spec(self) -> CacheSpec:
         """Raises `CacheNotFoundError` where there is no cache, `CacheError` where it cannot be read."""
         try:
-            text = self.storage.read(SPEC_NAME)
+            data = self._read(SPEC_NAME)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise CacheNotFoundError(
                 "There is no cache here.",
@@ -102,13 +136,15 @@ class Manifest:
                 expected="a folder or URL that `teachercache build` has written to",
                 do="check the path, or build the cache first",
             ) from error
-        return self._parse(CacheSpec, SPEC_NAME, text)
+        spec = self._parse(CacheSpec, SPEC_NAME, data)
+        check_limits(spec)
+        return spec
 
     def samples(self) -> pa.Table:
-        return self._table(SAMPLES_NAME)
+        return self._table(SAMPLES_NAME, SAMPLE_SCHEMA)
 
     def views(self) -> pa.Table:
-        return self._table(VIEWS_NAME)
+        return self._table(VIEWS_NAME, VIEW_SCHEMA)
 
     def write_tables(self, teacher: str, tables: dict[str, Tensor]) -> str:
         """Keep a codec's calibrated tables; returns their hash, for the teacher's spec."""
@@ -135,13 +171,12 @@ class Manifest:
         return tables
 
     def commit(self, record: CommitRecord) -> None:
-        name = commit_name(record.teacher, record.shard)
-        self.storage.write(name, (record.model_dump_json() + "\n").encode())
+        self.storage.write(commit_name(record.teacher, record.shard), _json_bytes(record))
 
     def committed(self, teacher: str) -> set[int]:
         """Shards that have a commit record; a listing, no record is read."""
         names = self.storage.names(f"commits/{teacher}")
-        return {int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdigit()}
+        return {int(name[:-5]) for name in names if _COMMIT_NAME.fullmatch(name)}
 
     def commits(self, teacher: str, shards: Iterable[int] | None = None) -> dict[int, CommitRecord]:
         """The commit records of a teacher, by shard."""
@@ -152,7 +187,7 @@ class Manifest:
 
     def read_commit(self, teacher: str, shard: int) -> CommitRecord:
         name = commit_name(teacher, shard)
-        record = self._parse(CommitRecord, name, self.storage.read(name))
+        record = self._parse(CommitRecord, name, self._read(name))
         if (record.teacher, record.shard) != (teacher, shard):
             raise CacheError(
                 f"{name} is the record of another shard.",
@@ -163,40 +198,72 @@ class Manifest:
         return record
 
     def write_quarantine(self, shard: int, entries: list[QuarantineEntry]) -> None:
-        lines = "".join(entry.model_dump_json() + "\n" for entry in entries)
-        self.storage.write(f"quarantine/{shard:05d}.jsonl", lines.encode())
+        lines = [entry.model_dump_json() for entry in entries] + [json.dumps({"checksum": UNSEALED})]
+        self.storage.write(quarantine_name(shard), seal("".join(line + "\n" for line in lines).encode()))
 
     def quarantine(self) -> list[QuarantineEntry]:
         """Every quarantined sample, in order of shards."""
-        entries = []
-        for name in self.storage.names("quarantine"):
-            path = f"quarantine/{name}"
-            for line in self.storage.read(path).splitlines():
-                entries.append(self._parse(QuarantineEntry, path, line))
-        return entries
+        names = [name for name in self.storage.names("quarantine") if name.endswith(".jsonl")]
+        return [entry for name in names for entry in self.read_quarantine(f"quarantine/{name}")]
 
-    def _table(self, name: str) -> pa.Table:
+    def read_quarantine(self, name: str) -> list[QuarantineEntry]:
+        *lines, _ = self._read(name).splitlines()
+        return [self._parse(QuarantineEntry, name, line) for line in lines]
+
+    def _read(self, name: str) -> bytes:
+        """A sealed file of records. Raises `CacheError` for any damage."""
+        return self._intact(name, self.storage.read_range(name, 0, _MAX_RECORD_BYTES))
+
+    def _intact(self, name: str, data: bytes) -> bytes:
+        if not is_intact(data):
+            raise CacheError(
+                f"{name} of this cache was damaged or edited.",
+                got=f"{len(data)} bytes that do not have the checksum they state",
+                expected="the file as teachercache wrote it",
+                do=f"restore {SPEC_NAME} from a copy; nothing else says what the rows are"
+                if name == SPEC_NAME
+                else f"run: teachercache repair {self.storage.url}",
+            )
+        return data
+
+    def _table(self, name: str, schema: pa.Schema) -> pa.Table:
         try:
-            return pq.read_table(pa.BufferReader(self.storage.read(name)))
-        except (FileNotFoundError, pa.ArrowException, OSError) as error:
+            data = self._intact(name, self.storage.read(name))
+            with pq.ParquetFile(pa.BufferReader(data)) as file:
+                if file.metadata.num_rows > MAX_ROWS_PER_FILE_BYTE * len(data):
+                    raise pa.ArrowInvalid(f"{file.metadata.num_rows} rows in {len(data)} bytes")
+                return file.read().cast(schema)
+        except (FileNotFoundError, pa.ArrowException, OSError, ValueError) as error:
             raise CacheError(
                 f"{name} of this cache cannot be read.",
                 got=f"{type(error).__name__}: {error}",
                 expected="the table that the build wrote before any shard",
-                do="restore it from a copy; the rows cannot be named without it",
+                do=f"run: teachercache repair {self.storage.url}",
             ) from error
 
     def _parse(self, model: type[Model], name: str, text: bytes) -> Model:
         try:
-            return model.model_validate_json(text)
-        except ValidationError as error:
-            first = error.errors()[0]
+            content = json.loads(text)
+            if isinstance(content, dict):
+                content.pop("checksum", None)
+            return model.model_validate(content)
+        except (ValueError, RecursionError) as error:
             raise CacheError(
                 f"{name} of this cache cannot be understood.",
-                got=f"{'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}",
+                got=_first_problem(error),
                 expected=f"what this version of teachercache writes (schema {SCHEMA_VERSION})",
                 do="run `teachercache verify` on the cache; use the version that built it if it is newer",
             ) from error
+
+
+_COMMIT_NAME = re.compile(r"[0-9]{5,12}\.json")
+
+
+def _first_problem(error: Exception) -> str:
+    if not isinstance(error, ValidationError):
+        return f"{type(error).__name__}: {error}"
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}"
 
 
 def tables_name(teacher: str) -> str:
@@ -207,7 +274,19 @@ def commit_name(teacher: str, shard: int) -> str:
     return f"commits/{teacher}/{shard:05d}.json"
 
 
+def quarantine_name(shard: int) -> str:
+    return f"quarantine/{shard:05d}.jsonl"
+
+
+def _json_bytes(record: Strict, indent: int | None = None) -> bytes:
+    content: dict[str, Any] = record.model_dump(mode="json") | {"checksum": UNSEALED}
+    return seal((json.dumps(content, indent=indent) + "\n").encode())
+
+
 def _parquet_bytes(table: pa.Table) -> bytes:
+    """The checksum is among the key-value pairs, which end the file."""
     sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd")
-    return sink.getvalue()
+    with pq.ParquetWriter(sink, table.schema, compression="zstd") as writer:
+        writer.write_table(table)
+        writer.add_key_value_metadata({"checksum": UNSEALED})
+    return seal(sink.getvalue())

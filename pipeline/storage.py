@@ -100,10 +100,9 @@ class Storage(ABC):
         with self.open_read(name) as file:
             return file.read()
 
+    @abstractmethod
     def read_range(self, name: str, offset: int, nbytes: int) -> bytes:
-        with self.open_read(name) as file:
-            file.seek(offset)
-            return file.read(nbytes)
+        """At most `nbytes` bytes from `offset`: fewer where the file ends, and none allocated for the rest."""
 
     def write(self, name: str, data: Buffer) -> None:
         with self.open_write(name) as file:
@@ -146,6 +145,15 @@ class LocalStorage(Storage):
 
     def open_read(self, name: str) -> IO[bytes]:
         return self.path(name).open("rb")
+
+    def read_range(self, name: str, offset: int, nbytes: int) -> bytes:
+        _require_range(name, offset, nbytes)
+        with self.open_read(name) as file:
+            rest = os.fstat(file.fileno()).st_size - offset
+            if rest <= 0:
+                return b""
+            file.seek(offset)
+            return file.read(min(nbytes, rest))
 
     @contextmanager
     def open_write(self, name: str) -> Iterator[ChecksumWriter]:
@@ -207,6 +215,13 @@ class LocalStorage(Storage):
         for path in stale:
             path.unlink(missing_ok=True)
         return sorted(str(path.relative_to(self.root)) for path in stale)
+
+
+def _require_range(name: str, offset: int, nbytes: int) -> None:
+    if offset < 0 or nbytes < 0:  # offsets, too, come from files we read
+        raise CacheError(
+            f"These are no bytes of {name}.", got=f"{nbytes} bytes from {offset}", expected="a range of the file"
+        )
 
 
 def _writer_tag() -> str:

@@ -7,14 +7,13 @@ maps = student(student.normalize(images))       uint8 (B, 3, H, W) → {teacher:
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Mapping
 
-from pipeline.errors import RecipeError
 from pipeline.spec import Size
-from student.base import Student, find_saved, read_config
+from student.base import Student, StudentOutput, find_saved, read_config, require_known
 from student.sak.model import SAK
+from student.sak.transfer import load_stage_1
 
 _KINDS: dict[str, type[SAK]] = {SAK.kind: SAK}
 
@@ -28,22 +27,31 @@ def build_student(
     tasks: Mapping[str, int] | None = None,
     pretrained: bool = False,
     reduction: int = 4,
+    fusion: str = "mor",
+    decoder: str = "simple",
+    adapter_paths: bool = True,
 ) -> Student:
     """A new student of `kind` ("sak").
 
     `stem`: name of a timm ViT, `pretrained` its weights. `teacher_dims`: name → channels of each teacher.
     `image_size`: (height, width) in pixels. `reduction`: width of the stem / width inside an adapter.
+    `adapter_paths`: False for the baseline with linear aligners only.
+    `tasks`: name → output channels; none for stage 1. `fusion`: how a task makes one of the stem's and the
+    paths' representations, "mor", "sum" or "concat". `decoder`: the heads, "simple" or "upernet".
     Raises `RecipeError` for arguments that cannot work, `WeightsNotFoundError` when the stem's weights
     cannot be had.
     """
-    if tasks:
-        raise RecipeError(
-            "Students with tasks (stage 2: routers and heads) are not there yet.",
-            got=", ".join(tasks),
-            expected="no tasks",
-            do="leave `tasks` empty and distil the representations (stage 1)",
-        )
-    return _class(kind)(stem, teacher_dims, image_size, reduction=reduction, pretrained=pretrained)
+    return _class(kind)(
+        stem,
+        teacher_dims,
+        image_size,
+        reduction=reduction,
+        pretrained=pretrained,
+        tasks=tasks,
+        fusion=fusion,
+        decoder=decoder,
+        adapter_paths=adapter_paths,
+    )
 
 
 def load_student(source: str | os.PathLike[str], revision: str | None = None) -> Student:
@@ -53,15 +61,8 @@ def load_student(source: str | os.PathLike[str], revision: str | None = None) ->
 
 
 def _class(kind: str) -> type[SAK]:
-    if kind not in _KINDS:
-        near = difflib.get_close_matches(kind, _KINDS, 1)
-        raise RecipeError(
-            "There is no student of this kind.",
-            got=kind,
-            expected=f"one of {', '.join(_KINDS)}",
-            do=f"did you mean {near[0]}?" if near else None,
-        )
+    require_known("student", kind, _KINDS)
     return _KINDS[kind]
 
 
-__all__ = ["SAK", "Student", "build_student", "load_student"]
+__all__ = ["SAK", "Student", "StudentOutput", "build_student", "load_stage_1", "load_student"]

@@ -88,13 +88,19 @@ class Student(nn.Module, ABC):
     def freeze(self, *parts: str) -> None:
         """Exclude parts from training, each named as a submodule: "stem", "paths", "paths.clip", …
 
-        A new optimizer must be made of the parameters that still require a gradient. Raises `RecipeError`
-        for a part that is not there.
+        Raises `RecipeError` for a part that is not there.
         """
-        known = [name for name, _ in self.named_modules() if name]
+        modules = dict(self.named_modules())
         for part in parts:
-            require_known("part of this student", part, known)
-            self.get_submodule(part).requires_grad_(False)
+            if part not in modules:
+                near = difflib.get_close_matches(part, modules, 1)
+                raise RecipeError(
+                    "The student has no such part to freeze.",
+                    got=part,
+                    expected="a submodule: " + ", ".join(name for name, _ in self.named_children()),
+                    do=f"did you mean {near[0]}?" if near else None,
+                )
+            modules[part].requires_grad_(False)
 
     @abstractmethod
     def parameters_by_part(self) -> dict[str, int]:

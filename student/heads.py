@@ -44,7 +44,7 @@ class SimpleHead(nn.Module):
 
 
 class UPerHead(nn.Module):
-    """UPerNet (Xiao et al., 2018) over a plain ViT: pyramid pooling on the last level, then a feature pyramid.
+    """UPerNet (Xiao et al., 2018) on a plain ViT: pyramid pooling of the last level, a feature pyramid.
 
     The levels of a ViT share one grid; they are resized to 1, 1/2, 1/4 and 1/8 of `size` to be a pyramid.
     The norm is of each pixel's channels, so that a batch of one image trains, also where a map was pooled
@@ -102,4 +102,5 @@ def _conv(channels_in: int, channels_out: int, kernel: int) -> nn.Sequential:
 
 
 HEADS: dict[str, type[SimpleHead | UPerHead]] = {"simple": SimpleHead, "upernet": UPerHead}
-"""The decoders by name: `Head(width, num_outputs, size)`, from levels (B, width, h, w) to (B, outputs, *size)."""
+"""The decoders by name. `Head(width, num_outputs, size)` makes (B, num_outputs, *size) of four levels
+(B, width, h, w)."""

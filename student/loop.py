@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pipeline.errors import explain
+from pipeline.errors import TrainingError
 from pipeline.loader import Batch
 from student.checkpoint import save_checkpoint
 from student.recipe import TrainRecipe
@@ -69,7 +69,7 @@ class TrainingLoop:
     def run(self, batches: Iterator[Batch], first_step: int, total_steps: int, log: RunLog) -> LoopResult:
         """Take the steps `first_step`, …, `total_steps - 1`, or fewer when SIGTERM comes.
 
-        Raises `FloatingPointError` when the loss is no longer finite; checkpoints are older than that.
+        Raises `TrainingError` when the loss is no longer finite; checkpoints are older than that.
         """
         result = LoopResult(next_step=first_step)
         images_per_step = self._recipe.images_per_step(self._accelerator.num_processes)
@@ -162,11 +162,9 @@ def step_seed(*position: int) -> int:
 
 def _require_finite(step: int, loss: float) -> None:
     if not math.isfinite(loss):
-        raise FloatingPointError(
-            explain(
-                f"The loss is no longer finite at step {step}.",
-                got=loss,
-                expected="a finite number",
-                do="lower optimizer.lr, set clip_norm or lengthen the warm-up, in a new output folder",
-            )
+        raise TrainingError(
+            f"The loss is no longer finite at step {step}.",
+            got=loss,
+            expected="a finite number",
+            do="lower optimizer.lr, set clip_norm or lengthen the warm-up, in a new output folder",
         )

@@ -92,6 +92,7 @@ class _Tally:
     seconds: Counter[str] = field(default_factory=Counter)
     hosts: Counter[str] = field(default_factory=Counter)
     spans: list[tuple[float, float]] = field(default_factory=list)
+    last_commit: str | None = None
 
     def add(self, record: CommitRecord) -> None:
         self.shards += 1
@@ -100,13 +101,12 @@ class _Tally:
         self.nbytes += record.nbytes
         self.seconds.update(record.seconds)
         self.hosts[record.host] += 1
-        if record.finished:
-            end = datetime.fromisoformat(record.finished).timestamp()
-            self.spans.append((end - record.seconds.get("wall", 0.0), end))
+        self.last_commit = max(record.finished, self.last_commit or "")
+        if span := shard_span(record):
+            self.spans.append(span)
 
     def facts(self) -> dict[str, Any]:
         busy_s = covered(self.spans)
-        last = max((end for _, end in self.spans), default=None)
         return {
             "nbytes": self.nbytes,
             "rows_committed": self.rows,
@@ -115,8 +115,17 @@ class _Tally:
             "busy_s": round(busy_s, 2),
             "rows_per_s": round(self.rows / busy_s, 3) if busy_s else None,
             "hosts": dict(self.hosts.most_common()),
-            "last_commit": last and datetime.fromtimestamp(last).astimezone().isoformat(timespec="seconds"),
+            "last_commit": self.last_commit,
         }
+
+
+def shard_span(record: CommitRecord) -> tuple[float, float] | None:
+    """When a shard was begun and finished (Unix seconds), where its record says so."""
+    try:
+        end = datetime.fromisoformat(record.finished).timestamp()
+    except ValueError:
+        return None
+    return end - record.seconds.get("wall", 0.0), end
 
 
 def covered(spans: Iterable[tuple[float, float]]) -> float:
@@ -169,12 +178,23 @@ def record_problems(
         return [f"{name} has a commit record, but this cache has {spec.num_shards} shards"]
     if record.content_id != (content_id or spec.content_id(record.teacher)):
         return [f"{name} was computed for another spec (content id {record.content_id})"]
-    problems = []
     if isinstance(storage, LocalStorage):  # elsewhere each size is a request
-        for path, file in record.files.items():
-            if (size := storage.size(path)) != file.nbytes:
-                found = "is missing" if size is None else f"has {size:,} bytes"
-                problems.append(f"{name}: {path} {found}, expected {file.nbytes:,}")
+        return [f"{name}: {reason}" for reason in file_problems(storage, record)]
+    return []
+
+
+def file_problems(storage: Storage, record: CommitRecord) -> Problems:
+    """Files of a record that are missing or of another size."""
+    problems = []
+    for path, file in record.files.items():
+        try:
+            size = storage.size(path)
+        except CacheError as error:
+            problems.append(f"{path!r}: {describe(error)}")
+            continue
+        if size != file.nbytes:
+            found = "is missing" if size is None else f"has {size:,} bytes"
+            problems.append(f"{path} {found}, expected {file.nbytes:,}")
     return problems
 
 
@@ -215,7 +235,7 @@ def _bytes_per_row(storage: Storage, teacher: str, problems: Problems) -> int | 
 def _attempt(read: Callable[[], Any], problems: Problems, default: Any, about: str = "") -> Any:
     try:
         return read()
-    except (CacheError, OSError, ValueError, KeyError, TypeError) as error:
+    except (CacheError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         problems.append(about + describe(error))
         return default
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from cache_builder.budget import Option
-from cache_builder.plan import Plan, human_bytes
-from student.repsim import Similarity
+from pipeline.units import human_bytes, human_seconds
 
-_SHOWN_QUARANTINED = 8
+if TYPE_CHECKING:  # they bring torch, which `inspect` has no time for
+    from cache_builder.budget import Option
+    from cache_builder.plan import Plan
+    from student.repsim import Similarity
+
+_SHOWN = 8
 
 
 def plan_table(plan: Plan) -> RenderableType:
@@ -40,18 +43,21 @@ def plan_table(plan: Plan) -> RenderableType:
         "bytes": f"{human_bytes(plan.total_bytes)} ({human_bytes(plan.bytes_per_row)} a view)",
         "to write": f"{human_bytes(plan.missing_bytes)} ({free})",
         "teachers": f"{gmacs:,.1f} GMACs a view, {2e-6 * gmacs * spec.num_rows:,.3g} PFLOP in all",
-        "GPU-hours": f"{plan.gpu_hours:,.2f} at {plan.tflops_per_gpu:g} TFLOP/s sustained by a GPU "
+        "GPU-hours": f"{plan.gpu_hours:,.3g} at {plan.tflops_per_gpu:g} TFLOP/s sustained by a GPU "
         "(plan.teacher_tflops_per_gpu)",
         "training": f"reads {human_bytes(round(plan.read_bytes_per_s))}/s at {plan.student_images_per_s:g} "
         "img/s (plan.student_images_per_s)",
     }
-    return Group(_columns("teacher", columns), _lines(totals))
+    return Group(columns_table("teacher", columns), lines(totals))
 
 
 def summary_table(summary: Mapping[str, Any]) -> RenderableType:
     """What a cache holds (`summarize`), and what is wrong with it."""
     dataset, versions = summary["dataset"], summary["versions"]
     images = "copied into the cache" if summary["images"] == "copy" else "read from there in training"
+    teachers = summary["teachers"]
+    row_nbytes = sum(teacher["bytes_per_row"] or 0 for teacher in teachers.values())
+    nbytes = sum(teacher["nbytes"] for teacher in teachers.values())
     head = {
         "cache": f"{summary['url']} (id {summary['cache_id'][:12]})",
         "created": f"{summary['created']} with "
@@ -60,21 +66,26 @@ def summary_table(summary: Mapping[str, Any]) -> RenderableType:
         "fingerprint": dataset["fingerprint"],
         "views": _views(summary["views"]),
         "rows": f"{summary['rows']:,} in {summary['shards']:,} shards of {summary['rows_per_shard']}",
+        "bytes": f"{human_bytes(nbytes)} so far, {human_bytes(row_nbytes)} a row, "
+        f"{human_bytes(row_nbytes * summary['rows'])} when complete",
     }
     columns = {
         name: {
             **_teacher_facts(teacher),
+            "token cosine": _fidelity(teacher["fidelity"]),
             "weights hash": (teacher["weights_hash"] or "")[:12],
             "shards": _done(summary["committed"][name], summary["shards"]),
             "rows": f"{teacher['rows_committed']:,} ({teacher['rows_invalid']:,} invalid)",
-            "bytes per row": human_bytes(teacher["bytes_per_row"]),
+            "bytes per row": human_bytes(teacher["bytes_per_row"]) if teacher["bytes_per_row"] else "unknown",
             "bytes": human_bytes(teacher["nbytes"]),
-            "forward": f"{teacher['seconds']['forward']:.1f} of {teacher['seconds']['wall']:.1f} s",
+            "speed": _speed(teacher),
+            "forward": _share(teacher["seconds"]),
+            "hosts": _hosts(teacher["hosts"]),
             "last commit": teacher["last_commit"] or "–",
         }
-        for name, teacher in summary["teachers"].items()
+        for name, teacher in teachers.items()
     }
-    return Group(_lines(head), _columns("teacher", columns), *_warnings(summary))
+    return Group(lines(head), columns_table("teacher", columns), *_warnings(summary))
 
 
 def similarity_table(similarities: Mapping[str, Similarity]) -> RenderableType:
@@ -85,23 +96,23 @@ def similarity_table(similarities: Mapping[str, Similarity]) -> RenderableType:
         | {"mean": f"{similarity.mean:.4f}"}
         for name, similarity in similarities.items()
     }
-    return _columns("cosine similarity", columns)
+    return columns_table("cosine similarity", columns)
 
 
 def options_table(options: Mapping[str, Sequence[Option]], num_rows: int) -> RenderableType:
-    """Grids and codecs of each teacher: bytes, and what they lose on the calibration sample."""
-    table = Table(box=box.SIMPLE_HEAD)
-    for column in ("teacher", "grid", "codec"):
-        table.add_column(column)
-    for column in ("bytes/view", "all views", "of float16", "token cosine", "1st percentile", "relative L2"):
-        table.add_column(column, justify="right")
+    """Codecs of each teacher on its grid: bytes, and what they lose on the calibration sample."""
+    tables = []
     for name, available in options.items():
+        grid = available[0].spec
+        title = f"{name}, {grid.grid.kind} grid {_times(grid.stored_grid)} × {grid.width}"
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+        table.add_column("codec", no_wrap=True)
+        for column in ("a view", "all views", "of f16", "cosine", "1st pct.", "rel. L2"):
+            table.add_column(column, justify="right", no_wrap=True)
         for option in available:
-            spec, fidelity = option.spec, option.fidelity
+            fidelity = option.fidelity
             table.add_row(
-                name,
-                f"{spec.grid.kind} {_times(spec.stored_grid)}",
-                spec.codec,
+                option.spec.codec,
                 human_bytes(option.bytes_per_row),
                 human_bytes(num_rows * option.bytes_per_row),
                 f"{fidelity.float16_ratio:.3f}",
@@ -109,7 +120,8 @@ def options_table(options: Mapping[str, Sequence[Option]], num_rows: int) -> Ren
                 f"{fidelity.cosine_p1:.5f}",
                 f"{fidelity.relative_l2:.4f}",
             )
-    return table
+        tables.append(table)
+    return Group(*tables)
 
 
 def _teacher_facts(teacher: Mapping[str, Any]) -> dict[str, str]:
@@ -125,24 +137,61 @@ def _teacher_facts(teacher: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
+def _fidelity(fidelity: Mapping[str, float] | None) -> str:
+    if not fidelity:
+        return "not measured"
+    return f"{fidelity['cosine_mean']:.5f}, 1% below {fidelity['cosine_p1']:.5f}"
+
+
+def _speed(teacher: Mapping[str, Any]) -> str:
+    if not teacher["rows_per_s"]:
+        return "–"
+    return f"{teacher['rows_per_s']:.3g} rows/s for {human_seconds(teacher['busy_s'])}"
+
+
+def _share(seconds: Mapping[str, float]) -> str:
+    if not seconds.get("wall"):
+        return "–"
+    return f"{min(seconds.get('forward', 0.0) / seconds['wall'], 1):.0%} of the shards' time"
+
+
+def _hosts(hosts: Mapping[str, int]) -> str:
+    named = [host for host in hosts if host]
+    return ", ".join(named[:3]) + (f" and {len(named) - 3} more" if len(named) > 3 else "") or "–"
+
+
 def _warnings(summary: Mapping[str, Any]) -> list[Text]:
-    lines = []
+    warnings = []
     random = [name for name, teacher in summary["teachers"].items() if not teacher["pretrained"]]
     if random:
-        lines.append(f"Random weights, for tests and timing only: {', '.join(random)}.")
+        warnings.append(f"Random weights, for tests and timing only: {', '.join(random)}.")
     if any(done < summary["shards"] for done in summary["committed"].values()):
-        lines.append("Not complete: run the same build command again to continue.")
-    quarantined = summary["quarantined"]
-    if quarantined:
-        lines.append(f"{len(quarantined)} samples are quarantined:")
-        shown = quarantined[:_SHOWN_QUARANTINED]
-        lines += [f"  {entry['key']} ({entry['location']}): {entry['reason']}" for entry in shown]
-        if len(quarantined) > len(shown):
-            lines.append(f"  and {len(quarantined) - len(shown)} more in {summary['url']}/quarantine")
-    return [Text(line, style="yellow") for line in lines]
+        warnings.append("Not complete: run the same build command again to continue.")
+    if summary["quarantined"]:
+        warnings.append(f"{len(summary['quarantined'])} samples are quarantined:")
+        warnings += _some([quarantine_line(entry) for entry in summary["quarantined"]])
+    return [*(Text(line, style="yellow") for line in warnings), *problem_lines(summary["problems"])]
 
 
-def _columns(corner: str, columns: Mapping[str, Mapping[str, str | Text]]) -> Table:
+def problem_lines(problems: Sequence[str]) -> list[Text]:
+    """What is broken, and what to do."""
+    if not problems:
+        return []
+    found = [f"{len(problems)} {'thing is' if len(problems) == 1 else 'things are'} broken:"]
+    advice = ["`teachercache verify` checks every shard and says how to mend it."]
+    return [Text(line, style="red") for line in (*found, *_some(problems), *advice)]
+
+
+def quarantine_line(entry: Mapping[str, Any]) -> str:
+    return f"{entry['key']} ({entry['location']}): {entry['reason']}"
+
+
+def _some(entries: Sequence[str]) -> list[str]:
+    rest = [f"  and {len(entries) - _SHOWN} more; --json lists all"] if len(entries) > _SHOWN else []
+    return [f"  {entry}" for entry in entries[:_SHOWN]] + rest
+
+
+def columns_table(corner: str, columns: Mapping[str, Mapping[str, str | Text]]) -> Table:
     table = Table(box=box.SIMPLE_HEAD)
     for title in (corner, *columns):
         table.add_column(title, overflow="fold")
@@ -151,7 +200,7 @@ def _columns(corner: str, columns: Mapping[str, Mapping[str, str | Text]]) -> Ta
     return table
 
 
-def _lines(values: Mapping[str, str]) -> Table:
+def lines(values: Mapping[str, str]) -> Table:
     grid = Table.grid(padding=(0, 2))
     for name, value in values.items():
         grid.add_row(Text(name, style="bold"), Text(value, overflow="fold"))

@@ -65,11 +65,22 @@ class AdapterPath(nn.Module):
                 levels_BnD.append(tokens_BND[:, num_prefix_tokens:])
         return [norm(tokens_BnD) for norm, tokens_BnD in zip(self.output_norms, levels_BnD, strict=True)]
 
-    def align(self, levels_BnD: Sequence[Tensor]) -> list[Tensor]:
-        """Each level (B, n, D) → (B, n, C), the teacher's width."""
-        if not self.aligners:
-            return list(levels_BnD)
-        return [aligner(tokens_BnD) for aligner, tokens_BnD in zip(self.aligners, levels_BnD, strict=True)]
+
+class AlignerPath(nn.Module):
+    """What stands for an `AdapterPath` in the baseline without adapters (SAK, Table 3, row 1): a linear
+    layer for each level, from the stem straight to the teacher."""
+
+    def __init__(self, width: int, num_levels: int, teacher_width: int) -> None:
+        super().__init__()
+        self.aligners = nn.ModuleList(nn.Linear(width, teacher_width) for _ in range(num_levels))
+        self.apply(_initialise)
+
+
+def align(path: AdapterPath | AlignerPath, levels_BnD: Sequence[Tensor]) -> list[Tensor]:
+    """Each level (B, n, D) → (B, n, C), the teacher's width."""
+    if not path.aligners:
+        return list(levels_BnD)
+    return [aligner(tokens_BnD) for aligner, tokens_BnD in zip(path.aligners, levels_BnD, strict=True)]
 
 
 def _initialise(module: nn.Module) -> None:

@@ -1,25 +1,28 @@
-"""SAK's student of stage 1: the stem and an adapter path for each teacher (SAK, 3.2).
+"""SAK's student (SAK, 3.2 and 3.3): the stem, an adapter path for each teacher, and what decodes tasks.
 
 B  images                h, w  grid of the stem, n = h·w patch tokens
 D  width of the stem     C     width of a teacher
 Z_l, R_l (B, N, D)       tokens of the stem and of a path after block l, prefix tokens included
-levels                   blocks L/4, L/2, 3L/4, L
+S  levels                blocks L/4, L/2, 3L/4, L
+E  experts               the stem, then the paths
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pipeline.errors import RecipeError
 from pipeline.spec import Size
-from student.base import Student
-from student.sak.adapter_path import AdapterPath
+from student.base import NUM_LEVELS, Student, StudentOutput, require_known
+from student.sak.adapter_path import AdapterPath, AlignerPath, align
 from student.sak.stem import Stem
+from student.sak.task_decoder import TaskDecoder
 
 
 @dataclass
@@ -31,10 +34,19 @@ class Representations:
 
 
 class SAK(Student):
-    """`forward` gives what distillation compares; `representations` what is used downstream."""
+    """Without `tasks` the student of stage 1, which is distilled; with them that of stage 2, or, without
+    teachers, the multi-task baseline (a single-task one with one task).
+
+    `adapter_paths=False` is the baseline of Table 3, row 1: nothing but linear aligners between stem and
+    teachers, and the stem as the only expert. `fusion` and `decoder` are `TaskDecoder`'s.
+
+    `forward` gives what distillation compares or what the tasks predict, `representations` what the two
+    are made of.
+    """
 
     kind = "sak"
-    paths: Any  # a ModuleDict of AdapterPath, which its type cannot say
+    paths: Any  # a ModuleDict of AdapterPath or AlignerPath, which its type cannot say
+    decoder: TaskDecoder | None
 
     def __init__(
         self,
@@ -43,66 +55,155 @@ class SAK(Student):
         image_size: Size,
         reduction: int = 4,
         pretrained: bool = False,
+        tasks: Mapping[str, int] | None = None,
+        fusion: str = "mor",
+        decoder: str = "simple",
+        adapter_paths: bool = True,
     ) -> None:
-        _check_teacher_names(teacher_dims)
+        tasks = dict(tasks or {})
+        _check_names("teacher", teacher_dims)
+        _check_names("task", tasks)
+        if not tasks:
+            _require_teachers(teacher_dims)
         module = Stem(stem, image_size, pretrained)
         config = {
             "stem": stem,
             "teacher_dims": dict(teacher_dims),
             "image_size": list(image_size),
             "reduction": reduction,
+            "tasks": tasks,
+            "fusion": fusion,
+            "decoder": decoder,
+            "adapter_paths": adapter_paths,
         }
         super().__init__(config, module.mean, module.std)
         self.stem = module
-        self.paths = nn.ModuleDict(
-            {
-                name: AdapterPath(module.width, module.depth, module.level_blocks, width, reduction)
-                for name, width in teacher_dims.items()
-            }
-        )
+        self.paths = nn.ModuleDict()
+        for name, width in teacher_dims.items():
+            self.paths[name] = self._new_path(width)
+        self.decoder = None
+        if tasks:
+            width, num_experts = module.width, len(self.experts)
+            self.decoder = TaskDecoder(width, num_experts, tasks, self.image_size, fusion, decoder)
+
+    @property
+    def experts(self) -> list[str]:
+        """The names of the last axis of the gates."""
+        return ["stem", *(self.teachers if self.config["adapter_paths"] else [])]
 
     def representations(self, pixels_B3HW: Tensor) -> Representations:
         tokens_BND = self.stem(pixels_B3HW)
         prefix = self.stem.num_prefix_tokens
         return Representations(
             stem=[tokens_BND[block][:, prefix:] for block in self.stem.level_blocks],
-            paths={name: path(tokens_BND, prefix) for name, path in self.paths.items()},
+            paths={name: self.paths[name](tokens_BND, prefix) for name in self.experts[1:]},
         )
 
-    def forward(self, pixels_B3HW: Tensor) -> dict[str, list[Tensor]]:
-        levels_BnD = self.representations(pixels_B3HW).paths
+    def forward(
+        self, pixels_B3HW: Tensor, full: bool = False
+    ) -> dict[str, list[Tensor]] | dict[str, Tensor] | StudentOutput:
+        """See `Student.forward`. The aligners, which only distillation needs, run for feature maps only."""
+        representations = self.representations(pixels_B3HW)
+        if self.decoder is None:
+            feature_maps = self._feature_maps(representations)
+            return StudentOutput(feature_maps, {}, {}) if full else feature_maps
+        experts_SBEnD = [
+            torch.stack(levels, dim=1)
+            for levels in zip(representations.stem, *representations.paths.values(), strict=True)
+        ]
+        predictions: dict[str, Tensor]
+        predictions, gates = self.decoder(experts_SBEnD, self.stem.grid)
+        if full:
+            return StudentOutput(self._feature_maps(representations), predictions, gates)
+        return predictions
+
+    def add_teacher(self, name: str, width: int) -> None:
+        """Add a path for one more teacher and freeze everything else (SAK, D.4).
+
+        The new path is then distilled from a cache of that teacher alone; the others' feature maps stay
+        what they are, to the bit. Raises `RecipeError` for a student with tasks, and for a name that is
+        taken.
+        """
+        self._require_no_tasks()
+        _check_names("teacher", [name])
+        if name in self.paths:
+            raise RecipeError(
+                "The student has this teacher already.",
+                got=name,
+                expected=f"another name than {', '.join(self.paths)}",
+                do="choose another name, or remove the teacher first",
+            )
+        self.requires_grad_(False)
+        self.paths[name] = self._new_path(width).to(self.mean.device)
+        self.config["teacher_dims"] = {**self.config["teacher_dims"], name: width}
+
+    def remove_teacher(self, name: str) -> None:
+        """Remove a teacher's path (SAK, D.4); the others' feature maps stay what they are, to the bit.
+
+        Raises `RecipeError` for a student with tasks, and for a teacher that it does not have or that is
+        its only one.
+        """
+        self._require_no_tasks()
+        require_known("teacher of this student", name, self.teachers)
+        teacher_dims = {other: width for other, width in self.config["teacher_dims"].items() if other != name}
+        _require_teachers(teacher_dims)
+        del self.paths[name]
+        self.config["teacher_dims"] = teacher_dims
+
+    def parameters_by_part(self) -> dict[str, int]:
+        counts = dict.fromkeys(_PARTS, 0)
+        for name, parameter in self.named_parameters():
+            (part,) = (part for part, pattern in _PARTS.items() if re.match(pattern, name))
+            counts[part] += parameter.numel()
+        return counts
+
+    def _new_path(self, teacher_width: int) -> AdapterPath | AlignerPath:
+        stem = self.stem
+        if not self.config["adapter_paths"]:
+            return AlignerPath(stem.width, NUM_LEVELS, teacher_width)
+        return AdapterPath(stem.width, stem.depth, stem.level_blocks, teacher_width, self.config["reduction"])
+
+    def _feature_maps(self, representations: Representations) -> dict[str, list[Tensor]]:
+        """For each teacher its levels (B, C, h, w), without a copy: in memory the channels stay last."""
         return {
-            name: [self._feature_map(tokens_BnC) for tokens_BnC in path.align(levels_BnD[name])]
+            name: [
+                tokens_BnC.unflatten(1, self.stem.grid).permute(0, 3, 1, 2)
+                for tokens_BnC in align(path, representations.paths.get(name, representations.stem))
+            ]
             for name, path in self.paths.items()
         }
 
-    def _feature_map(self, tokens_BnC: Tensor) -> Tensor:
-        """(B, n, C) → (B, C, h, w) without a copy: in memory the channels stay last."""
-        maps_BhwC: Tensor = tokens_BnC.unflatten(1, self.stem.grid)
-        return maps_BhwC.permute(0, 3, 1, 2)
-
-    def parameters_by_part(self) -> dict[str, int]:
-        paths = list(self.paths.values())
-        return {
-            "stem": _count(self.stem),
-            "adapter paths": sum(_count(path.adapters) for path in paths),
-            "output norms": sum(_count(path.output_norms) for path in paths),
-            "aligners": sum(_count(path.aligners) for path in paths),
-        }
+    def _require_no_tasks(self) -> None:
+        if self.tasks:
+            raise RecipeError(
+                "The teachers of a student with tasks cannot be changed: its routers are trained for them.",
+                got=f"a student with the tasks {', '.join(self.tasks)}",
+                expected="a student of stage 1",
+                do="change the student of stage 1, then start stage 2 from it",
+            )
 
 
-def _count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+_PARTS = {
+    "stem": r"stem\.",
+    "adapter paths": r"paths\.[^.]+\.adapters\.",
+    "output norms": r"paths\.[^.]+\.output_norms\.",
+    "aligners": r"paths\.[^.]+\.aligners\.",
+    "routers": r"decoder\.routers\.",
+    "heads": r"decoder\.heads\.",
+}
 
 
-def _check_teacher_names(teacher_dims: Mapping[str, int]) -> None:
+def _require_teachers(teacher_dims: Mapping[str, int]) -> None:
     if not teacher_dims:
         raise RecipeError("A student needs a teacher.", got="none", expected="one or more", do="name them")
-    for name in teacher_dims:
+
+
+def _check_names(what: str, names: Iterable[str]) -> None:
+    for name in names:
         if not re.fullmatch(r"\w[\w-]*", name) or hasattr(nn.ModuleDict(), name):
             raise RecipeError(
-                "This teacher's name cannot be the name of a part of the student.",
+                f"This {what}'s name cannot be the name of a part of the student.",
                 got=repr(name),
                 expected="letters, digits, - and _",
-                do="build the cache with another name for this teacher",
+                do=f"choose another name for this {what}",
             )

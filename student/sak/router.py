@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 
 class Router(nn.Module):
-    """g = Softmax(h + N(0, 1) · Softplus(e)) (SAK, Eq. 4) of one level and one task; the noise only in training.
+    """g = Softmax(h + N(0, 1) · Softplus(e)) of one level and one task (SAK, Eq. 4); noisy in training only.
 
     h and e are what a two-layer MLP makes of the stem's patch tokens, averaged over them. The first layer
     serves both and is followed by a LayerNorm: the paper does not say so, its parameter counts do.
@@ -35,4 +35,5 @@ class Router(nn.Module):
         logits_BE, deviation_BE = self.mlp(stem_tokens_BnD).mean(dim=1).chunk(2, dim=-1)
         if self.training:
             logits_BE = logits_BE + torch.randn_like(logits_BE) * F.softplus(deviation_BE)
-        return logits_BE.softmax(dim=-1)
+        gates_BE: Tensor = logits_BE.softmax(dim=-1)
+        return gates_BE

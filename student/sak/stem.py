@@ -59,6 +59,11 @@ class Stem(nn.Module):
                 handle.remove()
         return tokens_BND
 
+    def resize(self, image_size: Size) -> None:
+        """Take images of another size from now on; timm resamples the position embeddings."""
+        self.vit.set_input_size(img_size=tuple(image_size))
+        self.grid = tuple(self.vit.patch_embed.grid_size)
+
 
 def level_blocks(depth: int) -> list[int]:
     """The blocks L/4, L/2, 3L/4 and L, counted from 1; rounded up where 4 does not divide L."""

@@ -7,11 +7,12 @@ S  levels     n  patch tokens = h·w          D  width of every expert
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from pipeline.errors import RecipeError
 from pipeline.grids import upsample
 from pipeline.spec import Size
 from student.base import NUM_LEVELS, require_known
@@ -30,6 +31,8 @@ class TaskDecoder(nn.Module):
     It asks nothing of where the experts come from: they may be teachers' features out of a cache.
     """
 
+    routers: Any  # a ModuleDict of ModuleLists, which its type cannot say
+
     def __init__(
         self,
         width: int,
@@ -42,6 +45,13 @@ class TaskDecoder(nn.Module):
         super().__init__()
         require_known("fusion", fusion, get_args(Fusion))
         require_known("decoder", decoder, HEADS)
+        if fusion == "mor" and num_experts == 1:
+            raise RecipeError(
+                "The stem is the only expert, so there is nothing for routers to choose from.",
+                got="fusion mor",
+                expected="fusion sum, which takes a single expert as it is",
+                do="set fusion to sum, or give the student teachers with adapter paths",
+            )
         self.fusion = fusion
         self.image_size = image_size
         self.routers = nn.ModuleDict()

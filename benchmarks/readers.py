@@ -1,0 +1,259 @@
+"""Ways to read the same rows: ours, the raw bytes, and other libraries with the formats they bring.
+
+Each takes a `Workload`, makes its copy of the rows if it needs one, and gives an iterator without end:
+every `next()` puts one batch of random rows into the workload's buffers (the loaders: into a batch of
+their own). Imports that may be missing are made inside.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import zarr
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from pipeline.cache import FeatureCache
+from pipeline.codecs import Encoded
+from pipeline.loader import FeatureLoader
+from pipeline.stores.shard_format import index_nbytes, parse_index
+from pipeline.stores.zarr_store import array_folder, shard_file
+
+COPY_NBYTES = 1 << 26  # of each file of a copy
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """`rows` of one teacher, read in batches of `batch_size`; `buffers` hold one batch."""
+
+    cache: FeatureCache
+    teacher: str
+    rows: Ints
+    batch_size: int
+    buffers: dict[str, Encoded]
+    folder: Path
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return self.buffers[self.teacher].arrays
+
+    @property
+    def arrays(self) -> dict[str, NDArray]:
+        return {name: tensor.numpy() for name, tensor in self.tensors.items()}
+
+    @property
+    def batch_nbytes(self) -> int:
+        return self.buffers[self.teacher].nbytes
+
+    @property
+    def batches_per_pass(self) -> int:
+        return len(self.rows) // self.batch_size
+
+    def orders(self) -> Iterator[Ints]:
+        """Positions in `rows`, a batch at a time: one random order of all of them behind the other."""
+        for seed in count():
+            order = np.random.default_rng(seed).permutation(len(self.rows))
+            yield from order[: self.batches_per_pass * self.batch_size].reshape(-1, self.batch_size)
+
+    def samples(self) -> Iterator[dict[str, Tensor]]:
+        """Every row by itself, to make copies in other formats."""
+        for row in self.rows:
+            yield {name: t[0] for name, t in self.cache.read([row], [self.teacher])[self.teacher].arrays.items()}
+
+
+Reader = Callable[[Workload], Iterator[object]]
+
+
+def ours(w: Workload) -> Iterator[object]:
+    for order in w.orders():
+        yield w.cache.read(w.rows[order], [w.teacher], out=w.buffers)
+
+
+def ours_checked(w: Workload) -> Iterator[object]:
+    cache = FeatureCache.open(w.cache.storage.url, checksums=True)
+    for order in w.orders():
+        yield cache.read(w.rows[order], [w.teacher], out=w.buffers)
+
+
+def raw_pread(w: Workload) -> Iterator[object]:
+    """The system calls alone: files open, places known, memory at hand."""
+    places = {name: _places(w, name, values.ndim - 1) for name, values in w.arrays.items()}
+    chunks = {name: [value.reshape(-1).view(np.uint8).data for value in w.arrays[name]] for name in places}
+    for order in w.orders():
+        for name, into in chunks.items():
+            for chunk, position in zip(into, order.tolist(), strict=True):
+                descriptor, offset = places[name][position]
+                os.preadv(descriptor, [chunk], offset)
+        yield None
+
+
+def _places(w: Workload, name: str, row_ndim: int) -> list[tuple[int, int]]:
+    """(file descriptor, offset) of every row in one array."""
+    num_rows = w.cache.spec.rows_per_shard
+    files: dict[int, tuple[int, Ints]] = {}
+    for shard in np.unique(w.rows // num_rows).tolist():
+        path = Path(w.cache.storage.url, shard_file(w.teacher, name, shard, row_ndim))
+        descriptor, nbytes, end = os.open(path, os.O_RDONLY), path.stat().st_size, index_nbytes(num_rows)
+        index = parse_index(os.pread(descriptor, end, nbytes - end), num_rows, nbytes)
+        files[shard] = descriptor, index[:, 0].astype(np.int64)
+    shards, places = (part.tolist() for part in np.divmod(w.rows, num_rows))
+    return [(files[shard][0], int(files[shard][1][place])) for shard, place in zip(shards, places, strict=True)]
+
+
+def zarr_python(w: Workload) -> Iterator[object]:
+    arrays: dict[str, Any] = {
+        name: zarr.open_array(f"{w.cache.storage.url}/{array_folder(w.teacher, name)}", mode="r") for name in w.tensors
+    }
+    buffers = w.arrays
+    for order in w.orders():
+        for name, array in arrays.items():
+            buffers[name][:] = array.oindex[w.rows[order]]
+        yield None
+
+
+def tensorstore(w: Workload) -> Iterator[object]:
+    import tensorstore as ts
+
+    arrays = {}
+    for name in w.tensors:
+        path = f"{w.cache.storage.url}/{array_folder(w.teacher, name)}"
+        arrays[name] = ts.open({"driver": "zarr3", "kvstore": {"driver": "file", "path": path}}, read=True).result()
+    buffers = {name: ts.array(values, copy=False, write=True) for name, values in w.arrays.items()}
+    for order in w.orders():
+        pending = [buffers[name].write(array[w.rows[order]]) for name, array in arrays.items()]
+        yield [future.result() for future in pending]
+
+
+def theia_tar(w: Workload) -> Iterator[object]:
+    """As Theia writes and reads its features: one safetensors a row in a tar, read from front to back."""
+    import webdataset as wds
+    from safetensors.torch import load, save
+
+    folder = _folder(w, "tar")
+    with wds.ShardWriter(f"{folder}/%06d.tar", maxsize=COPY_NBYTES, verbose=0) as writer:
+        for number, sample in enumerate(w.samples()):
+            writer.write({"__key__": f"{number:09d}", "teacher.safetensors": save(sample)})
+
+    def decode(key: str, data: bytes) -> object:
+        return load(data) if key.endswith(".safetensors") else data
+
+    paths = [str(path) for path in sorted(folder.iterdir())]
+    dataset = wds.WebDataset(paths, shardshuffle=False).decode(decode).repeat()
+    rows = (sample["teacher.safetensors"] for sample in dataset)
+    while True:
+        yield _copy_rows(w, rows)
+
+
+def litdata(w: Workload) -> Iterator[object]:
+    from litdata import StreamingDataset
+    from litdata.streaming.writer import BinaryWriter
+
+    folder = _folder(w, "litdata")
+    writer = BinaryWriter(str(folder), chunk_bytes=COPY_NBYTES)
+    for number, sample in enumerate(w.samples()):
+        writer.add_item(number, {name: tensor.numpy() for name, tensor in sample.items()})
+    writer.done()
+    writer.merge(1)
+    dataset = StreamingDataset(str(folder))
+    for order in w.orders():
+        yield _copy_rows(w, (dataset[position] for position in order.tolist()))
+
+
+def mosaic_mds(w: Workload) -> Iterator[object]:
+    from streaming import LocalDataset, MDSWriter
+
+    folder = _folder(w, "mds")
+    columns = {
+        name: f"ndarray:{values.dtype}:{','.join(map(str, values.shape[1:]))}" for name, values in w.arrays.items()
+    }
+    with MDSWriter(out=str(folder), columns=columns, size_limit=COPY_NBYTES) as writer:
+        for sample in w.samples():
+            writer.write({name: tensor.numpy() for name, tensor in sample.items()})
+    dataset = LocalDataset(str(folder))
+    for order in w.orders():
+        yield _copy_rows(w, (dataset[position] for position in order.tolist()))
+
+
+def _folder(w: Workload, name: str) -> Path:
+    folder = w.folder / name
+    folder.mkdir()
+    return folder
+
+
+def _copy_rows(w: Workload, rows: Iterator[dict[str, Any]]) -> None:
+    buffers = w.tensors
+    for number, sample in zip(range(w.batch_size), rows, strict=False):
+        for name, buffer in buffers.items():
+            buffer[number] = torch.as_tensor(sample[name])
+
+
+class WorkloadSampler:
+    """The workload's batches, for `FeatureLoader`."""
+
+    def __init__(self, w: Workload) -> None:
+        self.batch_size_per_process = w.batch_size
+        self._rows = w.rows
+        self._orders = w.orders()
+
+    def batch(self, step: int) -> Ints:
+        return self._rows[next(self._orders)]
+
+
+def feature_loader(w: Workload) -> Iterator[object]:
+    with FeatureLoader(w.cache, WorkloadSampler(w), [w.teacher], images=False) as loader:
+        yield from loader
+
+
+class CachedRows(Dataset):
+    """What one would write first: a map-style dataset over the cache."""
+
+    def __init__(self, cache: FeatureCache, teacher: str) -> None:
+        self._cache, self._teacher = cache, teacher
+
+    def __getitem__(self, row: int) -> dict[str, Tensor]:
+        encoded = self._cache.read([row], [self._teacher])[self._teacher]
+        return {name: tensor[0] for name, tensor in encoded.arrays.items()}
+
+
+class _Batches:
+    def __init__(self, w: Workload) -> None:
+        self._w = w
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (self._w.rows[order].tolist() for order in self._w.orders())
+
+
+def data_loader(w: Workload) -> Iterator[object]:
+    """torch's, with two worker processes (new ones, since this process has threads)."""
+    yield from DataLoader(
+        CachedRows(w.cache, w.teacher),
+        batch_sampler=_Batches(w),
+        num_workers=2,
+        multiprocessing_context="spawn",
+    )
+
+
+READERS: dict[str, Reader] = {
+    "raw pread": raw_pread,
+    "ours": ours,
+    "ours, checksums": ours_checked,
+    "tensorstore": tensorstore,
+    "zarr-python": zarr_python,
+    "litdata": litdata,
+    "MDS": mosaic_mds,
+    "Theia-style tar (in order)": theia_tar,
+}
+LOADERS: dict[str, Reader] = {
+    "ours, FeatureLoader": feature_loader,
+    "torch DataLoader, 2 workers": data_loader,
+}

@@ -1,0 +1,47 @@
+"""Weights from one student to another, with every tensor accounted for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from pipeline.errors import CheckpointError
+from student.sak.model import SAK
+
+
+def load_stage_1(student: SAK, source: str | os.PathLike[str], revision: str | None = None) -> None:
+    """Give `student` the stem and the paths of a saved student, a folder or a repository of the Hub.
+
+    The position embeddings are resampled to the image size of `student`, and it takes over the
+    normalisation of pixels. Only routers and heads may be missing from `source`, and stay as they are.
+    Raises `CheckpointError`, naming the tensors, where there is any other difference.
+    """
+    stage_1 = SAK.from_pretrained(source, revision)
+    stage_1.stem.resize(student.image_size)
+    load_tensors(student, stage_1.state_dict(), f"The student in {os.fspath(source)}")
+
+
+def load_tensors(student: SAK, tensors: Mapping[str, Tensor], what: str) -> None:
+    """Load all of `tensors`; only routers and heads of `student` may be without any.
+
+    Raises `CheckpointError`, naming every tensor that is missing, unknown or of another shape.
+    """
+    own = student.state_dict()
+    representing = {name for name in own if not name.startswith("decoder.")}
+    problems = {
+        "missing": representing - tensors.keys(),
+        "unknown": tensors.keys() - own.keys(),
+        "of another shape": {
+            name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape
+        },
+    }
+    if any(problems.values()):
+        raise CheckpointError(
+            f"{what} does not fit this one.",
+            got="; ".join(f"{kind}: {', '.join(sorted(names))}" for kind, names in problems.items() if names),
+            expected="the same stem, teachers (in name and width), reduction and adapter paths",
+            do="build this student with those of the other's config.json, or add and remove teachers there",
+        )
+    student.load_state_dict(tensors, strict=False)
