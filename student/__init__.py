@@ -2,7 +2,8 @@
 
 from student import build_student, load_student
 student = load_student("runs/sak/student")
-maps = student(student.normalize(images))       uint8 (B, 3, H, W) → {teacher: [4 × (B, C, h, w)]}
+predictions = student(student.normalize(images))     uint8 (B, 3, H, W) → {task: (B, channels, H, W)}
+                                                     or, of stage 1, {teacher: [4 × (B, C, h, w)]}
 """
 
 from __future__ import annotations

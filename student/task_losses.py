@@ -50,11 +50,10 @@ def depth_l1(depth_B1HW: Tensor, target_BHW: Tensor) -> Tensor:
 
 def boundary_cross_entropy(logits_B1HW: Tensor, labels_BHW: Tensor) -> Tensor:
     """Binary cross-entropy that weighs a boundary pixel 0.95 and another 0.05."""
-    logits_BHW, boundary_BHW = logits_B1HW.squeeze(1), labels_BHW == 1
-    weight_BHW = torch.where(boundary_BHW, BOUNDARY_WEIGHT, 1 - BOUNDARY_WEIGHT).to(logits_BHW.dtype)
-    loss_BHW = F.binary_cross_entropy_with_logits(
-        logits_BHW, boundary_BHW.to(logits_BHW.dtype), weight_BHW, reduction="none"
-    )
+    logits_BHW = logits_B1HW.squeeze(1)
+    boundary_BHW = (labels_BHW == 1).to(logits_BHW.dtype)
+    weight_BHW = BOUNDARY_WEIGHT * boundary_BHW + (1 - BOUNDARY_WEIGHT) * (1 - boundary_BHW)
+    loss_BHW = F.binary_cross_entropy_with_logits(logits_BHW, boundary_BHW, weight_BHW, reduction="none")
     return _mean(loss_BHW, labels_BHW != IGNORE_INDEX)
 
 

@@ -14,7 +14,8 @@ class Router(nn.Module):
     """g = Softmax(h + N(0, 1) · Softplus(e)) of one level and one task (SAK, Eq. 4); noisy in training only.
 
     h and e are what a two-layer MLP makes of the stem's patch tokens, averaged over them. The first layer
-    serves both and is followed by a LayerNorm: the paper does not say so, its parameter counts do.
+    serves both and is followed by a LayerNorm: the paper does not say so, its parameter counts do. (The
+    authors' code adds 0.01 to Softplus(e) and draws the noise of each patch apart.)
     """
 
     def __init__(self, width: int, num_experts: int) -> None:

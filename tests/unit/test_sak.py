@@ -253,7 +253,6 @@ def wrong(**changes: object) -> Student:
         ({"teacher_dims": {}}, "needs a teacher"),
         ({"teacher_dims": {"a.b": 192}}, "letters, digits"),
         ({"teacher_dims": {"train": 192}}, "name of a part"),
-        ({"tasks": {"semseg": 21}}, "stage 2"),
     ],
 )
 def test_what_cannot_be_built_says_why(changes: dict[str, object], message: str) -> None:
