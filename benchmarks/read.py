@@ -29,7 +29,6 @@ from rich.table import Table
 
 from benchmarks.readers import LOADERS, READERS, Workload
 from pipeline.cache import FeatureCache
-from pipeline.loader import DEFAULT_PREFETCH
 from tests.make_cache import make_cache, make_images, teacher_spec
 
 GOALS = {  # (ours, the peer, at least)
@@ -39,3 +38,103 @@ GOALS = {  # (ours, the peer, at least)
     "loader / pread": ("ours, FeatureLoader", "raw pread", 0.7),
     "loader / DataLoader": ("ours, FeatureLoader", "torch DataLoader, 2 workers", 5),
 }
+MIN_S = 0.5
+SETTLE_S = 0.5  # in which the loaders make their batches ahead, not in the next reader's time
+READY_BATCHES = 4  # what the loaders have made before the clock starts, and will have under way when it stops
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--cache", type=Path, help="a local cache, with uncompressed shards")
+    parser.add_argument("--teacher", help="one teacher of the cache (default: the first)")
+    parser.add_argument(
+        "--rows", type=int, default=96, help="rows to read; the copies take up to 4 times their bytes"
+    )
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=9)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        workload = make_workload(arguments, Path(folder))
+        speeds = measure(workload, arguments.repeats)
+    print_results(workload, speeds)
+
+
+def make_workload(arguments: argparse.Namespace, folder: Path) -> Workload:
+    if arguments.cache:
+        cache = FeatureCache.open(arguments.cache)
+    else:
+        teachers = {"teacher": teacher_spec(width=1024, grid=24, codec="f16")}
+        images = make_images(folder / "images", arguments.rows)
+        cache = make_cache(folder / "cache", images, teachers=teachers, num_views=1, samples_per_shard=32)
+    teacher = cache.check_teachers([arguments.teacher] if arguments.teacher else None)[0]
+    rows = cache.index.rows(cache.valid_samples([teacher]), 0)
+    chosen = np.sort(np.random.default_rng(0).permutation(rows)[: arguments.rows])
+    batch_size = min(arguments.batch_size, len(chosen))
+    return Workload(cache, teacher, chosen, batch_size, cache.buffers(batch_size, [teacher]), folder)
+
+
+def measure(workload: Workload, repeats: int) -> dict[str, list[float]]:
+    """Bytes per second of each repeat, by reader. Readers that are not installed are skipped."""
+    readers: dict[str, Iterator[object]] = {}
+    for name, reader in (READERS | LOADERS).items():
+        iterator = reader(workload)
+        try:
+            for _ in range(workload.batches_per_pass):  # from the disk, or just written
+                next(iterator)
+        except ImportError as error:
+            print(f"{name}: skipped, {error.name} is not installed")
+        else:
+            readers[name] = iterator
+    speeds: dict[str, list[float]] = {name: [] for name in readers}
+    for _ in range(repeats):
+        for name, iterator in readers.items():
+            for _ in range(READY_BATCHES):
+                next(iterator)
+            speeds[name].append(bytes_per_s(iterator, workload))
+            time.sleep(SETTLE_S)
+    return speeds
+
+
+def bytes_per_s(iterator: Iterator[object], workload: Workload) -> float:
+    start, batches = time.perf_counter(), 0
+    while batches < workload.batches_per_pass or time.perf_counter() - start < MIN_S:
+        next(iterator)
+        batches += 1
+    return batches * workload.batch_nbytes / (time.perf_counter() - start)
+
+
+def ratio(speeds: dict[str, list[float]], ours: str, peer: str) -> float:
+    """How many times as fast as the peer: the median over repeats."""
+    return statistics.median(a / b for a, b in zip(speeds[ours], speeds[peer], strict=True))
+
+
+def print_results(workload: Workload, speeds: dict[str, list[float]]) -> None:
+    table = Table(
+        "", "MB/s", "of raw pread", title="Reading features, random order, warm", title_justify="left"
+    )
+    for name, values in speeds.items():
+        if name == next(iter(LOADERS)):
+            table.add_section()
+        share = ratio(speeds, name, "raw pread")
+        table.add_row(name, f"{statistics.median(values) / 1e6:,.0f}", f"{share:.2f}")
+    Console().print(table)
+    goals = {goal: ratio(speeds, ours, peer) for goal, (ours, peer, _) in GOALS.items()}
+    for goal, value in goals.items():
+        print(f"{goal}: {value:.2f} (goal: at least {GOALS[goal][2]:g})")
+    results = {
+        "benchmark": "read",
+        "row_bytes": workload.batch_nbytes // workload.batch_size,
+        "rows": len(workload.rows),
+        "batch_size": workload.batch_size,
+        "mb_per_s": {name: statistics.median(values) / 1e6 for name, values in speeds.items()},
+        "goals": goals,
+        "cpus": os.cpu_count(),
+        "load_average": os.getloadavg()[0],
+    }
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -10,12 +10,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import zarr
 from numpy.typing import NDArray
 from torch import Tensor
@@ -25,7 +25,7 @@ from pipeline.cache import FeatureCache
 from pipeline.codecs import Encoded
 from pipeline.loader import FeatureLoader
 from pipeline.stores.shard_format import index_nbytes, parse_index
-from pipeline.stores.zarr_store import array_folder, shard_file
+from pipeline.stores.zarr_store import ZarrStore, array_folder, shard_file
 
 COPY_NBYTES = 1 << 26  # of each file of a copy
 
@@ -68,7 +68,9 @@ class Workload:
     def samples(self) -> Iterator[dict[str, Tensor]]:
         """Every row by itself, to make copies in other formats."""
         for row in self.rows:
-            yield {name: t[0] for name, t in self.cache.read([row], [self.teacher])[self.teacher].arrays.items()}
+            yield {
+                name: t[0] for name, t in self.cache.read([row], [self.teacher])[self.teacher].arrays.items()
+            }
 
 
 Reader = Callable[[Workload], Iterator[object]]
@@ -107,27 +109,41 @@ def _places(w: Workload, name: str, row_ndim: int) -> list[tuple[int, int]]:
         index = parse_index(os.pread(descriptor, end, nbytes - end), num_rows, nbytes)
         files[shard] = descriptor, index[:, 0].astype(np.int64)
     shards, places = (part.tolist() for part in np.divmod(w.rows, num_rows))
-    return [(files[shard][0], int(files[shard][1][place])) for shard, place in zip(shards, places, strict=True)]
+    return [
+        (files[shard][0], int(files[shard][1][place])) for shard, place in zip(shards, places, strict=True)
+    ]
 
 
 def zarr_python(w: Workload) -> Iterator[object]:
+    """A row at a time: a list of rows is gathered value by value, some hundred times slower."""
     arrays: dict[str, Any] = {
-        name: zarr.open_array(f"{w.cache.storage.url}/{array_folder(w.teacher, name)}", mode="r") for name in w.tensors
+        name: zarr.open_array(f"{w.cache.storage.url}/{array_folder(w.teacher, name)}", mode="r")
+        for name in w.tensors
     }
     buffers = w.arrays
     for order in w.orders():
         for name, array in arrays.items():
-            buffers[name][:] = array.oindex[w.rows[order]]
+            for number, row in enumerate(w.rows[order].tolist()):
+                buffers[name][number] = array[row]
+        yield None
+
+
+def zarr_python_out(w: Workload) -> Iterator[object]:
+    """The same into the buffer itself, with what zarr-python does not document."""
+    store = ZarrStore(w.cache.storage)
+    for order in w.orders():
+        store.read(w.cache.spec, w.teacher, w.rows[order], w.arrays)
         yield None
 
 
 def tensorstore(w: Workload) -> Iterator[object]:
-    import tensorstore as ts
-
+    ts = import_module("tensorstore")
     arrays = {}
     for name in w.tensors:
         path = f"{w.cache.storage.url}/{array_folder(w.teacher, name)}"
-        arrays[name] = ts.open({"driver": "zarr3", "kvstore": {"driver": "file", "path": path}}, read=True).result()
+        arrays[name] = ts.open(
+            {"driver": "zarr3", "kvstore": {"driver": "file", "path": path}}, read=True
+        ).result()
     buffers = {name: ts.array(values, copy=False, write=True) for name, values in w.arrays.items()}
     for order in w.orders():
         pending = [buffers[name].write(array[w.rows[order]]) for name, array in arrays.items()]
@@ -151,37 +167,38 @@ def theia_tar(w: Workload) -> Iterator[object]:
     dataset = wds.WebDataset(paths, shardshuffle=False).decode(decode).repeat()
     rows = (sample["teacher.safetensors"] for sample in dataset)
     while True:
-        yield _copy_rows(w, rows)
+        _copy_rows(w, rows)
+        yield None
 
 
 def litdata(w: Workload) -> Iterator[object]:
-    from litdata import StreamingDataset
-    from litdata.streaming.writer import BinaryWriter
-
+    streaming = import_module("litdata.streaming")
     folder = _folder(w, "litdata")
-    writer = BinaryWriter(str(folder), chunk_bytes=COPY_NBYTES)
+    writer = streaming.writer.BinaryWriter(str(folder), chunk_bytes=COPY_NBYTES)
     for number, sample in enumerate(w.samples()):
         writer.add_item(number, {name: tensor.numpy() for name, tensor in sample.items()})
     writer.done()
     writer.merge(1)
-    dataset = StreamingDataset(str(folder))
+    dataset = streaming.StreamingDataset(str(folder))
     for order in w.orders():
-        yield _copy_rows(w, (dataset[position] for position in order.tolist()))
+        _copy_rows(w, (dataset[position] for position in order.tolist()))
+        yield None
 
 
 def mosaic_mds(w: Workload) -> Iterator[object]:
-    from streaming import LocalDataset, MDSWriter
-
+    streaming = import_module("streaming")
     folder = _folder(w, "mds")
     columns = {
-        name: f"ndarray:{values.dtype}:{','.join(map(str, values.shape[1:]))}" for name, values in w.arrays.items()
+        name: f"ndarray:{values.dtype}:{','.join(map(str, values.shape[1:]))}"
+        for name, values in w.arrays.items()
     }
-    with MDSWriter(out=str(folder), columns=columns, size_limit=COPY_NBYTES) as writer:
+    with streaming.MDSWriter(out=str(folder), columns=columns, size_limit=COPY_NBYTES) as writer:
         for sample in w.samples():
             writer.write({name: tensor.numpy() for name, tensor in sample.items()})
-    dataset = LocalDataset(str(folder))
+    dataset = streaming.LocalDataset(str(folder))
     for order in w.orders():
-        yield _copy_rows(w, (dataset[position] for position in order.tolist()))
+        _copy_rows(w, (dataset[position] for position in order.tolist()))
+        yield None
 
 
 def _folder(w: Workload, name: str) -> Path:
@@ -191,10 +208,10 @@ def _folder(w: Workload, name: str) -> Path:
 
 
 def _copy_rows(w: Workload, rows: Iterator[dict[str, Any]]) -> None:
-    buffers = w.tensors
+    buffers = w.arrays
     for number, sample in zip(range(w.batch_size), rows, strict=False):
         for name, buffer in buffers.items():
-            buffer[number] = torch.as_tensor(sample[name])
+            buffer[number] = np.asarray(sample[name])
 
 
 class WorkloadSampler:
@@ -249,6 +266,7 @@ READERS: dict[str, Reader] = {
     "ours, checksums": ours_checked,
     "tensorstore": tensorstore,
     "zarr-python": zarr_python,
+    "zarr-python, into the buffer": zarr_python_out,
     "litdata": litdata,
     "MDS": mosaic_mds,
     "Theia-style tar (in order)": theia_tar,

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from cache_builder.budget import Option
     from cache_builder.draft import Draft
     from cache_builder.recipe import BuildRecipe
+    from pipeline.cache import FeatureCache
 
 app = typer.Typer(
     help=__doc__ and "Run frozen vision teachers once, cache their features, train students from the cache.",
@@ -35,6 +36,9 @@ CacheArgument = Annotated[
 ]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides, such as views.num_views=4.")
+]
+Images = Annotated[
+    str | None, typer.Option(help="Where the source images are now, if they moved since the build.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
@@ -153,35 +157,101 @@ def _measure(recipe: BuildRecipe, drafted: Draft, codecs: list[str] | None) -> d
 def verify(
     cache: CacheArgument,
     full: Annotated[bool, typer.Option("--full", help="Read every byte and compare checksums.")] = False,
+    against_teacher: Annotated[
+        int, typer.Option(metavar="N", help="Recompute N random rows of every teacher and compare.")
+    ] = 0,
 ) -> None:
-    """Check every committed shard against its commit record. Exits with status 1 when one differs.
+    """Check a cache: is every file what was written? Exits with status 1 when one differs.
 
-    Example: `teachercache verify /data/cache --full`
+    `--against-teacher` also asks whether what was written is right: it loads the teachers, renders the
+    stored views and compares with the stored features, as exactly as the codec promises.
+
+    Example: `teachercache verify /data/cache --full --against-teacher 32`
     """
-    from rich.progress import track
-
-    from cache_builder.verify import teachers_and_images
+    from cache_builder.verify import strays, teachers_and_images
     from cache_builder.verify import verify as verify_cache
     from pipeline.cache import FeatureCache
 
     opened = FeatureCache.open(cache)
-    shards = sum(len(opened.manifest.committed(name)) for name in teachers_and_images(opened))
-    steps = iter(track(range(shards), "verifying", console=console, transient=True))
-    problems = verify_cache(opened, full=full, progress=lambda: (next(steps, None), None)[1])
+    names = teachers_and_images(opened)
+    shards = sum(len(opened.manifest.committed(name)) for name in names)
+    problems = verify_cache(opened, full=full, progress=_progress(shards))
     for problem in problems:
-        console.print(
-            f"{problem.teacher} shard {problem.shard}: {problem.reason}", style="red", soft_wrap=True
-        )
+        console.print(problem.reason, style="red", markup=False, soft_wrap=True)
     if problems:
         console.print(
-            f"{len(problems)} of {shards} shards differ. Delete their records "
-            f"({', '.join(sorted({f'commits/{p.teacher}/{p.shard:05d}.json' for p in problems})[:3])}, …) "
-            "and run the build again: it computes what has no record.",
+            f"{len(problems)} problems among {shards} shards and their records. `teachercache repair "
+            f"{opened.storage.url}` makes these files again and no other.",
             soft_wrap=True,
         )
         raise typer.Exit(EXIT_FAILED)
     depth = "every byte" if full else "records and sizes; --full reads every byte"
-    console.print(f"{shards} shards of {', '.join(teachers_and_images(opened))} are sound ({depth}).")
+    console.print(f"{shards} shards of {', '.join(names)} are sound ({depth}).", soft_wrap=True)
+    if missing := opened.spec.num_shards * len(names) - shards:
+        console.print(f"{missing} further shards are not committed; `teachercache build` computes them.")
+    if full and (unknown := strays(opened)):
+        console.print(
+            f"{len(unknown)} files are not of this cache: {', '.join(unknown[:3])}, …", soft_wrap=True
+        )
+    if against_teacher and not _against_teacher(opened, against_teacher):
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _progress(shards: int) -> Callable[[], None]:
+    from rich.progress import track
+
+    steps = iter(track(range(shards), "verifying", console=console, transient=True))
+    return lambda: (next(steps, None), None)[1]
+
+
+def _against_teacher(cache: FeatureCache, num_rows: int) -> bool:
+    import torch
+
+    from cache_builder.against_teacher import compare_with_teachers
+
+    with console.status(f"recomputing {num_rows} rows"):
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        found = compare_with_teachers(cache, num_rows, device=device)
+    for one in found:
+        verdict = "as promised" if one.kept else "NOT WHAT THE CODEC PROMISES"
+        console.print(
+            f"{one.teacher} {one.what}: cosine {one.cosine:.6f}, greatest error {one.max_error:.3g}, "
+            f"{cache.spec.teachers[one.teacher].codec} allows {one.allowed_error:.3g}: {verdict}",
+            style=None if one.kept else "red",
+            soft_wrap=True,
+        )
+    return all(one.kept for one in found)
+
+
+@app.command()
+def repair(cache: CacheArgument, overrides: Overrides = None) -> None:
+    """Compute again what `verify --full` finds broken, and nothing else.
+
+    Overrides are those of a recipe's `runner`; with the batch_size of the build the rows are the same
+    bits as before. Exits with status 1 when something could not be mended, and names it.
+
+    Example: `teachercache repair /data/cache batch_size=64`
+    """
+    from omegaconf import OmegaConf
+
+    from cache_builder.recipe import RunnerRecipe
+    from cache_builder.repair import repair as repair_cache
+    from cache_builder.verify import teachers_and_images
+    from pipeline.cache import FeatureCache
+    from pipeline.recipe import check_recipe
+
+    changes = OmegaConf.to_container(OmegaConf.from_dotlist(overrides or []))
+    runner = check_recipe(RunnerRecipe, changes, "runner of this repair")
+    opened = FeatureCache.open(cache)
+    shards = sum(len(opened.manifest.committed(name)) for name in teachers_and_images(opened))
+    done = repair_cache(opened, runner, _progress(shards))
+    for problem in done.mended:
+        console.print(f"mended: {problem.file}", soft_wrap=True)
+    for problem in done.left:
+        console.print(f"{problem.file}: {problem.reason}", style="red", markup=False, soft_wrap=True)
+    if done.left:
+        raise typer.Exit(EXIT_FAILED)
+    console.print(f"{opened.storage.url} is sound; {len(done.mended)} files were mended.", soft_wrap=True)
 
 
 @app.command()
@@ -225,6 +295,58 @@ def inspect(
 
         pca_maps(FeatureCache.open(cache), pictures, num_samples=samples)
         console.print(f"PCA maps: {pictures}", soft_wrap=True)
+
+
+@app.command()
+def report(
+    cache: CacheArgument,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The page to write.")] = Path("report.html"),
+    samples: Annotated[int, typer.Option(min=1, help="How many samples are shown.")] = 12,
+    seed: Annotated[int, typer.Option(min=0, help="Which samples are shown.")] = 0,
+    images: Images = None,
+) -> None:
+    """Write one self-contained page to send to a colleague: what is in it, and what the teachers see.
+
+    Example: `teachercache report /data/cache -o report.html --samples 24`
+    """
+    from jobs.inspection.report import write_report
+    from pipeline.cache import FeatureCache
+
+    with console.status("") as status:
+        html = write_report(
+            FeatureCache.open(cache, images), num_samples=samples, seed=seed, progress=status.update
+        )
+    output.write_text(html)
+    console.print(f"{output} ({len(html.encode()) / 1e6:.1f} MB)", soft_wrap=True)
+
+
+@app.command()
+def view(
+    cache: CacheArgument,
+    student: Annotated[
+        str | None, typer.Option(help="Compare with this student: a folder that `train` wrote (…/student).")
+    ] = None,
+    images: Images = None,
+    server_name: Annotated[
+        str, typer.Option(help="Address to listen at; 0.0.0.0 lets every machine in that can reach this one.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 7860,
+) -> None:
+    """Open a web page to look into a cache: search, click a patch, compare images, teachers and codecs.
+
+    Example: `teachercache view /data/cache --student runs/base/student`
+    """
+    from jobs.inspection.viewer import serve
+    from pipeline.cache import FeatureCache
+    from student import load_student
+
+    serve(
+        FeatureCache.open(cache, images),
+        student=load_student(student) if student else None,
+        server_name=server_name,
+        port=port,
+        on_ready=lambda url: console.print(f"{url} (Ctrl-C ends it)", soft_wrap=True),
+    )
 
 
 @app.command()
@@ -281,7 +403,7 @@ def _not_there_yet(verb: str) -> Callable[[list[str] | None], None]:
     return command
 
 
-for _verb in ("repair", "report", "view", "convert", "evaluate"):
+for _verb in ("report", "view", "convert", "evaluate"):
     app.command(_verb)(_not_there_yet(_verb))
 
 

@@ -27,8 +27,8 @@ def check_limits(spec: CacheSpec) -> None:
         if not 1 <= value <= most:
             raise _implausible(what, value, f"a number from 1 to {most:,}")
     for name in spec.teachers:
-        if safe_name(name) != name or "/" in name or name == IMAGES:
-            raise _implausible("the name of a teacher", repr(name), f"one plain file name other than {IMAGES}")
+        if safe_name(name) != name or "/" in name or name in (".", IMAGES):
+            raise _implausible("a teacher's name", repr(name), f"a plain file name other than {IMAGES}")
     end = 0
     for segment in spec.segments:
         (start, stop), (first, last) = segment.samples, segment.views

@@ -14,6 +14,7 @@ from collections.abc import Collection, Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -23,10 +24,19 @@ from torch import Tensor
 from pipeline.batch_memory import BatchMemory, TensorLayout
 from pipeline.cache import FeatureCache
 from pipeline.codecs import Encoded
-from pipeline.sampler import ShardShuffleSampler
 from pipeline.spec import Size
 from pipeline.stores.base import CLS_TOKEN, GLOBAL_FEATURE
 from pipeline.views import render_view
+
+
+class Sampler(Protocol):
+    """What the loader asks of a sampler; `ShardShuffleSampler` is the one to train with."""
+
+    @property
+    def batch_size_per_process(self) -> int: ...
+
+    def batch(self, step: int) -> NDArray[np.int64]:
+        """The rows of one batch; steps are asked for in order."""
 
 
 @dataclass
@@ -70,7 +80,7 @@ class FeatureLoader:
     def __init__(
         self,
         cache: FeatureCache,
-        sampler: ShardShuffleSampler,
+        sampler: Sampler,
         teachers: Sequence[str] | None = None,
         *,
         features: bool = True,
@@ -139,11 +149,8 @@ class FeatureLoader:
             },
             seconds={},
         )
-        parts = [
-            slice(part[0], part[-1] + 1)
-            for part in np.array_split(np.arange(len(rows)), self._threads)
-            if part.size
-        ]
+        step_rows = -(-len(rows) // self._threads)
+        parts = [slice(start, start + step_rows) for start in range(0, len(rows), step_rows)]
         reads = [
             self._pool.submit(self._read, batch, teacher, part)
             for teacher in self._teachers

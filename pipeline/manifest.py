@@ -12,24 +12,25 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Self, TypeVar
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import safetensors.torch
 import xxhash
 from pydantic import Field, ValidationError, model_validator
-from torch import Tensor
 
-from pipeline.errors import CacheError, CacheNotFoundError
+from pipeline.errors import CacheError, CacheNotFoundError, TeacherCacheError
 from pipeline.limits import MAX_ROWS, MAX_ROWS_PER_FILE_BYTE, MAX_ROWS_PER_SHARD, MAX_SHARDS, check_limits
 from pipeline.seal import UNSEALED, is_intact, seal
 from pipeline.sources import SAMPLE_SCHEMA
 from pipeline.spec import IMAGES, SCHEMA_VERSION, CacheSpec, Strict
 from pipeline.storage import Storage
-from pipeline.views import VIEW_SCHEMA
+
+if TYPE_CHECKING:  # looking at a cache should not take the seconds that importing torch takes
+    from torch import Tensor
 
 SPEC_NAME = "cache.json"
 SAMPLES_NAME = "samples.parquet"
@@ -112,13 +113,20 @@ class Manifest:
         self.storage = storage
 
     def exists(self) -> bool:
-        return self.storage.exists(SPEC_NAME)
+        with self._first_contact():
+            return self.storage.exists(SPEC_NAME)
 
     def create(self, spec: CacheSpec, samples: pa.Table, views: pa.Table) -> None:
         """Write the tables, then `cache.json`, which makes the cache exist."""
-        for name, table in ((SAMPLES_NAME, samples), (VIEWS_NAME, views)):
-            self.storage.write(name, _parquet_bytes(table))
+        self.write_samples(samples)
+        self.write_views(views)
         self.write_spec(spec)
+
+    def write_samples(self, samples: pa.Table) -> None:
+        self.storage.write(SAMPLES_NAME, _parquet_bytes(samples))
+
+    def write_views(self, views: pa.Table) -> None:
+        self.storage.write(VIEWS_NAME, _parquet_bytes(views))
 
     def write_spec(self, spec: CacheSpec) -> None:
         """Raises `CacheError` for a spec that no reader would accept."""
@@ -128,7 +136,8 @@ class Manifest:
     def spec(self) -> CacheSpec:
         """Raises `CacheNotFoundError` where there is no cache, `CacheError` where it cannot be read."""
         try:
-            data = self._read(SPEC_NAME)
+            with self._first_contact():
+                data = self._read(SPEC_NAME)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise CacheNotFoundError(
                 "There is no cache here.",
@@ -144,16 +153,22 @@ class Manifest:
         return self._table(SAMPLES_NAME, SAMPLE_SCHEMA)
 
     def views(self) -> pa.Table:
+        from pipeline.views import VIEW_SCHEMA
+
         return self._table(VIEWS_NAME, VIEW_SCHEMA)
 
     def write_tables(self, teacher: str, tables: dict[str, Tensor]) -> str:
         """Keep a codec's calibrated tables; returns their hash, for the teacher's spec."""
+        import safetensors.torch
+
         data = safetensors.torch.save(tables)
         self.storage.write(tables_name(teacher), data)
         return xxhash.xxh3_128_hexdigest(data)
 
     def tables(self, teacher: str, tables_hash: str | None) -> dict[str, Tensor]:
         """A codec's tables. Raises `CacheError` unless they are those of the spec."""
+        import safetensors.torch
+
         name = tables_name(teacher)
         try:
             data = self.storage.read(name)
@@ -175,8 +190,7 @@ class Manifest:
 
     def committed(self, teacher: str) -> set[int]:
         """Shards that have a commit record; a listing, no record is read."""
-        names = self.storage.names(f"commits/{teacher}")
-        return {int(name[:-5]) for name in names if _COMMIT_NAME.fullmatch(name)}
+        return _numbers(self.storage.names(f"commits/{teacher}"), ".json")
 
     def commits(self, teacher: str, shards: Iterable[int] | None = None) -> dict[int, CommitRecord]:
         """The commit records of a teacher, by shard."""
@@ -203,12 +217,30 @@ class Manifest:
 
     def quarantine(self) -> list[QuarantineEntry]:
         """Every quarantined sample, in order of shards."""
-        names = [name for name in self.storage.names("quarantine") if name.endswith(".jsonl")]
-        return [entry for name in names for entry in self.read_quarantine(f"quarantine/{name}")]
+        return [entry for shard in sorted(self.quarantined()) for entry in self.read_quarantine(shard)]
 
-    def read_quarantine(self, name: str) -> list[QuarantineEntry]:
+    def quarantined(self) -> set[int]:
+        """Shards that have a quarantine list."""
+        return _numbers(self.storage.names("quarantine"), ".jsonl")
+
+    def read_quarantine(self, shard: int) -> list[QuarantineEntry]:
+        name = quarantine_name(shard)
         *lines, _ = self._read(name).splitlines()
         return [self._parse(QuarantineEntry, name, line) for line in lines]
+
+    @contextmanager
+    def _first_contact(self) -> Iterator[None]:
+        try:
+            yield
+        except (TeacherCacheError, FileNotFoundError, NotADirectoryError):
+            raise
+        except Exception as error:  # every object store has its own, for hosts, buckets and credentials
+            raise CacheError(
+                "This place cannot be read.",
+                got=f"{type(error).__name__}: {error}",
+                expected=f"{self.storage.url}, reachable and readable with your credentials",
+                do="check the URL; for s3:// also AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL",
+            ) from error
 
     def _read(self, name: str) -> bytes:
         """A sealed file of records. Raises `CacheError` for any damage."""
@@ -256,7 +288,10 @@ class Manifest:
             ) from error
 
 
-_COMMIT_NAME = re.compile(r"[0-9]{5,12}\.json")
+def _numbers(names: Iterable[str], suffix: str) -> set[int]:
+    """The shards that files called 00042.json are of."""
+    found = (re.fullmatch(r"([0-9]{5,12})" + re.escape(suffix), name) for name in names)
+    return {int(match[1]) for match in found if match}
 
 
 def _first_problem(error: Exception) -> str:

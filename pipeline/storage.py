@@ -102,7 +102,7 @@ class Storage(ABC):
 
     @abstractmethod
     def read_range(self, name: str, offset: int, nbytes: int) -> bytes:
-        """At most `nbytes` bytes from `offset`: fewer where the file ends, and none allocated for the rest."""
+        """`nbytes` bytes from `offset`: fewer where the file ends, and no memory taken for the rest."""
 
     def write(self, name: str, data: Buffer) -> None:
         with self.open_write(name) as file:
@@ -219,9 +219,7 @@ class LocalStorage(Storage):
 
 def _require_range(name: str, offset: int, nbytes: int) -> None:
     if offset < 0 or nbytes < 0:  # offsets, too, come from files we read
-        raise CacheError(
-            f"These are no bytes of {name}.", got=f"{nbytes} bytes from {offset}", expected="a range of the file"
-        )
+        raise CacheError(f"{nbytes} bytes from {offset} are no bytes of {name}.")
 
 
 def _writer_tag() -> str:
@@ -248,11 +246,15 @@ def _fsync_folder(folder: Path) -> None:
 
 
 class RemoteStorage(Storage):
-    """A prefix on an object store, through fsspec. A file appears when its upload completes."""
+    """A prefix on an object store, through fsspec. A file appears when its upload completes.
+
+    Nothing is remembered of listings, because other machines write to the same place. Requests that fail
+    for the moment (5xx, throttling, timeouts) are repeated by the client library, s3fs for S3.
+    """
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
-        self.filesystem, self._root = fsspec.core.url_to_fs(self.url)
+        self.filesystem, self._root = fsspec.core.url_to_fs(self.url, use_listings_cache=False)
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{safe_name(name)}"
@@ -266,8 +268,20 @@ class RemoteStorage(Storage):
         return data
 
     def read_range(self, name: str, offset: int, nbytes: int) -> bytes:
-        data: bytes = self.filesystem.cat_file(self._path(name), start=offset, end=offset + nbytes)
+        _require_range(name, offset, nbytes)
+        if not nbytes:
+            return b""
+        try:
+            data: bytes = self.filesystem.cat_file(self._path(name), start=offset, end=offset + nbytes)
+        except OSError:
+            size = self.size(name)
+            if size is not None and size <= offset:  # object stores refuse a range without a byte
+                return b""
+            raise
         return data
+
+    def write(self, name: str, data: Buffer) -> None:
+        self.filesystem.pipe_file(self._path(name), bytes(data))  # one PUT, where open_write makes several
 
     @contextmanager
     def open_write(self, name: str) -> Iterator[ChecksumWriter]:
@@ -277,17 +291,18 @@ class RemoteStorage(Storage):
             file.close()
         except BaseException:
             file.discard()
+            file.closed = True  # or it would be flushed when it is collected
             raise
         file.commit()
 
     def size(self, name: str) -> int | None:
         try:
-            return int(self.filesystem.size(self._path(name)))
+            entry = self.filesystem.info(self._path(name))
         except FileNotFoundError:
             return None
+        return entry["size"] if entry["type"] == "file" else None
 
     def names(self, folder: str) -> list[str]:
-        self.filesystem.invalidate_cache()
         try:
             entries = self.filesystem.ls(self._path(folder), detail=False)
         except FileNotFoundError:
@@ -295,12 +310,10 @@ class RemoteStorage(Storage):
         return sorted(PurePosixPath(entry).name for entry in entries)
 
     def walk(self, folder: str = "") -> Iterator[tuple[str, int]]:
-        self.filesystem.invalidate_cache()
         pending = [self._path(folder) if folder else self._root]
         while pending:
             path = pending.pop()
             listed = sorted(self.filesystem.ls(path, detail=True), key=lambda entry: entry["name"])
-            self.filesystem.invalidate_cache(path)  # fsspec would keep an entry for every file
             for entry in listed:
                 if entry["type"] == "file" and entry["name"] != path:
                     yield entry["name"].removeprefix(f"{self._root}/"), entry["size"]

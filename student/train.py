@@ -67,7 +67,7 @@ def train(recipe: TrainRecipe) -> TrainResult:
     another run or a damaged checkpoint.
     """
     output = Path(recipe.output)
-    accelerator = _accelerator(recipe)
+    accelerator = accelerator_for(recipe)
     cache = FeatureCache.open(recipe.cache, images=recipe.images)
     teachers = cache.check_teachers(recipe.teachers)
     sampler = ShardShuffleSampler(
@@ -86,7 +86,7 @@ def train(recipe: TrainRecipe) -> TrainResult:
     student = _build(recipe, cache, teachers)
     targets = _targets(recipe, cache, teachers, accelerator.device)
     optimizer = AdamW(
-        student.parameters(),
+        [parameter for parameter in student.parameters() if parameter.requires_grad],
         lr=recipe.optimizer.lr,
         betas=recipe.optimizer.betas,
         weight_decay=recipe.optimizer.weight_decay,
@@ -180,7 +180,7 @@ class Distillation:
         }
 
 
-def _accelerator(recipe: TrainRecipe) -> Accelerator:
+def accelerator_for(recipe: TrainRecipe) -> Accelerator:
     return Accelerator(
         cpu=not torch.accelerator.is_available(),  # unless told so, it runs one process on CPUs, silently
         mixed_precision=recipe.mixed_precision,

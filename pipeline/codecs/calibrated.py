@@ -70,6 +70,25 @@ class CalibratedCodec(Codec, Generic[Coder]):
             self._coders[device] = self._coder({name: t.to(device) for name, t in self._tables.items()})
         return self._coders[device]
 
+    def _arrays_on(
+        self, device: torch.device, tensors: dict[str, Tensor], levels: int, width: int
+    ) -> list[Tensor]:
+        """The arrays in the order of the layout, on `device`. Raises `CodecError` if they are not its own."""
+        scales = tensors.get("scales")
+        grid = (scales.shape[2], scales.shape[3]) if scales is not None and scales.ndim == 4 else (0, 0)
+        layout = self.layout(levels, grid, width)
+        expected = {name: ((*array.shape,), array.dtype) for name, array in layout.items()}
+        got = {name: (tuple(tensor.shape[1:]), tensor.dtype) for name, tensor in tensors.items()}
+        if any(got.get(name) != array for name, array in expected.items()):
+            raise CodecError(
+                f"Codec {self.name} cannot decode these arrays.",
+                got=got,
+                expected=f"{expected} behind the rows",
+                do="decode with the codec and the tables that the features were encoded with",
+            )
+        # A copy to the CPU that does not block may be read before it is there.
+        return [tensors[name].to(device, non_blocking=device.type != "cpu") for name in layout]
+
     def _require_tables(self) -> None:
         if not self._tables:
             raise CodecError(

@@ -103,14 +103,7 @@ class _Coder:
 
 
 class GridDctCodec(CalibratedCodec[_Coder]):
-    table_names = (
-        *Hadamard.table_names,
-        "level_basis",
-        "row_basis",
-        "column_basis",
-        "bits",
-        "levels",
-    )
+    table_names = (*Hadamard.table_names, "level_basis", "row_basis", "column_basis", "bits", "levels")
 
     def __init__(self, name: str, bits: int) -> None:
         super().__init__(name)
@@ -176,10 +169,9 @@ class GridDctCodec(CalibratedCodec[_Coder]):
     ) -> Tensor:
         device = torch.device(device)
         coder = self._on(device)
-        codes, scales, token_scales = (
-            tensors[name].to(device, non_blocking=True) for name in ("codes", "scales", "token_scales")
-        )
-        features_RSHWC = torch.empty(*scales.shape, coder.normalisation.width, dtype=dtype, device=device)
+        num_levels, width = coder.normalisation.levels, coder.normalisation.width
+        codes, scales, token_scales = self._arrays_on(device, tensors, num_levels, width)
+        features_RSHWC = torch.empty(*scales.shape, width, dtype=dtype, device=device)
         with torch.autocast(device.type, enabled=False):
             for rows in row_blocks(features_RSHWC):
                 coder.decode(codes[rows], scales[rows], token_scales[rows], out=features_RSHWC[rows])

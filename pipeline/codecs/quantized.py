@@ -94,11 +94,12 @@ class QuantizedCodec(CalibratedCodec[tuple[Normalisation, TokenQuantizer]]):
     ) -> Tensor:
         device = torch.device(device)
         normalisation, quantizer = self._on(device)
-        codes, scales = (tensors[name].to(device, non_blocking=True) for name in ("codes", "scales"))
-        features_RSHWC = torch.empty(*scales.shape, normalisation.width, dtype=dtype, device=device)
+        num_levels, width = normalisation.levels, normalisation.width
+        codes, scales = self._arrays_on(device, tensors, num_levels, width)
+        features_RSHWC = torch.empty(*scales.shape, width, dtype=dtype, device=device)
         with torch.autocast(device.type, enabled=False):
-            for rows, level in itertools.product(row_blocks(features_RSHWC), range(normalisation.levels)):
-                tokens = quantizer.dequantise(codes[rows, level], normalisation.width)
+            for rows, level in itertools.product(row_blocks(features_RSHWC), range(num_levels)):
+                tokens = quantizer.dequantise(codes[rows, level], width)
                 scale = scales[rows, level, ..., None].float()
                 features_RSHWC[rows, level] = normalisation.inverse(tokens, scale, level)
         return features_RSHWC

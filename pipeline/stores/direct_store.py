@@ -69,7 +69,7 @@ class DirectStore(ZarrStore):
 
     def __init__(self, storage: LocalStorage, checksums: bool = False) -> None:
         super().__init__(storage)
-        self._checksums = checksums
+        self.checksums = checksums
         self._open = lru_cache(OPEN_SHARDS)(partial(ShardFile, storage))
         self._direct: dict[tuple[str, str], bool] = {}
 
@@ -83,7 +83,7 @@ class DirectStore(ZarrStore):
         for value, shard, place in zip(values, shards.tolist(), places.tolist(), strict=True):
             file = shard_file(teacher, name, shard, value.ndim)
             chunk = value.reshape(-1).view(np.uint8).data
-            self._open(file, spec.rows_per_shard, chunk.nbytes).read(place, chunk, self._checksums)
+            self._open(file, spec.rows_per_shard, chunk.nbytes).read(place, chunk, self.checksums)
 
     def _is_direct(self, spec: CacheSpec, teacher: str, name: str, values: NDArray) -> bool:
         """Whether a chunk's bytes are a row's in memory, as `ZarrStore.create` lays them out."""

@@ -149,8 +149,10 @@ class ZarrStore(FeatureStore):
             present = (self._read_index(file, spec.rows_per_shard) != ABSENT).all(1)[places[shards == shard]]
             if not present.all():
                 raise ValueError(f"{file} holds no row {places[shards == shard][~present][0]}")
+        array, as_buffer = self._array(teacher, name), default_buffer_prototype().nd_buffer.from_numpy_array
         rows = shards * spec.rows_per_shard + places
-        np.copyto(values, self._array(teacher, name).get_orthogonal_selection((rows,)), casting="no")
+        for row, value in zip(rows.tolist(), values, strict=True):  # zarr gathers a list of rows by value
+            array.get_basic_selection(slice(row, row + 1), out=as_buffer(value[None]))
 
     def _array(self, teacher: str, name: str) -> zarr.Array:
         if (teacher, name) not in self._arrays:

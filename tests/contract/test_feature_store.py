@@ -1,4 +1,4 @@
-"""What every feature store keeps. A store is added to `STORES`; the tests stay."""
+"""What every road to the rows keeps. A road is added to `ROADS`; the tests stay."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ import zarr
 from pipeline import FeatureCache
 from pipeline.codecs import codec_names, get_codec
 from pipeline.errors import CacheError, CacheNotFoundError, CorruptShardError, IncompleteCacheError
-from pipeline.stores.base import FeatureStore
-from pipeline.stores.zarr_store import ZarrStore
+from pipeline.stores.shard_format import ABSENT, checksum, index_nbytes, parse_index
+from pipeline.stores.zarr_store import shard_file
 from tests.make_cache import commit_shard, features, make_cache, make_images, teacher_spec
 
-STORES: list[type[FeatureStore]] = [ZarrStore]
+ROADS = ("direct", "zarr", "memory")
 PLAIN_CODECS = ("f32", "f16", "bf16")
+
+Make = Callable[..., FeatureCache]
 
 
 @pytest.fixture(scope="module")
@@ -30,15 +32,22 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_images(tmp_path_factory.mktemp("images"), 8)
 
 
-@pytest.fixture(params=["local", "memory"])
-def location(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return str(tmp_path / "cache") if request.param == "local" else f"memory://{uuid.uuid4().hex}"
+@pytest.fixture(params=ROADS)
+def make(request: pytest.FixtureRequest, tmp_path: Path) -> Make:
+    """`make_cache(…)` somewhere, opened by one road."""
+    location = f"memory://{uuid.uuid4().hex}" if request.param == "memory" else str(tmp_path / "cache")
+
+    def make(images: Path, **arguments: Any) -> FeatureCache:
+        make_cache(location, images, **arguments)
+        return FeatureCache.open(location, direct=request.param == "direct")
+
+    return make
 
 
 @pytest.mark.parametrize("codec", PLAIN_CODECS)
-def test_rows_come_back_in_any_order(location: str, images: Path, codec: str) -> None:
+def test_rows_come_back_in_any_order(make: Make, images: Path, codec: str) -> None:
     teachers = {"t": teacher_spec(codec=codec, cls_token=True)}
-    cache = make_cache(location, images, teachers=teachers)
+    cache = make(images, teachers=teachers)
     rows = np.array([15, 0, 7, 7, 6])
     written = features(cache.spec, "t")
     read = cache.read(rows)["t"]
@@ -53,14 +62,14 @@ def test_plain_codecs_are_there() -> None:
     assert set(PLAIN_CODECS) <= set(codec_names())
 
 
-def test_a_cache_crosses_process_borders(location: str, images: Path) -> None:
-    cache = make_cache(location, images)
+def test_a_cache_crosses_process_borders(make: Make, images: Path) -> None:
+    cache = make(images)
     other = pickle.loads(pickle.dumps(cache))  # noqa: S301  our own bytes
     assert torch.equal(other.read([3])["alpha"].decode(), cache.read([3])["alpha"].decode())
 
 
-def test_rows_without_a_commit_do_not_exist(location: str, images: Path) -> None:
-    cache = make_cache(location, images, skip_shards=[1])
+def test_rows_without_a_commit_do_not_exist(make: Make, images: Path) -> None:
+    cache = make(images, skip_shards=[1])
     assert cache.committed("alpha").tolist() == [True, False, True]
     assert cache.read([5], ["alpha"])
     with pytest.raises(IncompleteCacheError, match="shard 1"):
@@ -68,35 +77,36 @@ def test_rows_without_a_commit_do_not_exist(location: str, images: Path) -> None
     with pytest.raises(IncompleteCacheError, match="alpha: 1 of 3 shards missing"):
         cache.valid_samples()
     commit_shard(cache, "alpha", 1)
-    assert FeatureCache.open(location).valid_samples(["alpha"]).size == 8
+    assert FeatureCache.open(cache.storage.url).valid_samples(["alpha"]).size == 8
 
 
-def test_invalid_rows_hold_nothing_and_cannot_be_read(location: str, images: Path) -> None:
-    cache = make_cache(location, images, invalid_samples=[2, 7])
+def test_invalid_rows_hold_nothing_and_cannot_be_read(make: Make, images: Path) -> None:
+    cache = make(images, invalid_samples=[2, 7])
     assert cache.valid_samples().tolist() == [0, 1, 3, 4, 5, 6]
     with pytest.raises(CacheError, match=r"could not be decoded(.|\n)*image_002"):
         cache.read([0, 4])
 
 
 @pytest.mark.parametrize("row", [-1, 16, 17, 10**12])
-def test_rows_that_are_not_there_are_an_index_error(location: str, images: Path, row: int) -> None:
+def test_rows_that_are_not_there_are_an_index_error(make: Make, images: Path, row: int) -> None:
     with pytest.raises(IndexError, match=str(row)):
-        make_cache(location, images).read([row])
+        make(images).read([row])
 
 
-def test_an_unknown_teacher_names_the_nearest(location: str, images: Path) -> None:
+def test_an_unknown_teacher_names_the_nearest(make: Make, images: Path) -> None:
     with pytest.raises(CacheError, match=r"did you mean alpha\?"):
-        make_cache(location, images).read([0], ["alhpa"])
+        make(images).read([0], ["alhpa"])
 
 
-def test_no_cache_is_a_file_not_found_error(location: str) -> None:
+@pytest.mark.parametrize("scheme", ["", "memory://"])
+def test_no_cache_is_a_file_not_found_error(scheme: str) -> None:
     with pytest.raises(CacheNotFoundError, match="build the cache first"):
-        FeatureCache.open(location)
+        FeatureCache.open(f"{scheme}{uuid.uuid4().hex}")
     assert issubclass(CacheNotFoundError, FileNotFoundError)
 
 
-def test_samples_are_found_by_key(location: str, images: Path) -> None:
-    cache = make_cache(location, images)
+def test_samples_are_found_by_key(make: Make, images: Path) -> None:
+    cache = make(images)
     assert cache.find("image_003") == 3
     assert cache.key(3) == "image_003"
     assert cache.image(3).size == (64, 48)
@@ -158,16 +168,59 @@ def test_a_shard_that_fails_leaves_nothing(tmp_path: Path, images: Path) -> None
     ]
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [lambda data: data[:-30], lambda data: data[:40] + bytes([data[40] ^ 1]) + data[41:]],
-    ids=["cut", "flip"],
-)
-def test_a_damaged_shard_is_an_error_that_says_how_to_look(
-    tmp_path: Path, images: Path, damage: Callable[[bytes], bytes]
-) -> None:
-    make_cache(tmp_path / "cache", images)
-    shard = tmp_path / "cache" / "teachers" / "alpha" / "codes" / "c" / "0" / "0" / "0" / "0" / "0"
-    shard.write_bytes(damage(shard.read_bytes()))
+def test_rows_are_read_into_buffers_that_are_used_again(make: Make, images: Path) -> None:
+    cache = make(images, teachers={"t": teacher_spec(codec="f16", cls_token=True)})
+    written = features(cache.spec, "t")
+    buffers = cache.buffers(4)
+    for rows in ([15, 0, 7, 6], [3, 3], [11]):
+        codes = cache.read(rows, out=buffers)["t"].tensors()["codes"]
+        assert torch.equal(codes, written["codes"][rows])
+        assert codes.data_ptr() == buffers["t"].tensors()["codes"].data_ptr()
+    cls_token = torch.empty(2, 4, 8, dtype=torch.float16)
+    assert torch.equal(cache.read_tokens([5, 1], "t", "cls", out=cls_token), written["cls"][[5, 1]])
+    assert torch.equal(cls_token, written["cls"][[5, 1]])
+    assert cache.read([], out=buffers)["t"].tensors()["codes"].shape == (0, 4, 2, 2, 8)
+
+
+def test_buffers_that_do_not_fit_are_refused(make: Make, images: Path) -> None:
+    cache = make(images, teachers={"t": teacher_spec(codec="f16"), "wide": teacher_spec(width=9)})
+    with pytest.raises(ValueError, match=r"cache\.buffers\(\)"):
+        cache.read([0, 1], ["t"], out=cache.buffers(1))
+    with pytest.raises(ValueError, match=r"got:.*float32(.|\n)*expected:.*float16"):
+        cache.read([0], ["t"], out={"t": cache.buffers(1)["wide"]})
+
+
+@pytest.mark.parametrize("damage", ["gone", "empty", "cut", "absent row"])
+def test_damaged_files_are_an_error_that_says_how_to_look(make: Make, images: Path, damage: str) -> None:
+    cache = make(images)
+    name = shard_file("alpha", "codes", 0, 4)
+    data = cache.storage.read(name)
+    if damage == "gone":
+        cache.storage.remove(name)
+    else:
+        index = parse_index(data[-index_nbytes(6) :], 6, len(data)).copy()
+        index[0] = ABSENT
+        end = index.tobytes()
+        damaged = {
+            "empty": b"",
+            "cut": data[:-30],
+            "absent row": data[: -index_nbytes(6)] + end + checksum(end),
+        }
+        cache.storage.write(name, damaged[damage])
     with pytest.raises(CorruptShardError, match="teachercache verify"):
-        FeatureCache.open(tmp_path / "cache").read([0], ["alpha"])
+        cache.read([0], ["alpha"])
+    if damage == "absent row":
+        assert torch.equal(
+            cache.read([1], ["alpha"])["alpha"].tensors()["codes"],
+            features(cache.spec, "alpha")["codes"][[1]],
+        )
+
+
+def test_changed_bytes_are_noticed_where_checksums_are_asked_for(make: Make, images: Path) -> None:
+    cache = make(images)
+    name = shard_file("alpha", "codes", 0, 4)
+    data = bytearray(cache.storage.read(name))
+    data[40] ^= 1
+    cache.storage.write(name, data)
+    with pytest.raises(CorruptShardError, match="teachercache verify"):
+        FeatureCache.open(cache.storage.url, checksums=True).read([0], ["alpha"])

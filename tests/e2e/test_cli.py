@@ -90,8 +90,11 @@ def test_damage_is_found_and_named(teachercache: Command, recipe: Path, tmp_path
     shard.write_bytes(shard.read_bytes()[:-1])
     status, text = teachercache("verify", tmp_path / "cache")
     assert status == 1
-    assert "tiny shard 1" in text
-    assert "commits/tiny/00001.json" in text
+    assert "teachers/tiny/codes/c/1/0/0/0/0 has" in text
+    assert "teachercache repair" in text
+    status, text = teachercache("repair", tmp_path / "cache", "batch_size=4")
+    assert (status, "is sound" in text) == (0, True), text
+    assert teachercache("verify", tmp_path / "cache", "--full")[0] == 0
 
 
 @pytest.mark.parametrize(

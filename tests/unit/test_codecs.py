@@ -240,6 +240,16 @@ def test_tables_of_another_codec_are_refused(name: str) -> None:
         get_codec(name).load_state(state)
 
 
+@each_int_codec
+def test_arrays_of_another_codec_or_shape_are_refused(name: str) -> None:
+    codec = calibrated(name, features())
+    tensors = codec.encode(features()).tensors()
+    broken = [tensors | {"codes": tensors["codes"][..., 1:]}, tensors | {"scales": tensors["scales"].float()}]
+    for arrays in (*broken, {}):
+        with pytest.raises(CodecError, match="cannot decode"):
+            codec.decode_tensors(arrays, "cpu", torch.float32)
+
+
 def test_an_unknown_name_lists_the_known_ones() -> None:
     with pytest.raises(CodecError, match="int4-hadamard"):
         get_codec("int7")

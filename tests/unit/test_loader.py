@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from pipeline import FeatureCache, render_view
+from pipeline.errors import CorruptShardError
 from pipeline.loader import FeatureLoader
 from pipeline.sampler import ShardShuffleSampler
+from pipeline.stores.zarr_store import shard_file
 from tests.make_cache import features, make_cache, make_images, teacher_spec
 
 
@@ -48,6 +50,53 @@ def test_without_features_only_images_are_read(cache: FeatureCache) -> None:
     with FeatureLoader(cache, sampler, features=False, start_step=5) as loader:
         batch = next(iter(loader))
     assert (batch.step, batch.features, batch.cls_tokens) == (5, {}, {})
+
+
+def test_without_images_only_features_are_read(tmp_path: Path, cache: FeatureCache) -> None:
+    sampler = ShardShuffleSampler(cache, batch_size_per_process=3)
+    with FeatureLoader(cache, sampler, ["b"], images=False, threads=5) as loader:
+        batch = next(iter(loader))
+    assert (batch.renders, batch.cls_tokens, batch.seconds["decode"]) == ({}, {}, 0)
+    assert torch.equal(batch.features["b"].tensors()["codes"], features(cache.spec, "b")["codes"][batch.rows])
+
+
+def test_a_batch_that_is_held_keeps_its_contents_while_others_are_made(cache: FeatureCache) -> None:
+    sampler = ShardShuffleSampler(cache, batch_size_per_process=4)
+    codes = features(cache.spec, "a")["codes"]
+    with FeatureLoader(cache, sampler, threads=3, prefetch=3) as loader:
+        batches = iter(loader)
+        held = next(batches)
+        pixels, target = held.renders[32, 32].clone(), held.features["a"].decode()
+        for _ in range(12):
+            passing = next(batches)
+            assert torch.equal(passing.features["a"].tensors()["codes"], codes[passing.rows])
+        assert torch.equal(held.renders[32, 32], pixels)
+        assert torch.equal(held.features["a"].tensors()["codes"], codes[held.rows])
+        rows = held.rows
+        del held, passing
+        for _ in range(12):
+            next(batches)
+        assert torch.equal(target, codes[rows]), "f32 decodes to the very memory of the batch"
+
+
+def test_memory_goes_round(cache: FeatureCache) -> None:
+    sampler = ShardShuffleSampler(cache, batch_size_per_process=4)
+    places = set()
+    with FeatureLoader(cache, sampler, prefetch=2) as loader:
+        for batch in islice(loader, 30):
+            places.add(batch.features["a"].tensors()["codes"].data_ptr())
+    assert len(places) <= 4
+
+
+def test_a_damaged_shard_reaches_the_consumer(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "cache", make_images(tmp_path / "images", 3))
+    sampler = ShardShuffleSampler(cache, batch_size_per_process=3)
+    (tmp_path / "cache" / shard_file("beta", "codes", 0, 4)).unlink()
+    with (
+        FeatureLoader(cache, sampler) as loader,
+        pytest.raises(CorruptShardError, match="teachercache verify"),
+    ):
+        next(iter(loader))
 
 
 def test_threads_end_with_the_context_and_errors_reach_the_consumer(tmp_path: Path) -> None:

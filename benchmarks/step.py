@@ -1,0 +1,225 @@
+"""What a training step costs with cached features, beside features in memory and teachers that run online.
+
+    python -m benchmarks.step                    a ViT-S student at 224², three ViT-B teachers, random weights
+    python -m benchmarks.step --cache PATH       the teachers and views of your own cache
+
+Student and loss are those of `student.train`. "In memory" takes the same images and decoded targets at
+every step: nothing is read, decoded or rendered. The three take turns of some steps; the first of each turn,
+which find batches made in another's time, do not count. Medians over steps and over turns.
+Prints a table and, last, one line of JSON.
+
+The goals: cached at most 1.05 of the time in memory; online over cached at least 0.9 of what their FLOPs say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from rich.table import Table
+from torch.optim import AdamW
+from torch.utils.flop_counter import FlopCounterMode
+
+from cache_builder import build
+from cache_builder.recipe import BuildRecipe
+from jobs.demo import collect_images
+from pipeline.cache import FeatureCache
+from pipeline.loader import Batch, FeatureLoader
+from pipeline.sampler import ShardShuffleSampler
+from student import build_student
+from student.losses import Target
+from student.recipe import TrainRecipe
+from student.targets import CachedTargets, OnlineTargets, TargetSource
+from student.timing import StageTimer
+from student.train import Distillation
+
+MEMORY, CACHED, ONLINE = "in memory", "cached", "online"
+PREFETCH = 1
+UNCOUNTED_STEPS = PREFETCH + 2  # those whose batches were ready before the turn, and one more
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--cache", help="default: one is built, of the teachers below")
+    parser.add_argument(
+        "--teachers", nargs="+", default=["dinov2_base", "openclip_base", "siglip2_base"], help="presets"
+    )
+    parser.add_argument("--codec", default="f16")
+    parser.add_argument("--size", type=int, default=224, help="side of the views, in pixels")
+    parser.add_argument("--images", type=Path, help="a folder (default: photographs of scikit-image)")
+    parser.add_argument("--stem", default="vit_small_patch16_224")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=4, help="steps of a turn that count")
+    parser.add_argument("--repeats", type=int, default=3, help="turns of each")
+    parser.add_argument("--threads", type=int, default=2, help="of the loader")
+    parser.add_argument("--skip-online", action="store_true", help="where the teachers cannot be built")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        print_results(measure(arguments, Path(folder)))
+
+
+def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    cache = FeatureCache.open(arguments.cache) if arguments.cache else build_cache(arguments, folder)
+    with ExitStack() as stack:
+        trainer = Trainer(arguments, cache, stack)
+        seconds: dict[str, list[float]] = {kind: [] for kind in trainer.kinds}
+        for _ in range(arguments.repeats):
+            for kind, turns in seconds.items():
+                turns.append(statistics.median(trainer.turn(kind, arguments.steps)))
+        flops = {kind: trainer.flops(kind) for kind in trainer.kinds}
+    results: dict[str, Any] = {
+        "benchmark": "step",
+        "stem": arguments.stem,
+        "teachers": {name: [teacher.model, teacher.codec] for name, teacher in cache.spec.teachers.items()},
+        "view_size": cache.spec.views.size,
+        "batch_size": arguments.batch_size,
+        "step_s": {kind: statistics.median(turns) for kind, turns in seconds.items()},
+        "gflops": {kind: count / 1e9 for kind, count in flops.items()},
+        "cached_over_memory": ratio(seconds, CACHED, MEMORY),
+        "device": str(trainer.accelerator.device),
+        "cpus": os.cpu_count(),
+        "load_average": os.getloadavg()[0],
+    }
+    if ONLINE in seconds:
+        results["online_over_cached"] = ratio(seconds, ONLINE, CACHED)
+        results["of_what_flops_allow"] = results["online_over_cached"] * flops[CACHED] / flops[ONLINE]
+    return results
+
+
+def ratio(seconds: dict[str, list[float]], kind: str, reference: str) -> float:
+    return statistics.median(a / b for a, b in zip(seconds[kind], seconds[reference], strict=True))
+
+
+def build_cache(arguments: argparse.Namespace, folder: Path) -> FeatureCache:
+    recipe = BuildRecipe.model_validate(
+        {
+            "cache": str(folder / "cache"),
+            "source": str(collect_images(arguments.images, folder / "images")),
+            "views": {"num_views": 2, "size": [arguments.size] * 2},
+            "teachers": {
+                name: {"preset": name, "pretrained": False, "codec": arguments.codec}
+                for name in arguments.teachers
+            },
+            "rows_per_shard": 8,
+            "runner": {"batch_size": 8, "decode_threads": 1},
+        }
+    )
+    return build(recipe, Console(quiet=True)).cache
+
+
+class InMemory(TargetSource):
+    """The targets of one batch, whichever batch comes."""
+
+    reads_features = True
+
+    def __init__(self, targets: dict[str, Target]) -> None:
+        self._targets = targets
+
+    def __call__(self, batch: Batch) -> dict[str, Target]:
+        return self._targets
+
+
+class Trainer:
+    """One student that takes steps on batches and targets of each kind."""
+
+    def __init__(self, arguments: argparse.Namespace, cache: FeatureCache, stack: ExitStack) -> None:
+        cuda = torch.cuda.is_available()
+        recipe = TrainRecipe.model_validate(
+            {
+                "cache": cache.storage.url,
+                "output": "",
+                "student": {"stem": arguments.stem, "pretrained": False},
+                "schedule": {"max_steps": 1},
+            }
+        )
+        self.accelerator = Accelerator(cpu=not cuda, mixed_precision="bf16" if cuda else "no")
+        self._timer = StageTimer(self.accelerator.device)
+        student = build_student(
+            **recipe.student.model_dump(),
+            teacher_dims={name: teacher.width for name, teacher in cache.spec.teachers.items()},
+            image_size=cache.spec.views.size,
+        )
+        model, self._optimizer = self.accelerator.prepare(student, AdamW(student.parameters(), fused=True))
+        model.train()
+
+        sampler = ShardShuffleSampler(cache, batch_size_per_process=arguments.batch_size)
+        sources: dict[str, TargetSource] = {
+            CACHED: CachedTargets(cache, cache.teachers, self.accelerator.device)
+        }
+        if not arguments.skip_online:
+            sources[ONLINE] = OnlineTargets(cache, cache.teachers, self.accelerator.device)
+        self._batches: dict[str, Iterator[Batch]] = {}
+        for kind, targets in sources.items():
+            loader = FeatureLoader(
+                cache,
+                sampler,
+                features=targets.reads_features,
+                extra_sizes=targets.extra_sizes,
+                threads=arguments.threads,
+                prefetch=PREFETCH,
+                pin_memory=cuda,
+            )
+            self._batches[kind] = iter(stack.enter_context(loader))
+        batch = next(self._batches[CACHED])
+        self._batches[MEMORY] = repeat(batch)
+        sources[MEMORY] = InMemory(sources[CACHED](batch))
+        self.kinds = sorted(sources, key=[MEMORY, CACHED, ONLINE].index)
+        self._objectives = {
+            kind: Distillation(recipe, model, student, targets) for kind, targets in sources.items()
+        }
+
+    def turn(self, kind: str, steps: int) -> list[float]:
+        """Seconds of each of `steps` steps, after some that do not count."""
+        seconds = []
+        for _ in range(UNCOUNTED_STEPS + steps):
+            start = time.perf_counter()
+            self._step(kind)
+            seconds.append(time.perf_counter() - start)
+        return seconds[UNCOUNTED_STEPS:]
+
+    def flops(self, kind: str) -> int:
+        """Floating-point operations of one step, those of attention included."""
+        with FlopCounterMode(display=False) as counter:
+            self._step(kind)
+        return int(counter.get_total_flops())
+
+    def _step(self, kind: str) -> None:
+        loss, _ = self._objectives[kind](next(self._batches[kind]), self._timer)
+        self.accelerator.backward(loss)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        loss.item()  # waits for the device
+
+
+def print_results(results: dict[str, Any]) -> None:
+    table = Table(
+        "features", "s a step", "GFLOPs", title="A training step (random weights)", title_justify="left"
+    )
+    for kind, step_s in results["step_s"].items():
+        table.add_row(kind, f"{step_s:.3f}", f"{results['gflops'][kind]:,.0f}")
+    Console().print(table)
+    print(f"cached / in memory: {results['cached_over_memory']:.3f} (goal: at most 1.05)")
+    if "online_over_cached" in results:
+        print(
+            f"online / cached: {results['online_over_cached']:.2f}, "
+            f"{results['of_what_flops_allow']:.2f} of what the FLOPs allow (goal: at least 0.9)"
+        )
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

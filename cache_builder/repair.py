@@ -1,0 +1,146 @@
+"""Recompute exactly what is broken, and nothing else.
+
+A broken shard loses its record, and so ceases to exist, just before it is extracted again: a repair that
+is interrupted leaves a cache that `build` completes. Array layouts follow from the spec, the tables from
+the images and the view policy. `cache.json` and the codecs' tables follow from nothing; they are named.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import pyarrow as pa
+
+from cache_builder.recipe import RunnerRecipe
+from cache_builder.runner import describe
+from cache_builder.verify import Problem, verify
+from cache_builder.worker import Worker
+from pipeline.cache import FeatureCache
+from pipeline.errors import CacheMismatchError, TeacherCacheError
+from pipeline.manifest import SAMPLES_NAME, VIEWS_NAME, commit_name, quarantine_name
+from pipeline.sources import dataset_fingerprint
+from pipeline.spec import IMAGES
+from pipeline.views import draw_views
+
+
+@dataclass(frozen=True)
+class Repaired:
+    """What was broken and is sound again, and what is left, each with the reason why."""
+
+    mended: list[Problem]
+    left: list[Problem]
+
+
+def repair(
+    cache: FeatureCache,
+    runner: RunnerRecipe | None = None,
+    progress: Callable[[], None] = lambda: None,
+) -> Repaired:
+    """Verify every byte of a cache, and mend what differs. Untouched shards stay untouched.
+
+    Rows are the same bits again where the device, the library versions and `runner.batch_size` are those
+    of the build. `progress` is called after each shard that was verified.
+    """
+    problems = verify(cache, full=True, progress=progress)
+    reasons: dict[Problem, str] = {}
+    for problem in _in_order(problems):
+        if problem.shard is not None:
+            continue
+        try:
+            _rebuild(cache, problem)
+        except TeacherCacheError as error:
+            reasons[problem] = str(error)
+    broken = [problem for problem in problems if problem.shard is not None]
+    failed = _extract(cache, broken, runner or RunnerRecipe())
+    reasons |= {problem: failed[problem.shard] for problem in broken if problem.shard in failed}
+    return Repaired(
+        mended=[problem for problem in problems if problem not in reasons],
+        left=[replace(problem, reason=reason) for problem, reason in reasons.items()],
+    )
+
+
+def _in_order(problems: Iterable[Problem]) -> list[Problem]:
+    """The sample table comes first, since views are drawn for samples."""
+    return sorted(problems, key=lambda problem: problem.file != SAMPLES_NAME)
+
+
+def _rebuild(cache: FeatureCache, problem: Problem) -> None:
+    if problem.teacher is not None:
+        cache.store.create(cache.spec, problem.teacher)
+    elif problem.file == SAMPLES_NAME:
+        cache.manifest.write_samples(_scan(cache))
+    elif problem.file == VIEWS_NAME:
+        cache.manifest.write_views(_draw(cache, cache.manifest.samples()))
+    else:
+        raise CacheMismatchError(
+            f"{problem.file} cannot be made again.",
+            got=problem.reason,
+            expected="the tables that the features were encoded with",
+            do="restore it from a copy, or build the teacher again under another name",
+        )
+
+
+def _scan(cache: FeatureCache) -> pa.Table:
+    samples = cache.source.scan(workers=os.cpu_count() or 1)
+    if (found := dataset_fingerprint(samples)) != cache.spec.dataset.fingerprint:
+        raise CacheMismatchError(
+            f"The images at {cache.source.location} are not those of the cache.",
+            got=f"{samples.num_rows} samples with fingerprint {found}",
+            expected=f"{cache.num_samples} samples with fingerprint {cache.spec.dataset.fingerprint}",
+            do=f"bring the images back as they were, or restore {SAMPLES_NAME} from a copy",
+        )
+    return samples
+
+
+def _draw(cache: FeatureCache, samples: pa.Table) -> pa.Table:
+    tables = []
+    for segment in cache.spec.segments:
+        first, end = segment.samples
+        key, width, height = (samples[name][first:end] for name in ("key", "width", "height"))
+        sizes = width.to_numpy(), height.to_numpy()
+        tables.append(draw_views(cache.spec.views, key.to_pylist(), *sizes, segment.views, first))
+    return pa.concat_tables(tables)
+
+
+def _extract(cache: FeatureCache, problems: Collection[Problem], runner: RunnerRecipe) -> dict[int, str]:
+    """Extract broken shards again. Returns the shards that could not be, and why."""
+    names: dict[int, set[str]] = defaultdict(set)
+    doomed: dict[int, set[str]] = defaultdict(set)
+    for problem in problems:
+        assert problem.shard is not None
+        if problem.teacher is None:
+            names[problem.shard] |= set()  # decoding alone makes the quarantine list again
+            doomed[problem.shard].add(quarantine_name(problem.shard))
+        else:
+            names[problem.shard].add(problem.teacher)
+            doomed[problem.shard].add(commit_name(problem.teacher, problem.shard))
+    if not names:
+        return {}
+    teachers = set().union(*names.values()) - {IMAGES}
+    try:
+        worker = Worker({name: cache.spec.teachers[name] for name in sorted(teachers)}, runner)
+        worker.open(cache.storage.url)
+        _require_images(cache)
+    except TeacherCacheError as error:
+        return dict.fromkeys(names, str(error))
+
+    def again(shard: int) -> None:
+        for file in doomed[shard]:
+            cache.storage.remove(file)
+        if shard < cache.spec.num_shards:
+            worker.extract(shard, sorted(names[shard]))
+
+    with ThreadPoolExecutor(runner.shards_in_flight) as pool:
+        futures = {shard: pool.submit(again, shard) for shard in sorted(names)}
+    errors = {shard: future.exception() for shard, future in futures.items()}
+    return {shard: describe(error) for shard, error in errors.items() if error is not None}
+
+
+def _require_images(cache: FeatureCache) -> None:
+    """Raises before any record is deleted where no shard could be extracted."""
+    fresh = FeatureCache.open(cache.storage.url)
+    _ = fresh.samples, fresh.views, fresh.source

@@ -1,0 +1,118 @@
+"""Decoded feature maps as they are looked at: a few rows at a time, in colours that compare between images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property, lru_cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.cache import FeatureCache
+from pipeline.errors import CacheError
+from pipeline.feature_pictures import PcaBasis, Picture
+from pipeline.grids import least_squares
+from pipeline.views import render_view
+
+MAX_TOKENS = 8192  # of one teacher, for everything that is learnt from tokens
+_KEPT_ROWS = 3  # a decoded row of SAM-L is 67 MB
+
+
+class MapReader:
+    """Maps of the teachers that can be read; `absent` says why others cannot.
+
+    `rows` are up to `num_rows` rows of one view, drawn by the seed, that every one of these teachers holds.
+    Colours are learnt over them.
+    """
+
+    def __init__(
+        self,
+        cache: FeatureCache,
+        teachers: Sequence[str] | None = None,
+        *,
+        num_rows: int = 6,
+        view: int = 0,
+        seed: int = 0,
+    ) -> None:
+        self.cache = cache
+        self.teachers: list[str] = []
+        self.absent: dict[str, str] = {}
+        for name in cache.check_teachers(teachers):
+            if reason := _why_absent(cache, name):
+                self.absent[name] = reason
+            else:
+                self.teachers.append(name)
+        self._choice = num_rows, view, seed
+        self.maps: Callable[[str, int], Tensor] = lru_cache(_KEPT_ROWS * len(cache.teachers))(self._maps)
+        self.tokens: Callable[[str], Tensor] = lru_cache(None)(self._tokens)
+        self.basis: Callable[[str, int], PcaBasis] = lru_cache(None)(self._basis)
+
+    @cached_property
+    def rows(self) -> list[int]:
+        num_rows, view, seed = self._choice
+        order = np.random.default_rng(seed).permutation(self.cache.num_samples)
+        rows = self.cache.index.rows(order, view)
+        for name in self.teachers:
+            rows = rows[self.readable(name, rows)]
+        chosen: list[int] = np.sort(rows[:num_rows]).tolist()
+        return chosen if self.teachers else []
+
+    def readable(self, teacher: str, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which rows a teacher holds: committed, and of an image that could be decoded."""
+        records = self.cache.commits(teacher).values()
+        invalid = [row for record in records for row in record.invalid_rows]
+        committed = self.cache.committed(teacher)[rows // self.cache.spec.rows_per_shard]
+        return np.asarray(committed & ~np.isin(rows, invalid))
+
+    def _maps(self, teacher: str, row: int) -> Tensor:
+        """Features (levels, H, W, C) float32 of one row; the last few are kept. Raises as `read` does.
+
+        Those of an adjoint grid are turned back into what a student on that grid can reach of the map.
+        """
+        maps_SHWC = self.cache.read([row], [teacher])[teacher].decode()[0]
+        spec = self.cache.spec.teachers[teacher]
+        if spec.grid.kind == "adjoint":
+            maps_SHWC = least_squares(maps_SHWC.permute(0, 3, 1, 2), spec.native_grid).permute(0, 2, 3, 1)
+        return maps_SHWC
+
+    def _tokens(self, teacher: str) -> Tensor:
+        """(levels, N, C): at most `MAX_TOKENS` tokens, spread evenly over the chosen rows.
+
+        Rows that turn out to be damaged are left out. Raises `CacheError` when there is no other.
+        """
+        height, width = self.cache.spec.teachers[teacher].stored_grid
+        step = -(-len(self.rows) * height * width // MAX_TOKENS)
+        parts = []
+        damage = CacheError(f"Teacher {teacher} and the others have no row in common that can be read.")
+        for row in self.rows:
+            try:
+                parts.append(self.maps(teacher, row).flatten(1, 2)[:, ::step])
+            except CacheError as error:
+                damage = error
+        if not parts:
+            raise damage
+        return torch.cat(parts, 1)
+
+    def _basis(self, teacher: str, level: int) -> PcaBasis:
+        """The colours of one level of a teacher."""
+        return PcaBasis.fit(self.tokens(teacher)[level])
+
+    def view(self, row: int) -> Picture:
+        """The pixels of a row's view. Raises as `FeatureCache.image` does."""
+        sample = int(self.cache.index.locate(row)[0])
+        pixels: Picture = (
+            render_view(self.cache.image(sample), self.cache.view(row)).permute(1, 2, 0).numpy()
+        )
+        return pixels
+
+
+def _why_absent(cache: FeatureCache, teacher: str) -> str | None:
+    if not cache.committed(teacher).any():
+        return "no shard is committed yet"
+    try:
+        cache.commits(teacher)
+    except CacheError as error:
+        return error.problem
+    return None

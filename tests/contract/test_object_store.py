@@ -1,0 +1,298 @@
+"""Sources and caches on an object store: a real S3 server on loopback, reached as people reach theirs."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pytest
+import s3fs
+from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+from rich.console import Console
+from werkzeug.serving import make_server
+
+from cache_builder import build
+from cache_builder.recipe import RunnerRecipe
+from cache_builder.repair import repair
+from cache_builder.verify import verify
+from pipeline import FeatureCache
+from pipeline.errors import BuildError, CacheError, CacheNotFoundError
+from pipeline.storage import Storage
+from tests.make_cache import build_recipe, make_images
+
+QUIET = Console(quiet=True)
+READ_TIMEOUT_S = 1.0
+PART_BYTES = 5 << 20  # the least that S3 takes
+TINY = {"tiny": {"model": "vit_tiny_patch16_224", "pretrained": False, "image_size": 32, "codec": "f16"}}
+
+
+@dataclass(frozen=True)
+class Request:
+    method: str
+    path: str
+    query: str
+    range: str | None
+
+
+@dataclass
+class Server:
+    """moto's S3 behind a log, and behind faults: `fault(request)` is a status to fail with, or "hang"."""
+
+    answered: list[tuple[Request, int]] = field(default_factory=list)
+    fault: Callable[[Request], int | str | None] = lambda _: None
+
+    def __post_init__(self) -> None:
+        self._moto = DomainDispatcherApplication(create_backend_app)
+        self._lock = threading.Lock()
+
+    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        request = Request(
+            environ["REQUEST_METHOD"],
+            environ["PATH_INFO"],
+            environ.get("QUERY_STRING", ""),
+            environ.get("HTTP_RANGE"),
+        )
+        with self._lock:
+            fault = self.fault(request)
+        if fault == "hang":
+            time.sleep(READ_TIMEOUT_S + 0.5)
+        elif fault is not None:
+            code = {500: "InternalError", 503: "SlowDown", 403: "AccessDenied"}[int(fault)]
+            body = f"<Error><Code>{code}</Code><Message>injected</Message></Error>".encode()
+            start_response(f"{fault} {code}", [("Content-Length", str(len(body)))])
+            return [body]
+
+        def start(status: str, *rest: Any) -> Any:
+            self.answered.append((request, int(status.split()[0])))
+            return start_response(status, *rest)
+
+        answer: Iterable[bytes] = self._moto(environ, start)
+        return answer
+
+    def requests(self, *methods: str) -> list[Request]:
+        return [request for request, status in self.answered if request.method in methods and status < 300]
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[Server]:
+    """The server, and the environment that leads to it."""
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = Server()
+    http = make_server("127.0.0.1", 0, server, threaded=True)
+    thread = threading.Thread(target=http.serve_forever)
+    thread.start()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{http.server_port}",
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_CONFIG_FILE": "/dev/null",
+            "AWS_SHARED_CREDENTIALS_FILE": "/dev/null",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }.items():
+            patch.setenv(name, value)
+        options = {"config_kwargs": {"read_timeout": READ_TIMEOUT_S}, "default_block_size": PART_BYTES}
+        patch.setitem(fsspec.config.conf, "s3", options)
+        s3fs.S3FileSystem.clear_instance_cache()
+        s3fs.S3FileSystem().mkdir("bucket")
+        yield server
+    s3fs.S3FileSystem.clear_instance_cache()
+    http.shutdown()
+    thread.join()
+    http.server_close()
+
+
+@pytest.fixture
+def server(running: Server) -> Iterator[Server]:
+    running.answered.clear()
+    yield running
+    running.fault = lambda _: None
+    with warnings.catch_warnings(action="ignore", category=ResourceWarning):
+        gc.collect()  # zarr leaves sessions of its filesystems to the collector, which aiohttp warns of
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory, running: Server) -> Path:
+    """A folder of images, also at s3://bucket/images."""
+    folder = make_images(tmp_path_factory.mktemp("images"), 8)
+    for path in folder.iterdir():
+        Storage.at("s3://bucket/images").write(path.name, path.read_bytes())
+    return folder
+
+
+def file_checksums(cache: FeatureCache) -> dict[str, str]:
+    records = cache.commits("tiny").values()
+    return {name: file.checksum for record in records for name, file in record.files.items()}
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory, images: Path) -> FeatureCache:
+    return build(build_recipe(tmp_path_factory.mktemp("local") / "cache", images, teachers=TINY), QUIET).cache
+
+
+@pytest.fixture(scope="module")
+def remote(running: Server, images: Path) -> tuple[FeatureCache, list[Request]]:
+    """The same cache at s3://bucket/cache, and the requests that wrote it."""
+    running.answered.clear()
+    cache = build(build_recipe("s3://bucket/cache", "s3://bucket/images", teachers=TINY), QUIET).cache
+    return cache, [request for request in running.requests("PUT", "POST") if "uploads" not in request.query]
+
+
+def test_a_cache_on_s3_is_the_local_one(
+    server: Server, remote: tuple[FeatureCache, list[Request]], local: FeatureCache
+) -> None:
+    cache, _ = remote
+    assert cache.spec.cache_id == local.spec.cache_id
+    assert file_checksums(cache) == file_checksums(local)
+    assert verify(FeatureCache.open("s3://bucket/cache"), full=True) == []
+    recipe = build_recipe("s3://bucket/cache", "s3://bucket/images", teachers=TINY)
+    assert build(recipe, QUIET).shards == 0
+
+
+def test_the_record_comes_last_and_in_one_request(remote: tuple[FeatureCache, list[Request]]) -> None:
+    cache, written = remote
+    assert len(cache.commits("tiny")) == 3
+    for shard, record in cache.commits("tiny").items():
+        (commit,) = (i for i, r in enumerate(written) if r.path.endswith(f"commits/tiny/{shard:05d}.json"))
+        assert (written[commit].method, written[commit].query) == ("PUT", "")
+        for name in record.files:
+            assert max(i for i, r in enumerate(written) if r.path == f"/bucket/cache/{name}") < commit
+
+
+def test_reading_asks_for_ranges(
+    server: Server, remote: tuple[FeatureCache, list[Request]], local: FeatureCache
+) -> None:
+    cache = FeatureCache.open("s3://bucket/cache")
+    rows = np.array([0, 7, 15])
+    assert cache.read(rows)["tiny"].decode().equal(local.read(rows)["tiny"].decode())
+    shards = [request for request in server.requests("GET") if "/codes/c/" in request.path]
+    assert shards
+    assert all(request.range is not None for request in shards)
+
+
+def test_damage_on_s3_is_found_and_repaired(
+    server: Server, remote: tuple[FeatureCache, list[Request]], local: FeatureCache
+) -> None:
+    cache, _ = remote
+    name = next(iter(cache.commits("tiny")[1].files))
+    data = bytearray(cache.storage.read(name))
+    data[100] ^= 1
+    cache.storage.write(name, data)
+    cache.storage.write("samples.parquet", cache.storage.read("samples.parquet")[:-10])
+    opened = FeatureCache.open("s3://bucket/cache")
+    assert [problem.file for problem in verify(opened, full=True)] == [name, "samples.parquet"]
+    server.answered.clear()
+    done = repair(opened, RunnerRecipe(batch_size=4))
+    assert (len(done.mended), done.left) == (2, [])
+    assert {r.path for r in server.requests("DELETE")} == {"/bucket/cache/commits/tiny/00001.json"}
+    mended = FeatureCache.open("s3://bucket/cache")
+    assert verify(mended, full=True) == []
+    assert file_checksums(mended) == file_checksums(local)
+
+
+def test_a_build_survives_errors_throttling_and_hanging(
+    server: Server, images: Path, local: FeatureCache
+) -> None:
+    """Every sixth request fails once, as S3 fails them; three of them hang."""
+    seen: set[Request] = set()
+    injected: list[int | str] = []
+
+    def fault(request: Request) -> int | str | None:
+        if request in seen or len(seen) % 6:
+            seen.add(request)
+            return None
+        seen.add(request)
+        injected.append("hang" if len(injected) in (3, 9, 14) else (500, 503)[len(injected) % 2])
+        return injected[-1]
+
+    server.fault = fault
+    cache = build(build_recipe("s3://bucket/faults", "s3://bucket/images", teachers=TINY), QUIET).cache
+    found = verify(FeatureCache.open("s3://bucket/faults"), full=True)
+    server.fault = lambda _: None
+    assert {500, 503, "hang"} <= set(injected)
+    assert found == []
+    assert file_checksums(cache) == file_checksums(local)
+
+
+def test_an_upload_that_fails_leaves_no_record(server: Server, images: Path, local: FeatureCache) -> None:
+    recipe = build_recipe("s3://bucket/denied", "s3://bucket/images", teachers=TINY)
+
+    def fault(request: Request) -> int | None:
+        return 403 if request.method == "PUT" and "denied/teachers/tiny/codes/c/1" in request.path else None
+
+    server.fault = fault
+    with pytest.raises(BuildError, match="1 of 3 shards failed"):
+        build(recipe, QUIET)
+    assert FeatureCache.open("s3://bucket/denied").committed("tiny").tolist() == [True, False, True]
+    server.fault = lambda _: None
+    assert not s3fs.S3FileSystem().call_s3("list_multipart_uploads", Bucket="bucket").get("Uploads")
+    again = build(recipe, QUIET)
+    assert again.shards == 1
+    assert file_checksums(again.cache) == file_checksums(local)
+
+
+@pytest.mark.parametrize("nbytes", [100, PART_BYTES + 100])
+def test_a_file_that_fails_in_the_middle_does_not_appear(server: Server, nbytes: int) -> None:
+    """Nor do its parts stay on the store, where they would be paid for."""
+    storage = Storage.at("s3://bucket/half")
+
+    def fail_in_the_middle() -> None:
+        with storage.open_write("shard") as file:
+            file.write(b"x" * nbytes)
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail_in_the_middle()
+    gc.collect()
+    assert storage.size("shard") is None
+    assert not s3fs.S3FileSystem().call_s3("list_multipart_uploads", Bucket="bucket").get("Uploads")
+
+
+def test_files_of_several_parts_are_whole(server: Server) -> None:
+    storage, data = Storage.at("s3://bucket/parts"), bytes(range(256)) * (PART_BYTES // 100)
+    with storage.open_write("shard") as file:
+        for start in range(0, len(data), 1 << 20):
+            file.write(data[start : start + (1 << 20)])
+    assert len([r for r in server.requests("PUT") if "partNumber" in r.query]) == 3
+    assert storage.checksum("shard") == file.checksum
+    assert storage.read_range("shard", PART_BYTES - 3, 6) == data[PART_BYTES - 3 : PART_BYTES + 3]
+    assert storage.read_range("shard", len(data), 10) == b""
+    assert storage.read_range("shard", len(data) - 2, 10) == data[-2:]
+
+
+def test_other_writers_are_seen_at_once(server: Server) -> None:
+    """A client that remembered listings would not see what another machine has written since."""
+    here, there = Storage.at("s3://bucket/shared"), s3fs.S3FileSystem(skip_instance_cache=True)
+    there.pipe_file("bucket/shared/a/1", b"1")
+    assert (here.names("a"), here.size("a/2")) == (["1"], None)
+    there.pipe_file("bucket/shared/a/2", b"22")
+    assert (here.names("a"), here.size("a/2"), list(here.walk("a"))) == (
+        ["1", "2"],
+        2,
+        [("a/1", 1), ("a/2", 2)],
+    )
+
+
+def test_what_is_not_there_is_said(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    for url in ("s3://bucket/nothing", "s3://no-such-bucket/cache"):
+        with pytest.raises(CacheNotFoundError, match="build the cache first"):
+            FeatureCache.open(url)
+    server.fault = lambda _: 403
+    with pytest.raises(CacheError, match=r"cannot be read(.|\n)*AWS_ACCESS_KEY_ID"):
+        FeatureCache.open("s3://bucket/cache")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises(CacheError, match=r"NoCredentialsError(.|\n)*AWS_ACCESS_KEY_ID"):
+        FeatureCache.open("s3://bucket/cache")
+    s3fs.S3FileSystem.clear_instance_cache()

@@ -1,0 +1,260 @@
+"""Damage is found, wherever it is, and repaired; and what is stored is what the teachers give."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import IO
+
+import pytest
+from rich.console import Console
+
+from cache_builder import build
+from cache_builder.against_teacher import compare_with_teachers
+from cache_builder.recipe import RunnerRecipe
+from cache_builder.repair import repair
+from cache_builder.verify import strays, verify
+from pipeline import FeatureCache
+from pipeline.errors import CacheError, CacheMismatchError
+from pipeline.manifest import Manifest
+from pipeline.storage import LocalStorage
+from tests.make_cache import build_recipe, make_images
+
+QUIET = Console(quiet=True)
+RUNNER = RunnerRecipe(batch_size=4, decode_threads=2)  # as build_recipe's: other batches, other last bits
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(cache, images): two teachers, one with token features and a calibrated codec, copied images, and a
+    sample in quarantine."""
+    root = tmp_path_factory.mktemp("built")
+    images = make_images(root / "images", 8)
+    (images / "image_004.jpg").write_bytes(b"<html>not an image</html>")
+    tiny = {"model": "vit_tiny_patch16_224", "pretrained": False, "image_size": 32}
+    teachers = {
+        "tiny": tiny | {"codec": "f32", "cls_token": True},
+        "small": tiny | {"codec": "int4-hadamard"},
+    }
+    build(build_recipe(root / "cache", images, teachers=teachers, images="copy"), QUIET)
+    return root / "cache", images
+
+
+@pytest.fixture
+def cache(built: tuple[Path, Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(built[0], tmp_path / "cache", copy_function=shutil.copy2))
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+class OneFileChanged(LocalStorage):
+    """The folder as it would be with other bytes in one file."""
+
+    def __init__(self, root: Path, name: str, data: bytes) -> None:
+        super().__init__(root)
+        self._name, self._data = name, data
+
+    def open_read(self, name: str) -> IO[bytes]:
+        if name != self._name:
+            return super().open_read(name)
+        handle = os.memfd_create("changed")
+        os.write(handle, self._data)
+        os.lseek(handle, 0, os.SEEK_SET)
+        return os.fdopen(handle, "rb")
+
+    def size(self, name: str) -> int | None:
+        return len(self._data) if name == self._name else super().size(name)
+
+
+def changes_found(folder: Path, name: str, data: bytes) -> bool:
+    storage = OneFileChanged(folder, name, data)
+    try:
+        return bool(verify(FeatureCache(storage, Manifest(storage).spec()), full=True))
+    except CacheError:
+        return True
+
+
+def test_every_flipped_bit_is_found(built: tuple[Path, Path]) -> None:
+    generator = random.Random(0)
+    contents = {str(path.relative_to(built[0])): path.read_bytes() for path in files(built[0])}
+    assert not changes_found(built[0], "samples.parquet", contents["samples.parquet"])
+    for i in range(1000):  # every file has its share, however small it is
+        name = sorted(contents)[i % len(contents)]
+        data = bytearray(contents[name])
+        bit = generator.randrange(8 * len(data))
+        data[bit // 8] ^= 1 << bit % 8
+        assert changes_found(built[0], name, bytes(data)), f"bit {bit} of {name}"
+
+
+def test_every_truncation_is_found(built: tuple[Path, Path]) -> None:
+    generator = random.Random(0)
+    for path in files(built[0]):
+        data = path.read_bytes()
+        for end in (0, 1, len(data) // 2, len(data) - 1, generator.randrange(len(data))):
+            name = str(path.relative_to(built[0]))
+            assert changes_found(built[0], name, data[:end]), f"{name} cut at {end}"
+
+
+def flip(path: Path, bit: int = 1000) -> None:
+    data = bytearray(path.read_bytes())
+    data[bit // 8 % len(data)] ^= 1 << bit % 8
+    path.write_bytes(data)
+
+
+def shard_of(cache: Path, teacher: str, shard: int, array: str = "codes") -> Path:
+    return next(path for path in files(cache / "teachers" / teacher / array / "c" / str(shard)))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file but the commit records, which hold times."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files(folder) if "commits" not in p.parts}
+
+
+def test_a_quick_look_reads_no_shard(cache: Path) -> None:
+    shard = shard_of(cache, "tiny", 1)
+    flip(shard)
+    assert verify(FeatureCache.open(cache)) == []
+    (problem,) = verify(FeatureCache.open(cache), full=True)
+    assert (problem.teacher, problem.shard) == ("tiny", 1)
+    assert problem.file == str(shard.relative_to(cache))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert "bytes, expected" in verify(FeatureCache.open(cache))[0].reason
+    shard.unlink()
+    assert verify(FeatureCache.open(cache))[0].reason.endswith("is missing")
+
+
+def test_records_of_another_spec_or_place_are_found(cache: Path) -> None:
+    manifest = FeatureCache.open(cache).manifest
+    record = manifest.read_commit("tiny", 0)
+    manifest.commit(record.model_copy(update={"content_id": "0" * 32}))
+    assert "another spec" in verify(FeatureCache.open(cache))[0].reason
+    manifest.commit(record.model_copy(update={"first_row": 6}))
+    assert "expected range(0, 6)" in verify(FeatureCache.open(cache))[0].reason
+    manifest.commit(record.model_copy(update={"shard": 40}))
+    manifest.commit(record)
+    assert "shard 40 does not exist" in verify(FeatureCache.open(cache))[0].reason
+
+
+def test_tables_of_another_cache_are_found(cache: Path, tmp_path: Path) -> None:
+    """Sound files in the wrong place: their own checksums are right."""
+    other = build(build_recipe(tmp_path / "other", make_images(tmp_path / "images", 8, seed=5)), QUIET).cache
+    for name in ("samples.parquet", "views.parquet"):
+        shutil.copy(tmp_path / "other" / name, cache / name)
+    reasons = [problem.reason for problem in verify(FeatureCache.open(cache), full=True)]
+    assert reasons == ["samples.parquet has another fingerprint than cache.json"]
+    assert verify(other, full=True) == []
+
+
+def test_files_of_nobody_are_named(cache: Path) -> None:
+    opened = FeatureCache.open(cache)
+    assert strays(opened) == []
+    (cache / "teachers" / "notes.txt").write_text("mine")
+    (cache / "commits" / "tiny" / "00001.json").unlink()
+    lost = {str(shard_of(cache, "tiny", 1, array).relative_to(cache)) for array in ("cls", "codes")}
+    assert set(strays(opened)) == {*lost, "teachers/notes.txt"}
+
+
+def test_repair_makes_the_same_bytes_and_touches_nothing_else(built: tuple[Path, Path], cache: Path) -> None:
+    flip(shard_of(cache, "tiny", 0))
+    flip(cache / "commits" / "small" / "00002.json")
+    flip(cache / "commits" / "images" / "00001.json")
+    flip(cache / "quarantine" / "00001.jsonl")
+    flip(cache / "samples.parquet")
+    (cache / "views.parquet").unlink()
+    (cache / "teachers" / "small" / "codes" / "zarr.json").write_text("{}")
+    broken = {("tiny", 0), ("small", 2), ("images", 1)}
+    before = {path: path.stat().st_mtime_ns for path in files(cache)}
+    done = repair(FeatureCache.open(cache), RUNNER)
+    assert done.left == []
+    assert len(done.mended) == 7
+    assert {(p.teacher, p.shard) for p in done.mended if p.teacher and p.shard is not None} == broken
+    assert contents(cache) == contents(built[0])
+    assert verify(FeatureCache.open(cache), full=True) == []
+    touched = {
+        path.relative_to(cache) for path in files(cache) if before.get(path) != path.stat().st_mtime_ns
+    }
+    shards = {path.parts for path in touched if "c" in path.parts or "commits" in path.parts}
+    assert {(parts[1], int(parts[parts.index("c") + 1])) for parts in shards if "c" in parts} == {
+        ("tiny", 0),
+        ("small", 2),
+    }
+    assert {(parts[1], int(parts[2][:5])) for parts in shards if "commits" in parts} == broken
+
+
+def test_repair_of_a_sound_cache_loads_no_teacher(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cache_builder.worker.build_teacher", None)
+    before = {path: path.stat().st_mtime_ns for path in files(cache)}
+    assert repair(FeatureCache.open(cache)).mended == []
+    assert before == {path: path.stat().st_mtime_ns for path in files(cache)}
+
+
+def test_what_cannot_be_repaired_is_named_and_left(cache: Path, built: tuple[Path, Path]) -> None:
+    """Codec tables follow from nothing; and nothing can be extracted from images that are gone."""
+    flip(cache / "stats" / "small.safetensors")
+    flip(shard_of(cache, "small", 2))
+    before = contents(cache)
+    done = repair(FeatureCache.open(cache), RUNNER)
+    assert [problem.file for problem in done.left if problem.shard is None] == ["stats/small.safetensors"]
+    assert "restore it from a copy" in done.left[0].reason
+    assert contents(cache) == before
+    flip(cache / "cache.json")
+    with pytest.raises(CacheError, match=r"damaged or edited(.|\n)*restore cache\.json"):
+        FeatureCache.open(cache)
+
+
+def test_other_images_are_not_taken_for_the_ones_that_were_cached(tmp_path: Path) -> None:
+    images = make_images(tmp_path / "images", 4)
+    cache = build(build_recipe(tmp_path / "cache", images), QUIET).cache
+    make_images(images, 4, seed=1)
+    flip(tmp_path / "cache" / "samples.parquet")
+    flip(tmp_path / "cache" / "commits" / "tiny" / "00000.json")
+    done = repair(cache, RUNNER)
+    assert len(done.left) == 2
+    assert "are not those of the cache" in done.left[0].reason
+    assert "samples.parquet" in done.left[1].reason
+    assert (tmp_path / "cache" / "commits" / "tiny" / "00000.json").exists(), "no record is deleted in vain"
+
+
+def test_stored_features_are_the_teachers(tmp_path: Path) -> None:
+    tiny = {"model": "vit_tiny_patch16_224", "pretrained": False, "image_size": 32, "cls_token": True}
+    codecs = ("f32", "bf16", "int4-hadamard", "int3-dct")
+    pooled = {"grid": "adjoint", "grid_size": [1, 1], "codec": "f16", "global_feature": True}
+    teachers = {codec: tiny | {"codec": codec} for codec in codecs} | {"adjoint": tiny | pooled}
+    images = make_images(tmp_path / "images", 6)
+    cache = build(build_recipe(tmp_path / "cache", images, teachers=teachers), QUIET).cache
+    found = compare_with_teachers(cache, 9, seed=0)
+    levels = ["level 0", "level 1", "level 2", "level 3"]
+    assert [one.what for one in found if one.teacher == "f32"] == [*levels, "cls"]
+    assert [one.what for one in found if one.teacher == "adjoint"] == [*levels, "norms", "cls", "global"]
+    assert [one for one in found if not one.kept] == []
+    assert all(one.max_error < 1e-4 and one.cosine > 0.999999 for one in found if one.teacher == "f32")
+
+
+@pytest.mark.parametrize("codec", ["f32", "int4-hadamard"])
+def test_features_of_another_view_are_not(tmp_path: Path, codec: str) -> None:
+    """Sound files, wrong content: one row of 12 holds the features of another view."""
+    tiny = {"model": "vit_tiny_patch16_224", "pretrained": False, "image_size": 32, "codec": codec}
+    images = make_images(tmp_path / "images", 6)
+    cache = build(build_recipe(tmp_path / "cache", images, teachers={"t": tiny}), QUIET).cache
+    arrays = {name: tensor.numpy() for name, tensor in cache.read(range(12))["t"].tensors().items()}
+    for array in arrays.values():
+        array[7] = array[6]
+    with cache.store.write_shard(cache.spec, "t", 1) as writer:
+        writer.write(range(6), {name: array[6:] for name, array in arrays.items()})
+    record = cache.manifest.read_commit("t", 1)
+    cache.manifest.commit(record.model_copy(update={"files": writer.files()}))
+    opened = FeatureCache.open(tmp_path / "cache")
+    assert verify(opened, full=True) == []
+    assert not any(one.kept for one in compare_with_teachers(opened, 12, seed=0))
+
+
+def test_a_teacher_with_other_weights_is_no_judge(cache: Path) -> None:
+    opened = FeatureCache.open(cache)
+    other = opened.spec.teachers["tiny"].model_copy(update={"random_seed": 7})
+    spec = opened.spec.model_copy(update={"teachers": {"tiny": other}})
+    with pytest.raises(CacheMismatchError, match="not the weights"):
+        compare_with_teachers(FeatureCache(opened.storage, spec), 1)
