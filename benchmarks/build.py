@@ -4,8 +4,8 @@
 
 Ours: decode, render, forward, encode, write and commit, as `teachercache build` does it. Peer and limit: the
 bare forward passes over the same views, rendered beforehand and held in memory. Medians over interleaved
-repeats; random weights. The goal: all but the forward passes takes at most 15% of the wall time, at ViT-S on a
-CPU.
+repeats; random weights. The goal: all but the forward passes takes at most 15% of the wall time, at ViT-S on
+a CPU.
 """
 
 from __future__ import annotations

@@ -14,8 +14,9 @@ import argparse
 import dataclasses
 import json
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -40,7 +41,12 @@ COLUMNS = {  # key: (head, format)
     "decode_gb_per_s": ("decode", ".2f"),
 }
 
-Signal = tuple[Tensor, Tensor]  # the calibration sample and the rows that are measured
+SIGNALS: dict[str, Callable[[int, int], Tensor]] = {
+    "white": lambda rows, seed: signals.white(rows, LEVELS, GRID, WIDTH, seed),
+    "heavy-tailed": lambda rows, seed: signals.heavy_tailed(rows, LEVELS, GRID, WIDTH, seed),
+    "correlated": lambda rows, seed: signals.correlated(rows, LEVELS, GRID, WIDTH, seed),
+    "random ViT": lambda rows, seed: signals.photographs(rows, GRID, seed),
+}
 
 
 def main() -> None:
@@ -55,31 +61,27 @@ def main() -> None:
     args = parser.parse_args()
 
     results = []
-    for name, signal in _signals(args).items():
-        sample, features = (part.to(args.device) for part in signal)
+    for name, sample, features in _signals(args):
         for codec in args.codecs:
+            print(f"{name}: {codec}", file=sys.stderr)
             results.append({"signal": name, "codec": codec} | measure(codec, sample, features, args.repeats))
         for idea in IDEAS if args.ideas else ():
             results.append({"signal": name, "codec": f"({idea})"} | measure_idea(idea, sample, features))
-    console = Console(width=140)
-    console.print(_table(results))
+    Console(width=120).print(_table(results))
     machine = {"device": args.device, "threads": torch.get_num_threads(), "torch": torch.__version__}
     print(json.dumps({"benchmark": "codecs", "machine": machine, "results": results}))
 
 
-def _signals(args: argparse.Namespace) -> dict[str, Signal]:
+def _signals(args: argparse.Namespace) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Name, calibration sample and the rows that are measured."""
     if args.cache:
         rows = signals.of_cache(args.cache, args.teacher, 2 * args.rows, seed=0)
-        return {name: (x[::2], x[1::2]) for name, x in rows.items()}
-    shape = args.rows, LEVELS, GRID, WIDTH
-    synthetic = {
-        "white": signals.white,
-        "heavy-tailed": signals.heavy_tailed,
-        "correlated": signals.correlated,
-    }
-    made = {name: (make(*shape, seed=0), make(*shape, seed=1)) for name, make in synthetic.items()}
-    sample, features = (signals.photographs(args.rows, GRID, seed) for seed in (0, 1))
-    return made | {"random ViT": (sample, features)}
+        for name, x in rows.items():
+            yield name, x[::2].to(args.device), x[1::2].to(args.device)
+        return
+    for name, make in SIGNALS.items():
+        sample, features = (make(args.rows, seed).to(args.device) for seed in (0, 1))
+        yield name, sample, features
 
 
 def measure(name: str, sample: Tensor, features: Tensor, repeats: int) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
     python -m benchmarks.inspection [--shards 5000] [--teachers 3] [--cache FOLDER]
 
-`inspect` is timed as a user meets it, in a fresh process, on a cache of ImageNet's size: real tables and commit
-records, shard files of the right size that hold nothing. The goal: at most 1 s for the page, and for one shard,
-one row and one key.
+`inspect` is timed as a user meets it, in a fresh process, on a cache of ImageNet's size: real tables and
+commit records, shard files of the right size that hold nothing. The goal: at most 1 s for the page, and for
+one shard, one row and one key.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
 """Ways to read the same rows: ours, the raw bytes, and other libraries with the formats they bring.
 
 Each takes a `Workload`, makes its copy of the rows if it needs one, and gives an iterator without end:
-every `next()` puts one batch of random rows into the workload's buffers (the loaders: into a batch of
-their own). Imports that may be missing are made inside.
+every `next()` is one batch of random rows, by array, in the workload's buffers (those of zarr-python and of
+the loaders in memory of their own). Libraries that may be missing are imported inside.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import count
@@ -25,11 +25,13 @@ from pipeline.cache import FeatureCache
 from pipeline.codecs import Encoded
 from pipeline.loader import FeatureLoader
 from pipeline.stores.shard_format import index_nbytes, parse_index
-from pipeline.stores.zarr_store import ZarrStore, array_folder, shard_file
+from pipeline.stores.zarr_store import array_folder, shard_file
 
+TAR = "Theia-style tar (in order)"
 COPY_NBYTES = 1 << 26  # of each file of a copy
 
 Ints = NDArray[np.int64]
+Arrays = Mapping[str, NDArray | Tensor]
 
 
 @dataclass(frozen=True)
@@ -73,21 +75,21 @@ class Workload:
             }
 
 
-Reader = Callable[[Workload], Iterator[object]]
+Reader = Callable[[Workload], Iterator[Arrays]]
 
 
-def ours(w: Workload) -> Iterator[object]:
+def ours(w: Workload) -> Iterator[Arrays]:
     for order in w.orders():
-        yield w.cache.read(w.rows[order], [w.teacher], out=w.buffers)
+        yield w.cache.read(w.rows[order], [w.teacher], out=w.buffers)[w.teacher].arrays
 
 
-def ours_checked(w: Workload) -> Iterator[object]:
+def ours_checked(w: Workload) -> Iterator[Arrays]:
     cache = FeatureCache.open(w.cache.storage.url, checksums=True)
     for order in w.orders():
-        yield cache.read(w.rows[order], [w.teacher], out=w.buffers)
+        yield cache.read(w.rows[order], [w.teacher], out=w.buffers)[w.teacher].arrays
 
 
-def raw_pread(w: Workload) -> Iterator[object]:
+def raw_pread(w: Workload) -> Iterator[Arrays]:
     """The system calls alone: files open, places known, memory at hand."""
     places = {name: _places(w, name, values.ndim - 1) for name, values in w.arrays.items()}
     chunks = {name: [value.reshape(-1).view(np.uint8).data for value in w.arrays[name]] for name in places}
@@ -96,7 +98,7 @@ def raw_pread(w: Workload) -> Iterator[object]:
             for chunk, position in zip(into, order.tolist(), strict=True):
                 descriptor, offset = places[name][position]
                 os.preadv(descriptor, [chunk], offset)
-        yield None
+        yield w.tensors
 
 
 def _places(w: Workload, name: str, row_ndim: int) -> list[tuple[int, int]]:
@@ -114,29 +116,30 @@ def _places(w: Workload, name: str, row_ndim: int) -> list[tuple[int, int]]:
     ]
 
 
-def zarr_python(w: Workload) -> Iterator[object]:
-    """A row at a time: a list of rows is gathered value by value, some hundred times slower."""
-    arrays: dict[str, Any] = {
-        name: zarr.open_array(f"{w.cache.storage.url}/{array_folder(w.teacher, name)}", mode="r")
-        for name in w.tensors
-    }
-    buffers = w.arrays
+def zarr_python(w: Workload) -> Iterator[Arrays]:
+    """A batch as zarr-python gives it: rows stacked. (A list of rows takes some hundred times as long.)"""
+    arrays = _zarr_arrays(w)
+    for order in w.orders():
+        rows = w.rows[order].tolist()
+        yield {name: np.stack([array[row] for row in rows]) for name, array in arrays.items()}
+
+
+def zarr_python_copied(w: Workload) -> Iterator[Arrays]:
+    """Its rows copied into the buffers one by one, where malloc gives each the memory of the last."""
+    arrays, buffers = _zarr_arrays(w), w.arrays
     for order in w.orders():
         for name, array in arrays.items():
             for number, row in enumerate(w.rows[order].tolist()):
                 buffers[name][number] = array[row]
-        yield None
+        yield buffers
 
 
-def zarr_python_out(w: Workload) -> Iterator[object]:
-    """The same into the buffer itself, with what zarr-python does not document."""
-    store = ZarrStore(w.cache.storage)
-    for order in w.orders():
-        store.read(w.cache.spec, w.teacher, w.rows[order], w.arrays)
-        yield None
+def _zarr_arrays(w: Workload) -> dict[str, Any]:
+    folders = {name: f"{w.cache.storage.url}/{array_folder(w.teacher, name)}" for name in w.tensors}
+    return {name: zarr.open_array(folder, mode="r") for name, folder in folders.items()}
 
 
-def tensorstore(w: Workload) -> Iterator[object]:
+def tensorstore(w: Workload) -> Iterator[Arrays]:
     ts = import_module("tensorstore")
     arrays = {}
     for name in w.tensors:
@@ -147,10 +150,12 @@ def tensorstore(w: Workload) -> Iterator[object]:
     buffers = {name: ts.array(values, copy=False, write=True) for name, values in w.arrays.items()}
     for order in w.orders():
         pending = [buffers[name].write(array[w.rows[order]]) for name, array in arrays.items()]
-        yield [future.result() for future in pending]
+        for future in pending:
+            future.result()
+        yield w.tensors
 
 
-def theia_tar(w: Workload) -> Iterator[object]:
+def theia_tar(w: Workload) -> Iterator[Arrays]:
     """As Theia writes and reads its features: one safetensors a row in a tar, read from front to back."""
     import webdataset as wds
     from safetensors.torch import load, save
@@ -167,11 +172,10 @@ def theia_tar(w: Workload) -> Iterator[object]:
     dataset = wds.WebDataset(paths, shardshuffle=False).decode(decode).repeat()
     rows = (sample["teacher.safetensors"] for sample in dataset)
     while True:
-        _copy_rows(w, rows)
-        yield None
+        yield _copy_rows(w, rows)
 
 
-def litdata(w: Workload) -> Iterator[object]:
+def litdata(w: Workload) -> Iterator[Arrays]:
     streaming = import_module("litdata.streaming")
     folder = _folder(w, "litdata")
     writer = streaming.writer.BinaryWriter(str(folder), chunk_bytes=COPY_NBYTES)
@@ -181,11 +185,10 @@ def litdata(w: Workload) -> Iterator[object]:
     writer.merge(1)
     dataset = streaming.StreamingDataset(str(folder))
     for order in w.orders():
-        _copy_rows(w, (dataset[position] for position in order.tolist()))
-        yield None
+        yield _copy_rows(w, (dataset[position] for position in order.tolist()))
 
 
-def mosaic_mds(w: Workload) -> Iterator[object]:
+def mosaic_mds(w: Workload) -> Iterator[Arrays]:
     streaming = import_module("streaming")
     folder = _folder(w, "mds")
     columns = {
@@ -197,8 +200,7 @@ def mosaic_mds(w: Workload) -> Iterator[object]:
             writer.write({name: tensor.numpy() for name, tensor in sample.items()})
     dataset = streaming.LocalDataset(str(folder))
     for order in w.orders():
-        _copy_rows(w, (dataset[position] for position in order.tolist()))
-        yield None
+        yield _copy_rows(w, (dataset[position] for position in order.tolist()))
 
 
 def _folder(w: Workload, name: str) -> Path:
@@ -207,11 +209,12 @@ def _folder(w: Workload, name: str) -> Path:
     return folder
 
 
-def _copy_rows(w: Workload, rows: Iterator[dict[str, Any]]) -> None:
+def _copy_rows(w: Workload, rows: Iterator[Arrays]) -> Arrays:
     buffers = w.arrays
     for number, sample in zip(range(w.batch_size), rows, strict=False):
         for name, buffer in buffers.items():
             buffer[number] = np.asarray(sample[name])
+    return buffers
 
 
 class WorkloadSampler:
@@ -226,9 +229,10 @@ class WorkloadSampler:
         return self._rows[next(self._orders)]
 
 
-def feature_loader(w: Workload) -> Iterator[object]:
+def feature_loader(w: Workload) -> Iterator[Arrays]:
     with FeatureLoader(w.cache, WorkloadSampler(w), [w.teacher], images=False) as loader:
-        yield from loader
+        for batch in loader:
+            yield batch.features[w.teacher].arrays
 
 
 class CachedRows(Dataset):
@@ -250,7 +254,7 @@ class _Batches:
         return (self._w.rows[order].tolist() for order in self._w.orders())
 
 
-def data_loader(w: Workload) -> Iterator[object]:
+def data_loader(w: Workload) -> Iterator[Arrays]:
     """torch's, with two worker processes (new ones, since this process has threads)."""
     yield from DataLoader(
         CachedRows(w.cache, w.teacher),
@@ -266,10 +270,10 @@ READERS: dict[str, Reader] = {
     "ours, checksums": ours_checked,
     "tensorstore": tensorstore,
     "zarr-python": zarr_python,
-    "zarr-python, into the buffer": zarr_python_out,
+    "zarr-python, rows copied": zarr_python_copied,
     "litdata": litdata,
     "MDS": mosaic_mds,
-    "Theia-style tar (in order)": theia_tar,
+    TAR: theia_tar,
 }
 LOADERS: dict[str, Reader] = {
     "ours, FeatureLoader": feature_loader,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 from jobs.launch import EXIT_FAILED, run
 
@@ -277,6 +277,8 @@ def inspect(
     from pipeline.storage import Storage
 
     manifest = Manifest(Storage.at(cache))
+    found: dict[str, Any]
+    table: Callable[[Mapping[str, Any]], RenderableType]
     if shard is not None:
         found, table = details.shard_details(manifest, shard), detail_tables.shard_table
     elif row is not None:
@@ -318,35 +320,6 @@ def report(
         )
     output.write_text(html)
     console.print(f"{output} ({len(html.encode()) / 1e6:.1f} MB)", soft_wrap=True)
-
-
-@app.command()
-def view(
-    cache: CacheArgument,
-    student: Annotated[
-        str | None, typer.Option(help="Compare with this student: a folder that `train` wrote (…/student).")
-    ] = None,
-    images: Images = None,
-    server_name: Annotated[
-        str, typer.Option(help="Address to listen at; 0.0.0.0 lets every machine in that can reach this one.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 7860,
-) -> None:
-    """Open a web page to look into a cache: search, click a patch, compare images, teachers and codecs.
-
-    Example: `teachercache view /data/cache --student runs/base/student`
-    """
-    from jobs.inspection.viewer import serve
-    from pipeline.cache import FeatureCache
-    from student import load_student
-
-    serve(
-        FeatureCache.open(cache, images),
-        student=load_student(student) if student else None,
-        server_name=server_name,
-        port=port,
-        on_ready=lambda url: console.print(f"{url} (Ctrl-C ends it)", soft_wrap=True),
-    )
 
 
 @app.command()
@@ -403,7 +376,7 @@ def _not_there_yet(verb: str) -> Callable[[list[str] | None], None]:
     return command
 
 
-for _verb in ("report", "view", "convert", "evaluate"):
+for _verb in ("view", "convert", "evaluate"):
     app.command(_verb)(_not_there_yet(_verb))
 
 

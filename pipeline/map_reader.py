@@ -1,4 +1,4 @@
-"""Decoded feature maps as they are looked at: a few rows at a time, in colours that compare between images."""
+"""Decoded feature maps as they are looked at: a few rows at a time, in colours that compare over images."""
 
 from __future__ import annotations
 
@@ -102,9 +102,7 @@ class MapReader:
     def view(self, row: int) -> Picture:
         """The pixels of a row's view. Raises as `FeatureCache.image` does."""
         sample = int(self.cache.index.locate(row)[0])
-        pixels: Picture = (
-            render_view(self.cache.image(sample), self.cache.view(row)).permute(1, 2, 0).numpy()
-        )
+        pixels: Picture = render_view(self.cache.image(sample), self.cache.view(row)).permute(1, 2, 0).numpy()
         return pixels
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import stat
 import time
 import uuid
 from abc import ABC, abstractmethod
@@ -173,9 +174,10 @@ class LocalStorage(Storage):
 
     def size(self, name: str) -> int | None:
         try:
-            return self.path(name).stat().st_size
+            status = self.path(name).stat()
         except (FileNotFoundError, NotADirectoryError):
             return None
+        return status.st_size if stat.S_ISREG(status.st_mode) else None
 
     def names(self, folder: str) -> list[str]:
         try:

@@ -41,7 +41,7 @@ def row_table(details: Mapping[str, Any]) -> RenderableType:
 
 def sample_table(details: Mapping[str, Any]) -> RenderableType:
     quarantined = {"quarantined": details["quarantined"]} if details["quarantined"] else {}
-    rows = {
+    rows: dict[str, dict[str, str | Text]] = {
         f"view {row['view_index']}": {
             "row": f"{row['row']:,}",
             "shard": str(row["shard"]),
@@ -65,7 +65,9 @@ def _shard_facts(shard: Mapping[str, Any]) -> dict[str, str | Text]:
         "finished": record.get("finished") or "–",
         "host": record.get("host") or "–",
         "bytes": human_bytes(record["nbytes"]) if record else "–",
-        "files": "\n".join(f"{name}\n  xxh3 {file['checksum']}" for name, file in record.get("files", {}).items())
+        "files": "\n".join(
+            f"{name}\n  xxh3 {file['checksum']}" for name, file in record.get("files", {}).items()
+        )
         or "–",
         "invalid rows": ", ".join(map(str, record.get("invalid_rows", ()))) or "none",
         "seconds": ", ".join(f"{stage} {value:.3g}" for stage, value in seconds.items()) or "–",

@@ -85,9 +85,8 @@ def sample_details(manifest: Manifest, key: str) -> dict[str, Any]:
     """A sample by its key or the end of it, with the state of each of its rows."""
     spec = manifest.spec()
     sample = _find(manifest.storage, key)
-    held = [
-        view for segment in spec.segments if sample in range(*segment.samples) for view in range(*segment.views)
-    ]
+    segments = [segment for segment in spec.segments if sample in range(*segment.samples)]
+    held = [view for segment in segments for view in range(*segment.views)]
     rows = RowIndex(spec.segments).rows(sample, held).tolist()
     problems: Problems = []
     reasons = [entry.reason for entry in quarantined(manifest, problems) if entry.sample_index == sample]
@@ -122,9 +121,7 @@ def _shard_state(manifest: Manifest, spec: CacheSpec, teacher: str, shard: int) 
     }
 
 
-def _row_state(
-    manifest: Manifest, spec: CacheSpec, teacher: str, shard: int, place: int
-) -> dict[str, Any]:
+def _row_state(manifest: Manifest, spec: CacheSpec, teacher: str, shard: int, place: int) -> dict[str, Any]:
     record = _record(manifest, teacher, shard)
     if not isinstance(record, CommitRecord):
         return {"state": record}

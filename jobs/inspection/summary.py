@@ -1,7 +1,7 @@
 """What is in a cache and what is wrong with it, as plain data: what `inspect --json` prints.
 
-Reads records, listings and file sizes, never features, and imports no torch: a page of a cache of 15,000 shards
-takes less time than that import. Nothing that is broken ends it; it becomes one of `problems`.
+Reads records, listings and file sizes, never features, and imports no torch: a page of a cache of 15,000
+shards takes less time than that import. Nothing that is broken ends it; it becomes one of `problems`.
 """
 
 from __future__ import annotations
@@ -229,7 +229,9 @@ def _bytes_per_row(storage: Storage, teacher: str, problems: Problems) -> int | 
             for array in array_metadata(storage, teacher).values()
         )
 
-    return _attempt(total, problems, default=None, about=f"teachers/{teacher} cannot be understood: ")
+    about = f"teachers/{teacher} cannot be understood: "
+    found: int | None = _attempt(total, problems, default=None, about=about)
+    return found
 
 
 def _attempt(read: Callable[[], Any], problems: Problems, default: Any, about: str = "") -> Any:

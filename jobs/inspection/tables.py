@@ -53,6 +53,18 @@ def plan_table(plan: Plan) -> RenderableType:
 
 def summary_table(summary: Mapping[str, Any]) -> RenderableType:
     """What a cache holds (`summarize`), and what is wrong with it."""
+    head, columns = summary_facts(summary)
+    notes = [Text(line, style="yellow") for line in warnings(summary)]
+    quarantined = [quarantine_line(entry) for entry in summary["quarantined"]]
+    if quarantined:
+        notes += [Text(line, style="yellow") for line in ("Quarantined:", *_some(quarantined))]
+    return Group(lines(head), columns_table("teacher", columns), *notes, *problem_lines(summary["problems"]))
+
+
+def summary_facts(
+    summary: Mapping[str, Any],
+) -> tuple[dict[str, str], dict[str, dict[str, str | Text]]]:
+    """What a cache is, and what there is to say of each teacher."""
     dataset, versions = summary["dataset"], summary["versions"]
     images = "copied into the cache" if summary["images"] == "copy" else "read from there in training"
     teachers = summary["teachers"]
@@ -81,11 +93,11 @@ def summary_table(summary: Mapping[str, Any]) -> RenderableType:
             "speed": _speed(teacher),
             "forward": _share(teacher["seconds"]),
             "hosts": _hosts(teacher["hosts"]),
-            "last commit": teacher["last_commit"] or "–",
+            "last commit": (teacher["last_commit"] or "–")[:16].replace("T", " "),
         }
         for name, teacher in teachers.items()
     }
-    return Group(lines(head), columns_table("teacher", columns), *_warnings(summary))
+    return head, columns
 
 
 def similarity_table(similarities: Mapping[str, Similarity]) -> RenderableType:
@@ -160,17 +172,17 @@ def _hosts(hosts: Mapping[str, int]) -> str:
     return ", ".join(named[:3]) + (f" and {len(named) - 3} more" if len(named) > 3 else "") or "–"
 
 
-def _warnings(summary: Mapping[str, Any]) -> list[Text]:
-    warnings = []
+def warnings(summary: Mapping[str, Any]) -> list[str]:
+    """What a reader must know before trusting the numbers."""
+    found = []
     random = [name for name, teacher in summary["teachers"].items() if not teacher["pretrained"]]
     if random:
-        warnings.append(f"Random weights, for tests and timing only: {', '.join(random)}.")
+        found.append(f"Random weights, for tests and timing only: {', '.join(random)}.")
     if any(done < summary["shards"] for done in summary["committed"].values()):
-        warnings.append("Not complete: run the same build command again to continue.")
-    if summary["quarantined"]:
-        warnings.append(f"{len(summary['quarantined'])} samples are quarantined:")
-        warnings += _some([quarantine_line(entry) for entry in summary["quarantined"]])
-    return [*(Text(line, style="yellow") for line in warnings), *problem_lines(summary["problems"])]
+        found.append("Not complete: run the same build command again to continue.")
+    if count := len(summary["quarantined"]):
+        found.append(f"{count} {'sample is' if count == 1 else 'samples are'} quarantined.")
+    return found
 
 
 def problem_lines(problems: Sequence[str]) -> list[Text]:

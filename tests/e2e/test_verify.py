@@ -10,12 +10,14 @@ from typing import IO
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
 from cache_builder import build
 from cache_builder.against_teacher import compare_with_teachers
 from cache_builder.recipe import RunnerRecipe
 from cache_builder.repair import repair
 from cache_builder.verify import strays, verify
+from jobs import cli
 from pipeline import FeatureCache
 from pipeline.errors import CacheError, CacheMismatchError
 from pipeline.manifest import Manifest
@@ -258,3 +260,25 @@ def test_a_teacher_with_other_weights_is_no_judge(cache: Path) -> None:
     spec = opened.spec.model_copy(update={"teachers": {"tiny": other}})
     with pytest.raises(CacheMismatchError, match="not the weights"):
         compare_with_teachers(FeatureCache(opened.storage, spec), 1)
+
+
+def test_the_command_finds_mends_and_compares(cache: Path) -> None:
+    def teachercache(*arguments: str) -> tuple[int, str]:
+        result = CliRunner().invoke(cli.app, [arguments[0], str(cache), *arguments[1:]])
+        return result.exit_code, result.output
+
+    (cache / "notes.txt").write_text("mine")
+    flip(shard_of(cache, "tiny", 1))
+    status, text = teachercache("verify", "--full")
+    assert status == 1
+    assert "commits/tiny/00001.json: teachers/tiny/codes/c/1" in text
+    assert "teachercache repair" in text
+    status, text = teachercache("repair", "batch_size=4")
+    assert status == 0, text
+    assert "1 files were mended" in text
+    status, text = teachercache("verify", "--full", "--against-teacher", "3")
+    assert status == 0, text
+    assert "9 shards of tiny, small, images are sound (every byte)" in text
+    assert "1 files are not of this cache: notes.txt" in text
+    assert text.count("as promised") == 9
+    assert teachercache("repair", "batch_siez=4")[0] != 0

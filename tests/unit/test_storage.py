@@ -30,6 +30,25 @@ def test_writes_are_read_back_with_their_size_and_checksum(storage: Storage) -> 
     assert storage.names("a") == ["b.bin"]
 
 
+def test_ranges_end_where_the_file_ends(storage: Storage) -> None:
+    storage.write("file", b"0123456789")
+    storage.write("empty", b"")
+    assert storage.read_range("file", 8, 10**15) == b"89"  # and no petabyte is asked for
+    assert storage.read_range("file", 10, 1) == storage.read_range("file", 10**15, 1) == b""
+    assert storage.read_range("file", 3, 0) == storage.read_range("empty", 0, 5) == b""
+    for offset, nbytes in ((-1, 5), (5, -1)):
+        with pytest.raises(CacheError, match="no bytes of file"):
+            storage.read_range("file", offset, nbytes)
+    with pytest.raises(FileNotFoundError):
+        storage.read_range("nothing", 0, 5)
+
+
+def test_a_folder_is_no_file(storage: Storage) -> None:
+    storage.write("folder/file", b"x")
+    assert storage.size("folder") is None
+    assert not storage.exists("folder")
+
+
 def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
     storage = LocalStorage(tmp_path)
     storage.write("kept", b"old")

@@ -1,0 +1,268 @@
+"""One self-contained page about a cache: what is in it, how it was built, and what the teachers see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+
+import numpy as np
+import torch
+
+from jobs.inspection.charts import channel_curve, error_curve, matrix, norm_histogram
+from jobs.inspection.feature_facts import TRIED_CODECS, CodecTrial, LevelFacts, linear_cka, try_codec
+from jobs.inspection.page import (
+    bullets,
+    facts,
+    figure,
+    heading,
+    page,
+    picture,
+    placeholder,
+    scale,
+    section,
+    table,
+    timeline_rows,
+)
+from jobs.inspection.summary import copied, records, summarize
+from jobs.inspection.tables import quarantine_line, summary_facts, warnings
+from jobs.inspection.teacher_maps import TeacherMaps
+from jobs.inspection.timeline import timeline
+from pipeline.cache import FeatureCache
+from pipeline.errors import TeacherCacheError
+from pipeline.feature_pictures import heat, jpeg_uri, png_uri
+from pipeline.manifest import CommitRecord
+from pipeline.map_reader import MapReader
+from pipeline.units import human_bytes, human_seconds
+
+_TRIAL_ROWS = 2  # and as many others to learn the tables from
+_LEAST_ERROR, _LARGEST_ERROR = 1e-7, 1e-1
+_MAX_LISTED = 200
+_MAX_LOUD = 3
+
+
+def write_report(
+    cache: FeatureCache,
+    *,
+    num_samples: int = 12,
+    seed: int = 0,
+    progress: Callable[[str], None] = lambda _: None,
+) -> str:
+    """The page, as HTML. `progress` is told what is under way.
+
+    Features are decoded one row at a time; statistics are over the rows that are shown.
+    """
+    reader = MapReader(cache, num_rows=num_samples, seed=seed)
+    progress("records")
+    parts = [*_overview(cache, reader), _history(cache)]
+    teachers = []
+    for name in reader.teachers:
+        progress(f"maps of {name}")
+        teachers.append(TeacherMaps(reader, name))
+    parts.append(_samples(reader, teachers))
+    parts += [_statistics(teacher) for teacher in teachers if teacher.levels]
+    for teacher in teachers:
+        progress(f"codecs on {teacher.name}")
+        parts.append(_codecs(reader, teacher))
+    progress("similarity")
+    parts.append(_similarity(reader, teachers))
+    return page(f"Teacher cache {cache.storage.url}", parts)
+
+
+def _overview(cache: FeatureCache, reader: MapReader) -> list[str]:
+    summary = summarize(cache)
+    head, columns = summary_facts(summary)
+    fields = list(next(iter(columns.values()), {}))
+    rows = [[field, *(str(column[field]) for column in columns.values())] for field in fields]
+    parts = [
+        section("What it is", facts(head), bullets(warnings(summary)), table(["teacher", *columns], rows))
+    ]
+    absent = [f"{name} is not shown below: {reason}" for name, reason in reader.absent.items()]
+    if broken := [*summary["problems"], *absent]:
+        parts.append(section("What is broken or missing", bullets(_cut(broken), "bad")))
+    if quarantined := [quarantine_line(entry) for entry in summary["quarantined"]]:
+        note = "These samples could not be decoded. Their rows hold nothing, and training leaves them out."
+        parts.append(
+            section(f"Quarantined samples: {len(quarantined)}", bullets(_cut(quarantined)), note=note)
+        )
+    return parts
+
+
+def _history(cache: FeatureCache) -> str:
+    found = (
+        record
+        for name in (*cache.teachers, *copied(cache.spec))
+        for _, record in records(cache.manifest, name)
+        if isinstance(record, CommitRecord)
+    )
+    history = timeline(found)
+    if history is None:
+        return section("How it was built", note="No commit record says when its shard was made.")
+    begin, end = (
+        datetime.fromtimestamp(time, UTC).strftime("%Y-%m-%d %H:%M UTC")
+        for time in (history.start, history.end)
+    )
+    lanes = [(lane.host, png_uri(heat(torch.from_numpy(lane.forward)[None], 0, 1))) for lane in history.lanes]
+    hidden = f" {history.hidden} more lanes are not shown." if history.hidden else ""
+    return section(
+        "How it was built",
+        scale("0%", "100%", "share of a shard's time in the teachers' forward passes:"),
+        timeline_rows(lanes),
+        note=f"From {begin} to {end}, {human_seconds(history.end - history.start)}. A line is "
+        f"one of the shards "
+        f"that a host had in flight; grey is idle time.{hidden}",
+    )
+
+
+def _samples(reader: MapReader, teachers: Sequence[TeacherMaps]) -> str:
+    if not reader.rows:
+        return section("What the teachers see", note="There is no row yet that every teacher can give.")
+    return section(
+        "What the teachers see",
+        scale("low", "high", "token norms, of one range for each teacher and level:"),
+        *(_sample(reader, row, teachers) for row in reader.rows),
+        note="Left: the first three principal components of each level as red, green and "
+        "blue, computed over all "
+        "images below with every channel standardised: equal colours in one column are "
+        "equal features. Right: "
+        "the norm of every token. Levels 1 to 4 are the blocks that the first table names.",
+    )
+
+
+def _sample(reader: MapReader, row: int, teachers: Sequence[TeacherMaps]) -> str:
+    cache = reader.cache
+    sample, view, _ = (int(number) for number in cache.index.locate(row))
+    key = cache.key(sample)
+    try:
+        photo = picture(jpeg_uri(reader.view(row)), f"{key}, view {view}", "photo")
+    except (TeacherCacheError, OSError) as error:
+        photo = placeholder(f"the image cannot be had: {str(error).splitlines()[0]}")
+    num_levels = max(len(teacher.blocks) for teacher in teachers)
+    levels = range(1, num_levels + 1)
+    titles = ("", *(f"PCA, {n}" for n in levels), "", *(f"norm, {n}" for n in levels))
+    lines = [heading(title) for title in titles]
+    for teacher in teachers:
+        lines.append(heading(teacher.name, strong=True))
+        for pictures, what in ((teacher.pictures, "PCA"), (teacher.norm_pictures, "token norms")):
+            for level in range(num_levels):
+                name = f"{teacher.name} level {level + 1}, {what}"
+                uri = pictures.get((row, level))
+                lines.append(picture(uri, name) if uri else placeholder(teacher.damaged.get(row, "")))
+            if pictures is teacher.pictures:
+                lines.append(heading(""))
+    columns = f"74px repeat({num_levels},var(--map)) 4px repeat({num_levels},var(--map))"
+    maps = f'<div class="maps" style="grid-template-columns:{columns}">{"".join(lines)}</div>'
+    return f'<div class="sample">{figure(photo, f"{key} · row {row}, view {view}")}{maps}</div>'
+
+
+def _statistics(teacher: TeacherMaps) -> str:
+    named = dict(zip(teacher.blocks, teacher.levels, strict=True))
+    norms = {block: level.norms_N.numpy() for block, level in named.items()}
+    std = {block: level.std_C.numpy() for block, level in named.items()}
+    rows = [(block, *_channel_facts(level)) for block, level in named.items()]
+    header = ["", "mean norm", "dead channels", "with NaN or infinity", "outlier channels", "the loudest"]
+    return section(
+        f"Channels and norms of {teacher.name}",
+        figure(norm_histogram(norms, f"{teacher.name}: norms of tokens"), ""),
+        figure(channel_curve(std, f"{teacher.name}: spread of channels"), ""),
+        table(header, rows),
+        note=f"Over the {len(teacher.common_tokens)} rows shown above. A dead channel never "
+        f"changes; an outlier "
+        "channel has more than ten times the energy of the median one.",
+    )
+
+
+def _channel_facts(level: LevelFacts) -> list[str]:
+    loudest = [
+        f"{c.channel} ({c.mean:.3g} ± {c.std:.2g}, {c.share:.0%} of the energy)"
+        for c in level.loud[:_MAX_LOUD]
+    ]
+    return [
+        f"{level.norms_N.mean():.4g}",
+        _count(level.dead),
+        _count(level.not_finite),
+        str(len(level.loud)),
+        ", ".join(loudest) or "–",
+    ]
+
+
+def _codecs(reader: MapReader, teacher: TeacherMaps) -> str:
+    title = f"Codecs on {teacher.name}"
+    rows = list(teacher.common_tokens)
+    if not rows:
+        return section(title, note="No row could be read.")
+    middle = min(_TRIAL_ROWS, max(len(rows) // 2, 1))
+    chosen = [
+        torch.nan_to_num(torch.stack([reader.maps(teacher.name, row) for row in part]))
+        for part in (rows[:middle], rows[middle : middle + _TRIAL_ROWS] or rows[:middle])
+    ]
+    trials = [try_codec(name, *chosen) for name in TRIED_CODECS if name != teacher.spec.codec]
+    curves = {trial.codec: trial.error_RSHW.flatten().numpy() for trial in trials}
+    return section(
+        title,
+        table(["codec", "a row", "token cosine", "1% are below", "relative L2"], map(_trial_facts, trials)),
+        figure(error_curve(curves, f"{teacher.name}: error of tokens"), ""),
+        figure(_error_maps(teacher, trials), "1 − cosine of every token of one image"),
+        scale(f"{_LEAST_ERROR:g}", f"{_LARGEST_ERROR:g}", "1 − cosine, logarithmic:"),
+        note=f"Against what is stored, which is {teacher.spec.codec}. Tables are learnt from "
+        f"{_TRIAL_ROWS} rows or "
+        "fewer; cosine and L2 are taken after each channel is standardised, the maps and "
+        "the curve of features as "
+        "they are. What the stored codec itself lost is measured when a cache is built: see the first table.",
+    )
+
+
+def _trial_facts(trial: CodecTrial) -> list[str]:
+    fidelity = trial.fidelity
+    return [
+        trial.codec,
+        human_bytes(fidelity.row_bytes),
+        f"{fidelity.cosine_mean:.6f}",
+        f"{fidelity.cosine_p1:.6f}",
+        f"{fidelity.relative_l2:.4f}",
+    ]
+
+
+def _error_maps(teacher: TeacherMaps, trials: Sequence[CodecTrial]) -> str:
+    low, high = np.log10(_LEAST_ERROR), np.log10(_LARGEST_ERROR)
+    lines = [heading(text) for text in ("", *teacher.blocks)]
+    for trial in trials:
+        lines.append(heading(trial.codec, strong=True))
+        lines += [
+            picture(png_uri(heat(error_HW.clamp_min(1e-12).log10(), low, high)), f"{trial.codec}, {block}")
+            for block, error_HW in zip(teacher.blocks, trial.error_RSHW[0], strict=True)
+        ]
+    columns = f"110px repeat({len(teacher.blocks)},var(--map))"
+    return f'<div class="maps" style="grid-template-columns:{columns}">{"".join(lines)}</div>'
+
+
+def _similarity(reader: MapReader, teachers: Sequence[TeacherMaps]) -> str:
+    title = "How alike the teachers are"
+    rows = [row for row in reader.rows if all(row in teacher.common_tokens for teacher in teachers)]
+    sets = {
+        f"{teacher.name} {block}": torch.cat([teacher.common_tokens[row][level] for row in rows])
+        for teacher in teachers
+        for level, block in enumerate(teacher.blocks)
+        if rows
+    }
+    num_tokens = min((len(tokens) for tokens in sets.values()), default=0)
+    if num_tokens < 4:
+        return section(title, note="There are too few tokens to tell.")
+    return section(
+        title,
+        matrix(linear_cka(list(sets.values())).numpy(), list(sets)),
+        note=f"Linear CKA (unbiased) of {num_tokens:,} tokens, taken at the same places of the "
+        f"images above. 1: the "
+        "same up to a rotation; 0: nothing in common.",
+    )
+
+
+def _cut(lines: Sequence[str]) -> list[str]:
+    rest = [f"and {len(lines) - _MAX_LISTED} more"] if len(lines) > _MAX_LISTED else []
+    return [*lines[:_MAX_LISTED], *rest]
+
+
+def _count(channels: Sequence[int]) -> str:
+    if not channels:
+        return "0"
+    named = ", ".join(map(str, channels[:_MAX_LOUD]))
+    return f"{len(channels)} ({named}{', …' if len(channels) > _MAX_LOUD else ''})"

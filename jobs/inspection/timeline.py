@@ -1,0 +1,64 @@
+"""When a cache was built, from its commit records: which hosts were busy, and how busy their teachers."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jobs.inspection.summary import shard_span
+from pipeline.manifest import CommitRecord
+
+_COLUMNS = 720
+_MAX_LANES = 48
+
+
+@dataclass(frozen=True)
+class Lane:
+    """Shards that one host worked at one after the other. `forward` is, for each of the columns between the
+    build's start and end, the share of time in the teachers' forward passes; NaN where the lane is idle."""
+
+    host: str
+    forward: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """`hidden` lanes are left out. Times in Unix seconds."""
+
+    start: float
+    end: float
+    lanes: list[Lane]
+    hidden: int
+
+
+def timeline(records: Iterable[CommitRecord]) -> Timeline | None:
+    """None where no record says when it was made.
+
+    Records of several teachers that were computed together count once. A lane takes the next shard that
+    begins after its last one ended: with two shards in flight, an actor is two lanes.
+    """
+    work: dict[tuple[str, int, float], tuple[float, float]] = {}
+    for record in records:
+        if (span := shard_span(record)) and (wall := record.seconds.get("wall")):
+            share = min(record.seconds.get("forward", 0.0) / wall, 1.0)
+            work[record.host, record.shard, span[1]] = span[0], share
+    if not work:
+        return None
+    start = min(begin for begin, _ in work.values())
+    end = max(finish for _, _, finish in work)
+    column_s = max(end - start, 1e-3) / _COLUMNS
+    ends: defaultdict[str, list[float]] = defaultdict(list)
+    lanes: dict[tuple[str, int], NDArray[np.float64]] = {}
+    for (host, _, finish), (begin, share) in sorted(work.items(), key=lambda item: item[1][0]):
+        free = [lane for lane, last in enumerate(ends[host]) if last <= begin + 1]  # ends are whole seconds
+        lane = free[0] if free else len(ends[host])
+        ends[host][lane : lane + 1] = [finish]
+        columns = lanes.setdefault((host, lane), np.full(_COLUMNS, np.nan))
+        first = min(int((begin - start) / column_s), _COLUMNS - 1)
+        columns[first : max(int((finish - start) / column_s), first + 1)] = share
+    shown = [Lane(host, forward) for (host, _), forward in sorted(lanes.items())]
+    return Timeline(start, end, shown[:_MAX_LANES], max(0, len(shown) - _MAX_LANES))

@@ -1,0 +1,90 @@
+"""Feature maps as pictures: principal components as colours, scalars as viridis, arrays as data URIs.
+
+Shapes: H×W grid, C channels, N tokens. Pictures are uint8 (H, W, 3), one pixel a token.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+Picture = NDArray[np.uint8]
+
+_OUTLIER_SHARE = 0.01  # of the tokens at either end, which do not widen the range of a colour
+
+
+@dataclass(frozen=True)
+class PcaBasis:
+    """Three directions that become red, green and blue, learnt over the tokens of several images, so that
+    equal colours mean equal features in all of them.
+
+    Channels are standardised first, or the few outlier channels that ViTs have would be all that is seen.
+    """
+
+    mean_C: Tensor
+    std_C: Tensor
+    axes_C3: Tensor
+    low_3: Tensor
+    high_3: Tensor
+
+    @classmethod
+    def fit(cls, tokens_NC: Tensor) -> Self:
+        tokens_NC = torch.nan_to_num(tokens_NC.float())
+        std_C, mean_C = torch.std_mean(tokens_NC, 0, correction=0)
+        unit_NC = torch.where(std_C > 0, (tokens_NC - mean_C) / std_C, 0)
+        _, vectors_CC = torch.linalg.eigh(unit_NC.T @ unit_NC / len(unit_NC))
+        axes_C3 = F.pad(vectors_CC.flip(1)[:, :3], (0, max(0, 3 - len(std_C))))
+        largest_13 = axes_C3.gather(0, axes_C3.abs().argmax(0, keepdim=True))
+        axes_C3 = axes_C3 * torch.where(largest_13 < 0, -1.0, 1.0)  # eigenvectors have no sign of their own
+        projected_N3 = unit_NC @ axes_C3
+        low_3, high_3 = (projected_N3.quantile(q, 0) for q in (_OUTLIER_SHARE, 1 - _OUTLIER_SHARE))
+        return cls(mean_C, std_C, axes_C3, low_3, high_3)
+
+    def picture(self, map_HWC: Tensor) -> Picture:
+        unit_HWC = torch.where(self.std_C > 0, (torch.nan_to_num(map_HWC) - self.mean_C) / self.std_C, 0)
+        colours_HW3 = (unit_HWC @ self.axes_C3 - self.low_3) / (self.high_3 - self.low_3).clamp_min(1e-12)
+        pixels: Picture = (colours_HW3.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+        return pixels
+
+
+def token_norms(map_HWC: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(map_HWC, dim=-1)
+
+
+def token_cosines(map_HWC: Tensor, token_C: Tensor) -> Tensor:
+    """Cosine similarity of one token to every token of a map (H, W)."""
+    return F.cosine_similarity(map_HWC, token_C, dim=-1)
+
+
+def heat(values_HW: Tensor, low: float, high: float) -> Picture:
+    """Scalars in viridis, which reads the same for every kind of colour vision; grey where not finite."""
+    from matplotlib import colormaps
+
+    scaled_HW = ((values_HW - low) / max(high - low, 1e-12)).clamp(0, 1).double().numpy()
+    pixels: Picture = colormaps["viridis"].with_extremes(bad="grey")(scaled_HW, bytes=True)[..., :3]
+    return pixels
+
+
+def png_uri(picture: Picture) -> str:
+    """Lossless, for maps, which are small: browsers enlarge them."""
+    return _uri(picture, "png", optimize=False)
+
+
+def jpeg_uri(picture: Picture, quality: int = 85) -> str:
+    """For photographs."""
+    return _uri(picture, "jpeg", quality=quality)
+
+
+def _uri(picture: Picture, kind: str, **options: int) -> str:
+    file = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(picture)).save(file, kind, **options)
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"

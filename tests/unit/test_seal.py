@@ -1,0 +1,51 @@
+"""A sealed file states its own checksum, and no change of it goes unseen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from pipeline.manifest import Manifest, QuarantineEntry
+from pipeline.seal import UNSEALED, is_intact, seal
+from pipeline.sources import SAMPLE_SCHEMA
+from pipeline.storage import Storage
+
+FILE = f'{{"name": "value", "checksum": "{UNSEALED}"}}\n'.encode()
+
+
+def test_every_bit_and_every_length_counts() -> None:
+    sealed = seal(FILE)
+    assert is_intact(sealed)
+    assert len(sealed) == len(FILE)
+    for bit in range(8 * len(sealed)):
+        flipped = bytearray(sealed)
+        flipped[bit // 8] ^= 1 << bit % 8
+        assert not is_intact(bytes(flipped)), bit
+    for end in range(len(sealed)):
+        assert not is_intact(sealed[:end])
+    assert not is_intact(sealed + b"\n")
+
+
+@pytest.mark.parametrize("data", [b"", b"no seal", FILE, b"xxh3-128:", b"xxh3-128:" + b"f" * 32])
+def test_what_was_never_sealed_is_not_intact(data: bytes) -> None:
+    assert not is_intact(data)
+
+
+@pytest.mark.parametrize("text", [UNSEALED, seal(UNSEALED.encode()).decode(), "xxh3-128:"])
+def test_people_may_use_the_words_of_a_seal(tmp_path: Path, text: str) -> None:
+    """A file name is whatever people call their files."""
+    assert is_intact(seal(text.encode() + FILE))
+    manifest = Manifest(Storage.at(tmp_path))
+    entry = QuarantineEntry(sample_index=0, key=text, location=text, reason=text)
+    manifest.write_quarantine(0, [entry])
+    assert manifest.quarantine() == [entry]
+    row = {name: text if kind == pa.string() else 1 for name, kind in zip(*_columns(), strict=True)}
+    samples = pa.Table.from_pylist([row], SAMPLE_SCHEMA)
+    manifest.write_samples(samples)
+    assert manifest.samples().equals(samples)
+
+
+def _columns() -> tuple[list[str], list[pa.DataType]]:
+    return SAMPLE_SCHEMA.names, SAMPLE_SCHEMA.types
