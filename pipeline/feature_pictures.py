@@ -57,7 +57,8 @@ class PcaBasis:
 
 
 def token_norms(map_HWC: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(map_HWC, dim=-1)
+    norms_HW: Tensor = torch.linalg.vector_norm(map_HWC, dim=-1)
+    return norms_HW
 
 
 def token_cosines(map_HWC: Tensor, token_C: Tensor) -> Tensor:
