@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
 from cache_builder.teachers.recipe import TeacherRecipe
-from pipeline.spec import Strict, ViewPolicy
+from pipeline.spec import IMAGES, Strict, ViewPolicy
 
 
 class SourceRecipe(Strict):
@@ -74,6 +75,11 @@ class BuildRecipe(Strict):
         if isinstance(value, list):
             return {str(name): {} for name in value}
         if isinstance(value, dict):
+            for name in value:
+                if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", str(name)) or name == IMAGES:
+                    raise ValueError(
+                        f"a teacher's name becomes a folder: letters, digits, '_', '-', '.', got {name!r}"
+                    )
             return {
                 name: {} if teacher == {} else teacher
                 for name, teacher in value.items()
