@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
-import itertools
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from cache_builder.calibrate import CalibrationSample, sample_features
-from cache_builder.plan import bytes_per_row, human_bytes
+from cache_builder.plan import Plan, bytes_per_row
 from cache_builder.teachers import build_teacher
 from pipeline.codecs import get_codec
 from pipeline.codecs.fidelity import Fidelity, measure_fidelity
-from pipeline.errors import DiskSpaceError, RecipeError
+from pipeline.errors import DiskSpaceError
+from pipeline.grids import stored_form
 from pipeline.spec import GridSpec, Size, TeacherSpec
+from pipeline.units import human_bytes
 
-CODECS = ("f16", "int8-hadamard", "int6-hadamard", "int5-hadamard", "int4-hadamard", "int3-hadamard")
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 10**15}
+CODECS = (
+    *("f16", "int8-hadamard", "int6-hadamard", "int5-hadamard"),
+    *("int4-hadamard", "int4-trellis", "int4-dct", "int3-hadamard"),
+)
+DCT_ROWS = 8  # fewer say too little about the mean squares by which `int4-dct` divides its bits
+_OTHER_GRID = 1e-6  # in squared relative error: more than float16's rounding, less than any quantiser's
+
+GRID_COSTS = {
+    "native": "costs nothing",
+    "adjoint": "exact for the flattened cosine and the squared error; "
+    "an approximation for smooth-L1 and the token cosine (docs/benchmarks.md, Grids)",
+    "bilinear": "an approximation for every loss (docs/benchmarks.md, Grids)",
+}
 
 
 @dataclass(frozen=True)
@@ -26,8 +37,16 @@ class Option:
     """One way to store a teacher; `spec` has its grid and codec."""
 
     spec: TeacherSpec
-    bytes_per_row: int
     fidelity: Fidelity
+
+    @property
+    def bytes_per_row(self) -> int:
+        return bytes_per_row(self.spec)
+
+    @property
+    def loss(self) -> float:
+        """The codec's squared relative error; of two that are equal in it, the native grid has less."""
+        return self.fidelity.relative_l2**2 + (_OTHER_GRID if self.spec.grid.kind != "native" else 0)
 
     def overrides(self, name: str) -> str:
         """The recipe keys that ask for it."""
@@ -38,59 +57,88 @@ class Option:
         return " ".join(keys)
 
 
-def parse_bytes(text: str) -> int:
-    """ "6TB", "500 GB", "4.5e12" → bytes (decimal units). Raises `RecipeError`."""
-    match = re.fullmatch(r"\s*([0-9.]+(?:E[0-9]+)?)\s*([KMGTP]?)B?\s*", text.upper())
-    try:
-        return int(float(match[1]) * _UNITS[match[2]]) if match else int(text)
-    except ValueError:
-        raise RecipeError(
-            "A budget must be a number of bytes.", got=repr(text), expected="such as 6TB"
-        ) from None
+def candidates(
+    teacher: TeacherSpec, student_grid: Size, num_rows: int, codecs: Sequence[str] | None = None
+) -> list[TeacherSpec]:
+    """Every grid with every codec: the teacher's own grid, and the smaller one where it is smaller.
+
+    That is the recipe's, if it names one, else the adjoint on the student's. Without `codecs` they are those
+    of `CODECS`; `int4-dct` is left out where the calibration sample of `num_rows` is too small for it, or
+    the channels do not fill bytes.
+    """
+    if codecs is None:
+        with_dct = num_rows >= DCT_ROWS and teacher.width % 8 == 0
+        codecs = [codec for codec in CODECS if with_dct or codec != "int4-dct"]
+    other = teacher.grid if teacher.grid.size else GridSpec(kind="adjoint", size=student_grid)
+    assert other.size is not None
+    height, width = teacher.native_grid
+    grids = [GridSpec(), *([other] if other.size[0] * other.size[1] < height * width else [])]
+    return [teacher.model_copy(update={"grid": grid, "codec": codec}) for grid in grids for codec in codecs]
 
 
-def options(
-    teachers: Mapping[str, TeacherSpec],
-    sample: CalibrationSample,
-    student_grid: Size,
-    batch_size: int,
-    codecs: Sequence[str] = CODECS,
+def measure(
+    teachers: Mapping[str, Sequence[TeacherSpec]], sample: CalibrationSample, batch_size: int
 ) -> Iterator[tuple[str, list[Option]]]:
-    """For one teacher after another, every codec on the sample, best first.
-
-    The grid is the adjoint one where the teacher's is the finer (it is smaller, and exact for SAK's
-    flattened cosine and the squared error), else the teacher's own.
-    """
+    """For one teacher after another, each of its candidates on the sample: native grid first, best first."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    for name, spec in teachers.items():
-        finer = spec.native_grid[0] * spec.native_grid[1] > student_grid[0] * student_grid[1]
-        grid = GridSpec(kind="adjoint", size=student_grid) if finer else GridSpec()
-        features_RSHWC = sample_features(build_teacher(spec, device=device), sample, grid, batch_size).clone()
-        found = []
-        for codec in codecs:
-            stored = spec.model_copy(update={"grid": grid, "codec": codec})
-            fidelity = measure_fidelity(get_codec(codec).calibrate(features_RSHWC), features_RSHWC)
-            found.append(Option(stored, bytes_per_row(stored), fidelity))
-        yield name, sorted(found, key=lambda option: option.fidelity.relative_l2)
+    for name, specs in teachers.items():
+        teacher = build_teacher(specs[0], device=device)
+        native_RSHWC = sample_features(teacher, sample, GridSpec(), batch_size).clone()
+        found: list[Option] = []
+        for grid in dict.fromkeys(spec.grid for spec in specs):
+            stored_RSHWC = stored_form(native_RSHWC, grid)[0]
+            options = [
+                Option(spec, measure_fidelity(get_codec(spec.codec).calibrate(stored_RSHWC), stored_RSHWC))
+                for spec in specs
+                if spec.grid == grid
+            ]
+            found += sorted(options, key=lambda option: option.loss)
+        yield name, found
 
 
-def choose(available: Mapping[str, Sequence[Option]], num_rows: int, budget: int) -> dict[str, Option]:
-    """The options whose squared errors add up to least, among those that fit `budget` bytes together.
-
-    Raises `DiskSpaceError` when not even the smallest fit.
-    """
-    fitting = [
-        combination
-        for combination in itertools.product(*available.values())
-        if num_rows * sum(option.bytes_per_row for option in combination) <= budget
-    ]
-    if not fitting:
-        least = num_rows * sum(min(o.bytes_per_row for o in options) for options in available.values())
+def require_possible(teachers: Mapping[str, Iterable[TeacherSpec]], plan: Plan, budget: int) -> None:
+    """Raises `DiskSpaceError` when not even the smallest candidates fit `budget` bytes; measures nothing."""
+    least = plan.fixed_bytes + plan.spec.num_rows * sum(
+        min(bytes_per_row(spec) for spec in specs) for specs in teachers.values()
+    )
+    if least > budget:
         raise DiskSpaceError(
             "No grid and codec fits this budget.",
             got=f"a budget of {human_bytes(budget)}",
-            expected=f"at least {human_bytes(least)}, the smallest of every teacher",
+            expected=f"at least {human_bytes(least)}: the smallest of every teacher, with statistics and "
+            "copied images",
             do="raise the budget, or ask for fewer views or teachers",
         )
-    best = min(fitting, key=lambda combination: sum(o.fidelity.relative_l2**2 for o in combination))
-    return dict(zip(available, best, strict=True))
+
+
+def choose(available: Mapping[str, Sequence[Option]], plan: Plan, budget: int) -> dict[str, Option]:
+    """Options that keep the cache of `plan` within `budget` bytes, counted as `Plan.total_bytes` is.
+
+    Greedy: from the least loss of every teacher, the step that frees most bytes for the loss it adds, until
+    they fit; then back, wherever the last steps have freed more than was needed. Raises `DiskSpaceError`.
+    """
+    require_possible({name: [o.spec for o in options] for name, options in available.items()}, plan, budget)
+    per_row = (budget - plan.fixed_bytes) // plan.spec.num_rows
+
+    def used(chosen: Mapping[str, Option]) -> int:
+        return sum(option.bytes_per_row for option in chosen.values())
+
+    chosen = {name: min(options, key=lambda option: option.loss) for name, options in available.items()}
+    while used(chosen) > per_row:
+        steps = [
+            ((option.loss - chosen[name].loss) / freed, -freed, name, option)
+            for name, options in available.items()
+            for option in options
+            if (freed := chosen[name].bytes_per_row - option.bytes_per_row) > 0
+        ]
+        _, _, name, option = min(steps, key=lambda step: step[:2])
+        chosen[name] = option
+    while better := [
+        (option.loss - chosen[name].loss, name, option)
+        for name, options in available.items()
+        for option in options
+        if option.loss < chosen[name].loss and used(chosen | {name: option}) <= per_row
+    ]:
+        _, name, option = min(better, key=lambda step: step[:2])
+        chosen[name] = option
+    return chosen

@@ -1,7 +1,13 @@
-"""`build`: from a recipe to a complete cache. Running it again continues where it stopped."""
+"""`build`: from a recipe to a complete cache. Running it again continues where it stopped.
+
+Several jobs may build one cache at the same time, on one machine or many. Each takes the shards in an order
+of its own and skips what is committed already; a shard that two have computed is published by the first
+(`extract.py`), and `cache.json` is changed by one job at a time.
+"""
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,19 +15,21 @@ from dataclasses import dataclass
 import pyarrow.compute as pc
 from rich.console import Console
 
-from cache_builder.budget import parse_bytes
-from cache_builder.calibrate import CalibrationSample
-from cache_builder.draft import Draft, draft, merge_spec
+from cache_builder.calibrate import Calibration, CalibrationSample
+from cache_builder.draft import Draft, draft, extend
 from cache_builder.plan import Plan, make_plan, pending
 from cache_builder.progress import BuildProgress
 from cache_builder.recipe import BuildRecipe
+from cache_builder.recover import recovered
 from cache_builder.runner import FailedShard, LocalRunner, Runner, Task
 from cache_builder.stages import bottleneck
 from pipeline.cache import FeatureCache
-from pipeline.errors import BuildError
-from pipeline.manifest import Manifest
+from pipeline.errors import BuildError, CacheError
+from pipeline.manifest import SPEC_NAME, Manifest
 from pipeline.spec import CacheSpec, TeacherSpec
 from pipeline.storage import Storage
+
+_PROBE_NAME = "write_probe.partial"
 
 
 @dataclass(frozen=True)
@@ -48,13 +56,16 @@ def prepare(recipe: BuildRecipe, console: Console) -> tuple[Draft, CacheSpec, Pl
             status.update(f"scanning the images: {counter['samples']:,}")
 
         drafted = draft(recipe, show)
-    spec = merge_spec(manifest.spec(), drafted.spec, storage.url) if manifest.exists() else drafted.spec
+    if manifest.exists():
+        drafted = extend(recipe, drafted, manifest)
+        if drafted.growth:
+            console.print(f"The cache at {storage.url} grows by {', '.join(drafted.growth)}.", soft_wrap=True)
     image_bytes = pc.sum(drafted.samples["nbytes"]).as_py() or 0
-    return drafted, spec, make_plan(recipe, spec, storage, image_bytes)
+    return drafted, drafted.spec, make_plan(recipe, drafted.spec, storage, image_bytes)
 
 
 def build(recipe: BuildRecipe, console: Console | None = None) -> BuildResult:
-    """Build, continue, or extend by teachers the cache that the recipe states.
+    """Build, continue, or extend by samples, views and teachers the cache that the recipe states.
 
     Raises `CacheMismatchError` when another cache is at the path, `DiskSpaceError` when the plan does
     not fit, and `BuildError`, after everything else is committed, when shards failed for good.
@@ -65,19 +76,19 @@ def build(recipe: BuildRecipe, console: Console | None = None) -> BuildResult:
     drafted, spec, plan = prepare(recipe, console)
     plan.require_space()
     if recipe.budget is not None:
-        plan.require_budget(parse_bytes(recipe.budget))
+        plan.require_budget(recipe.budget)
     names = list(recipe.teachers)
     tasks = [Task(shard, missing) for shard, missing in pending(manifest, spec, names).items()]
+    random.Random().shuffle(tasks)  # its own order, or jobs that meet would go on side by side
     progress = BuildProgress(console, len(tasks))
-    if tasks:
+    if tasks or _without_weights(spec):  # also where all that is missing is cache.json
+        _require_writable(storage)
         storage.sweep()
         with _runner(recipe, {name: spec.teachers[name] for name in names}) as runner:
-            new = [name for name in names if spec.teachers[name].weights_hash is None]
-            if new:
-                spec = _found_out(manifest, spec, runner, new, drafted, recipe.calibration_rows)
-                _write_spec(manifest, spec, new, drafted)
+            _establish(recipe, manifest, drafted, runner)
             with progress:
-                failed = runner.run(storage.url, tasks, progress.on_commit)
+                failed = runner.run(storage.url, drafted.source.location, tasks, progress.on_commit)
+        storage.sweep()  # what processes that died on the way left behind
         if progress.shards:
             console.print(
                 bottleneck(progress.seconds, progress.seconds["wall"] / recipe.runner.shards_in_flight)
@@ -96,6 +107,20 @@ def build(recipe: BuildRecipe, console: Console | None = None) -> BuildResult:
     )
 
 
+def _require_writable(storage: Storage) -> None:
+    """Raises `CacheError` before the teachers are loaded, instead of after."""
+    try:
+        storage.write(_PROBE_NAME, b"")
+        storage.remove(_PROBE_NAME)
+    except OSError as error:
+        raise CacheError(
+            "The cache cannot be written here.",
+            got=f"{storage.url}: {error.strerror or error}",
+            expected="a place where this user can make and delete files",
+            do="mend the mount, the permissions or the credentials, or choose another place (cache=…)",
+        ) from error
+
+
 def _runner(recipe: BuildRecipe, teachers: Mapping[str, TeacherSpec]) -> Runner:
     if recipe.runner.kind == "local":
         return LocalRunner(recipe.runner, teachers)
@@ -104,35 +129,64 @@ def _runner(recipe: BuildRecipe, teachers: Mapping[str, TeacherSpec]) -> Runner:
     return RayRunner(recipe.runner, teachers)
 
 
-def _found_out(
-    manifest: Manifest, spec: CacheSpec, runner: Runner, new: Sequence[str], drafted: Draft, rows: int
+def _establish(recipe: BuildRecipe, manifest: Manifest, drafted: Draft, runner: Runner) -> None:
+    """Make the cache on disk the one that was drafted, with what only loaded teachers tell.
+
+    That takes time, in which another job may have done the same, or something else; its word stands.
+    """
+    grows = drafted.stored is None or drafted.spec != drafted.stored[0]
+    hashes, calibrations = dict[str, str](), dict[str, Calibration]()
+    if grows:
+        hashes = runner.weights_hashes()
+        if unknown := _without_weights(drafted.spec):
+            sample = CalibrationSample.draw(
+                drafted.source, drafted.samples, drafted.views, recipe.calibration_rows
+            )
+            calibrations = runner.calibrate(sample, unknown)
+    with manifest.storage.exclusive(SPEC_NAME):
+        if grows:
+            if manifest.exists():
+                drafted = extend(recipe, drafted, manifest)
+            _write(manifest, drafted, _with_findings(manifest, drafted.spec, hashes, calibrations))
+        spec = manifest.spec()
+        store = FeatureCache(manifest.storage, spec).store
+        for name in spec.teachers:
+            store.create(spec, name)
+
+
+def _with_findings(
+    manifest: Manifest, spec: CacheSpec, hashes: Mapping[str, str], calibrations: Mapping[str, Calibration]
 ) -> CacheSpec:
-    """`spec` with what only loaded teachers tell: the hash of their weights, and calibrated codecs."""
-    hashes = runner.weights_hashes()
-    sample = CalibrationSample.draw(drafted.source, drafted.samples, drafted.views, rows)
+    """`spec` with the hashes of new teachers' weights, and their calibrated codecs."""
     teachers, fidelity = dict(spec.teachers), dict(spec.fidelity)
-    for name, calibration in runner.calibrate(sample, new).items():
-        tables = calibration.tables
-        found = {
-            "weights_hash": hashes[name],
-            "tables_hash": manifest.write_tables(name, tables) if tables else None,
-        }
-        teachers[name] = teachers[name].model_copy(update=found)
-        fidelity[name] = calibration.fidelity
-    return CacheSpec.model_validate(
-        spec.model_dump() | {"teachers": teachers, "fidelity": fidelity, "cache_id": ""}
-    )
+    for name in _without_weights(spec):
+        teachers[name] = recovered(manifest, spec, name, hashes[name]) or _calibrated(
+            manifest, teachers[name], name, hashes[name], calibrations[name]
+        )
+        fidelity[name] = calibrations[name].fidelity
+    return spec.changed(teachers=teachers, fidelity=fidelity)
 
 
-def _write_spec(manifest: Manifest, spec: CacheSpec, new: Sequence[str], drafted: Draft) -> None:
-    """Lay out the arrays of new teachers, then let the spec name them."""
-    cache = FeatureCache(manifest.storage, spec)
-    for name in new:
-        cache.store.create(spec, name)
-    if manifest.exists():
+def _write(manifest: Manifest, drafted: Draft, spec: CacheSpec) -> None:
+    """The spec comes last; tables that are longer than it says are no problem."""
+    stored = drafted.stored[0] if drafted.stored else None
+    if stored is None or stored.segments != spec.segments:
+        manifest.write_samples(drafted.samples)
+        manifest.write_views(drafted.views)
+    if stored != spec:
         manifest.write_spec(spec)
-    else:
-        manifest.create(spec, drafted.samples, drafted.views)
+
+
+def _without_weights(spec: CacheSpec) -> list[str]:
+    return [name for name, teacher in spec.teachers.items() if teacher.weights_hash is None]
+
+
+def _calibrated(
+    manifest: Manifest, teacher: TeacherSpec, name: str, weights_hash: str, calibration: Calibration
+) -> TeacherSpec:
+    tables = calibration.tables
+    tables_hash = manifest.write_tables(name, tables) if tables else None
+    return teacher.model_copy(update={"weights_hash": weights_hash, "tables_hash": tables_hash})
 
 
 def _build_error(failed: Sequence[FailedShard], total: int) -> BuildError:

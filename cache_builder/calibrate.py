@@ -37,9 +37,12 @@ class CalibrationSample:
         count = min(int(num_rows * _SPARE), usable.size)
         chosen = usable[np.linspace(0, usable.size - 1, count).astype(int)]
         num_views = views.num_rows // samples.num_rows
+        lines = np.argsort(views["sample_index"].to_numpy(), kind="stable")  # those of a sample together
         table = ViewTable(views)
         columns = [samples[name].to_numpy()[chosen].tolist() for name in ("path", "offset", "nbytes")]
-        drawn = tuple(table.view(int(sample) * num_views + i % num_views) for i, sample in enumerate(chosen))
+        drawn = tuple(
+            table.view(int(lines[sample * num_views + i % num_views])) for i, sample in enumerate(chosen)
+        )
         return cls(source, tuple(zip(*columns, strict=True)), drawn, min(num_rows, usable.size))
 
     def pixels(self, size: tuple[int, int], limit: int | None = None) -> Tensor:

@@ -1,21 +1,30 @@
-"""From a recipe to a `CacheSpec`, before any teacher is loaded: scan the images, resolve the teachers."""
+"""From a recipe to a `CacheSpec`, before any teacher is loaded: scan the images, resolve the teachers.
+
+A recipe states what a cache shall be. Where one is already, it grows to that: by teachers, by views, by
+samples that are new in the source. What it holds stays as it is, and what cannot share one cache is refused.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from cache_builder.recipe import BuildRecipe
 from cache_builder.teachers import resolve_teacher
 from cache_builder.versions import versions
 from pipeline.errors import CacheMismatchError
+from pipeline.manifest import Manifest
+from pipeline.rows import divide_views
 from pipeline.sources import Source, dataset_fingerprint, open_source
-from pipeline.spec import CacheSpec, DatasetSpec, Segment, TeacherSpec
+from pipeline.spec import CacheSpec, DatasetSpec, Segment, TeacherSpec, ViewPolicy
+from pipeline.storage import Storage
 from pipeline.views import draw_views
 
 _FOUND_OUT = {"checkpoint", "weights_hash", "tables_hash"}  # no recipe states them; workers compare hashes
@@ -23,19 +32,43 @@ _FOUND_OUT = {"checkpoint", "weights_hash", "tables_hash"}  # no recipe states t
 
 @dataclass
 class Draft:
-    """A spec whose teachers have no weights hash yet, and the samples it is about."""
+    """A spec whose new teachers have no weights hash yet, and the samples it is about.
+
+    `stored`, for a cache that exists: its spec, and where its view table is.
+    """
 
     spec: CacheSpec
     samples: pa.Table
     source: Source
+    stored: tuple[CacheSpec, Manifest] | None = None
 
     @cached_property
     def views(self) -> pa.Table:
-        """The view table, one line a row."""
-        segment = self.spec.segments[0]
-        columns = [self.samples[name] for name in ("key", "width", "height")]
-        key, width, height = columns[0].to_pylist(), columns[1].to_numpy(), columns[2].to_numpy()
-        return draw_views(self.spec.views, key, width, height, segment.views)
+        """The view table, one line a row: those that are stored, and behind them those of new segments."""
+        tables, known = [], 0
+        if self.stored is not None:
+            stored, manifest = self.stored
+            known = len(stored.segments)
+            tables.append(manifest.views().slice(0, stored.num_rows))
+        for segment in self.spec.segments[known:]:
+            first, end = segment.samples
+            key, width, height = (self.samples[name][first:end] for name in ("key", "width", "height"))
+            sizes = width.to_numpy(), height.to_numpy()
+            tables.append(draw_views(self.spec.views, key.to_pylist(), *sizes, segment.views, first))
+        return pa.concat_tables(tables)
+
+    @property
+    def growth(self) -> list[str]:
+        """What the recipe adds to the cache that is there, in words."""
+        if self.stored is None:
+            return []
+        old, new = self.stored[0], self.spec
+        counts = {
+            "samples": new.dataset.num_samples - old.dataset.num_samples,
+            "views of each sample": new.views.num_views - old.views.num_views,
+        }
+        grown = [f"{count:,} {what}" for what, count in counts.items() if count]
+        return grown + [f"teacher {name}" for name in new.teachers if name not in old.teachers]
 
 
 def draft(recipe: BuildRecipe, progress: Callable[[int], None] | None = None) -> Draft:
@@ -45,7 +78,7 @@ def draft(recipe: BuildRecipe, progress: Callable[[int], None] | None = None) ->
         for name, teacher in recipe.teachers.items()
     }
     source = open_source(recipe.source.path, recipe.source.kind)
-    samples = source.scan(workers=os.cpu_count() or 1, progress=progress)
+    samples, listing = _samples(recipe, source, progress)
     num_views = recipe.views.num_views
     spec = CacheSpec(
         dataset=DatasetSpec(
@@ -53,10 +86,13 @@ def draft(recipe: BuildRecipe, progress: Callable[[int], None] | None = None) ->
             location=source.location,
             num_samples=samples.num_rows,
             fingerprint=dataset_fingerprint(samples),
+            listing=listing,
         ),
         views=recipe.views,
-        rows_per_shard=max(recipe.rows_per_shard // num_views, 1) * num_views,
+        rows_per_shard=_whole_samples(recipe.rows_per_shard, num_views),
         images=recipe.images,
+        store=recipe.store,
+        covariance=recipe.covariance,
         segments=(Segment(first_row=0, samples=(0, samples.num_rows), views=(0, num_views)),),
         teachers=teachers,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -65,38 +101,118 @@ def draft(recipe: BuildRecipe, progress: Callable[[int], None] | None = None) ->
     return Draft(spec, samples, source)
 
 
-def merge_spec(existing: CacheSpec, wanted: CacheSpec, url: str) -> CacheSpec:
-    """`existing` with the teachers that only `wanted` has.
+def _samples(
+    recipe: BuildRecipe, source: Source, progress: Callable[[int], None] | None
+) -> tuple[pa.Table, str]:
+    """The sample table and the source's listing; scanned, unless the cache knows this very listing."""
+    manifest, listing = Manifest(Storage.at(recipe.cache)), source.listing()
+    if manifest.exists() and (dataset := manifest.spec().dataset).listing == listing:
+        return manifest.samples().slice(0, dataset.num_samples), listing
+    return source.scan(workers=os.cpu_count() or 1, progress=progress), listing
+
+
+def _whole_samples(rows_per_shard: int, num_views: int) -> int:
+    return max(rows_per_shard // num_views, 1) * num_views
+
+
+def extend(recipe: BuildRecipe, drafted: Draft, manifest: Manifest) -> Draft:
+    """The cache of `manifest` with the samples, views and teachers that only `drafted` has.
 
     Raises `CacheMismatchError`, naming every difference, when the two cannot share one cache.
     """
-    differences = [
-        f"{field}: the cache has {old!r}, the recipe asks for {new!r}"
-        for field, old, new in _pairs(existing, wanted)
-        if old != new
-    ]
-    for name in existing.teachers.keys() & wanted.teachers.keys():
-        old, new = existing.teachers[name].model_dump(), wanted.teachers[name].model_dump()
-        differences += [
-            f"teachers.{name}.{field}: the cache has {old[field]!r}, the recipe asks for {new[field]!r}"
-            for field in TeacherSpec.model_fields.keys() - _FOUND_OUT
-            if old[field] != new[field]
-        ]
+    old, wanted = manifest.spec(), drafted.spec
+    stored = manifest.samples().slice(0, old.dataset.num_samples)
+    differences = [*_sample_differences(stored, drafted.samples), *_spec_differences(recipe, old, wanted)]
+    is_new = pc.invert(pc.is_in(drafted.samples["key"], value_set=stored["key"]))
+    new = drafted.samples.filter(is_new)
+    one_place = old.dataset.kind == wanted.dataset.kind and _lies_the_same(stored, drafted.samples)
+    if new.num_rows and not differences and not one_place:
+        differences.append(
+            f"source: there are {new.num_rows:,} new images, but the old ones lie elsewhere than in "
+            f"{old.dataset.location}"
+        )
     if differences:
         raise CacheMismatchError(
-            f"The cache at {url} was built with another spec:\n  - " + "\n  - ".join(differences),
-            expected="a recipe whose rows are those of the cache",
+            f"The cache at {manifest.storage.url} was built with another spec:\n  - "
+            + "\n  - ".join(differences),
+            expected="a recipe with the rows of the cache; it may add samples, views and teachers",
             do="give the new cache another path (cache=…), or another name to a changed teacher",
         )
-    return existing.model_copy(update={"teachers": {**wanted.teachers, **existing.teachers}})
+    spec = old.changed(teachers={**wanted.teachers, **old.teachers})
+    samples = pa.concat_tables([stored, new])
+    if new.num_rows or wanted.views.num_views > old.views.num_views:
+        spec = _with_rows(spec, wanted, samples, new)
+    return Draft(spec, samples, drafted.source, (old, manifest))
 
 
-def _pairs(existing: CacheSpec, wanted: CacheSpec) -> list[tuple[str, object, object]]:
-    pairs: list[tuple[str, object, object]] = [
-        ("number of samples", existing.dataset.num_samples, wanted.dataset.num_samples),
-        ("dataset fingerprint", existing.dataset.fingerprint, wanted.dataset.fingerprint),
-        ("rows_per_shard", existing.rows_per_shard, wanted.rows_per_shard),
-        ("images", existing.images, wanted.images),
+def _with_rows(old: CacheSpec, wanted: CacheSpec, samples: pa.Table, new: pa.Table) -> CacheSpec:
+    """`old` with segments for the new views of its samples, and for all views of the new samples."""
+    segments = [
+        segment.model_copy(update={"fingerprint": segment.fingerprint or old.dataset.fingerprint})
+        for segment in old.segments
     ]
-    old, new = existing.views.model_dump(), wanted.views.model_dump()
-    return pairs + [(f"views.{field}", old[field], new[field]) for field in old]
+    count, num_views = old.dataset.num_samples, wanted.views.num_views
+    blocks = [
+        ((0, count), (old.views.num_views, num_views), old.dataset.fingerprint),
+        ((count, samples.num_rows), (0, num_views), dataset_fingerprint(new)),
+    ]
+    per_shard = old.rows_per_shard
+    for (first, end), views, fingerprint in blocks:
+        for part in divide_views(views, per_shard) if end > first else ():
+            shards = -(-(segments[-1].first_row + segments[-1].num_rows) // per_shard)
+            segments.append(
+                Segment(
+                    first_row=shards * per_shard, samples=(first, end), views=part, fingerprint=fingerprint
+                )
+            )
+    dataset = old.dataset.model_copy(
+        update={"num_samples": samples.num_rows, "fingerprint": dataset_fingerprint(samples)}
+        | (wanted.dataset.model_dump(include={"location", "listing"}) if new.num_rows else {})
+    )
+    policy = old.views.model_copy(update={"num_views": num_views})
+    return old.changed(dataset=dataset, views=policy, segments=tuple(segments))
+
+
+def _sample_differences(stored: pa.Table, scanned: pa.Table) -> Iterator[str]:
+    places = pc.index_in(stored["key"], value_set=scanned["key"])
+    gone = pc.is_null(places).to_numpy()
+    kept, there = stored.filter(pa.array(~gone)), scanned.take(places.drop_null())
+    changed = np.zeros(kept.num_rows, bool)
+    for name in ("nbytes", "width", "height", "head_hash"):
+        changed |= kept[name].to_numpy() != there[name].to_numpy()
+    for what, keys in (
+        ("are gone from the source", stored["key"].filter(pa.array(gone))),
+        ("are other images now", kept["key"].filter(pa.array(changed))),
+    ):
+        if len(keys):
+            examples = ", ".join(keys.slice(0, 3).to_pylist())
+            yield f"dataset fingerprint: {len(keys):,} of {len(stored):,} samples {what}: {examples}"
+
+
+def _lies_the_same(stored: pa.Table, scanned: pa.Table) -> bool:
+    """Whether one location serves both: the stored samples are where the scan found them."""
+    there = scanned.take(pc.index_in(stored["key"], value_set=scanned["key"]).drop_null())
+    return all(stored[name].equals(there[name]) for name in ("path", "offset"))
+
+
+def _spec_differences(recipe: BuildRecipe, old: CacheSpec, wanted: CacheSpec) -> Iterator[str]:
+    pairs: dict[str, tuple[object, object]] = {
+        "rows_per_shard": (
+            old.rows_per_shard,
+            _whole_samples(recipe.rows_per_shard, old.segments[0].num_views),
+        ),
+        "images": (old.images, wanted.images),
+        "store": (old.store, wanted.store),
+        "covariance": (old.covariance, wanted.covariance),
+    }
+    for field in ViewPolicy.model_fields:
+        pairs[f"views.{field}"] = getattr(old.views, field), getattr(wanted.views, field)
+    if wanted.views.num_views > old.views.num_views:
+        del pairs["views.num_views"]
+    for name in old.teachers.keys() & wanted.teachers.keys():
+        before, after = old.teachers[name], wanted.teachers[name]
+        for field in TeacherSpec.model_fields.keys() - _FOUND_OUT:
+            pairs[f"teachers.{name}.{field}"] = getattr(before, field), getattr(after, field)
+    for key, (one, other) in pairs.items():
+        if one != other:
+            yield f"{key}: the cache has {one!r}, the recipe asks for {other!r}"

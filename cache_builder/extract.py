@@ -8,8 +8,8 @@ write; their forward passes take turns.
 
 from __future__ import annotations
 
+import os
 import platform
-import threading
 import time
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping
@@ -26,7 +26,14 @@ from cache_builder.stages import StageSeconds
 from cache_builder.teachers import Teacher
 from cache_builder.versions import versions
 from pipeline.cache import FeatureCache
-from pipeline.errors import ImageDecodeError
+from pipeline.errors import (
+    AlreadyCommittedError,
+    BuildInterruptedError,
+    CacheNotFoundError,
+    CodecError,
+    ImageDecodeError,
+)
+from pipeline.feature_stats import FeatureMoments
 from pipeline.grids import stored_form
 from pipeline.manifest import CommitRecord, QuarantineEntry
 from pipeline.sources import decode_image
@@ -85,16 +92,61 @@ class ShardExtractor:
         self._batch_size = batch_size
         self._decode_threads = decode_threads
         self._decoders = ThreadPoolExecutor(decode_threads, thread_name_prefix="decode")
-        self._device_lock = threading.Lock()
+        self._device = ThreadPoolExecutor(1, thread_name_prefix="device")
+        self._moved: dict[int, float] = {}
+        self._abandoned = False
 
     def __enter__(self) -> ShardExtractor:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._decoders.shutdown(cancel_futures=True)
+        for pool in (self._decoders, self._device):
+            pool.shutdown(cancel_futures=True)
+
+    def idle_s(self) -> dict[int, float]:
+        """The shards in flight, and for how long nothing has moved in each."""
+        now = time.monotonic()
+        return {shard: now - moved for shard, moved in self._moved.copy().items()}
+
+    def abandon(self) -> None:
+        """End the shards in flight at their next batch: `BuildInterruptedError`, and no file is left."""
+        self._abandoned = True
 
     def extract(self, shard: int, names: Collection[str]) -> dict[str, CommitRecord]:
-        """Extract and commit one shard for the named teachers, and "images" for the copied images."""
+        """Extract and commit one shard for the named teachers, and "images" for the copied images.
+
+        What another job has committed already, or commits meanwhile, is left as it is and not returned.
+        Raises `BuildInterruptedError` after `abandon()`, `CacheNotFoundError` when the cache has vanished.
+        """
+        committed = {name for name in names if self._cache.manifest.is_committed(name, shard)}
+        missing = [name for name in names if name not in committed]
+        if names and not missing:
+            return {}
+        try:
+            with ExitStack() as publishing:
+                return self._extract(shard, missing, publishing)
+        except AlreadyCommittedError:
+            return self.extract(shard, missing)
+        finally:
+            self._moved.pop(shard, None)
+
+    def _move(self, shard: int) -> None:
+        self._moved[shard] = time.monotonic()
+        if self._abandoned:
+            raise BuildInterruptedError(f"Shard {shard} was abandoned, since the process has to end.")
+
+    def _require_cache(self) -> None:
+        """Writing makes folders; where a mount is gone, they would be made below the place it had."""
+        if not self._cache.manifest.exists():
+            raise CacheNotFoundError(
+                "The cache has vanished.",
+                got=f"{self._cache.storage.url} without cache.json",
+                expected="the cache that this build was writing to",
+                do="mount it again, or restore cache.json, and run the same command again",
+            )
+
+    def _extract(self, shard: int, names: Collection[str], publishing: ExitStack) -> dict[str, CommitRecord]:
+        self._require_cache()
         start, seconds = time.perf_counter(), StageSeconds()
         spec, store, manifest = self._cache.spec, self._cache.store, self._cache.manifest
         quarantined: list[QuarantineEntry] = []
@@ -111,8 +163,10 @@ class ShardExtractor:
                 if IMAGES in names
                 else None
             )
-            teaching = stack.enter_context(_Teaching(self, writers, seconds))
+            teaching = stack.enter_context(_Teaching(self, shard, writers, seconds))
+            self._move(shard)
             for offset, sample in self._samples(shard, list(writers), seconds):
+                self._move(shard)
                 source_digest.update(sample.data)
                 if sample.reason is not None:
                     quarantined.append(self._quarantine_entry(sample.index, sample.reason))
@@ -121,17 +175,23 @@ class ShardExtractor:
                 for view, renders in enumerate(sample.renders):
                     teaching.add(offset + view, renders)
             teaching.finish()
+            publishing.enter_context(manifest.publishing(shard, names, lambda: self._move(shard)))
+            others = {*spec.teachers, IMAGES}.difference(names)
+            manifest.require_same_images(shard, sorted(others), source_digest.hexdigest())
         files = {name: writer.files() for name, writer in writers.items()}
+        for name, moments in teaching.moments.items():
+            files[name] |= manifest.write_moments(name, shard, moments)
         if tar is not None:
             files[IMAGES], members = tar.files(), tuple(tar.members)
         if quarantined:
             manifest.write_quarantine(shard, quarantined)
+        self._require_cache()
         seconds.totals["wall"] = time.perf_counter() - start
         records = {
             name: CommitRecord(
                 teacher=name,
                 shard=shard,
-                content_id=spec.content_id(name),
+                content_id=spec.shard_content_id(name, shard),
                 first_row=shard * spec.rows_per_shard,
                 num_rows=len(spec.shard_rows(shard)),
                 invalid_rows=self._rows_of(shard, {entry.sample_index for entry in quarantined}),
@@ -140,6 +200,7 @@ class ShardExtractor:
                 members=members if name == IMAGES else (),
                 seconds={stage: round(value, 4) for stage, value in seconds.totals.items()},
                 host=platform.node(),
+                worker=f"{platform.node()}:{os.getpid()}",
                 versions=versions(),
                 finished=datetime.now(UTC).isoformat(timespec="seconds"),
             )
@@ -206,10 +267,21 @@ class ShardExtractor:
             sample_index=index, key=self._cache.key(index), location=location, reason=reason
         )
 
-    def _encode(self, name: str, pixels: Mapping[Size, Tensor], seconds: StageSeconds) -> dict[str, Tensor]:
-        """What goes to disk for one batch of one teacher, still on the teacher's device."""
+    def _encode(
+        self, name: str, pixels: Mapping[Size, Tensor], seconds: StageSeconds
+    ) -> tuple[dict[str, Tensor], FeatureMoments]:
+        """What goes to disk for one batch of one teacher, and its statistics, on the teacher's device.
+
+        One thread computes for all shards: OpenMP keeps a team of threads for every thread that calls it,
+        and on a CPU two teams spin against each other.
+        """
+        return self._device.submit(self._compute, name, pixels, seconds).result()
+
+    def _compute(
+        self, name: str, pixels: Mapping[Size, Tensor], seconds: StageSeconds
+    ) -> tuple[dict[str, Tensor], FeatureMoments]:
         teacher, spec = self._teachers[name], self._cache.spec.teachers[name]
-        with self._device_lock, torch.inference_mode():
+        with torch.inference_mode():
             with seconds.stage("forward"):
                 device = next(teacher.parameters()).device
                 views = pixels[spec.render_size]
@@ -221,26 +293,37 @@ class ShardExtractor:
                 if norms_BS is not None:
                     tensors[NORMS] = norms_BS
                 tensors |= _tokens(spec, features.cls_token_BSC, features.global_feature_BD)
-        return tensors
+            with seconds.stage("statistics"):
+                moments = FeatureMoments.of(features.feature_maps_BSHWC, self._cache.spec.covariance)
+        return tensors, moments
 
 
 def _tokens(spec: TeacherSpec, cls_token: Tensor | None, global_feature: Tensor | None) -> dict[str, Tensor]:
+    """The token features in the dtypes of the layout. Raises `CodecError` for values they cannot hold."""
     layouts = teacher_layouts(spec)
-    tokens = {CLS_TOKEN: cls_token, GLOBAL_FEATURE: global_feature}
-    return {
-        name: tensor.to(layouts[name].dtype)
-        for name, tensor in tokens.items()
-        if name in layouts and tensor is not None
-    }
+    tokens: dict[str, Tensor] = {}
+    for name, tensor in ((CLS_TOKEN, cls_token), (GLOBAL_FEATURE, global_feature)):
+        if name not in layouts or tensor is None:
+            continue
+        tokens[name] = tensor.to(layouts[name].dtype)
+        if not torch.isfinite(tokens[name]).all():
+            raise CodecError(
+                f"The {name} feature of {spec.model} cannot be stored beside codec {spec.codec}.",
+                got=f"a largest magnitude of {tensor.abs().max().item():g}",
+                expected=f"finite values of at most {torch.finfo(layouts[name].dtype).max:g}",
+                do="choose codec f32 if the values are finite; look at the teacher if they are not",
+            )
+    return tokens
 
 
 class _Teaching:
     """Collects views into batches, runs the teachers on them, and writes behind in one thread."""
 
     def __init__(
-        self, extractor: ShardExtractor, writers: Mapping[str, ShardWriter], seconds: StageSeconds
+        self, extractor: ShardExtractor, shard: int, writers: Mapping[str, ShardWriter], seconds: StageSeconds
     ) -> None:
-        self._extractor, self._writers, self._seconds = extractor, writers, seconds
+        self._extractor, self._shard, self._writers, self._seconds = extractor, shard, writers, seconds
+        self.moments: dict[str, FeatureMoments] = {}
         self._offsets: list[int] = []
         self._renders: list[Renders] = []
         self._writes: deque[Future[None]] = deque()
@@ -269,7 +352,10 @@ class _Teaching:
             size: torch.stack([renders[size] for renders in self._renders]) for size in self._renders[0]
         }
         for name, writer in self._writers.items():
-            tensors = self._extractor._encode(name, pixels, self._seconds)
+            tensors, moments = self._extractor._encode(name, pixels, self._seconds)
+            before = self.moments.get(name)
+            self.moments[name] = moments if before is None else before.merge(moments)
+            self._extractor._move(self._shard)
             while len(self._writes) >= _WRITES_IN_FLIGHT:
                 self._writes.popleft().result()
             self._writes.append(self._writing.submit(self._write, writer, self._offsets, tensors))

@@ -6,25 +6,31 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from cache_builder.recipe import BuildRecipe
 from cache_builder.teachers.flops import teacher_gmacs
 from pipeline.errors import DiskSpaceError
+from pipeline.feature_stats import FeatureMoments
 from pipeline.manifest import Manifest
 from pipeline.spec import IMAGES, CacheSpec, TeacherSpec
 from pipeline.storage import Storage
 from pipeline.stores.base import teacher_layouts
+from pipeline.units import human_bytes
 
 _CHECKSUM_BYTES, _INDEX_BYTES = 4, 16  # crc32c behind every chunk; offset and size in the shard's index
+_HEADER_BYTES = 512  # of a file of statistics, at most
 
 
 @dataclass(frozen=True)
 class TeacherPlan:
-    """One teacher's share. `gmacs` are for one view."""
+    """One teacher's share. `gmacs` are for one view; `statistics_bytes` for one shard."""
 
     name: str
     spec: TeacherSpec
     bytes_per_row: int
-    num_arrays: int
+    statistics_bytes: int
+    num_files: int
     missing_shards: int
     missing_rows: int
     gmacs: float
@@ -48,18 +54,28 @@ class Plan:
 
     @property
     def total_bytes(self) -> int:
-        return self.spec.num_rows * self.bytes_per_row + self.image_bytes
+        return self.spec.num_rows * self.bytes_per_row + self.fixed_bytes
+
+    @property
+    def fixed_bytes(self) -> int:
+        """What no grid and no codec changes: copied images, and the statistics of every shard."""
+        statistics = sum(teacher.statistics_bytes for teacher in self.teachers)
+        return self.spec.num_shards * statistics + self.image_bytes
 
     @property
     def missing_bytes(self) -> int:
-        rows = sum(teacher.missing_rows * teacher.bytes_per_row for teacher in self.teachers)
-        return rows + (self.image_bytes if any(teacher.missing_rows for teacher in self.teachers) else 0)
+        features = sum(
+            teacher.missing_rows * teacher.bytes_per_row + teacher.missing_shards * teacher.statistics_bytes
+            for teacher in self.teachers
+        )
+        return features + (self.image_bytes if any(teacher.missing_rows for teacher in self.teachers) else 0)
 
     @property
     def num_files(self) -> int:
-        """Shard files and commit records, with the images' where they are copied."""
-        per_shard = sum(teacher.num_arrays + 1 for teacher in self.teachers)
-        return self.spec.num_shards * (per_shard + (2 if self.spec.images == "copy" else 0))
+        """Shard files, statistics and commit records, with the images' where they are copied."""
+        per_shard = sum(teacher.num_files + 2 for teacher in self.teachers)
+        images = 2 * len(self.spec.shards(IMAGES)) if self.spec.images == "copy" else 0
+        return self.spec.num_shards * per_shard + images
 
     @property
     def gpu_hours(self) -> float:
@@ -100,13 +116,13 @@ def make_plan(recipe: BuildRecipe, spec: CacheSpec, storage: Storage, image_byte
     for name in recipe.teachers:
         teacher = spec.teachers[name]
         missing = rows.keys() - manifest.committed(name)
-        layouts = teacher_layouts(teacher)
         teachers.append(
             TeacherPlan(
                 name=name,
                 spec=teacher,
                 bytes_per_row=bytes_per_row(teacher),
-                num_arrays=len(layouts),
+                statistics_bytes=statistics_bytes(teacher, spec.covariance),
+                num_files=1 if spec.store == "webdataset" else len(teacher_layouts(teacher)),
                 missing_shards=len(missing),
                 missing_rows=sum(rows[shard] for shard in missing),
                 gmacs=teacher_gmacs(teacher),
@@ -131,20 +147,18 @@ def bytes_per_row(teacher: TeacherSpec) -> int:
     )
 
 
+def statistics_bytes(teacher: TeacherSpec, covariance: bool) -> int:
+    """Bytes on disk of the statistics of one shard of a teacher."""
+    with torch.device("meta"):
+        moments = FeatureMoments.empty(teacher.num_levels, teacher.width, covariance)
+        return _HEADER_BYTES + sum(tensor.nbytes for tensor in moments.tensors().values())
+
+
 def pending(manifest: Manifest, spec: CacheSpec, names: Sequence[str]) -> dict[int, tuple[str, ...]]:
     """Who is still missing in each shard: teachers, and "images" where they are copied."""
     wanted = [*names, *([IMAGES] if spec.images == "copy" else [])]
-    committed = {name: manifest.committed(name) for name in wanted}
+    left = {name: set(spec.shards(name)) - manifest.committed(name) for name in wanted}
     missing = {
-        shard: tuple(name for name in wanted if shard not in committed[name])
-        for shard in range(spec.num_shards)
+        shard: tuple(name for name in wanted if shard in left[name]) for shard in range(spec.num_shards)
     }
     return {shard: names for shard, names in missing.items() if names}
-
-
-def human_bytes(count: int) -> str:
-    """1234567 → "1.23 MB" (decimal units, three significant digits)."""
-    value, units = float(count), ["B", "kB", "MB", "GB", "TB", "PB"]
-    while value >= 999.5 and len(units) > 1:
-        value, units = value / 1000, units[1:]
-    return f"{value:.3g} {units[0]}"

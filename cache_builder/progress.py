@@ -1,4 +1,4 @@
-"""What a build shows while it runs: a live bar on a terminal, a line now and then in a log."""
+"""What a build shows while it runs: a live bar on a terminal, a line for every shard in a log."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from cache_builder.stages import STAGES
 from pipeline.manifest import CommitRecord
 
-_LOG_EVERY_S = 10.0
-
 
 class BuildProgress:
     """Counts committed shards and views; `seconds` are the stages' sums over all shards so far."""
@@ -21,7 +19,7 @@ class BuildProgress:
     def __init__(self, console: Console, shards: int) -> None:
         self._console = console
         self._total = shards
-        self._start = self._logged = time.monotonic()
+        self._start = time.monotonic()
         self.shards = self.views = 0
         self.seconds = dict.fromkeys((*STAGES, "wall"), 0.0)
         self._bar = Progress(
@@ -52,18 +50,26 @@ class BuildProgress:
         return self.views / self.wall_s if self.wall_s else 0.0
 
     def on_commit(self, records: Mapping[str, CommitRecord]) -> None:
+        if not records:  # another job had it
+            self._total -= 1
+            self._bar.update(self._task, total=self._total)
+            return
         record = next(iter(records.values()))
         self.shards += 1
         self.views += record.num_rows
         for stage, value in record.seconds.items():
             self.seconds[stage] += value
-        stages = " ".join(f"{stage} {self.seconds[stage]:.1f}s" for stage in STAGES)
+        stages = _stages(self.seconds)
         self._bar.update(self._task, completed=self.shards, rate=self.views_per_s, stages=stages)
-        now = time.monotonic()
-        if not self._console.is_terminal and (
-            now - self._logged > _LOG_EVERY_S or self.shards == self._total
-        ):
-            self._logged = now
+        if not self._console.is_terminal:
             left_s = (self._total - self.shards) * self.wall_s / self.shards
-            rate = f"{self.views_per_s:.2f} img/s · ETA {left_s:.0f} s"
-            self._console.print(f"{self.shards}/{self._total} shards · {rate} · {stages}", soft_wrap=True)
+            self._console.print(
+                f"{self.shards}/{self._total} shards · {self.views_per_s:.2f} img/s · ETA {left_s:.0f} s · "
+                f"shard {record.shard} on {record.host}: {record.num_rows} views in "
+                f"{record.seconds['wall']:.1f} s ({_stages(record.seconds)})",
+                soft_wrap=True,
+            )
+
+
+def _stages(seconds: Mapping[str, float]) -> str:
+    return " ".join(f"{stage} {seconds[stage]:.1f}s" for stage in STAGES)

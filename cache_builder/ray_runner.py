@@ -1,55 +1,157 @@
 """The runner on a Ray cluster; the one module that imports ray.
 
 Plain actors, fed from a queue of shards, give back commit records and nothing else: features go from
-the actor to the store. An actor that dies (its process, its node, preemption) is replaced, and the
+the actor to the store. An actor that dies (its process, its node, preemption) or hangs is replaced, and the
 shards it had in flight are queued again; extraction is idempotent, so running one twice is harmless.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import platform
 import secrets
+import signal
+import socket
+import threading
 import time
-from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray._private.utils import read_ray_address
+from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.util.metrics import Counter, Gauge
 
 from cache_builder.calibrate import Calibration, CalibrationSample
 from cache_builder.recipe import RunnerRecipe
-from cache_builder.runner import FailedShard, OnCommit, Runner, Task, describe
+from cache_builder.runner import (
+    ABANDON_S,
+    FINISH_S,
+    TICK_S,
+    FailedShard,
+    OnCommit,
+    Queue,
+    Runner,
+    Task,
+    describe,
+    interrupted,
+    log,
+    require_place,
+)
+from cache_builder.stages import STAGES
 from cache_builder.worker import Worker
-from pipeline.errors import BuildError, TeacherCacheError
+from pipeline.errors import BuildError, BuildInterruptedError, TeacherCacheError
+from pipeline.manifest import CommitRecord
 from pipeline.spec import TeacherSpec
+from pipeline.stop_request import StopRequest
 
-_TICK_S = 1.0
-_RESIZE_EVERY_S = 5.0
+_LOOK_AROUND_EVERY_S = 5.0
+_HEAD_TIMEOUT_S = 30.0  # a head with a Redis behind it may come back; Ray ends the process after 60 s
+_CONNECT_TIMEOUT_S = 2.0
+_ANSWER_S = 1.0
+_WATCH = "watch"
+
+
+class RayWorker(Worker):
+    """A worker that reports to Ray's metrics, and finishes its shards when it is told to go (SIGTERM)."""
+
+    def __init__(self, teachers: Mapping[str, TeacherSpec], runner: RunnerRecipe) -> None:
+        super().__init__(teachers, runner)
+        self._metrics = _Metrics()
+        self._leaving = False
+        signal.signal(signal.SIGTERM, self._leave)
+
+    def extract(self, shard: int, names: Collection[str]) -> dict[str, CommitRecord]:
+        if self._leaving:
+            raise BuildInterruptedError("This process has to end; it takes no more shards.")
+        self._metrics.start()
+        records = super().extract(shard, names)
+        for record in list(records.values())[:1]:  # all of them tell of the same views
+            self._metrics.add(record)
+        return records
+
+    def _leave(self, *_: object) -> None:
+        self._leaving = True
+        threading.Thread(target=self._finish_and_go, daemon=True).start()
+
+    def _finish_and_go(self) -> None:
+        self._wait_for_shards(FINISH_S)
+        self.abandon()
+        self._wait_for_shards(ABANDON_S)
+        time.sleep(_ANSWER_S)
+        os._exit(128 + signal.SIGTERM)
+
+    def _wait_for_shards(self, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        while self.idle_s() and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+
+class _Metrics:
+    """What each actor did, at the Prometheus endpoint of its node."""
+
+    def __init__(self) -> None:
+        keys = ("actor",)
+        self._seconds = Counter(
+            "teachercache_stage_seconds", "Seconds by stage, summed over threads.", (*keys, "stage")
+        )
+        self._shards = Counter("teachercache_shards", "Shards committed.", keys)
+        self._views = Counter("teachercache_views", "Views computed.", keys)
+        self._rate = Gauge("teachercache_views_per_second", "Views a second since the first shard.", keys)
+        self._tags = {"actor": f"{platform.node()}:{os.getpid()}"}
+        self._started: float | None = None
+        self._total = 0
+        self._lock = threading.Lock()
+
+    def start(self) -> None:
+        with self._lock:
+            self._started = self._started or time.monotonic()
+
+    def add(self, record: CommitRecord) -> None:
+        with self._lock:
+            self._total += record.num_rows
+            assert self._started is not None
+            rate = self._total / (time.monotonic() - self._started)
+        for stage in STAGES:
+            self._seconds.inc(record.seconds[stage], self._tags | {"stage": stage})
+        self._shards.inc(1, self._tags)
+        self._views.inc(record.num_rows, self._tags)
+        self._rate.set(rate, self._tags)
 
 
 @dataclass(eq=False)
 class _Actor:
-    """An actor of the pool, the call it has to answer before it gets shards, and its shards in flight."""
+    """An actor of the pool, and what it was asked: `opening` comes before any shard, `ping` is its pulse."""
 
     handle: Any
     opening: Any = None
-    running: dict[Any, tuple[Task, float]] = field(default_factory=dict)
+    running: dict[Any, Task] = field(default_factory=dict)
+    ping: Any = None
+    asked: float = field(default_factory=time.monotonic)
+    leaving: bool = False
 
 
 class RayRunner(Runner):
     """As many actors as the cluster has room for (or `num_actors`), each with all teachers loaded."""
+
+    worker: ClassVar[type[Worker]] = RayWorker
 
     def __init__(self, recipe: RunnerRecipe, teachers: Mapping[str, TeacherSpec]) -> None:
         super().__init__(recipe, teachers)
         self._connected_here = not ray.is_initialized()
         if self._connected_here:
             _connect()
+        self._head = _Head()
         self._failed_starts = 0
+        self._place: tuple[str, str] | None = None
+        self._require_room()
         self._actors = [self._start_actor() for _ in range(self._wanted_actors())]
 
     def __exit__(self, *_: object) -> None:
+        if self._head.is_gone():  # every call to Ray would wait for it
+            return
         for actor in self._actors:
             ray.kill(actor.handle)
         if self._connected_here:
@@ -63,53 +165,66 @@ class RayRunner(Runner):
         answer: dict[str, Calibration] = _get(self._actors[0].handle.calibrate.remote(sample, list(names)))
         return answer
 
-    def run(self, url: str, tasks: Sequence[Task], on_commit: OnCommit) -> list[FailedShard]:
-        queue, failed = deque(tasks), list[FailedShard]()
+    def run(self, url: str, images: str, tasks: Sequence[Task], on_commit: OnCommit) -> list[FailedShard]:
+        self._place = url, images
+        queue = Queue(tasks, self.recipe.max_attempts)
         for actor in self._actors:
-            actor.opening = actor.handle.open.remote(url)
-        last_resize = time.monotonic()
-        while queue or any(actor.running for actor in self._actors):
-            for actor in self._actors:
-                while queue and actor.opening is None and len(actor.running) < self.recipe.shards_in_flight:
-                    task = queue.popleft()
-                    call = actor.handle.extract.remote(task.shard, task.names)
-                    actor.running[call] = task, time.monotonic()
-            for actor, call in self._answered():
-                self._take(actor, call, url, queue, failed, on_commit)
-            self._end_hung_actors()
-            if time.monotonic() - last_resize > _RESIZE_EVERY_S:
-                self._use_new_nodes(url)
-                last_resize = time.monotonic()
-        return failed
+            actor.opening = actor.handle.open.remote(url, images)
+        looked_around = time.monotonic()
+        with StopRequest(signal.SIGTERM, signal.SIGINT) as stop:
+            while (queue or self._running()) and not stop.requested:
+                for actor in self._actors:
+                    self._feed(actor, queue)
+                self._collect(queue, on_commit)
+                for actor in list(self._actors):
+                    self._feel_pulse(actor, queue)
+                if time.monotonic() - looked_around > _LOOK_AROUND_EVERY_S:
+                    if self._head.answers():
+                        self._use_new_nodes()
+                    looked_around = time.monotonic()
+            if stop.signal is not None and (queue or self._running()):
+                deadline = time.monotonic() + FINISH_S
+                while self._running() and time.monotonic() < deadline:
+                    self._collect(queue, on_commit)
+                raise interrupted(stop.signal)
+        return queue.failed
 
-    def _answered(self) -> list[tuple[_Actor, Any]]:
+    def _running(self) -> bool:
+        return any(actor.running for actor in self._actors)
+
+    def _feed(self, actor: _Actor, queue: Queue) -> None:
+        if actor.leaving and not actor.running:
+            self._replace(actor)
+        while actor.opening is None and not actor.leaving:
+            task = queue.take(actor.running.values(), self.recipe.shards_in_flight)
+            if task is None:
+                return
+            actor.running[actor.handle.extract.remote(task.shard, task.names)] = task
+
+    def _collect(self, queue: Queue, on_commit: OnCommit) -> None:
         owners = {call: actor for actor in self._actors for call in actor.running}
         owners |= {actor.opening: actor for actor in self._actors if actor.opening is not None}
-        done, _ = ray.wait(list(owners), num_returns=1, timeout=_TICK_S)
-        return [(owners[call], call) for call in done]
+        done, _ = ray.wait(list(owners), num_returns=1, timeout=TICK_S)
+        for call in done:
+            self._take(owners[call], call, queue, on_commit)
 
-    def _take(
-        self,
-        actor: _Actor,
-        call: Any,
-        url: str,
-        queue: deque[Task],
-        failed: list[FailedShard],
-        on_commit: OnCommit,
-    ) -> None:
+    def _take(self, actor: _Actor, call: Any, queue: Queue, on_commit: OnCommit) -> None:
         try:
             answer = ray.get(call)
         except RayActorError as error:
-            if actor in self._actors:  # its other calls answer with the same death
-                self._check_can_start(actor, error)
-                self._actors[self._actors.index(actor)] = self._start_actor(url)
-                for task, _ in actor.running.values():
-                    self.retry_or_fail(task, f"the process that ran it died: {error}", queue, failed)
+            self._count_failed_start(actor, error)
+            self._lose(actor, f"the process that ran it died: {error}", queue)
         except RayTaskError as error:
             cause = error.cause if isinstance(error.cause, Exception) else error
             if call is actor.opening:  # no shard can be extracted by an actor that cannot open the cache
                 raise cause from error
-            self.retry_or_fail(actor.running.pop(call)[0], describe(cause), queue, failed)
+            task = actor.running.pop(call)
+            if isinstance(cause, BuildInterruptedError):
+                actor.leaving = True
+                queue.give_back(task)
+                return
+            require_place(cause)
+            queue.retry_or_fail(task, describe(cause))
         else:
             if call is actor.opening:
                 actor.opening = None
@@ -117,7 +232,17 @@ class RayRunner(Runner):
                 del actor.running[call]
                 on_commit(answer)
 
-    def _check_can_start(self, dead: _Actor, error: RayActorError) -> None:
+    def _lose(self, actor: _Actor, reason: str, queue: Queue) -> None:
+        log.warning("an actor with %d shards is replaced: %s", len(actor.running), reason)
+        for task in actor.running.values():
+            queue.retry_or_fail(task, reason, died=True)
+        self._replace(actor)
+
+    def _replace(self, actor: _Actor) -> None:
+        ray.kill(actor.handle)  # it may only be out of reach
+        self._actors[self._actors.index(actor)] = self._start_actor()
+
+    def _count_failed_start(self, dead: _Actor, error: RayActorError) -> None:
         """Give up when actors keep dying before they have opened the cache."""
         self._failed_starts = self._failed_starts + 1 if dead.opening is not None else 0
         if self._failed_starts >= self.recipe.max_attempts * len(self._actors):
@@ -128,26 +253,38 @@ class RayRunner(Runner):
                 do="look at the actors' logs (ray logs); memory and missing packages are the usual reasons",
             ) from error
 
-    def _end_hung_actors(self) -> None:
-        """Kill actors with a shard over its time; their calls then answer with `RayActorError`."""
-        if self.recipe.shard_timeout_s is None:
-            return
-        for actor in self._actors:
-            oldest = min((started for _, started in actor.running.values()), default=None)
-            if oldest is not None and time.monotonic() - oldest > self.recipe.shard_timeout_s:
-                ray.kill(actor.handle)
+    def _feel_pulse(self, actor: _Actor, queue: Queue) -> None:
+        """Replace an actor in which a shard hangs, or that does not even answer."""
+        patience = self.recipe.stall_timeout_s
+        waited = time.monotonic() - actor.asked
+        if actor.opening is not None or not actor.running:
+            actor.asked, actor.ping = time.monotonic(), None
+        elif actor.ping is None:
+            if waited > min(patience / 4, _LOOK_AROUND_EVERY_S):
+                actor.ping = actor.handle.idle_s.options(concurrency_group=_WATCH).remote()
+                actor.asked = time.monotonic()
+        elif ray.wait([actor.ping], timeout=0)[0]:
+            with contextlib.suppress(RayError):  # its shards tell of its death
+                idle_s = max(ray.get(actor.ping).values(), default=0.0)
+                if idle_s > patience:
+                    self._lose(actor, f"nothing moved for {idle_s:.0f} s", queue)
+            actor.ping = None
+        elif waited > patience:
+            self._lose(actor, f"its process did not answer for {waited:.0f} s", queue)
 
-    def _use_new_nodes(self, url: str) -> None:
-        self._actors += [self._start_actor(url) for _ in range(self._wanted_actors() - len(self._actors))]
+    def _use_new_nodes(self) -> None:
+        missing = self._wanted_actors() - len(self._actors)
+        self._actors += [self._start_actor() for _ in range(missing)]
 
-    def _start_actor(self, url: str | None = None) -> _Actor:
+    def _start_actor(self) -> _Actor:
         options: dict[str, Any] = {
             "num_cpus": self.recipe.cpus_per_actor,
             "num_gpus": self._gpus_per_actor(),
             "max_concurrency": self.recipe.shards_in_flight,
+            "concurrency_groups": {_WATCH: 1},
         }
-        handle = ray.remote(Worker).options(**options).remote(dict(self.teachers), self.recipe)
-        return _Actor(handle, handle.open.remote(url) if url else None)
+        handle = ray.remote(**options)(self.worker).remote(dict(self.teachers), self.recipe)
+        return _Actor(handle, None if self._place is None else handle.open.remote(*self._place))
 
     def _gpus_per_actor(self) -> float:
         if self.recipe.gpus_per_actor is not None:
@@ -159,28 +296,79 @@ class RayRunner(Runner):
             return self.recipe.num_actors
         resources, gpus = ray.cluster_resources(), self._gpus_per_actor()
         room = int(resources.get("CPU", 0) / self.recipe.cpus_per_actor)
-        if gpus:
-            room = min(room, int(resources.get("GPU", 0) / gpus))
-        if not room:
+        return min(room, int(resources.get("GPU", 0) / gpus)) if gpus else room
+
+    def _require_room(self) -> None:
+        if not self._wanted_actors():
+            resources, gpus = ray.cluster_resources(), self._gpus_per_actor()
             raise BuildError(
                 "No node of this Ray cluster has room for one actor.",
                 got=f"{resources.get('CPU', 0):g} CPUs and {resources.get('GPU', 0):g} GPUs in all",
                 expected=f"{self.recipe.cpus_per_actor:g} CPUs and {gpus:g} GPUs for each actor",
                 do="start nodes, or lower runner.cpus_per_actor and runner.gpus_per_actor",
             )
-        return room
+
+
+class _Head:
+    """Whether the head of the cluster still answers. Without it Ray's own calls wait, and end the process."""
+
+    def __init__(self) -> None:
+        self._address: str = ray.get_runtime_context().gcs_address
+        self._heard = time.monotonic()
+
+    def answers(self) -> bool:
+        """Raises `BuildInterruptedError` when it has not answered for long."""
+        if _answers(self._address):
+            self._heard = time.monotonic()
+            return True
+        if self.is_gone():
+            raise BuildInterruptedError(
+                "The head of the Ray cluster is gone; everything committed stays.",
+                got=f"no answer at {self._address} for {_HEAD_TIMEOUT_S:.0f} s",
+                do="start the cluster, and run the same command again; it computes only what is missing",
+            )
+        log.warning("the head of the Ray cluster does not answer at %s", self._address)
+        return False
+
+    def is_gone(self) -> bool:
+        return time.monotonic() - self._heard > _HEAD_TIMEOUT_S
 
 
 def _connect() -> None:
-    """Join the cluster of this job or machine, or start a private one on this machine."""
+    """Join the cluster of this job or machine, or start a private one on this machine.
+
+    Raises `BuildError` where RAY_ADDRESS names a cluster that does not answer.
+    """
     quiet: dict[str, Any] = {"logging_level": "error", "log_to_driver": False}
-    try:
-        ray.init(address="auto", **quiet)
-    except ConnectionError:
+    address = os.environ.get("RAY_ADDRESS")
+    if address and not _answers(address):
+        raise BuildError(
+            "The Ray cluster does not answer.",
+            got=f"RAY_ADDRESS={address}",
+            expected="the address of a running head",
+            do="start it with ray start --head, or unset RAY_ADDRESS to use a cluster of this machine",
+        )
+    noted = None if address else read_ray_address()
+    if noted is None or _answers(noted):  # Ray would try a dead cluster of this machine for ever
+        with contextlib.suppress(ConnectionError):
+            ray.init(address="auto", **quiet)
+    if not ray.is_initialized():
         # Ray guards a new cluster with a token. One given here leaves no ~/.ray/auth_token behind, which
         # would turn authentication on for every later `ray start` of this user.
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         ray.init(address="local", include_dashboard=False, **quiet)
+
+
+def _answers(address: str) -> bool:
+    """Whether something listens there; names that are no host and port, such as "auto", are left to Ray."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdigit() or "//" in host:
+        return True
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_TIMEOUT_S).close()
+    except OSError:
+        return False
+    return True
 
 
 def _get(call: Any) -> Any:

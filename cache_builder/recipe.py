@@ -8,7 +8,8 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from cache_builder.teachers.recipe import TeacherRecipe
-from pipeline.spec import IMAGES, Strict, ViewPolicy
+from pipeline.spec import IMAGES, StoreKind, Strict, ViewPolicy
+from pipeline.units import parse_bytes
 
 
 class SourceRecipe(Strict):
@@ -23,10 +24,13 @@ class RunnerRecipe(Strict):
 
     `num_actors: null` uses the whole cluster, and nodes that join later; `gpus_per_actor: null` means
     1 where the cluster has GPUs and 0 where it has none. `shards_in_flight` shards a process overlap.
+    `compile`: torch.compile for the blocks of the teachers; their features then differ in the last bits.
+    `stall_timeout_s`: after how long without a batch or an image a shard counts as hanging.
     """
 
     kind: Literal["local", "ray"] = "local"
     device: str = "auto"
+    compile: bool = False
     batch_size: int = Field(16, ge=1)
     decode_threads: int = Field(4, ge=1)
     shards_in_flight: int = Field(2, ge=1)
@@ -34,7 +38,7 @@ class RunnerRecipe(Strict):
     num_actors: int | None = Field(None, ge=1)
     gpus_per_actor: float | None = Field(None, ge=0)
     cpus_per_actor: float = Field(1, gt=0)
-    shard_timeout_s: float | None = Field(None, gt=0)
+    stall_timeout_s: float = Field(600, gt=0)
 
 
 class PlanRecipe(Strict):
@@ -47,8 +51,10 @@ class PlanRecipe(Strict):
 class BuildRecipe(Strict):
     """A complete statement of a cache build.
 
-    `calibration_rows`: from how many rows codecs learn. `budget` ("6TB"): the most that the features may
-    take; `teachercache plan` says which grids and codecs keep to it.
+    `calibration_rows`: from how many rows codecs learn. `budget` ("6TB", or a number of bytes): the most that
+    features, their statistics and copied images may take; `teachercache plan` says which grids and codecs
+    keep to it. `covariance`: let the statistics of the
+    features have it, besides mean and variance.
     """
 
     cache: str
@@ -57,11 +63,18 @@ class BuildRecipe(Strict):
     views: ViewPolicy = ViewPolicy()
     rows_per_shard: int = Field(256, ge=1)
     calibration_rows: int = Field(64, ge=1)
-    budget: str | None = None
+    budget: int | None = Field(None, ge=0)
+    covariance: bool = False
     images: Literal["reference", "copy"] = "reference"
+    store: StoreKind = "zarr"
     sak_compat: bool = False
     runner: RunnerRecipe = RunnerRecipe()
     plan: PlanRecipe = PlanRecipe()
+
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _budget_in_bytes(cls, value: Any) -> Any:
+        return None if value is None else parse_bytes(str(value))
 
     @field_validator("source", mode="before")
     @classmethod

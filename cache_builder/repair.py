@@ -8,7 +8,6 @@ the images and the view policy. `cache.json` and the codecs' tables follow from 
 from __future__ import annotations
 
 import os
-from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -17,11 +16,18 @@ import pyarrow as pa
 
 from cache_builder.recipe import RunnerRecipe
 from cache_builder.runner import describe
-from cache_builder.verify import Problem, verify
+from cache_builder.verify import Problem, problems_of_shards, verify
 from cache_builder.worker import Worker
 from pipeline.cache import FeatureCache
 from pipeline.errors import CacheMismatchError, TeacherCacheError
-from pipeline.manifest import SAMPLES_NAME, VIEWS_NAME, commit_name, quarantine_name
+from pipeline.manifest import (
+    SAMPLES_NAME,
+    SPEC_NAME,
+    VIEWS_NAME,
+    commit_name,
+    publishing_name,
+    quarantine_name,
+)
 from pipeline.sources import dataset_fingerprint
 from pipeline.spec import IMAGES
 from pipeline.views import draw_views
@@ -43,7 +49,8 @@ def repair(
     """Verify every byte of a cache, and mend what differs. Untouched shards stay untouched.
 
     Rows are the same bits again where the device, the library versions and `runner.batch_size` are those
-    of the build. `progress` is called after each shard that was verified.
+    of the build. `progress` is called after each shard that was verified. Builds may go on meanwhile, and
+    the cache may have grown since it was opened.
     """
     problems = verify(cache, full=True, progress=progress)
     reasons: dict[Problem, str] = {}
@@ -69,19 +76,35 @@ def _in_order(problems: Iterable[Problem]) -> list[Problem]:
 
 
 def _rebuild(cache: FeatureCache, problem: Problem) -> None:
+    """Make a file again as the cache is now, and not while a build lets it grow."""
+    while True:
+        cache = cache.reopened()
+        tables = _tables(cache, problem)  # can take longer than the lock may be held
+        with cache.storage.exclusive(SPEC_NAME):
+            if cache.manifest.spec() != cache.spec:
+                continue
+            if problem.teacher is not None:
+                cache.store.create(cache.spec, problem.teacher)
+            elif problem.file == SAMPLES_NAME:
+                cache.manifest.write_samples(tables)
+            else:
+                cache.manifest.write_views(tables)
+            return
+
+
+def _tables(cache: FeatureCache, problem: Problem) -> pa.Table | None:
     if problem.teacher is not None:
-        cache.store.create(cache.spec, problem.teacher)
-    elif problem.file == SAMPLES_NAME:
-        cache.manifest.write_samples(_scan(cache))
-    elif problem.file == VIEWS_NAME:
-        cache.manifest.write_views(_draw(cache, cache.manifest.samples()))
-    else:
-        raise CacheMismatchError(
-            f"{problem.file} cannot be made again.",
-            got=problem.reason,
-            expected="the tables that the features were encoded with",
-            do="restore it from a copy, or build the teacher again under another name",
-        )
+        return None
+    if problem.file == SAMPLES_NAME:
+        return _scan(cache)
+    if problem.file == VIEWS_NAME:
+        return _draw(cache, cache.samples)
+    raise CacheMismatchError(
+        f"{problem.file} cannot be made again.",
+        got=problem.reason,
+        expected="the tables that the features were encoded with",
+        do="restore it from a copy, or build the teacher again under another name",
+    )
 
 
 def _scan(cache: FeatureCache) -> pa.Table:
@@ -108,39 +131,37 @@ def _draw(cache: FeatureCache, samples: pa.Table) -> pa.Table:
 
 def _extract(cache: FeatureCache, problems: Collection[Problem], runner: RunnerRecipe) -> dict[int, str]:
     """Extract broken shards again. Returns the shards that could not be, and why."""
-    names: dict[int, set[str]] = defaultdict(set)
-    doomed: dict[int, set[str]] = defaultdict(set)
-    for problem in problems:
-        assert problem.shard is not None
-        if problem.teacher is None:
-            names[problem.shard] |= set()  # decoding alone makes the quarantine list again
-            doomed[problem.shard].add(quarantine_name(problem.shard))
-        else:
-            names[problem.shard].add(problem.teacher)
-            doomed[problem.shard].add(commit_name(problem.teacher, problem.shard))
-    if not names:
+    shards = sorted({problem.shard for problem in problems if problem.shard is not None})
+    if not shards:
         return {}
-    teachers = set().union(*names.values()) - {IMAGES}
+    cache = cache.reopened()
+    names = {problem.teacher for problem in problems if problem.teacher is not None}
     try:
-        worker = Worker({name: cache.spec.teachers[name] for name in sorted(teachers)}, runner)
-        worker.open(cache.storage.url)
+        worker = Worker({name: cache.spec.teachers[name] for name in sorted(names - {IMAGES})}, runner)
+        worker.open(cache.storage.url, cache.source.location)
         _require_images(cache)
     except TeacherCacheError as error:
-        return dict.fromkeys(names, str(error))
+        return dict.fromkeys(shards, str(error))
 
     def again(shard: int) -> None:
-        for file in doomed[shard]:
-            cache.storage.remove(file)
-        if shard < cache.spec.num_shards:
-            worker.extract(shard, sorted(names[shard]))
+        with cache.storage.exclusive(publishing_name(shard)):  # or another job's new record might be deleted
+            broken, standing = set(), problems_of_shards(cache.reopened(), True, [shard])
+            for problem in standing:
+                if problem.teacher is None:  # decoding alone makes the quarantine list again
+                    cache.storage.remove(quarantine_name(shard))
+                elif problem.teacher in names:
+                    cache.storage.remove(commit_name(problem.teacher, shard))
+                    broken.add(problem.teacher)
+        if standing and shard < cache.spec.num_shards:
+            worker.extract(shard, sorted(broken))
 
     with ThreadPoolExecutor(runner.shards_in_flight) as pool:
-        futures = {shard: pool.submit(again, shard) for shard in sorted(names)}
+        futures = {shard: pool.submit(again, shard) for shard in shards}
     errors = {shard: future.exception() for shard, future in futures.items()}
     return {shard: describe(error) for shard, error in errors.items() if error is not None}
 
 
 def _require_images(cache: FeatureCache) -> None:
     """Raises before any record is deleted where no shard could be extracted."""
-    fresh = FeatureCache.open(cache.storage.url)
+    fresh = FeatureCache.open(cache.storage.url, cache.source.location)
     _ = fresh.samples, fresh.views, fresh.source

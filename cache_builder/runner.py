@@ -2,34 +2,51 @@
 
 from __future__ import annotations
 
+import errno
+import logging
+import signal
+import threading
+import time
 import traceback
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
-from typing import Self
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 from cache_builder.calibrate import Calibration, CalibrationSample
 from cache_builder.recipe import RunnerRecipe
 from cache_builder.worker import Worker
-from pipeline.errors import TeacherCacheError
+from pipeline.errors import BuildError, BuildInterruptedError, CacheNotFoundError, TeacherCacheError
 from pipeline.manifest import CommitRecord
 from pipeline.spec import TeacherSpec
+from pipeline.stop_request import StopRequest
+
+FINISH_S = 12.0  # for shards in flight after SIGTERM; schedulers give 30 s, preempted machines often less
+ABANDON_S = 3.0
+TICK_S = 1.0
+_PLACE_ERRORS = {
+    errno.ENOSPC: "free some space there, or move the cache to a larger disk",
+    errno.EDQUOT: "raise the quota, or move the cache",
+    errno.EROFS: "mount the place writable",
+}
 
 OnCommit = Callable[[Mapping[str, CommitRecord]], None]
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Task:
-    """One shard and who is still missing in it: teachers' names, and "images" for the copied images."""
+    """One shard and who is still missing in it: teachers' names, and "images" for the copied images.
+
+    `alone`: a process died with it, so it runs with no other shard beside it that could be blamed too.
+    """
 
     shard: int
     names: tuple[str, ...]
     attempts: int = 0
-
-    def retry(self) -> Task:
-        return Task(self.shard, self.names, self.attempts + 1)
+    alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -40,8 +57,44 @@ class FailedShard:
     reason: str
 
 
+class Queue:
+    """The shards that wait, and those that failed for good. A shard that failed is tried again last."""
+
+    def __init__(self, tasks: Sequence[Task], max_attempts: int) -> None:
+        self._waiting = deque(tasks)
+        self._max_attempts = max_attempts
+        self.failed: list[FailedShard] = []
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def take(self, running: Collection[Task], limit: int) -> Task | None:
+        """The next task for a process with these `running`, or None while it has to wait."""
+        if not self._waiting or len(running) >= limit or any(task.alone for task in running):
+            return None
+        if self._waiting[0].alone and running:
+            return None
+        task = self._waiting.popleft()
+        log.debug("shard %d starts, attempt %d", task.shard, task.attempts + 1)
+        return task
+
+    def give_back(self, task: Task) -> None:
+        """It was not tried to the end, through no fault of its own."""
+        self._waiting.appendleft(task)
+
+    def retry_or_fail(self, task: Task, reason: str, died: bool = False) -> None:
+        attempts = task.attempts + 1
+        log.warning("shard %d failed, attempt %d of %d: %s", task.shard, attempts, self._max_attempts, reason)
+        if attempts < self._max_attempts:
+            self._waiting.append(replace(task, attempts=attempts, alone=died))
+        else:
+            self.failed.append(FailedShard(task.shard, reason))
+
+
 class Runner(ABC):
     """Loads the teachers on entering, gives them back on leaving."""
+
+    worker: ClassVar[type[Worker]] = Worker
 
     def __init__(self, recipe: RunnerRecipe, teachers: Mapping[str, TeacherSpec]) -> None:
         self.recipe, self.teachers = recipe, teachers
@@ -61,14 +114,13 @@ class Runner(ABC):
         """Tables and fidelity of the codecs of the named teachers, by one worker."""
 
     @abstractmethod
-    def run(self, url: str, tasks: Sequence[Task], on_commit: OnCommit) -> list[FailedShard]:
-        """Extract all tasks into the cache at `url`; returns those that failed for good."""
+    def run(self, url: str, images: str, tasks: Sequence[Task], on_commit: OnCommit) -> list[FailedShard]:
+        """Extract all tasks into the cache at `url`, from `images`; returns those that failed for good.
 
-    def retry_or_fail(self, task: Task, reason: str, queue: deque[Task], failed: list[FailedShard]) -> None:
-        if task.attempts + 1 < self.recipe.max_attempts:
-            queue.append(task.retry())
-        else:
-            failed.append(FailedShard(task.shard, reason))
+        SIGTERM and Ctrl-C end it within 20 seconds: shards in flight are finished, or abandoned where that
+        takes longer. Raises `BuildInterruptedError` then, and `BuildError` when the place of the cache
+        takes no more files.
+        """
 
 
 class LocalRunner(Runner):
@@ -76,7 +128,7 @@ class LocalRunner(Runner):
 
     def __init__(self, recipe: RunnerRecipe, teachers: Mapping[str, TeacherSpec]) -> None:
         super().__init__(recipe, teachers)
-        self._worker = Worker(teachers, recipe)
+        self._worker = self.worker(teachers, recipe)
 
     def __exit__(self, *_: object) -> None:
         return None
@@ -87,26 +139,85 @@ class LocalRunner(Runner):
     def calibrate(self, sample: CalibrationSample, names: Collection[str]) -> dict[str, Calibration]:
         return self._worker.calibrate(sample, names)
 
-    def run(self, url: str, tasks: Sequence[Task], on_commit: OnCommit) -> list[FailedShard]:
-        self._worker.open(url)
-        queue, failed = deque(tasks), list[FailedShard]()
+    def run(self, url: str, images: str, tasks: Sequence[Task], on_commit: OnCommit) -> list[FailedShard]:
+        self._worker.open(url, images)
+        queue = Queue(tasks, self.recipe.max_attempts)
         running: dict[Future[dict[str, CommitRecord]], Task] = {}
-        with ThreadPoolExecutor(self.recipe.shards_in_flight, thread_name_prefix="shard") as pool:
-            while queue or running:
-                while queue and len(running) < self.recipe.shards_in_flight:
-                    task = queue.popleft()
-                    running[pool.submit(self._worker.extract, task.shard, task.names)] = task
-                done, _ = wait(running, return_when=FIRST_COMPLETED)
-                for future in done:
-                    task = running.pop(future)
-                    error = future.exception()
-                    if error is None:
-                        on_commit(future.result())
-                    elif not isinstance(error, Exception):
-                        raise error
-                    else:
-                        self.retry_or_fail(task, describe(error), queue, failed)
-        return failed
+        try:
+            with StopRequest(signal.SIGTERM, signal.SIGINT) as stop:
+                while (queue or running) and not stop.requested:
+                    while (task := queue.take(running.values(), self.recipe.shards_in_flight)) is not None:
+                        running[self._start(task)] = task
+                    self._collect(running, queue, on_commit)
+                    self._end_if_hung(url)
+                if stop.signal is not None and (queue or running):
+                    deadline = time.monotonic() + FINISH_S
+                    while running and time.monotonic() < deadline:
+                        self._collect(running, queue, on_commit)
+                    raise interrupted(stop.signal)
+        finally:
+            self._worker.abandon()
+            wait(running, timeout=ABANDON_S)
+        return queue.failed
+
+    def _start(self, task: Task) -> Future[dict[str, CommitRecord]]:
+        """In a thread that does not keep the process alive: a teacher that hangs would, for ever."""
+        future: Future[dict[str, CommitRecord]] = Future()
+
+        def work() -> None:
+            try:
+                future.set_result(self._worker.extract(task.shard, task.names))
+            except BaseException as error:
+                future.set_exception(error)
+
+        threading.Thread(target=work, name=f"shard {task.shard}", daemon=True).start()
+        return future
+
+    def _collect(
+        self, running: dict[Future[dict[str, CommitRecord]], Task], queue: Queue, on_commit: OnCommit
+    ) -> None:
+        done, _ = wait(running, timeout=TICK_S, return_when=FIRST_COMPLETED)
+        for future in done:
+            task, error = running.pop(future), future.exception()
+            if error is None:
+                on_commit(future.result())
+            elif not isinstance(error, Exception):
+                raise error
+            else:
+                require_place(error)
+                queue.retry_or_fail(task, describe(error))
+
+    def _end_if_hung(self, url: str) -> None:
+        hung = {s: idle for s, idle in self._worker.idle_s().items() if idle > self.recipe.stall_timeout_s}
+        if hung:
+            shards = ", ".join(map(str, sorted(hung)))
+            raise BuildInterruptedError(
+                "The build hangs; everything before is committed.",
+                got=f"nothing moved in shard {shards} for {max(hung.values()):.0f} s",
+                expected=f"a batch within runner.stall_timeout_s={self.recipe.stall_timeout_s:g}",
+                do="run the same command again, or with runner.kind=ray, which replaces processes that hang",
+            )
+
+
+def interrupted(number: signal.Signals) -> BuildInterruptedError:
+    error = BuildInterruptedError(
+        f"{number.name} ended the build; everything committed stays.",
+        do="run the same command again; it computes only what is missing",
+    )
+    error.exit_status = 128 + number
+    return error
+
+
+def require_place(error: Exception) -> None:
+    """Raise for an error of the cache's place, which the next shard would meet as well."""
+    if isinstance(error, CacheNotFoundError):
+        raise error
+    if isinstance(error, OSError) and error.errno in _PLACE_ERRORS:
+        raise BuildError(
+            "The place of the cache takes no more files; everything committed stays.",
+            got=f"{error.strerror}: {error.filename or ''}".rstrip(": "),
+            do=f"{_PLACE_ERRORS[error.errno]}; then run the same command again",
+        ) from error
 
 
 def describe(error: BaseException) -> str:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-STAGES = ("read", "decode", "forward", "encode", "write")
+STAGES = ("read", "decode", "forward", "encode", "statistics", "write")
 
 
 class StageSeconds:
@@ -38,6 +38,7 @@ def bottleneck(seconds: Mapping[str, float], wall: float) -> str:
         "read": "faster or nearer source images",
         "decode": "more runner.decode_threads, or more CPU cores a GPU",
         "encode": "a cheaper codec",
+        "statistics": "covariance: false",
         "write": "a faster disk, or a smaller codec and grid",
     }
     return (

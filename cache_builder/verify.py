@@ -1,7 +1,8 @@
 """Is every file of a cache what was written? What each file must be is stated elsewhere:
 
 shards, image tars      size and checksum in their commit records
-commit records          a checksum in themselves, the cache's content ids and row numbers
+commit records          a checksum in themselves, the cache's content ids and row numbers, and, of one
+                        shard, the same source images
 sample and view table   a checksum in themselves, the fingerprint and the row numbers of the cache
 zarr.json               follows from the spec
 codec tables            a checksum in the spec
@@ -11,8 +12,8 @@ cache.json              a checksum in itself; without it there is no cache to op
 
 from __future__ import annotations
 
-import uuid
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -33,8 +34,7 @@ from pipeline.manifest import (
 )
 from pipeline.sources import dataset_fingerprint
 from pipeline.spec import IMAGES
-from pipeline.storage import TEMPORARY_SUFFIX, RemoteStorage
-from pipeline.stores.zarr_store import ZarrStore
+from pipeline.storage import LOCK_SUFFIX, TEMPORARY_SUFFIX
 
 _THREADS = 8  # waiting for disks and object stores; hashing releases the GIL
 
@@ -58,28 +58,58 @@ def verify(
 ) -> list[Problem]:
     """Check every file of a cache; with `full` every byte of it, else sizes and the small files.
 
+    What is checked is the cache as it is now, whatever it was when it was opened. Builds may go on: what
+    differs is looked at again, by what `cache.json` and the records say then, before it is a problem.
+
     `progress` is called after each committed shard. Shards that are not committed are no problem; they do
     not exist. Returns the problems of shards in order of teachers and shards, then those of other files.
     """
+    cache = cache.reopened()
+    problems = [*problems_of_shards(cache, full, progress=progress), *_problems_of_the_rest(cache, full)]
+    if problems:
+        cache = cache.reopened()
+        shards = {problem.shard for problem in problems if problem.shard is not None}
+        problems = [*problems_of_shards(cache, full, shards), *_problems_of_the_rest(cache, full)]
+    return problems
+
+
+def problems_of_shards(
+    cache: FeatureCache,
+    full: bool,
+    shards: Collection[int] | None = None,
+    progress: Callable[[], None] = lambda: None,
+) -> list[Problem]:
+    """Of these committed shards, or all, of every teacher: records, files and quarantine lists."""
     problems: list[Problem] = []
-    invalid: dict[int, set[int]] = {shard: set() for shard in cache.manifest.quarantined()}
+    images: dict[int, dict[str, str]] = defaultdict(dict)
+    invalid: dict[int, set[int]] = {
+        shard: set() for shard in cache.manifest.quarantined() if shards is None or shard in shards
+    }
     with ThreadPoolExecutor(_THREADS) as pool:
         checks = [
             pool.submit(_check_shard, cache, teacher, shard, full)
             for teacher in teachers_and_images(cache)
             for shard in sorted(cache.manifest.committed(teacher))
+            if shards is None or shard in shards
         ]
         for check in checks:
             found, record = check.result()
             problems += found
-            if record is not None and record.invalid_rows:
-                invalid.setdefault(record.shard, set()).update(record.invalid_rows)
+            if record is not None:
+                if record.invalid_rows:
+                    invalid.setdefault(record.shard, set()).update(record.invalid_rows)
+                if record.source_checksum:
+                    images[record.shard][record.teacher] = record.source_checksum
             progress()
+    problems += mixed_images_problems(images)
     for shard, rows in sorted(invalid.items()):
         problems += quarantine_problems(cache, shard, rows)
-    for teacher in cache.teachers:
-        problems += layout_problems(cache, teacher)
-    return problems + table_problems(cache, full)
+    return problems
+
+
+def _problems_of_the_rest(cache: FeatureCache, full: bool) -> list[Problem]:
+    layouts = [problem for teacher in cache.teachers for problem in layout_problems(cache, teacher)]
+    return layouts + table_problems(cache, full)
 
 
 def teachers_and_images(cache: FeatureCache) -> Sequence[str]:
@@ -117,6 +147,27 @@ def _wrong_files(cache: FeatureCache, record: CommitRecord, full: bool) -> Itera
             yield name, f"has checksum {checksum}, expected {file.checksum}"
 
 
+def mixed_images_problems(images: Mapping[int, Mapping[str, str]]) -> list[Problem]:
+    """Of shards whose teachers saw different images; which of them is right, no record tells.
+
+    `images`: the `source_checksum` of each shard's records by teacher.
+    """
+    problems = []
+    for shard, checksums in sorted(images.items()):
+        if len(set(checksums.values())) > 1:
+            stated = ", ".join(f"{teacher}: {checksum}" for teacher, checksum in checksums.items())
+            problems += [
+                Problem(
+                    name := commit_name(teacher, shard),
+                    f"{name} and the shard's other records are of different images: {stated}",
+                    teacher=teacher,
+                    shard=shard,
+                )
+                for teacher in checksums
+            ]
+    return problems
+
+
 def quarantine_problems(cache: FeatureCache, shard: int, invalid_rows: Collection[int]) -> list[Problem]:
     """Of the list that gives the reasons for a shard's invalid rows."""
     name = quarantine_name(shard)
@@ -132,7 +183,7 @@ def quarantine_problems(cache: FeatureCache, shard: int, invalid_rows: Collectio
 def layout_problems(cache: FeatureCache, teacher: str) -> list[Problem]:
     """Of a teacher's zarr.json files, which follow from the spec."""
     problems = []
-    for name, expected in _layout(cache, teacher).items():
+    for name, expected in cache.store.layout_files(cache.spec, teacher).items():
         try:
             found = cache.storage.read(name)
         except FileNotFoundError:
@@ -141,14 +192,6 @@ def layout_problems(cache: FeatureCache, teacher: str) -> list[Problem]:
         if found != expected:
             problems.append(Problem(name, f"{name} is not what follows from {SPEC_NAME}", teacher=teacher))
     return problems
-
-
-def _layout(cache: FeatureCache, teacher: str) -> dict[str, bytes]:
-    scratch = RemoteStorage(f"memory://{uuid.uuid4().hex}")
-    ZarrStore(scratch).create(cache.spec, teacher)
-    files = {name: scratch.read(name) for name, _ in scratch.walk()}
-    scratch.filesystem.rm(scratch.url, recursive=True)
-    return files
 
 
 def table_problems(cache: FeatureCache, full: bool) -> list[Problem]:
@@ -171,8 +214,9 @@ def table_problems(cache: FeatureCache, full: bool) -> list[Problem]:
 
 
 def _check_samples(cache: FeatureCache) -> str | None:
-    samples, dataset = cache.manifest.samples(), cache.spec.dataset
-    if samples.num_rows != dataset.num_samples:
+    dataset = cache.spec.dataset  # lines beyond it: a growth that is under way, or was interrupted
+    samples = cache.manifest.samples().slice(0, dataset.num_samples)
+    if samples.num_rows < dataset.num_samples:
         return f"{SAMPLES_NAME} has {samples.num_rows} lines, expected {dataset.num_samples}"
     if dataset_fingerprint(samples) != dataset.fingerprint:
         return f"{SAMPLES_NAME} has another fingerprint than {SPEC_NAME}"
@@ -181,7 +225,7 @@ def _check_samples(cache: FeatureCache) -> str | None:
 
 def _check_views(cache: FeatureCache) -> str | None:
     views = cache.manifest.views()
-    if views.num_rows != cache.num_rows:
+    if views.num_rows < cache.num_rows:
         return f"{VIEWS_NAME} has {views.num_rows} lines, expected {cache.num_rows}"
     for segment in cache.spec.segments:
         rows = np.arange(segment.first_row, segment.first_row + segment.num_rows)
@@ -193,18 +237,21 @@ def _check_views(cache: FeatureCache) -> str | None:
 
 
 def _check_codec_tables(cache: FeatureCache, teacher: str) -> None:
-    cache.manifest.tables(teacher, cache.spec.teachers[teacher].tables_hash)
+    cache.load_codec(teacher)
 
 
 def strays(cache: FeatureCache) -> list[str]:
-    """Files that nothing names: of shards without a record, say. Those still being written are left out."""
+    """Files that nothing names: of shards without a record, say. Those still being written are left out.
+
+    They are listed first, so that what a build names meanwhile is none.
+    """
+    found = [name for name, _ in cache.storage.walk() if not name.endswith((TEMPORARY_SUFFIX, LOCK_SUFFIX))]
+    cache = cache.reopened()
     known = {SPEC_NAME, SAMPLES_NAME, VIEWS_NAME}
     for teacher in cache.teachers:
-        known |= {tables_name(teacher), *_layout(cache, teacher)}
+        known |= {tables_name(teacher), *cache.store.layout_files(cache.spec, teacher)}
     for teacher in teachers_and_images(cache):
         for shard, record in cache.manifest.commits(teacher).items():
             known |= {commit_name(teacher, shard), *record.files}
     known |= {quarantine_name(shard) for shard in cache.manifest.quarantined()}
-    return [
-        name for name, _ in cache.storage.walk() if name not in known and not name.endswith(TEMPORARY_SUFFIX)
-    ]
+    return [name for name in found if name not in known]

@@ -27,6 +27,9 @@ class Worker:
         self._teachers: dict[str, Teacher] = {
             name: build_teacher(spec, device=device) for name, spec in teachers.items()
         }
+        if runner.compile:
+            for teacher in self._teachers.values():
+                teacher.compile_blocks()
         self._extractor: ShardExtractor | None = None
 
     def weights_hashes(self) -> dict[str, str]:
@@ -36,9 +39,12 @@ class Worker:
         """Tables and fidelity of the codecs of the named teachers."""
         return calibrate({name: self._teachers[name] for name in names}, sample, self._runner.batch_size)
 
-    def open(self, url: str) -> None:
-        """Open the cache to fill. Raises `CacheMismatchError` if its rows come from other weights."""
-        cache = FeatureCache.open(url)
+    def open(self, url: str, images: str | None = None) -> None:
+        """Open the cache to fill; `images`: where the source images are, if not where `cache.json` says.
+
+        Raises `CacheMismatchError` if its rows come from other weights.
+        """
+        cache = FeatureCache.open(url, images)
         for name, found in self.weights_hashes().items():
             expected = cache.spec.teachers[name].weights_hash
             if found != expected:
@@ -56,6 +62,16 @@ class Worker:
         )
 
     def extract(self, shard: int, names: Collection[str]) -> dict[str, CommitRecord]:
+        """Raises what `ShardExtractor.extract` does."""
         assert self._extractor is not None, "open() comes first"
         assert set(names) <= {*self._teachers, IMAGES}, names
         return self._extractor.extract(shard, names)
+
+    def idle_s(self) -> dict[int, float]:
+        """The shards in flight, and for how long nothing has moved in each."""
+        return self._extractor.idle_s() if self._extractor is not None else {}
+
+    def abandon(self) -> None:
+        """End the shards in flight at their next batch; they leave nothing behind."""
+        if self._extractor is not None:
+            self._extractor.abandon()

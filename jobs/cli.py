@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console, RenderableType
+from rich.markdown import Markdown
+from rich.progress import Progress
 
 from jobs.launch import EXIT_FAILED, run
 
@@ -17,9 +21,11 @@ if TYPE_CHECKING:
     from cache_builder.draft import Draft
     from cache_builder.recipe import BuildRecipe
     from pipeline.cache import FeatureCache
+    from pipeline.rearrange import Rearrangement
+    from pipeline.spec import TeacherSpec
 
 app = typer.Typer(
-    help=__doc__ and "Run frozen vision teachers once, cache their features, train students from the cache.",
+    help="Run frozen vision teachers once, cache their features, train students from the cache.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
@@ -40,6 +46,9 @@ Overrides = Annotated[
 Images = Annotated[
     str | None, typer.Option(help="Where the source images are now, if they moved since the build.")
 ]
+StudentArgument = Annotated[
+    str, typer.Argument(metavar="STUDENT", help="A folder that `train` wrote (…/student).")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
 
@@ -58,20 +67,21 @@ def plan(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     from cache_builder.recipe import BuildRecipe
     from jobs.inspection.tables import options_table, plan_table
     from pipeline.recipe import load_recipe
+    from pipeline.units import human_bytes
 
     checked = load_recipe(BuildRecipe, recipe, overrides or [])
     drafted, _, result = prepare(checked, console)
     console.print(plan_table(result))
     if checked.budget is not None:
-        from cache_builder.budget import choose, parse_bytes
+        from cache_builder.budget import choose, require_possible
 
-        available = _measure(checked, drafted, None)
-        budget = parse_bytes(checked.budget)
-        chosen = choose(available, result.spec.num_rows, budget)
+        specs = _candidates(checked, drafted)
+        require_possible(specs, result, checked.budget)
+        chosen = choose(_measure(checked, drafted, specs), result, checked.budget)
         console.print(
             options_table({name: [option] for name, option in chosen.items()}, result.spec.num_rows)
         )
-        console.print(f"Within {checked.budget}, on the calibration sample. Add to the command:")
+        console.print(f"Within {human_bytes(checked.budget)}, on the calibration sample. Add to the command:")
         console.print(" ".join(option.overrides(name) for name, option in chosen.items()), soft_wrap=True)
     result.require_space()
 
@@ -130,24 +140,38 @@ def calibrate(
     checked = load_recipe(BuildRecipe, recipe, overrides or [])
     drafted, spec, _ = prepare(checked, console)
     tried = [name.strip() for name in codecs.split(",")] if codecs else None
-    console.print(options_table(_measure(checked, drafted, tried), spec.num_rows))
+    specs = _candidates(checked, drafted, tried)
+    console.print(options_table(_measure(checked, drafted, specs), spec.num_rows))
 
 
-def _measure(recipe: BuildRecipe, drafted: Draft, codecs: list[str] | None) -> dict[str, list[Option]]:
-    from cache_builder.budget import CODECS, options
+def _candidates(
+    recipe: BuildRecipe, drafted: Draft, codecs: list[str] | None = None
+) -> dict[str, list[TeacherSpec]]:
+    """What each teacher of the recipe could be stored as; what a cache has already stays as it is."""
+    from cache_builder.budget import candidates
+    from cache_builder.teachers.recipe import student_grid
+
+    grid = student_grid(recipe.views.size)
+    stored = drafted.stored[0].teachers if drafted.stored else {}
+    rows = min(recipe.calibration_rows, drafted.spec.dataset.num_samples)
+    return {
+        name: [stored[name]]
+        if name in stored and codecs is None
+        else candidates(drafted.spec.teachers[name], grid, rows, codecs)
+        for name in recipe.teachers
+    }
+
+
+def _measure(
+    recipe: BuildRecipe, drafted: Draft, specs: Mapping[str, list[TeacherSpec]]
+) -> dict[str, list[Option]]:
+    from cache_builder.budget import measure
     from cache_builder.calibrate import CalibrationSample
 
-    height, width = recipe.views.size
     sample = CalibrationSample.draw(drafted.source, drafted.samples, drafted.views, recipe.calibration_rows)
     found: dict[str, list[Option]] = {}
     with console.status("calibrating") as status:
-        for name, available in options(
-            drafted.spec.teachers,
-            sample,
-            (height // 16, width // 16),
-            recipe.runner.batch_size,
-            codecs or CODECS,
-        ):
+        for name, available in measure(specs, sample, recipe.runner.batch_size):
             found[name] = available
             status.update(f"calibrated {', '.join(found)}")
     return found
@@ -187,7 +211,7 @@ def verify(
         raise typer.Exit(EXIT_FAILED)
     depth = "every byte" if full else "records and sizes; --full reads every byte"
     console.print(f"{shards} shards of {', '.join(names)} are sound ({depth}).", soft_wrap=True)
-    if missing := opened.spec.num_shards * len(names) - shards:
+    if missing := sum(len(opened.spec.shards(name)) for name in names) - shards:
         console.print(f"{missing} further shards are not committed; `teachercache build` computes them.")
     if full and (unknown := strays(opened)):
         console.print(
@@ -224,7 +248,7 @@ def _against_teacher(cache: FeatureCache, num_rows: int) -> bool:
 
 
 @app.command()
-def repair(cache: CacheArgument, overrides: Overrides = None) -> None:
+def repair(cache: CacheArgument, overrides: Overrides = None, images: Images = None) -> None:
     """Compute again what `verify --full` finds broken, and nothing else.
 
     Overrides are those of a recipe's `runner`; with the batch_size of the build the rows are the same
@@ -242,7 +266,7 @@ def repair(cache: CacheArgument, overrides: Overrides = None) -> None:
 
     changes = OmegaConf.to_container(OmegaConf.from_dotlist(overrides or []))
     runner = check_recipe(RunnerRecipe, changes, "runner of this repair")
-    opened = FeatureCache.open(cache)
+    opened = FeatureCache.open(cache, images)
     shards = sum(len(opened.manifest.committed(name)) for name in teachers_and_images(opened))
     done = repair_cache(opened, runner, _progress(shards))
     for problem in done.mended:
@@ -264,6 +288,7 @@ def inspect(
         Path | None, typer.Option(help="Write PCA maps of a few samples to this PNG.")
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="How many samples the picture shows.")] = 3,
+    images: Images = None,
     as_json: Json = False,
 ) -> None:
     """Show what a cache holds, whether it is complete, and what is broken.
@@ -273,9 +298,18 @@ def inspect(
     from jobs.inspection import detail_tables, details
     from jobs.inspection.summary import summarize
     from jobs.inspection.tables import summary_table
+    from pipeline.errors import RecipeError
     from pipeline.manifest import Manifest
     from pipeline.storage import Storage
 
+    asked = [name for name, value in (("shard", shard), ("row", row), ("key", key)) if value is not None]
+    if len(asked) > 1:
+        raise RecipeError(
+            "Only one thing can be looked at closely.",
+            got=" ".join(f"--{name}" for name in asked),
+            expected="one of --shard, --row and --key",
+            do="run the command once for each",
+        )
     manifest = Manifest(Storage.at(cache))
     found: dict[str, Any]
     table: Callable[[Mapping[str, Any]], RenderableType]
@@ -295,7 +329,7 @@ def inspect(
         from jobs.inspection.pictures import pca_maps
         from pipeline.cache import FeatureCache
 
-        pca_maps(FeatureCache.open(cache), pictures, num_samples=samples)
+        pca_maps(FeatureCache.open(cache, images), pictures, num_samples=samples)
         console.print(f"PCA maps: {pictures}", soft_wrap=True)
 
 
@@ -323,6 +357,37 @@ def report(
 
 
 @app.command()
+def view(
+    cache: CacheArgument,
+    student: Annotated[
+        str | None, typer.Option(help="Compare with this student: a folder that `train` wrote (…/student).")
+    ] = None,
+    images: Images = None,
+    server_name: Annotated[
+        str, typer.Option(help="Address to listen at; 0.0.0.0 lets in everyone who can reach this machine.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Default: the first free one from 7860 on.")
+    ] = None,
+) -> None:
+    """Open a web page to look into a cache: search, click a patch, compare images, teachers and codecs.
+
+    Example: `teachercache view /data/cache --student runs/base/student`
+    """
+    from jobs.inspection.viewer import serve
+    from pipeline.cache import FeatureCache
+    from student import load_student
+
+    serve(
+        FeatureCache.open(cache, images),
+        student=load_student(student) if student else None,
+        server_name=server_name,
+        port=port,
+        on_ready=lambda url: console.print(f"{url} (Ctrl-C ends it)", soft_wrap=True),
+    )
+
+
+@app.command()
 def train(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     """Train a student in this one process; use `accelerate launch jobs/train_student.py` for several.
 
@@ -341,10 +406,59 @@ def train(recipe: RecipeArgument, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def evaluate(
+    student: StudentArgument,
+    dataset: Annotated[str, typer.Argument(metavar="DATASET", help="pascal_context, nyud or scenes.")],
+    root: Annotated[Path, typer.Argument(metavar="ROOT", help="Its folder (docs/datasets.md).")],
+    split: Annotated[str, typer.Option(help="Which part of it.")] = "val",
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Write scores, predictions and figures there.")
+    ] = None,
+    max_images: Annotated[int | None, typer.Option(min=1, help="Measure the first few images.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images of one forward pass.")] = 4,
+    threads: Annotated[int, typer.Option(min=1, help="Threads that read and render.")] = 2,
+    boundary_processes: Annotated[
+        int, typer.Option(min=0, help="Processes that match boundaries beside the student.")
+    ] = 0,
+    cache: Annotated[
+        str | None, typer.Option(help="A cache of these images, for a student that works on features.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a student's tasks on a labelled data set, beside the paper's rows (SAK, B.4).
+
+    `accelerate launch jobs/evaluate_student.py` does the same with several processes.
+
+    Example: `teachercache evaluate runs/stage2/student nyud /data/NYUDv2 -o runs/stage2/scores`
+    """
+    from pipeline.cache import FeatureCache
+    from student import load_student
+    from student.datasets import open_dataset
+    from student.evaluate import evaluate as evaluate_student
+
+    opened = open_dataset(dataset, root, split)
+    found = evaluate_student(
+        load_student(student),
+        opened,
+        name=student,
+        output=output,
+        max_images=max_images,
+        batch_size=batch_size,
+        threads=threads,
+        boundary_processes=boundary_processes,
+        cache=FeatureCache.open(cache) if cache else None,
+    )
+    if os.environ.get("RANK", "0") != "0":
+        return
+    if as_json:
+        console.print_json(data=dataclasses.asdict(found))
+    else:
+        console.print(Markdown(found.markdown()))
+
+
+@app.command()
 def repsim(
-    student: Annotated[
-        str, typer.Argument(metavar="STUDENT", help="A folder that `train` wrote (…/student).")
-    ],
+    student: StudentArgument,
     cache: CacheArgument,
     max_samples: Annotated[int, typer.Option(help="Samples to average over.")] = 1000,
     as_json: Json = False,
@@ -367,17 +481,124 @@ def repsim(
         console.print(similarity_table(found))
 
 
-def _not_there_yet(verb: str) -> Callable[[list[str] | None], None]:
-    def command(arguments: Annotated[list[str] | None, typer.Argument(hidden=True)] = None) -> None:
-        console.print(f"teachercache {verb} is not there yet.")
+@app.command()
+def datasets(
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="pascal_context, nyud or scenes.")],
+    root: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where the data set was unpacked.")],
+    link: Annotated[
+        Path | None, typer.Option(help="Fill this folder with links to each split's images, to build from.")
+    ] = None,
+) -> None:
+    """Name what a folder with a labelled data set has and lacks; docs/datasets.md says what belongs there.
+
+    Exits with status 1 when something is missing.
+
+    Example: `teachercache datasets pascal_context /data/PASCALContext --link /data/pascal_images`
+    """
+    from jobs.inspection.tables import findings_table
+    from student.datasets import check_folder, dataset_class, open_dataset
+
+    findings = check_folder(dataset_class(kind), root)
+    console.print(findings_table(findings))
+    if link is not None:
+        for split in dataset_class(kind).LISTS:
+            console.print(f"source.path={open_dataset(kind, root, split).link_images(link)}", soft_wrap=True)
+    if any(finding.found < finding.expected for finding in findings):
         raise typer.Exit(EXIT_FAILED)
 
-    command.__doc__ = "Not there yet."
-    return command
+
+Output = Annotated[str, typer.Option("-o", "--output", metavar="PLACE", help="A folder or URL.")]
 
 
-for _verb in ("view", "convert", "evaluate"):
-    app.command(_verb)(_not_there_yet(_verb))
+@app.command()
+def merge(
+    caches: Annotated[list[str], typer.Argument(metavar="CACHE…", help="Two or more caches.")],
+    output: Output,
+) -> None:
+    """Make one cache of several over disjoint samples with the same specs; nothing is computed.
+
+    Shards are hard-linked where that is possible, else copied. Run it again to continue after any stop.
+
+    Example: `teachercache merge /data/part0 /data/part1 -o /data/cache`
+    """
+    from pipeline.rearrange import merge as merge_caches
+
+    _rearrange(merge_caches(caches, output), "merging")
+
+
+@app.command()
+def subset(
+    cache: CacheArgument,
+    output: Output,
+    keys: Annotated[Path | None, typer.Option(help="A file with the key of a sample in each line.")] = None,
+    fraction: Annotated[float | None, typer.Option(help="A random part of the samples.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Which part.")] = 0,
+    teachers: Annotated[str, typer.Option(help="Teachers to keep, separated by commas.")] = "",
+) -> None:
+    """Make a smaller cache of some samples, some teachers, or both; nothing is computed.
+
+    Example: `teachercache subset /data/cache -o /data/tenth --fraction 0.1 --teachers dinov2,sam`
+    """
+    from pipeline.rearrange import subset as take_subset
+
+    names = [name.strip() for name in teachers.split(",")] if teachers else None
+    wanted = None if keys is None else [line for line in keys.read_text().splitlines() if line]
+    steps = take_subset(cache, output, keys=wanted, fraction=fraction, seed=seed, teachers=names)
+    _rearrange(steps, "packing")
+
+
+@app.command()
+def convert(
+    cache: CacheArgument,
+    output: Output,
+    to: Annotated[str, typer.Option(help="webdataset, zarr or theia.")],
+    level: Annotated[int, typer.Option(help="theia: which stored level; -1 is the last.")] = -1,
+    dataset: Annotated[str, typer.Option(help="theia: the name of the data set.")] = "imagenet",
+    split: Annotated[str, typer.Option(help="theia: train, val or test.")] = "train",
+) -> None:
+    """Write the rows of a cache in the other kind of store, or as Theia's training code reads them.
+
+    Between webdataset and zarr nothing changes but the store: the rows, records and content ids are the
+    same. Run it again to continue after any stop.
+
+    Example: `teachercache convert /data/cache -o /data/tars --to webdataset`
+    """
+    from pipeline.cache import FeatureCache
+    from pipeline.errors import RecipeError
+    from pipeline.rearrange import convert as convert_cache
+    from pipeline.theia import export_theia
+
+    if to in ("webdataset", "zarr"):
+        _rearrange(convert_cache(cache, output, to), "converting")  # type: ignore[arg-type]
+    elif to == "theia":
+        opened = FeatureCache.open(cache)
+        total = opened.valid_samples().size * opened.num_views * (len(opened.teachers) + 1)
+        with Progress(console=console, transient=True) as bar:
+            task = bar.add_task("exporting", total=total)
+            count = export_theia(
+                opened,
+                output,
+                dataset=dataset,
+                split=split,
+                level=level,
+                progress=lambda done: bar.advance(task, done),
+            )
+        console.print(f"{output}/{dataset}: {count} samples of {', '.join(opened.teachers)}", soft_wrap=True)
+    else:
+        raise RecipeError(
+            "There is no such form.", got=to, expected="webdataset, zarr or theia", do="choose one with --to"
+        )
+
+
+def _rearrange(steps: Rearrangement, doing: str) -> None:
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task(doing, total=len(steps.steps))
+        cache = steps.run(lambda: bar.advance(task))
+    console.print(
+        f"{cache.storage.url}: {cache.num_samples} samples, {cache.num_rows} rows of "
+        f"{', '.join(cache.teachers)}; {len(steps.steps)} shards written",
+        soft_wrap=True,
+    )
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """From photographs to a trained student, in a few minutes on two cores: what `make demo` runs.
 
-Everything goes to demo/<name of the images>/. Run again, it computes only what is missing.
+Everything goes to demo/<name of the images>/, a folder for each choice of images. Run again, it computes only
+what is missing.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from pathlib import Path
 
 import skimage
 import torch
+import xxhash
 from rich.console import Console
 from rich.table import Table
 
 from cache_builder.builder import BuildResult, build
-from cache_builder.plan import bytes_per_row, human_bytes
+from cache_builder.plan import bytes_per_row
 from cache_builder.recipe import BuildRecipe
 from cache_builder.teachers import build_teacher
 from cache_builder.verify import verify
@@ -30,6 +32,7 @@ from pipeline import FeatureCache
 from pipeline.errors import TeacherCacheError, WeightsNotFoundError
 from pipeline.recipe import load_recipe
 from pipeline.sources import open_source
+from pipeline.units import human_bytes
 from student import build_student, load_student
 from student.repsim import Similarity, representation_similarity
 
@@ -48,10 +51,11 @@ def main() -> None:
     arguments = parser.parse_args()
     console = Console()
     started = time.monotonic()
-    name = arguments.images.expanduser().resolve().name if arguments.images else "photographs"
+    chosen = choose_images(arguments.images)
+    name = f"{arguments.images.resolve().name}_{fingerprint(chosen)}" if arguments.images else "photographs"
     folder = Path("demo") / (name + "_pretrained" * arguments.pretrained)
 
-    images = collect_images(arguments.images, folder / "images")
+    images = collect_images(chosen, folder / "images")
     console.rule("1. Teachers → cache, on a local Ray cluster")
     result = build(build_recipe(folder, images, arguments.pretrained, console), console)
     cache = result.cache
@@ -88,23 +92,31 @@ def main() -> None:
     console.print(f"Look further: teachercache inspect {folder / 'cache'}", soft_wrap=True)
 
 
-def collect_images(wanted: Path | None, folder: Path) -> Path:
-    """Copies of the photographs inside scikit-image, or of images spread evenly over the wanted folder."""
+def choose_images(folder: Path | None = None) -> list[Path]:
+    """The photographs inside scikit-image, or images spread evenly over `folder`."""
+    if folder is None:
+        data = Path(skimage.__file__).parent / "data"
+        return [path for path in sorted(data.iterdir()) if path.stem in PHOTOGRAPHS]
+    folder = folder.expanduser().resolve()
+    paths = sorted(set(open_source(folder, "image_folder").scan()["path"].to_pylist()))
+    step = max(len(paths) / MAX_IMAGES, 1.0)
+    return [folder / paths[int(i * step)] for i in range(min(len(paths), MAX_IMAGES))]
+
+
+def fingerprint(images: list[Path]) -> str:
+    """Of where they are and when they were written: other images get another folder."""
+    facts = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in images]
+    return xxhash.xxh3_64_hexdigest(repr(facts).encode())[:8]
+
+
+def collect_images(images: list[Path], folder: Path) -> Path:
+    """Copies of `images` in a new folder; one that exists is left as it is."""
     if folder.exists():
         return folder
-    if wanted is None:
-        data = Path(skimage.__file__).parent / "data"
-        found = [path for path in sorted(data.iterdir()) if path.stem in PHOTOGRAPHS]
-    else:
-        source = open_source(wanted.expanduser().resolve(), "image_folder")
-        paths = sorted(set(source.scan()["path"].to_pylist()))
-        step = max(len(paths) / MAX_IMAGES, 1.0)
-        chosen = [paths[int(i * step)] for i in range(min(len(paths), MAX_IMAGES))]
-        found = [wanted.expanduser().resolve() / path for path in chosen]
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    for number, path in enumerate(found):
+    for number, path in enumerate(images):
         shutil.copyfile(path, partial / f"{number:03d}_{path.name}")
     partial.rename(folder)
     return folder

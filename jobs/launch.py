@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
 
-from pipeline.errors import BuildError, RecipeError, TeacherCacheError
+from pipeline.errors import BuildError, BuildInterruptedError, RecipeError, TeacherCacheError
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call `main`; end with a message and exit status 1 on our errors (2 when the recipe is wrong)."""
+    """Call `main`; end with a message and exit status 1 on our errors (2 when the recipe is wrong).
+
+    A build that was interrupted ends at once, with threads that may hang in it: 143 after SIGTERM.
+    """
     try:
         main()
     except TeacherCacheError as error:
@@ -22,6 +26,9 @@ def run(main: Callable[[], None]) -> None:
         console = Console(stderr=True, soft_wrap=True)
         console.print(f"[bold red]{kind}:[/] ", end="")
         console.print(str(error), markup=False, highlight=False)
+        if isinstance(error, BuildInterruptedError):
+            sys.stdout.flush()
+            os._exit(error.exit_status)
         raise SystemExit(EXIT_USAGE if isinstance(error, RecipeError) else EXIT_FAILED) from None
 
 

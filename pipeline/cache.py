@@ -1,12 +1,17 @@
-"""`FeatureCache`: a cache on disk, opened for reading. Lazy, picklable, safe to fork."""
+"""`FeatureCache`: a cache on disk, opened for reading. Lazy and picklable.
+
+A cache on a local disk may be forked. One on an object store may not: fsspec's event loop is a thread, and
+a forked child has none. Start processes by "spawn" there (`multiprocessing_context="spawn"`).
+"""
 
 from __future__ import annotations
 
 import difflib
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn, SupportsIndex
 
 import numpy as np
 import pyarrow as pa
@@ -17,17 +22,25 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.codecs import ArrayLayout, Codec, Encoded, get_codec
-from pipeline.errors import CacheError, IncompleteCacheError, explain
-from pipeline.manifest import CommitRecord, Manifest
+from pipeline.errors import CacheError, CorruptShardError, IncompleteCacheError, explain
+from pipeline.feature_stats import FeatureMoments
+from pipeline.manifest import CommitRecord, Manifest, tables_name
 from pipeline.rows import RowIndex
 from pipeline.sources import Source, decode_image, open_source
-from pipeline.spec import IMAGES, CacheSpec
+from pipeline.spec import IMAGES, CacheSpec, TeacherSpec
 from pipeline.storage import LocalStorage, Storage
 from pipeline.stores.base import FeatureStore, feature_arrays, teacher_layouts
 from pipeline.stores.direct_store import DirectStore
 from pipeline.stores.image_tar import image_tar_name
+from pipeline.stores.range_store import RangeStore
+from pipeline.stores.webdataset_store import WebDatasetStore
 from pipeline.stores.zarr_store import ZarrStore
 from pipeline.views import View, ViewTable
+
+if TYPE_CHECKING:
+    from xarray import DataTree
+
+    from pipeline.sample_view import SampleView
 
 
 class FeatureCache:
@@ -48,13 +61,18 @@ class FeatureCache:
         self.spec = spec
         self._images = images
         self._reading = direct, checksums
+        self._sound_tars, self._tar_lock = set[int](), threading.Lock()
         self.manifest = Manifest(storage)
         self.index = RowIndex(spec.segments)
-        self.store: FeatureStore = (
-            DirectStore(storage, checksums)
-            if direct and isinstance(storage, LocalStorage)
-            else ZarrStore(storage)
-        )
+        self.store: FeatureStore
+        if spec.store == "webdataset":
+            self.store = WebDatasetStore(storage, self.key)
+        elif not direct:
+            self.store = ZarrStore(storage)
+        elif isinstance(storage, LocalStorage):
+            self.store = DirectStore(storage, checksums)
+        else:
+            self.store = RangeStore(storage)
 
     @classmethod
     def open(
@@ -67,8 +85,9 @@ class FeatureCache:
     ) -> FeatureCache:
         """Open a cache at a folder or URL. `images`: where the source images are now, if they moved.
 
-        Local shards are read directly; `direct=False` leaves them to zarr-python, as those of an object
-        store are: the same rows, slower. Rows read directly are verified only with `checksums`.
+        Uncompressed shards are read directly; `direct=False` leaves them to zarr-python: the same rows,
+        slower. Rows on a local disk are verified only with `checksums`, all others always; copied images
+        only with `checksums`, wherever they are: a tar is read as a whole before its first image.
 
         Raises `CacheNotFoundError` where there is none, `CacheError` where it cannot be understood.
         """
@@ -77,6 +96,10 @@ class FeatureCache:
 
     def __reduce__(self) -> tuple[object, ...]:  # another process opens its own files
         return (FeatureCache, (self.storage, self.spec, self._images, *self._reading))
+
+    def reopened(self) -> FeatureCache:
+        """The cache as it is now: it may have grown since. Raises as `open` does."""
+        return FeatureCache(self.storage, self.manifest.spec(), self._images, *self._reading)
 
     @property
     def teachers(self) -> list[str]:
@@ -97,7 +120,8 @@ class FeatureCache:
     @cached_property
     def samples(self) -> pa.Table:
         """One line a sample, `pipeline.sources.SAMPLE_SCHEMA`."""
-        return self.manifest.samples().combine_chunks()
+        lines = self.manifest.samples().slice(0, self.num_samples)  # a growth that goes on writes them first
+        return lines.combine_chunks()
 
     @cached_property
     def views(self) -> ViewTable:
@@ -113,13 +137,24 @@ class FeatureCache:
 
     @cached_property
     def _codecs(self) -> dict[str, Codec]:
-        return {name: self._load_codec(name) for name in self.spec.teachers}
+        return {name: self.load_codec(name) for name in self.spec.teachers}
 
-    def _load_codec(self, name: str) -> Codec:
+    def load_codec(self, name: str) -> Codec:
+        """A teacher's codec, its tables read anew. Raises `CacheError` unless they can decode."""
         teacher = self.spec.teachers[name]
         codec = get_codec(teacher.codec)
         if codec.needs_tables:
-            codec.load_state(self.manifest.tables(name, teacher.tables_hash))
+            tables = self.manifest.tables(name, teacher.tables_hash)
+            try:
+                codec.load_state(tables)
+                Encoded(codec, _empty_row(codec, teacher)).decode()
+            except (ArithmeticError, IndexError, RuntimeError, TypeError, ValueError) as error:
+                raise CacheError(
+                    f"{tables_name(name)} holds no tables of codec {teacher.codec} for teacher {name}.",
+                    got=f"{type(error).__name__}: {error}",
+                    expected="the tables that the features were encoded with",
+                    do="restore it from a copy; the codes cannot be decoded without it",
+                ) from error
         return codec
 
     def check_teachers(self, teachers: Sequence[str] | None) -> list[str]:
@@ -150,14 +185,31 @@ class FeatureCache:
 
     def commits(self, teacher: str) -> dict[int, CommitRecord]:
         if teacher not in self._commits:
-            self._commits[teacher] = self.manifest.commits(
-                teacher, np.flatnonzero(self.committed(teacher)).tolist()
-            )
+            records = self.manifest.commits(teacher, np.flatnonzero(self.committed(teacher)).tolist())
+            for shard, record in records.items():
+                if (mismatch := record.mismatch(self.spec)) is not None:
+                    raise CorruptShardError(
+                        f"Shard {shard} of {teacher} is not of this cache.",
+                        got=f"a commit record that {mismatch}",
+                        expected="the record that the build wrote",
+                        do=f"run: teachercache repair {self.storage.url}",
+                    )
+            self._commits[teacher] = records
         return self._commits[teacher]
 
     @cached_property
     def _commits(self) -> dict[str, dict[int, CommitRecord]]:
         return {}
+
+    def statistics(self, teacher: str) -> FeatureMoments:
+        """Mean, variance and (if the recipe asked for it) covariance of a teacher's features, by level.
+
+        Over all committed rows, on the teacher's own grid and before any codec: one count for each token.
+        """
+        self.check_teachers([teacher])
+        spec = self.spec.teachers[teacher]
+        shards = np.flatnonzero(self.committed(teacher)).tolist()
+        return self.manifest.moments(teacher, shards, (spec.num_levels, spec.width))
 
     def require_complete(self, teachers: Sequence[str] | None = None) -> None:
         """Raises `IncompleteCacheError` unless every shard of these teachers is committed."""
@@ -203,9 +255,10 @@ class FeatureCache:
         rows = np.atleast_1d(np.asarray(rows, np.int64))
         encoded = {}
         for name in self.check_teachers(teachers):
-            arrays = None if out is None else out[name].arrays
-            layouts = self.feature_layouts(name)
-            encoded[name] = Encoded(self.codec(name), self._read(rows, name, layouts, arrays))
+            buffers = None if out is None else out[name].arrays if name in out else {}
+            encoded[name] = Encoded(
+                self.codec(name), self._read(rows, name, self.feature_layouts(name), buffers)
+            )
         return encoded
 
     def read_tokens(self, rows: ArrayLike, teacher: str, name: str, out: Tensor | None = None) -> Tensor:
@@ -241,6 +294,7 @@ class FeatureCache:
         return self._layouts[teacher]
 
     def feature_layouts(self, teacher: str) -> dict[str, ArrayLayout]:
+        """The arrays of a teacher's encoded features alone."""
         return self._feature_layouts[teacher]
 
     @cached_property
@@ -259,18 +313,15 @@ class FeatureCache:
         rows: NDArray[np.int64],
         teacher: str,
         layouts: Mapping[str, ArrayLayout],
-        out: Mapping[str, Tensor] | None,
+        buffers: Mapping[str, Tensor] | None,
     ) -> dict[str, Tensor]:
         self._require_rows(teacher, rows)
-        if out is None:
-            tensors = {
-                name: torch.empty((len(rows), *layout.shape), dtype=layout.dtype)
-                for name, layout in layouts.items()
-            }
-        else:
-            tensors = {name: out[name][: len(rows)] for name in layouts}
-            for name, layout in layouts.items():
-                _require_fit(name, tensors[name], (len(rows), *layout.shape), layout.dtype)
+        tensors = {
+            name: torch.empty((len(rows), *layout.shape), dtype=layout.dtype)
+            if buffers is None
+            else _first_rows(buffers, name, (len(rows), *layout.shape), layout.dtype)
+            for name, layout in layouts.items()
+        }
         self.store.read(self.spec, teacher, rows, {name: tensor.numpy() for name, tensor in tensors.items()})
         return tensors
 
@@ -329,6 +380,22 @@ class FeatureCache:
             )
         return index
 
+    def __getitem__(self, sample: str | SupportsIndex) -> SampleView:
+        """A sample by its key or number, which a notebook shows with its maps.
+
+        Raises `KeyError` naming the nearest keys, or `IndexError`.
+        """
+        from pipeline.sample_view import SampleView
+
+        index = self.find(sample) if isinstance(sample, str) else range(self.num_samples)[sample]
+        return SampleView(self, index)
+
+    def to_xarray(self, teachers: Sequence[str] | None = None) -> DataTree:
+        """The decoded features as labelled arrays that are read when they are used; see `labelled_arrays`."""
+        from pipeline.labelled_arrays import to_xarray
+
+        return to_xarray(self, teachers)
+
     def view(self, row: int) -> View:
         return self.views.view(int(self.index.locate(row)[2]))
 
@@ -337,10 +404,33 @@ class FeatureCache:
         return decode_image(self.image_bytes(sample_index))
 
     def image_bytes(self, sample_index: int) -> bytes:
-        """The encoded image: from the cache's own copies where it has them."""
+        """The encoded image: from the cache's own copies where it has them.
+
+        Raises `CorruptShardError`, in a cache opened with `checksums`, for a tar that was damaged.
+        """
         if self.spec.images == "copy" and self._images is None:
-            return self.storage.read_range(*self._copies[sample_index])
+            shard, offset, nbytes = self._copies[sample_index]
+            if self._reading[1]:
+                self._require_sound_tar(shard)
+            return self.storage.read_range(image_tar_name(shard), offset, nbytes)
         return self.source_bytes(sample_index)
+
+    def _require_sound_tar(self, shard: int) -> None:
+        """Compare the checksum of a tar of images, once in this process."""
+        with self._tar_lock:
+            if shard in self._sound_tars:
+                return
+            name = image_tar_name(shard)
+            record = self.commits(IMAGES)[shard].files.get(name)
+            found = self.storage.checksum(name) if self.storage.exists(name) else None
+            if record is None or found != record.checksum:
+                raise CorruptShardError(
+                    f"{name} was damaged.",
+                    got="no such file" if found is None else f"checksum {found}",
+                    expected="the file that the commit record states",
+                    do=f"run: teachercache repair {self.storage.url}",
+                )
+            self._sound_tars.add(shard)
 
     def source_bytes(self, sample_index: int) -> bytes:
         """The image as the source holds it, whatever was copied."""
@@ -350,23 +440,37 @@ class FeatureCache:
         return self.source.read(path, offset, nbytes)
 
     @cached_property
-    def _copies(self) -> dict[int, tuple[str, int, int]]:
-        """(tar, offset, nbytes) of every copied image, from the commit records of the tars."""
+    def _copies(self) -> dict[int, tuple[int, int, int]]:
+        """(shard, offset, nbytes) of every copied image, from the commit records of the tars."""
         copies = {}
         for shard, record in self.commits(IMAGES).items():
             samples = self.spec.shard_samples(shard)
             for sample, (offset, nbytes) in zip(samples, record.members, strict=True):
-                copies[sample] = (image_tar_name(shard), offset, nbytes)
+                copies[sample] = (shard, offset, nbytes)
         return copies
 
 
-def _require_fit(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    if (tuple(tensor.shape), tensor.dtype) != (shape, dtype) or not tensor.is_contiguous():
-        raise ValueError(
-            explain(
-                f"The buffer for {name} does not fit.",
-                got=f"{tensor.dtype} {tuple(tensor.shape)}",
-                expected=f"{dtype} {shape}, contiguous",
-                do="make the buffers with cache.buffers(), for as many rows as are read at once",
-            )
+def _empty_row(codec: Codec, teacher: TeacherSpec) -> dict[str, Tensor]:
+    """Codes of one row, all zero: sound tables decode them to something."""
+    layout = codec.layout(teacher.num_levels, teacher.stored_grid, teacher.width)
+    return {name: torch.zeros((1, *array.shape), dtype=array.dtype) for name, array in layout.items()}
+
+
+def _first_rows(
+    buffers: Mapping[str, Tensor], name: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> Tensor:
+    """The part of a buffer that is filled. Raises `ValueError` where it does not fit."""
+    buffer = buffers.get(name)
+    if buffer is not None:
+        buffer = buffer[: shape[0]]
+        fits = (buffer.shape, buffer.dtype, buffer.device.type) == (shape, dtype, "cpu")
+        if fits and buffer.is_contiguous():
+            return buffer
+    raise ValueError(
+        explain(
+            f"The buffer for {name} does not fit.",
+            got="none" if buffer is None else f"{buffer.dtype} {tuple(buffer.shape)} on {buffer.device}",
+            expected=f"{dtype} {shape}, contiguous, on the CPU",
+            do="make the buffers with cache.buffers(), for as many rows as are read at once",
         )
+    )

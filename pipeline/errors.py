@@ -14,10 +14,12 @@
     │   ├── CacheNotFoundError (FileNotFoundError)
     │   ├── CacheMismatchError                another spec at the same path
     │   ├── IncompleteCacheError              committed shards are missing
+    │   ├── AlreadyCommittedError             another job committed this shard; ours is dropped
     │   └── CorruptShardError                 a commit record whose files differ
     ├── CodecError (ValueError)
     ├── DiskSpaceError (OSError)
     ├── BuildError                            shards failed; everything else is committed
+    │   └── BuildInterruptedError             a signal or a hang ended the build; the same command continues
     ├── TrainingError (FloatingPointError)    a loss that is no longer finite
     └── CheckpointError                       a checkpoint that does not fit the run
 
@@ -111,6 +113,10 @@ class IncompleteCacheError(CacheError):
     """Rows were asked for whose shards are not committed."""
 
 
+class AlreadyCommittedError(CacheError):
+    """Another job has committed this shard meanwhile; never leaves a build."""
+
+
 class CorruptShardError(CacheError):
     """A shard's files are not those that its commit record states."""
 
@@ -125,6 +131,15 @@ class DiskSpaceError(TeacherCacheError, OSError):
 
 class BuildError(TeacherCacheError):
     """Some shards failed for good; every other shard is committed."""
+
+
+class BuildInterruptedError(BuildError):
+    """A build, or a process of it, was ended before all shards were done; the same command continues.
+
+    `exit_status` is that of the shell's convention: 143 after SIGTERM, 130 after Ctrl-C.
+    """
+
+    exit_status = 1
 
 
 class TrainingError(TeacherCacheError, FloatingPointError):

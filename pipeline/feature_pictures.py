@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import torch
@@ -17,8 +18,12 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 Picture = NDArray[np.uint8]
 
+_CELL_INCHES, _DPI = 1.5, 110
 _OUTLIER_SHARE = 0.01  # of the tokens at either end, which do not widen the range of a colour
 
 
@@ -38,7 +43,7 @@ class PcaBasis:
 
     @classmethod
     def fit(cls, tokens_NC: Tensor) -> Self:
-        tokens_NC = torch.nan_to_num(tokens_NC.float())
+        tokens_NC = _finite(tokens_NC.float())
         std_C, mean_C = torch.std_mean(tokens_NC, 0, correction=0)
         unit_NC = torch.where(std_C > 0, (tokens_NC - mean_C) / std_C, 0)
         _, vectors_CC = torch.linalg.eigh(unit_NC.T @ unit_NC / len(unit_NC))
@@ -50,20 +55,20 @@ class PcaBasis:
         return cls(mean_C, std_C, axes_C3, low_3, high_3)
 
     def picture(self, map_HWC: Tensor) -> Picture:
-        unit_HWC = torch.where(self.std_C > 0, (torch.nan_to_num(map_HWC) - self.mean_C) / self.std_C, 0)
+        unit_HWC = torch.where(self.std_C > 0, (_finite(map_HWC) - self.mean_C) / self.std_C, 0)
         colours_HW3 = (unit_HWC @ self.axes_C3 - self.low_3) / (self.high_3 - self.low_3).clamp_min(1e-12)
         pixels: Picture = (colours_HW3.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
         return pixels
 
 
+def _finite(values: Tensor) -> Tensor:
+    """Zero in place of NaN and infinity, which would be all that is seen."""
+    return torch.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
+
+
 def token_norms(map_HWC: Tensor) -> Tensor:
     norms_HW: Tensor = torch.linalg.vector_norm(map_HWC, dim=-1)
     return norms_HW
-
-
-def token_cosines(map_HWC: Tensor, token_C: Tensor) -> Tensor:
-    """Cosine similarity of one token to every token of a map (H, W)."""
-    return F.cosine_similarity(map_HWC, token_C, dim=-1)
 
 
 def heat(values_HW: Tensor, low: float, high: float) -> Picture:
@@ -72,6 +77,33 @@ def heat(values_HW: Tensor, low: float, high: float) -> Picture:
 
     scaled_HW = ((values_HW - low) / max(high - low, 1e-12)).clamp(0, 1).double().numpy()
     pixels: Picture = colormaps["viridis"].with_extremes(bad="grey")(scaled_HW, bytes=True)[..., :3]
+    return pixels
+
+
+def picture_grid(columns: Sequence[tuple[str, Sequence[Picture]]], title: str) -> Figure:
+    """Pictures in columns with titles of their own, one line a sample."""
+    from matplotlib.figure import Figure
+
+    num_lines = len(columns[0][1])
+    size = (_CELL_INCHES * len(columns), _CELL_INCHES * num_lines + 0.9)
+    figure = Figure(figsize=size, dpi=_DPI, layout="constrained")
+    axes = figure.subplots(num_lines, len(columns), squeeze=False)
+    for column, (name, pictures) in enumerate(columns):
+        axes[0, column].set_title(name, fontsize=8, parse_math=False)
+        for line, picture in enumerate(pictures):
+            axes[line, column].imshow(picture, interpolation="nearest")
+            axes[line, column].set_axis_off()
+    figure.suptitle(title, fontsize=9, parse_math=False)
+    return figure
+
+
+def figure_pixels(figure: Figure) -> Picture:
+    """The figure as it would be saved to a file."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    pixels: Picture = np.asarray(canvas.buffer_rgba())[..., :3]
     return pixels
 
 

@@ -1,8 +1,9 @@
 """Running moments of features, per level and channel, that shards compute apart and merge later.
 
-Shapes: R rows, S levels, H×W grid, C channels. All sums are float64 and centred (Chan, Golub & LeVeque 1983),
-so a large mean costs no digits. Merging is associative and commutative up to rounding, near 1e-15; merge in
-shard order where the very bits must be repeatable.
+Shapes: R rows, S levels, H×W grid, C channels. All sums are centred (Chan, Golub & LeVeque 1983), so a large
+mean costs no digits; those within a few rows are float32, exact to 1e-7, all others float64. Merging is
+associative and commutative up to rounding, near 1e-15; merge in shard order where the very bits must be
+repeatable.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import Self
 
 import torch
 from torch import Tensor
+
+_ROWS_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
@@ -35,19 +38,27 @@ class FeatureMoments:
 
     @classmethod
     def of(cls, features_RSHWC: Tensor, covariance: bool = False) -> Self:
-        """The moments of these rows, on their device. One row at a time: float64 is needed of one only."""
+        """The moments of these rows, on their device."""
         _, levels, _, _, width = features_RSHWC.shape
         moments = cls.empty(levels, width, covariance).to(features_RSHWC.device)
-        for row_SHWC in features_RSHWC:
-            moments = moments.merge(cls._of_row(row_SHWC.flatten(1, 2).double(), covariance))
+        at_once = 1 if features_RSHWC.device.type == "cpu" else _ROWS_AT_ONCE  # one stays in a CPU's cache
+        for rows_RSHWC in features_RSHWC.split(at_once):
+            tokens_SNC = rows_RSHWC.transpose(0, 1).flatten(1, 3).float()
+            moments = moments.merge(cls._of_tokens(tokens_SNC, covariance))
         return moments
 
     @classmethod
-    def _of_row(cls, tokens_SNC: Tensor, covariance: bool) -> Self:
-        mean_SC = tokens_SNC.mean(1)
-        centred_SNC = tokens_SNC - mean_SC[:, None]
-        products_SCC = centred_SNC.mT @ centred_SNC if covariance else None
-        return cls(tokens_SNC.shape[1], mean_SC, centred_SNC.square().sum(1), products_SCC)
+    def _of_tokens(cls, tokens_SNC: Tensor, covariance: bool) -> Self:
+        about_SC = tokens_SNC.mean(1)
+        centred_SNC = tokens_SNC - about_SC[:, None]
+        count = tokens_SNC.shape[1]
+        products_SCC = None
+        shift_SC = centred_SNC.sum(1).double() / count  # what rounding left of the mean
+        if covariance:
+            exact_SNC = centred_SNC.double() - shift_SC[:, None]
+            products_SCC = exact_SNC.mT @ exact_SNC
+        squares_SC = centred_SNC.square_().sum(1).double() - count * shift_SC.square()
+        return cls(count, about_SC.double() + shift_SC, squares_SC, products_SCC)
 
     def merge(self, other: Self) -> Self:
         """The moments of both sets of rows together."""
@@ -92,5 +103,15 @@ class FeatureMoments:
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> Self:
-        count = int(tensors["count"])
-        return cls(count, tensors["mean"], tensors["squares"], tensors.get("products"))
+        """Raises `ValueError` for tensors that are no moments."""
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        mean_shape = shapes.get("mean", ())
+        expected = {"count": (), "mean": mean_shape, "squares": mean_shape}
+        expected |= {"products": (*mean_shape, *mean_shape[1:])} if "products" in tensors else {}
+        if len(mean_shape) != 2 or shapes != expected:
+            raise ValueError(f"tensors of the shapes {shapes} are no moments of levels and channels")
+        if tensors["count"].dtype != torch.int64 or not all(
+            tensor.dtype == torch.float64 for name, tensor in tensors.items() if name != "count"
+        ):
+            raise ValueError("moments are float64, and their count is an int64")
+        return cls(int(tensors["count"]), tensors["mean"], tensors["squares"], tensors.get("products"))

@@ -6,10 +6,11 @@ The limits are far above any cache that makes sense, and far below what a number
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import combinations
 from math import prod
 
 from pipeline.errors import CacheError
-from pipeline.spec import IMAGES, CacheSpec, TeacherSpec
+from pipeline.spec import IMAGES, CacheSpec, Segment, TeacherSpec
 from pipeline.storage import safe_name
 
 MAX_SAMPLES = 1 << 31
@@ -29,19 +30,28 @@ def check_limits(spec: CacheSpec) -> None:
     for name in spec.teachers:
         if safe_name(name) != name or "/" in name or name in (".", IMAGES):
             raise _implausible("a teacher's name", repr(name), f"a plain file name other than {IMAGES}")
-    end = 0
+    end = covered = 0
     for segment in spec.segments:
         (start, stop), (first, last) = segment.samples, segment.views
         whole_shards = segment.first_row % spec.rows_per_shard == 0 and segment.first_row >= end
         if not (whole_shards and 0 <= start < stop <= spec.dataset.num_samples and 0 <= first < last):
             raise _implausible("a segment", segment, "blocks of existing samples, one behind the other")
         end = segment.first_row + segment.num_rows
+        covered += segment.num_rows
+    overlap = any(_overlap(one, other) for one, other in combinations(spec.segments, 2))
+    if overlap or covered != spec.dataset.num_samples * spec.views.num_views:
+        raise _implausible("its segments", covered, "every view of every sample exactly once")
+
+
+def _overlap(one: Segment, other: Segment) -> bool:
+    return all(
+        a[0] < b[1] and b[0] < a[1] for a, b in ((one.samples, other.samples), (one.views, other.views))
+    )
 
 
 def _sizes(spec: CacheSpec) -> Iterator[tuple[str, int, int]]:
     yield "dataset.num_samples", spec.dataset.num_samples, MAX_SAMPLES
     yield "rows_per_shard", spec.rows_per_shard, MAX_ROWS_PER_SHARD
-    yield "the number of segments", len(spec.segments), MAX_SHARDS
     yield "the number of rows", spec.segments[-1].first_row + spec.segments[-1].num_rows, MAX_ROWS
     yield "the number of shards", spec.num_shards, MAX_SHARDS
     for side in spec.views.size:

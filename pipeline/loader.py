@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Collection, Hashable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
@@ -26,7 +26,9 @@ from pipeline.cache import FeatureCache
 from pipeline.codecs import Encoded
 from pipeline.spec import Size
 from pipeline.stores.base import CLS_TOKEN, GLOBAL_FEATURE
-from pipeline.views import render_view
+from pipeline.views import View, render_view
+
+_LABELS = "labels/"  # no name of a teacher
 
 
 class Sampler(Protocol):
@@ -39,13 +41,24 @@ class Sampler(Protocol):
         """The rows of one batch; steps are asked for in order."""
 
 
+class Labels(Protocol):
+    """What a data set says of its images; the loader moves it to the views and into the batch."""
+
+    @property
+    def layouts(self) -> Mapping[str, TensorLayout]:
+        """The labels of one row, by task."""
+
+    def read(self, sample_key: str, view: View) -> Mapping[str, Tensor]:
+        """The labels of a sample as they lie on this view of it. Called from several threads."""
+
+
 @dataclass
 class Batch:
     """One process's part of a global batch (b rows).
 
     `renders` are uint8 (b, 3, h, w) by (h, w); the student's own size is always there. `features` and
-    `cls_tokens` are still encoded, on the CPU. `seconds`: `read` and `decode` are summed over threads,
-    `wait` is what the consumer waited for.
+    `cls_tokens` are still encoded, on the CPU. `labels` by task, where the loader was given some.
+    `seconds`: `read` and `decode` are summed over threads, `wait` is what the consumer waited for.
 
     The loader makes a later batch in the same memory once this one and all views of its tensors are gone;
     until then nothing writes to them.
@@ -57,6 +70,7 @@ class Batch:
     renders: dict[Size, Tensor]
     features: dict[str, Encoded]
     cls_tokens: dict[str, Tensor]
+    labels: dict[str, Tensor]
     seconds: dict[str, float]
 
 
@@ -73,8 +87,8 @@ class FeatureLoader:
     """Endless iterator of `Batch`; a context manager that stops its threads.
 
     `features=False` leaves the cached features unread (training with online teachers), `images=False`
-    the images; `extra_sizes` asks for renders at further sizes, such as the teachers' own. Memory for
-    `prefetch` + 2 batches goes round, while the consumer holds one.
+    the images; `extra_sizes` asks for renders at further sizes, such as the teachers' own; `labels` come
+    along with the images. Memory for `prefetch` + 2 batches goes round, while the consumer holds one.
     """
 
     def __init__(
@@ -86,6 +100,7 @@ class FeatureLoader:
         features: bool = True,
         images: bool = True,
         extra_sizes: Collection[Size] = (),
+        labels: Labels | None = None,
         start_step: int = 0,
         threads: int = 2,
         prefetch: int = 2,
@@ -95,6 +110,7 @@ class FeatureLoader:
         self._sampler = sampler
         self._teachers = cache.check_teachers(teachers) if features else []
         self._sizes = sorted({cache.spec.views.size, *extra_sizes}) if images else []
+        self._labels = labels
         self._steps = count(start_step)
         self._threads = threads
         self._prefetch = prefetch
@@ -120,11 +136,16 @@ class FeatureLoader:
         layouts: dict[Hashable, TensorLayout] = {
             size: ((num_rows, 3, *size), torch.uint8) for size in self._sizes
         }
+        for task, (shape, dtype) in self._label_layouts().items():
+            layouts[_LABELS, task] = (num_rows, *shape), dtype
         for teacher in self._teachers:
             for array, layout in self._cache.layouts(teacher).items():
                 if array != GLOBAL_FEATURE:
                     layouts[teacher, array] = (num_rows, *layout.shape), layout.dtype
         return layouts
+
+    def _label_layouts(self) -> Mapping[str, TensorLayout]:
+        return self._labels.layouts if self._labels and self._sizes else {}
 
     def _submit(self, step: int) -> _Pending:
         rows = self._sampler.batch(step)
@@ -147,6 +168,7 @@ class FeatureLoader:
                 for teacher in self._teachers
                 if self._cache.spec.teachers[teacher].cls_token
             },
+            labels={task: tensors[_LABELS, task] for task in self._label_layouts()},
             seconds={},
         )
         step_rows = -(-len(rows) // self._threads)
@@ -177,6 +199,9 @@ class FeatureLoader:
         image, view = self._cache.image(sample), self._cache.views.view(line)
         for size, pixels in batch.renders.items():
             pixels[i] = render_view(image, view, size)
+        if self._labels:
+            for task, values in self._labels.read(batch.sample_keys[i], view).items():
+                batch.labels[task][i] = values
         return time.perf_counter() - start
 
     def _collect(self, pending: _Pending) -> Batch:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -21,8 +21,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 from pydantic import Field, ValidationError, model_validator
+from safetensors import SafetensorError
 
-from pipeline.errors import CacheError, CacheNotFoundError, TeacherCacheError
+from pipeline.errors import (
+    AlreadyCommittedError,
+    CacheError,
+    CacheMismatchError,
+    CacheNotFoundError,
+    CorruptShardError,
+    TeacherCacheError,
+)
 from pipeline.limits import MAX_ROWS, MAX_ROWS_PER_FILE_BYTE, MAX_ROWS_PER_SHARD, MAX_SHARDS, check_limits
 from pipeline.seal import UNSEALED, is_intact, seal
 from pipeline.sources import SAMPLE_SCHEMA
@@ -31,6 +39,8 @@ from pipeline.storage import Storage
 
 if TYPE_CHECKING:  # looking at a cache should not take the seconds that importing torch takes
     from torch import Tensor
+
+    from pipeline.feature_stats import FeatureMoments
 
 SPEC_NAME = "cache.json"
 SAMPLES_NAME = "samples.parquet"
@@ -52,8 +62,9 @@ class CommitRecord(Strict):
     """What makes one shard of one teacher (or of the copied images) exist.
 
     `invalid_rows` are absolute row numbers whose image could not be decoded; they hold no data.
-    `seconds` are summed over threads, except `wall`. `members` (images only) are the byte ranges
-    (offset, nbytes) of each sample of the shard in its tar, (0, 0) for an invalid one.
+    `seconds` are summed over threads, except `wall`. `worker` names the process that computed the shard, as
+    host:pid; it is empty in older records, and where rows were copied. `members` (images only) are the byte
+    ranges (offset, nbytes) of each sample of the shard in its tar, (0, 0) for an invalid one.
     """
 
     teacher: str
@@ -67,6 +78,7 @@ class CommitRecord(Strict):
     members: tuple[tuple[int, int], ...] = ()
     seconds: dict[str, float]
     host: str
+    worker: str = ""
     versions: dict[str, str]
     finished: str
 
@@ -87,7 +99,9 @@ class CommitRecord(Strict):
         """Why this record cannot be one of the cache `spec`, or None."""
         if self.shard >= spec.num_shards:
             return f"shard {self.shard} does not exist in a cache of {spec.num_shards} shards"
-        if self.content_id != (expected := spec.content_id(self.teacher)):
+        if self.teacher != IMAGES and self.teacher not in spec.teachers:
+            return f"is of {self.teacher}, a teacher that the cache does not have"
+        if self.content_id != (expected := spec.shard_content_id(self.teacher, self.shard)):
             return f"was computed for another spec: content id {self.content_id}, expected {expected}"
         rows = spec.shard_rows(self.shard)
         if (self.first_row, self.num_rows) != (rows.start, len(rows)):
@@ -182,8 +196,101 @@ class Manifest:
                 expected=f"checksum {tables_hash}, as in {SPEC_NAME}",
                 do="restore it from a copy; the codes cannot be decoded without it",
             )
-        tables: dict[str, Tensor] = safetensors.torch.load(data)
+        try:
+            tables: dict[str, Tensor] = safetensors.torch.load(data)
+        except (SafetensorError, KeyError, RuntimeError, ValueError) as error:
+            raise CacheError(
+                f"{name} of this cache cannot be read.",
+                got=f"{type(error).__name__}: {error}",
+                expected="the codec's tables, as safetensors",
+                do="restore it from a copy; the codes cannot be decoded without it",
+            ) from error
         return tables
+
+    @contextmanager
+    def publishing(
+        self, shard: int, teachers: Iterable[str], waiting: Callable[[], None] = lambda: None
+    ) -> Iterator[None]:
+        """Held from before a shard's files get their names until its records are written.
+
+        So of several jobs that computed the same shard one publishes it, files and records together.
+        Raises `AlreadyCommittedError` for the others, which call `waiting` until then.
+        """
+        with self.storage.exclusive(publishing_name(shard), waiting):
+            done = [teacher for teacher in teachers if self.is_committed(teacher, shard)]
+            if done:
+                raise AlreadyCommittedError(
+                    f"Shard {shard} of {', '.join(done)} was committed by another job meanwhile."
+                )
+            yield
+
+    def is_committed(self, teacher: str, shard: int) -> bool:
+        return self.storage.exists(commit_name(teacher, shard))
+
+    def write_moments(self, teacher: str, shard: int, moments: FeatureMoments) -> dict[str, FileRecord]:
+        """Keep the statistics of a shard's features beside its record, which names the returned file."""
+        import safetensors.torch
+
+        name = moments_name(teacher, shard)
+        with self.storage.open_write(name) as file:
+            file.write(safetensors.torch.save(moments.to("cpu").tensors()))
+        return {name: FileRecord(nbytes=file.nbytes, checksum=file.checksum)}
+
+    def moments(self, teacher: str, shards: Iterable[int], shape: tuple[int, int]) -> FeatureMoments:
+        """The statistics of these shards together, merged in their order: the same bits every time.
+
+        `shape` is (levels, channels). Shards without a valid row have none. Raises `CacheError` where others
+        do not, `CorruptShardError` for files that hold something else.
+        """
+        import safetensors.torch
+
+        from pipeline.feature_stats import FeatureMoments
+
+        total: FeatureMoments | None = None
+        for record in self.commits(teacher, shards).values():
+            names = [name for name in record.files if name.startswith("stats/")]
+            if not names and len(record.invalid_rows) == record.num_rows:
+                continue
+            data = self.storage.read(names[0]) if names and self.storage.exists(names[0]) else b""
+            if xxhash.xxh3_128_hexdigest(data) != (record.files[names[0]].checksum if names else None):
+                raise CacheError(
+                    f"Shard {record.shard} of {teacher} has no statistics that can be used.",
+                    got="a damaged file" if names else "a shard that was computed without",
+                    expected=f"{moments_name(teacher, record.shard)}, as the commit record names it",
+                    do=f"run: teachercache repair {self.storage.url}"
+                    if names
+                    else "compute the cache again with this version, if you need them",
+                )
+            try:
+                moments = FeatureMoments.from_tensors(safetensors.torch.load(data))
+                if tuple(moments.mean_SC.shape) != shape:
+                    raise ValueError(f"moments of (levels, channels) {tuple(moments.mean_SC.shape)}")
+            except (SafetensorError, KeyError, RuntimeError, ValueError) as error:
+                raise CorruptShardError(
+                    f"{names[0]} holds no statistics of {teacher}.",
+                    got=f"{type(error).__name__}: {error}",
+                    expected=f"count, mean and squares of (levels, channels) {shape}",
+                    do=f"run: teachercache repair {self.storage.url}",
+                ) from error
+            total = moments if total is None else total.merge(moments)
+        if total is None:
+            raise CacheError(f"There is no committed row of {teacher} to have statistics of.")
+        return total
+
+    def require_same_images(self, shard: int, teachers: Iterable[str], source_checksum: str) -> None:
+        """Raises `CacheMismatchError` where records of a shard's other teachers are of other images."""
+        for teacher in teachers:
+            if not self.is_committed(teacher, shard):
+                continue
+            found = self.read_commit(teacher, shard).source_checksum
+            if found and found != source_checksum:
+                raise CacheMismatchError(
+                    f"The images of shard {shard} are not those that {teacher} was computed from.",
+                    got=f"images with checksum {source_checksum}",
+                    expected=f"checksum {found}, as in {commit_name(teacher, shard)}",
+                    do="bring the images back as they were, or delete all commit records of this shard "
+                    "to compute it again for every teacher",
+                )
 
     def commit(self, record: CommitRecord) -> None:
         self.storage.write(commit_name(record.teacher, record.shard), _json_bytes(record))
@@ -264,7 +371,12 @@ class Manifest:
             with pq.ParquetFile(pa.BufferReader(data)) as file:
                 if file.metadata.num_rows > MAX_ROWS_PER_FILE_BYTE * len(data):
                     raise pa.ArrowInvalid(f"{file.metadata.num_rows} rows in {len(data)} bytes")
-                return file.read().cast(schema)
+                table = file.read().cast(schema)
+                table.validate(full=True)  # text that is not UTF-8, say
+                for column in set(schema.names) - {"label"}:
+                    if table[column].null_count:
+                        raise pa.ArrowInvalid(f"{column} has lines without a value")
+                return table
         except (FileNotFoundError, pa.ArrowException, OSError, ValueError) as error:
             raise CacheError(
                 f"{name} of this cache cannot be read.",
@@ -305,8 +417,17 @@ def tables_name(teacher: str) -> str:
     return f"stats/{teacher}.safetensors"
 
 
+def moments_name(teacher: str, shard: int) -> str:
+    return f"stats/{teacher}/{shard:05d}.safetensors"
+
+
 def commit_name(teacher: str, shard: int) -> str:
     return f"commits/{teacher}/{shard:05d}.json"
+
+
+def publishing_name(shard: int) -> str:
+    """What is held exclusively by who changes a shard."""
+    return f"commits/{shard:05d}"
 
 
 def quarantine_name(shard: int) -> str:

@@ -31,6 +31,8 @@ def load_recipe(model: type[Model], path: str | Path, overrides: Sequence[str] =
         for key, value in _parse(overrides):
             OmegaConf.update(config, key, value, merge=False, force_add=True)
         content = OmegaConf.to_container(config, resolve=True)
+    except RecipeError:
+        raise
     except (YAMLError, OmegaConfBaseException, TypeError, ValueError) as error:
         raise RecipeError(
             f"Recipe {file} cannot be read.",

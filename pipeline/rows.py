@@ -12,6 +12,16 @@ from pipeline.spec import Segment
 Ints = NDArray[np.int64]
 
 
+def divide_views(views: tuple[int, int], rows_per_shard: int) -> list[tuple[int, int]]:
+    """`views` in as few blocks as fit whole samples into shards: their sizes divide `rows_per_shard`."""
+    blocks, (first, end) = list[tuple[int, int]](), views
+    while first < end:
+        size = next(size for size in range(end - first, 0, -1) if rows_per_shard % size == 0)
+        blocks.append((first, first + size))
+        first += size
+    return blocks
+
+
 class RowIndex:
     """Vectorised over rows. In a cache of one segment, row = sample_index * num_views + view_index."""
 

@@ -1,25 +1,39 @@
 """What a cache is: the models behind `cache.json`. Pure data; nothing here opens a file or a model.
 
 Row identity.  row = sample_index * num_views + view_index          (within a `Segment`)
-Content identity.  `CacheSpec.content_id(teacher)` hashes all that decides the bytes of that teacher's
-rows. Every commit record carries it, so rows of two specs can never be mixed in one cache.
+Content identity.  `CacheSpec.shard_content_id(teacher, shard)` hashes all that decides the bytes of that
+teacher's rows in the shard's segment: its images, its views, the teacher. Every commit record carries it, so
+rows of two specs can never be mixed in one cache, and it stays what it was when the cache grows around it.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from typing import Any, Literal, Self
 
 import xxhash
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 SCHEMA_VERSION: Literal[1] = 1
 IMAGES = "images"  # the pseudo-teacher under which copied source images are committed
+MAX_SEGMENTS = 1 << 10
+MAX_TEACHERS = 1 << 8
 
 Size = tuple[int, int]  # (height, width)
 GridKind = Literal["native", "adjoint", "bilinear"]
-PolicyName = Literal["imagenet_train", "imagenet_eval"]
+PolicyName = Literal["imagenet_train", "imagenet_eval", "multitask_train", "multitask_eval"]
 Precision = Literal["float32", "bfloat16"]
+StoreKind = Literal["zarr", "webdataset"]
 
 
 class Strict(BaseModel):
@@ -29,7 +43,12 @@ class Strict(BaseModel):
 
 
 class ViewPolicy(Strict):
-    """How views are drawn. The drawn parameters in `views.parquet`, not this, are the truth."""
+    """How views are drawn. The drawn parameters in `views.parquet`, not this, are the truth.
+
+    `scale`: of imagenet_train the share of the image's area; of multitask_train how much the image is
+    magnified, 0.5 to 2 where nothing is said. `jitter_probability`: of multitask_train, for each of
+    brightness, contrast, saturation and hue.
+    """
 
     policy: PolicyName = "imagenet_train"
     num_views: int = Field(1, ge=1)
@@ -39,19 +58,39 @@ class ViewPolicy(Strict):
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip_probability: float = Field(0.5, ge=0, le=1)
     crop_fraction: float = Field(0.875, gt=0, le=1)
+    jitter_probability: float = Field(0.5, ge=0, le=1)
+
+    @field_validator("size", mode="before")
+    @classmethod
+    def _square(cls, value: Any) -> Any:
+        return (value, value) if isinstance(value, int) else value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _magnification(cls, value: Any) -> Any:
+        is_multitask = isinstance(value, dict) and value.get("policy") == "multitask_train"
+        return {"scale": (0.5, 2.0)} | value if is_multitask else value
+
+    @model_serializer(mode="wrap")
+    def _content(self, content: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without what came later and does not concern this policy: caches are known by a hash of this."""
+        fields: dict[str, Any] = content(self)
+        if self.policy != "multitask_train":
+            fields.pop("jitter_probability", None)
+        return fields
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(f"scale must satisfy 0 < low <= high <= 1, got {self.scale}")
+        largest = math.inf if self.policy == "multitask_train" else 1
+        if not 0 < self.scale[0] <= self.scale[1] <= largest:
+            limit = "" if self.policy == "multitask_train" else " <= 1"
+            raise ValueError(f"scale must satisfy 0 < low <= high{limit}, got {self.scale}")
         if not 0 < self.ratio[0] <= self.ratio[1]:
             raise ValueError(f"ratio must satisfy 0 < low <= high, got {self.ratio}")
         if min(self.size) < 1:
             raise ValueError(f"size must be two positive numbers of pixels, got {self.size}")
-        if self.policy == "imagenet_eval" and self.num_views != 1:
-            raise ValueError(
-                f"imagenet_eval is one fixed centre crop, so num_views must be 1, got {self.num_views}"
-            )
+        if self.policy in ("imagenet_eval", "multitask_eval") and self.num_views != 1:
+            raise ValueError(f"{self.policy} is one fixed view, so num_views must be 1, got {self.num_views}")
         return self
 
 
@@ -69,6 +108,8 @@ class GridSpec(Strict):
     def _check(self) -> Self:
         if (self.kind == "native") != (self.size is None):
             raise ValueError("grid 'native' takes no size; every other grid needs one, such as [24, 24]")
+        if self.size is not None and min(self.size) < 1:
+            raise ValueError(f"a grid needs at least one token each way, got {self.size}")
         return self
 
 
@@ -111,24 +152,30 @@ class TeacherSpec(Strict):
 
 
 class DatasetSpec(Strict):
-    """Which images. `location` is for people; only the fingerprint and the count are identity."""
+    """Which images. `location` is for people; only the fingerprint and the count are identity.
+
+    `listing` is that of the source's files; while it stays the same, a build need not scan them again.
+    """
 
     kind: str
     location: str
     num_samples: int = Field(ge=0)
     fingerprint: str
+    listing: str | None = None
 
 
 class Segment(Strict):
     """A block of rows: samples × views, samples-major, starting at `first_row`.
 
-    A cache starts with one segment. Appending samples or views appends a segment, so no row that is
-    on disk ever changes its number. `first_row` is a multiple of `rows_per_shard`.
+    A cache starts with one segment. Appending samples or views appends segments, so no row that is
+    on disk ever changes its number. `first_row` is a multiple of `rows_per_shard`. `fingerprint` is that of
+    the segment's samples; None, in a cache that has never grown, stands for that of the dataset.
     """
 
     first_row: int = Field(ge=0)
     samples: tuple[int, int]
     views: tuple[int, int]
+    fingerprint: str | None = None
 
     @property
     def num_views(self) -> int:
@@ -140,28 +187,36 @@ class Segment(Strict):
 
 
 class CacheSpec(Strict):
-    """The content of `cache.json`. `fidelity`: what each teacher's codec lost on the calibration sample."""
+    """The content of `cache.json`. `fidelity`: what each teacher's codec lost on the calibration sample.
+
+    `covariance`: whether the statistics of the features keep it, which takes 8 C² bytes a level and shard.
+    """
 
     schema_version: Literal[1] = SCHEMA_VERSION
     dataset: DatasetSpec
     views: ViewPolicy
     rows_per_shard: int = Field(ge=1)
     images: Literal["reference", "copy"] = "reference"
-    store: Literal["zarr"] = "zarr"
-    segments: tuple[Segment, ...]
-    teachers: dict[str, TeacherSpec]
+    store: StoreKind = "zarr"
+    covariance: bool = False
+    segments: tuple[Segment, ...] = Field(min_length=1, max_length=MAX_SEGMENTS)
+    teachers: dict[str, TeacherSpec] = Field(max_length=MAX_TEACHERS)
     created: str
     versions: dict[str, str]
     fidelity: dict[str, dict[str, float]] = {}
     cache_id: str = ""
+    _content_ids: dict[str, list[str]] = PrivateAttr(default_factory=dict)  # by teacher, one a segment
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.rows_per_shard % self.views.num_views:
-            raise ValueError(
-                f"rows_per_shard must be a multiple of num_views, so that a shard holds whole samples: "
-                f"got {self.rows_per_shard} and {self.views.num_views}"
-            )
+        for segment in self.segments:
+            if segment.num_views < 1 or self.rows_per_shard % segment.num_views:
+                raise ValueError(
+                    f"rows_per_shard must be a multiple of num_views, so that a shard holds whole samples: "
+                    f"got {self.rows_per_shard} and {segment.num_views}"
+                )
+        for name in (*self.teachers, IMAGES):
+            self._content_ids[name] = [self._segment_content_id(name, segment) for segment in self.segments]
         identity = self.identity()
         if self.cache_id and self.cache_id != identity:
             raise ValueError(
@@ -181,11 +236,22 @@ class CacheSpec(Strict):
         return -(-(last.first_row + last.num_rows) // self.rows_per_shard)
 
     def shard_segment(self, shard: int) -> Segment:
+        return self.segments[self.segment_index(shard)]
+
+    def segment_index(self, shard: int) -> int:
+        """Which segment a shard belongs to."""
         start = shard * self.rows_per_shard
-        for segment in self.segments:
+        for index, segment in enumerate(self.segments):
             if segment.first_row <= start < segment.first_row + segment.num_rows:
-                return segment
+                return index
         raise IndexError(f"shard {shard} is not in 0…{self.num_shards - 1}")
+
+    def shards(self, teacher: str) -> list[int]:
+        """The shards of a teacher; of the copied images, which are copied with the first view alone."""
+        count = range(self.num_shards)
+        if teacher != IMAGES:
+            return list(count)
+        return [shard for shard in count if self.shard_segment(shard).views[0] == 0]
 
     def shard_rows(self, shard: int) -> range:
         """The rows that exist in a shard (the last one of a segment may be short)."""
@@ -199,14 +265,26 @@ class CacheSpec(Strict):
         first, last = ((row - segment.first_row) // segment.num_views for row in (rows[0], rows[-1]))
         return range(segment.samples[0] + first, segment.samples[0] + last + 1)
 
+    def shard_content_id(self, teacher: str, shard: int) -> str:
+        """Hash of all that decides the bytes of this teacher's rows (or of the copied images) in a shard."""
+        return self._content_ids[teacher][self.segment_index(shard)]
+
     def content_id(self, teacher: str) -> str:
-        """Hash of all that decides the bytes of this teacher's rows (or of the copied images)."""
+        """Hash of all that decides the bytes of this teacher's rows, in all shards."""
+        first, *more = self._content_ids[teacher]
+        return digest([first, *more]) if more else first
+
+    def _segment_content_id(self, teacher: str, segment: Segment) -> str:
+        """Independent of where the segment lies, so that it may be found again in a merged cache."""
+        num_samples = segment.samples[1] - segment.samples[0]
         base = {
             "schema_version": self.schema_version,
-            "dataset": [self.dataset.num_samples, self.dataset.fingerprint],
-            "views": self.views.model_dump(mode="json"),
+            "dataset": [num_samples, segment.fingerprint or self.dataset.fingerprint],
+            "views": self.views.model_dump(mode="json") | {"num_views": segment.views[1]},
             "rows_per_shard": self.rows_per_shard,
         }
+        if segment.views[0]:
+            base["first_view"] = segment.views[0]
         if teacher == IMAGES:
             return digest(base | {"images": self.images})
         spec = self.teachers[teacher].model_dump(mode="json", exclude={"checkpoint"})  # the hash is identity
@@ -215,10 +293,14 @@ class CacheSpec(Strict):
     def identity(self) -> str:
         return digest(
             {
-                "segments": [segment.model_dump(mode="json") for segment in self.segments],
+                "segments": [segment.model_dump(mode="json", exclude_none=True) for segment in self.segments],
                 "contents": {name: self.content_id(name) for name in (*sorted(self.teachers), IMAGES)},
             }
         )
+
+    def changed(self, **changes: Any) -> CacheSpec:
+        """This spec with other fields, checked again and with the `cache_id` that follows."""
+        return CacheSpec.model_validate(self.model_dump() | changes | {"cache_id": ""})
 
 
 def digest(value: Any) -> str:

@@ -7,27 +7,41 @@ rename → fsync of the folder; on an object store it is a single PUT (or a comp
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import platform
+import random
 import shutil
 import stat
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO, Any, Self
 
 import fsspec
 import xxhash
+from fsspec.spec import AbstractBufferedFile
 from typing_extensions import Buffer
 
 from pipeline.errors import CacheError
 
 TEMPORARY_SUFFIX = ".partial"
+LOCK_SUFFIX = ".lock"
 _READ_BLOCK = 1 << 22
+_LOCK_POLL_S = 0.05
+_LOCK_TIMEOUT_S = 600.0
+_LOCK_IS_WRITTEN_WITHIN_S = 10.0
+_SAY_SO_AFTER_S = 5.0
 _REMOTE_WRITER_TIMEOUT_S = 24 * 3600.0
+_NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS}
+
+log = logging.getLogger(__name__)
 
 
 class ChecksumWriter:
@@ -95,7 +109,7 @@ class Storage(ABC):
 
     @abstractmethod
     def sweep(self) -> list[str]:
-        """Delete the temporary files that dead processes left behind; returns their names."""
+        """Delete the temporary files and the locks that dead processes left behind; returns their names."""
 
     def read(self, name: str) -> bytes:
         with self.open_read(name) as file:
@@ -105,9 +119,63 @@ class Storage(ABC):
     def read_range(self, name: str, offset: int, nbytes: int) -> bytes:
         """`nbytes` bytes from `offset`: fewer where the file ends, and no memory taken for the rest."""
 
+    def read_ranges(self, names: Sequence[str], offsets: Sequence[int], nbytes: int) -> list[bytes]:
+        """`read_range` of several files, at once where that is faster."""
+        return [self.read_range(name, offset, nbytes) for name, offset in zip(names, offsets, strict=True)]
+
     def write(self, name: str, data: Buffer) -> None:
         with self.open_write(name) as file:
             file.write(data)
+
+    @abstractmethod
+    def write_new(self, name: str, data: bytes) -> bool:
+        """Write a file that is not there yet, and say whether it was this call that did."""
+
+    @contextmanager
+    def exclusive(self, name: str, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """One holder of this name at a time, over all processes and machines; the others wait.
+
+        The holder's process is noted in `<name>.lock`. Of one that died here the lock is taken over at once,
+        of one on another machine after ten minutes, so what is held for has to be shorter. `waiting` is
+        called again and again by those who wait, and ends it by raising.
+        """
+        lock, own = f"{name}{LOCK_SUFFIX}", f"{_Process.this().tag()}~{time.time():.0f}".encode()
+        try:
+            self._acquire(lock, own, waiting)
+            yield
+        finally:
+            if self._read_if_there(lock) == own:
+                self.remove(lock)
+
+    def _acquire(self, lock: str, own: bytes, waiting: Callable[[], None]) -> None:
+        """Who wrote the lock is read, not taken from the answer to the write, which can be lost on its way.
+
+        Somebody who took a new lock for the stale one before it may also have removed it.
+        """
+        began, told = time.monotonic(), False
+        seen, since = None, began
+        while True:
+            self.write_new(lock, own)
+            holder = self._read_if_there(lock)
+            if holder == own:
+                return
+            now = time.monotonic()
+            if holder != seen:
+                seen, since = holder, now
+            if holder is not None and _is_stale(holder, now - since) and self._read_if_there(lock) == holder:
+                self.remove(lock)
+                continue
+            if not told and now - began > _SAY_SO_AFTER_S:
+                log.warning("waiting for %s/%s, held by %s", self.url, lock, _describe(holder))
+                told = True
+            waiting()
+            time.sleep(random.uniform(0.5, 1.5) * _LOCK_POLL_S)
+
+    def _read_if_there(self, name: str) -> bytes | None:
+        try:
+            return self.read(name)
+        except FileNotFoundError:
+            return None
 
     def exists(self, name: str) -> bool:
         return self.size(name) is not None
@@ -160,7 +228,7 @@ class LocalStorage(Storage):
     def open_write(self, name: str) -> Iterator[ChecksumWriter]:
         target = self.path(name)
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f"{target.name}.{_writer_tag()}{TEMPORARY_SUFFIX}")
+        temporary = _temporary(target)
         try:
             with temporary.open("xb") as file:
                 yield ChecksumWriter(file)
@@ -171,6 +239,51 @@ class LocalStorage(Storage):
             temporary.unlink(missing_ok=True)
             raise
         _fsync_folder(target.parent)
+
+    def write_new(self, name: str, data: bytes) -> bool:
+        target = self.path(name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = _temporary(target)
+        try:
+            temporary.write_bytes(data)
+            target.hardlink_to(temporary)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in _NO_HARD_LINKS:
+                raise
+            return self._create(name, data)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return True
+
+    def _create(self, name: str, data: bytes) -> bool:
+        """`write_new` where a file cannot have two names (exFAT, some network mounts).
+
+        It is there before its bytes are, so others may read a part of them, and who dies in between leaves
+        a part behind: an unreadable lock counts for a while (`_is_stale`).
+        """
+        target = self.path(name)
+        try:
+            handle = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            raise CacheError(
+                "No file can be made here that only one process can make.",
+                got=f"{target}: no hard links, and without them: {error.strerror or error}",
+                expected="a file system with hard links or exclusive creation (O_EXCL)",
+                do="choose another place for the cache (cache=…)",
+            ) from error
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        except BaseException:
+            target.unlink(missing_ok=True)
+            raise
+        return True
 
     def size(self, name: str) -> int | None:
         try:
@@ -216,7 +329,22 @@ class LocalStorage(Storage):
         stale = [path for path in self.root.rglob(f"*{TEMPORARY_SUFFIX}") if not _may_be_alive(path)]
         for path in stale:
             path.unlink(missing_ok=True)
+        for path in self.root.rglob(f"*{LOCK_SUFFIX}"):
+            name = str(path.relative_to(self.root))
+            holder = self._read_if_there(name)
+            if holder is None or not _is_stale(holder, _age_s(path)):
+                continue
+            if self._read_if_there(name) == holder:  # nobody has taken it over
+                path.unlink(missing_ok=True)
+                stale.append(path)
         return sorted(str(path.relative_to(self.root)) for path in stale)
+
+
+def _age_s(path: Path) -> float:
+    try:
+        return time.time() - path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def _require_range(name: str, offset: int, nbytes: int) -> None:
@@ -224,18 +352,90 @@ def _require_range(name: str, offset: int, nbytes: int) -> None:
         raise CacheError(f"{nbytes} bytes from {offset} are no bytes of {name}.")
 
 
-def _writer_tag() -> str:
-    return f"{platform.node()}~{os.getpid()}~{uuid.uuid4().hex[:8]}"
+@dataclass(frozen=True)
+class _Process:
+    """Who holds a lock or writes a file. `machine` tells containers apart that share a host's name."""
+
+    node: str
+    machine: str
+    pid: int
+    started: int
+
+    @classmethod
+    def this(cls) -> Self:
+        return cls(platform.node(), _machine(), os.getpid(), _running_since(os.getpid()) or 0)
+
+    @classmethod
+    def of(cls, tag: str) -> Self:
+        """Raises `ValueError` for what is no tag."""
+        node, machine, pid, started, _ = tag.rsplit("~", 4)
+        return cls(node, machine, int(pid), int(started))
+
+    def tag(self) -> str:
+        return f"{self.node}~{self.machine}~{self.pid}~{self.started}~{uuid.uuid4().hex[:8]}"
+
+    def is_alive(self) -> bool | None:
+        """None where that cannot be told from here: on another machine, or in another container."""
+        if not self.machine or self.machine != _machine():
+            return None
+        return _running_since(self.pid) == self.started  # a later process may have its number
+
+
+@cache
+def _machine() -> str:
+    """This boot of this machine, and the namespace that its process numbers are of; "" where not known."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+        return xxhash.xxh3_64_hexdigest(f"{boot}{Path('/proc/self/ns/pid').readlink()}".encode())
+    except OSError:
+        return ""
+
+
+def _running_since(pid: int) -> int | None:
+    """Clock ticks from boot to the start of a process, or None for one that has ended (`proc(5)`)."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    state, *fields = text.rpartition(")")[2].split()  # the name before it may hold anything
+    return None if state in "ZX" else int(fields[18])
+
+
+def _temporary(target: Path) -> Path:
+    return target.with_name(f"{target.name}.{_Process.this().tag()}{TEMPORARY_SUFFIX}")
+
+
+def _is_stale(holder: bytes, unchanged_s: float) -> bool:
+    """Whether the process that noted itself here has died, or been silent elsewhere for too long.
+
+    `unchanged_s`: for how long the lock has been seen like this. It may still be being written.
+    """
+    try:
+        tag, _, since = holder.decode().rpartition("~")
+        alive = _Process.of(tag).is_alive()
+        return time.time() - float(since) > _LOCK_TIMEOUT_S if alive is None else not alive
+    except ValueError:
+        return unchanged_s > _LOCK_IS_WRITTEN_WITHIN_S
+
+
+def _describe(holder: bytes | None) -> str:
+    try:
+        process = _Process.of((holder or b"").decode().rpartition("~")[0])
+    except ValueError:
+        return "an unknown process"
+    return f"process {process.pid} on {process.node}"
 
 
 def _may_be_alive(temporary: Path) -> bool:
     """Whether the process that writes this file may still run: it does here, or wrote elsewhere lately."""
+    name = temporary.name.removesuffix(TEMPORARY_SUFFIX)
     try:
-        tag = temporary.name.removesuffix(TEMPORARY_SUFFIX).split("~")
-        if tag[0].endswith(f".{platform.node()}"):
-            return Path(f"/proc/{int(tag[1])}").exists()
-        return time.time() - temporary.stat().st_mtime < _REMOTE_WRITER_TIMEOUT_S
-    except (FileNotFoundError, IndexError, ValueError):
+        alive = _Process.of(name).is_alive()
+    except ValueError:
+        alive = None
+    try:
+        return time.time() - temporary.stat().st_mtime < _REMOTE_WRITER_TIMEOUT_S if alive is None else alive
+    except FileNotFoundError:
         return False
 
 
@@ -282,8 +482,22 @@ class RemoteStorage(Storage):
             raise
         return data
 
+    def read_ranges(self, names: Sequence[str], offsets: Sequence[int], nbytes: int) -> list[bytes]:
+        paths = [self._path(name) for name in names]
+        data: list[bytes] = self.filesystem.cat_ranges(
+            paths, list(offsets), [offset + nbytes for offset in offsets], on_error="raise"
+        )
+        return data
+
     def write(self, name: str, data: Buffer) -> None:
         self.filesystem.pipe_file(self._path(name), bytes(data))  # one PUT, where open_write makes several
+
+    def write_new(self, name: str, data: bytes) -> bool:
+        try:
+            self.filesystem.pipe_file(self._path(name), data, mode="create")
+        except FileExistsError:
+            return False
+        return True
 
     @contextmanager
     def open_write(self, name: str) -> Iterator[ChecksumWriter]:
@@ -293,7 +507,8 @@ class RemoteStorage(Storage):
             file.close()
         except BaseException:
             file.discard()
-            file.closed = True  # or it would be flushed when it is collected
+            if isinstance(file, AbstractBufferedFile):
+                file.closed = True  # or it would be flushed when it is collected
             raise
         file.commit()
 
@@ -320,6 +535,11 @@ class RemoteStorage(Storage):
                 if entry["type"] == "file" and entry["name"] != path:
                     yield entry["name"].removeprefix(f"{self._root}/"), entry["size"]
             pending += [entry["name"] for entry in reversed(listed) if entry["type"] == "directory"]
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        """Bytes of every file below `folder` by name, in few requests where the store lists deep folders."""
+        found = self.filesystem.find(self._path(folder), detail=True)
+        return {path.removeprefix(f"{self._root}/"): int(entry["size"]) for path, entry in found.items()}
 
     def remove(self, name: str) -> None:
         try:

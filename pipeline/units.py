@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
+from pipeline.errors import RecipeError
+
+_BYTES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 10**15}
+
 
 def human_bytes(count: float) -> str:
     """1234567 → "1.23 MB" (decimal units, three significant digits)."""
@@ -17,3 +23,12 @@ def human_seconds(seconds: float) -> str:
         if seconds >= size:
             return f"{seconds / size:.3g} {unit}"
     return f"{seconds:.3g} s"
+
+
+def parse_bytes(text: str) -> int:
+    """ "6TB", "500 GB", "4.5e12" → bytes (decimal units). Raises `RecipeError`."""
+    match = re.fullmatch(r"\s*([0-9.]+(?:E\+?[0-9]+)?)\s*([KMGTP]?)B?\s*", text.upper())
+    try:
+        return int(float(match[1]) * _BYTES[match[2]]) if match else int(text)
+    except (ValueError, OverflowError):
+        raise RecipeError("This is no number of bytes.", got=repr(text), expected="such as 6TB") from None

@@ -8,8 +8,10 @@ pixels, for the teacher (at its input size) and for the student (at the view's o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +22,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
+from pipeline.errors import CacheError
+from pipeline.limits import MAX_SIDE
 from pipeline.spec import Size, ViewPolicy
 
 VIEW_SCHEMA = pa.schema(
@@ -43,8 +47,18 @@ VIEW_SCHEMA = pa.schema(
 _CROP_ATTEMPTS = 10  # as torchvision's RandomResizedCrop, before it falls back to a centre crop
 _DRAWS_PER_VIEW = 2 * _CROP_ATTEMPTS + 3
 _BLOCK_SAMPLES = 1 << 16
+_MAX_PIXEL, _MIN_PIXELS, _MAX_FACTOR = 1e7, 1e-3, 1e3  # what a view table may ask for
+_PIXEL_TOLERANCE = 1e-3  # of a rendered pixel: boxes are stored as float32
+
+PADDING = (124, 116, 104)
+"""The colour outside the image: ImageNet's mean, which normalisation takes to about zero."""
+
+# (low, high, what changes nothing) of brightness, contrast, saturation and hue, after the multi-task
+# community's PhotoMetricDistortion: ±32 is a quarter of mid-grey, ±18 of OpenCV's 180 hues is ±0.1.
+_JITTER = ((0.75, 1.25, 1.0), (0.5, 1.5, 1.0), (0.5, 1.5, 1.0), (-0.1, 0.1, 0.0))
 
 Floats = NDArray[np.float64]
+Indices = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -52,8 +66,8 @@ class View:
     """One view of one sample.
 
     `box` is (left, top, right, bottom) in pixels of the decoded source image, EXIF orientation
-    applied. `size` is (height, width) of the student's input. Jitter factors as in torchvision:
-    1 keeps brightness, contrast and saturation, 0 keeps the hue.
+    applied; what it holds outside the image is padding. `size` is (height, width) of the student's input.
+    Jitter factors as in torchvision: 1 keeps brightness, contrast and saturation, 0 keeps the hue.
     """
 
     box: tuple[float, float, float, float]
@@ -64,17 +78,33 @@ class View:
     saturation: float = 1.0
     hue: float = 0.0
 
+    @property
+    def magnification(self) -> float:
+        """Pixels of the student's input per source pixel, the geometric mean of both axes."""
+        left, top, right, bottom = self.box
+        return float(np.sqrt(self.size[0] / (bottom - top) * self.size[1] / (right - left)))
+
 
 def render_view(image: Image.Image, view: View, size: Size | None = None) -> Tensor:
     """The pixels of a view: uint8 (3, height, width), at `size` or else at the view's own size.
 
     Pillow's bicubic filter with antialiasing, straight from the source pixels; its 8-bit arithmetic
-    is integer, so the same Pillow version gives the same bits on every machine.
+    is integer, so the same Pillow version gives the same bits on every machine. Pixels that do not lie
+    in the image as a whole are `PADDING`, whatever the jitter.
+
+    Raises `CacheError` for a view that nobody drew.
     """
     height, width = size or view.size
-    crop = image.resize((width, height), Image.Resampling.BICUBIC, box=view.box)
-    if view.flip:
-        crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    factors = view.brightness, view.contrast, view.saturation
+    sound = all(1 <= side <= MAX_SIDE for side in (height, width))
+    if not (sound and all(0 <= factor <= _MAX_FACTOR for factor in factors) and abs(view.hue) <= 0.5):
+        raise _impossible(view)
+    left, top, right, bottom = view.box
+    columns, rows = _seen(left, right, image.width, width), _seen(top, bottom, image.height, height)
+    if columns.pixels < 1 or rows.pixels < 1:
+        return torch.tensor(PADDING, dtype=torch.uint8)[:, None, None].expand(3, height, width).contiguous()
+    box = columns.start, rows.start, columns.end, rows.end
+    crop = image.resize((columns.pixels, rows.pixels), Image.Resampling.BICUBIC, box=box)
     if view.brightness != 1:
         crop = F.adjust_brightness(crop, view.brightness)
     if view.contrast != 1:
@@ -83,7 +113,66 @@ def render_view(image: Image.Image, view: View, size: Size | None = None) -> Ten
         crop = F.adjust_saturation(crop, view.saturation)
     if view.hue != 0:
         crop = F.adjust_hue(crop, view.hue)
+    if crop.size != (width, height):
+        canvas = Image.new("RGB", (width, height), PADDING)
+        canvas.paste(crop, (columns.first, rows.first))
+        crop = canvas
+    if view.flip:
+        crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return torch.from_numpy(np.array(crop)).permute(2, 0, 1).contiguous()
+
+
+def source_pixels(view: View, image_size: Size, size: Size | None = None) -> tuple[Indices, Indices]:
+    """The source row of every rendered row, and the source column of every column; -1 where it is padding.
+
+    The pixel in which the rendered pixel's centre lies, so `labels[rows][:, columns]` are labels of
+    `render_view`'s pixels by nearest neighbour. `image_size` is (height, width) of the source.
+    """
+    height, width = size or view.size
+    left, top, right, bottom = view.box
+    rows = _nearest(top, bottom, image_size[0], height)
+    columns = _nearest(left, right, image_size[1], width)
+    return rows, columns[::-1] if view.flip else columns
+
+
+def _impossible(got: object) -> CacheError:
+    """Views come from files we read."""
+    return CacheError(
+        "A view cannot be rendered.",
+        got=got,
+        expected="a box with an area, a size in pixels and factors, all finite, as the build drew them",
+        do="run `teachercache repair` on the cache; it draws the view table again",
+    )
+
+
+class _Seen(NamedTuple):
+    """`pixels` rendered pixels from `first` on show the source from `start` to `end`."""
+
+    first: int
+    pixels: int
+    start: float
+    end: float
+
+
+def _seen(low: float, high: float, source: int, rendered: int) -> _Seen:
+    """Along one axis: which rendered pixels lie in an image `source` pixels long, and what they show."""
+    if not (abs(low) <= _MAX_PIXEL and abs(high) <= _MAX_PIXEL and high - low >= _MIN_PIXELS):
+        raise _impossible((low, high))
+    step = (high - low) / rendered
+    first = max(0, math.ceil(-low / step - _PIXEL_TOLERANCE))
+    last = min(rendered, math.floor((source - low) / step + _PIXEL_TOLERANCE))
+    start = low + first * step if first else low
+    end = low + last * step if last < rendered else high
+    return _Seen(first, last - first, max(0.0, start), min(float(source), end))
+
+
+def _nearest(low: float, high: float, source: int, rendered: int) -> Indices:
+    seen = _seen(low, high, source, rendered)
+    centres = low + (np.arange(rendered) + 0.5) * (high - low) / rendered
+    indices = np.clip(np.floor(centres), 0, source - 1).astype(np.int64)
+    indices[: seen.first] = -1
+    indices[max(seen.first + seen.pixels, 0) :] = -1
+    return indices
 
 
 def draw_view(policy: ViewPolicy, sample_key: str, width: int, height: int, view_index: int) -> View:
@@ -132,22 +221,28 @@ def _draw_block(
 ) -> pa.RecordBatch:
     shape = (len(sample_keys), len(views))
     width, height = (np.broadcast_to(side[:, None], shape) for side in (widths, heights))
+    uniforms = _uniforms(policy.seed, sample_keys, views)
+    flip = uniforms[..., -1] < policy.flip_probability
+    jitter = [np.full(shape, neutral) for _, _, neutral in _JITTER]
     if policy.policy == "imagenet_eval":
         left, top, right, bottom = _centre_crop(policy, width, height)
-        flip = np.zeros(shape, bool)
+    elif policy.policy == "multitask_eval":
+        left, top, right, bottom = _whole_image(policy, width, height)
+    elif policy.policy == "multitask_train":
+        left, top, right, bottom = _magnified_crop(policy, width, height, uniforms)
+        jitter = _draw_jitter(policy, uniforms)
     else:
-        uniforms = _uniforms(policy.seed, sample_keys, views)
         left, top, right, bottom = _random_resized_crop(policy, width, height, uniforms)
-        flip = uniforms[..., -1] < policy.flip_probability
+    if policy.policy in ("imagenet_eval", "multitask_eval"):
+        flip = np.zeros(shape, bool)
     count = left.size
-    ones, zeros = np.ones(count, np.float32), np.zeros(count, np.float32)
     samples = np.arange(first_sample, first_sample + shape[0])
     columns = [
         np.repeat(samples, shape[1]),
         np.tile(views.astype(np.int32), shape[0]),
         *(side.astype(np.float32).ravel() for side in (left, top, right, bottom)),
         flip.ravel(),
-        *(ones, ones, ones, zeros),
+        *(factor.astype(np.float32).ravel() for factor in jitter),
         np.full(count, policy.size[0], np.int32),
         np.full(count, policy.size[1], np.int32),
     ]
@@ -189,6 +284,45 @@ def _centre_crop(policy: ViewPolicy, width: Floats, height: Floats) -> tuple[Flo
     w, h = out_width * source_per_output, out_height * source_per_output
     left, top = (width - w) / 2, (height - h) / 2
     return left, top, left + w, top + h
+
+
+def _magnified_crop(
+    policy: ViewPolicy, width: Floats, height: Floats, uniforms: Floats
+) -> tuple[Floats, Floats, Floats, Floats]:
+    """A window of the view's size in the image magnified by `scale`, whose sides keep their ratio."""
+    magnification = _between(uniforms[..., 0], *policy.scale)
+    left, right = _window(width, policy.size[1], magnification, uniforms[..., 1])
+    top, bottom = _window(height, policy.size[0], magnification, uniforms[..., 2])
+    return left, top, right, bottom
+
+
+def _whole_image(policy: ViewPolicy, width: Floats, height: Floats) -> tuple[Floats, Floats, Floats, Floats]:
+    """All of the image amid padding, as it is or, where it would not fit, shrunk so that it does."""
+    out_height, out_width = policy.size
+    known_width, known_height = np.maximum(width, 1), np.maximum(height, 1)
+    shrink = np.minimum(np.minimum(out_width / known_width, out_height / known_height), 1)
+    left, right = _window(width, out_width, shrink, np.zeros_like(width))
+    top, bottom = _window(height, out_height, shrink, np.zeros_like(height))
+    return left, top, right, bottom
+
+
+def _window(side: Floats, out: int, magnification: Floats, uniform: Floats) -> tuple[Floats, Floats]:
+    """Where `out` pixels of the magnified axis lie in source pixels; a shorter axis lies amid padding."""
+    spare = np.floor(side * magnification + _PIXEL_TOLERANCE) - out
+    offset = np.where(spare >= 0, np.floor(uniform * (spare + 1)), -np.floor(-spare / 2))
+    known = side > 0
+    return known * offset / magnification, known * (offset + out) / magnification
+
+
+def _draw_jitter(policy: ViewPolicy, uniforms: Floats) -> list[Floats]:
+    """Brightness, contrast, saturation and hue of each view."""
+    used = uniforms[..., 3 : 3 + 2 * len(_JITTER)]
+    return [
+        np.where(
+            used[..., 2 * i] < policy.jitter_probability, _between(used[..., 2 * i + 1], low, high), neutral
+        )
+        for i, (low, high, neutral) in enumerate(_JITTER)
+    ]
 
 
 def _between(uniform: Floats, low: float, high: float) -> Floats:

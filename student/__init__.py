@@ -10,19 +10,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from typing import Any
 
 from pipeline.spec import Size
+from student.amalgam import Amalgam
 from student.base import Student, StudentOutput, find_saved, read_config, require_known
 from student.sak.model import SAK
 from student.sak.transfer import load_stage_1
 
-_KINDS: dict[str, type[SAK]] = {SAK.kind: SAK}
+_KINDS: dict[str, Any] = {SAK.kind: SAK, Amalgam.kind: Amalgam}
 
 
 def build_student(
     kind: str,
     *,
-    stem: str,
+    stem: str | None,
     teacher_dims: Mapping[str, int],
     image_size: Size,
     tasks: Mapping[str, int] | None = None,
@@ -32,9 +34,10 @@ def build_student(
     decoder: str = "simple",
     adapter_paths: bool = True,
 ) -> Student:
-    """A new student of `kind` ("sak").
+    """A new student of `kind`: "sak", or "amalgam" for tasks on the features of teachers alone.
 
-    `stem`: name of a timm ViT, `pretrained` its weights. `teacher_dims`: name → channels of each teacher.
+    `stem`: name of a timm ViT, `pretrained` its weights; None for an amalgam without one.
+    `teacher_dims`: name → channels of each teacher.
     `image_size`: (height, width) in pixels. `reduction`: width of the stem / width inside an adapter.
     `adapter_paths`: False for the baseline with linear aligners only.
     `tasks`: name → output channels; none for stage 1. `fusion`: how a task makes one of the stem's and the
@@ -42,28 +45,21 @@ def build_student(
     Raises `RecipeError` for arguments that cannot work, `WeightsNotFoundError` when the stem's weights
     cannot be had.
     """
-    return _class(kind)(
-        stem,
-        teacher_dims,
-        image_size,
-        reduction=reduction,
-        pretrained=pretrained,
-        tasks=tasks,
-        fusion=fusion,
-        decoder=decoder,
-        adapter_paths=adapter_paths,
-    )
+    require_known("student", kind, _KINDS)
+    arguments: dict[str, Any] = {"pretrained": pretrained, "fusion": fusion, "decoder": decoder}
+    if kind == SAK.kind:
+        arguments |= {"reduction": reduction, "adapter_paths": adapter_paths}
+    student: Student = _KINDS[kind](stem, teacher_dims, image_size, tasks=tasks or {}, **arguments)
+    return student
 
 
 def load_student(source: str | os.PathLike[str], revision: str | None = None) -> Student:
     """A student of any kind, from a folder or from the Hugging Face Hub; see `Student.from_pretrained`."""
     folder = find_saved(source, revision)
-    return _class(str(read_config(folder).get("kind"))).from_pretrained(folder)
-
-
-def _class(kind: str) -> type[SAK]:
+    kind = str(read_config(folder).get("kind"))
     require_known("student", kind, _KINDS)
-    return _KINDS[kind]
+    student: Student = _KINDS[kind].from_pretrained(folder)
+    return student
 
 
-__all__ = ["SAK", "Student", "StudentOutput", "build_student", "load_stage_1", "load_student"]
+__all__ = ["SAK", "Amalgam", "Student", "StudentOutput", "build_student", "load_stage_1", "load_student"]

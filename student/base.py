@@ -51,6 +51,7 @@ class Student(nn.Module, ABC):
     """
 
     kind: ClassVar[str]
+    reads_features: ClassVar[bool] = False  # whether `forward` takes the teachers' features beside pixels
     mean: Tensor
     std: Tensor
 
@@ -80,10 +81,15 @@ class Student(nn.Module, ABC):
 
     @abstractmethod
     def forward(
-        self, pixels_B3HW: Tensor, full: bool = False
+        self, pixels_B3HW: Tensor, full: bool = False, maps: bool = True
     ) -> dict[str, list[Tensor]] | dict[str, Tensor] | StudentOutput:
         """Normalised pixels → what the student is for: the predictions, or, where it has no tasks, the
-        feature maps; with `full` a `StudentOutput` of all."""
+        feature maps; with `full` a `StudentOutput` of all, its feature maps left out without `maps`."""
+
+    @property
+    @abstractmethod
+    def experts(self) -> list[str]:
+        """What the gates weigh, in their order."""
 
     def freeze(self, *parts: str) -> None:
         """Exclude parts from training, each named as a submodule: "stem", "paths", "paths.clip", …
@@ -101,6 +107,10 @@ class Student(nn.Module, ABC):
                     do=f"did you mean {near[0]}?" if near else None,
                 )
             modules[part].requires_grad_(False)
+
+    @abstractmethod
+    def keep_levels(self, teacher: str, count: int) -> None:
+        """Exclude from training what distillation alone needs for other levels than the last `count`."""
 
     @abstractmethod
     def parameters_by_part(self) -> dict[str, int]:

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import math
 import signal
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -24,6 +22,7 @@ from torch.optim import Optimizer
 
 from pipeline.errors import TrainingError
 from pipeline.loader import Batch
+from pipeline.stop_request import StopRequest
 from student.checkpoint import save_checkpoint
 from student.recipe import TrainRecipe
 from student.run_log import RunLog
@@ -74,7 +73,7 @@ class TrainingLoop:
         result = LoopResult(next_step=first_step)
         images_per_step = self._recipe.images_per_step(self._accelerator.num_processes)
         self._model.train()
-        with StopRequest() as stop:
+        with StopRequest(signal.SIGTERM) as stop:  # heard of by every process in the same step
             while result.next_step < total_steps and not result.interrupted:
                 step, started = result.next_step, time.perf_counter()
                 values = self._step(step, batches, stop)
@@ -131,28 +130,6 @@ class TrainingLoop:
             folder, keep = self._recipe.checkpoint_folder, self._recipe.keep_checkpoints
             save_checkpoint(folder, step, model, self._optimizer, self._run, keep)
         self._accelerator.wait_for_everyone()
-
-
-class StopRequest:
-    """Notes SIGTERM, the sign of a scheduler that is about to end the job, instead of dying of it.
-
-    It travels with the logged values, so every process hears of it in the same step.
-    """
-
-    requested = False
-
-    def __enter__(self) -> StopRequest:
-        self._handles = threading.current_thread() is threading.main_thread()
-        if self._handles:
-            self._previous = signal.signal(signal.SIGTERM, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._handles:
-            signal.signal(signal.SIGTERM, self._previous)
-
-    def _note(self, _number: int, _frame: FrameType | None) -> None:
-        self.requested = True
 
 
 def step_seed(*position: int) -> int:

@@ -12,20 +12,55 @@ from pydantic import Field, field_validator, model_validator
 from pipeline.errors import RecipeError
 from pipeline.spec import Strict
 from student.losses import CosineKind, DistanceKind
+from student.sak.task_decoder import Fusion
 
 
 class StudentRecipe(Strict):
-    """`build_student`'s arguments; the cache gives the others."""
+    """`build_student`'s arguments (the cache and the data set give the others), and how it is trained.
 
-    kind: Literal["sak"] = "sak"
-    stem: str = "vit_base_patch16_384"
+    `kind: amalgam` learns tasks on the teachers' features themselves (SAK, Tables 12 and 19), with a `stem`
+    beside them or null.
+
+    `init_from`: a saved student. With tasks, this one starts with its stem and paths; without, it goes on
+    itself, with a new path for each teacher of the cache that it does not have (SAK, D.4).
+    `freeze`: parts that are not trained, such as `stem` and `paths` ("Freeze" of Table 12).
+    `lora_rank`: train the stem by updates of this rank, itself frozen.
+    """
+
+    kind: Literal["sak", "amalgam"] = "sak"
+    stem: str | None = "vit_base_patch16_384"
     pretrained: bool = True
     reduction: int = Field(4, ge=1)
+    adapter_paths: bool = True
+    fusion: Fusion = "mor"
+    decoder: Literal["simple", "upernet"] = "simple"
+    init_from: str | None = None
+    freeze: tuple[str, ...] = ()
+    lora_rank: int | None = Field(None, ge=1)
+
+
+class DatasetRecipe(Strict):
+    """A data set with labels, in the folder `root` (docs/datasets.md says how it is laid out there)."""
+
+    kind: Literal["pascal_context", "nyud", "scenes"]
+    root: str
+    split: str = "train"
+
+
+class MultiTaskRecipe(Strict):
+    """Stage 2: the data set whose labels are learnt, `tasks` of it (null: all), and the weights of their
+    losses where they are not those of SAK, B.5. The cache must hold views of the data set's images."""
+
+    dataset: DatasetRecipe
+    tasks: tuple[str, ...] | None = None
+    weights: dict[str, float] = Field({})
 
 
 class DistillationRecipe(Strict):
-    """`DistillationLoss`'s arguments."""
+    """`DistillationLoss`'s arguments, and its `weight` in the sum with the tasks' losses (γ of SAK, Eq. 6):
+    0 leaves the features unread."""
 
+    weight: float = Field(1.0, ge=0)
     cosine: CosineKind = "flattened"
     cosine_weight: float = Field(0.9, ge=0)
     distance: DistanceKind = "smooth_l1"
@@ -43,12 +78,14 @@ class OptimizerRecipe(Strict):
 
 
 class ScheduleRecipe(Strict):
-    """Length of the run and of its warm-up, in epochs or in optimizer steps.
+    """Length of the run and of its warm-up, in epochs or in optimizer steps, and how the learning rate
+    falls after it: `cosine`, or `poly`, the power .9 of what is left.
 
-    Where both `epochs` and `max_steps` are given, the shorter ends the run and the cosine with it.
+    Where both `epochs` and `max_steps` are given, the shorter ends the run and the schedule with it.
     `final_lr` is that of the authors' code; the paper does not give it.
     """
 
+    kind: Literal["cosine", "poly"] = "cosine"
     epochs: float | None = Field(None, gt=0)
     max_steps: int | None = Field(None, ge=1)
     warmup_epochs: float = Field(0, ge=0)
@@ -88,10 +125,12 @@ class LoaderRecipe(Strict):
 
 
 class TrainRecipe(Strict):
-    """A distillation run. `cache` decides the views and their size, and so the student's input.
+    """A training run: distillation alone (stage 1), or with `multitask` beside the labels of a data set
+    (stage 2). `cache` decides the views and their size, and so the student's input.
 
     `images`: where the source images are now, if they moved since the cache was built. `teachers`: null
-    for all of the cache's. `features: online` runs the teachers instead of reading their features.
+    for all of the cache's; none ([]) trains on labels alone. `features: online` runs the teachers instead
+    of reading their features.
     """
 
     cache: str
@@ -101,6 +140,7 @@ class TrainRecipe(Strict):
     teachers: tuple[str, ...] | None = None
     student: StudentRecipe = StudentRecipe()
     distillation: DistillationRecipe = DistillationRecipe()
+    multitask: MultiTaskRecipe | None = None
     optimizer: OptimizerRecipe = OptimizerRecipe()
     schedule: ScheduleRecipe
     batch_size_per_process: int = Field(16, ge=1)
@@ -112,6 +152,7 @@ class TrainRecipe(Strict):
     checkpoint_every_steps: int = Field(1000, ge=1)
     keep_checkpoints: int = Field(2, ge=1)
     log_every_steps: int = Field(50, ge=1)
+    picture_every_steps: int = Field(1000, ge=0)
     loader: LoaderRecipe = LoaderRecipe()
 
     @field_validator("mixed_precision", mode="before")
@@ -123,9 +164,17 @@ class TrainRecipe(Strict):
     def _check(self) -> Self:
         if self.features == "hybrid":
             raise ValueError("features: hybrid is not there yet; choose cached or online")
-        if self.teachers is not None and not self.teachers:
-            raise ValueError("teachers must be null (all of the cache's) or name at least one")
+        if self.multitask is None and not self.distills:
+            raise ValueError("without multitask, at least one teacher and distillation.weight > 0 are needed")
+        if self.student.kind == "amalgam" and (self.distills or self.multitask is None):
+            raise ValueError("an amalgam has nothing to distil: set multitask and distillation.weight=0")
+        if self.student.kind == "amalgam" and self.student.init_from:
+            raise ValueError("an amalgam starts from its stem's own weights: set student.init_from=null")
         return self
+
+    @property
+    def distills(self) -> bool:
+        return self.distillation.weight > 0 and self.teachers != ()
 
     @property
     def checkpoint_folder(self) -> Path:
@@ -136,18 +185,20 @@ class TrainRecipe(Strict):
         return self.batch_size_per_process * self.gradient_accumulation_steps * num_processes
 
 
-_PLACES_AND_SPEED = {
-    "cache",
-    "images",
-    "output",
-    "teachers",
-    "resume",
-    "checkpoint_every_steps",
-    "keep_checkpoints",
-    "log_every_steps",
-    "loader",
-    "batch_size_per_process",
-    "gradient_accumulation_steps",
+_PLACES_AND_SPEED: dict[str, Any] = {
+    "cache": True,
+    "images": True,
+    "output": True,
+    "teachers": True,
+    "multitask": {"dataset": {"root"}},
+    "resume": True,
+    "checkpoint_every_steps": True,
+    "keep_checkpoints": True,
+    "log_every_steps": True,
+    "picture_every_steps": True,
+    "loader": True,
+    "batch_size_per_process": True,
+    "gradient_accumulation_steps": True,
 }
 
 

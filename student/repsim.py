@@ -57,10 +57,11 @@ def representation_similarity(
     with FeatureLoader(cache, sampler, names, threads=threads) as loader:
         for batch in loader:
             images_B3HW = batch.renders[student.image_size][:left].to(device)
-            maps = student(student.normalize(images_B3HW))
+            maps = student(student.normalize(images_B3HW), full=True).feature_maps
             for name in names:
                 targets_BSHWC = batch.features[name].decode(device)[:left]
-                cosines_BS[name].append(token_cosines(maps[name], targets_BSHWC))
+                levels = maps[name][-targets_BSHWC.shape[1] :]  # a teacher of fewer stands beside the last
+                cosines_BS[name].append(token_cosines(levels, targets_BSHWC))
             left -= len(images_B3HW)
             if not left:
                 break

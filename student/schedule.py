@@ -14,3 +14,17 @@ def cosine_with_warmup(step: int, *, peak: float, final: float, warmup_steps: in
         return peak * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
     return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def polynomial(step: int, *, peak: float, final: float, warmup_steps: int, total_steps: int) -> float:
+    """Learning rate of optimizer step `step` (from 0): linear to `peak`, then (1 - t)^0.9 towards `final`.
+
+    The "poly" of dense prediction, with the power of DeepLab and of the authors' code.
+    """
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return final + (peak - final) * float((1 - min(progress, 1.0)) ** 0.9)
+
+
+SCHEDULES = {"cosine": cosine_with_warmup, "poly": polynomial}

@@ -1,4 +1,4 @@
-"""Stage 1: distil a student from a cache (SAK, 3.4).
+"""Train a student from a cache: stage 1, distillation alone, and stage 2, with tasks (SAK, 3.4).
 
 `train(recipe)` is what every process runs, under `accelerate launch`, `torchrun` or alone. It reads the
 cache, never a teacher, unless the recipe says `features: online`.
@@ -6,7 +6,7 @@ cache, never a teacher, unless the recipe says `features: online`.
     <output>/checkpoints/   to continue from; running the same command again does
     <output>/metrics.jsonl  one line for each step
     <output>/tensorboard/   the same, as means
-    <output>/student/       the finished student, for `student.load_student`
+    <output>/student/       the finished student with its model card, for `student.load_student`
 """
 
 from __future__ import annotations
@@ -20,23 +20,30 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import ProjectConfiguration
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import AdamW
 
 from pipeline.cache import FeatureCache
 from pipeline.errors import CheckpointError, RecipeError
-from pipeline.loader import Batch, FeatureLoader
+from pipeline.loader import FeatureLoader
 from pipeline.sampler import ShardShuffleSampler
-from student import Student, build_student
+from student import SAK, Student, build_student, load_stage_1
 from student.base import NUM_LEVELS
 from student.checkpoint import load_checkpoint, newest_checkpoint
 from student.loop import TrainingLoop
+from student.lora import add_lora
 from student.losses import DistillationLoss
+from student.objectives import Objective
 from student.recipe import TrainRecipe, run_identity
 from student.run_log import RunLog
-from student.schedule import cosine_with_warmup
+from student.run_pictures import RunPictures
+from student.sak.transfer import grown_student
+from student.schedule import SCHEDULES
+from student.sharing import write_model_card
 from student.targets import CachedTargets, OnlineTargets, TargetSource
-from student.timing import StageTimer, bottleneck
+from student.task_losses import MultiTaskLoss
+from student.timing import bottleneck
+from student.view_labels import ViewLabels
 
 
 @dataclass(frozen=True)
@@ -70,9 +77,10 @@ def train(recipe: TrainRecipe) -> TrainResult:
     accelerator = accelerator_for(recipe)
     cache = FeatureCache.open(recipe.cache, images=recipe.images)
     teachers = cache.check_teachers(recipe.teachers)
+    tasks = ViewLabels(recipe.multitask, cache) if recipe.multitask else None
     sampler = ShardShuffleSampler(
         cache,
-        teachers,
+        teachers or None,
         batch_size_per_process=recipe.batch_size_per_process,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
@@ -83,7 +91,9 @@ def train(recipe: TrainRecipe) -> TrainResult:
     total_steps, warmup_steps = recipe.schedule.steps(sampler.num_samples / images_per_step)
 
     torch.manual_seed(recipe.seed)
-    student = _build(recipe, cache, teachers)
+    student = _build(recipe, cache, teachers, tasks)
+    if accelerator.device.type == "cuda" and accelerator.num_processes > 1:
+        student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
     targets = _targets(recipe, cache, teachers, accelerator.device)
     optimizer = AdamW(
         [parameter for parameter in student.parameters() if parameter.requires_grad],
@@ -107,9 +117,9 @@ def train(recipe: TrainRecipe) -> TrainResult:
         recipe,
         model,
         optimizer,
-        Distillation(recipe, model, student, targets),
+        _objective(recipe, model, student, targets, tasks),
         partial(
-            cosine_with_warmup,
+            SCHEDULES[recipe.schedule.kind],
             peak=recipe.optimizer.lr,
             final=recipe.schedule.final_lr,
             warmup_steps=warmup_steps,
@@ -123,12 +133,15 @@ def train(recipe: TrainRecipe) -> TrainResult:
         first_step=first_step,
         total_steps=total_steps,
         every_steps=recipe.log_every_steps,
+        pictures=RunPictures(cache, teachers if recipe.distills else [], student).draw,
+        picture_every_steps=recipe.picture_every_steps,
     )
     loader = FeatureLoader(
         cache,
         sampler,
         teachers,
-        features=targets.reads_features,
+        features=(recipe.distills or student.reads_features) and targets.reads_features,
+        labels=tasks,
         extra_sizes=targets.extra_sizes,
         start_step=first_step * recipe.gradient_accumulation_steps,
         threads=recipe.loader.threads,
@@ -141,6 +154,7 @@ def train(recipe: TrainRecipe) -> TrainResult:
     accelerator.print(verdict)
     if not done.interrupted and accelerator.is_main_process:
         student.save_pretrained(output / "student")
+        write_model_card(output / "student", student, recipe, cache, done.next_step, done.last_loss)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return TrainResult(
@@ -151,33 +165,6 @@ def train(recipe: TrainRecipe) -> TrainResult:
         images_per_s=done.steps * images_per_step / done.wall_s if done.steps else 0.0,
         bottleneck=verdict,
     )
-
-
-class Distillation:
-    """The objective of stage 1: the student's feature maps against the teachers'."""
-
-    def __init__(
-        self, recipe: TrainRecipe, model: nn.Module, student: Student, targets: TargetSource
-    ) -> None:
-        """`model` is `student` as accelerate wrapped it."""
-        self._model = model
-        self._student = student
-        self._targets = targets
-        self._loss = DistillationLoss(**recipe.distillation.model_dump())
-
-    def __call__(self, batch: Batch, timer: StageTimer) -> tuple[Tensor, dict[str, Tensor]]:
-        with timer.stage("targets"):
-            targets = self._targets(batch)
-        with timer.stage("forward"):
-            images = batch.renders[self._student.image_size].to(self._student.mean.device, non_blocking=True)
-            output = self._loss(self._model(self._student.normalize(images)), targets)
-        terms = {"loss": output.levels, "cosine": output.cosine, self._loss.distance: output.distance}
-        return output.total, {
-            f"{term}/{teacher}/level{level}": value
-            for term, by_teacher in terms.items()
-            for teacher, values in by_teacher.items()
-            for level, value in enumerate(values)
-        }
 
 
 def accelerator_for(recipe: TrainRecipe) -> Accelerator:
@@ -193,11 +180,46 @@ def accelerator_for(recipe: TrainRecipe) -> Accelerator:
     )
 
 
-def _build(recipe: TrainRecipe, cache: FeatureCache, teachers: list[str]) -> Student:
-    return build_student(
-        **recipe.student.model_dump(),
-        teacher_dims={name: cache.spec.teachers[name].width for name in teachers},
-        image_size=cache.spec.views.size,
+def _build(
+    recipe: TrainRecipe, cache: FeatureCache, teachers: list[str], tasks: ViewLabels | None
+) -> Student:
+    """The student, with `requires_grad` exactly where it learns."""
+    wanted, image_size = recipe.student, cache.spec.views.size
+    widths = {name: cache.spec.teachers[name].width for name in teachers}
+    if wanted.init_from and tasks is None:
+        student: Student = grown_student(wanted.init_from, widths, image_size)
+    else:
+        arguments = wanted.model_dump(exclude={"init_from", "freeze", "lora_rank"})
+        arguments |= {"pretrained": wanted.pretrained and wanted.init_from is None}
+        student = build_student(
+            **arguments, teacher_dims=widths, image_size=image_size, tasks=tasks.channels if tasks else None
+        )
+        if wanted.init_from:
+            assert isinstance(student, SAK)
+            load_stage_1(student, wanted.init_from)
+    if wanted.lora_rank:
+        add_lora(student.get_submodule("stem"), wanted.lora_rank)
+    for name in teachers:
+        student.keep_levels(name, cache.spec.teachers[name].num_levels if recipe.distills else 0)
+    student.freeze(*wanted.freeze)
+    return student
+
+
+def _objective(
+    recipe: TrainRecipe,
+    model: nn.Module,
+    student: Student,
+    targets: TargetSource,
+    tasks: ViewLabels | None,
+) -> Objective:
+    settings = recipe.distillation.model_dump(exclude={"weight"})
+    return Objective(
+        model,
+        student,
+        targets,
+        DistillationLoss(**settings) if recipe.distills else None,
+        recipe.distillation.weight,
+        MultiTaskLoss(tasks.channels, recipe.multitask.weights) if tasks and recipe.multitask else None,
     )
 
 
@@ -221,11 +243,18 @@ def _require_fit(
             do="lower batch_size_per_process or gradient_accumulation_steps",
         )
     for name in teachers:
-        if (levels := cache.spec.teachers[name].num_levels) != NUM_LEVELS:
+        if recipe.student.kind == "amalgam" and cache.spec.teachers[name].grid.kind == "adjoint":
+            raise RecipeError(
+                f"The adjoint of teacher {name} serves a loss; it is no features to work on.",
+                got="grid: adjoint in the cache",
+                expected="grid: native or bilinear",
+                do="build a cache for this student with such a grid",
+            )
+        if (levels := cache.spec.teachers[name].num_levels) > NUM_LEVELS:
             raise RecipeError(
                 f"Teacher {name} cannot be distilled with its levels.",
                 got=f"{levels} levels in the cache",
-                expected=f"{NUM_LEVELS}, as the student has",
+                expected=f"at most {NUM_LEVELS}, as the student has; fewer go to its last ones",
                 do=f"build the cache with {NUM_LEVELS} block_indices for it, or leave it out of `teachers`",
             )
     for name in recipe.distillation.teacher_weights:

@@ -13,7 +13,7 @@ from cache_builder.recipe import BuildRecipe
 from pipeline.cache import FeatureCache
 from pipeline.manifest import CommitRecord, Manifest
 from pipeline.sources import dataset_fingerprint, open_source
-from pipeline.spec import CacheSpec, DatasetSpec, GridSpec, Segment, TeacherSpec, ViewPolicy
+from pipeline.spec import CacheSpec, DatasetSpec, GridSpec, Segment, StoreKind, TeacherSpec, ViewPolicy
 from pipeline.storage import Storage
 from pipeline.stores.base import teacher_layouts
 from pipeline.views import draw_views
@@ -74,6 +74,7 @@ def make_cache(
     view_size: tuple[int, int] = (32, 32),
     invalid_samples: Collection[int] = (),
     skip_shards: Collection[int] = (),
+    store: StoreKind = "zarr",
 ) -> FeatureCache:
     """A cache over `images`, every shard committed except `skip_shards`, `invalid_samples` quarantined."""
     source = open_source(str(images))
@@ -88,6 +89,7 @@ def make_cache(
         ),
         views=policy,
         rows_per_shard=samples_per_shard * num_views,
+        store=store,
         segments=(Segment(first_row=0, samples=(0, samples.num_rows), views=(0, num_views)),),
         teachers=teachers or {"alpha": teacher_spec(), "beta": teacher_spec(width=4, grid=3, codec="f16")},
         created="2026-01-01T00:00:00+00:00",
@@ -114,14 +116,21 @@ def make_cache(
 
 
 def commit_shard(
-    cache: FeatureCache, teacher: str, shard: int, invalid_samples: Collection[int] = ()
+    cache: FeatureCache,
+    teacher: str,
+    shard: int,
+    invalid_samples: Collection[int] = (),
+    value: float | None = None,
 ) -> None:
+    """`value`: what the first channel of every first token holds (codec bf16)."""
     spec = cache.spec
     rows = spec.shard_rows(shard)
     owners = cache.index.locate(rows)[0]
     invalid = [row for row, owner in zip(rows, owners.tolist(), strict=True) if owner in invalid_samples]
     valid = [row for row in rows if row not in invalid]
     arrays = features(spec, teacher)
+    if value is not None:
+        arrays["codes"].view(torch.bfloat16)[:, 0, 0, 0, 0] = value
     with cache.store.write_shard(spec, teacher, shard) as writer:
         writer.write(
             [row - rows.start for row in valid],
@@ -131,7 +140,7 @@ def commit_shard(
         CommitRecord(
             teacher=teacher,
             shard=shard,
-            content_id=spec.content_id(teacher),
+            content_id=spec.shard_content_id(teacher, shard),
             first_row=rows.start,
             num_rows=len(rows),
             invalid_rows=tuple(invalid),

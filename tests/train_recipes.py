@@ -1,10 +1,14 @@
-"""Small training runs for tests: what their recipe is, and what they logged."""
+"""Small training runs for tests: what their recipe is, what they logged, and what they leave in the process."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import pytest
+from accelerate.state import AcceleratorState, GradientState
 
 from student.recipe import TrainRecipe
 
@@ -15,6 +19,7 @@ CONTENT: dict[str, Any] = {
     "mixed_precision": "no",
     "checkpoint_every_steps": 3,
     "keep_checkpoints": 10,
+    "picture_every_steps": 0,
     "loader": {"threads": 2},
 }
 
@@ -28,3 +33,11 @@ def logged(output: str | Path, key: str = "loss") -> list[float]:
     rows = [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(len(rows)))
     return [row[key] for row in rows]
+
+
+@pytest.fixture
+def fresh_accelerate() -> Iterator[None]:
+    """accelerate keeps its precision for the life of a process."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()

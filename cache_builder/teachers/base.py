@@ -85,6 +85,10 @@ class Teacher(nn.Module, ABC):
         """Raises `TeacherInputError` when the model cannot take this size."""
 
     @abstractmethod
+    def compile_blocks(self) -> None:
+        """Run torch.compile over what the network repeats, before the first forward pass."""
+
+    @abstractmethod
     def forward(self, pixels_B3HW: Tensor) -> TeacherFeatures:
         """`pixels_B3HW` is uint8 at `spec.render_size`; normalisation happens here, on the device."""
 

@@ -24,8 +24,9 @@ class TeacherRecipe(Strict):
 
     `preset` or `model` (any timm name) says which; without either, the teacher's own name does.
     `image_size` is one number or (height, width) in pixels. `block_indices` are 0-based positions, by
-    default the ends of the four quarters of the network. `grid_size` is (height, width) in tokens.
-    `checkpoint` is a local file: safetensors, or a .pth that holds nothing but tensors.
+    default the ends of the four quarters of the network; of one whose blocks differ in shape (ConvNeXt,
+    Swin, ResNet) those among the blocks that are shaped as the last is. `grid_size` is (height, width) in
+    tokens. `checkpoint` is a local file: safetensors, or a .pth that holds nothing but tensors.
     """
 
     preset: str | None = None
@@ -78,10 +79,10 @@ def resolve_teacher(
     architecture = kind.describe(preset.model)
     image_size = _image_size(architecture, preset, recipe, view_size, sak_compat)
     outputs = kind.probe(architecture.model, image_size, recipe.global_feature)
-    block_indices = recipe.block_indices or _quarter_ends(len(outputs.blocks))
+    block_indices = recipe.block_indices or _default_blocks(outputs)
     width, native_grid = _common_shape(name, outputs, block_indices)
     _require_outputs(name, architecture, outputs, recipe)
-    grid_size = recipe.grid_size or (view_size[0] // STUDENT_PATCH, view_size[1] // STUDENT_PATCH)
+    grid_size = recipe.grid_size or student_grid(view_size)
     return TeacherSpec(
         model=architecture.model,
         pretrained=recipe.pretrained is not False,
@@ -100,6 +101,11 @@ def resolve_teacher(
         global_width=outputs.global_width,
         precision=recipe.precision,
     )
+
+
+def student_grid(view_size: Size) -> Size:
+    """The token grid (h, w) of a student of patch 16 on views of this size in pixels."""
+    return max(1, view_size[0] // STUDENT_PATCH), max(1, view_size[1] // STUDENT_PATCH)
 
 
 def build_teacher(
@@ -165,9 +171,13 @@ def _nearest_multiple(size: tuple[float, float], patch: Size) -> Size:
     return height, width
 
 
-def _quarter_ends(num_blocks: int) -> tuple[int, ...]:
-    """L/4, L/2, 3L/4 and L as 0-based positions, rounded up: 6, 13, 20, 26 of 27 blocks."""
-    return tuple(sorted({-(-num_blocks * quarter // 4) - 1 for quarter in (1, 2, 3, 4)}))
+def _default_blocks(outputs: Outputs) -> tuple[int, ...]:
+    """L/4, L/2, 3L/4 and L as 0-based positions, rounded up: 6, 13, 20, 26 of 27 blocks.
+
+    L counts the blocks that have the shape of the last one, which are all in a plain ViT.
+    """
+    alike = [i for i, shape in enumerate(outputs.blocks) if shape == outputs.blocks[-1]]
+    return tuple(sorted({alike[-(-len(alike) * quarter // 4) - 1] for quarter in (1, 2, 3, 4)}))
 
 
 def _common_shape(name: str, outputs: Outputs, block_indices: tuple[int, ...]) -> tuple[int, Size]:

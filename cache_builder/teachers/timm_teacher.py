@@ -64,6 +64,12 @@ class TimmTeacher(Teacher):
             global_width=global_width,
         )
 
+    def compile_blocks(self) -> None:
+        """Each block by itself: equal blocks are compiled once, and `forward_intermediates` stays timm's."""
+        names = (name for name in ("blocks", "stages", "layers") if hasattr(self.model, name))
+        for block in getattr(self.model, next(names, ""), ()):
+            block.compile()
+
     def forward(self, pixels_B3HW: Tensor) -> TeacherFeatures:
         spec = self.spec
         with torch.inference_mode(), _precision(spec, pixels_B3HW.device):

@@ -16,6 +16,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from numpy.typing import NDArray
 
 SERIES = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")  # Okabe & Ito, colour-blind safe
+_LINES = tuple(zip(SERIES, ("-", "--", "-.", ":", "-", "--"), strict=True))  # where they meet, all are seen
 _INK = "#010203"  # stands for the colour of the page's text
 _DRAWN_IN_INK = dict.fromkeys(
     ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color"), _INK
@@ -45,13 +46,12 @@ def norm_histogram(norms: Mapping[str, NDArray], title: str) -> str:
     edges = space(smallest, max(largest, smallest * (1 + 1e-6) + 1e-9), _BINS + 1)
 
     def draw(axes: Axes) -> None:
-        for (name, values), colour in zip(finite.items(), SERIES, strict=False):
+        for (name, values), (colour, dashes) in zip(finite.items(), _LINES, strict=False):
             share = np.histogram(values, edges)[0] / max(values.size, 1)
-            axes.stairs(share, edges, label=name, color=colour, linewidth=1.5)
+            axes.stairs(share, edges, label=name, color=colour, linestyle=dashes, linewidth=1.5)
         axes.set(xlabel="token norm", ylabel="share of tokens", title=_plain(title))
         if logarithmic:
             _logarithmic(axes, "x")
-        axes.legend()
 
     return _chart(draw)
 
@@ -59,16 +59,18 @@ def norm_histogram(norms: Mapping[str, NDArray], title: str) -> str:
 def channel_curve(std: Mapping[str, NDArray], title: str) -> str:
     """Standard deviations of the channels of each level, sorted: outliers at the left, dead ones right."""
 
+    positive = [values[values > 0].min() for values in std.values() if (values > 0).any()]
+    floor = min(positive, default=1.0) / 2  # where dead channels are drawn
+
     def draw(axes: Axes) -> None:
-        for (name, values), colour in zip(std.items(), SERIES, strict=False):
-            ordered = np.sort(values)[::-1]
-            axes.plot(np.arange(1, len(ordered) + 1), ordered, label=name, color=colour, linewidth=1.5)
-        positive = min((values[values > 0].min() for values in std.values() if (values > 0).any()), default=1)
+        for (name, values), (colour, dashes) in zip(std.items(), _LINES, strict=False):
+            ordered = np.maximum(np.sort(values)[::-1], floor)
+            channels = np.arange(1, len(ordered) + 1)
+            axes.plot(channels, ordered, dashes, label=name, color=colour, linewidth=1.5)
         axes.set(xlabel="channel, sorted", ylabel="standard deviation", title=_plain(title))
         _logarithmic(axes, "x")
         _logarithmic(axes, "y")
-        axes.set_ylim(bottom=positive / 2)
-        axes.legend()
+        axes.set_ylim(bottom=floor)
 
     return _chart(draw)
 
@@ -77,12 +79,12 @@ def error_curve(errors: Mapping[str, NDArray], title: str) -> str:
     """What share of tokens has an error of at most so much, a line for each codec."""
 
     def draw(axes: Axes) -> None:
-        for (name, values), colour in zip(errors.items(), SERIES, strict=False):
+        for (name, values), (colour, dashes) in zip(errors.items(), _LINES, strict=False):
             shares = np.linspace(0, 1, _POINTS)
-            axes.plot(np.quantile(np.maximum(values, 1e-12), shares), shares, label=name, color=colour)
+            ordered = np.quantile(np.maximum(values, 1e-12), shares)
+            axes.plot(ordered, shares, dashes, label=name, color=colour)
         axes.set(xlabel="1 − cosine of a token", ylabel="share of tokens below", title=_plain(title))
         _logarithmic(axes, "x")
-        axes.legend()
 
     return _chart(draw)
 
@@ -128,6 +130,7 @@ def _chart(draw: Callable[[Axes], None]) -> str:
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(5.2, 2.9), layout="constrained")
         draw(figure.subplots())
+        figure.legend(loc="outside right upper")  # where no line can be
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     drawing = file.getvalue()

@@ -85,7 +85,7 @@ def _row_facts(row: Mapping[str, Any]) -> dict[str, str | Text]:
     return {
         "state": _state(row["state"]),
         "arrays": arrays or "–",
-        "token norms": "\n".join(map(_norms, row.get("token_norms") or ())) or "–",
+        "token norms\nmin mean max": "\n".join(map(_norms, row.get("token_norms") or ())) or "–",
     }
 
 

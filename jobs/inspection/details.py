@@ -13,7 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import safetensors.numpy
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 
 from jobs.inspection.summary import (
     Problems,
@@ -22,7 +24,6 @@ from jobs.inspection.summary import (
     describe,
     file_problems,
     quarantined,
-    record_problems,
 )
 from pipeline.errors import CacheError
 from pipeline.manifest import SAMPLES_NAME, VIEWS_NAME, CommitRecord, Manifest
@@ -30,6 +31,7 @@ from pipeline.rows import RowIndex
 from pipeline.spec import CacheSpec
 from pipeline.storage import Storage
 from pipeline.stores.shard_format import ABSENT, CHECKSUM_NBYTES, checksum, index_nbytes, parse_index
+from pipeline.stores.tar_index import read_index, read_row, tar_name
 
 _MAX_CHUNK_NBYTES = 1 << 30  # a chunk is one row; larger ones are not ours
 _NEAR_KEYS = 5
@@ -113,9 +115,10 @@ def _shard_state(manifest: Manifest, spec: CacheSpec, teacher: str, shard: int) 
     record = _record(manifest, teacher, shard)
     if not isinstance(record, CommitRecord):
         return {"state": record}
-    problems = [*record_problems(manifest.storage, spec, record), *file_problems(manifest.storage, record)]
+    mismatch = record.mismatch(spec)
+    problems = [mismatch] if mismatch else file_problems(manifest.storage.size, record)
     return {
-        "state": problems[0] if problems else "committed",
+        "state": f"broken: {problems[0]}" if problems else "committed",
         "nbytes": record.nbytes,
         **record.model_dump(mode="json", exclude={"teacher", "shard", "members"}),
     }
@@ -128,11 +131,15 @@ def _row_state(manifest: Manifest, spec: CacheSpec, teacher: str, shard: int, pl
     if shard * spec.rows_per_shard + place in record.invalid_rows:
         return {"state": "invalid: its image could not be decoded"}
     try:
-        arrays = {
-            name: _chunk(manifest.storage, spec, record, f"teachers/{teacher}/{name}/", metadata, place)
-            for name, metadata in array_metadata(manifest.storage, teacher).items()
-        }
-    except (CacheError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        metadata = array_metadata(manifest.storage, spec, teacher)
+        if spec.store == "webdataset":
+            arrays = _tar_row(manifest.storage, spec, teacher, shard, place, metadata)
+        else:
+            arrays = {
+                name: _chunk(manifest.storage, spec, record, f"teachers/{teacher}/{name}/", array, place)
+                for name, array in metadata.items()
+            }
+    except (CacheError, OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         return {"state": f"broken: {describe(error)}"}
     return {
         "state": "sound",
@@ -178,7 +185,25 @@ def _chunk(
     data = storage.read_range(file, offset, nbytes)
     if checksum(data[:-CHECKSUM_NBYTES]) != data[-CHECKSUM_NBYTES:]:
         raise ValueError(f"{file}: the checksum of this row is wrong")
-    values = np.frombuffer(data[:-CHECKSUM_NBYTES], dtype.newbyteorder("<")).reshape(shape)
+    return _as_float(np.frombuffer(data[:-CHECKSUM_NBYTES], dtype.newbyteorder("<")).reshape(shape), metadata)
+
+
+def _tar_row(
+    storage: Storage,
+    spec: CacheSpec,
+    teacher: str,
+    shard: int,
+    place: int,
+    metadata: Mapping[str, Mapping[str, Any]],
+) -> dict[str, NDArray]:
+    """One row of a tar, its checksum compared."""
+    name = tar_name(teacher, shard)
+    row = read_row(storage, name, read_index(storage, name, spec.rows_per_shard), place)
+    arrays = safetensors.numpy.load(row)
+    return {array: _as_float(arrays[array], metadata[array]) for array in metadata}
+
+
+def _as_float(values: NDArray, metadata: Mapping[str, Any]) -> NDArray:
     if metadata.get("attributes", {}).get("bits_of") == "bfloat16":
         values = (values.astype(np.uint32) << 16).view(np.float32)
     return values

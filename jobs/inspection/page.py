@@ -63,10 +63,10 @@ def heading(text: str, strong: bool = False) -> str:
 
 
 def timeline_rows(lanes: Iterable[tuple[str, str]]) -> str:
-    """(host, picture) one under the other."""
+    """(worker, picture) one under the other."""
     rows = "".join(
-        f'<span>{escape(host)}</span><img src="{uri}" alt="activity of {escape(host)}">'
-        for host, uri in lanes
+        f'<span>{escape(worker)}</span><img src="{uri}" alt="activity of {escape(worker)}">'
+        for worker, uri in lanes
     )
     return f'<div class="timeline">{rows}</div>'
 

@@ -7,45 +7,36 @@ from itertools import cycle
 from pathlib import Path
 
 import matplotlib
-import numpy as np
-import torch
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
-from torch import Tensor
 
 from pipeline.cache import FeatureCache
-from pipeline.views import render_view
+from pipeline.errors import CacheError
+from pipeline.feature_pictures import Picture, picture_grid
+from pipeline.map_reader import MapReader
 
 matplotlib.use("agg")
-
-_CELL_INCHES = 1.5
 
 
 def pca_maps(cache: FeatureCache, path: Path, num_samples: int = 3, seed: int = 0) -> None:
     """Write a PNG: one line a sample, the image and then every teacher's levels as PCA-RGB maps.
 
     The three components are computed over all shown samples together, so equal colours within a
-    column mean equal features.
+    column mean equal features. Raises `CacheError` where no row can be read.
     """
-    samples = cache.valid_samples()
-    chosen = np.sort(np.random.default_rng(seed).permutation(samples)[:num_samples])
-    rows = cache.index.rows(chosen, 0)
-    columns: list[tuple[str, list[NDArray]]] = [("view", [_image(cache, row) for row in rows.tolist()])]
-    for name, encoded in cache.read(rows).items():
-        maps_RSHWC = encoded.decode()
-        for level, block in enumerate(cache.spec.teachers[name].block_indices):
-            columns.append((f"{name}\nblock {block + 1}", list(pca_rgb(maps_RSHWC[:, level]).numpy())))
-    figure = Figure(
-        figsize=(_CELL_INCHES * len(columns), _CELL_INCHES * len(rows) + 0.9), layout="constrained"
-    )
-    axes = figure.subplots(len(rows), len(columns), squeeze=False)
-    for column, (title, pictures) in enumerate(columns):
-        axes[0, column].set_title(title, fontsize=8)
-        for line, picture in enumerate(pictures):
-            axes[line, column].imshow(picture, interpolation="nearest")
-            axes[line, column].set_axis_off()
-    figure.suptitle(_title(cache), fontsize=9)
-    figure.savefig(path, dpi=110)
+    reader = MapReader(cache, num_rows=num_samples, seed=seed)
+    if not reader.rows:
+        raise CacheError(
+            "There is nothing to draw yet.",
+            got="no row that every teacher can give",
+            do="look at `teachercache inspect`, and build further",
+        )
+    columns: list[tuple[str, list[Picture]]] = [("view", [reader.view(row) for row in reader.rows])]
+    for name in reader.teachers:
+        for level in range(cache.spec.teachers[name].num_levels):
+            basis = reader.basis(name, level)
+            pictures = [basis.picture(reader.maps(name, row)[level]) for row in reader.rows]
+            columns.append((f"{name}\nlevel {level + 1}", pictures))
+    picture_grid(columns, _title(cache)).savefig(path)
 
 
 def loss_curve(metrics: Path, path: Path) -> list[float]:
@@ -72,30 +63,6 @@ def loss_curve(metrics: Path, path: Path) -> list[float]:
     axes.legend()
     figure.savefig(path, dpi=110)
     return losses
-
-
-def pca_rgb(maps_RHWC: Tensor) -> Tensor:
-    """The first three principal components over all rows and tokens, as colours in [0, 1] (R, H, W, 3).
-
-    Signs are fixed (largest loading positive) and each component is scaled between its 1st and 99th
-    percentile, so single outlier tokens do not take the range.
-    """
-    tokens = maps_RHWC.reshape(-1, maps_RHWC.shape[-1]).double()
-    centred = tokens - tokens.mean(0)
-    _, _, components = torch.linalg.svd(centred, full_matrices=False)
-    components = components[:3]
-    largest = components.gather(1, components.abs().argmax(1, keepdim=True))
-    projected = centred @ (components * largest.sign()).T
-    low, high = projected.quantile(0.01, 0), projected.quantile(0.99, 0)
-    colours = (projected - low) / (high - low).clamp_min(1e-12)
-    rgb: Tensor = colours.clamp(0, 1).reshape(*maps_RHWC.shape[:-1], 3).float()
-    return rgb
-
-
-def _image(cache: FeatureCache, row: int) -> NDArray:
-    sample = int(cache.index.locate(row)[0])
-    pixels: NDArray = render_view(cache.image(sample), cache.view(row)).permute(1, 2, 0).numpy()
-    return pixels
 
 
 def _title(cache: FeatureCache) -> str:

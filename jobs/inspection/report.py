@@ -7,9 +7,18 @@ from datetime import UTC, datetime
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from jobs.inspection.charts import channel_curve, error_curve, matrix, norm_histogram
-from jobs.inspection.feature_facts import TRIED_CODECS, CodecTrial, LevelFacts, linear_cka, try_codec
+from jobs.inspection.feature_facts import (
+    TRIED_CODECS,
+    CodecTrial,
+    LevelFacts,
+    finite,
+    linear_cka,
+    rows_to_learn_from,
+    try_codec,
+)
 from jobs.inspection.page import (
     bullets,
     facts,
@@ -28,13 +37,13 @@ from jobs.inspection.tables import quarantine_line, summary_facts, warnings
 from jobs.inspection.teacher_maps import TeacherMaps
 from jobs.inspection.timeline import timeline
 from pipeline.cache import FeatureCache
-from pipeline.errors import TeacherCacheError
+from pipeline.errors import CodecError, TeacherCacheError
 from pipeline.feature_pictures import heat, jpeg_uri, png_uri
 from pipeline.manifest import CommitRecord
 from pipeline.map_reader import MapReader
 from pipeline.units import human_bytes, human_seconds
 
-_TRIAL_ROWS = 2  # and as many others to learn the tables from
+_TRIAL_ROWS = 2  # others are what the tables are learnt from
 _LEAST_ERROR, _LARGEST_ERROR = 1e-7, 1e-1
 _MAX_LISTED = 200
 _MAX_LOUD = 3
@@ -101,15 +110,16 @@ def _history(cache: FeatureCache) -> str:
         datetime.fromtimestamp(time, UTC).strftime("%Y-%m-%d %H:%M UTC")
         for time in (history.start, history.end)
     )
-    lanes = [(lane.host, png_uri(heat(torch.from_numpy(lane.forward)[None], 0, 1))) for lane in history.lanes]
+    lanes = [
+        (lane.worker, png_uri(heat(torch.from_numpy(lane.forward)[None], 0, 1))) for lane in history.lanes
+    ]
     hidden = f" {history.hidden} more lanes are not shown." if history.hidden else ""
     return section(
         "How it was built",
         scale("0%", "100%", "share of a shard's time in the teachers' forward passes:"),
         timeline_rows(lanes),
         note=f"From {begin} to {end}, {human_seconds(history.end - history.start)}. A line is "
-        f"one of the shards "
-        f"that a host had in flight; grey is idle time.{hidden}",
+        f"one of the shards that a worker (host and process) had in flight; grey is idle time.{hidden}",
     )
 
 
@@ -190,35 +200,65 @@ def _codecs(reader: MapReader, teacher: TeacherMaps) -> str:
     rows = list(teacher.common_tokens)
     if not rows:
         return section(title, note="No row could be read.")
-    middle = min(_TRIAL_ROWS, max(len(rows) // 2, 1))
-    chosen = [
-        torch.nan_to_num(torch.stack([reader.maps(teacher.name, row) for row in part]))
-        for part in (rows[:middle], rows[middle : middle + _TRIAL_ROWS] or rows[:middle])
-    ]
-    trials = [try_codec(name, *chosen) for name in TRIED_CODECS if name != teacher.spec.codec]
+    tried = rows[: min(_TRIAL_ROWS, max(len(rows) // 2, 1))]
+    others = rows[len(tried) :] or tried
+    names = [name for name in TRIED_CODECS if name != teacher.spec.codec]
+    found = {name: _trial(reader, teacher.name, name, others, tried) for name in names}
+    trials = [trial for trial in found.values() if isinstance(trial, CodecTrial)]
     curves = {trial.codec: trial.error_RSHW.flatten().numpy() for trial in trials}
+    drawn = (
+        (
+            figure(error_curve(curves, f"{teacher.name}: error of tokens"), ""),
+            figure(_error_maps(teacher, trials), "1 − cosine of every token of one image"),
+            scale(f"{_LEAST_ERROR:g}", f"{_LARGEST_ERROR:g}", "1 − cosine, logarithmic:"),
+        )
+        if trials
+        else ()
+    )
     return section(
         title,
-        table(["codec", "a row", "token cosine", "1% are below", "relative L2"], map(_trial_facts, trials)),
-        figure(error_curve(curves, f"{teacher.name}: error of tokens"), ""),
-        figure(_error_maps(teacher, trials), "1 − cosine of every token of one image"),
-        scale(f"{_LEAST_ERROR:g}", f"{_LARGEST_ERROR:g}", "1 − cosine, logarithmic:"),
-        note=f"Against what is stored, which is {teacher.spec.codec}. Tables are learnt from "
-        f"{_TRIAL_ROWS} rows or "
-        "fewer; cosine and L2 are taken after each channel is standardised, the maps and "
-        "the curve of features as "
-        "they are. What the stored codec itself lost is measured when a cache is built: see the first table.",
+        table(
+            ["codec", "a row", "token cosine", "1% are below", "relative L2", ""],
+            (_trial_facts(name, trial) for name, trial in found.items()),
+        ),
+        *drawn,
+        note=f"Against what is stored, which is {teacher.spec.codec}, of {len(tried)} rows. Tables are "
+        "learnt from 2 others, those of a dct from 6 at most; cosine and L2 are taken after each channel is "
+        "standardised, the maps and the curve of features as they are. NaN and infinity count as zero. "
+        "int4-trellis encodes too slowly for this page: see `view`. What the stored codec itself lost "
+        "is measured when a cache is built: see the first table.",
     )
 
 
-def _trial_facts(trial: CodecTrial) -> list[str]:
+def _trial(
+    reader: MapReader, teacher: str, codec: str, others: Sequence[int], tried: Sequence[int]
+) -> CodecTrial | str:
+    """What the codec makes of the `tried` rows, or why it cannot."""
+
+    def maps(rows: Sequence[int]) -> Tensor:
+        return finite(torch.stack([reader.maps(teacher, row) for row in rows]))
+
+    try:
+        learnt_from = rows_to_learn_from(codec, others)
+    except CodecError as error:
+        return error.problem
+    try:
+        return try_codec(codec, maps(learnt_from), maps(tried))
+    except CodecError as error:
+        return f"cannot hold these rows: {error.problem}"
+
+
+def _trial_facts(codec: str, trial: CodecTrial | str) -> list[str]:
+    if isinstance(trial, str):
+        return [codec, *("–",) * 4, trial]
     fidelity = trial.fidelity
     return [
-        trial.codec,
+        codec,
         human_bytes(fidelity.row_bytes),
         f"{fidelity.cosine_mean:.6f}",
         f"{fidelity.cosine_p1:.6f}",
         f"{fidelity.relative_l2:.4f}",
+        "",
     ]
 
 

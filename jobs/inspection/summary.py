@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -29,7 +29,7 @@ from pipeline.manifest import (
     tables_name,
 )
 from pipeline.spec import IMAGES, CacheSpec
-from pipeline.storage import LocalStorage, Storage
+from pipeline.storage import LocalStorage, RemoteStorage, Storage
 from pipeline.stores.shard_format import CHECKSUM_NBYTES
 
 _REMOTE_THREADS = 32
@@ -66,7 +66,7 @@ def summarize(cache: Stored) -> dict[str, Any]:
         "teachers": {
             name: teacher.model_dump(mode="json")
             | {"stored_grid": teacher.stored_grid, "fidelity": spec.fidelity.get(name)}
-            | {"bytes_per_row": _bytes_per_row(manifest.storage, name, problems)}
+            | {"bytes_per_row": _bytes_per_row(manifest.storage, spec, name, problems)}
             | tallies[name].facts()
             for name, teacher in spec.teachers.items()
         },
@@ -89,7 +89,7 @@ class _Tally:
     rows: int = 0
     invalid_rows: int = 0
     nbytes: int = 0
-    seconds: Counter[str] = field(default_factory=Counter)
+    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     hosts: Counter[str] = field(default_factory=Counter)
     spans: list[tuple[float, float]] = field(default_factory=list)
     last_commit: str | None = None
@@ -99,7 +99,8 @@ class _Tally:
         self.rows += record.num_rows
         self.invalid_rows += len(record.invalid_rows)
         self.nbytes += record.nbytes
-        self.seconds.update(record.seconds)
+        for stage, seconds in record.seconds.items():
+            self.seconds[stage] += seconds
         self.hosts[record.host] += 1
         self.last_commit = max(record.finished, self.last_commit or "")
         if span := shard_span(record):
@@ -141,15 +142,24 @@ def _tally(manifest: Manifest, spec: CacheSpec, teacher: str, problems: Problems
     tally = _Tally()
     if teacher in spec.teachers and (tables_hash := spec.teachers[teacher].tables_hash):
         problems += _tables_problems(manifest.storage, teacher, tables_hash)
-    content_id = spec.content_id(teacher)
+    num_shards, size = spec.num_shards, _size_of(manifest.storage, teacher)  # they take time
     for shard, record in records(manifest, teacher):
         if isinstance(record, str):
             problems.append(record)
+        elif shard >= num_shards or record.content_id != spec.shard_content_id(teacher, shard):
+            problems.append(f"{teacher} shard {shard}: {record.mismatch(spec)}")
         else:
-            problems += record_problems(manifest.storage, spec, record, content_id)
-            if shard < spec.num_shards:
-                tally.add(record)
+            tally.add(record)
+            problems += file_problems(size, record)
     return tally
+
+
+def _size_of(storage: Storage, teacher: str) -> Callable[[str], int | None]:
+    """Bytes of a file by its name. On an object store listings have them all; each alone is a request."""
+    if not isinstance(storage, RemoteStorage):
+        return storage.size
+    folders = [IMAGES] if teacher == IMAGES else [f"teachers/{teacher}", f"stats/{teacher}"]
+    return {name: size for folder in folders for name, size in storage.sizes(folder).items()}.get
 
 
 def records(manifest: Manifest, teacher: str) -> Iterator[tuple[int, CommitRecord | str]]:
@@ -169,28 +179,14 @@ def records(manifest: Manifest, teacher: str) -> Iterator[tuple[int, CommitRecor
             yield from pool.map(read, shards)
 
 
-def record_problems(
-    storage: Storage, spec: CacheSpec, record: CommitRecord, content_id: str | None = None
-) -> Problems:
-    """What is wrong with a shard, by its record and, on a local disk, the sizes of its files."""
-    name = f"{record.teacher} shard {record.shard}"
-    if record.shard >= spec.num_shards:
-        return [f"{name} has a commit record, but this cache has {spec.num_shards} shards"]
-    if record.content_id != (content_id or spec.content_id(record.teacher)):
-        return [f"{name} was computed for another spec (content id {record.content_id})"]
-    if isinstance(storage, LocalStorage):  # elsewhere each size is a request
-        return [f"{name}: {reason}" for reason in file_problems(storage, record)]
-    return []
-
-
-def file_problems(storage: Storage, record: CommitRecord) -> Problems:
+def file_problems(size_of: Callable[[str], int | None], record: CommitRecord) -> Problems:
     """Files of a record that are missing or of another size."""
     problems = []
     for path, file in record.files.items():
         try:
-            size = storage.size(path)
+            size = size_of(path)
         except CacheError as error:
-            problems.append(f"{path!r}: {describe(error)}")
+            problems.append(f"{record.teacher} shard {record.shard}: {path}: {describe(error)}")
             continue
         if size != file.nbytes:
             found = "is missing" if size is None else f"has {size:,} bytes"
@@ -198,9 +194,19 @@ def file_problems(storage: Storage, record: CommitRecord) -> Problems:
     return problems
 
 
-def array_metadata(storage: Storage, teacher: str) -> dict[str, dict[str, Any]]:
-    """The `zarr.json` of every array of a teacher. Raises `OSError`, `ValueError`."""
+def array_metadata(storage: Storage, spec: CacheSpec, teacher: str) -> dict[str, dict[str, Any]]:
+    """What a teacher's `zarr.json` (or `teacher.json`) say of its arrays. Raises `OSError`, `ValueError`."""
     folder = f"teachers/{teacher}"
+    if spec.store == "webdataset":
+        described = json.loads(storage.read(f"{folder}/teacher.json"))["arrays"]
+        return {
+            name: {
+                "shape": [spec.num_rows, *array["shape"]],
+                "data_type": array["dtype"],
+                "attributes": array["attributes"],
+            }
+            for name, array in described.items()
+        }
     arrays = [name for name in storage.names(folder) if name != "zarr.json"]
     if not arrays:
         raise FileNotFoundError(f"{folder} holds no array")
@@ -218,7 +224,7 @@ def describe(error: Exception) -> str:
     return text.splitlines()[0]
 
 
-def _bytes_per_row(storage: Storage, teacher: str, problems: Problems) -> int | None:
+def _bytes_per_row(storage: Storage, spec: CacheSpec, teacher: str, problems: Problems) -> int | None:
     """Bytes on disk of one row, checksums and index included, as the arrays' own metadata states it."""
 
     def total() -> int:
@@ -226,7 +232,7 @@ def _bytes_per_row(storage: Storage, teacher: str, problems: Problems) -> int | 
             math.prod(array["shape"][1:]) * np.dtype(array["data_type"]).itemsize
             + CHECKSUM_NBYTES
             + _INDEX_ENTRY_NBYTES
-            for array in array_metadata(storage, teacher).values()
+            for array in array_metadata(storage, spec, teacher).values()
         )
 
     about = f"teachers/{teacher} cannot be understood: "
@@ -248,7 +254,7 @@ def _table_problems(storage: Storage, name: str, num_rows: int) -> Problems:
             found = pq.ParquetFile(file).metadata.num_rows
     except (OSError, pa.ArrowException) as error:
         return [f"{name} cannot be read: {describe(error)}"]
-    return [] if found == num_rows else [f"{name} has {found:,} lines, expected {num_rows:,}"]
+    return [] if found >= num_rows else [f"{name} has {found:,} lines, expected {num_rows:,}"]
 
 
 def _tables_problems(storage: Storage, teacher: str, tables_hash: str) -> Problems:

@@ -15,6 +15,8 @@ from pipeline.units import human_bytes, human_seconds
 if TYPE_CHECKING:  # they bring torch, which `inspect` has no time for
     from cache_builder.budget import Option
     from cache_builder.plan import Plan
+    from pipeline.spec import GridSpec
+    from student.datasets import Finding
     from student.repsim import Similarity
 
 _SHOWN = 8
@@ -70,6 +72,9 @@ def summary_facts(
     teachers = summary["teachers"]
     row_nbytes = sum(teacher["bytes_per_row"] or 0 for teacher in teachers.values())
     nbytes = sum(teacher["nbytes"] for teacher in teachers.values())
+    so_far = in_all = ""
+    if not _complete(summary):
+        so_far, in_all = " so far", f", {human_bytes(row_nbytes * summary['rows'])} when complete"
     head = {
         "cache": f"{summary['url']} (id {summary['cache_id'][:12]})",
         "created": f"{summary['created']} with "
@@ -78,8 +83,7 @@ def summary_facts(
         "fingerprint": dataset["fingerprint"],
         "views": _views(summary["views"]),
         "rows": f"{summary['rows']:,} in {summary['shards']:,} shards of {summary['rows_per_shard']}",
-        "bytes": f"{human_bytes(nbytes)} so far, {human_bytes(row_nbytes)} a row, "
-        f"{human_bytes(row_nbytes * summary['rows'])} when complete",
+        "bytes": f"{human_bytes(nbytes)}{so_far}, {human_bytes(row_nbytes)} a row{in_all}",
     }
     columns = {
         name: {
@@ -112,11 +116,17 @@ def similarity_table(similarities: Mapping[str, Similarity]) -> RenderableType:
 
 
 def options_table(options: Mapping[str, Sequence[Option]], num_rows: int) -> RenderableType:
-    """Codecs of each teacher on its grid: bytes, and what they lose on the calibration sample."""
-    tables = []
+    """Codecs of each teacher by grid: what the grid costs, bytes, what the calibration sample loses."""
+    from cache_builder.budget import GRID_COSTS
+
+    by_grid: dict[tuple[str, GridSpec], list[Option]] = {}
     for name, available in options.items():
-        grid = available[0].spec
-        title = f"{name}, {grid.grid.kind} grid {_times(grid.stored_grid)} × {grid.width}"
+        for option in available:
+            by_grid.setdefault((name, option.spec.grid), []).append(option)
+    tables = []
+    for (name, grid), available in by_grid.items():
+        spec = available[0].spec
+        title = f"{name}, {grid.kind} grid {_times(spec.stored_grid)} × {spec.width}: {GRID_COSTS[grid.kind]}"
         table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
         table.add_column("codec", no_wrap=True)
         for column in ("a view", "all views", "of f16", "cosine", "1st pct.", "rel. L2"):
@@ -136,13 +146,26 @@ def options_table(options: Mapping[str, Sequence[Option]], num_rows: int) -> Ren
     return Group(*tables)
 
 
+def findings_table(findings: Sequence[Finding]) -> RenderableType:
+    """What each split of a data set has of each kind of file."""
+    table = Table("split", "files", "found", "expected", "missing", box=box.SIMPLE)
+    for finding in findings:
+        missing = ", ".join(finding.missing)
+        if finding.expected - finding.found > len(finding.missing) > 0:
+            missing += ", …"
+        style = "red" if finding.found < finding.expected else ""
+        counts = f"{finding.found:,}", f"{finding.expected:,}"
+        table.add_row(finding.split, finding.what, *counts, missing, style=style)
+    return table
+
+
 def _teacher_facts(teacher: Mapping[str, Any]) -> dict[str, str]:
     grid = teacher["grid"]["size"] or teacher["native_grid"]
     return {
         "model": teacher["model"],
         "weights": "pretrained" if teacher["pretrained"] else f"random (seed {teacher['random_seed']})",
         "input": f"{_times(teacher['image_size'])} {teacher['precision']}",
-        "blocks": ", ".join(str(index + 1) for index in teacher["block_indices"]),
+        "block_indices": ", ".join(map(str, teacher["block_indices"])),
         "grid": f"{_times(grid)} {teacher['grid']['kind']}",
         "width": str(teacher["width"]),
         "codec": teacher["codec"],
@@ -178,11 +201,15 @@ def warnings(summary: Mapping[str, Any]) -> list[str]:
     random = [name for name, teacher in summary["teachers"].items() if not teacher["pretrained"]]
     if random:
         found.append(f"Random weights, for tests and timing only: {', '.join(random)}.")
-    if any(done < summary["shards"] for done in summary["committed"].values()):
+    if not _complete(summary):
         found.append("Not complete: run the same build command again to continue.")
     if count := len(summary["quarantined"]):
         found.append(f"{count} {'sample is' if count == 1 else 'samples are'} quarantined.")
     return found
+
+
+def _complete(summary: Mapping[str, Any]) -> bool:
+    return all(done >= summary["shards"] for done in summary["committed"].values())
 
 
 def problem_lines(problems: Sequence[str]) -> list[Text]:

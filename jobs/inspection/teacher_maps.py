@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
-from jobs.inspection.feature_facts import FactCollector, LevelFacts, common_grid
+from jobs.inspection.feature_facts import FactCollector, LevelFacts, common_grid, finite
 from pipeline.errors import CacheError
 from pipeline.feature_pictures import heat, png_uri, token_norms
 from pipeline.map_reader import MapReader
@@ -25,7 +24,7 @@ class TeacherMaps:
     def __init__(self, reader: MapReader, name: str) -> None:
         self.name = name
         self.spec = reader.cache.spec.teachers[name]
-        self.blocks = [f"block {index + 1}" for index in self.spec.block_indices]
+        self.blocks = [f"level {level + 1}" for level in range(self.spec.num_levels)]
         self.damaged: dict[int, str] = {}
         self.pictures: dict[tuple[int, int], str] = {}
         self.norm_pictures: dict[tuple[int, int], str] = {}
@@ -57,5 +56,5 @@ class TeacherMaps:
 def _common_tokens(reader: MapReader, maps_SHWC: Tensor) -> Tensor:
     grids = [reader.cache.spec.teachers[name].stored_grid for name in reader.teachers]
     grid = min(height for height, _ in grids), min(width for _, width in grids)
-    tokens_SNC = common_grid(torch.nan_to_num(maps_SHWC), grid)
+    tokens_SNC = common_grid(finite(maps_SHWC), grid)
     return tokens_SNC[:, :: -(-len(reader.rows) * tokens_SNC.shape[1] // _COMMON_TOKENS)].clone()

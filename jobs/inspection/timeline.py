@@ -1,4 +1,4 @@
-"""When a cache was built, from its commit records: which hosts were busy, and how busy their teachers."""
+"""When a cache was built, from its commit records: which workers were busy, and how busy their teachers."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _MAX_LANES = 48
 
 @dataclass(frozen=True)
 class Lane:
-    """Shards that one host worked at one after the other. `forward` is, for each of the columns between the
+    """Shards that one worker did one after the other. `forward` is, for each of the columns between the
     build's start and end, the share of time in the teachers' forward passes; NaN where the lane is idle."""
 
-    host: str
+    worker: str
     forward: NDArray[np.float64]
 
 
@@ -39,13 +39,14 @@ def timeline(records: Iterable[CommitRecord]) -> Timeline | None:
     """None where no record says when it was made.
 
     Records of several teachers that were computed together count once. A lane takes the next shard that
-    begins after its last one ended: with two shards in flight, an actor is two lanes.
+    begins after its last one ended: with two shards in flight, an actor is two lanes. Records that name no
+    worker (older ones) are of one worker a host.
     """
     work: dict[tuple[str, int, float], tuple[float, float]] = {}
     for record in records:
         if (span := shard_span(record)) and (wall := record.seconds.get("wall")):
             share = min(record.seconds.get("forward", 0.0) / wall, 1.0)
-            work[record.host, record.shard, span[1]] = span[0], share
+            work[record.worker or record.host, record.shard, span[1]] = span[0], share
     if not work:
         return None
     start = min(begin for begin, _ in work.values())
@@ -53,12 +54,12 @@ def timeline(records: Iterable[CommitRecord]) -> Timeline | None:
     column_s = max(end - start, 1e-3) / _COLUMNS
     ends: defaultdict[str, list[float]] = defaultdict(list)
     lanes: dict[tuple[str, int], NDArray[np.float64]] = {}
-    for (host, _, finish), (begin, share) in sorted(work.items(), key=lambda item: item[1][0]):
-        free = [lane for lane, last in enumerate(ends[host]) if last <= begin + 1]  # ends are whole seconds
-        lane = free[0] if free else len(ends[host])
-        ends[host][lane : lane + 1] = [finish]
-        columns = lanes.setdefault((host, lane), np.full(_COLUMNS, np.nan))
+    for (worker, _, finish), (begin, share) in sorted(work.items(), key=lambda item: item[1][0]):
+        free = [lane for lane, last in enumerate(ends[worker]) if last <= begin + 1]  # ends are whole seconds
+        lane = free[0] if free else len(ends[worker])
+        ends[worker][lane : lane + 1] = [finish]
+        columns = lanes.setdefault((worker, lane), np.full(_COLUMNS, np.nan))
         first = min(int((begin - start) / column_s), _COLUMNS - 1)
         columns[first : max(int((finish - start) / column_s), first + 1)] = share
-    shown = [Lane(host, forward) for (host, _), forward in sorted(lanes.items())]
+    shown = [Lane(worker, forward) for (worker, _), forward in sorted(lanes.items())]
     return Timeline(start, end, shown[:_MAX_LANES], max(0, len(shown) - _MAX_LANES))

@@ -51,6 +51,11 @@ class Codec(ABC):
     ) -> Tensor: ...
 
 
+def may_arrive_late(device: torch.device | str) -> bool:
+    """Whether a copy to `device` need not block. One to the CPU may be read before it is there."""
+    return torch.device(device).type != "cpu"
+
+
 @dataclass
 class Encoded:
     """Encoded rows: the codec and its tensors, each with the row axis first."""

@@ -8,7 +8,7 @@ from typing import Generic, Self, TypeVar
 import torch
 from torch import Tensor
 
-from pipeline.codecs.base import Codec
+from pipeline.codecs.base import Codec, may_arrive_late
 from pipeline.errors import CodecError
 
 Coder = TypeVar("Coder")
@@ -86,8 +86,7 @@ class CalibratedCodec(Codec, Generic[Coder]):
                 expected=f"{expected} behind the rows",
                 do="decode with the codec and the tables that the features were encoded with",
             )
-        # A copy to the CPU that does not block may be read before it is there.
-        return [tensors[name].to(device, non_blocking=device.type != "cpu") for name in layout]
+        return [tensors[name].to(device, non_blocking=may_arrive_late(device)) for name in layout]
 
     def _require_tables(self) -> None:
         if not self._tables:

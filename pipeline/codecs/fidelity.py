@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.codecs.base import Codec
+from pipeline.codecs.normalisation import floored_std
 from pipeline.feature_stats import FeatureMoments
 
 
@@ -17,8 +18,8 @@ class Fidelity:
     """Cosines are of single tokens: their mean, and the value that 1% of them fall below.
 
     `cosine_*` and `relative_l2` (‖x̂ − x‖ / ‖x‖ over all values) are taken after each channel of each level
-    is standardised, so that a channel of large variance does not hide the others; `raw_*` are of the
-    features as they are.
+    is standardised (as the codecs do it), so that a channel of large variance does not hide the others;
+    `raw_*` are of the features as they are.
     """
 
     cosine_mean: float
@@ -41,10 +42,10 @@ def measure_fidelity(codec: Codec, features_RSHWC: Tensor) -> Fidelity:
 
 def compare(features_RSHWC: Tensor, decoded_RSHWC: Tensor, row_bytes: int) -> Fidelity:
     moments = FeatureMoments.of(features_RSHWC)
-    mean, std = moments.mean_SC.float()[:, None, None], moments.std_SC().float()[:, None, None]
+    mean, std = moments.mean_SC.float()[:, None, None], floored_std(moments.std_SC()).float()[:, None, None]
 
     def standardised(x_RSHWC: Tensor) -> Tensor:
-        return torch.where(std > 0, (x_RSHWC - mean) / std, 0)
+        return (x_RSHWC - mean) / std
 
     original_RSHWC = features_RSHWC.float()
     return Fidelity(

@@ -25,8 +25,9 @@ from pipeline.feature_stats import FeatureMoments
 SIGN_SEED = 0
 SMALLEST_STD = 1e-12
 # A channel that hardly varies in the calibration sample is not blown up to match the others: it may vary
-# later, and would then take the whole range of its token.
-SMALLEST_RELATIVE_STD = 1e-3
+# later. At 1/√C of the others' std it then takes half of its token's energy, and costs √2 in the error.
+SMALLEST_RELATIVE_STD = 1 / 32
+_VARIES = 1e-6  # of the largest std; what is below is rounding
 
 
 class Normalisation(ABC):
@@ -110,7 +111,8 @@ class PhiS(Normalisation):
         tables = _rotation_tables(features_RSHWC)
         signed_SCC = (tables["signs"].double() * eigenvectors_SCC).contiguous()
         rotation_SCC = rotate(signed_SCC, tables["left"].double(), tables["right"].double()).mT
-        std_S = variances_SC.clamp(min=0).mean(1).sqrt().clamp(min=SMALLEST_STD)
+        std_S = variances_SC.clamp(min=0).mean(1).sqrt()
+        std_S = torch.where(std_S > SMALLEST_STD, std_S, 1)
         return cls(
             {
                 "mean": moments.mean_SC.float(),
@@ -134,10 +136,17 @@ class PhiS(Normalisation):
 
 def _standard_tables(features_RSHWC: Tensor) -> dict[str, Tensor]:
     moments = FeatureMoments.of(features_RSHWC)
-    std_SC = moments.std_SC()
-    usual_S1 = std_SC.median(1, keepdim=True).values
-    floor_S1 = (SMALLEST_RELATIVE_STD * usual_S1).clamp(min=SMALLEST_STD)
-    return {"mean": moments.mean_SC.float(), "std": std_SC.maximum(floor_S1).float()}
+    return {"mean": moments.mean_SC.float(), "std": floored_std(moments.std_SC()).float()}
+
+
+def floored_std(std_SC: Tensor) -> Tensor:
+    """Each channel's std, and at least `SMALLEST_RELATIVE_STD` of the median of those that vary.
+
+    1 where no channel of a level does, since the sample then says nothing of what is to come.
+    """
+    varies_SC = std_SC > (_VARIES * std_SC.amax(1, keepdim=True)).clamp(min=SMALLEST_STD)
+    usual_S1 = std_SC.where(varies_SC, torch.nan).nanmedian(1, keepdim=True).values
+    return torch.where(usual_S1.isnan(), 1, std_SC.maximum(SMALLEST_RELATIVE_STD * usual_S1))
 
 
 def _rotation_tables(features_RSHWC: Tensor) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from pipeline.codecs.base import ArrayLayout, Codec, Encoded
+from pipeline.codecs.base import ArrayLayout, Codec, Encoded, may_arrive_late
 from pipeline.errors import CodecError
 
 CODE_AXES = ("level", "height", "width", "channel")
@@ -36,7 +36,8 @@ class _FloatCodec(Codec):
     def decode_tensors(
         self, tensors: dict[str, Tensor], device: torch.device | str, dtype: torch.dtype
     ) -> Tensor:
-        return tensors["codes"].to(device, non_blocking=True).view(self.dtype).to(dtype)
+        codes = tensors["codes"].to(device, non_blocking=may_arrive_late(device))
+        return codes.view(self.dtype).to(dtype)
 
 
 class Float32Codec(_FloatCodec):

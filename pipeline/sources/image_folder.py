@@ -20,7 +20,7 @@ Files = list[tuple[str, int]]
 
 
 class ImageFolderSource(Source):
-    """JPEG, PNG and WebP files below a folder, by suffix in any case.
+    """JPEG, PNG and WebP files below a folder, by suffix in any case; hidden ones (.name) are left out.
 
     The key is the path without its suffix (with it, where two files differ in nothing else), the label
     the name of the folder that holds the file.
@@ -29,7 +29,7 @@ class ImageFolderSource(Source):
     kind = "image_folder"
 
     def _units(self) -> Iterator[Files]:
-        images = (file for file in self.place.files() if is_image_name(file[0]))
+        images = (file for file in self.place.files() if is_image_name(file[0]) and "/." not in f"/{file[0]}")
         size = _FILES_PER_UNIT if self.place.is_local else _REMOTE_FILES_PER_UNIT
         while unit := list(islice(images, size)):
             yield unit

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,12 +38,13 @@ class Place:
         try:
             filesystem, path = fsspec.core.url_to_fs(text)
             is_folder, is_file = filesystem.isdir(path), filesystem.isfile(path)
-        except (ImportError, ValueError, PermissionError) as error:
+        except Exception as error:  # every object store has its own, for hosts, buckets and credentials
             raise SourceError(
                 "This place cannot be opened.",
-                got=f"{text}: {error}",
+                got=f"{text}: {type(error).__name__}: {error}",
                 expected="a local path, or a URL that fsspec can open and you may read",
-                do="install what is missing, or check the URL and its credentials",
+                do="install what is missing, or check the URL; for s3:// also AWS_ACCESS_KEY_ID, "
+                "AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL",
             ) from error
         if is_folder:
             return Place(text, Storage.at(text))
@@ -61,6 +62,14 @@ class Place:
             expected="a folder of images, a tar or Parquet file, or a folder or pattern of those",
             do="check the path, and that the disk or bucket is mounted and readable here",
         )
+
+    @staticmethod
+    def root(location: str, paths: Iterable[str]) -> str:
+        """The folder that samples' `paths` are relative to, told by names alone: nothing need be there."""
+        folder, _, name = location.rpartition("/")
+        if magic := _MAGIC.search(location):
+            return location[: magic.start()].rpartition("/")[0] or "/"
+        return (folder if set(paths) == {name} else location.rstrip("/")) or "/"
 
     @property
     def is_local(self) -> bool:

@@ -11,8 +11,10 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.codecs import ArrayLayout, get_codec
+from pipeline.errors import CorruptShardError
 from pipeline.manifest import FileRecord
 from pipeline.spec import CacheSpec, TeacherSpec
+from pipeline.storage import Storage
 
 Arrays = dict[str, NDArray]
 
@@ -40,6 +42,19 @@ def teacher_layouts(teacher: TeacherSpec) -> dict[str, ArrayLayout]:
     return layouts
 
 
+def numpy_dtype(layout: ArrayLayout) -> np.dtype:
+    return np.dtype(str(layout.dtype).removeprefix("torch.")).newbyteorder("<")
+
+
+def unreadable(storage: Storage, what: str, error: Exception) -> CorruptShardError:
+    return CorruptShardError(
+        f"Features of teacher {what} cannot be read.",
+        got=f"{type(error).__name__}: {error}",
+        expected="the bytes that the commit records state",
+        do=f"run: teachercache verify {storage.url}",
+    )
+
+
 def feature_arrays(teacher: TeacherSpec) -> list[str]:
     """The arrays that make up the features: all but the token features."""
     return [name for name in teacher_layouts(teacher) if name not in (CLS_TOKEN, GLOBAL_FEATURE)]
@@ -60,9 +75,21 @@ class ShardWriter(ABC):
 class FeatureStore(ABC):
     """The rows of every teacher of one cache."""
 
+    storage: Storage
+
     @abstractmethod
+    def layout_files(self, spec: CacheSpec, teacher: str) -> dict[str, bytes]:
+        """The files, by name, that describe a teacher's arrays; they follow from the spec."""
+
+    @abstractmethod
+    def shard_files(self, spec: CacheSpec, teacher: str, shard: int) -> list[str]:
+        """The names of a shard's files, in one order for all shards. No file's bytes depend on its name."""
+
     def create(self, spec: CacheSpec, teacher: str) -> None:
-        """Lay out a teacher's arrays; harmless where they are already there."""
+        """Lay out a teacher's arrays; where they are, those that the growth of the cache has changed."""
+        for name, data in self.layout_files(spec, teacher).items():
+            if not self.storage.exists(name) or self.storage.read(name) != data:
+                self.storage.write(name, data)
 
     @abstractmethod
     def write_shard(self, spec: CacheSpec, teacher: str, shard: int) -> AbstractContextManager[ShardWriter]:

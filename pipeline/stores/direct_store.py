@@ -8,13 +8,11 @@ checked once, when the shard is opened; the rows' own checksums only on request.
 from __future__ import annotations
 
 import os
-import sys
 import weakref
 from functools import lru_cache, partial
 
 import numpy as np
 from numpy.typing import NDArray
-from zarr.codecs import BytesCodec, Crc32cCodec
 
 from pipeline.spec import CacheSpec
 from pipeline.storage import LocalStorage
@@ -71,27 +69,13 @@ class DirectStore(ZarrStore):
         super().__init__(storage)
         self.checksums = checksums
         self._open = lru_cache(OPEN_SHARDS)(partial(ShardFile, storage))
-        self._direct: dict[tuple[str, str], bool] = {}
 
     def _read_array(
         self, spec: CacheSpec, teacher: str, name: str, shards: Ints, places: Ints, values: NDArray
     ) -> None:
-        if (teacher, name) not in self._direct:
-            self._direct[teacher, name] = self._is_direct(spec, teacher, name, values)
-        if not self._direct[teacher, name]:
+        if not self.is_plain(spec, teacher, name, values):
             return super()._read_array(spec, teacher, name, shards, places, values)
         for value, shard, place in zip(values, shards.tolist(), places.tolist(), strict=True):
             file = shard_file(teacher, name, shard, value.ndim)
             chunk = value.reshape(-1).view(np.uint8).data
             self._open(file, spec.rows_per_shard, chunk.nbytes).read(place, chunk, self.checksums)
-
-    def _is_direct(self, spec: CacheSpec, teacher: str, name: str, values: NDArray) -> bool:
-        """Whether a chunk's bytes are a row's in memory, as `ZarrStore.create` lays them out."""
-        array, row_shape = self._array(teacher, name), values.shape[1:]
-        return (
-            array.dtype == values.dtype
-            and array.chunks == (1, *row_shape)
-            and array.shards == (spec.rows_per_shard, *row_shape)
-            and (array.filters, array.compressors) == ((), (Crc32cCodec(),))
-            and array.serializer in (BytesCodec(endian=None), BytesCodec(endian=sys.byteorder))
-        )

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from pipeline.manifest import FileRecord
 from pipeline.storage import ChecksumWriter, Storage
+from pipeline.stores.tar_index import member_key
 
 _SUFFIXES = {b"\xff\xd8": ".jpg", b"\x89P": ".png", b"RI": ".webp"}
 
@@ -36,7 +37,7 @@ class ImageTarWriter:
         if image is None:
             self.members.append((0, 0))
             return
-        header = tarfile.TarInfo(key + _SUFFIXES.get(image[:2], ".img"))
+        header = tarfile.TarInfo(member_key(key) + _SUFFIXES.get(image[:2], ".img"))
         header.size = len(image)
         self._file.write(header.tobuf(tarfile.PAX_FORMAT))
         self.members.append((self._file.nbytes, len(image)))

@@ -7,6 +7,8 @@ codec (`shard_format`); a test holds these bytes equal to what zarr-python write
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache, partial
@@ -21,11 +23,17 @@ from zarr.core.sync import sync
 from zarr.storage import FsspecStore, LocalStore, MemoryStore
 
 from pipeline.codecs import ArrayLayout
-from pipeline.errors import CorruptShardError
 from pipeline.manifest import FileRecord
 from pipeline.spec import CacheSpec
 from pipeline.storage import ChecksumWriter, LocalStorage, Storage
-from pipeline.stores.base import Arrays, FeatureStore, ShardWriter, teacher_layouts
+from pipeline.stores.base import (
+    Arrays,
+    FeatureStore,
+    ShardWriter,
+    numpy_dtype,
+    teacher_layouts,
+    unreadable,
+)
 from pipeline.stores.shard_format import ABSENT, Index, checksum, empty_index, index_nbytes, parse_index
 
 _KEPT_INDEXES = 1024
@@ -40,10 +48,6 @@ def array_folder(teacher: str, array: str) -> str:
 def shard_file(teacher: str, array: str, shard: int, row_ndim: int) -> str:
     """Zarr's default chunk key: the shard along the row axis, 0 along every other."""
     return f"{array_folder(teacher, array)}/c/{shard}{'/0' * row_ndim}"
-
-
-def numpy_dtype(layout: ArrayLayout) -> np.dtype:
-    return np.dtype(str(layout.dtype).removeprefix("torch.")).newbyteorder("<")
 
 
 class ZarrShardWriter(ShardWriter):
@@ -88,13 +92,14 @@ class ZarrStore(FeatureStore):
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
         self._arrays: dict[tuple[str, str], zarr.Array] = {}
+        self._plain: dict[tuple[str, str], bool] = {}
         self._read_index = lru_cache(_KEPT_INDEXES)(partial(_read_index, storage))
 
-    def create(self, spec: CacheSpec, teacher: str) -> None:
+    def layout_files(self, spec: CacheSpec, teacher: str) -> dict[str, bytes]:
         memory = MemoryStore()
         description = spec.teachers[teacher].model_dump(mode="json")
         group = zarr.create_group(
-            memory, attributes={"teacher": description, "content_id": spec.content_id(teacher)}
+            memory, attributes={"teacher": description, "content_id": spec.shard_content_id(teacher, 0)}
         )
         for name, layout in teacher_layouts(spec.teachers[teacher]).items():
             group.create_array(
@@ -110,15 +115,16 @@ class ZarrStore(FeatureStore):
                 dimension_names=("row", *layout.axes),
                 attributes=layout.attributes,
             )
-        for key, value in _items(memory):
-            self.storage.write(f"teachers/{teacher}/{key}", value)
+        return {f"teachers/{teacher}/{key}": value for key, value in _items(memory)}
+
+    def shard_files(self, spec: CacheSpec, teacher: str, shard: int) -> list[str]:
+        layouts = teacher_layouts(spec.teachers[teacher])
+        return [shard_file(teacher, array, shard, len(layout.shape)) for array, layout in layouts.items()]
 
     @contextmanager
     def write_shard(self, spec: CacheSpec, teacher: str, shard: int) -> Iterator[ZarrShardWriter]:
         layouts = teacher_layouts(spec.teachers[teacher])
-        names = {
-            array: shard_file(teacher, array, shard, len(layout.shape)) for array, layout in layouts.items()
-        }
+        names = dict(zip(layouts, self.shard_files(spec, teacher, shard), strict=True))
         with ExitStack() as stack:
             files = {
                 array: stack.enter_context(self.storage.open_write(name)) for array, name in names.items()
@@ -133,37 +139,77 @@ class ZarrStore(FeatureStore):
             try:
                 self._read_array(spec, teacher, name, shards, places, values)
             except (ValueError, FileNotFoundError, KeyError) as error:  # ValueError: also a wrong checksum
-                raise CorruptShardError(
-                    f"Array {name} of teacher {teacher} cannot be read.",
-                    got=f"{type(error).__name__}: {error}",
-                    expected="the bytes that the commit records state",
-                    do=f"run: teachercache verify {self.storage.url}",
-                ) from error
+                raise unreadable(self.storage, teacher, error) from error
 
     def _read_array(
         self, spec: CacheSpec, teacher: str, name: str, shards: Ints, places: Ints, values: NDArray
     ) -> None:
-        """Rows at `places` in `shards`. zarr would give zeros for files and rows that are not there."""
-        for shard in np.unique(shards).tolist():
-            file = shard_file(teacher, name, shard, values.ndim - 1)
-            present = (self._read_index(file, spec.rows_per_shard) != ABSENT).all(1)[places[shards == shard]]
-            if not present.all():
-                raise ValueError(f"{file} holds no row {places[shards == shard][~present][0]}")
+        """Rows at `places` in `shards`."""
+        self.chunk_starts(spec, teacher, name, shards, places, values.ndim - 1)
         array, as_buffer = self._array(teacher, name), default_buffer_prototype().nd_buffer.from_numpy_array
+        whole = array.chunks if array.shards is None else array.shards  # what zarr takes memory for
+        shape = values.shape[1:]
+        if array.shape[1:] != shape or math.prod(whole) > spec.rows_per_shard * math.prod(shape):
+            raise ValueError(f"{name} is an array of {array.shape} in pieces of {whole}")
         rows = shards * spec.rows_per_shard + places
-        for row, value in zip(rows.tolist(), values, strict=True):  # zarr gathers a list of rows by value
-            array.get_basic_selection(slice(row, row + 1), out=as_buffer(value[None]))
+        with _as_value_errors(f"{array_folder(teacher, name)}"):
+            for row, value in zip(rows.tolist(), values, strict=True):  # zarr gathers a list of rows by value
+                array.get_basic_selection(slice(row, row + 1), out=as_buffer(value[None]))
+
+    def chunk_starts(
+        self, spec: CacheSpec, teacher: str, name: str, shards: Ints, places: Ints, row_ndim: int
+    ) -> Index:
+        """Where the rows at `places` in `shards` begin in their files, in bytes.
+
+        Raises `ValueError` for rows that a shard does not hold: zarr would give zeros for them.
+        """
+        starts = np.empty(len(shards), np.uint64)
+        for shard in np.unique(shards).tolist():
+            file, here = shard_file(teacher, name, shard, row_ndim), shards == shard
+            chunks = self._read_index(file, spec.rows_per_shard)[places[here]]
+            absent = (chunks == ABSENT).any(1)
+            if absent.any():
+                raise ValueError(f"{file} holds no row {places[here][absent][0]}")
+            starts[here] = chunks[:, 0]
+        return starts
+
+    def is_plain(self, spec: CacheSpec, teacher: str, name: str, values: NDArray) -> bool:
+        """Whether a chunk's bytes are a row's in memory, as `create` lays them out."""
+        if (teacher, name) not in self._plain:
+            self._plain[teacher, name] = self._is_plain(spec, self._array(teacher, name), values)
+        return self._plain[teacher, name]
+
+    @staticmethod
+    def _is_plain(spec: CacheSpec, array: zarr.Array, values: NDArray) -> bool:
+        row_shape = values.shape[1:]
+        return (
+            array.dtype == values.dtype
+            and array.chunks == (1, *row_shape)
+            and array.shards == (spec.rows_per_shard, *row_shape)
+            and (array.filters, array.compressors) == ((), (Crc32cCodec(),))
+            and array.serializer in (BytesCodec(endian=None), BytesCodec(endian=sys.byteorder))
+        )
 
     def _array(self, teacher: str, name: str) -> zarr.Array:
         if (teacher, name) not in self._arrays:
-            array = zarr.open_array(self._zarr_store(), path=array_folder(teacher, name), mode="r")
-            self._arrays[teacher, name] = array
+            folder = array_folder(teacher, name)
+            with _as_value_errors(f"{folder}/zarr.json"):
+                self._arrays[teacher, name] = zarr.open_array(self._zarr_store(), path=folder, mode="r")
         return self._arrays[teacher, name]
 
     def _zarr_store(self) -> Store:
         if isinstance(self.storage, LocalStorage):
             return LocalStore(self.storage.root, read_only=True)
         return FsspecStore.from_url(self.storage.url, read_only=True)
+
+
+@contextmanager
+def _as_value_errors(what: str) -> Iterator[None]:
+    """Of what zarr meets in damaged or hostile files, every kind of error comes out."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{what}: {type(error).__name__}: {error}") from error
 
 
 def _read_index(storage: Storage, name: str, num_rows: int) -> Index:

@@ -100,7 +100,7 @@ class SAK(Student):
         )
 
     def forward(
-        self, pixels_B3HW: Tensor, full: bool = False
+        self, pixels_B3HW: Tensor, full: bool = False, maps: bool = True
     ) -> dict[str, list[Tensor]] | dict[str, Tensor] | StudentOutput:
         """See `Student.forward`. The aligners, which only distillation needs, run for feature maps only."""
         representations = self.representations(pixels_B3HW)
@@ -114,7 +114,7 @@ class SAK(Student):
         predictions: dict[str, Tensor]
         predictions, gates = self.decoder(experts_SBEnD, self.stem.grid)
         if full:
-            return StudentOutput(self._feature_maps(representations), predictions, gates)
+            return StudentOutput(self._feature_maps(representations) if maps else {}, predictions, gates)
         return predictions
 
     def add_teacher(self, name: str, width: int) -> None:
@@ -149,6 +149,14 @@ class SAK(Student):
         _require_teachers(teacher_dims)
         del self.paths[name]
         self.config["teacher_dims"] = teacher_dims
+
+    def keep_levels(self, teacher: str, count: int) -> None:
+        """As `Student.keep_levels`: aligners, and, where no task uses them, output norms."""
+        path = self.paths[teacher]
+        norms = [] if self.tasks else getattr(path, "output_norms", [])
+        for layers in (path.aligners, norms):
+            for layer in layers[: len(layers) - count]:
+                layer.requires_grad_(False)
 
     def parameters_by_part(self) -> dict[str, int]:
         counts = dict.fromkeys(_PARTS, 0)

@@ -72,7 +72,8 @@ def level_blocks(depth: int) -> list[int]:
 
 def _create(name: str, image_size: Size, pretrained: bool) -> Any:
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models("*vit*"), 3)
+        plain = timm.list_models([f"{family}*" for family in ("vit", "deit", "beit", "eva")])
+        near = difflib.get_close_matches(name, plain, 3)
         raise RecipeError(
             "timm has no model of this name, so it cannot be a stem.",
             got=name,

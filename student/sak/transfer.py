@@ -7,7 +7,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from pipeline.errors import CheckpointError
+from pipeline.errors import CheckpointError, RecipeError
+from pipeline.spec import Size
 from student.sak.model import SAK
 
 
@@ -21,6 +22,40 @@ def load_stage_1(student: SAK, source: str | os.PathLike[str], revision: str | N
     stage_1 = SAK.from_pretrained(source, revision)
     stage_1.stem.resize(student.image_size)
     load_tensors(student, stage_1.state_dict(), f"The student in {os.fspath(source)}")
+
+
+def grown_student(source: str | os.PathLike[str], teacher_dims: Mapping[str, int], image_size: Size) -> SAK:
+    """A saved student of stage 1 that goes on with these teachers: name → channels.
+
+    It gets a path for each that it does not have, and then only the new paths learn (SAK, D.4). Where it
+    has them all, everything learns but the paths of other teachers.
+    Raises `RecipeError` where a teacher has another width than its path, or the images another size.
+    """
+    student = SAK.from_pretrained(source)
+    own = student.config["teacher_dims"]
+    if student.image_size != tuple(image_size):
+        raise RecipeError(
+            "The student to go on with takes images of another size.",
+            got=f"views of {tuple(image_size)} in the cache",
+            expected=student.image_size,
+            do="build a cache of the new teacher with views of the student's size",
+        )
+    for name in own.keys() & teacher_dims.keys():
+        if own[name] != teacher_dims[name]:
+            raise RecipeError(
+                f"The student knows another teacher by the name of {name}.",
+                got=f"{teacher_dims[name]} channels in the cache",
+                expected=own[name],
+                do="give the new teacher a name of its own in the recipe of the cache",
+            )
+    new = [name for name in teacher_dims if name not in own]
+    for name in new:
+        student.add_teacher(name, teacher_dims[name])
+    for name in new:
+        student.paths[name].requires_grad_(True)
+    if not new:
+        student.freeze(*(f"paths.{name}" for name in student.teachers if name not in teacher_dims))
+    return student
 
 
 def load_tensors(student: SAK, tensors: Mapping[str, Tensor], what: str) -> None:

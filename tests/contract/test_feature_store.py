@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import json
 import pickle
 import shutil
+import threading
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -11,17 +14,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
+import webdataset
 import zarr
 
 from pipeline import FeatureCache
 from pipeline.codecs import codec_names, get_codec
 from pipeline.errors import CacheError, CacheNotFoundError, CorruptShardError, IncompleteCacheError
+from pipeline.manifest import FileRecord
+from pipeline.spec import StoreKind
+from pipeline.stores import tar_index
 from pipeline.stores.shard_format import ABSENT, checksum, index_nbytes, parse_index
-from pipeline.stores.zarr_store import shard_file
 from tests.make_cache import commit_shard, features, make_cache, make_images, teacher_spec
 
-ROADS = ("direct", "zarr", "memory")
+ROADS = ("direct", "zarr", "memory", "webdataset", "webdataset memory")
 PLAIN_CODECS = ("f32", "f16", "bf16")
 
 Make = Callable[..., FeatureCache]
@@ -35,10 +42,11 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(params=ROADS)
 def make(request: pytest.FixtureRequest, tmp_path: Path) -> Make:
     """`make_cache(…)` somewhere, opened by one road."""
-    location = f"memory://{uuid.uuid4().hex}" if request.param == "memory" else str(tmp_path / "cache")
+    location = f"memory://{uuid.uuid4().hex}" if "memory" in request.param else str(tmp_path / "cache")
+    store: StoreKind = "webdataset" if "webdataset" in request.param else "zarr"
 
     def make(images: Path, **arguments: Any) -> FeatureCache:
-        make_cache(location, images, **arguments)
+        make_cache(location, images, store=store, **arguments)
         return FeatureCache.open(location, direct=request.param == "direct")
 
     return make
@@ -122,6 +130,26 @@ def test_images_that_moved_are_found_where_they_are(tmp_path: Path) -> None:
     assert cache.image(1).size == (64, 48)
 
 
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # webdataset leaves closing tars to the collector
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_plain_webdataset_reads_the_store(tmp_path: Path, images: Path) -> None:
+    teachers = {"t": teacher_spec(codec="f16", cls_token=True)}
+    cache = make_cache(tmp_path / "cache", images, teachers=teachers, store="webdataset", invalid_samples=[4])
+    tars = sorted(str(path) for path in (tmp_path / "cache" / "teachers" / "t").glob("*.tar"))
+    samples = list(webdataset.WebDataset(tars, shardshuffle=False))
+    gc.collect()
+    assert [sample["__key__"] for sample in samples] == [cache.key(i) for i in (0, 1, 2, 3, 5, 6, 7)]
+    written = features(cache.spec, "t")
+    for index, sample in zip((0, 1, 2, 3, 5, 6, 7), samples, strict=True):
+        for view in range(2):
+            tensors = safetensors.torch.load(sample[f"{view}.safetensors"])
+            assert tensors.keys() == written.keys()
+            assert all(torch.equal(tensors[name], written[name][2 * index + view]) for name in written)
+    described = json.loads((tmp_path / "cache" / "teachers" / "t" / "teacher.json").read_text())
+    assert described["arrays"]["codes"]["axes"] == ["level", "height", "width", "channel"]
+    assert described["teacher"] == cache.spec.teachers["t"].model_dump(mode="json")
+
+
 def test_plain_zarr_reads_the_store(tmp_path: Path, images: Path) -> None:
     cache = make_cache(tmp_path / "cache", images, teachers={"t": teacher_spec(codec="f16", cls_token=True)})
     group: Any = zarr.open_group(tmp_path / "cache" / "teachers" / "t", mode="r")
@@ -152,8 +180,9 @@ def test_shard_files_are_those_of_zarr_python(tmp_path: Path, images: Path) -> N
         assert (ours / name).read_bytes() == (tmp_path / "reference" / name).read_bytes()
 
 
-def test_a_shard_that_fails_leaves_nothing(tmp_path: Path, images: Path) -> None:
-    cache = make_cache(tmp_path / "cache", images, skip_shards=[2])
+@pytest.mark.parametrize("store", ["zarr", "webdataset"])
+def test_a_shard_that_fails_leaves_nothing(tmp_path: Path, images: Path, store: StoreKind) -> None:
+    cache = make_cache(tmp_path / "cache", images, skip_shards=[2], store=store)
 
     def fail() -> None:
         with cache.store.write_shard(cache.spec, "alpha", 2) as writer:
@@ -188,25 +217,33 @@ def test_buffers_that_do_not_fit_are_refused(make: Make, images: Path) -> None:
         cache.read([0, 1], ["t"], out=cache.buffers(1))
     with pytest.raises(ValueError, match=r"got:.*float32(.|\n)*expected:.*float16"):
         cache.read([0], ["t"], out={"t": cache.buffers(1)["wide"]})
+    with pytest.raises(ValueError, match=r"got:.*none"):
+        cache.read([0], ["t", "wide"], out=cache.buffers(1, ["t"]))
+
+
+def without_row_0(cache: FeatureCache, name: str, data: bytes) -> bytes:
+    if cache.spec.store == "webdataset":
+        tar_rows = tar_index.read_index(cache.storage, name, 6).copy()
+        end = data.rindex(tar_index.index_bytes(tar_rows))
+        tar_rows[0] = 0
+        changed = tar_index.index_bytes(tar_rows)
+        return data[:end] + changed + data[end + len(changed) :]
+    index = parse_index(data[-index_nbytes(6) :], 6, len(data)).copy()
+    index[0] = ABSENT
+    return data[: -index_nbytes(6)] + index.tobytes() + checksum(index.tobytes())
 
 
 @pytest.mark.parametrize("damage", ["gone", "empty", "cut", "absent row"])
 def test_damaged_files_are_an_error_that_says_how_to_look(make: Make, images: Path, damage: str) -> None:
     cache = make(images)
-    name = shard_file("alpha", "codes", 0, 4)
+    (name,) = cache.store.shard_files(cache.spec, "alpha", 0)
     data = cache.storage.read(name)
     if damage == "gone":
         cache.storage.remove(name)
+    elif damage == "absent row":
+        cache.storage.write(name, without_row_0(cache, name, data))
     else:
-        index = parse_index(data[-index_nbytes(6) :], 6, len(data)).copy()
-        index[0] = ABSENT
-        end = index.tobytes()
-        damaged = {
-            "empty": b"",
-            "cut": data[:-30],
-            "absent row": data[: -index_nbytes(6)] + end + checksum(end),
-        }
-        cache.storage.write(name, damaged[damage])
+        cache.storage.write(name, {"empty": b"", "cut": data[:-30]}[damage])
     with pytest.raises(CorruptShardError, match="teachercache verify"):
         cache.read([0], ["alpha"])
     if damage == "absent row":
@@ -218,9 +255,35 @@ def test_damaged_files_are_an_error_that_says_how_to_look(make: Make, images: Pa
 
 def test_changed_bytes_are_noticed_where_checksums_are_asked_for(make: Make, images: Path) -> None:
     cache = make(images)
-    name = shard_file("alpha", "codes", 0, 4)
+    (name,) = cache.store.shard_files(cache.spec, "alpha", 0)
     data = bytearray(cache.storage.read(name))
-    data[40] ^= 1
+    data[data.index(features(cache.spec, "alpha")["codes"][0].numpy().tobytes()) + 5] ^= 1
     cache.storage.write(name, data)
     with pytest.raises(CorruptShardError, match="teachercache verify"):
         FeatureCache.open(cache.storage.url, checksums=True).read([0], ["alpha"])
+
+
+def test_two_writers_of_a_shard_leave_that_of_one_whole(make: Make, images: Path) -> None:
+    """As two jobs do that computed the same shard; `Manifest.publishing` then lets one of them commit."""
+    cache = make(images, skip_shards=[0])
+    both_are_writing = threading.Barrier(2, timeout=60)
+    values = features(cache.spec, "alpha")["codes"][:6].numpy()
+    records: list[dict[str, FileRecord]] = []
+
+    def write(sign: int) -> None:
+        with cache.store.write_shard(cache.spec, "alpha", 0) as writer:
+            writer.write(range(3), {"codes": sign * values[:3]})
+            both_are_writing.wait()
+            writer.write(range(3, 6), {"codes": sign * values[3:]})
+        records.append(writer.files())
+
+    threads = [threading.Thread(target=write, args=(sign,)) for sign in (1, -1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (name,) = cache.store.shard_files(cache.spec, "alpha", 0)
+    assert cache.storage.checksum(name) in {record[name].checksum for record in records}
+    commit_shard(cache, "alpha", 0)
+    found = FeatureCache.open(cache.storage.url, checksums=True).read(range(6), ["alpha"])
+    assert torch.equal(found["alpha"].tensors()["codes"], torch.from_numpy(values))

@@ -16,19 +16,31 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import safetensors.torch
+import torch
+import xxhash
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cache_builder.verify import strays, verify
-from pipeline import FeatureCache
-from pipeline.errors import CacheError, TeacherCacheError
-from pipeline.manifest import Manifest, QuarantineEntry
+from pipeline import FeatureCache, render_view
+from pipeline.codecs import get_codec
+from pipeline.errors import CacheError, CorruptShardError, TeacherCacheError
+from pipeline.feature_stats import FeatureMoments
+from pipeline.manifest import Manifest, QuarantineEntry, moments_name, tables_name
 from pipeline.seal import UNSEALED, seal
-from pipeline.storage import Storage
+from pipeline.sources import open_source
+from pipeline.sources.keys import name_problem
+from pipeline.spec import StoreKind
+from pipeline.storage import LocalStorage, Storage
 from pipeline.stores.shard_format import CHECKSUM_NBYTES, checksum
+from pipeline.stores.tar_index import index_bytes, read_index
+from tests.images import tar_bytes
 from tests.make_cache import make_cache, make_images, teacher_spec
 
 ROOT = Path(__file__).parents[2]
@@ -89,12 +101,10 @@ def test_unpickling_would_be_seen(code: str) -> None:
     assert list(offences(ast.parse(code)))
 
 
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("hostile")
+def make_victim(root: Path, store: StoreKind) -> Path:
     teachers = {"alpha": teacher_spec(codec="f16", cls_token=True)}
     images = make_images(root / "images", 6)
-    cache = make_cache(root / "cache", images, teachers=teachers, invalid_samples=[2])
+    cache = make_cache(root / "cache", images, teachers=teachers, invalid_samples=[2], store=store)
     entry = QuarantineEntry(sample_index=2, key="image_002", location="image_002.jpg", reason="cut")
     cache.manifest.write_quarantine(0, [entry])
     assert verify(cache, full=True) == []
@@ -102,12 +112,28 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_victim(tmp_path_factory.mktemp("hostile"), "zarr")
+
+
+@pytest.fixture(scope="module")
 def folder(original: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(shutil.copytree(original, tmp_path_factory.mktemp("copy") / "cache"))
 
 
+@pytest.fixture(scope="module")
+def tars(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_victim(tmp_path_factory.mktemp("hostile tars"), "webdataset")
+
+
 def use(folder: Path) -> None:
     """All that is done with a cache."""
+    cache = read_all(folder)
+    verify(cache, full=True)
+    strays(cache)
+
+
+def read_all(folder: Path) -> FeatureCache:
     for direct in (True, False):
         cache = FeatureCache.open(folder, direct=direct, checksums=True)
         cache.valid_samples()
@@ -118,8 +144,7 @@ def use(folder: Path) -> None:
         cache.view(0)
         cache.image_bytes(0)
         cache.manifest.quarantine()
-    verify(cache, full=True)
-    strays(cache)
+    return cache
 
 
 def only_our_errors(folder: Path, name: str, data: bytes) -> None:
@@ -171,11 +196,7 @@ def places(node: Any) -> Iterator[tuple[Any, Any]]:
 def test_changed_records_give_our_errors(folder: Path, data: st.DataObject, name: str, changes: int) -> None:
     content = json.loads((folder / name).read_text())
     for _ in range(changes):
-        container, key = data.draw(st.sampled_from(list(places(content)) or [(content, "schema_version")]))
-        if data.draw(st.integers(0, 9)):
-            container[key] = data.draw(of_the_same_kind(container[key]))
-        else:
-            del container[key]
+        change(content, data)
     only_our_errors(folder, name, sealed(content))
 
 
@@ -207,6 +228,179 @@ def test_changed_shards_give_our_errors(
     if index_is_right:
         data[-CHECKSUM_NBYTES:] = checksum(bytes(data[index_start:-CHECKSUM_NBYTES]))
     only_our_errors(folder, name, bytes(data[:cut]))
+
+
+def change(content: Any, data: st.DataObject) -> None:
+    """One value of a JSON document, or one less."""
+    container, key = data.draw(st.sampled_from(list(places(content)) or [(content, "schema_version")]))
+    if data.draw(st.integers(0, 9)):
+        container[key] = data.draw(of_the_same_kind(container[key]))
+    else:
+        del container[key]
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data(), name=st.sampled_from(["codes/zarr.json", "cls/zarr.json", "zarr.json"]))
+def test_changed_array_metadata_gives_our_errors(folder: Path, data: st.DataObject, name: str) -> None:
+    content = json.loads((folder / "teachers" / "alpha" / name).read_text())
+    for _ in range(data.draw(st.integers(1, 3))):
+        change(content, data)
+    only_our_errors(folder, f"teachers/alpha/{name}", json.dumps(content).encode())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"shape": [10**15, 4, 2, 2, 8]},
+        {"shape": [12, 4, 2, 2, 10**12]},
+        {"chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [10**12, 4, 2, 2, 8]}}},
+        {"data_type": "float64"},
+    ],
+)
+def test_arrays_of_any_size_are_refused_before_they_are_allocated(
+    original: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    folder = Path(shutil.copytree(original, tmp_path / "cache"))
+    path = folder / "teachers" / "alpha" / "codes" / "zarr.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    cache = FeatureCache.open(folder, direct=False)
+    tracemalloc.start()
+    with suppress(CacheError):  # more rows than there are hurt nobody
+        cache.read([0], ["alpha"])
+    assert tracemalloc.get_traced_memory()[1] < 300e6
+    tracemalloc.stop()
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    places=st.lists(st.tuples(st.integers(0, 10**4), st.integers(0, 2**64 - 1)), min_size=1, max_size=4),
+    cut=st.integers(0, 10**4) | st.none(),
+    index_is_right=st.booleans(),
+)
+def test_changed_tars_give_our_errors(
+    tars: Path, places: list[tuple[int, int]], cut: int | None, index_is_right: bool
+) -> None:
+    """Numbers anywhere: in the headers of members and of safetensors, in rows, and in the index."""
+    name = "teachers/alpha/00000.tar"
+    data = bytearray((tars / name).read_bytes())
+    index = read_index(LocalStorage(tars), name, ROWS_PER_SHARD).copy()
+    start = data.index(index_bytes(index))
+    for place, number in places:
+        if place % 2:
+            index.reshape(-1)[place % index.size] = number
+        else:
+            data[place % start : place % start + 8] = number.to_bytes(8, "little")
+    if index_is_right:
+        for row in index:
+            row[2] = google_crc32c.value(bytes(data[int(row[0]) : int(row[0]) + int(row[1])]))
+        data[start : start + len(index_bytes(index))] = index_bytes(index)
+    only_our_errors(tars, name, bytes(data[:cut]))
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_tars_of_any_members_are_scanned_with_our_errors(tmp_path_factory: Any, data: st.DataObject) -> None:
+    whole = bytearray(tar_bytes([("a.jpg", b"x" * 600), ("b/c.cls", b"7"), ("b/c.jpg", b"y" * 30)]))
+    for _ in range(data.draw(st.integers(1, 6))):
+        place = data.draw(st.integers(0, len(whole) - 9))
+        whole[place : place + 8] = data.draw(st.binary(min_size=8, max_size=8))
+    for start in range(0, len(whole) - 511, 512):  # headers with the checksum that makes them count
+        if data.draw(st.booleans()):
+            header = whole[start : start + 512]
+            total = sum(header) - sum(header[148:156]) + 8 * 32
+            whole[start + 148 : start + 156] = b"%06o\0 " % total
+    folder = tmp_path_factory.mktemp("tar")
+    (folder / "a.tar").write_bytes(whole[: data.draw(st.integers(0, len(whole)))])
+    with suppress(TeacherCacheError):
+        samples = open_source(str(folder / "a.tar"), "webdataset").scan()
+        assert all(name_problem(key) is None for key in samples["key"].to_pylist())
+
+
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.int64, torch.uint8, torch.bool]
+
+
+def tensor_files(sound: dict[str, torch.Tensor]) -> st.SearchStrategy[bytes]:
+    """Safetensors with some tensors of `sound`, of others under the same names, and any bytes."""
+    shapes = st.lists(st.integers(0, 9), max_size=4).map(tuple)
+    others = st.builds(lambda shape, dtype: torch.ones(shape, dtype=dtype), shapes, st.sampled_from(DTYPES))
+    values = {name: st.just(tensor) | others for name, tensor in sound.items()}
+    return st.binary(max_size=200) | st.fixed_dictionaries({}, optional=values).map(safetensors.torch.save)
+
+
+MOMENTS = FeatureMoments.of(torch.ones(2, 4, 2, 2, 8), covariance=True).tensors()
+TABLES = {
+    codec: get_codec(codec)
+    .calibrate(torch.randn(4, 4, 2, 2, 8, generator=torch.Generator().manual_seed(0)))
+    .state()
+    for codec in ("int8-hadamard", "int4-dct")
+}
+
+
+@settings(max_examples=80, deadline=None)
+@given(data=tensor_files(MOMENTS), shard=st.integers(0, 1))
+@example(data=safetensors.torch.save({"a": torch.zeros(1)}), shard=1)
+def test_statistics_of_any_tensors_give_our_errors(folder: Path, data: bytes, shard: int) -> None:
+    """The record names the file with its checksum: it was meant."""
+    before = {path: path.read_bytes() for path in sorted((folder / "commits" / "alpha").iterdir())}
+    sound = safetensors.torch.save(MOMENTS)
+    try:
+        for number, path in enumerate(before):
+            content, stats = json.loads(before[path]), data if number == shard else sound
+            name = moments_name("alpha", number)
+            file = {"nbytes": len(stats), "checksum": xxhash.xxh3_128_hexdigest(stats)}
+            Storage.at(folder).write(name, stats)
+            path.write_bytes(sealed(content | {"files": content["files"] | {name: file}}))
+        cache = FeatureCache.open(folder)
+        assert verify(cache, full=True) == []
+        with suppress(TeacherCacheError):
+            cache.statistics("alpha").covariance_SCC()
+    except ValueError as error:
+        assert "no covariance" in str(error)  # noqa: PT017  (moments of both shards without products are sound)
+    finally:
+        shutil.rmtree(folder / "stats")
+        for path, record in before.items():
+            path.write_bytes(record)
+
+
+@settings(max_examples=80, deadline=None)
+@given(data=st.data(), codec=st.sampled_from(sorted(TABLES)))
+def test_codec_tables_of_any_tensors_give_our_errors(folder: Path, data: st.DataObject, codec: str) -> None:
+    tables = data.draw(tensor_files(TABLES[codec]))
+    content = json.loads((folder / "cache.json").read_text())
+    content["teachers"]["alpha"] |= {"codec": codec, "tables_hash": xxhash.xxh3_128_hexdigest(tables)}
+    Storage.at(folder).write(tables_name("alpha"), tables)
+    try:
+        only_our_errors(folder, "cache.json", sealed(content))
+    finally:
+        shutil.rmtree(folder / "stats")
+
+
+@settings(max_examples=80, deadline=None)
+@given(data=st.data())
+def test_views_of_any_numbers_give_our_errors(folder: Path, data: st.DataObject) -> None:
+    views = Manifest(Storage.at(folder)).views()
+    for _ in range(data.draw(st.integers(1, 3))):
+        place = data.draw(st.integers(0, views.num_columns - 1))
+        field, values = views.schema.field(place), views.column(place).to_pylist()
+        of_its_type = {
+            pa.int64(): st.integers(-(2**63), 2**63 - 1),
+            pa.int32(): st.integers(-(2**31), 2**31 - 1),
+            pa.float32(): st.floats(width=32),
+            pa.bool_(): st.booleans(),
+        }[field.type]
+        values[data.draw(st.integers(0, 1))] = data.draw(of_its_type)
+        views = views.set_column(place, field, pa.array(values, field.type))
+    views = views.slice(0, data.draw(st.sampled_from([len(views), 0, 1])))
+    before = (folder / "views.parquet").read_bytes()
+    try:
+        Manifest(Storage.at(folder)).write_views(views)
+        cache = FeatureCache.open(folder)
+        with suppress(TeacherCacheError):
+            verify(cache, full=True)
+        with suppress(TeacherCacheError, IndexError):
+            render_view(cache.image(0), cache.view(0), (32, 32))
+    finally:
+        (folder / "views.parquet").write_bytes(before)
 
 
 def change_spec(**changes: Any) -> Callable[[Path], None]:
@@ -286,6 +480,23 @@ def test_a_table_of_more_rows_than_bytes_is_not_unpacked(original: Path, tmp_pat
     assert_refused(lambda: FeatureCache.open(folder).views)
 
 
+@pytest.mark.parametrize("value", [b"\xdf\xff", None])
+def test_a_table_with_values_that_cannot_be_is_refused(
+    original: Path, tmp_path: Path, value: bytes | None
+) -> None:
+    folder = Path(shutil.copytree(original, tmp_path / "cache"))
+    samples = Manifest(Storage.at(folder)).samples()
+    keys = pa.array([value] * samples.num_rows, pa.binary())
+    text = pa.Array.from_buffers(pa.string(), len(keys), keys.buffers(), keys.null_count)
+    table = samples.set_column(0, "key", text)
+    with pq.ParquetWriter(folder / "samples.parquet", table.schema) as writer:
+        writer.write_table(table)
+        writer.add_key_value_metadata({"checksum": UNSEALED})
+    (folder / "samples.parquet").write_bytes(seal((folder / "samples.parquet").read_bytes()))
+    with pytest.raises(CacheError, match=r"samples.parquet(.|\n)*(UTF8|without a value)"):
+        FeatureCache.open(folder).key(0)
+
+
 @pytest.mark.parametrize("name", ["../../out", "/etc", "a/b", "..", ".", "images", "a\\b", "a\0b", ""])
 def test_names_of_teachers_stay_in_the_cache(original: Path, tmp_path: Path, name: str) -> None:
     folder = Path(shutil.copytree(original, tmp_path / "cache"))
@@ -314,3 +525,11 @@ def test_ranges_in_records_stay_in_the_file(original: Path, tmp_path: Path, memb
     path.write_bytes(sealed(json.loads(path.read_text()) | {"members": [member]}))
     with pytest.raises(CacheError, match="members must be byte ranges"):
         FeatureCache.open(folder).commits("alpha")
+
+
+def test_records_of_another_cache_are_not_read(original: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(original, tmp_path / "cache"))
+    path = folder / RECORDS[1]
+    path.write_bytes(sealed(json.loads(path.read_text()) | {"content_id": "0" * 32}))
+    with pytest.raises(CorruptShardError, match=r"computed for another spec(.|\n)*teachercache repair"):
+        FeatureCache.open(folder).read([1], ["alpha"])

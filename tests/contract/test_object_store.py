@@ -25,7 +25,7 @@ from cache_builder.recipe import RunnerRecipe
 from cache_builder.repair import repair
 from cache_builder.verify import verify
 from pipeline import FeatureCache
-from pipeline.errors import BuildError, CacheError, CacheNotFoundError
+from pipeline.errors import BuildError, CacheError, CacheNotFoundError, CorruptShardError
 from pipeline.storage import Storage
 from tests.make_cache import build_recipe, make_images
 
@@ -45,7 +45,8 @@ class Request:
 
 @dataclass
 class Server:
-    """moto's S3 behind a log, and behind faults: `fault(request)` is a status to fail with, or "hang"."""
+    """moto's S3 behind a log, and behind faults: `fault(request)` is a status to fail with, "hang", or
+    "late": what was asked for is done, and the answer comes after the client has gone."""
 
     answered: list[tuple[Request, int]] = field(default_factory=list)
     fault: Callable[[Request], int | str | None] = lambda _: None
@@ -65,7 +66,7 @@ class Server:
             fault = self.fault(request)
         if fault == "hang":
             time.sleep(READ_TIMEOUT_S + 0.5)
-        elif fault is not None:
+        elif fault not in (None, "late"):
             code = {500: "InternalError", 503: "SlowDown", 403: "AccessDenied"}[int(fault)]
             body = f"<Error><Code>{code}</Code><Message>injected</Message></Error>".encode()
             start_response(f"{fault} {code}", [("Content-Length", str(len(body)))])
@@ -76,6 +77,8 @@ class Server:
             return start_response(status, *rest)
 
         answer: Iterable[bytes] = self._moto(environ, start)
+        if fault == "late":
+            time.sleep(READ_TIMEOUT_S + 0.5)
         return answer
 
     def requests(self, *methods: str) -> list[Request]:
@@ -104,7 +107,7 @@ def running() -> Iterator[Server]:
         options = {"config_kwargs": {"read_timeout": READ_TIMEOUT_S}, "default_block_size": PART_BYTES}
         patch.setitem(fsspec.config.conf, "s3", options)
         s3fs.S3FileSystem.clear_instance_cache()
-        s3fs.S3FileSystem().mkdir("bucket")
+        s3fs.S3FileSystem().makedirs("bucket", exist_ok=True)
         yield server
     s3fs.S3FileSystem.clear_instance_cache()
     http.shutdown()
@@ -172,12 +175,30 @@ def test_the_record_comes_last_and_in_one_request(remote: tuple[FeatureCache, li
 def test_reading_asks_for_ranges(
     server: Server, remote: tuple[FeatureCache, list[Request]], local: FeatureCache
 ) -> None:
-    cache = FeatureCache.open("s3://bucket/cache")
-    rows = np.array([0, 7, 15])
-    assert cache.read(rows)["tiny"].decode().equal(local.read(rows)["tiny"].decode())
-    shards = [request for request in server.requests("GET") if "/codes/c/" in request.path]
-    assert shards
-    assert all(request.range is not None for request in shards)
+    rows = np.array([0, 15, 7, 6])
+    expected = local.read(rows)["tiny"].decode()
+    for direct in (True, False):
+        cache = FeatureCache.open("s3://bucket/cache", direct=direct)
+        server.answered.clear()
+        assert cache.read(rows)["tiny"].decode().equal(expected)
+        shards = [request for request in server.requests("GET") if "/codes/c/" in request.path]
+        assert all(request.range is not None for request in shards)
+        if direct:  # the indexes of three shards, and four rows
+            assert len(shards) == len({request.path for request in shards}) + len(rows) == 7
+
+
+def test_a_flipped_bit_of_a_row_on_s3_is_never_read(
+    server: Server, remote: tuple[FeatureCache, list[Request]]
+) -> None:
+    cache, _ = remote
+    name = next(iter(cache.commits("tiny")[0].files))
+    whole = cache.storage.read(name)
+    cache.storage.write(name, bytes([whole[0] ^ 1]) + whole[1:])
+    try:
+        with pytest.raises(CorruptShardError, match="checksum of row 0 is wrong"):
+            FeatureCache.open("s3://bucket/cache").read([1, 0])
+    finally:
+        cache.storage.write(name, whole)
 
 
 def test_damage_on_s3_is_found_and_repaired(
@@ -194,7 +215,8 @@ def test_damage_on_s3_is_found_and_repaired(
     server.answered.clear()
     done = repair(opened, RunnerRecipe(batch_size=4))
     assert (len(done.mended), done.left) == (2, [])
-    assert {r.path for r in server.requests("DELETE")} == {"/bucket/cache/commits/tiny/00001.json"}
+    deleted = {r.path for r in server.requests("DELETE") if not r.path.endswith(".lock")}
+    assert deleted == {"/bucket/cache/commits/tiny/00001.json"}
     mended = FeatureCache.open("s3://bucket/cache")
     assert verify(mended, full=True) == []
     assert file_checksums(mended) == file_checksums(local)
@@ -222,6 +244,22 @@ def test_a_build_survives_errors_throttling_and_hanging(
     assert {500, 503, "hang"} <= set(injected)
     assert found == []
     assert file_checksums(cache) == file_checksums(local)
+
+
+def test_a_lock_whose_answer_is_lost_is_held(server: Server) -> None:
+    """The client asks again, and hears that the file is there already: by its own first request."""
+    faults = ["late"]
+    server.fault = lambda request: faults.pop() if faults and request.method == "PUT" else None
+
+    def waiting() -> None:
+        raise AssertionError("it waits for itself")
+
+    storage = Storage.at("s3://bucket/locked")
+    with storage.exclusive("x", waiting):
+        assert storage.exists("x.lock")
+    assert not faults
+    assert not storage.exists("x.lock")
+    assert {status for request, status in server.answered if request.method == "PUT"} == {200, 412}
 
 
 def test_an_upload_that_fails_leaves_no_record(server: Server, images: Path, local: FeatureCache) -> None:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import secrets
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,21 +26,6 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_images(tmp_path_factory.mktemp("images"), 16)
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # or Ray leaves one in ~/.ray
-    ray.init(
-        address="local",
-        num_cpus=2,
-        num_gpus=0,
-        include_dashboard=False,
-        logging_level="error",
-        log_to_driver=False,
-    )
-    yield
-    ray.shutdown()
-
-
 def runner(**options: object) -> dict[str, object]:
     return {"kind": "ray", "batch_size": 4, "decode_threads": 1, "gpus_per_actor": 0} | options
 
@@ -61,11 +44,11 @@ def test_ray_and_local_builds_hold_the_same_features(tmp_path: Path, images: Pat
 
 
 def worker_pids() -> set[int]:
-    """Processes of actors that are doing something (`ray::Worker.extract`)."""
+    """Processes of actors that are doing something (`ray::RayWorker.extract`)."""
     pids = set()
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            if path.read_bytes().startswith(b"ray::Worker"):
+            if path.read_bytes().startswith(b"ray::RayWorker"):
                 pids.add(int(path.parent.name))
         except (FileNotFoundError, ProcessLookupError):
             continue  # it ended while we looked

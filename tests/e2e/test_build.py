@@ -9,8 +9,10 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import timm
 import torch
@@ -19,10 +21,12 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from cache_builder import build, build_teacher, extract_shard
 from cache_builder.plan import Plan
+from cache_builder.repair import repair
 from cache_builder.verify import verify
 from pipeline import FeatureCache, render_view
 from pipeline.errors import BuildError, CacheMismatchError, DiskSpaceError
 from pipeline.manifest import Manifest
+from pipeline.sources.image_folder import ImageFolderSource
 from tests.make_cache import build_recipe, make_images
 
 QUIET = Console(quiet=True)
@@ -207,7 +211,8 @@ def test_a_source_that_vanishes_fails_the_shards_and_says_so(tmp_path: Path, ima
     with pytest.raises(FileNotFoundError):
         extract_shard(cache, 3, teachers)
     (tmp_path / "elsewhere.jpg").rename(folder / "image_003.jpg")
-    assert extract_shard(cache, 3, teachers)["tiny"].num_rows == 2
+    record = extract_shard(cache, 3, teachers)["tiny"]
+    assert (record.num_rows, record.worker) == (2, f"{record.host}:{os.getpid()}")
     assert build(recipe, QUIET).shards == 1
 
 
@@ -248,10 +253,89 @@ def test_the_plan_states_what_the_disk_will_hold(tmp_path: Path, images: Path) -
 
     recipe = build_recipe(tmp_path / "cache", images)
     plan: Plan = prepare(recipe, QUIET)[2]
-    assert (plan.spec.num_rows, plan.spec.num_shards, plan.num_files) == (16, 3, 6)
+    assert (plan.spec.num_rows, plan.spec.num_shards, plan.num_files) == (16, 3, 9)
     build(recipe, QUIET)
-    shards = [path.stat().st_size for path in (tmp_path / "cache").rglob("c/*/0/0/0/0")]
-    index = 3 * 4 + 2 * 20  # a crc32c an index; the last shard is short by two rows
-    assert sum(shards) == pytest.approx(plan.total_bytes, abs=index)
+    files = [*(tmp_path / "cache").rglob("c/*/0/0/0/0"), *(tmp_path / "cache").glob("stats/*/*")]
+    roundings = 3 * 4 + 2 * 20 + 3 * 512  # a crc32c an index; the last shard is short by two rows; headers
+    assert sum(path.stat().st_size for path in files) == pytest.approx(plan.total_bytes, abs=roundings)
     assert prepare(recipe, QUIET)[2].missing_bytes == 0
     assert np.isclose(plan.gpu_hours, 2e9 * plan.teachers[0].gmacs * 16 / 300e12 / 3600)
+
+
+def test_a_lost_cache_json_is_written_again_by_the_build(tmp_path: Path, images: Path) -> None:
+    teacher = {"model": "vit_tiny_patch16_224", "pretrained": False, "codec": "int8-hadamard"}
+    recipe = build_recipe(tmp_path / "cache", images, teachers={"tiny": teacher})
+    first = build(recipe, QUIET).cache
+    expected = first.read([3])["tiny"].decode()
+    before = shard_files(tmp_path / "cache")
+    (tmp_path / "cache" / "cache.json").unlink()
+    again = build(recipe, QUIET)
+    assert again.shards == 0
+    assert again.cache.spec.cache_id == first.spec.cache_id
+    assert torch.equal(again.cache.read([3])["tiny"].decode(), expected)
+    assert shard_files(tmp_path / "cache") == before
+    assert verify(again.cache, full=True) == []
+
+
+def test_shards_of_another_spec_are_not_taken_for_its_own(tmp_path: Path, images: Path) -> None:
+    build(build_recipe(tmp_path / "cache", images), QUIET)
+    (tmp_path / "cache" / "cache.json").unlink()
+    other = {"tiny": {"model": "vit_tiny_patch16_224", "pretrained": False, "codec": "f32", "random_seed": 1}}
+    with pytest.raises(CacheMismatchError, match=r"cache.json is gone(.|\n)*restore cache.json from a copy"):
+        build(build_recipe(tmp_path / "cache", images, teachers=other), QUIET)
+    assert not (tmp_path / "cache" / "cache.json").exists()
+
+
+def test_shards_of_another_store_are_not_taken_for_its_own(tmp_path: Path, images: Path) -> None:
+    build(build_recipe(tmp_path / "cache", images), QUIET)
+    (tmp_path / "cache" / "cache.json").unlink()
+    with pytest.raises(CacheMismatchError, match=r"cache.json is gone(.|\n)*no shard of a webdataset cache"):
+        build(build_recipe(tmp_path / "cache", images, store="webdataset"), QUIET)
+    assert not (tmp_path / "cache" / "cache.json").exists()
+
+
+def test_every_record_is_compared_where_cache_json_is_lost(tmp_path: Path, images: Path) -> None:
+    cache = build(build_recipe(tmp_path / "cache", images), QUIET).cache
+    assert cache.spec.num_shards > 2
+    record = cache.manifest.read_commit("tiny", 1)
+    cache.manifest.commit(record.model_copy(update={"content_id": "0" * 32}))
+    (tmp_path / "cache" / "cache.json").unlink()
+    with pytest.raises(CacheMismatchError, match=r"00001\.json was computed for another spec"):
+        build(build_recipe(tmp_path / "cache", images), QUIET)
+
+
+def test_a_build_that_goes_on_does_not_scan_again(
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = build_recipe(tmp_path / "cache", make_images(tmp_path / "images", 4))
+    cache = build(recipe, QUIET).cache
+    cache.storage.remove("commits/tiny/00001.json")
+    scans: list[int] = []
+    scan = ImageFolderSource.scan
+
+    def count_and_scan(self: ImageFolderSource, **options: Any) -> pa.Table:
+        scans.append(1)
+        return scan(self, **options)
+
+    monkeypatch.setattr(ImageFolderSource, "scan", count_and_scan)
+    assert build(recipe, QUIET).shards == 1
+    assert scans == []
+    (tmp_path / "images" / "image_002.jpg").write_bytes(b"something else")
+    with pytest.raises(CacheMismatchError, match="fingerprint"):
+        build(recipe, QUIET)
+    assert scans == [1]
+
+
+def test_a_build_goes_on_where_the_images_have_moved_to(tmp_path: Path) -> None:
+    folder = make_images(tmp_path / "images", 4)
+    cache = build(build_recipe(tmp_path / "cache", folder, rows_per_shard=2), QUIET).cache
+    for shard in (0, 2):
+        cache.storage.remove(f"commits/tiny/{shard:05d}.json")
+    folder.rename(tmp_path / "moved")
+    moved = build_recipe(tmp_path / "cache", tmp_path / "moved", rows_per_shard=2)
+    assert build(moved, QUIET).shards == 2
+    cache.storage.remove("commits/tiny/00001.json")
+    (tmp_path / "cache" / "commits" / "tiny" / "00003.json").write_text("{}")
+    assert [problem.file for problem in repair(FeatureCache.open(tmp_path / "cache")).left]
+    done = repair(FeatureCache.open(tmp_path / "cache", str(tmp_path / "moved")))
+    assert ([problem.file for problem in done.mended], done.left) == (["commits/tiny/00003.json"], [])

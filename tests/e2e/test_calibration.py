@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,16 @@ import torch
 from rich.console import Console
 
 from cache_builder import build, build_teacher
-from cache_builder.budget import choose, options, parse_bytes
+from cache_builder.budget import CODECS, Option, candidates, choose, measure
 from cache_builder.builder import prepare
 from cache_builder.calibrate import CalibrationSample
+from cache_builder.extract import _tokens
+from cache_builder.plan import Plan
+from cache_builder.recipe import BuildRecipe
 from pipeline import FeatureCache, render_view
-from pipeline.errors import CacheError, DiskSpaceError, RecipeError
+from pipeline.errors import CacheError, CodecError, DiskSpaceError, RecipeError
 from pipeline.grids import stored_form
+from pipeline.units import parse_bytes
 from tests.make_cache import build_recipe, make_images
 
 QUIET = Console(quiet=True)
@@ -64,21 +69,82 @@ def test_the_adjoint_grid_stores_what_the_loss_needs(tmp_path: Path, images: Pat
     torch.testing.assert_close(read.arrays["norms"], norms, rtol=1e-5, atol=1e-4)
 
 
+def measured(recipe: BuildRecipe) -> tuple[Plan, dict[str, list[Option]]]:
+    drafted, spec, plan = prepare(recipe, QUIET)
+    sample = CalibrationSample.draw(drafted.source, drafted.samples, drafted.views, 8)
+    specs = {name: candidates(spec.teachers[name], (2, 2), 8) for name in recipe.teachers}
+    return plan, dict(measure(specs, sample, batch_size=4))
+
+
+def as_recommended(recipe: BuildRecipe, chosen: Mapping[str, Option]) -> BuildRecipe:
+    """The recipe with the keys that `plan` would print."""
+    teachers = {
+        name: teacher.model_copy(
+            update={
+                "grid": chosen[name].spec.grid.kind,
+                "grid_size": chosen[name].spec.grid.size,
+                "codec": chosen[name].spec.codec,
+            }
+        )
+        for name, teacher in recipe.teachers.items()
+    }
+    return recipe.model_copy(update={"teachers": teachers})
+
+
 def test_a_budget_is_kept_at_the_least_loss(tmp_path: Path, images: Path) -> None:
     recipe = build_recipe(
-        tmp_path / "cache", images, teachers={"t": TEACHER, "u": TEACHER | {"random_seed": 3}}
+        tmp_path / "cache",
+        images,
+        teachers={"t": TEACHER, "u": TEACHER | {"random_seed": 3}},
+        images="copy",
+        covariance=True,
     )
-    drafted, spec, _ = prepare(recipe, QUIET)
-    sample = CalibrationSample.draw(drafted.source, drafted.samples, drafted.views, 6)
-    available = dict(options(drafted.spec.teachers, sample, (2, 2), batch_size=4))
-    assert {option.spec.grid.kind for found in available.values() for option in found} == {"adjoint"}
-    largest = choose(available, spec.num_rows, 10**12)
-    assert {option.spec.codec for option in largest.values()} == {"f16"}
-    total = spec.num_rows * sum(option.bytes_per_row for option in largest.values())
-    smaller = choose(available, spec.num_rows, total // 2)
-    assert spec.num_rows * sum(option.bytes_per_row for option in smaller.values()) <= total // 2
+    plan, available = measured(recipe)
+    assert {o.spec.codec for o in available["t"]} == set(CODECS)
+    assert {(o.spec.grid.kind, o.spec.grid.size) for o in available["t"]} == {
+        ("native", None),
+        ("adjoint", (2, 2)),
+    }
+    largest = choose(available, plan, 10**12)
+    assert {(o.spec.grid.kind, o.spec.codec) for o in largest.values()} == {("native", "f16")}
+    features = plan.spec.num_rows * sum(option.bytes_per_row for option in largest.values())
+    losses, least = [], plan.fixed_bytes
+    for share in (1.0, 0.6, 0.3, 0.12, 0.05):
+        budget = plan.fixed_bytes + int(share * features)
+        chosen = choose(available, plan, budget)
+        prepare(as_recommended(recipe, chosen), QUIET)[2].require_budget(budget)
+        losses.append(sum(option.loss for option in chosen.values()))
+        least = budget
+    assert losses == sorted(losses)
+    assert least < plan.fixed_bytes + features / 10
     with pytest.raises(DiskSpaceError, match="at least"):
-        choose(available, spec.num_rows, 100)
+        choose(available, plan, plan.fixed_bytes + 100)
+
+
+def test_one_finer_grid_is_given_up_before_any_codec(tmp_path: Path, images: Path) -> None:
+    plan, available = measured(build_recipe(tmp_path / "cache", images, teachers={"t": TEACHER}))
+    native = max(available["t"], key=lambda option: option.bytes_per_row)
+    chosen = choose(available, plan, plan.fixed_bytes + plan.spec.num_rows * (native.bytes_per_row - 1))["t"]
+    assert (chosen.spec.grid.kind, chosen.spec.codec) == ("adjoint", "f16")
+    assert "teachers.t.grid_size=[2,2]" in chosen.overrides("t")
+
+
+def test_a_recipe_can_name_the_smaller_grid(tmp_path: Path, images: Path) -> None:
+    teacher = TEACHER | {"grid": "bilinear", "grid_size": [3, 2]}
+    _, spec, _ = prepare(build_recipe(tmp_path / "cache", images, teachers={"t": teacher}), QUIET)
+    found = candidates(spec.teachers["t"], (2, 2), num_rows=2)
+    assert {(one.grid.kind, one.grid.size) for one in found} == {("native", None), ("bilinear", (3, 2))}
+    assert "int4-dct" not in {one.codec for one in found}
+
+
+@pytest.mark.parametrize("covariance", [False, True])
+def test_a_plan_counts_the_statistics(tmp_path: Path, images: Path, covariance: bool) -> None:
+    recipe = build_recipe(tmp_path / "cache", images, covariance=covariance)
+    planned = prepare(recipe, QUIET)[2]
+    build(recipe, QUIET)
+    files = [path.stat().st_size for path in (tmp_path / "cache" / "stats" / "tiny").iterdir()]
+    assert sum(files) <= planned.fixed_bytes <= sum(files) + 512 * len(files)
+    assert planned.missing_bytes == planned.total_bytes
 
 
 def test_a_build_over_its_budget_is_refused(tmp_path: Path, images: Path) -> None:
@@ -87,14 +153,30 @@ def test_a_build_over_its_budget_is_refused(tmp_path: Path, images: Path) -> Non
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.parametrize("name", ["cls", "global"])
+def test_token_features_beyond_their_dtype_are_refused(tmp_path: Path, images: Path, name: str) -> None:
+    teachers = {codec: TEACHER | {"codec": codec, "cls_token": True} for codec in ("bf16", "f32")}
+    specs = prepare(build_recipe(tmp_path / "cache", images, teachers=teachers), QUIET)[1].teachers
+    half, single = (specs[codec].model_copy(update={"global_width": 3}) for codec in ("bf16", "f32"))
+    huge = {
+        "cls_token": None,
+        "global_feature": None,
+        f"{name}_{'token' if name == 'cls' else 'feature'}": 7e4,
+    }
+    tokens = {key: None if value is None else torch.full((1, 4, 3), value) for key, value in huge.items()}
+    assert _tokens(single, **tokens)[name].max() == 7e4
+    with pytest.raises(CodecError, match=f"The {name} feature of(.|\n)*70000(.|\n)*codec f32"):
+        _tokens(half, **tokens)
+
+
 @pytest.mark.parametrize(
-    ("text", "count"), [("6TB", 6 * 10**12), ("500 GB", 5 * 10**11), ("1.5e3", 1500), ("12", 12)]
+    ("text", "count"), [("6TB", 6 * 10**12), ("500 GB", 5 * 10**11), ("1.5e+3", 1500), ("12", 12)]
 )
 def test_budgets_are_read(text: str, count: int) -> None:
     assert parse_bytes(text) == count
 
 
-@pytest.mark.parametrize("text", ["much", "6 XB", "", "1..2GB"])
+@pytest.mark.parametrize("text", ["much", "6 XB", "", "1..2GB", "1e400TB"])
 def test_what_is_no_budget_is_refused(text: str) -> None:
-    with pytest.raises(RecipeError, match="number of bytes"):
+    with pytest.raises(RecipeError, match="no number of bytes"):
         parse_bytes(text)

@@ -15,7 +15,7 @@ from jobs import cli
 from tests.make_cache import build_recipe, make_cache, make_images
 
 ROOT = Path(__file__).parents[2]
-VERBS = "plan build calibrate verify repair inspect report view convert train evaluate repsim"
+VERBS = "plan build calibrate verify repair inspect report view merge subset convert train evaluate repsim"
 Command = Callable[..., tuple[int, str]]
 
 
@@ -84,6 +84,22 @@ def test_build_verify_inspect(teachercache: Command, recipe: Path, tmp_path: Pat
     assert json.loads(text)["teachers"]["tiny"]["rows_committed"] == 8
 
 
+def test_a_plan_within_a_budget(teachercache: Command, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    status, text = teachercache("plan", recipe, "budget=40000")
+    assert status == 0
+    assert "costs nothing" in text or "exact for the flattened cosine" in text
+    keys = text.split("Add to the command:")[1].replace('"', "").split()
+    assert teachercache("build", recipe, "budget=40000", "--dry-run", *keys)[0] == 0
+
+    def load(*_: object, **__: object) -> None:
+        raise AssertionError("no teacher is loaded for a budget that cannot be kept")
+
+    monkeypatch.setattr("cache_builder.budget.build_teacher", load)
+    assert "No grid and codec fits this budget." in teachercache("plan", recipe, "budget=2 kB")[1]
+    for budget in ("much", "1e400TB"):
+        assert "This is no number of bytes." in teachercache("plan", recipe, f"budget={budget}")[1]
+
+
 def test_damage_is_found_and_named(teachercache: Command, recipe: Path, tmp_path: Path) -> None:
     teachercache("build", recipe)
     shard = next((tmp_path / "cache").rglob("c/1/0/0/0/0"))
@@ -130,6 +146,35 @@ def test_a_cache_of_another_spec_is_refused(teachercache: Command, recipe: Path)
     status, text = teachercache("build", recipe, "views.seed=4")
     assert status == 1
     assert "views.seed: the cache has 0, the recipe asks for 4" in text
+
+
+def test_caches_from_caches(teachercache: Command, tmp_path: Path, images: Path) -> None:
+    cache, other = tmp_path / "cache", make_images(tmp_path / "other", 3, seed=1)
+    make_cache(cache, images)
+    for path in other.iterdir():
+        path.rename(path.with_name(f"b_{path.name}"))
+    make_cache(tmp_path / "more", other)
+    (tmp_path / "keys.txt").write_text("image_001\nb_image_002\n")
+    for arguments, message in (
+        (["merge", cache, tmp_path / "more", "-o", tmp_path / "all"], "7 samples, 14 rows of alpha, beta"),
+        (["subset", tmp_path / "all", "-o", tmp_path / "two", "--keys", tmp_path / "keys.txt"], "2 samples"),
+        (["subset", cache, "-o", tmp_path / "a", "--teachers", "alpha"], "8 rows of alpha; 2 shards"),
+        (["convert", tmp_path / "two", "-o", tmp_path / "tars", "--to", "webdataset"], "2 shards written"),
+        (["convert", tmp_path / "two", "-o", tmp_path / "tars", "--to", "webdataset"], "0 shards written"),
+        (["inspect", tmp_path / "tars", "--row", "3"], "sound"),
+        (["convert", tmp_path / "tars", "-o", tmp_path / "theia", "--to", "theia"], "imagenet: 4 samples of"),
+    ):
+        status, text = teachercache(*arguments)
+        assert (status, message in text) == (0, True), text
+        if arguments[0] not in ("inspect",) and "theia" not in arguments:
+            assert teachercache("verify", arguments[arguments.index("-o") + 1], "--full")[0] == 0
+    for arguments, message in (
+        (["merge", cache, cache, "-o", tmp_path / "x"], "4 samples are in more than one of them"),
+        (["subset", cache, "-o", tmp_path / "x", "--fraction", "0"], "would be empty"),
+        (["convert", cache, "-o", tmp_path / "x", "--to", "tfrecord"], "webdataset, zarr or theia"),
+    ):
+        status, text = teachercache(*arguments)
+        assert (status in (1, 2), message in text, "do:" in text) == (True, True, True), text
 
 
 def test_training_refuses_what_is_not_complete(teachercache: Command, tmp_path: Path, images: Path) -> None:

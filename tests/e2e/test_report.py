@@ -1,35 +1,227 @@
-"""The report: one page that shows a cache, and asks for nothing from outside."""
+"""`teachercache report`: one page that stands alone, whatever the cache holds."""
 
 from __future__ import annotations
 
 import re
+from html.parser import HTMLParser
+from pathlib import Path
 
+import numpy as np
 import pytest
-from rich.console import Console
+import torch
+from typer.testing import CliRunner
 
-from cache_builder import build
+from jobs.cli import app
+from jobs.inspection.charts import error_curve
+from jobs.inspection.comparisons import Comparisons
+from jobs.inspection.feature_facts import FactCollector, cosine_error, linear_cka, rows_to_learn_from
 from jobs.inspection.report import write_report
-from tests.make_cache import build_recipe, make_images
+from pipeline.cache import FeatureCache
+from pipeline.errors import CodecError
+from pipeline.feature_pictures import PcaBasis
+from tests.browser import Browser
+from tests.make_cache import commit_shard, make_cache, make_images, teacher_spec
+
+HOSTILE = "<img src=x onerror=alert(1)>"
+
+
+class Links(HTMLParser):
+    """Collects everything that a browser could fetch, and what it could run."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.fetched: list[str] = []
+        self.pictures = 0
+        self.text = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        assert tag not in ("script", "link", "iframe", "object", "embed", "form")
+        assert not [name for name, _ in attributes if name.startswith("on")]
+        self.pictures += tag == "img"
+        self.fetched += [
+            value or "" for name, value in attributes if name in ("src", "srcset", "data", "action")
+        ]
+        self.fetched += [value or "" for name, value in attributes if name == "href" and tag != "use"]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
 
 
 @pytest.fixture(scope="module")
-def html(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("report")
-    images = make_images(folder / "images", 5)
-    (images / "image_001.jpg").write_bytes(b"<html>not an image</html>")
-    cache = build(build_recipe(folder / "cache", images), Console(quiet=True)).cache
-    return write_report(cache, num_samples=3, seed=0, progress=lambda _: None)
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_images(tmp_path_factory.mktemp("images"), 6)
+    (folder / "image_005.jpg").rename(folder / f"{HOSTILE}.jpg")
+    return folder
 
 
-def test_it_says_what_is_there_and_what_is_wrong(html: str) -> None:
-    for text in ("vit_tiny_patch16_224", "random (seed 0)", "image_001", "not an image"):
-        assert text in html
-    assert len(set(re.findall(r"image_00\d", html))) == 4, "the quarantined one and three that are shown"
-    assert html.count("data:image/") >= 3 * (1 + 2 * 4), "an image, four PCA maps and four norm maps a sample"
+def test_the_page_stands_alone(tmp_path: Path, images: Path) -> None:
+    make_cache(tmp_path / "cache", images)
+    page = tmp_path / "report.html"
+    result = CliRunner().invoke(app, ["report", str(tmp_path / "cache"), "-o", str(page), "--samples", "6"])
+    assert result.exit_code == 0, result.output
+    html = page.read_text()
+    links = Links(html)
+    assert links.fetched
+    assert all(link.startswith("data:image/") for link in links.fetched)
+    assert not re.search(r"url\((?!#)|@import", html)
+    assert len(html) < 8e6
+    assert links.pictures > 6 * (1 + 2 * 2 * 4)
+    for words in (
+        *("What it is", "What the teachers see", "How it was built", "How alike the teachers are"),
+        *("Channels and norms of alpha", "Codecs on beta", "int4-hadamard", "Random weights", "level 4"),
+    ):
+        assert words in links.text
+    assert HOSTILE in links.text
 
 
-def test_nothing_comes_from_outside(html: str) -> None:
-    assert not re.findall(r"""(?:src|href)=["'](?!data:|#)[^"']+""", html)
-    assert not re.findall(r"url\((?!['\"]?(?:data:|#))", html)
-    assert "@import" not in html
-    assert len(html) < 8_000_000
+def test_equal_caches_give_equal_pages(tmp_path: Path, images: Path) -> None:
+    cache = make_cache(tmp_path / "cache", images)
+    assert write_report(cache, num_samples=2, seed=3) == write_report(cache, num_samples=2, seed=3)
+    assert write_report(cache, num_samples=2, seed=3) != write_report(cache, num_samples=2, seed=4)
+
+
+def test_a_half_built_cache(tmp_path: Path, images: Path) -> None:
+    text = Links(write_report(make_cache(tmp_path / "cache", images, skip_shards=[1]))).text
+    assert "Not complete" in text
+    assert "row 0" in text
+    assert "row 6" not in text
+    empty = make_cache(tmp_path / "empty", images, skip_shards=[0, 1])
+    assert "no shard is committed yet" in Links(write_report(empty)).text
+
+
+def test_a_broken_cache(tmp_path: Path, images: Path) -> None:
+    cache = make_cache(tmp_path / "cache", images, invalid_samples=[4])
+    shard = tmp_path / "cache/teachers/alpha/codes/c/1/0/0/0/0"
+    shard.write_bytes(b"x")
+    text = Links(write_report(FeatureCache.open(cache.storage.url))).text
+    assert "has 1 bytes" in text
+    assert "cannot be read" in text
+    assert "Channels and norms of alpha" in text
+    (tmp_path / "cache/commits/beta/00001.json").write_text("{")
+    text = Links(write_report(FeatureCache.open(cache.storage.url))).text
+    assert "beta is not shown below" in text
+
+
+def test_images_that_moved(tmp_path: Path, images: Path) -> None:
+    cache = make_cache(tmp_path / "cache", images)
+    here = images.rename(images.with_name("moved"))
+    assert "the image cannot be had" in write_report(FeatureCache.open(cache.storage.url))
+    result = CliRunner().invoke(
+        app,
+        ["report", cache.storage.url, "-o", str(tmp_path / "page.html"), "--images", str(here)],
+    )
+    here.rename(images)
+    assert result.exit_code == 0, result.output
+    assert "the image cannot be had" not in (tmp_path / "page.html").read_text()
+
+
+@pytest.mark.parametrize("codec", ["f32", "bf16"])
+def test_one_sample_of_one_tiny_teacher(tmp_path: Path, images: Path, codec: str) -> None:
+    teachers = {"only $name": teacher_spec(width=4, grid=1, codec=codec)}
+    cache = make_cache(tmp_path / "cache", images, teachers=teachers)
+    assert "There are too few tokens" in write_report(cache, num_samples=1)
+
+
+@pytest.mark.parametrize("value", [1e5, 1e30, float("inf"), float("-inf"), float("nan")])
+def test_a_value_that_other_codecs_cannot_hold(tmp_path: Path, images: Path, value: float) -> None:
+    spec = teacher_spec(codec="bf16")
+    cache = make_cache(tmp_path / "cache", images, teachers={"alpha": spec}, skip_shards=[0, 1])
+    for shard in range(2):
+        commit_shard(cache, "alpha", shard, value=value)
+    text = Links(write_report(FeatureCache.open(cache.storage.url))).text
+    refused = "f16" in re.findall(r"(f16|int\d-\w+)[–]+cannot hold these rows", text)
+    assert refused == (abs(value) in (1e5, 1e30))
+    assert "int4-dct" in text
+
+
+def test_a_dct_is_learnt_from_enough_rows_or_not_at_all(tmp_path: Path, images: Path) -> None:
+    assert list(rows_to_learn_from("int4-hadamard", range(9))) == [0, 1]
+    assert list(rows_to_learn_from("int4-dct", range(9))) == [0, 1, 2, 3, 4, 5]
+    cache = make_cache(tmp_path / "cache", images, teachers={"alpha": teacher_spec(grid=4)})
+    assert "int4-dct cannot be learnt from 2 rows" in Links(write_report(cache, num_samples=3)).text
+    assert "cannot be learnt" not in Links(write_report(cache, num_samples=6)).text
+    few = Comparisons(cache)
+    few.reader.rows = few.reader.rows[:3]
+    with pytest.raises(CodecError, match="cannot be learnt from 2 rows"):
+        few.codec_error("alpha", few.reader.rows[0], 0, "int4-dct")
+    assert Comparisons(cache).codec_error("alpha", few.reader.rows[0], 0, "int4-dct").note
+
+
+def test_the_legend_hides_no_line() -> None:
+    """Its names stand to the right of the axes."""
+    svg = error_curve({"f16": np.array([1e-7, 1e-6]), "int3-hadamard": np.array([1e-3, 1e-2])}, "title")
+    corners = re.findall(r"[ML] ([\d.]+) ", svg[svg.index('"patch_2"') :].split("z")[0])
+    names = re.findall(r'x="([\d.]+)"[^>]*>(f16|int3-hadamard)<', svg)
+    assert [name for _, name in names] == ["f16", "int3-hadamard"]
+    assert min(float(x) for x, _ in names) > max(map(float, corners)) > 200
+
+
+def test_channels_that_are_dead_loud_or_broken() -> None:
+    maps_SHWC = torch.randn(2, 6, 6, 16, generator=torch.Generator().manual_seed(0))
+    maps_SHWC[0, ..., 3] = 7
+    maps_SHWC[1, ..., 5] *= 30
+    maps_SHWC[1, 2, 2, 9] = float("nan")
+    collector = FactCollector(2, 16)
+    collector.add(maps_SHWC)
+    collector.add(maps_SHWC)
+    first, second = collector.levels()
+    assert (first.dead, first.not_finite) == ([3], [])
+    assert (second.dead, second.not_finite) == ([], [9])
+    assert [loud.channel for loud in second.loud] == [5]
+    assert second.loud[0].std == pytest.approx(maps_SHWC[1, ..., 5].std(correction=0).item(), rel=1e-4)
+    assert second.loud[0].share > 0.9
+    norms_N = torch.linalg.vector_norm(maps_SHWC[0], dim=-1).flatten()
+    torch.testing.assert_close(first.norms_N, norms_N.repeat(2))
+
+
+def test_values_that_are_not_finite_do_not_decide_the_colours() -> None:
+    tokens_NC = torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
+    clean = PcaBasis.fit(tokens_NC)
+    tokens_NC[5, 2], tokens_NC[7, 3], tokens_NC[9, 4] = float("inf"), float("-inf"), float("nan")
+    basis = PcaBasis.fit(tokens_NC)
+    picture_HW3 = basis.picture(tokens_NC.view(10, 20, 8))
+    assert len(np.unique(picture_HW3)) > 100
+    torch.testing.assert_close(basis.std_C, clean.std_C, rtol=0.1, atol=0)
+
+
+def test_cka_is_the_unbiased_one() -> None:
+    """Against the estimator as Song et al. 2012 write it (Eq. 5)."""
+    generator = torch.Generator().manual_seed(0)
+    x_NC = torch.randn(40, 30, generator=generator, dtype=torch.float64)
+    y_NC = torch.cat([x_NC[:, :10], torch.randn(40, 12, generator=generator, dtype=torch.float64)], 1)
+
+    def hsic(k_NN: torch.Tensor, l_NN: torch.Tensor) -> torch.Tensor:
+        n, ones = len(k_NN), torch.ones(len(k_NN), dtype=torch.float64)
+        k_NN, l_NN = k_NN.clone().fill_diagonal_(0), l_NN.clone().fill_diagonal_(0)
+        sums = (ones @ k_NN @ ones) * (ones @ l_NN @ ones) / ((n - 1) * (n - 2))
+        cross = ones @ k_NN @ l_NN @ ones
+        return (torch.trace(k_NN @ l_NN) + sums - 2 / (n - 2) * cross) / (n * (n - 3))
+
+    k_NN, l_NN = x_NC @ x_NC.T, y_NC @ y_NC.T
+    expected = hsic(k_NN, l_NN) / (hsic(k_NN, k_NN) * hsic(l_NN, l_NN)).sqrt()
+    rotation_CC = torch.linalg.qr(torch.randn(30, 30, generator=generator, dtype=torch.float64)).Q
+    cka_KK = linear_cka([x_NC, y_NC, 5 * x_NC @ rotation_CC])
+    assert cka_KK[0, 1].item() == pytest.approx(expected.item(), abs=1e-5)
+    assert cka_KK[0, 2].item() == pytest.approx(1, abs=1e-5)
+
+
+def test_small_errors_do_not_cancel() -> None:
+    token_C = torch.randn(64, generator=torch.Generator().manual_seed(0)).double()
+    other_C = token_C + 1e-4 * torch.randn(64, generator=torch.Generator().manual_seed(1)).double()
+    exact = 1 - torch.nn.functional.cosine_similarity(token_C, other_C, dim=0)
+    found = cosine_error(token_C.float()[None], other_C.float()[None])
+    np.testing.assert_allclose(found.item(), exact.item(), rtol=1e-2)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_browser_shows_it(tmp_path: Path, images: Path, browser: Browser, scheme: str) -> None:
+    page_file = tmp_path / "report.html"
+    page_file.write_text(write_report(make_cache(tmp_path / "cache", images), num_samples=3))
+    with browser.page(scheme) as page:
+        page.goto(page_file.as_uri())
+        assert page.locator("img").evaluate_all("images => images.every(i => i.complete && i.naturalWidth)")
+        assert page.evaluate("document.documentElement.scrollWidth") <= page.viewport_size["width"]
+        background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert (background == "rgb(255, 255, 255)") == (scheme == "light")
+    assert browser.requests == [page_file.as_uri()]

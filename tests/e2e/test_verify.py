@@ -17,6 +17,7 @@ from cache_builder.against_teacher import compare_with_teachers
 from cache_builder.recipe import RunnerRecipe
 from cache_builder.repair import repair
 from cache_builder.verify import strays, verify
+from cache_builder.worker import Worker
 from jobs import cli
 from pipeline import FeatureCache
 from pipeline.errors import CacheError, CacheMismatchError
@@ -157,7 +158,7 @@ def test_files_of_nobody_are_named(cache: Path) -> None:
     (cache / "teachers" / "notes.txt").write_text("mine")
     (cache / "commits" / "tiny" / "00001.json").unlink()
     lost = {str(shard_of(cache, "tiny", 1, array).relative_to(cache)) for array in ("cls", "codes")}
-    assert set(strays(opened)) == {*lost, "teachers/notes.txt"}
+    assert set(strays(opened)) == {*lost, "stats/tiny/00001.safetensors", "teachers/notes.txt"}
 
 
 def test_repair_makes_the_same_bytes_and_touches_nothing_else(built: tuple[Path, Path], cache: Path) -> None:
@@ -192,6 +193,64 @@ def test_repair_of_a_sound_cache_loads_no_teacher(cache: Path, monkeypatch: pyte
     before = {path: path.stat().st_mtime_ns for path in files(cache)}
     assert repair(FeatureCache.open(cache)).mended == []
     assert before == {path: path.stat().st_mtime_ns for path in files(cache)}
+
+
+def grow(cache: Path, images: Path) -> dict[str, bytes]:
+    """Add views; returns every file."""
+    build(build_recipe(cache, images, views={"num_views": 4, "size": [32, 32]}), QUIET)
+    return all_files(cache)
+
+
+def all_files(cache: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(cache)): path.read_bytes() for path in files(cache)}
+
+
+def test_a_cache_that_grew_since_it_was_opened_is_not_broken(tmp_path: Path) -> None:
+    images, path = make_images(tmp_path / "images", 6), tmp_path / "cache"
+    opened = build(build_recipe(path, images), QUIET).cache
+    whole = grow(path, images)
+    assert verify(opened, full=True) == []
+    assert strays(opened) == []
+    assert repair(opened, RUNNER).mended == []
+    assert all_files(path) == whole
+
+
+def test_a_cache_may_grow_while_it_is_repaired(tmp_path: Path) -> None:
+    images, path = make_images(tmp_path / "images", 6), tmp_path / "cache"
+    opened = build(build_recipe(path, images), QUIET).cache
+    flip(path / "commits" / "tiny" / "00001.json")
+    whole: dict[str, bytes] = {}
+
+    def meanwhile() -> None:
+        if not whole:
+            whole.update(grow(path, images))
+
+    done = repair(opened, RUNNER, progress=meanwhile)
+    assert ([problem.file for problem in done.mended], done.left) == (["commits/tiny/00001.json"], [])
+    assert verify(FeatureCache.open(path), full=True) == []
+    changed = {name for name, data in all_files(path).items() if data != whole[name]}
+    assert changed == {"commits/tiny/00001.json"}
+
+
+def test_what_another_has_mended_is_not_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shard is computed again by a build while the repair loads its teachers."""
+    images, path = make_images(tmp_path / "images", 6), tmp_path / "cache"
+    opened = build(build_recipe(path, images), QUIET).cache
+    record = path / "commits" / "tiny" / "00001.json"
+    flip(record)
+    load = Worker.open
+
+    def open_late(self: Worker, url: str, images_at: str | None = None) -> None:
+        load(self, url, images_at)
+        monkeypatch.setattr(Worker, "open", load)
+        record.unlink()
+        build(build_recipe(path, images), QUIET)
+        mended.append(record.read_bytes())
+
+    mended: list[bytes] = []
+    monkeypatch.setattr(Worker, "open", open_late)
+    assert repair(opened, RUNNER).left == []
+    assert [record.read_bytes()] == mended
 
 
 def test_what_cannot_be_repaired_is_named_and_left(cache: Path, built: tuple[Path, Path]) -> None:

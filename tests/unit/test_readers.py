@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.read import ratio
-from benchmarks.readers import READERS, TAR, Workload, feature_loader
+from benchmarks.read import GOALS, ratio
+from benchmarks.readers import LOADERS, READERS, TAR, Workload, feature_loader
 from tests.make_cache import features, make_cache, make_images, teacher_spec
 
 TESTED = READERS | {"loader": feature_loader}
@@ -23,6 +23,12 @@ def workload(tmp_path: Path) -> Workload:
     )
     (tmp_path / "copies").mkdir()
     return Workload(cache, "t", ROWS, 2, cache.buffers(2), tmp_path / "copies")
+
+
+def test_goals_compare_with_zarr_python_under_checksums_too() -> None:
+    pairs = {(ours, peer) for ours, peer, _ in GOALS.values()}
+    assert {("ours", "zarr-python"), ("ours, checksums", "zarr-python")} <= pairs
+    assert {name for pair in pairs for name in pair} <= (READERS | LOADERS).keys()
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # of webdataset and MDS

@@ -347,3 +347,27 @@ class _Deadly:
 
     def __reduce__(self) -> tuple[object, ...]:
         return (os._exit, (1,))
+
+
+@pytest.mark.parametrize("missing", ["the server", "the credentials"])
+def test_an_object_store_out_of_reach_is_our_error(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    s3fs = pytest.importorskip("s3fs")
+    credentials = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x"}
+    for name, value in credentials.items():
+        if missing == "the server":
+            monkeypatch.setenv(name, value)
+        else:
+            monkeypatch.delenv(name, raising=False)
+    for name, value in {
+        "AWS_ENDPOINT_URL": "http://127.0.0.1:1",
+        "AWS_MAX_ATTEMPTS": "1",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_SHARED_CREDENTIALS_FILE": "/nowhere",
+        "AWS_CONFIG_FILE": "/nowhere",
+    }.items():
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises(SourceError, match=r"got: +s3://bucket/train(.|\n)*do: .*AWS_ACCESS_KEY_ID"):
+        open_source("s3://bucket/train")
+    s3fs.S3FileSystem.clear_instance_cache()

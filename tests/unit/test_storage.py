@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
+import threading
+import time
 import uuid
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import xxhash
 
+from pipeline import storage as module
 from pipeline.errors import CacheError
-from pipeline.storage import TEMPORARY_SUFFIX, LocalStorage, Storage
+from pipeline.storage import TEMPORARY_SUFFIX, LocalStorage, RemoteStorage, Storage
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -90,3 +96,192 @@ def test_sweep_removes_files_of_dead_processes_only(tmp_path: Path) -> None:
         assert len(list(tmp_path.glob(f"*{TEMPORARY_SUFFIX}"))) == 2
         assert len(storage.sweep()) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["living"]
+
+
+def test_sweep_removes_locks_of_dead_processes_only(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path)
+    script = (
+        "import os; from pipeline.storage import LocalStorage\n"
+        f"with LocalStorage({str(tmp_path)!r}).exclusive('left'):\n"
+        "    os._exit(9)"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 9
+    with storage.exclusive("held"):
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["held.lock", "left.lock"]
+        assert storage.sweep() == ["left.lock"]
+        assert [path.name for path in tmp_path.iterdir()] == ["held.lock"]
+
+
+class GaveUp(Exception):
+    """Of a test that has waited long enough."""
+
+
+def give_up() -> NoReturn:
+    raise GaveUp
+
+
+def take_and_die(folder: Path) -> None:
+    """Leave `x.lock` and `y….partial` of a process that is no more."""
+    script = (
+        "import os; from pipeline.storage import LocalStorage\n"
+        f"storage = LocalStorage({str(folder)!r})\n"
+        "with storage.exclusive('x'), storage.open_write('y'): os._exit(9)"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 9
+
+
+def change_tags(folder: Path, since: str | None = None, **fields: str) -> None:
+    """Rewrite who left the lock (and since when) and the temporary file: machine, pid, started."""
+
+    def changed(tag: str) -> str:
+        old = dict(zip(["node", "machine", "pid", "started", "unique"], tag.split("~"), strict=True))
+        return "~".join((old | fields).values())
+
+    lock, (left,) = folder / "x.lock", folder.glob(f"*{TEMPORARY_SUFFIX}")
+    tag, _, began = lock.read_text().rpartition("~")
+    lock.write_text(f"{changed(tag)}~{since or began}")
+    tag = left.name.removeprefix("y.").removesuffix(TEMPORARY_SUFFIX)
+    left.rename(folder / f"y.{changed(tag)}{TEMPORARY_SUFFIX}")
+
+
+def is_taken_over(folder: Path) -> bool:
+    try:
+        with LocalStorage(folder).exclusive("x", give_up):
+            return True
+    except GaveUp:
+        assert (folder / "x.lock").exists()
+        return False
+
+
+def test_what_dead_processes_left_is_told_from_what_may_be_alive(tmp_path: Path) -> None:
+    cases: dict[str, tuple[dict[str, str], bool]] = {
+        "dead": ({}, True),
+        "another process has its number": ({"pid": str(os.getpid())}, True),
+        "in another container of this host, perhaps alive": ({"machine": "0" * 16}, False),
+        "where boots and namespaces are not known": ({"machine": ""}, False),
+        "alive": ({"pid": str(os.getpid()), "started": str(module._running_since(os.getpid()))}, False),
+    }
+    for label, (fields, gone) in cases.items():
+        folder = tmp_path / label
+        folder.mkdir()
+        take_and_die(folder)
+        change_tags(folder, **fields)
+        assert is_taken_over(folder) == gone, label
+        assert bool(LocalStorage(folder).sweep()) == gone, label
+
+
+def test_what_cannot_be_told_is_judged_by_its_age(tmp_path: Path) -> None:
+    take_and_die(tmp_path)
+    change_tags(tmp_path, machine="0" * 16, since=f"{time.time() - 601:.0f}")
+    assert is_taken_over(tmp_path)
+    (left,) = tmp_path.glob(f"*{TEMPORARY_SUFFIX}")
+    os.utime(left, (0, time.time() - 25 * 3600))
+    assert LocalStorage(tmp_path).sweep() == [left.name]
+
+
+def test_a_process_that_nobody_has_waited_for_is_dead() -> None:
+    zombie = subprocess.Popen([sys.executable, "-c", ""], stdout=subprocess.PIPE)
+    assert zombie.stdout is not None
+    zombie.stdout.read()
+    deadline = time.monotonic() + 10
+    while module._running_since(zombie.pid) is not None:
+        assert time.monotonic() < deadline
+    assert Path(f"/proc/{zombie.pid}").exists()
+    zombie.wait()
+    zombie.stdout.close()
+
+
+def test_a_lock_whose_answer_was_lost_is_held() -> None:
+    class Lossy(RemoteStorage):
+        """Stores a file and loses the answer; the client asks again, and learns that the file is there."""
+
+        def write_new(self, name: str, data: bytes) -> bool:
+            super().write_new(name, data)
+            return False
+
+    storage = Lossy(f"memory://{uuid.uuid4().hex}")
+    with storage.exclusive("x", give_up):
+        assert storage.exists("x.lock")
+    assert not storage.exists("x.lock")
+
+
+def test_a_lock_whose_making_failed_late_is_not_left(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_new = type(storage).write_new
+
+    def stored_but_failed(self: Storage, name: str, data: bytes) -> bool:
+        write_new(self, name, data)
+        raise TimeoutError
+
+    monkeypatch.setattr(type(storage), "write_new", stored_but_failed)
+    with pytest.raises(TimeoutError), storage.exclusive("x"):
+        pass
+    assert not storage.exists("x.lock")
+
+
+def test_who_waits_says_for_whom(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "_SAY_SO_AFTER_S", 0.0)
+    calls: list[int] = []
+
+    def waiting() -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            raise GaveUp
+
+    with storage.exclusive("x"):
+        with pytest.raises(GaveUp), storage.exclusive("x", waiting):
+            pass
+        assert storage.exists("x.lock"), "who gave up does not take it away"
+    (record,) = caplog.records
+    assert f"x.lock, held by process {os.getpid()} on " in record.getMessage()
+
+
+def without_hard_links(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Path, target: Path) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+
+
+def test_locks_work_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_hard_links(monkeypatch)
+    storage = LocalStorage(tmp_path)
+    assert storage.write_new("file", b"first")
+    assert not storage.write_new("file", b"second")
+    assert storage.read("file") == b"first"
+    holders: list[int] = []
+    most: list[int] = []
+
+    def hold() -> None:
+        for _ in range(10):
+            with storage.exclusive("x"):
+                holders.append(1)
+                most.append(len(holders))
+                holders.pop()
+
+    threads = [threading.Thread(target=hold) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 40
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+    def deny(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "open", deny)
+    with pytest.raises(CacheError, match=r"Permission denied(.|\n)*hard links or exclusive creation"):
+        storage._create("other", b"x")
+
+
+def test_a_lock_that_is_being_written_is_not_taken_over_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "x.lock").write_bytes(b"")
+    assert not is_taken_over(tmp_path)
+    monkeypatch.setattr(module, "_LOCK_IS_WRITTEN_WITHIN_S", -1.0)
+    assert is_taken_over(tmp_path)

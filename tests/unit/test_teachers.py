@@ -176,8 +176,28 @@ def test_blocks_are_the_ends_of_the_quarters_unless_chosen() -> None:
 
 
 def test_levels_of_several_shapes_are_refused_with_the_shapes() -> None:
+    recipe = TeacherRecipe(model="convnext_tiny", block_indices=(2, 3))
     with pytest.raises(TeacherInputError, match="2: width 384, grid 14×14; 3: width 768, grid 7×7"):
-        resolve_teacher("t", TeacherRecipe(model="convnext_tiny"), (224, 224))
+        resolve_teacher("t", recipe, (224, 224))
+
+
+@pytest.mark.parametrize(
+    ("model", "width"), [("convnext_tiny", 768), ("swin_tiny_patch4_window7_224", 768), ("resnet18", 512)]
+)
+def test_a_network_of_stages_gives_its_last_one(model: str, width: int) -> None:
+    spec = resolve_teacher("t", TeacherRecipe(model=model), (224, 224))
+    assert (spec.num_levels, spec.width, spec.native_grid) == (1, width, (7, 7))
+
+
+def test_compiled_blocks_give_the_same_features() -> None:
+    views = pixels((64, 64))
+    plain, compiled = (build_teacher(TINY, pretrained=False, image_size=64) for _ in range(2))
+    compiled.compile_blocks()
+    blocks = [name for name, module in compiled.named_modules() if module._compiled_call_impl is not None]
+    assert blocks == [f"model.blocks.{number}" for number in range(len(blocks))]
+    assert blocks
+    expected = plain(views).feature_maps_BSHWC
+    torch.testing.assert_close(compiled(views).feature_maps_BSHWC, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["sam_base", "siglip2_base"])

@@ -5,12 +5,15 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
-from accelerate.state import AcceleratorState, GradientState
+import torch
+import yaml
+from huggingface_hub import HfApi
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -22,20 +25,19 @@ from pipeline.errors import (
     IncompleteCacheError,
     RecipeError,
 )
+from pipeline.map_reader import MapReader
 from pipeline.recipe import load_recipe
-from student import load_student
+from student import load_student, sharing
+from student.base import StudentOutput
 from student.recipe import TrainRecipe
+from student.repsim import representation_similarity
+from student.run_pictures import NUM_ROWS, RunPictures
+from student.sak.model import SAK
 from student.train import train
 from tests.make_cache import make_cache, make_images, teacher_spec
-from tests.train_recipes import logged, train_recipe
+from tests.train_recipes import CONTENT, logged, train_recipe
 
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> Iterator[None]:
-    """accelerate keeps its precision for the life of a process."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +92,38 @@ def test_with_accumulation_too_and_whatever_its_split(cache: Path, tmp_path: Pat
     assert logged(other) == pytest.approx(logged(whole), rel=1e-4)
 
 
+def test_a_finished_student_says_what_it_is(finished: Path) -> None:
+    card = (finished / "student/README.md").read_text()
+    _, head, text = card.split("---\n", 2)
+    assert "sak" in yaml.safe_load(head)["tags"]
+    assert "8 steps" in text
+    assert "alpha: none, random weights" in text
+    recipe = text.split("```yaml\n")[1].split("```")[0]
+    assert TrainRecipe.model_validate(yaml.safe_load(recipe)).output == str(finished)
+
+
+def test_a_student_is_pushed_with_its_card(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Hub cannot be reached here, so its client notes what it is asked for."""
+    asked: list[tuple[str, dict[str, Any]]] = []
+
+    class Noting(HfApi):
+        def create_repo(self, repo_id: str, **options: Any) -> Any:
+            asked.append((repo_id, options))
+
+        def upload_folder(self, **options: Any) -> Any:
+            asked.append(("upload", options))
+            return SimpleNamespace(repo_url="https://huggingface.co/me/sak")
+
+    monkeypatch.setattr(sharing, "HfApi", Noting)
+    assert sharing.push_to_hub(finished / "student", "me/sak", private=True).endswith("me/sak")
+    assert asked[0] == ("me/sak", {"private": True, "exist_ok": True})
+    options = asked[1][1]
+    sent = {path.name for path in Path(options["folder_path"]).iterdir()} & set(options["allow_patterns"])
+    assert sent == {"config.json", "model.safetensors", "README.md"}
+    with pytest.raises(CheckpointError):
+        sharing.push_to_hub(finished, "me/sak")
+
+
 def test_a_finished_run_is_not_run_again(cache: Path, finished: Path) -> None:
     before = (finished / "metrics.jsonl").read_text()
     result = train(train_recipe(cache, finished))
@@ -108,6 +142,49 @@ def test_what_a_run_leaves(finished: Path) -> None:
         assert tag in events.Tags()["scalars"]
     mean = sum(logged(finished)) / 8
     assert [event.value for event in events.Scalars("loss")] == pytest.approx([mean])
+
+
+def test_the_maps_of_student_and_teachers_are_drawn(cache: Path, finished: Path, tmp_path: Path) -> None:
+    """And change nothing: the run is the same run as without them."""
+    train(train_recipe(cache, tmp_path, picture_every_steps=5, log_every_steps=4))
+    assert logged(tmp_path) == logged(finished)
+    events = EventAccumulator(str(tmp_path / "tensorboard"), {"images": 0, "tensors": 0}).Reload()
+    tags = events.Tags()
+    assert sorted(tags["images"]) == ["maps/alpha", "maps/beta", "norms/alpha", "norms/beta"]
+    assert {"seconds/read", "seconds/decode", "seconds/forward", "seconds/backward"} <= set(tags["scalars"])
+    for tag in tags["images"]:
+        first, last = events.Images(tag)
+        assert (first.step, last.step) == (4, 7)
+        if tag.startswith("maps"):
+            assert first.encoded_image_string != last.encoded_image_string  # the student has learnt
+    said = events.Tensors("bottleneck/text_summary")
+    assert [event.step for event in said] == [3, 7]
+    assert b"Bottleneck: " in said[0].tensor_proto.string_val[0]
+
+
+def test_the_student_is_drawn_in_the_teachers_colours(cache: Path) -> None:
+    """So a student that gives what the teacher gives is drawn as the teacher is."""
+
+    class Copy(SAK):
+        def forward(self, pixels_B3HW: torch.Tensor, full: bool = False, maps: bool = True) -> StudentOutput:
+            assert not self.training
+            return StudentOutput({"alpha": list(maps_SBCHW)}, {}, {})
+
+    opened = FeatureCache.open(cache)
+    rows = MapReader(opened, ["alpha"], num_rows=NUM_ROWS).rows
+    maps_SBCHW = opened.read(rows, ["alpha"])["alpha"].decode().permute(1, 0, 4, 2, 3)
+    student = Copy("test_vit", {"alpha": 8}, (32, 32))
+    student.stem.eval()  # one part in another mode than the others
+    modes = [module.training for module in student.modules()]
+    boards = RunPictures(opened, ["alpha"], student).boards()
+    for tag in ("maps/alpha", "norms/alpha"):
+        (view, views), *columns = boards[tag].columns
+        assert (view, len(views), len(columns)) == ("view", NUM_ROWS, 8)
+        for (_, teacher), (_, copy) in zip(columns[::2], columns[1::2], strict=True):
+            np.testing.assert_array_equal(teacher, copy)
+        assert not np.array_equal(columns[0][1], columns[2][1])
+    assert [module.training for module in student.modules()] == modes
+    assert RunPictures(opened, [], student).draw() == {}
 
 
 def test_the_student_learns(cache: Path, tmp_path: Path) -> None:
@@ -185,12 +262,28 @@ def test_a_cache_without_a_valid_sample_is_refused(images: Path, tmp_path: Path)
         train(train_recipe(tmp_path / "cache", tmp_path / "run"))
 
 
-def test_a_teacher_with_other_levels_is_refused(images: Path, tmp_path: Path) -> None:
-    three = teacher_spec().model_copy(update={"block_indices": (0, 1, 2)})
-    cache = make_cache(tmp_path / "cache", images, teachers={"three": three})
-    assert isinstance(cache, FeatureCache)
-    with pytest.raises(RecipeError, match="3 levels in the cache"):
+def test_a_teacher_of_more_levels_is_refused(images: Path, tmp_path: Path) -> None:
+    five = teacher_spec().model_copy(update={"block_indices": (0, 1, 2, 3, 4)})
+    make_cache(tmp_path / "cache", images, teachers={"five": five})
+    with pytest.raises(RecipeError, match="5 levels in the cache"):
         train(train_recipe(tmp_path / "cache", tmp_path / "run"))
+
+
+@pytest.mark.parametrize("adapter_paths", [True, False])
+def test_a_teacher_of_fewer_levels_goes_to_the_last_ones(
+    images: Path, tmp_path: Path, adapter_paths: bool
+) -> None:
+    one = teacher_spec().model_copy(update={"block_indices": (3,)})
+    teachers = {"four": teacher_spec(), "one": one}
+    make_cache(tmp_path / "cache", images, teachers=teachers)
+    student = CONTENT["student"] | {"adapter_paths": adapter_paths}
+    result = train(train_recipe(tmp_path / "cache", tmp_path / "run", student=student, picture_every_steps=4))
+    assert logged(tmp_path / "run", "loss/one/level0")
+    with pytest.raises(KeyError):
+        logged(tmp_path / "run", "loss/one/level1")
+    assert result.student is not None
+    similar = representation_similarity(load_student(result.student), FeatureCache.open(tmp_path / "cache"))
+    assert [len(similarity.levels) for similarity in similar.values()] == [4, 1]
 
 
 @pytest.mark.parametrize(
@@ -212,7 +305,7 @@ def test_recipes_that_contradict_themselves(changes: dict[str, Any], message: st
 )
 def test_the_recipes_of_stage_1_are_those_of_the_paper(size: str, student: str) -> None:
     recipe = load_recipe(TrainRecipe, f"sak_stage1_{size}")
-    assert recipe.student.stem.startswith(student)
+    assert str(recipe.student.stem).startswith(student)
     assert recipe.images_per_step(num_processes=8) == 128  # and what follows, from Table 11
     assert (recipe.optimizer.lr, recipe.optimizer.weight_decay, recipe.clip_norm) == (1e-3, 1e-2, 0)
     assert recipe.schedule.steps(1_281_167 / 128) == (300_274, 20_019)

@@ -1,0 +1,43 @@
+"""A teacher whose shards outlived `cache.json`: they count as its own only if their records say so."""
+
+from __future__ import annotations
+
+from pipeline.cache import FeatureCache
+from pipeline.codecs import get_codec
+from pipeline.errors import CacheMismatchError
+from pipeline.manifest import SPEC_NAME, Manifest, commit_name, moments_name, tables_name
+from pipeline.spec import CacheSpec, TeacherSpec
+
+
+def recovered(manifest: Manifest, spec: CacheSpec, name: str, weights_hash: str) -> TeacherSpec | None:
+    """The teacher `name` of `spec` with what its committed shards were encoded with; None without shards.
+
+    Raises `CacheMismatchError` when they are those of another spec.
+    """
+    shards = manifest.committed(name)
+    if not shards:
+        return None
+    tables = tables_name(name)
+    has_tables = get_codec(spec.teachers[name].codec).needs_tables and manifest.storage.exists(tables)
+    found = {
+        "weights_hash": weights_hash,
+        "tables_hash": manifest.storage.checksum(tables) if has_tables else None,
+    }
+    teacher = spec.teachers[name].model_copy(update=found)
+    teachers = {**spec.teachers, name: teacher}
+    whole = CacheSpec.model_validate(spec.model_dump() | {"teachers": teachers, "cache_id": ""})
+    store = FeatureCache(manifest.storage, whole).store
+    for shard, record in manifest.commits(name, shards).items():
+        mismatch = record.mismatch(whole)
+        if mismatch is None:
+            files = sorted(record.files.keys() - {moments_name(name, shard)})
+            if files != sorted(store.shard_files(whole, name, shard)):
+                mismatch = f"names {', '.join(files)}: no shard of a {whole.store} cache"
+        if mismatch is not None:
+            raise CacheMismatchError(
+                f"{SPEC_NAME} is gone, and the shards that are left are not those of this recipe.",
+                got=f"{commit_name(name, shard)} {mismatch}",
+                expected="the recipe, images, weights and library versions of the cache",
+                do=f"restore {SPEC_NAME} from a copy, mend the recipe, or choose another place (cache=…)",
+            )
+    return teacher

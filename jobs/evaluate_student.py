@@ -1,0 +1,20 @@
+"""Measure a student's tasks with several processes, each of which takes its share of the images.
+
+    accelerate launch jobs/evaluate_student.py STUDENT DATASET ROOT [options]
+    torchrun --nproc_per_node N jobs/evaluate_student.py STUDENT DATASET ROOT [options]     (on CPUs)
+
+Arguments and options are those of `teachercache evaluate`.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also runs from a checkout, not installed
+
+from jobs.cli import main
+
+if __name__ == "__main__":
+    sys.argv.insert(1, "evaluate")
+    main()

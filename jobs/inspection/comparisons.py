@@ -1,0 +1,134 @@
+"""One map compared with another: a patch with all others, a student or a codec with its teacher.
+
+What was read, predicted and encoded last is kept, so that a click on a patch only multiplies.
+Shapes: S levels, H×W grid, C channels.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from jobs.inspection.feature_facts import CodecTrial, cosine_error, finite, rows_to_learn_from, try_codec
+from pipeline.cache import FeatureCache
+from pipeline.errors import CacheError
+from pipeline.feature_pictures import heat, png_uri
+from pipeline.grids import upsample
+from pipeline.map_reader import MapReader
+from pipeline.units import human_bytes
+from pipeline.views import render_view
+from student.base import Student
+
+_KEPT_ROWS = 4
+_KEPT_DRAWINGS = 256
+
+
+class Drawing(NamedTuple):
+    """A picture of a map, as a data URI. `low` and `high` are what its darkest and brightest colours mean."""
+
+    uri: str
+    low: str = ""
+    high: str = ""
+    note: str = ""
+
+
+class Comparisons:
+    """All methods raise `CacheError` where a teacher cannot give what is asked, or `CodecError` if a codec
+    cannot."""
+
+    def __init__(self, cache: FeatureCache, student: Student | None = None) -> None:
+        self.cache = cache
+        self.reader = MapReader(cache)
+        self._student = student
+        per_teacher = _KEPT_ROWS * len(cache.teachers)
+        self._predictions = lru_cache(_KEPT_ROWS)(self._predict)
+        self._trial = lru_cache(per_teacher)(self._try_codec)
+        self._unit = lru_cache(per_teacher)(self._normalised)
+        self.features = lru_cache(_KEPT_DRAWINGS)(self._features)
+        self.student_features = lru_cache(_KEPT_DRAWINGS)(self._student_features)
+        self.student_error = lru_cache(_KEPT_DRAWINGS)(self._student_error)
+        self.codec_error = lru_cache(_KEPT_DRAWINGS)(self._codec_error)
+
+    def similarity(
+        self, teacher: str, row: int, level: int, patch: tuple[float, float], others: int
+    ) -> tuple[Drawing, Drawing]:
+        """Cosine of the patch of `row` at (x, y) to those of `row`, and to those of another row.
+
+        Both have one range of colours.
+        """
+        unit_HWC = self._unit(teacher, row, level)
+        height, width = unit_HWC.shape[:2]
+        token_C = unit_HWC[int(patch[1] * height), int(patch[0] * width)]
+        cosines_HW = [unit_HWC @ token_C, self._unit(teacher, others, level) @ token_C]
+        low = min(values_HW.min().item() for values_HW in cosines_HW)
+        here, there = (
+            Drawing(png_uri(heat(values_HW, low, 1)), f"{low:.2f}".replace("-", "−"), "1")
+            for values_HW in cosines_HW
+        )
+        return here, there
+
+    def _features(self, teacher: str, row: int, level: int) -> Drawing:
+        """Principal components, in colours that are the same for all images."""
+        map_HWC = self._map(teacher, row, level)
+        return Drawing(png_uri(self.reader.basis(teacher, level).picture(map_HWC)))
+
+    def _student_features(self, teacher: str, row: int, level: int) -> Drawing:
+        prediction_HWC = self._prediction(teacher, row, level)
+        return Drawing(png_uri(self.reader.basis(teacher, level).picture(prediction_HWC)))
+
+    def _student_error(self, teacher: str, row: int, level: int) -> Drawing:
+        """1 − cosine of the student's tokens to the teacher's."""
+        error_HW = cosine_error(self._prediction(teacher, row, level), self._map(teacher, row, level))
+        return _error(error_HW, f"mean {error_HW.mean():.2g}")
+
+    def _codec_error(self, teacher: str, row: int, level: int, codec: str) -> Drawing:
+        """1 − cosine of what the codec gives back to what is stored."""
+        self._map(teacher, row, level)
+        trial = self._trial(codec, teacher, row)
+        return _error(trial.error_RSHW[0, level], human_bytes(trial.fidelity.row_bytes))
+
+    def _map(self, teacher: str, row: int, level: int) -> Tensor:
+        if reason := self.reader.absent.get(teacher):
+            raise CacheError(reason)
+        maps_SHWC = self.reader.maps(teacher, row)
+        if level >= len(maps_SHWC):
+            raise CacheError(f"this teacher has {len(maps_SHWC)} levels")
+        return maps_SHWC[level]
+
+    def _normalised(self, teacher: str, row: int, level: int) -> Tensor:
+        return F.normalize(self._map(teacher, row, level), dim=-1)
+
+    def _prediction(self, teacher: str, row: int, level: int) -> Tensor:
+        """The student's map (H, W, C) on the grid of the teacher's."""
+        height, width = self._map(teacher, row, level).shape[:2]
+        level -= len(self.reader.maps(teacher, row))  # a teacher of fewer levels stands beside the last
+        predictions = self._predictions(row)
+        if teacher not in predictions:
+            raise CacheError("the student was not distilled from this teacher")
+        return upsample(predictions[teacher][level], (height, width))[0].permute(1, 2, 0)
+
+    def _predict(self, row: int) -> dict[str, list[Tensor]]:
+        assert self._student is not None
+        sample = int(self.cache.index.locate(row)[0])
+        pixels_3HW = render_view(self.cache.image(sample), self.cache.view(row), self._student.image_size)
+        with torch.inference_mode():
+            output = self._student(self._student.normalize(pixels_3HW[None]), full=True)
+        return dict(output.feature_maps)
+
+    def _try_codec(self, codec: str, teacher: str, row: int) -> CodecTrial:
+        others = [other for other in self.reader.rows if other != row]
+        learnt_from = rows_to_learn_from(codec, others or [row])
+        calibration, maps = (
+            finite(torch.stack([self.reader.maps(teacher, number) for number in rows]))
+            for rows in (learnt_from, [row])
+        )
+        return try_codec(codec, calibration, maps)
+
+
+def _error(error_HW: Tensor, note: str) -> Drawing:
+    high = max(error_HW.max().item(), 1e-12)
+    return Drawing(png_uri(heat(error_HW, 0, high)), "0", f"{high:.2g}", note)

@@ -1,0 +1,199 @@
+"""What the page of `teachercache view` shows, as HTML. Knows nothing of the server."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from html import escape
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow.compute as pc
+from PIL import Image
+
+from jobs.inspection.comparisons import Comparisons, Drawing
+from pipeline.cache import FeatureCache
+from pipeline.errors import CacheError, TeacherCacheError
+from pipeline.feature_pictures import jpeg_uri
+from student.base import Student
+
+PAGE_SIZE = 12
+_THUMBNAIL = (96, 96)
+_THUMBNAIL_THREADS = 4
+_KEPT_THUMBNAILS = 1024
+_KEPT_VIEWS = 32
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What is looked at, of which teachers. `patch` is a place (x, y) in the view, both in [0, 1)."""
+
+    sample: int
+    other: int
+    teachers: tuple[str, ...]
+    view: int = 0
+    level: int = 0
+    patch: tuple[float, float] = (0.5, 0.5)
+    codec: str | None = None
+
+
+class Hits(NamedTuple):
+    """One page of the samples that a search found; `total` of all pages. Pages count from 0."""
+
+    samples: list[int]
+    page: int
+    total: int
+
+    @property
+    def num_pages(self) -> int:
+        return max(1, -(-self.total // PAGE_SIZE))
+
+
+class _Column(NamedTuple):
+    """One kind of map. `of_other`: it shows the other image, where a click chooses no patch."""
+
+    title: str
+    words: str
+    draw: Callable[[str], Drawing]
+    of_other: bool = False
+
+
+class Explorer:
+    """Raises `CacheError` for a cache whose samples or views cannot be read."""
+
+    def __init__(self, cache: FeatureCache, student: Student | None = None) -> None:
+        self.cache = cache
+        self.samples, self.views = cache.samples, cache.views
+        self.num_levels = max((teacher.num_levels for teacher in cache.spec.teachers.values()), default=1)
+        self._maps = Comparisons(cache, student)
+        self._has_student = student is not None
+        self._threads = ThreadPoolExecutor(_THUMBNAIL_THREADS, thread_name_prefix="thumbnail")
+        self._thumbnail = lru_cache(_KEPT_THUMBNAILS)(self._make_thumbnail)
+        self._view = lru_cache(_KEPT_VIEWS)(lambda row: jpeg_uri(self._maps.reader.view(row)))
+
+    def first(self) -> Selection:
+        """Two samples that can be shown, where there are."""
+        rows = self._maps.reader.rows
+        samples = self.cache.index.locate(rows)[0].tolist() if rows else [0]
+        return Selection(samples[0], samples[-1], tuple(self.cache.teachers), level=self.num_levels - 1)
+
+    def search(self, text: str, page: int) -> Hits:
+        """Samples whose key holds `text`, in the cache's order. Beyond the last page is the last page."""
+        keys = self.cache.samples["key"]
+        found = np.arange(len(keys))
+        if text:
+            found = np.flatnonzero(pc.match_substring(keys, text, ignore_case=True))
+        page = min(page, max(0, (len(found) - 1) // PAGE_SIZE))
+        return Hits(found[page * PAGE_SIZE : (page + 1) * PAGE_SIZE].tolist(), page, len(found))
+
+    def strip(self, samples: Sequence[int], selection: Selection) -> str:
+        """Thumbnails to choose from."""
+        role = {selection.other: "other", selection.sample: "this"}
+        tiles = []
+        for sample, thumbnail in zip(samples, self._threads.map(self._thumbnail, samples), strict=True):
+            key = escape(self.cache.key(sample))
+            tiles.append(
+                f'<button class="{role.get(sample, "")}" data-sample="{sample}" title="{key}">'
+                f"{thumbnail}<span><bdi>{key}</bdi></span></button>"
+            )
+        return f'<div class="strip">{"".join(tiles) or "No key holds this text."}</div>'
+
+    def board(self, selection: Selection) -> str:
+        """Both images, and a line of maps for each chosen teacher. `CacheError`: the view is not held."""
+        try:
+            row, other = self.cache.index.rows([selection.sample, selection.other], selection.view).tolist()
+        except IndexError:
+            raise CacheError("The cache does not hold this view of both images.") from None
+        ring = "<i style='left:{:.2%};top:{:.2%}'></i>".format(*selection.patch)
+        columns = self._columns(row, other, selection)
+        cells = [_title(""), *(_title(column.title, column.words) for column in columns)]
+        for name in selection.teachers:
+            cells.append(_title(name))
+            cells += [_map(column, name, "" if column.of_other else ring) for column in columns]
+        photos = self._photo(row, "The image (click a patch)", ring) + self._photo(other, "The other image")
+        size = f"--columns:{len(columns)};--lines:{max(len(selection.teachers), 1)}"
+        return f'<div class="board" style="{size}"><div>{photos}</div><div>{"".join(cells)}</div></div>'
+
+    def _columns(self, row: int, other: int, selection: Selection) -> list[_Column]:
+        maps, level, patch, codec = self._maps, selection.level, selection.patch, selection.codec
+        similarity = cache(lambda name: maps.similarity(name, row, level, patch, other))
+        columns = [
+            _Column("Features", "principal components", lambda name: maps.features(name, row, level)),
+            _Column(
+                "In this image",
+                "cosine to the patch",
+                lambda name: similarity(name)[0],
+            ),
+            _Column(
+                "In the other image",
+                "cosine to that patch",
+                lambda name: similarity(name)[1],
+                of_other=True,
+            ),
+        ]
+        if self._has_student:
+            columns += [
+                _Column(
+                    "Student",
+                    "in the teacher's colours",
+                    lambda name: maps.student_features(name, row, level),
+                ),
+                _Column(
+                    "Student's error",
+                    "1 − cosine to the teacher",
+                    lambda name: maps.student_error(name, row, level),
+                ),
+            ]
+        if codec is not None:
+            columns.append(
+                _Column(
+                    codec,
+                    "its error, 1 − cosine",
+                    lambda name: maps.codec_error(name, row, level, codec),
+                )
+            )
+        return columns
+
+    def _photo(self, row: int, title: str, ring: str = "") -> str:
+        key = self.cache.key(int(self.cache.index.locate(row)[0]))
+        try:
+            content = _clickable(f'<img alt="" src="{self._view(row)}">{ring}', ring)
+        except (TeacherCacheError, OSError) as error:
+            content = _missing(error)
+        return f"{_title(title, key)}<figure>{content}</figure>"
+
+    def _make_thumbnail(self, sample: int) -> str:
+        try:
+            image = self.cache.image(sample)
+        except (TeacherCacheError, OSError):
+            return '<b title="this image cannot be decoded, or is no longer there">no image</b>'
+        image.thumbnail(_THUMBNAIL, Image.Resampling.BILINEAR)
+        return f'<img alt="" src="{jpeg_uri(np.asarray(image), 75)}">'
+
+
+def _map(column: _Column, teacher: str, ring: str) -> str:
+    """A cell; where the map cannot be had, it holds the reason."""
+    try:
+        drawing = column.draw(teacher)
+    except (TeacherCacheError, OSError) as error:
+        return f"<figure>{_missing(error)}</figure>"
+    image = f'<img class="map" alt="{escape(column.title)}" src="{drawing.uri}">{ring}'
+    scale = f"{drawing.low} <u></u> {drawing.high}" if drawing.high else ""
+    caption = " · ".join(filter(None, (scale, drawing.note)))
+    return f"<figure>{_clickable(image, ring)}<figcaption>{caption}</figcaption></figure>"
+
+
+def _clickable(content: str, ring: str) -> str:
+    kind = ' class="pick"' if ring else ""
+    return f"<div{kind}>{content}</div>"
+
+
+def _title(text: str, words: str = "") -> str:
+    note = f"<span><bdi>{escape(words)}</bdi></span>" if words else ""
+    return f'<div class="title" title="{escape(words)}"><b>{escape(text)}</b>{note}</div>'
+
+
+def _missing(error: Exception) -> str:
+    return f'<div class="missing">{escape(str(error).splitlines()[0])}</div>'

@@ -1,0 +1,280 @@
+"""The page of `teachercache view`, served by Gradio on loopback.
+
+The server gives what the page needs and nothing else: no file, no upload, no proxy. Nothing that a browser
+sends names a file, and the policy sent with the page forbids the browser to ask anyone else.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import replace
+from html import escape
+from pathlib import Path
+from typing import Any
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
+
+import gradio as gr
+import uvicorn
+from fastapi import FastAPI
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from jobs.inspection.explorer import Explorer, Selection
+from pipeline.cache import FeatureCache
+from pipeline.codecs import codec_names
+from pipeline.errors import CacheError, TeacherCacheError
+from student.base import Student
+
+STYLE = Path(__file__).with_name("viewer.css").read_text()
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_FIRST_PORT, _PORTS = 7860, 100
+_MAX_SEARCH = 256
+_MAX_DIGITS = 5  # of the length of a request's body; the page sends less than 1 kB
+_LARGEST = 2**53  # what a browser can count to; NaN is not below it either
+_BELOW_ONE = math.nextafter(1, 0)
+_BARE: dict[str, Any] = {"show_label": False, "container": False}
+_POLICY = (
+    "default-src 'self'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; "
+    "script-src 'self' 'unsafe-inline' 'unsafe-eval'; frame-ancestors 'none'"
+)
+_SERVED = ("/assets/", "/static/", "/gradio_api/heartbeat/")
+_SERVED_EXACTLY = {
+    *("/", "/config", "/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt"),
+    *("/gradio_api/startup-events", "/gradio_api/queue/join", "/gradio_api/queue/data", "/gradio_api/app_id"),
+}
+_PICK_SAMPLE = """
+element.addEventListener('click', event => {
+  const tile = event.target.closest('[data-sample]');
+  if (tile) trigger('click', {sample: Number(tile.dataset.sample)});
+});
+"""
+_PICK_PATCH = """
+element.addEventListener('click', event => {
+  const cell = event.target.closest('.pick');
+  if (!cell) return;
+  const box = cell.getBoundingClientRect();
+  trigger('click', {x: (event.clientX - box.left) / box.width, y: (event.clientY - box.top) / box.height});
+});
+"""
+_THIS, _OTHER, _NO_CODEC = "choose the image", "choose the other", "none"
+_NOT_OURS = "This is not what the page sends."
+
+
+def serve(
+    cache: FeatureCache,
+    *,
+    student: Student | None = None,
+    server_name: str = "127.0.0.1",
+    port: int | None = None,
+    on_ready: Callable[[str], None] = lambda _: None,
+) -> None:
+    """Serve until interrupted. `on_ready` is given the address of the page.
+
+    `port`: None takes the first free one from 7860 on. Raises `CacheError` for a cache that cannot be shown,
+    `TeacherCacheError` where nothing can listen at this address.
+    """
+    with listen(server_name, port) as listener:
+        server = make_server(Explorer(cache, student), server_name)
+        host, bound_port = listener.getsockname()[:2]
+        on_ready(f"http://{f'[{host}]' if ':' in host else host}:{bound_port}/")
+        server.run(sockets=[listener])
+
+
+def listen(server_name: str, port: int | None = None) -> socket.socket:
+    """A socket that listens, at the first free port. Raises `TeacherCacheError` where there is none."""
+    ports = range(_FIRST_PORT, _FIRST_PORT + _PORTS) if port is None else [port]
+    family = socket.AF_INET6 if ":" in server_name else socket.AF_INET
+    problem: OSError | None = None
+    for candidate in ports:
+        try:
+            return socket.create_server((server_name, candidate), family=family)
+        except OSError as error:
+            problem = error
+    raise TeacherCacheError(
+        "The page cannot be served at this address.",
+        got=f"{server_name}, port {port or f'{ports[0]} … {ports[-1]}'}: {problem}",
+        expected="an address of this machine, and a free port",
+        do="choose others with --server-name and --port",
+    )
+
+
+def make_server(explorer: Explorer, server_name: str) -> uvicorn.Server:
+    guards = [Middleware(_OnlyWhatIsNeeded)]
+    if server_name in _LOOPBACK:  # a page elsewhere must not reach this server through a name of its own
+        guards.insert(0, Middleware(TrustedHostMiddleware, allowed_hosts=list(_LOOPBACK)))
+    closed: dict[str, Any] = {"docs_url": None, "redoc_url": None, "openapi_url": None}
+    app = gr.mount_gradio_app(
+        FastAPI(**closed, middleware=guards),
+        build(explorer),
+        path="/",
+        app_kwargs={**closed, "exception_handlers": {KeyError: _no_such_event}},
+        allowed_paths=[],
+        ssr_mode=False,
+        enable_monitoring=False,
+        show_error=False,
+        pwa=False,
+        footer_links=[],
+        run_history=False,
+        css=STYLE,
+    )
+    return uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1))
+
+
+def _no_such_event(*_: object) -> PlainTextResponse:
+    return PlainTextResponse(_NOT_OURS, 400)
+
+
+class _OnlyWhatIsNeeded:
+    """404 for every path that the page does not need, and a policy that keeps the page to this server."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        refusal = _refusal(scope)
+        if refusal is not None:
+            await PlainTextResponse(*refusal)(scope, receive, send)
+            return
+
+        async def send_with_policy(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"content-security-policy", _POLICY.encode())]
+            await send(message)
+
+        await self._app(scope, receive, send_with_policy)
+
+
+def _refusal(scope: Scope) -> tuple[str, int] | None:
+    path = scope["path"]
+    if path not in _SERVED_EXACTLY and not path.startswith(_SERVED):
+        return "not found", 404
+    if scope["method"] not in ("GET", "HEAD"):
+        nbytes = dict(scope["headers"]).get(b"content-length", b"")
+        if not nbytes.isdigit():
+            return "the length of the body is missing", 411
+        if len(nbytes) > _MAX_DIGITS:
+            return "more than the page ever sends", 413
+    return None
+
+
+def build(explorer: Explorer) -> gr.Blocks:
+    """The page. What a session looks at is kept on the server; an event names one change of it."""
+    cache = explorer.cache
+    first = explorer.first()
+    blocks = gr.Blocks(title="teachercache view", analytics_enabled=False)
+    with blocks:
+        gr.HTML(_headline(cache), elem_id="headline", js_on_load=None)
+        selection, page = gr.State(first), gr.State(0)
+        with gr.Row(elem_id="find"):
+            text = gr.Textbox(
+                placeholder="Search in the keys, then Enter", elem_id="search", **_BARE, scale=3
+            )
+            back = gr.Button("‹", elem_id="back", size="sm", min_width=36, scale=0)
+            count = gr.HTML(elem_id="count", js_on_load=None, scale=0, min_width=150)
+            forward = gr.Button("›", elem_id="forward", size="sm", min_width=36, scale=0)
+            role = gr.Radio([_THIS, _OTHER], value=_THIS, elem_id="role", **_BARE, scale=2)
+        strip = gr.HTML(elem_id="strip", js_on_load=_PICK_SAMPLE)
+        with gr.Row(elem_id="options"):
+            levels = [(f"level {n + 1}", str(n)) for n in range(explorer.num_levels)]
+            level = gr.Radio(levels, value=str(first.level), elem_id="level", **_BARE, scale=2)
+            views = [(f"view {n}", str(n)) for n in range(cache.num_views)]
+            view = gr.Dropdown(views, value=str(first.view), elem_id="view", **_BARE)
+            codecs = [("compare no codec", _NO_CODEC), *((f"compare {name}", name) for name in codec_names())]
+            codec = gr.Dropdown(codecs, value=_NO_CODEC, elem_id="codec", **_BARE)
+        names = list(cache.teachers)
+        several = len(names) > 1
+        teachers = gr.CheckboxGroup(names, value=names, elem_id="teachers", visible=several, **_BARE)
+        board = gr.HTML(elem_id="board", js_on_load=_PICK_PATCH)
+
+        def list_samples(text: str | None, page: int, selection: Selection) -> tuple[int, str, str]:
+            found = explorer.search(_typed(text), page)
+            words = f"{found.page + 1:,} / {found.num_pages:,} · {found.total:,} found"
+            return found.page, words, explorer.strip(found.samples, selection)
+
+        def search(text: str, selection: Selection) -> tuple[int, str, str]:
+            return list_samples(text, 0, selection)
+
+        def turn(step: int) -> Callable[[str, int, Selection], tuple[int, str, str]]:
+            return lambda text, page, selection: list_samples(text, max(page + step, 0), selection)
+
+        def draw(chosen: Selection) -> str:
+            try:
+                return explorer.board(chosen)
+            except CacheError as error:
+                raise gr.Error(error.problem) from error
+
+        def pick_sample(
+            event: gr.EventData, role: str, text: str, page: int, selection: Selection
+        ) -> tuple[Selection, str, str]:
+            (number,) = _numbers(event, "sample")
+            if not 0 <= number < cache.num_samples:
+                raise gr.Error("There is no such sample.")
+            sample = int(number)
+            chosen = replace(selection, sample=sample) if role == _THIS else replace(selection, other=sample)
+            return chosen, list_samples(text, page, chosen)[2], draw(chosen)
+
+        def pick_patch(event: gr.EventData, selection: Selection) -> tuple[Selection, str]:
+            x, y = (min(max(value, 0.0), _BELOW_ONE) for value in _numbers(event, "x", "y"))
+            chosen = replace(selection, patch=(x, y))
+            return chosen, draw(chosen)
+
+        def set_options(
+            level: object, view: object, codec: object, teachers: object, selection: Selection
+        ) -> tuple[Selection, str]:
+            if not (isinstance(level, str) and isinstance(view, str) and isinstance(codec, str)):
+                raise gr.Error(_NOT_OURS)
+            if not isinstance(teachers, list):
+                raise gr.Error(_NOT_OURS)
+            chosen = replace(
+                selection,
+                level=int(level),
+                view=int(view),
+                codec=None if codec == _NO_CODEC else codec,
+                teachers=tuple(name for name in names if name in teachers),
+            )
+            return chosen, draw(chosen)
+
+        listed, found = [text, page, selection], [page, count, strip]
+        quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+        loud: dict[str, Any] = {"api_visibility": "private", "show_progress_on": board}
+        blocks.load(list_samples, listed, found, **quiet)
+        blocks.load(draw, selection, board, **loud)
+        text.submit(search, [text, selection], found, **quiet)
+        back.click(turn(-1), listed, found, **quiet)
+        forward.click(turn(1), listed, found, **quiet)
+        strip.click(pick_sample, [role, *listed], [selection, strip, board], **loud)
+        board.click(pick_patch, selection, [selection, board], **quiet)
+        for option in (level, view, codec, teachers):
+            option.input(set_options, [level, view, codec, teachers, selection], [selection, board], **loud)
+    return blocks
+
+
+def _typed(text: str | None) -> str:
+    """Browsers may send half a character, which no key holds."""
+    return (text or "")[:_MAX_SEARCH].encode(errors="replace").decode()
+
+
+def _numbers(event: gr.EventData, *names: str) -> list[float]:
+    """Finite numbers that the browser sent with an event."""
+    try:
+        values = [getattr(event, name) for name in names]
+    except (AttributeError, TypeError):
+        values = [None]
+    if not all(type(value) in (int, float) and abs(value) <= _LARGEST for value in values):
+        raise gr.Error(_NOT_OURS)
+    return values
+
+
+def _headline(cache: FeatureCache) -> str:
+    random = any(not teacher.pretrained for teacher in cache.spec.teachers.values())
+    words = f"{cache.num_samples:,} samples" + (" · teachers with random weights" if random else "")
+    return f"<b>{escape(cache.storage.url)}</b> · {words}"

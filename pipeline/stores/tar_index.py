@@ -1,0 +1,75 @@
+"""Where the rows of a tar of features are: the member `__index__`, which is its last.
+
+A little-endian (offset, nbytes, crc32c) of uint64 for each row of the shard, zeros for an absent one; then
+the crc32c of all that. `webdataset` passes over members with names of this kind. No torch here: `inspect`
+reads it too.
+"""
+
+from __future__ import annotations
+
+import tarfile
+
+import google_crc32c
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.storage import Storage
+from pipeline.stores.shard_format import CHECKSUM_NBYTES, checksum
+
+INDEX_NAME = "__index__"
+_COLUMNS = 3
+_END_NBYTES = 2 * tarfile.BLOCKSIZE  # zeros that end every tar
+
+TarIndex = NDArray[np.uint64]  # (rows, 3)
+
+
+def tar_name(teacher: str, shard: int) -> str:
+    return f"teachers/{teacher}/{shard:05d}.tar"
+
+
+def member_key(key: str) -> str:
+    """A sample's key as the name of a member: `webdataset` cuts names at the first dot of their last part.
+
+    Dots there are percent-encoded, and so is "%"; `urllib.parse.unquote` is the way back.
+    """
+    folder, slash, name = key.rpartition("/")
+    return folder + slash + name.replace("%", "%25").replace(".", "%2E")
+
+
+def empty_index(num_rows: int) -> TarIndex:
+    return np.zeros((num_rows, _COLUMNS), "<u8")
+
+
+def index_bytes(index: TarIndex) -> bytes:
+    table = index.tobytes()
+    return table + checksum(table)
+
+
+def read_index(storage: Storage, name: str, num_rows: int) -> TarIndex:
+    """The index of a tar. Raises `ValueError` unless it is whole and every row lies before it."""
+    nbytes = empty_index(num_rows).nbytes + CHECKSUM_NBYTES
+    file_nbytes = storage.size(name)
+    if file_nbytes is None:
+        raise FileNotFoundError(name)
+    start = file_nbytes - _END_NBYTES - nbytes - (-nbytes % tarfile.BLOCKSIZE)
+    data = storage.read_range(name, start, nbytes) if start > 0 else b""
+    table, stored = data[:-CHECKSUM_NBYTES], data[-CHECKSUM_NBYTES:]
+    if len(data) != nbytes or checksum(table) != stored:
+        raise ValueError(f"{name} does not end in a sound index of {num_rows} rows")
+    index = np.frombuffer(table, "<u8").reshape(num_rows, _COLUMNS)
+    offset, row_nbytes, _ = index.T
+    limit = np.uint64(start)
+    if ((offset > limit) | (row_nbytes > limit - np.minimum(offset, limit))).any():
+        raise ValueError(f"{name}: its index names bytes beyond {start}, where the rows end")
+    return index
+
+
+def read_row(storage: Storage, name: str, index: TarIndex, place: int) -> bytes:
+    """The safetensors of one row. Raises `ValueError` where it is absent or not what the index states."""
+    offset, nbytes, expected = index[place].tolist()
+    if not nbytes:
+        raise ValueError(f"{name} holds no row {place}")
+    row = storage.read_range(name, offset, nbytes)
+    if len(row) != nbytes or google_crc32c.value(row) != expected:
+        raise ValueError(f"{name}: the checksum of row {place} is wrong")
+    return row

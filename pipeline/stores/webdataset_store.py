@@ -1,0 +1,148 @@
+"""Features in tars that plain `webdataset` reads: one safetensors a row, one tar a committed shard.
+
+    teachers/<teacher>/teacher.json     the teacher's spec, and the arrays of a row
+    teachers/<teacher>/00042.tar        <key>.<view>.safetensors, rows in order, and `__index__` at the end
+
+`<key>` is percent-encoded where it has dots (`member_key`).
+
+A sample of `webdataset` is one image: its `__key__` is that of the copied images, and each view is a field.
+By the index (`tar_index`) a row is one read at its place; its checksum is always compared.
+"""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import lru_cache, partial
+
+import google_crc32c
+import numpy as np
+import safetensors.numpy
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+
+from pipeline.codecs import ArrayLayout
+from pipeline.manifest import FileRecord
+from pipeline.rows import RowIndex
+from pipeline.spec import CacheSpec
+from pipeline.storage import ChecksumWriter, Storage
+from pipeline.stores.base import (
+    Arrays,
+    FeatureStore,
+    ShardWriter,
+    numpy_dtype,
+    teacher_layouts,
+    unreadable,
+)
+from pipeline.stores.tar_index import (
+    INDEX_NAME,
+    empty_index,
+    index_bytes,
+    member_key,
+    read_index,
+    read_row,
+    tar_name,
+)
+
+_KEPT_INDEXES = 1024
+
+
+class TarShardWriter(ShardWriter):
+    """`members` are the names of all rows of the shard."""
+
+    def __init__(
+        self,
+        name: str,
+        file: ChecksumWriter,
+        layouts: Mapping[str, ArrayLayout],
+        members: Sequence[str],
+        rows: int,
+    ) -> None:
+        self._name, self._file, self._members = name, file, members
+        self._layouts = layouts
+        self._index = empty_index(rows)
+
+    def write(self, offsets: Sequence[int], arrays: Mapping[str, NDArray]) -> None:
+        assert arrays.keys() == self._layouts.keys(), (arrays.keys(), self._layouts.keys())
+        data = {
+            name: np.ascontiguousarray(arrays[name], numpy_dtype(layout))
+            for name, layout in self._layouts.items()
+        }
+        for place, offset in enumerate(offsets):
+            row = safetensors.numpy.save({name: values[place] for name, values in data.items()})
+            start = self._add(self._members[offset], row)
+            self._index[offset] = start, len(row), google_crc32c.value(row)
+
+    def finish(self) -> None:
+        self._add(INDEX_NAME, index_bytes(self._index))
+        self._file.write(bytes(2 * tarfile.BLOCKSIZE))
+
+    def _add(self, name: str, data: bytes) -> int:
+        header = tarfile.TarInfo(name)
+        header.size = len(data)
+        self._file.write(header.tobuf(tarfile.PAX_FORMAT))
+        start = self._file.nbytes
+        self._file.write(data)
+        self._file.write(bytes(-len(data) % tarfile.BLOCKSIZE))
+        return start
+
+    def files(self) -> dict[str, FileRecord]:
+        return {self._name: FileRecord(nbytes=self._file.nbytes, checksum=self._file.checksum)}
+
+
+class WebDatasetStore(FeatureStore):
+    """`key` gives the key of a sample by its index."""
+
+    def __init__(self, storage: Storage, key: Callable[[int], str]) -> None:
+        self.storage, self._key = storage, key
+        self._read_index = lru_cache(_KEPT_INDEXES)(partial(read_index, storage))
+
+    def layout_files(self, spec: CacheSpec, teacher: str) -> dict[str, bytes]:
+        arrays = {
+            name: {
+                "shape": layout.shape,
+                "dtype": numpy_dtype(layout).name,
+                "axes": layout.axes,
+                "attributes": layout.attributes,
+            }
+            for name, layout in teacher_layouts(spec.teachers[teacher]).items()
+        }
+        description = {
+            "teacher": spec.teachers[teacher].model_dump(mode="json"),
+            "content_id": spec.shard_content_id(teacher, 0),
+            "arrays": arrays,
+        }
+        return {f"teachers/{teacher}/teacher.json": (json.dumps(description, indent=1) + "\n").encode()}
+
+    def shard_files(self, spec: CacheSpec, teacher: str, shard: int) -> list[str]:
+        return [tar_name(teacher, shard)]
+
+    @contextmanager
+    def write_shard(self, spec: CacheSpec, teacher: str, shard: int) -> Iterator[TarShardWriter]:
+        samples, views, _ = RowIndex(spec.segments).locate(spec.shard_rows(shard))
+        members = [
+            f"{member_key(self._key(sample))}.{view}.safetensors"
+            for sample, view in zip(samples.tolist(), views.tolist(), strict=True)
+        ]
+        name, layouts = tar_name(teacher, shard), teacher_layouts(spec.teachers[teacher])
+        with self.storage.open_write(name) as file:
+            writer = TarShardWriter(name, file, layouts, members, spec.rows_per_shard)
+            yield writer
+            writer.finish()
+
+    def read(self, spec: CacheSpec, teacher: str, rows: NDArray[np.int64], out: Arrays) -> None:
+        try:
+            for number, row in enumerate(rows.tolist()):
+                shard, place = divmod(row, spec.rows_per_shard)
+                name = tar_name(teacher, shard)
+                index = self._read_index(name, spec.rows_per_shard)
+                tensors = safetensors.numpy.load(read_row(self.storage, name, index, place))
+                for array, values in out.items():
+                    found = tensors[array]
+                    if (found.dtype, found.shape) != (values.dtype, values.shape[1:]):
+                        raise ValueError(f"{array} of row {row} is {found.dtype} {found.shape}")
+                    values[number] = found
+        except (ValueError, KeyError, FileNotFoundError, SafetensorError) as error:
+            raise unreadable(self.storage, teacher, error) from error

@@ -1,0 +1,126 @@
+"""Tasks learnt straight from the teachers' features: frozen teachers and heads, with no encoder to run.
+
+Table 12's "Freeze" is one teacher with `fusion="sum"`; Table 19's upper bounds are three teachers and a
+learnt stem beside them. The features come out of a cache, so the teachers cost a step nothing.
+
+B  images     S  levels     h, w  grid of the experts, n = h·w     D  width of the experts
+C  width of a teacher
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import explain
+from pipeline.grids import pool
+from pipeline.spec import GridSpec, Size
+from student.base import NUM_LEVELS, Student, StudentOutput
+from student.sak.stem import Stem
+from student.sak.task_decoder import TaskDecoder
+
+_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_PATCH = 16
+
+
+class Amalgam(Student):
+    """`stem`: a timm ViT that learns beside the teachers, as one more expert; None for none.
+
+    Experts stand on the grid of patches of 16 and have the stem's width, or the widest teacher's; a teacher
+    of another width is mapped to it by a linear layer for each level.
+    """
+
+    kind = "amalgam"
+    reads_features = True
+
+    def __init__(
+        self,
+        stem: str | None,
+        teacher_dims: Mapping[str, int],
+        image_size: Size,
+        tasks: Mapping[str, int],
+        pretrained: bool = False,
+        fusion: str = "mor",
+        decoder: str = "simple",
+    ) -> None:
+        module = Stem(stem, image_size, pretrained) if stem else None
+        config = {
+            "stem": stem,
+            "teacher_dims": dict(teacher_dims),
+            "image_size": list(image_size),
+            "tasks": dict(tasks),
+            "fusion": fusion,
+            "decoder": decoder,
+        }
+        super().__init__(config, *((module.mean, module.std) if module else _IMAGENET))
+        self.stem = module
+        self.grid = module.grid if module else (image_size[0] // _PATCH, image_size[1] // _PATCH)
+        width = module.width if module else max(teacher_dims.values())
+        self.aligners = nn.ModuleDict(
+            {
+                name: nn.ModuleList(nn.Linear(channels, width) for _ in range(NUM_LEVELS))
+                for name, channels in teacher_dims.items()
+                if channels != width
+            }
+        )
+        self.decoder = TaskDecoder(width, len(self.experts), tasks, self.image_size, fusion, decoder)
+
+    @property
+    def experts(self) -> list[str]:
+        return [*(["stem"] if self.config["stem"] else []), *self.teachers]
+
+    def forward(
+        self,
+        pixels_B3HW: Tensor,
+        full: bool = False,
+        maps: bool = True,
+        features: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Tensor] | StudentOutput:
+        """As `Student.forward`; `features`: for each teacher (B, S, H, W, C), on any grid.
+
+        Raises `ValueError` where the features of a teacher are missing.
+        """
+        experts = [self._stem_levels(pixels_B3HW)] if self.stem else []
+        for name in self.teachers:
+            if features is None or name not in features:
+                raise ValueError(
+                    explain(
+                        "This student works on its teachers' features, not on images alone.",
+                        got=f"no features of {name}",
+                        expected=f"features of {', '.join(self.teachers)}",
+                        do="read them from a cache of these images, and pass them as `features`",
+                    )
+                )
+            experts.append(self._teacher_levels(name, features[name]))
+        predictions, gates = self.decoder(
+            [torch.stack(levels, dim=1) for levels in zip(*experts, strict=True)], self.grid
+        )
+        return StudentOutput({}, predictions, gates) if full else predictions
+
+    def keep_levels(self, teacher: str, count: int) -> None:
+        """Nothing is distilled here."""
+
+    def parameters_by_part(self) -> dict[str, int]:
+        parts = {"stem": self.stem, "aligners": self.aligners}
+        parts |= {"routers": self.decoder.routers, "heads": self.decoder.heads}
+        return {
+            name: sum(parameter.numel() for parameter in part.parameters()) if part else 0
+            for name, part in parts.items()
+        }
+
+    def _stem_levels(self, pixels_B3HW: Tensor) -> list[Tensor]:
+        assert self.stem is not None
+        tokens_BND = self.stem(pixels_B3HW)
+        return [tokens_BND[block][:, self.stem.num_prefix_tokens :] for block in self.stem.level_blocks]
+
+    def _teacher_levels(self, name: str, features_BSHWC: Tensor) -> list[Tensor]:
+        """(B, n, D) of each level."""
+        grid = GridSpec(kind="bilinear", size=self.grid)
+        levels = list(pool(features_BSHWC.to(self.mean.dtype), grid).flatten(2, 3).unbind(1))
+        if name not in self.aligners:
+            return levels
+        aligners = self.aligners[name]
+        assert isinstance(aligners, nn.ModuleList)
+        return [aligner(level) for aligner, level in zip(aligners, levels, strict=True)]

@@ -1,0 +1,38 @@
+"""Data sets with labels of dense tasks (docs/datasets.md).
+
+dataset = open_dataset("nyud", "/data/NYUDv2", "val")
+dataset.tasks                      {"semseg": 40, "depth": 1, …}: channels of a prediction
+dataset.keys[0], dataset.image(0)  the sample's key in a cache, its image
+dataset.labels(0)                  arrays by task; `labels.render_labels` moves them to a view
+"""
+
+from __future__ import annotations
+
+import os
+from importlib import import_module
+
+from student.base import require_known
+from student.datasets.base import Finding, LabelledDataset, check_folder
+
+_CLASSES = {
+    "pascal_context": ("student.datasets.pascal_context", "PascalContext"),
+    "nyud": ("student.datasets.nyud", "NYUD"),
+    "scenes": ("student.datasets.scenes", "Scenes"),
+}
+DATASETS = tuple(_CLASSES)
+
+
+def dataset_class(kind: str) -> type[LabelledDataset]:
+    """Raises `RecipeError` for a kind that is not in `DATASETS`."""
+    require_known("data set", kind, DATASETS)
+    module, name = _CLASSES[kind]
+    found: type[LabelledDataset] = getattr(import_module(module), name)
+    return found
+
+
+def open_dataset(kind: str, root: str | os.PathLike[str], split: str = "train") -> LabelledDataset:
+    """A split of the data set in the folder `root`. Raises `RecipeError`, `SourceNotFoundError`."""
+    return dataset_class(kind)(root, split)
+
+
+__all__ = ["DATASETS", "Finding", "LabelledDataset", "check_folder", "dataset_class", "open_dataset"]

@@ -1,0 +1,212 @@
+"""A data set with labels: images under the keys that a cache knows them by, and an array for each task."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from safetensors import SafetensorError
+from scipy.io import loadmat
+from scipy.io.matlab import MatReadError
+
+from pipeline.errors import SourceError, SourceNotFoundError
+from pipeline.sources import decode_image
+from pipeline.sources.keys import name_problem, printable
+from pipeline.spec import Size
+
+_SHOWN_FILES = 3
+_DAMAGE = (OSError, ValueError, KeyError, TypeError, NotImplementedError, MatReadError, SafetensorError)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a split has of one kind of file. `missing` names the first few that are not there."""
+
+    split: str
+    what: str
+    found: int
+    expected: int
+    missing: tuple[str, ...] = ()
+
+
+class LabelledDataset(ABC):
+    """One split of a data set in the folder `root`.
+
+    `tasks`: name → channels of a prediction, as `build_student` takes them. `boundary_distance`: how far a
+    predicted boundary may be off, as a fraction of the diagonal. `keys[i]` is the sample key of image i in a
+    cache whose source is `images_folder`.
+
+    `FILES`: where the file of a key may be, by what it holds: the first place that has it. `LISTS`: the file
+    that lists a split's keys, and how many there are in the published data set.
+
+    Raises `SourceNotFoundError` where the split is not there, `SourceError` for a list with unsafe names.
+    """
+
+    name: ClassVar[str]
+    tasks: ClassVar[dict[str, int]]
+    boundary_distance: ClassVar[float]
+    FILES: ClassVar[dict[str, tuple[str, ...]]]
+    LISTS: ClassVar[dict[str, tuple[str, int | None]]]
+
+    def __init__(self, root: str | os.PathLike[str], split: str = "train") -> None:
+        self.root = Path(root).expanduser()
+        self.split = split
+        if split not in self.LISTS or not (self.root / self.LISTS[split][0]).is_file():
+            raise SourceNotFoundError(
+                f"There is no split {split!r} of {self.name} here.",
+                got=str(self.root),
+                expected=" or ".join(f"{path} for {name}" for name, (path, _) in self.LISTS.items()),
+                do=self._advice(),
+            )
+        self.keys = self._listed_keys()
+
+    @property
+    def images_folder(self) -> Path:
+        """The folder that sample keys are relative to."""
+        place = self.FILES["images"][0].format(split=self.split, key="")
+        return self.root / place.rpartition("/")[0]
+
+    @property
+    def list_file(self) -> Path:
+        return self.root / self.LISTS[self.split][0]
+
+    def image(self, index: int) -> Image.Image:
+        """The image as a cache's builder decodes it: RGB, upright."""
+        return decode_image(self._path("images", self.keys[index]).read_bytes())
+
+    def labels(self, index: int, tasks: Iterable[str] | None = None) -> dict[str, NDArray]:
+        """The labels of an image, of all tasks or of some, as `student.datasets.labels.IGNORE` says.
+
+        Raises `SourceNotFoundError` for a file that is gone, `SourceError` for one that cannot be read or
+        does not have the size of its image.
+        """
+        key = self.keys[index]
+        with Image.open(self._path("images", key)) as image:
+            size = image.height, image.width
+        labels = {}
+        for task in self.tasks if tasks is None else tasks:
+            try:
+                labels[task] = self._label(task, key, size)
+            except SourceError:
+                raise
+            except _DAMAGE as error:
+                raise self._unreadable(task, key, f"{type(error).__name__}: {error}") from error
+            if labels[task].shape[-2:] != size:
+                raise self._unreadable(task, key, f"{labels[task].shape[-2:]} pixels, its image {size}")
+        return labels
+
+    def check(self) -> list[Finding]:
+        """What is there and what is not, for each kind of file of this split."""
+        expected = self.LISTS[self.split][1] or len(self.keys)
+        findings = [Finding(self.split, self.LISTS[self.split][0], len(self.keys), expected)]
+        for what, places in self.FILES.items():
+            missing = [key for key in self.keys if self._find(what, key) is None]
+            findings.append(
+                Finding(
+                    self.split,
+                    f"{what} ({' or '.join(place.format(split=self.split, key='*') for place in places)})",
+                    len(self.keys) - len(missing),
+                    len(self.keys),
+                    tuple(places[0].format(split=self.split, key=key) for key in missing[:_SHOWN_FILES]),
+                )
+            )
+        return findings
+
+    def link_images(self, folder: str | os.PathLike[str]) -> Path:
+        """Fill `folder`/<split> with links to this split's images, so that it is a source under its keys.
+
+        For data sets that keep the images of all splits in one folder. Returns the folder of the split.
+        """
+        links = Path(folder) / self.split
+        for key in self.keys:
+            image = self._path("images", key).resolve()
+            link = links / f"{key}{image.suffix}"
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.unlink(missing_ok=True)
+            link.symlink_to(image)
+        return links
+
+    @abstractmethod
+    def _label(self, task: str, key: str, size: Size) -> NDArray:
+        """The labels of one task. What it raises over a damaged file names that file."""
+
+    def _listed_keys(self) -> list[str]:
+        keys = self.list_file.read_text(errors="replace").split()
+        for key in keys:
+            if problem := name_problem(key):
+                raise SourceError(
+                    f"{self.list_file} lists a key that cannot be one.",
+                    got=f"{printable(key)}: {problem}",
+                    expected="names of files without their suffix, one a line",
+                    do="unpack the data set again",
+                )
+        return keys
+
+    def _find(self, what: str, key: str) -> Path | None:
+        paths = (self.root / place.format(split=self.split, key=key) for place in self.FILES[what])
+        return next((path for path in paths if path.is_file()), None)
+
+    def _path(self, what: str, key: str) -> Path:
+        path = self._find(what, key)
+        if path is None:
+            raise SourceNotFoundError(
+                f"{self.name} has no {what} of {key}.",
+                got=f"nothing in {self.root}",
+                expected=" or ".join(place.format(split=self.split, key=key) for place in self.FILES[what]),
+                do=self._advice(),
+            )
+        return path
+
+    def _advice(self) -> str:
+        return f"see what is missing: teachercache datasets {self.name} {self.root}"
+
+    def _unreadable(self, task: str, key: str, got: str) -> SourceError:
+        return SourceError(
+            f"The {task} labels of {key} in {self.name} cannot be used.",
+            got=got,
+            expected="the files of docs/datasets.md, each the size of its image",
+            do=f"unpack the data set again; this one lies in {self.root}",
+        )
+
+
+def check_folder(dataset: type[LabelledDataset], root: str | os.PathLike[str]) -> list[Finding]:
+    """What all splits of a data set have and lack in the folder `root`."""
+    findings = []
+    for split, (path, count) in dataset.LISTS.items():
+        if (Path(root).expanduser() / path).is_file():
+            findings += dataset(root, split).check()
+        else:
+            findings.append(Finding(split, path, 0, count or 1, (path,)))
+    return findings
+
+
+def read_array(path: Path, variable: str) -> NDArray:
+    """The array in an image, a `.npy` or (under `variable`) a MATLAB file; nothing is unpickled."""
+    if path.suffix == ".npy":
+        array: NDArray = np.load(path, allow_pickle=False)
+    elif path.suffix == ".mat":
+        array = loadmat(path)[variable]
+    else:
+        with Image.open(path) as image:
+            array = np.array(image)
+    return array.squeeze()
+
+
+def unit_normals(normals_HW3: NDArray) -> NDArray[np.float32]:
+    """(3, H, W) of length 1, from vectors or from an image that holds (n + 1) · 255 / 2.
+
+    Where they are shorter than 0.5 they have no direction: 0.
+    """
+    if normals_HW3.dtype == np.uint8:
+        normals_HW3 = 2.0 * normals_HW3 / 255.0 - 1.0
+    length_HW = np.sqrt((normals_HW3.astype(np.float64) ** 2).sum(-1))
+    known_HW = length_HW >= 0.5
+    scale_HW = np.divide(1.0, length_HW, out=np.zeros_like(length_HW), where=known_HW)
+    return np.ascontiguousarray((normals_HW3 * scale_HW[..., None]).transpose(2, 0, 1), np.float32)

@@ -1,0 +1,79 @@
+"""Labels of dense tasks: what they are as arrays, and the same view of them that the student sees.
+
+H, W  the source image     h, w  the view
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.errors import explain
+from pipeline.spec import Size
+from pipeline.views import View, source_pixels
+from student.metrics.dense import IGNORE_INDEX
+
+Labels = Mapping[str, NDArray]
+
+IGNORE: dict[str, int] = {
+    "semseg": IGNORE_INDEX,
+    "parts": IGNORE_INDEX,
+    "saliency": IGNORE_INDEX,
+    "boundary": IGNORE_INDEX,
+    "depth": 0,
+    "normals": 0,
+}
+"""By task: what a pixel without a label holds.
+
+semseg, parts, saliency, boundary   uint8 (H, W)        the class; of saliency and boundary 0 or 1
+depth                               float32 (H, W)      metres along the camera's axis
+normals                             float32 (3, H, W)   unit vectors x, y, z; as each data set has the axes,
+                                                        but x points along the image's rows in all of them
+"""
+
+
+def render_labels(labels: Labels, view: View, size: Size | None = None) -> dict[str, Tensor]:
+    """The labels of `render_view(image, view, size)`, pixel by pixel; the dtypes stay.
+
+    Nearest neighbour. Depth is divided by the view's magnification, since an object that is twice as large
+    seems to be half as far; the x of normals changes its sign in a flip; what is padding in the image is
+    ignored. Parts are ignored as a whole where the view shows none, as in the data sets' reference code.
+
+    Raises `ValueError` for a task that is not in `IGNORE`, or labels whose sizes differ.
+    """
+    sizes = {array.shape[-2:] for array in labels.values()}
+    unknown = sorted(labels.keys() - IGNORE.keys())
+    if unknown or len(sizes) > 1:
+        raise ValueError(
+            explain(
+                "These labels cannot be rendered.",
+                got=f"{', '.join(f'{task} {array.shape}' for task, array in labels.items())}",
+                expected=f"one size, and tasks among {', '.join(IGNORE)}",
+                do="resize the labels to their image when they are read",
+            )
+        )
+    rendered: dict[str, Tensor] = {}
+    for image_size in sizes:
+        rows, columns = source_pixels(view, image_size, size)
+        outside = (rows < 0)[:, None] | (columns < 0)
+        for task, array in labels.items():
+            moved = array[..., rows[:, None], columns]
+            moved[..., outside] = IGNORE[task]
+            if task == "depth":
+                moved /= array.dtype.type(view.magnification)
+            elif task == "normals" and view.flip:
+                moved[0] *= -1
+            elif task == "parts":
+                moved = ignored_without_parts(moved)
+            rendered[task] = torch.from_numpy(moved)
+    return rendered
+
+
+def ignored_without_parts(parts_HW: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """`parts_HW`, or, where it names no part at all, an array that ignores every pixel."""
+    names_parts = bool(((parts_HW > 0) & (parts_HW != IGNORE_INDEX)).any())
+    return parts_HW if names_parts else np.full_like(parts_HW, IGNORE_INDEX)

@@ -1,0 +1,81 @@
+"""The synthetic scenes as a data set in a folder: what stage 2 runs on where the real sets are not at hand.
+
+python -m student.datasets.scenes OUT --train 200 --val 50 --size 128 128
+teachercache build RECIPE source.path=OUT/images/train …
+open_dataset("scenes", "OUT", "train")
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import ClassVar
+
+from numpy.typing import NDArray
+from PIL import Image
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from pipeline.spec import Size
+from student.datasets.base import LabelledDataset
+from student.datasets.person import PARTS
+from student.datasets.scene_renderer import CLASSES, render_scene
+
+
+class Scenes(LabelledDataset):
+    """What `write_scenes` wrote; the labels are those of `scene_renderer.Scene`."""
+
+    name = "scenes"
+    tasks: ClassVar = {
+        "semseg": len(CLASSES),
+        "parts": len(PARTS),
+        "saliency": 2,
+        "depth": 1,
+        "normals": 3,
+        "boundary": 1,
+    }
+    boundary_distance = 0.0075
+    FILES: ClassVar = {
+        "images": ("images/{split}/{key}.png",),
+        "labels": ("labels/{split}/{key}.safetensors",),
+    }
+    LISTS: ClassVar = {"train": ("train.txt", None), "val": ("val.txt", None)}
+
+    def _label(self, task: str, key: str, size: Size) -> NDArray:
+        with safe_open(self._path("labels", key), "numpy") as file:
+            array: NDArray = file.get_tensor(task)
+        return array
+
+
+def write_scenes(root: str | Path, train: int, val: int, size: Size = (128, 128), seed: int = 0) -> None:
+    """Render scenes 0 … train - 1 for training and the next `val` for evaluation into the folder `root`.
+
+    images/<split>/<key>.png, labels/<split>/<key>.safetensors, and <split>.txt with the keys, written last.
+    The same arguments write the same pixels.
+    """
+    root = Path(root)
+    for split, numbers in (("train", range(train)), ("val", range(train, train + val))):
+        images, labels = root / "images" / split, root / "labels" / split
+        images.mkdir(parents=True, exist_ok=True)
+        labels.mkdir(parents=True, exist_ok=True)
+        for number in numbers:
+            scene = render_scene(seed, number, size)
+            Image.fromarray(scene.image_HW3).save(images / f"{number:06d}.png")
+            save_file(scene.labels, labels / f"{number:06d}.safetensors")
+        (root / f"{split}.txt").write_text("".join(f"{number:06d}\n" for number in numbers))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Render a synthetic multi-task data set.")
+    parser.add_argument("root", type=Path, help="folder to write")
+    parser.add_argument("--train", type=int, default=200, help="scenes to train on (200)")
+    parser.add_argument("--val", type=int, default=50, help="scenes to evaluate (50)")
+    parser.add_argument("--size", type=int, nargs=2, default=(128, 128), metavar=("HEIGHT", "WIDTH"))
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    write_scenes(given.root, given.train, given.val, tuple(given.size), given.seed)
+    print(f"{given.root}: {given.train} scenes to train on, {given.val} to evaluate")
+
+
+if __name__ == "__main__":
+    main()

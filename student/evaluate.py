@@ -1,0 +1,293 @@
+"""How well a student does its tasks on a split of a data set (SAK, B.4).
+
+Images are seen whole (`multitask_eval`), labels move with them, and what lies in the padding is not
+measured. Under `accelerate launch` or `torchrun` every process takes its share of the images.
+
+    <output>/scores.json      what was measured, of whom, on what
+    <output>/scores.md        the same as a table, beside rows of the paper
+    <output>/predictions/     a folder for each task, one PNG for each image
+    <output>/*.png            a panel of predictions, and the routers' gates
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import defaultdict, deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
+from numpy.typing import NDArray
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from pipeline.cache import FeatureCache
+from pipeline.errors import RecipeError
+from pipeline.spec import Size, ViewPolicy
+from pipeline.views import draw_view, render_view
+from student.base import Student, StudentOutput
+from student.datasets import LabelledDataset
+from student.datasets.labels import render_labels
+from student.figures import gate_figure, prediction_figure
+from student.metrics import mtl_gain
+from student.paper_results import PAPER_RESULTS
+from student.task_outputs import TASK_OUTPUTS, update, value
+
+PANEL_IMAGES = 4
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """`scores`: in percent, degrees (normals) and metres (depth), by task. `gates`: for each task the mean
+    weight of each expert, (levels, experts), where the student has routers."""
+
+    student: str
+    dataset: str
+    split: str
+    num_images: int
+    parameters: int
+    scores: dict[str, float]
+    gates: dict[str, list[list[float]]]
+    images_per_s: float
+
+    def gain(self, baseline: Mapping[str, float]) -> float:
+        """Δm against a single-task baseline, in percent (SAK, Eq. 7)."""
+        shared = {task: score for task, score in self.scores.items() if task in baseline}
+        lower = [task for task in shared if TASK_OUTPUTS[task].lower_is_better]
+        return 100 * mtl_gain(shared, {task: baseline[task] for task in shared}, lower)
+
+    def markdown(self, baseline: Mapping[str, float] | None = None) -> str:
+        """A table: this student, then rows of the paper where it has any for the data set.
+
+        Gains refer to `baseline`, or else to the paper's single-task rows.
+        """
+        tasks = list(self.scores)
+        rows = PAPER_RESULTS.get(self.dataset, {})
+        baseline = baseline or next(iter(rows.values()), None)
+        heads = [f"{TASK_OUTPUTS[t].title} {TASK_OUTPUTS[t].metric} ({_arrow(t)})" for t in tasks]
+        lines = [
+            f"| on {self.dataset}, {self.split} ({self.num_images} images) | {' | '.join(heads)} | Δm % |",
+            "|---" * (len(tasks) + 2) + "|",
+            _line(f"{self.student} ({self.parameters / 1e6:.0f}M parameters)", tasks, self.scores, baseline),
+        ]
+        lines += [_line(f"*{name}*", tasks, row, baseline) for name, row in rows.items()]
+        return "\n".join(lines) + "\n"
+
+
+def _arrow(task: str) -> str:
+    return f"{TASK_OUTPUTS[task].unit} {'↓' if TASK_OUTPUTS[task].lower_is_better else '↑'}"
+
+
+def _line(
+    name: str, tasks: list[str], scores: Mapping[str, float], baseline: Mapping[str, float] | None
+) -> str:
+    cells = [f"{scores[t]:.4f}" if t == "depth" else f"{scores[t]:.2f}" for t in tasks if t in scores]
+    cells += ["–"] * (len(tasks) - len(cells))
+    gain = "–"
+    if baseline and all(task in baseline and task in scores for task in tasks):
+        lower = [task for task in tasks if TASK_OUTPUTS[task].lower_is_better]
+        own, single = ({task: row[task] for task in tasks} for row in (scores, baseline))
+        gain = f"{100 * mtl_gain(own, single, lower):.2f}"
+    return f"| {name} | {' | '.join(cells)} | {gain} |"
+
+
+@torch.no_grad()
+def evaluate(
+    student: Student,
+    dataset: LabelledDataset,
+    *,
+    name: str = "student",
+    output: str | Path | None = None,
+    max_images: int | None = None,
+    batch_size: int = 4,
+    threads: int = 2,
+    boundary_processes: int = 0,
+    cache: FeatureCache | None = None,
+) -> Evaluation:
+    """Measure every task that student and data set have in common, on the device that accelerate finds.
+
+    `cache`: of the same images in `multitask_eval` views, for a student that works on teachers' features.
+    `boundary_processes` match boundaries beside the student, which is most of the work of that task.
+    Every process gets the same result; the main one writes `output`.
+    Raises `RecipeError` where there is no common task.
+    """
+    tasks = [task for task in student.tasks if task in dataset.tasks]
+    if not tasks:
+        raise RecipeError(
+            "Student and data set have no task in common.",
+            got=f"a student of {', '.join(student.tasks) or 'no task (stage 1)'}",
+            expected=f"some of {', '.join(dataset.tasks)}",
+            do="evaluate a student of stage 2, on the data set it was trained for",
+        )
+    if student.reads_features:
+        _require_cache(student, cache)
+    state, started = PartialState(), time.perf_counter()
+    student = student.to(state.device).eval()
+    numbers = range(len(dataset.keys))[:max_images]
+    mine = numbers[state.process_index :: state.num_processes]
+    with ExitStack() as stack:
+        executor = stack.enter_context(_processes(boundary_processes)) if boundary_processes else None
+        metrics = {
+            task: TASK_OUTPUTS[task].new_metric(dataset.tasks[task], dataset.boundary_distance, executor)
+            for task in tasks
+        }
+        gates: defaultdict[str, list[Tensor]] = defaultdict(list)
+        panel = _Panel(tasks, PANEL_IMAGES if output and state.is_main_process else 0)
+        progress = stack.enter_context(_progress(state.is_main_process))
+        bar = progress.add_task("evaluate", total=len(mine))
+        for items in _batches(dataset, tasks, mine, student.image_size, batch_size, threads):
+            images_B3HW = torch.stack([item.image_3HW for item in items]).to(state.device)
+            inputs: dict[str, Any] = {"full": True, "maps": False}
+            if cache is not None and student.reads_features:
+                inputs["features"] = _features(cache, student.teachers, items, state.device)
+            found: StudentOutput = student(student.normalize(images_B3HW), **inputs)
+            estimates = {task: TASK_OUTPUTS[task].estimate(found.predictions[task].float()) for task in tasks}
+            for task in tasks:
+                labels = torch.stack([item.labels[task] for item in items]).to(state.device)
+                update(metrics[task], estimates[task], labels)
+            for task, gates_BSE in found.gates.items():
+                gates[task].append(gates_BSE.double().sum(0))
+            shown = {task: values.cpu().numpy() for task, values in estimates.items()}
+            panel.add(items, shown)
+            if output:
+                _save_predictions(Path(output) / "predictions", items, shown)
+            progress.advance(bar, len(items))
+        for metric in metrics.values():
+            metric.reduce(lambda sums: reduce(sums.to(state.device), "sum").cpu())
+    mean_gates = {
+        task: reduce(torch.stack(sums).sum(0), "sum") / len(numbers) for task, sums in gates.items()
+    }
+    evaluation = Evaluation(
+        student=name,
+        dataset=dataset.name,
+        split=dataset.split,
+        num_images=len(numbers),
+        parameters=sum(parameter.numel() for parameter in student.parameters()),
+        scores={task: value(metric) for task, metric in metrics.items()},
+        gates={task: gates_SE.tolist() for task, gates_SE in mean_gates.items()},
+        images_per_s=len(numbers) / (time.perf_counter() - started),
+    )
+    if output and state.is_main_process:
+        _write(evaluation, Path(output), student.experts, panel)
+    return evaluation
+
+
+@dataclass(frozen=True)
+class _Item:
+    """A sample as the student sees it, its labels on the same pixels."""
+
+    key: str
+    image_3HW: Tensor
+    labels: dict[str, Tensor]
+
+
+@dataclass
+class _Panel:
+    """The first few samples with what was predicted of them, for a figure."""
+
+    tasks: list[str]
+    room: int
+    images: list[NDArray] = field(default_factory=list)
+    labels: defaultdict[str, list[NDArray]] = field(default_factory=lambda: defaultdict(list))
+    estimates: defaultdict[str, list[NDArray]] = field(default_factory=lambda: defaultdict(list))
+
+    def add(self, items: list[_Item], estimates: Mapping[str, NDArray]) -> None:
+        for number, item in enumerate(items[: self.room]):
+            self.images.append(item.image_3HW.permute(1, 2, 0).numpy())
+            for task in self.tasks:
+                self.labels[task].append(item.labels[task].numpy())
+                self.estimates[task].append(estimates[task][number])
+        self.room = max(0, self.room - len(items))
+
+
+def _batches(
+    dataset: LabelledDataset,
+    tasks: list[str],
+    numbers: Sequence[int],
+    size: Size,
+    batch_size: int,
+    threads: int,
+) -> Iterator[list[_Item]]:
+    """Samples in order, made by threads a few batches ahead."""
+    policy = ViewPolicy(policy="multitask_eval", size=size)
+
+    def make(number: int) -> _Item:
+        image, key = dataset.image(number), dataset.keys[number]
+        view = draw_view(policy, key, image.width, image.height, 0)
+        labels = render_labels(dataset.labels(number, tasks), view, size)
+        return _Item(key, render_view(image, view, size), labels)
+
+    with ThreadPoolExecutor(threads, thread_name_prefix="evaluate") as pool:
+        pending: deque[Future[_Item]] = deque()
+        rest = iter(numbers)
+        while True:
+            pending += [pool.submit(make, n) for n in islice(rest, 3 * batch_size - len(pending))]
+            if not pending:
+                return
+            yield [pending.popleft().result() for _ in range(min(batch_size, len(pending)))]
+
+
+def _require_cache(student: Student, cache: FeatureCache | None) -> None:
+    expected = f"a cache of {', '.join(student.teachers)} with multitask_eval views of {student.image_size}"
+    got = "no cache"
+    if cache is not None:
+        cache.check_teachers(student.teachers)
+        got = f"{cache.spec.views.policy} views of {cache.spec.views.size}"
+        if got == f"multitask_eval views of {student.image_size}":
+            return
+    raise RecipeError(
+        "This student works on its teachers' features of the images.",
+        got=got,
+        expected=expected,
+        do="build one from the images of this split, and give it as --cache",
+    )
+
+
+def _features(
+    cache: FeatureCache, teachers: list[str], items: Sequence[_Item], device: torch.device
+) -> dict[str, Tensor]:
+    """(B, S, H, W, C) of each teacher."""
+    rows = cache.index.rows([cache.find(item.key) for item in items], 0)
+    return {name: encoded.decode(device) for name, encoded in cache.read(rows, teachers).items()}
+
+
+def _save_predictions(folder: Path, items: list[_Item], estimates: Mapping[str, NDArray]) -> None:
+    """One PNG a task and sample: class indices, probabilities · 255, or depth in millimetres (16 bits);
+    normals as colours."""
+    for task, values in estimates.items():
+        for item, estimate in zip(items, values, strict=True):
+            path = folder / task / f"{item.key}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(TASK_OUTPUTS[task].encode(estimate)).save(path)
+
+
+def _write(evaluation: Evaluation, folder: Path, experts: Sequence[str], panel: _Panel) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "scores.json").write_text(json.dumps(asdict(evaluation), indent=2) + "\n")
+    (folder / "scores.md").write_text(evaluation.markdown())
+    prediction_figure(panel.images, panel.labels, panel.estimates).savefig(folder / "predictions.png")
+    if evaluation.gates:
+        gates = {task: np.array(gates_SE) for task, gates_SE in evaluation.gates.items()}
+        gate_figure(gates, experts).savefig(folder / "gates.png")
+
+
+def _processes(count: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(count, mp_context=get_context("spawn"))
+
+
+def _progress(enabled: bool) -> Progress:
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    console = Console(stderr=True)
+    return Progress(*columns, console=console, disable=not (enabled and console.is_terminal))

@@ -1,0 +1,124 @@
+"""What student and teachers see of the same few images while a run goes on, as pictures for TensorBoard."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from pipeline.cache import FeatureCache
+from pipeline.feature_pictures import Picture, figure_pixels, heat, picture_grid, token_norms
+from pipeline.map_reader import MapReader
+from student.base import Student
+
+NUM_ROWS = 4
+
+
+class Board(NamedTuple):
+    """Columns of pictures, each with a title, one line a row of the cache."""
+
+    title: str
+    columns: list[tuple[str, list[Picture]]]
+
+
+@dataclass
+class _Kind:
+    """One kind of map of one level of a teacher: how it is drawn, and the teacher's own pictures."""
+
+    draw: Callable[[Tensor], Picture]
+    teacher: list[Picture]
+
+
+class RunPictures:
+    """Principal components and token norms of up to `NUM_ROWS` rows of the cache, which stay the same.
+
+    Colours are learnt from the teachers once, so that the student's maps can be compared with theirs and
+    with its own of earlier steps. The cache is read when pictures are drawn for the first time.
+    """
+
+    def __init__(self, cache: FeatureCache, teachers: Sequence[str], student: Student) -> None:
+        self._cache, self._teachers, self._student = cache, teachers, student
+        self._views: list[Picture] = []
+        self._kinds: dict[str, list[tuple[_Kind, _Kind]]] = {}
+
+    def draw(self) -> dict[str, NDArray]:
+        """Pictures (1, H, W, 3) uint8 by tag; see `boards`."""
+        return {
+            tag: figure_pixels(picture_grid(board.columns, board.title))[None]
+            for tag, board in self.boards().items()
+        }
+
+    def boards(self) -> dict[str, Board]:
+        """Draws no random number, and leaves the student as it was.
+
+        Raises as `FeatureCache.read` does where the rows cannot be read.
+        """
+        if not self._teachers:
+            return {}
+        if not self._views:
+            reader = MapReader(self._cache, self._teachers, num_rows=NUM_ROWS)
+            self._kinds = {name: _kinds(reader, name) for name in self._teachers}
+            self._views = [reader.view(row) for row in reader.rows]
+        images_B3HW = torch.stack([torch.from_numpy(view).permute(2, 0, 1) for view in self._views])
+        with _evaluating(self._student):
+            pixels_B3HW = self._student.normalize(images_B3HW.to(self._student.mean.device))
+            maps = self._student(pixels_B3HW, full=True).feature_maps
+        boards = {}
+        for name, kinds in self._kinds.items():
+            levels_BCHW = maps[name][-len(kinds) :]  # a teacher of fewer levels stands beside the last
+            maps_SBHWC = [level_BCHW.permute(0, 2, 3, 1).float().cpu() for level_BCHW in levels_BCHW]
+            features, norms = zip(*kinds, strict=True)
+            boards[f"maps/{name}"] = Board(
+                f"{name}: first three principal components of the teacher's features, and the student's in "
+                "the same colours",
+                self._columns(features, maps_SBHWC),
+            )
+            boards[f"norms/{name}"] = Board(
+                f"{name}: norms of tokens, dark to bright from the teacher's least to its greatest",
+                self._columns(norms, maps_SBHWC),
+            )
+        return boards
+
+    def _columns(
+        self, kinds: Sequence[_Kind], maps_SBHWC: Sequence[Tensor]
+    ) -> list[tuple[str, list[Picture]]]:
+        columns = [("view", self._views)]
+        for number, (kind, maps_BHWC) in enumerate(zip(kinds, maps_SBHWC, strict=True), 1):
+            columns.append((f"teacher\nlevel {number}", kind.teacher))
+            columns.append((f"student\nlevel {number}", [kind.draw(map_HWC) for map_HWC in maps_BHWC]))
+        return columns
+
+
+def _kinds(reader: MapReader, teacher: str) -> list[tuple[_Kind, _Kind]]:
+    """(features, norms) of each level."""
+    found = []
+    for level in range(reader.cache.spec.teachers[teacher].num_levels):
+        maps_HWC = [reader.maps(teacher, row)[level] for row in reader.rows]
+        norms_N = torch.cat([token_norms(map_HWC).flatten() for map_HWC in maps_HWC])
+        low, high = norms_N.min().item(), norms_N.max().item()
+
+        def norm_picture(map_HWC: Tensor, low: float = low, high: float = high) -> Picture:
+            return heat(token_norms(map_HWC), low, high)
+
+        draws = reader.basis(teacher, level).picture, norm_picture
+        features, norms = (_Kind(draw, [draw(map_HWC) for map_HWC in maps_HWC]) for draw in draws)
+        found.append((features, norms))
+    return found
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """In eval mode and without gradients; afterwards each part is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

@@ -1,0 +1,107 @@
+"""A student for others: the model card of a finished run, and the way to the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import yaml
+from huggingface_hub import HfApi
+
+from pipeline.cache import FeatureCache
+from student.base import CONFIG_FILE, WEIGHTS_FILE, Student, find_saved, read_config
+from student.recipe import TrainRecipe
+
+CARD_FILE = "README.md"
+
+
+def write_model_card(
+    folder: Path,
+    student: Student,
+    recipe: TrainRecipe,
+    cache: FeatureCache,
+    steps: int,
+    last_loss: float | None,
+) -> None:
+    """Write `folder`/README.md: what the student gives, how to use it, and how it came to be."""
+    height, width = student.image_size
+    head = {
+        "library_name": "teachercache",
+        "pipeline_tag": "image-feature-extraction",
+        "tags": ["knowledge-distillation", "multi-task-learning", student.kind],
+    }
+    gives = (
+        f"{{task: (B, channels, {height}, {width})}} for {', '.join(student.tasks)}"
+        if student.tasks
+        else f"{{teacher: 4 × (B, C, h, w)}} for {', '.join(student.teachers)}"
+    )
+    loss = "" if last_loss is None else f", last loss {last_loss:.4f}"
+    text = f"""---
+{yaml.safe_dump(head, sort_keys=False)}---
+# {student.kind.upper()}, {student.config["stem"]}
+
+```python
+from student import load_student
+
+student = load_student("THIS_FOLDER_OR_REPOSITORY")
+output = student(student.normalize(images))  # uint8 (B, 3, {height}, {width}) → {gives}
+```
+
+## Teachers
+
+{_teachers(student, cache)}
+
+## Training
+
+{steps:,} steps{loss}, from {cache.num_samples:,} images in {cache.num_views} views each (cache
+`{cache.spec.cache_id}`). The recipe:
+
+```yaml
+{yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)}```
+
+| part | parameters |
+|---|---|
+{_parts(student)}
+
+The licences of the teachers' weights apply to what was distilled from them: see their model cards.
+"""
+    (folder / CARD_FILE).write_text(text)
+
+
+def push_to_hub(folder: str | os.PathLike[str], repository: str, *, private: bool = False) -> str:
+    """Upload a saved student, with its model card where there is one, and return the address.
+
+    `repository`: "user/name", made if it is not there. Logs in as huggingface_hub does (HF_TOKEN).
+    Raises `CheckpointError` where the folder holds no student.
+    """
+    place = find_saved(folder)
+    read_config(place)
+    api = HfApi()
+    api.create_repo(repository, private=private, exist_ok=True)
+    uploaded = api.upload_folder(
+        repo_id=repository, folder_path=place, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, CARD_FILE]
+    )
+    return str(uploaded.repo_url)
+
+
+def _teachers(student: Student, cache: FeatureCache) -> str:
+    lines = []
+    for name in student.teachers:
+        teacher = cache.spec.teachers.get(name)
+        if teacher is None:
+            lines.append(f"- {name}, of an earlier run")
+            continue
+        weights = (
+            f"weights {teacher.weights_hash}" if teacher.pretrained else "random weights: a trial, no use"
+        )
+        lines.append(
+            f"- {name}: {teacher.model}, {weights}; stored as {teacher.codec}, grid {teacher.grid.kind}"
+        )
+    return "\n".join(lines) or "None: trained on labels alone."
+
+
+def _parts(student: Student) -> str:
+    parts = student.parameters_by_part()
+    return "\n".join(
+        f"| {part} | {count:,} |" for part, count in (*parts.items(), ("all", sum(parts.values())))
+    )

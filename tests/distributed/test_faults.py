@@ -1,0 +1,303 @@
+"""Builds that are told to go, that hang, and whose disk fills, turns read-only or vanishes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from rich.console import Console
+
+from cache_builder import build
+from cache_builder.extract import ShardExtractor
+from cache_builder.ray_runner import RayRunner, RayWorker
+from cache_builder.recipe import BuildRecipe
+from cache_builder.verify import strays, verify
+from pipeline import FeatureCache
+from pipeline.errors import BuildError, CacheError, CacheNotFoundError
+from pipeline.manifest import CommitRecord
+from tests.make_cache import build_recipe, make_images
+
+ROOT = Path(__file__).parents[2]
+QUIET = Console(quiet=True)
+PREEMPTED_WITHIN_S = 20
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_images(tmp_path_factory.mktemp("images"), 24, size=(320, 240))
+
+
+def shards_committed(cache: Path) -> int:
+    return len(list((cache / "commits" / "tiny").glob("*.json")))
+
+
+def await_shards(cache: Path, count: int) -> None:
+    deadline = time.monotonic() + 120
+    while shards_committed(cache) < count:
+        assert time.monotonic() < deadline, f"no {count} shards within two minutes"
+        time.sleep(0.01)
+
+
+def partial_files(cache: Path) -> list[Path]:
+    return list(cache.rglob("*.partial"))
+
+
+# --- SIGTERM -------------------------------------------------------------------------------------------
+
+
+def start(recipe: BuildRecipe, tmp_path: Path, prelude: str = "") -> subprocess.Popen[str]:
+    """`teachercache build` in a process of its own, after `prelude`."""
+    file = tmp_path / "recipe.json"
+    file.write_text(recipe.model_dump_json())
+    script = f"{prelude}\nfrom jobs.cli import main\nmain()"
+    return subprocess.Popen(
+        [sys.executable, "-c", script, "build", str(file)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_build_cleanly_and_the_same_command_goes_on(
+    tmp_path: Path, images: Path, number: signal.Signals
+) -> None:
+    recipe = build_recipe(tmp_path / "cache", images, rows_per_shard=2)
+    process = start(recipe, tmp_path)
+    await_shards(tmp_path / "cache", 2)
+    process.send_signal(number)
+    sent = time.monotonic()
+    output, _ = process.communicate(timeout=60)
+    assert time.monotonic() - sent < PREEMPTED_WITHIN_S
+    assert process.returncode == 128 + number
+    assert f"{number.name} ended the build; everything committed stays" in output
+    assert "run the same command again" in output
+    done = shards_committed(tmp_path / "cache")
+    assert 2 <= done < 24
+    assert partial_files(tmp_path / "cache") == []
+    assert strays(FeatureCache.open(tmp_path / "cache")) == []
+    result = build(recipe, QUIET)
+    assert result.shards == 24 - done
+    assert verify(result.cache, full=True) == []
+
+
+HANG = """
+import time
+from cache_builder.extract import ShardExtractor
+encode = ShardExtractor._encode
+def hang(self, *arguments):
+    if self.idle_s().keys() & {3, 4}:
+        time.sleep(1000)
+    return encode(self, *arguments)
+ShardExtractor._encode = hang
+"""
+
+
+def test_a_teacher_that_hangs_ends_the_local_build_with_a_message(tmp_path: Path, images: Path) -> None:
+    options = {"batch_size": 4, "decode_threads": 1, "stall_timeout_s": 3}
+    recipe = build_recipe(tmp_path / "cache", images, rows_per_shard=4, runner=options)
+    output, _ = (process := start(recipe, tmp_path, HANG)).communicate(timeout=120)
+    assert process.returncode == 1
+    assert "nothing moved in shard" in output
+    assert "runner.kind=ray" in output
+    assert 0 < shards_committed(tmp_path / "cache") < 12
+    assert build(recipe, QUIET).cache.valid_samples().size == 24
+    assert partial_files(tmp_path / "cache") == []
+
+
+def test_sigterm_ends_a_build_whose_teacher_hangs(tmp_path: Path, images: Path) -> None:
+    recipe = build_recipe(tmp_path / "cache", images, rows_per_shard=48)
+    process = start(recipe, tmp_path, HANG.replace("{3, 4}", "{0}"))
+    deadline = time.monotonic() + 60
+    while not partial_files(tmp_path / "cache/teachers") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    sent = time.monotonic()
+    process.communicate(timeout=60)
+    assert time.monotonic() - sent < PREEMPTED_WITHIN_S
+    assert process.returncode == 143
+    assert build(recipe, QUIET).shards == 1
+    assert partial_files(tmp_path / "cache") == []
+
+
+# --- the place of the cache ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 3 MB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", place], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"mounting needs root: {mounted.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", "-l", place], capture_output=True, check=False)
+
+
+@pytest.fixture
+def no_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let builds begin that `plan` would refuse: somebody else fills the disk while they run."""
+    monkeypatch.setattr("cache_builder.plan.Plan.require_space", lambda self: None)
+
+
+def test_a_full_disk_ends_the_build_and_it_goes_on_when_there_is_room(
+    small_disk: Path, images: Path, no_estimate: None
+) -> None:
+    recipe = build_recipe(small_disk / "cache", images, rows_per_shard=2)
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(2_700_000))
+    with pytest.raises(BuildError, match=r"No space left on device(.|\n)*free some space(.|\n)*same command"):
+        build(recipe, QUIET)
+    done = shards_committed(small_disk / "cache")
+    assert done < 24
+    assert partial_files(small_disk / "cache") == []
+    assert verify(FeatureCache.open(small_disk / "cache"), full=True) == []
+    filler.unlink()
+    result = build(recipe, QUIET)
+    assert result.shards == 24 - done
+    assert verify(result.cache, full=True) == []
+
+
+def test_a_read_only_folder_is_refused_before_the_teachers_are_loaded(
+    small_disk: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = build_recipe(small_disk / "cache", images, rows_per_shard=2)
+    first = build(recipe, QUIET).cache
+    first.storage.remove("commits/tiny/00003.json")
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    monkeypatch.setattr("cache_builder.builder._runner", None)
+    with pytest.raises(CacheError, match=r"cannot be written here(.|\n)*Read-only file system"):
+        build(recipe, QUIET)
+
+
+def test_a_disk_that_turns_read_only_ends_the_build(
+    small_disk: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extract = ShardExtractor.extract
+
+    def remount_then_extract(self: ShardExtractor, shard: int, names: Collection[str]) -> object:
+        if shards_committed(small_disk / "cache") >= 2:
+            subprocess.run(["mount", "-o", "remount,ro", small_disk], check=False, capture_output=True)
+        return extract(self, shard, names)
+
+    monkeypatch.setattr(ShardExtractor, "extract", remount_then_extract)
+    options = {"batch_size": 4, "decode_threads": 1, "shards_in_flight": 1}
+    with pytest.raises(BuildError, match=r"Read-only file system(.|\n)*mount the place writable"):
+        build(build_recipe(small_disk / "cache", images, rows_per_shard=2, runner=options), QUIET)
+
+
+def test_a_cache_that_vanishes_ends_the_build_and_is_not_made_anew(
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extract = ShardExtractor.extract
+
+    def vanish_then_extract(self: ShardExtractor, shard: int, names: Collection[str]) -> object:
+        if (tmp_path / "cache").exists() and shards_committed(tmp_path / "cache") >= 2:
+            (tmp_path / "cache").rename(tmp_path / "elsewhere")
+        return extract(self, shard, names)
+
+    monkeypatch.setattr(ShardExtractor, "extract", vanish_then_extract)
+    options = {"batch_size": 4, "decode_threads": 1, "shards_in_flight": 1}
+    recipe = build_recipe(tmp_path / "cache", images, rows_per_shard=2, runner=options)
+    with pytest.raises(CacheNotFoundError, match=r"has vanished(.|\n)*mount it again"):
+        build(recipe, QUIET)
+    assert not (tmp_path / "cache").exists()
+    monkeypatch.undo()
+    shutil.move(tmp_path / "elsewhere", tmp_path / "cache")
+    assert build(recipe, QUIET).shards == 22
+
+
+# --- processes of a Ray cluster ------------------------------------------------------------------------
+
+
+def ray_recipe(cache: Path, images: Path, **options: object) -> BuildRecipe:
+    runner = {"kind": "ray", "batch_size": 4, "decode_threads": 1, "gpus_per_actor": 0} | options
+    return build_recipe(cache, images, rows_per_shard=2, runner=runner)
+
+
+def actors() -> list[psutil.Process]:
+    """Actors of this process's own cluster."""
+    children = psutil.Process().children(recursive=True)
+    return [child for child in children if _title(child).startswith("ray::RayWorker")]
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:  # it has just ended
+        return ""
+
+
+def signal_an_actor(cache: Path, number: signal.Signals) -> threading.Thread:
+    """Once two shards are committed, from another thread."""
+
+    def send() -> None:
+        await_shards(cache, 2)
+        actors()[0].send_signal(number)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    return thread
+
+
+def test_sigterm_of_an_actor_costs_no_attempt(tmp_path: Path, images: Path, cluster: None) -> None:
+    sender = signal_an_actor(tmp_path / "cache", signal.SIGTERM)
+    result = build(ray_recipe(tmp_path / "cache", images, num_actors=1, max_attempts=1), QUIET)
+    sender.join()
+    assert result.shards == 24
+    assert verify(result.cache, full=True) == []
+
+
+def test_an_actor_that_does_not_answer_is_replaced(
+    tmp_path: Path, images: Path, cluster: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    sender = signal_an_actor(tmp_path / "cache", signal.SIGSTOP)
+    result = build(ray_recipe(tmp_path / "cache", images, num_actors=1, stall_timeout_s=3), QUIET)
+    sender.join()
+    assert "an actor with 2 shards is replaced: its process did not answer" in caplog.text
+    assert result.shards == 24
+    assert verify(result.cache, full=True) == []
+
+
+def test_a_teacher_that_hangs_once_is_replaced_and_a_poison_shard_is_reported(
+    tmp_path: Path,
+    images: Path,
+    cluster: None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    hung = tmp_path / "hung"
+
+    class Faulty(RayWorker):
+        def extract(self, shard: int, names: Collection[str]) -> dict[str, CommitRecord]:
+            if shard == 5:
+                os._exit(1)  # as an image that crashes the decoder would
+            if shard == 9 and not hung.exists():
+                hung.touch()
+                assert self._extractor is not None
+                self._extractor._moved[shard] = time.monotonic()
+                time.sleep(1000)
+            return super().extract(shard, names)
+
+    monkeypatch.setattr(RayRunner, "worker", Faulty)
+    recipe = ray_recipe(tmp_path / "cache", images, num_actors=1, max_attempts=2, stall_timeout_s=3)
+    with pytest.raises(BuildError, match=r"1 of 24 shards failed(.|\n)*shard 5: the process that"):
+        build(recipe, QUIET)
+    assert "nothing moved for" in caplog.text
+    assert shards_committed(tmp_path / "cache") == 23
+    monkeypatch.undo()
+    assert build(recipe, QUIET).shards == 1

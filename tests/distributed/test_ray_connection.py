@@ -1,0 +1,46 @@
+"""Which cluster a build joins: never one that is dead, and never without a word."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+import ray
+from rich.console import Console
+
+from cache_builder import build, ray_runner
+from pipeline.errors import BuildError
+from tests.make_cache import build_recipe, make_images
+
+RUNNER = {"kind": "ray", "batch_size": 4, "decode_threads": 1, "gpus_per_actor": 0, "num_actors": 1}
+
+
+@pytest.fixture
+def dead_address() -> str:
+    """Where nothing listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+def test_a_dead_cluster_of_this_machine_is_passed_over(
+    tmp_path: Path, dead_address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray.shutdown()
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray_runner, "read_ray_address", lambda: dead_address)
+    images = make_images(tmp_path / "images", 4)
+    recipe = build_recipe(tmp_path / "cache", images, runner=RUNNER)
+    assert build(recipe, Console(quiet=True)).views == 8
+    assert not ray.is_initialized()
+
+
+def test_an_address_that_does_not_answer_is_an_error(
+    tmp_path: Path, dead_address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray.shutdown()
+    monkeypatch.setenv("RAY_ADDRESS", dead_address)
+    recipe = build_recipe(tmp_path / "cache", make_images(tmp_path / "images", 2), runner=RUNNER)
+    with pytest.raises(BuildError, match=rf"RAY_ADDRESS={dead_address}(.|\n)*ray start --head"):
+        build(recipe, Console(quiet=True))
