@@ -5,7 +5,9 @@
     python -m benchmarks.codecs --ideas              also what was tried and not kept
 
 Prints one table and, last, one line of JSON. Speeds are GB/s of float16 features, the median of several
-runs into fresh memory. A codec is calibrated on rows that are not measured.
+runs into fresh memory. A codec is calibrated on rows that are not measured. On a GPU there are two more
+columns: decoding compiled by torch.compile, and the limit, one copy kernel that moves as many bytes (half of
+what decoding reads and writes, read once and written once). Take --rows 64 there: fewer fit its cache.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,10 +29,10 @@ from torch import Tensor
 
 from benchmarks import signals
 from benchmarks.codec_ideas import IDEAS
-from pipeline.codecs import codec_names, get_codec
+from pipeline.codecs import Encoded, codec_names, get_codec
 from pipeline.codecs.fidelity import compare, measure_fidelity
 
-LEVELS, GRID, WIDTH = 4, (24, 24), 1024
+LEVELS, GRID = 4, (24, 24)
 COLUMNS = {  # key: (head, format)
     "float16_ratio": ("of f16", ".4f"),
     "cosine_mean": ("cosine", ".5f"),
@@ -39,13 +42,8 @@ COLUMNS = {  # key: (head, format)
     "raw_cosine_p1": ("1st pct.", ".5f"),
     "encode_gb_per_s": ("encode", ".3f"),
     "decode_gb_per_s": ("decode", ".2f"),
-}
-
-SIGNALS: dict[str, Callable[[int, int], Tensor]] = {
-    "white": lambda rows, seed: signals.white(rows, LEVELS, GRID, WIDTH, seed),
-    "heavy-tailed": lambda rows, seed: signals.heavy_tailed(rows, LEVELS, GRID, WIDTH, seed),
-    "correlated": lambda rows, seed: signals.correlated(rows, LEVELS, GRID, WIDTH, seed),
-    "random ViT": lambda rows, seed: signals.photographs(rows, GRID, seed),
+    "compiled_decode_gb_per_s": ("compiled", ".1f"),
+    "copy_gb_per_s": ("copy", ".1f"),
 }
 
 
@@ -54,6 +52,7 @@ def main() -> None:
     parser.add_argument("--cache", help="measure on the features of this cache")
     parser.add_argument("--teacher", help="one teacher of the cache (default: all)")
     parser.add_argument("--rows", type=int, default=8, help="rows to calibrate on, and as many to measure")
+    parser.add_argument("--width", type=int, default=1024, help="channels of synthetic features")
     parser.add_argument("--codecs", nargs="+", default=codec_names())
     parser.add_argument("--ideas", action="store_true", help="also codecs that did not win (slow)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -79,20 +78,45 @@ def _signals(args: argparse.Namespace) -> Iterator[tuple[str, Tensor, Tensor]]:
         for name, x in rows.items():
             yield name, x[::2].to(args.device), x[1::2].to(args.device)
         return
-    for name, make in SIGNALS.items():
-        sample, features = (make(args.rows, seed).to(args.device) for seed in (0, 1))
-        yield name, sample, features
+    shape = args.rows, LEVELS, GRID, args.width
+    kinds: dict[str, Callable[[int], Tensor]] = {
+        "white": partial(signals.white, *shape),
+        "heavy-tailed": partial(signals.heavy_tailed, *shape),
+        "correlated": partial(signals.correlated, *shape),
+        "random ViT": partial(signals.photographs, args.rows, GRID),
+    }
+    for name, make in kinds.items():
+        yield name, make(0).to(args.device), make(1).to(args.device)
 
 
 def measure(name: str, sample: Tensor, features: Tensor, repeats: int) -> dict[str, Any]:
     codec = get_codec(name).calibrate(sample)
     encoded = codec.encode(features)
     float16_gb = 2 * features.numel() / 1e9
-    return dataclasses.asdict(measure_fidelity(codec, features)) | {
-        "encode_gb_per_s": float16_gb / _median_s(lambda: codec.encode(features), repeats),
-        "decode_gb_per_s": float16_gb
-        / _median_s(lambda: encoded.decode(features.device, torch.float16), repeats),
+    on_gpu = gpu_speeds(encoded, features, repeats) if features.is_cuda else {}
+    return (
+        dataclasses.asdict(measure_fidelity(codec, features))
+        | on_gpu
+        | {
+            "encode_gb_per_s": float16_gb / _median_s(lambda: codec.encode(features), repeats),
+            "decode_gb_per_s": float16_gb
+            / _median_s(lambda: encoded.decode(features.device, torch.float16), repeats),
+        }
+    )
+
+
+def gpu_speeds(encoded: Encoded, features: Tensor, repeats: int) -> dict[str, float]:
+    compiled = torch.compile(encoded.codec.decode_tensors, dynamic=False)
+    source = torch.empty(
+        (encoded.nbytes + 2 * features.numel()) // 2, dtype=torch.uint8, device=features.device
+    )
+    target = torch.empty_like(source)
+    runs = {
+        "compiled_decode": lambda: compiled(encoded.tensors(), features.device, torch.float16),
+        "copy": lambda: target.copy_(source),
     }
+    float16_gb = 2 * features.numel() / 1e9
+    return {f"{name}_gb_per_s": float16_gb / _median_s(run, repeats) for name, run in runs.items()}
 
 
 def measure_idea(name: str, sample: Tensor, features: Tensor) -> dict[str, Any]:
@@ -122,11 +146,12 @@ def _synchronize() -> None:
 
 
 def _table(results: list[dict[str, Any]]) -> Table:
-    table = Table("signal", "codec", *(head for head, _ in COLUMNS.values()))
+    columns = {key: column for key, column in COLUMNS.items() if any(key in result for result in results)}
+    table = Table("signal", "codec", *(head for head, _ in columns.values()))
     for before, result in zip([None, *results], results, strict=False):
         if before and before["signal"] != result["signal"]:
             table.add_section()
-        cells = (format(result[key], spec) if key in result else "" for key, (_, spec) in COLUMNS.items())
+        cells = (format(result[key], spec) if key in result else "" for key, (_, spec) in columns.items())
         table.add_row(result["signal"], result["codec"], *cells)
     return table
 

@@ -34,16 +34,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cache_builder import build
 from cache_builder.recipe import BuildRecipe
-from jobs.demo import collect_images
+from jobs.demo import choose_images, collect_images
 from pipeline.cache import FeatureCache
 from pipeline.loader import Batch, FeatureLoader
 from pipeline.sampler import ShardShuffleSampler
 from student import build_student
-from student.losses import Target
-from student.recipe import TrainRecipe
+from student.losses import DistillationLoss, Target
+from student.objectives import Objective
 from student.targets import CachedTargets, OnlineTargets, TargetSource
 from student.timing import StageTimer
-from student.train import Distillation
 
 MEMORY, CACHED, ONLINE = "in memory", "cached", "online"
 PREFETCH = 1
@@ -108,7 +107,7 @@ def build_cache(arguments: argparse.Namespace, folder: Path) -> FeatureCache:
     recipe = BuildRecipe.model_validate(
         {
             "cache": str(folder / "cache"),
-            "source": str(collect_images(arguments.images, folder / "images")),
+            "source": str(collect_images(choose_images(arguments.images), folder / "images")),
             "views": {"num_views": 2, "size": [arguments.size] * 2},
             "teachers": {
                 name: {"preset": name, "pretrained": False, "codec": arguments.codec}
@@ -138,18 +137,11 @@ class Trainer:
 
     def __init__(self, arguments: argparse.Namespace, cache: FeatureCache, stack: ExitStack) -> None:
         cuda = torch.cuda.is_available()
-        recipe = TrainRecipe.model_validate(
-            {
-                "cache": cache.storage.url,
-                "output": "",
-                "student": {"stem": arguments.stem, "pretrained": False},
-                "schedule": {"max_steps": 1},
-            }
-        )
         self.accelerator = Accelerator(cpu=not cuda, mixed_precision="bf16" if cuda else "no")
         self._timer = StageTimer(self.accelerator.device)
         student = build_student(
-            **recipe.student.model_dump(),
+            "sak",
+            stem=arguments.stem,
             teacher_dims={name: teacher.width for name, teacher in cache.spec.teachers.items()},
             image_size=cache.spec.views.size,
         )
@@ -179,7 +171,7 @@ class Trainer:
         sources[MEMORY] = InMemory(sources[CACHED](batch))
         self.kinds = sorted(sources, key=[MEMORY, CACHED, ONLINE].index)
         self._objectives = {
-            kind: Distillation(recipe, model, student, targets) for kind, targets in sources.items()
+            kind: Objective(model, student, targets, DistillationLoss()) for kind, targets in sources.items()
         }
 
     def turn(self, kind: str, steps: int) -> list[float]:
