@@ -1,4 +1,4 @@
-"""Small training runs for tests: what their recipe is, what they logged, and what they leave in the process."""
+"""Small training runs for tests: their recipe, what they logged, and what they leave in the process."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ class Request:
 @dataclass
 class Server:
     """moto's S3 behind a log, and behind faults: `fault(request)` is a status to fail with, "hang", or
-    "late": what was asked for is done, and the answer comes after the client has gone."""
+    "late": what was asked for is done, and the answer comes after the client has asked again."""
 
     answered: list[tuple[Request, int]] = field(default_factory=list)
     fault: Callable[[Request], int | str | None] = lambda _: None
@@ -78,8 +78,13 @@ class Server:
 
         answer: Iterable[bytes] = self._moto(environ, start)
         if fault == "late":
-            time.sleep(READ_TIMEOUT_S + 0.5)
+            self._await_another(request)
         return answer
+
+    def _await_another(self, request: Request) -> None:
+        deadline = time.monotonic() + 60
+        while [asked for asked, _ in self.answered].count(request) < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
 
     def requests(self, *methods: str) -> list[Request]:
         return [request for request, status in self.answered if request.method in methods and status < 300]

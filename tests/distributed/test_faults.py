@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -266,14 +267,14 @@ def test_an_actor_that_does_not_answer_is_replaced(
     tmp_path: Path, images: Path, cluster: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     sender = signal_an_actor(tmp_path / "cache", signal.SIGSTOP)
-    result = build(ray_recipe(tmp_path / "cache", images, num_actors=1, stall_timeout_s=3), QUIET)
+    result = build(ray_recipe(tmp_path / "cache", images, num_actors=1, stall_timeout_s=5), QUIET)
     sender.join()
-    assert "an actor with 2 shards is replaced: its process did not answer" in caplog.text
+    assert re.search(r"an actor with \d shards? is replaced: its process did not answer", caplog.text)
     assert result.shards == 24
     assert verify(result.cache, full=True) == []
 
 
-def test_a_teacher_that_hangs_once_is_replaced_and_a_poison_shard_is_reported(
+def test_a_teacher_that_hangs_once_is_replaced(
     tmp_path: Path,
     images: Path,
     cluster: None,
@@ -282,10 +283,8 @@ def test_a_teacher_that_hangs_once_is_replaced_and_a_poison_shard_is_reported(
 ) -> None:
     hung = tmp_path / "hung"
 
-    class Faulty(RayWorker):
+    class Hangs(RayWorker):
         def extract(self, shard: int, names: Collection[str]) -> dict[str, CommitRecord]:
-            if shard == 5:
-                os._exit(1)  # as an image that crashes the decoder would
             if shard == 9 and not hung.exists():
                 hung.touch()
                 assert self._extractor is not None
@@ -293,11 +292,25 @@ def test_a_teacher_that_hangs_once_is_replaced_and_a_poison_shard_is_reported(
                 time.sleep(1000)
             return super().extract(shard, names)
 
-    monkeypatch.setattr(RayRunner, "worker", Faulty)
-    recipe = ray_recipe(tmp_path / "cache", images, num_actors=1, max_attempts=2, stall_timeout_s=3)
+    monkeypatch.setattr(RayRunner, "worker", Hangs)
+    recipe = ray_recipe(tmp_path / "cache", images, num_actors=1, max_attempts=2, stall_timeout_s=5)
+    assert build(recipe, QUIET).shards == 24
+    assert "nothing moved for" in caplog.text
+
+
+def test_a_poison_shard_is_reported_and_the_others_are_built(
+    tmp_path: Path, images: Path, cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Poisoned(RayWorker):
+        def extract(self, shard: int, names: Collection[str]) -> dict[str, CommitRecord]:
+            if shard == 5:
+                os._exit(1)  # as an image that crashes the decoder would
+            return super().extract(shard, names)
+
+    monkeypatch.setattr(RayRunner, "worker", Poisoned)
+    recipe = ray_recipe(tmp_path / "cache", images, num_actors=1, max_attempts=2)
     with pytest.raises(BuildError, match=r"1 of 24 shards failed(.|\n)*shard 5: the process that"):
         build(recipe, QUIET)
-    assert "nothing moved for" in caplog.text
     assert shards_committed(tmp_path / "cache") == 23
     monkeypatch.undo()
     assert build(recipe, QUIET).shards == 1
