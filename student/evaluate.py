@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import reduce
+from accelerate.utils import gather_object, reduce
 from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
@@ -42,7 +42,7 @@ from student.datasets import LabelledDataset
 from student.datasets.labels import render_labels
 from student.figures import gate_figure, prediction_figure
 from student.metrics import mtl_gain
-from student.paper_results import PAPER_RESULTS
+from student.paper_results import backbone_of, paper_rows
 from student.task_outputs import TASK_OUTPUTS, update, value
 
 PANEL_IMAGES = 4
@@ -51,9 +51,11 @@ PANEL_IMAGES = 4
 @dataclass(frozen=True)
 class Evaluation:
     """`scores`: in percent, degrees (normals) and metres (depth), by task. `gates`: for each task the mean
-    weight of each expert, (levels, experts), where the student has routers."""
+    weight of each expert, (levels, experts), where the student has routers. `backbone`: "ViT-S", "ViT-B" or
+    "ViT-L" for a student of one of the paper's sizes."""
 
     student: str
+    backbone: str | None
     dataset: str
     split: str
     num_images: int
@@ -69,20 +71,20 @@ class Evaluation:
         return 100 * mtl_gain(shared, {task: baseline[task] for task in shared}, lower)
 
     def markdown(self, baseline: Mapping[str, float] | None = None) -> str:
-        """A table: this student, then rows of the paper where it has any for the data set.
+        """A table: this student, then the paper's rows of students of its size on this data set.
 
-        Gains refer to `baseline`, or else to the paper's single-task rows.
+        Gains refer to `baseline`, or else to the paper's single-task baseline of that size.
         """
         tasks = list(self.scores)
-        rows = PAPER_RESULTS.get(self.dataset, {})
-        baseline = baseline or next(iter(rows.values()), None)
+        rows = paper_rows(self.dataset, self.backbone)
+        baseline = baseline or (rows[0].scores if rows else None)
         heads = [f"{TASK_OUTPUTS[t].title} {TASK_OUTPUTS[t].metric} ({_arrow(t)})" for t in tasks]
         lines = [
             f"| on {self.dataset}, {self.split} ({self.num_images} images) | {' | '.join(heads)} | Δm % |",
             "|---" * (len(tasks) + 2) + "|",
             _line(f"{self.student} ({self.parameters / 1e6:.0f}M parameters)", tasks, self.scores, baseline),
         ]
-        lines += [_line(f"*{name}*", tasks, row, baseline) for name, row in rows.items()]
+        lines += [_line(f"*{row.title}*", tasks, row.scores, baseline) for row in rows]
         return "\n".join(lines) + "\n"
 
 
@@ -93,10 +95,9 @@ def _arrow(task: str) -> str:
 def _line(
     name: str, tasks: list[str], scores: Mapping[str, float], baseline: Mapping[str, float] | None
 ) -> str:
-    cells = [f"{scores[t]:.4f}" if t == "depth" else f"{scores[t]:.2f}" for t in tasks if t in scores]
-    cells += ["–"] * (len(tasks) - len(cells))
+    cells = [f"{scores[t]:.4f}" if t == "depth" else f"{scores[t]:.2f}" for t in tasks]
     gain = "–"
-    if baseline and all(task in baseline and task in scores for task in tasks):
+    if baseline and all(task in baseline for task in tasks):
         lower = [task for task in tasks if TASK_OUTPUTS[task].lower_is_better]
         own, single = ({task: row[task] for task in tasks} for row in (scores, baseline))
         gain = f"{100 * mtl_gain(own, single, lower):.2f}"
@@ -158,7 +159,7 @@ def evaluate(
                 labels = torch.stack([item.labels[task] for item in items]).to(state.device)
                 update(metrics[task], estimates[task], labels)
             for task, gates_BSE in found.gates.items():
-                gates[task].append(gates_BSE.double().sum(0))
+                gates[task].append(gates_BSE.double().sum(0).cpu())
             shown = {task: values.cpu().numpy() for task, values in estimates.items()}
             panel.add(items, shown)
             if output:
@@ -166,11 +167,10 @@ def evaluate(
             progress.advance(bar, len(items))
         for metric in metrics.values():
             metric.reduce(lambda sums: reduce(sums.to(state.device), "sum").cpu())
-    mean_gates = {
-        task: reduce(torch.stack(sums).sum(0), "sum") / len(numbers) for task, sums in gates.items()
-    }
+    mean_gates = _mean(gates, len(numbers))
     evaluation = Evaluation(
         student=name,
+        backbone=backbone_of(student),
         dataset=dataset.name,
         split=dataset.split,
         num_images=len(numbers),
@@ -237,6 +237,15 @@ def _batches(
             if not pending:
                 return
             yield [pending.popleft().result() for _ in range(min(batch_size, len(pending)))]
+
+
+def _mean(sums: Mapping[str, list[Tensor]], count: int) -> dict[str, Tensor]:
+    """Means over all processes, of which some may have had no image."""
+    parts: list[dict[str, Tensor]] = gather_object([{task: sum(own) for task, own in sums.items()}])
+    tasks = max(parts, key=len)
+    return {
+        task: torch.stack([part[task] for part in parts if task in part]).sum(0) / count for task in tasks
+    }
 
 
 def _require_cache(student: Student, cache: FeatureCache | None) -> None:
