@@ -32,9 +32,10 @@ from pipeline.manifest import (
     quarantine_name,
     tables_name,
 )
+from pipeline.processes import TEMPORARY_SUFFIX
 from pipeline.sources import dataset_fingerprint
 from pipeline.spec import IMAGES
-from pipeline.storage import LOCK_SUFFIX, TEMPORARY_SUFFIX
+from pipeline.storage import LOCK_SUFFIX
 
 _THREADS = 8  # waiting for disks and object stores; hashing releases the GIL
 

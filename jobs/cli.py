@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console, RenderableType
-from rich.markdown import Markdown
 from rich.progress import Progress
 
 from jobs.launch import EXIT_FAILED, run
@@ -459,6 +458,8 @@ def evaluate(
     if as_json:
         _print_json(dataclasses.asdict(found))
     else:
+        from rich.markdown import Markdown
+
         console.print(Markdown(found.markdown()))
 
 

@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 from pydantic import Field, ValidationError, model_validator
+from pydantic_core import from_json
 from safetensors import SafetensorError
 
 from pipeline.errors import (
@@ -387,7 +388,7 @@ class Manifest:
 
     def _parse(self, model: type[Model], name: str, text: bytes) -> Model:
         try:
-            content = json.loads(text)
+            content = from_json(text)
             if isinstance(content, dict):
                 content.pop("checksum", None)
             return model.model_validate(content)

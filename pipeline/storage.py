@@ -10,19 +10,16 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import platform
+import posixpath
 import random
 import shutil
 import stat
 import time
-import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, Self
+from typing import IO, Any
 
 import fsspec
 import xxhash
@@ -30,15 +27,19 @@ from fsspec.spec import AbstractBufferedFile
 from typing_extensions import Buffer
 
 from pipeline.errors import CacheError
+from pipeline.processes import (
+    TEMPORARY_SUFFIX,
+    Process,
+    describe_holder,
+    is_stale,
+    may_be_alive,
+    temporary_of,
+)
 
-TEMPORARY_SUFFIX = ".partial"
 LOCK_SUFFIX = ".lock"
 _READ_BLOCK = 1 << 22
 _LOCK_POLL_S = 0.05
-_LOCK_TIMEOUT_S = 600.0
-_LOCK_IS_WRITTEN_WITHIN_S = 10.0
 _SAY_SO_AFTER_S = 5.0
-_REMOTE_WRITER_TIMEOUT_S = 24 * 3600.0
 _NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS}
 
 log = logging.getLogger(__name__)
@@ -139,7 +140,7 @@ class Storage(ABC):
         of one on another machine after ten minutes, so what is held for has to be shorter. `waiting` is
         called again and again by those who wait, and ends it by raising.
         """
-        lock, own = f"{name}{LOCK_SUFFIX}", f"{_Process.this().tag()}~{time.time():.0f}".encode()
+        lock, own = f"{name}{LOCK_SUFFIX}", f"{Process.this().tag()}~{time.time():.0f}".encode()
         try:
             self._acquire(lock, own, waiting)
             yield
@@ -162,11 +163,11 @@ class Storage(ABC):
             now = time.monotonic()
             if holder != seen:
                 seen, since = holder, now
-            if holder is not None and _is_stale(holder, now - since) and self._read_if_there(lock) == holder:
+            if holder is not None and is_stale(holder, now - since) and self._read_if_there(lock) == holder:
                 self.remove(lock)
                 continue
             if not told and now - began > _SAY_SO_AFTER_S:
-                log.warning("waiting for %s/%s, held by %s", self.url, lock, _describe(holder))
+                log.warning("waiting for %s/%s, held by %s", self.url, lock, describe_holder(holder))
                 told = True
             waiting()
             time.sleep(random.uniform(0.5, 1.5) * _LOCK_POLL_S)
@@ -191,15 +192,14 @@ class Storage(ABC):
 
 def safe_name(name: str) -> str:
     """`name`, if it is a relative path that stays inside its folder; names come from files we read."""
-    path = PurePosixPath(name)
-    if not name or path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
+    if not name or name.startswith("/") or ".." in name.split("/") or "\\" in name or "\0" in name:
         raise CacheError(
             "A file name in this cache would leave its folder.",
             got=repr(name),
             expected="a relative path without '..'",
             do="do not use this cache: it was damaged or made to do harm",
         )
-    return str(path)
+    return posixpath.normpath(name)
 
 
 class LocalStorage(Storage):
@@ -210,10 +210,14 @@ class LocalStorage(Storage):
         self.url = str(self.root)
 
     def path(self, name: str) -> Path:
-        return self.root / safe_name(name)
+        return Path(self._path(name))
+
+    def _path(self, name: str) -> str:
+        """`path` without the cost of one, which counts where thousands of records are read."""
+        return f"{self.url}/{safe_name(name)}"
 
     def open_read(self, name: str) -> IO[bytes]:
-        return self.path(name).open("rb")
+        return open(self._path(name), "rb")  # noqa: PTH123
 
     def read_range(self, name: str, offset: int, nbytes: int) -> bytes:
         _require_range(name, offset, nbytes)
@@ -221,14 +225,15 @@ class LocalStorage(Storage):
             rest = os.fstat(file.fileno()).st_size - offset
             if rest <= 0:
                 return b""
-            file.seek(offset)
+            if offset:
+                file.seek(offset)
             return file.read(min(nbytes, rest))
 
     @contextmanager
     def open_write(self, name: str) -> Iterator[ChecksumWriter]:
         target = self.path(name)
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = _temporary(target)
+        temporary = temporary_of(target)
         try:
             with temporary.open("xb") as file:
                 yield ChecksumWriter(file)
@@ -243,7 +248,7 @@ class LocalStorage(Storage):
     def write_new(self, name: str, data: bytes) -> bool:
         target = self.path(name)
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = _temporary(target)
+        temporary = temporary_of(target)
         try:
             temporary.write_bytes(data)
             target.hardlink_to(temporary)
@@ -287,7 +292,7 @@ class LocalStorage(Storage):
 
     def size(self, name: str) -> int | None:
         try:
-            status = self.path(name).stat()
+            status = os.stat(self._path(name))  # noqa: PTH116
         except (FileNotFoundError, NotADirectoryError):
             return None
         return status.st_size if stat.S_ISREG(status.st_mode) else None
@@ -326,13 +331,13 @@ class LocalStorage(Storage):
         return shutil.disk_usage(existing).free
 
     def sweep(self) -> list[str]:
-        stale = [path for path in self.root.rglob(f"*{TEMPORARY_SUFFIX}") if not _may_be_alive(path)]
+        stale = [path for path in self.root.rglob(f"*{TEMPORARY_SUFFIX}") if not may_be_alive(path)]
         for path in stale:
             path.unlink(missing_ok=True)
         for path in self.root.rglob(f"*{LOCK_SUFFIX}"):
             name = str(path.relative_to(self.root))
             holder = self._read_if_there(name)
-            if holder is None or not _is_stale(holder, _age_s(path)):
+            if holder is None or not is_stale(holder, _age_s(path)):
                 continue
             if self._read_if_there(name) == holder:  # nobody has taken it over
                 path.unlink(missing_ok=True)
@@ -350,93 +355,6 @@ def _age_s(path: Path) -> float:
 def _require_range(name: str, offset: int, nbytes: int) -> None:
     if offset < 0 or nbytes < 0:  # offsets, too, come from files we read
         raise CacheError(f"{nbytes} bytes from {offset} are no bytes of {name}.")
-
-
-@dataclass(frozen=True)
-class _Process:
-    """Who holds a lock or writes a file. `machine` tells containers apart that share a host's name."""
-
-    node: str
-    machine: str
-    pid: int
-    started: int
-
-    @classmethod
-    def this(cls) -> Self:
-        return cls(platform.node(), _machine(), os.getpid(), _running_since(os.getpid()) or 0)
-
-    @classmethod
-    def of(cls, tag: str) -> Self:
-        """Raises `ValueError` for what is no tag."""
-        node, machine, pid, started, _ = tag.rsplit("~", 4)
-        return cls(node, machine, int(pid), int(started))
-
-    def tag(self) -> str:
-        return f"{self.node}~{self.machine}~{self.pid}~{self.started}~{uuid.uuid4().hex[:8]}"
-
-    def is_alive(self) -> bool | None:
-        """None where that cannot be told from here: on another machine, or in another container."""
-        if not self.machine or self.machine != _machine():
-            return None
-        return _running_since(self.pid) == self.started  # a later process may have its number
-
-
-@cache
-def _machine() -> str:
-    """This boot of this machine, and the namespace that its process numbers are of; "" where not known."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
-        return xxhash.xxh3_64_hexdigest(f"{boot}{Path('/proc/self/ns/pid').readlink()}".encode())
-    except OSError:
-        return ""
-
-
-def _running_since(pid: int) -> int | None:
-    """Clock ticks from boot to the start of a process, or None for one that has ended (`proc(5)`)."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    state, *fields = text.rpartition(")")[2].split()  # the name before it may hold anything
-    return None if state in "ZX" else int(fields[18])
-
-
-def _temporary(target: Path) -> Path:
-    return target.with_name(f"{target.name}.{_Process.this().tag()}{TEMPORARY_SUFFIX}")
-
-
-def _is_stale(holder: bytes, unchanged_s: float) -> bool:
-    """Whether the process that noted itself here has died, or been silent elsewhere for too long.
-
-    `unchanged_s`: for how long the lock has been seen like this. It may still be being written.
-    """
-    try:
-        tag, _, since = holder.decode().rpartition("~")
-        alive = _Process.of(tag).is_alive()
-        return time.time() - float(since) > _LOCK_TIMEOUT_S if alive is None else not alive
-    except ValueError:
-        return unchanged_s > _LOCK_IS_WRITTEN_WITHIN_S
-
-
-def _describe(holder: bytes | None) -> str:
-    try:
-        process = _Process.of((holder or b"").decode().rpartition("~")[0])
-    except ValueError:
-        return "an unknown process"
-    return f"process {process.pid} on {process.node}"
-
-
-def _may_be_alive(temporary: Path) -> bool:
-    """Whether the process that writes this file may still run: it does here, or wrote elsewhere lately."""
-    name = temporary.name.removesuffix(TEMPORARY_SUFFIX)
-    try:
-        alive = _Process.of(name).is_alive()
-    except ValueError:
-        alive = None
-    try:
-        return time.time() - temporary.stat().st_mtime < _REMOTE_WRITER_TIMEOUT_S if alive is None else alive
-    except FileNotFoundError:
-        return False
 
 
 def _fsync_folder(folder: Path) -> None:

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pipeline.errors import CheckpointError
-from pipeline.storage import TEMPORARY_SUFFIX, LocalStorage
+from pipeline.processes import TEMPORARY_SUFFIX
+from pipeline.storage import LocalStorage
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 

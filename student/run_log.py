@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pipeline.storage import TEMPORARY_SUFFIX
+from pipeline.processes import TEMPORARY_SUFFIX
 from student.timing import bottleneck
 
 METRICS_FILE = "metrics.jsonl"

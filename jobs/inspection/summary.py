@@ -6,11 +6,13 @@ shards takes less time than that import. Nothing that is broken ends it; it beco
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Protocol
@@ -44,6 +46,19 @@ class Stored(Protocol):
     storage: Storage
 
 
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Records hold no cycles; looking for some among 15,000 of them took half of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@_uncollected()
 def summarize(cache: Stored) -> dict[str, Any]:
     """Everything that `inspect` shows. Raises `CacheError` only where `cache.json` cannot be read."""
     manifest = Manifest(cache.storage)

@@ -15,9 +15,11 @@ from typing import NoReturn
 import pytest
 import xxhash
 
+from pipeline import processes
 from pipeline import storage as module
 from pipeline.errors import CacheError
-from pipeline.storage import TEMPORARY_SUFFIX, LocalStorage, RemoteStorage, Storage
+from pipeline.processes import TEMPORARY_SUFFIX
+from pipeline.storage import LocalStorage, RemoteStorage, Storage
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -159,7 +161,7 @@ def test_what_dead_processes_left_is_told_from_what_may_be_alive(tmp_path: Path)
         "another process has its number": ({"pid": str(os.getpid())}, True),
         "in another container of this host, perhaps alive": ({"machine": "0" * 16}, False),
         "where boots and namespaces are not known": ({"machine": ""}, False),
-        "alive": ({"pid": str(os.getpid()), "started": str(module._running_since(os.getpid()))}, False),
+        "alive": ({"pid": str(os.getpid()), "started": str(processes._running_since(os.getpid()))}, False),
     }
     for label, (fields, gone) in cases.items():
         folder = tmp_path / label
@@ -184,7 +186,7 @@ def test_a_process_that_nobody_has_waited_for_is_dead() -> None:
     assert zombie.stdout is not None
     zombie.stdout.read()
     deadline = time.monotonic() + 10
-    while module._running_since(zombie.pid) is not None:
+    while processes._running_since(zombie.pid) is not None:
         assert time.monotonic() < deadline
     assert Path(f"/proc/{zombie.pid}").exists()
     zombie.wait()
@@ -283,5 +285,5 @@ def test_a_lock_that_is_being_written_is_not_taken_over_at_once(
 ) -> None:
     (tmp_path / "x.lock").write_bytes(b"")
     assert not is_taken_over(tmp_path)
-    monkeypatch.setattr(module, "_LOCK_IS_WRITTEN_WITHIN_S", -1.0)
+    monkeypatch.setattr(processes, "_LOCK_IS_WRITTEN_WITHIN_S", -1.0)
     assert is_taken_over(tmp_path)

@@ -1,0 +1,110 @@
+"""Who holds a lock, and who writes a file: processes that others can tell the living from the dead of.
+
+A process notes itself as a tag, in a lock or in the name of its temporary files. Of a process on this machine
+the tag says whether it still runs; of one elsewhere only time can tell.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+import uuid
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Self
+
+import xxhash
+
+TEMPORARY_SUFFIX = ".partial"
+_LOCK_TIMEOUT_S = 600.0
+_LOCK_IS_WRITTEN_WITHIN_S = 10.0
+_REMOTE_WRITER_TIMEOUT_S = 24 * 3600.0
+
+
+@dataclass(frozen=True)
+class Process:
+    """Who holds a lock or writes a file. `machine` tells containers apart that share a host's name."""
+
+    node: str
+    machine: str
+    pid: int
+    started: int
+
+    @classmethod
+    def this(cls) -> Self:
+        return cls(platform.node(), _machine(), os.getpid(), _running_since(os.getpid()) or 0)
+
+    @classmethod
+    def of(cls, tag: str) -> Self:
+        """Raises `ValueError` for what is no tag."""
+        node, machine, pid, started, _ = tag.rsplit("~", 4)
+        return cls(node, machine, int(pid), int(started))
+
+    def tag(self) -> str:
+        return f"{self.node}~{self.machine}~{self.pid}~{self.started}~{uuid.uuid4().hex[:8]}"
+
+    def is_alive(self) -> bool | None:
+        """None where that cannot be told from here: on another machine, or in another container."""
+        if not self.machine or self.machine != _machine():
+            return None
+        return _running_since(self.pid) == self.started  # a later process may have its number
+
+
+@cache
+def _machine() -> str:
+    """This boot of this machine, and the namespace that its process numbers are of; "" where not known."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+        return xxhash.xxh3_64_hexdigest(f"{boot}{Path('/proc/self/ns/pid').readlink()}".encode())
+    except OSError:
+        return ""
+
+
+def _running_since(pid: int) -> int | None:
+    """Clock ticks from boot to the start of a process, or None for one that has ended (`proc(5)`)."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    state, *fields = text.rpartition(")")[2].split()  # the name before it may hold anything
+    return None if state in "ZX" else int(fields[18])
+
+
+def temporary_of(target: Path) -> Path:
+    return target.with_name(f"{target.name}.{Process.this().tag()}{TEMPORARY_SUFFIX}")
+
+
+def is_stale(holder: bytes, unchanged_s: float) -> bool:
+    """Whether the process that noted itself here has died, or been silent elsewhere for too long.
+
+    `unchanged_s`: for how long the lock has been seen like this. It may still be being written.
+    """
+    try:
+        tag, _, since = holder.decode().rpartition("~")
+        alive = Process.of(tag).is_alive()
+        return time.time() - float(since) > _LOCK_TIMEOUT_S if alive is None else not alive
+    except ValueError:
+        return unchanged_s > _LOCK_IS_WRITTEN_WITHIN_S
+
+
+def describe_holder(holder: bytes | None) -> str:
+    try:
+        process = Process.of((holder or b"").decode().rpartition("~")[0])
+    except ValueError:
+        return "an unknown process"
+    return f"process {process.pid} on {process.node}"
+
+
+def may_be_alive(temporary: Path) -> bool:
+    """Whether the process that writes this file may still run: it does here, or wrote elsewhere lately."""
+    name = temporary.name.removesuffix(TEMPORARY_SUFFIX)
+    try:
+        alive = Process.of(name).is_alive()
+    except ValueError:
+        alive = None
+    try:
+        return time.time() - temporary.stat().st_mtime < _REMOTE_WRITER_TIMEOUT_S if alive is None else alive
+    except FileNotFoundError:
+        return False
