@@ -63,6 +63,7 @@ class Evaluation:
     scores: dict[str, float]
     gates: dict[str, list[list[float]]]
     images_per_s: float
+    processes: int = 1
 
     def gain(self, baseline: Mapping[str, float]) -> float:
         """Δm against a single-task baseline, in percent (SAK, Eq. 7)."""
@@ -134,7 +135,7 @@ def evaluate(
         )
     if student.reads_features:
         _require_cache(student, cache)
-    state, started = PartialState(), time.perf_counter()
+    state, started = process_state(), time.perf_counter()
     student = student.to(state.device).eval()
     numbers = range(len(dataset.keys))[:max_images]
     mine = numbers[state.process_index :: state.num_processes]
@@ -178,10 +179,16 @@ def evaluate(
         scores={task: value(metric) for task, metric in metrics.items()},
         gates={task: gates_SE.tolist() for task, gates_SE in mean_gates.items()},
         images_per_s=len(numbers) / (time.perf_counter() - started),
+        processes=state.num_processes,
     )
     if output and state.is_main_process:
         _write(evaluation, Path(output), student.experts, panel)
     return evaluation
+
+
+def process_state() -> PartialState:
+    """Who this process is among those that the launcher started."""
+    return PartialState(cpu=not torch.accelerator.is_available())  # unless told so, CPUs work alone, silently
 
 
 @dataclass(frozen=True)
