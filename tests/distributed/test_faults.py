@@ -70,11 +70,21 @@ def start(recipe: BuildRecipe, tmp_path: Path, prelude: str = "") -> subprocess.
     )
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+ON_RAY = {"kind": "ray", "num_actors": 1, "gpus_per_actor": 0, "batch_size": 4, "decode_threads": 1}
+
+
+@pytest.mark.parametrize(
+    ("number", "runner"),
+    [
+        pytest.param(signal.SIGTERM, {"kind": "local"}, id="SIGTERM"),
+        pytest.param(signal.SIGINT, {"kind": "local"}, id="SIGINT"),
+        pytest.param(signal.SIGTERM, ON_RAY, id="SIGTERM of a driver"),
+    ],
+)
 def test_a_signal_ends_a_build_cleanly_and_the_same_command_goes_on(
-    tmp_path: Path, images: Path, number: signal.Signals
+    tmp_path: Path, images: Path, number: signal.Signals, runner: dict[str, object]
 ) -> None:
-    recipe = build_recipe(tmp_path / "cache", images, rows_per_shard=2)
+    recipe = build_recipe(tmp_path / "cache", images, rows_per_shard=2, runner=runner)
     process = start(recipe, tmp_path)
     await_shards(tmp_path / "cache", 2)
     process.send_signal(number)
@@ -88,7 +98,7 @@ def test_a_signal_ends_a_build_cleanly_and_the_same_command_goes_on(
     assert 2 <= done < 24
     assert partial_files(tmp_path / "cache") == []
     assert strays(FeatureCache.open(tmp_path / "cache")) == []
-    result = build(recipe, QUIET)
+    result = build(build_recipe(tmp_path / "cache", images, rows_per_shard=2), QUIET)
     assert result.shards == 24 - done
     assert verify(result.cache, full=True) == []
 
@@ -226,8 +236,7 @@ def test_a_cache_that_vanishes_ends_the_build_and_is_not_made_anew(
 
 
 def ray_recipe(cache: Path, images: Path, **options: object) -> BuildRecipe:
-    runner = {"kind": "ray", "batch_size": 4, "decode_threads": 1, "gpus_per_actor": 0} | options
-    return build_recipe(cache, images, rows_per_shard=2, runner=runner)
+    return build_recipe(cache, images, rows_per_shard=2, runner=ON_RAY | options)
 
 
 def actors() -> list[psutil.Process]:
