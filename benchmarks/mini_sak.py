@@ -1,0 +1,518 @@
+"""SAK's ablations in miniature: Tables 3, 4 and 17 on synthetic scenes, from scratch, on a CPU.
+
+    python -m benchmarks.mini_sak                  3 seeds; with two quiet cores less than 30 minutes
+    python -m benchmarks.mini_sak --smoke          the same path in a minute, too short to mean anything
+    python -m benchmarks.mini_sak --teacher-steps 4000 --stage-1-steps 4000 --stage-2-steps 4000 --scenes 5000
+
+Of each seed everything is made anew, by the parts that the real thing runs on: scenes, three teachers with
+different objectives (labels; hidden pixels; edges), caches of their features, students, scores. The teachers
+learn from many scenes, whose labels only they see; stage 1 distils them on the same images; stage 2 learns
+five tasks from the labels of fewer, other scenes. Similarity and scores are of scenes that nobody was trained
+on. Students and teachers are one architecture of 0.3M parameters, the students' stem without pretraining.
+
+What is compared with the paper is the sign of a difference, seed by seed: the size of one on images of 64×64
+pixels says nothing of ViT-B. "agrees": it has the paper's sign in every seed; "contradicts": the opposite in
+every one; otherwise "undecided". By chance alone three seeds have one sign one time in four, so look at the
+spread. A miniature that contradicts the paper is no proof against it.
+
+Prints six tables and, last, one line of JSON, which is also written to OUTPUT/results.json. The same command
+continues where it was interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.mini_teachers import IMAGE_SIZE, MINI_VIT, TEACHERS, MiniScenes, alikeness, train_teacher
+from cache_builder import build
+from cache_builder.recipe import BuildRecipe
+from pipeline.cache import FeatureCache
+from pipeline.spec import ViewPolicy
+from student import load_student
+from student.datasets.scenes import write_scenes
+from student.evaluate import evaluate
+from student.metrics import mtl_gain
+from student.recipe import TrainRecipe
+from student.repsim import representation_similarity
+from student.task_outputs import TASK_OUTPUTS
+from student.train import train
+
+TASKS = ("semseg", "parts", "saliency", "normals", "boundary")  # those of PASCAL-Context
+SCALE = (1.0, 1.5)  # of the views: a magnified window, never padding
+RESULTS, SETTINGS = "results.json", "settings.json"
+
+LABELS_ALONE = {"teachers": [], "student": {"fusion": "sum"}}
+STAGE_1: dict[str, dict[str, Any]] = {"paths": {}, "no paths": {"student": {"adapter_paths": False}}}
+STAGE_2: dict[str, dict[str, Any]] = {  # as docs/recipes.md has the rows of the paper's tables
+    "mor": {"init": "paths"},
+    "sum": {"init": "paths", "student": {"fusion": "sum"}},
+    "no paths": {"init": "no paths", "student": {"fusion": "sum", "adapter_paths": False}},
+    "stage 1 alone": {"init": "paths", "distillation": {"weight": 0}},
+    "stage 2 alone": {},
+    "neither": LABELS_ALONE,
+}
+SINGLE_TASK = {f"single {task}": {**LABELS_ALONE, "tasks": [task]} for task in TASKS}
+
+PAPER_SIMILARITY = {"no paths": 0.3344, "paths": 0.8707}  # Table 17, over its three teachers
+PAPER_GAIN = {  # Tables 3 and 4
+    "no paths": -1.21,
+    "sum": -2.03,
+    "mor": -0.03,
+    "neither": -4.04,
+    "stage 2 alone": -3.63,
+    "stage 1 alone": -0.60,
+}
+CLAIMS = {  # Δm of the first above that of the second
+    "MoR above sum (Table 3)": ("mor", "sum"),
+    "MoR above no paths (Table 3)": ("mor", "no paths"),
+    "no paths above sum (Table 3)": ("no paths", "sum"),
+    "both above stage 1 alone (Table 4)": ("mor", "stage 1 alone"),
+    "both above distillation in stage 2 alone (Table 4)": ("mor", "stage 2 alone"),
+    "stage 1 above neither (Table 4)": ("stage 1 alone", "neither"),
+    "distillation in stage 2 above neither (Table 4)": ("stage 2 alone", "neither"),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that decides the figures, beside the seed. Counts of scenes and of optimizer steps."""
+
+    scenes: int = 1000
+    labelled_scenes: int = 200
+    held_out_scenes: int = 150
+    views: int = 2
+    batch_size: int = 16
+    teacher_steps: int = 600
+    stage_1_steps: int = 600
+    stage_2_steps: int = 350
+    learning_rate: float = 1e-3
+
+
+SMOKE = Settings(
+    scenes=16,
+    labelled_scenes=8,
+    held_out_scenes=8,
+    views=1,
+    batch_size=4,
+    teacher_steps=3,
+    stage_1_steps=3,
+    stage_2_steps=2,
+)
+
+
+def main() -> None:
+    arguments, settings = parse()
+    if arguments.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # every part takes the accelerator that it finds
+    claim_folder(arguments.output, settings)
+    started = time.perf_counter()
+    studies = [Study(arguments.output / f"seed_{seed}", seed, settings) for seed in range(arguments.seeds)]
+    run_all(studies, arguments.processes)
+    results = collect(studies) | {
+        "wall_s": time.perf_counter() - started,
+        "processes": arguments.processes,
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "cpus": os.cpu_count(),
+        "load_average": os.getloadavg()[0],
+        "torch": torch.__version__,
+    }
+    (arguments.output / RESULTS).write_text(json.dumps(results, indent=2) + "\n")
+    print_results(results)
+
+
+def parse() -> tuple[argparse.Namespace, Settings]:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    defaults = Settings()
+    parser.add_argument("--seeds", type=int, default=3, help="how often everything is done anew (3)")
+    parser.add_argument("--output", type=Path, default=Path("runs/mini_sak"), help="folder (runs/mini_sak)")
+    parser.add_argument("--device", choices=("auto", "cpu"), default="auto", help="auto takes a GPU if any")
+    parser.add_argument(
+        "--processes", type=int, default=max(1, min(8, os.cpu_count() or 1)), help="that train side by side"
+    )
+    parser.add_argument("--smoke", action="store_true", help="a few steps on a few scenes")
+    for key, value in asdict(defaults).items():
+        shown = f"{value:g} (with --smoke {asdict(SMOKE)[key]:g})"
+        parser.add_argument(f"--{key.replace('_', '-')}", type=type(value), help=shown)
+    arguments = parser.parse_args()
+    given = {key: value for key in asdict(defaults) if (value := getattr(arguments, key)) is not None}
+    settings = Settings(**asdict(SMOKE if arguments.smoke else defaults) | given)
+    if min(arguments.seeds, arguments.processes, *asdict(settings).values()) <= 0:
+        parser.error("every number must be greater than 0")
+    if settings.batch_size > min(settings.scenes, settings.labelled_scenes):
+        parser.error(f"a batch of {settings.batch_size} takes more scenes than there are to train on")
+    return arguments, settings
+
+
+def claim_folder(output: Path, settings: Settings) -> None:
+    """One folder holds one experiment, or its seeds would not be of the same one."""
+    stated = json.dumps(asdict(settings), indent=2) + "\n"
+    file = output / SETTINGS
+    if file.exists() and file.read_text() != stated:
+        sys.exit(f"{file} states another experiment than this command: choose another --output, or delete it")
+    output.mkdir(parents=True, exist_ok=True)
+    file.write_text(stated)
+
+
+@dataclass(frozen=True)
+class Study:
+    """All of one seed, in one folder. What is done has its JSON in `results`, and is not done again."""
+
+    folder: Path
+    seed: int
+    settings: Settings
+
+    @property
+    def many_scenes(self) -> Path:
+        """Those of the teachers and of stage 1, and the ones that similarity is measured on."""
+        return self.folder / "scenes" / "many"
+
+    @property
+    def labelled_scenes(self) -> Path:
+        return self.folder / "scenes" / "labelled"
+
+    @property
+    def log(self) -> Path:
+        """What the parts say while they run; their progress bars would share one terminal."""
+        return self.folder / "log.txt"
+
+    def make_scenes(self, *_: str) -> None:
+        settings = self.settings
+        for number, (root, count) in enumerate(
+            ((self.many_scenes, settings.scenes), (self.labelled_scenes, settings.labelled_scenes))
+        ):
+            write_scenes(root, count, settings.held_out_scenes, IMAGE_SIZE, seed=2 * self.seed + number)
+
+    def make_teacher(self, name: str) -> dict[str, Any]:
+        settings = self.settings
+        return train_teacher(
+            name,
+            self.many_scenes,
+            self._views(),
+            settings.teacher_steps,
+            settings.batch_size,
+            len(TEACHERS) * self.seed + list(TEACHERS).index(name),
+            self._checkpoint(name),
+        )
+
+    def make_cache(self, name: str) -> dict[str, Any]:
+        root, split = {
+            "many": (self.many_scenes, "train"),
+            "held out": (self.many_scenes, "val"),
+            "labelled": (self.labelled_scenes, "train"),
+        }[name]
+        views = self._views() if split == "train" else ViewPolicy(policy="multitask_eval", size=IMAGE_SIZE)
+        recipe = {
+            "cache": str(self._cache(name)),
+            "source": str(MiniScenes(root, split).images_folder),
+            "teachers": {
+                teacher: {"model": MINI_VIT, "checkpoint": str(self._checkpoint(teacher))}
+                for teacher in TEACHERS
+            },
+            "views": views.model_dump(),
+            "rows_per_shard": 128,
+            "runner": {"batch_size": 64, "decode_threads": 1},
+        }
+        cache = build(BuildRecipe.model_validate(recipe), Console(quiet=True)).cache
+        features = cache.read(range(min(64, cache.num_rows)))
+        last = {teacher: encoded.decode()[:, -1].flatten(0, 2) for teacher, encoded in features.items()}
+        return {"rows": cache.num_rows, "alikeness": alikeness(last)}
+
+    def distil(self, name: str) -> dict[str, Any]:
+        """Stage 1, and how near the student comes to each teacher."""
+        student = self._train(f"stage 1, {name}", "many", self.settings.stage_1_steps, STAGE_1[name])
+        cache = FeatureCache.open(self._cache("held out"))
+        found = representation_similarity(load_student(student), cache, batch_size=32, threads=1)
+        return {
+            "similarity": {teacher: similarity.mean for teacher, similarity in found.items()},
+            "levels": {teacher: similarity.levels for teacher, similarity in found.items()},
+        }
+
+    def learn(self, name: str) -> dict[str, Any]:
+        """Stage 2, or a baseline, and what it scores for each of its tasks."""
+        changes = dict((STAGE_2 | SINGLE_TASK)[name])
+        student = dict(changes.pop("student", {}))
+        if "init" in changes:
+            student["init_from"] = str(self._run(f"stage 1, {changes.pop('init')}") / "student")
+        dataset = {"kind": "scenes", "root": str(self.labelled_scenes)}
+        changes |= {
+            "student": student,
+            "multitask": {"dataset": dataset, "tasks": changes.pop("tasks", TASKS)},
+        }
+        trained = self._train(name, "labelled", self.settings.stage_2_steps, changes)
+        held_out = MiniScenes(self.labelled_scenes, "val")
+        found = evaluate(load_student(trained), held_out, batch_size=32, threads=1)
+        return {"scores": found.scores, "gates": found.gates, "parameters": found.parameters}
+
+    def result(self, what: str) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self._result(what).read_text())
+        return found
+
+    def do(self, step: str, name: str) -> float:
+        """Do one thing of `PHASES` unless it was done; returns its seconds, then or now."""
+        file = self._result(f"{step}, {name}")
+        if not file.exists():
+            started = time.perf_counter()
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with self.log.open("a") as log, redirect_stdout(log), redirect_stderr(log):
+                found = getattr(self, step)(name) or {}
+            temporary = file.with_suffix(".partial")
+            temporary.write_text(json.dumps(found | {"seconds": time.perf_counter() - started}) + "\n")
+            temporary.replace(file)
+        return float(self.result(f"{step}, {name}")["seconds"])
+
+    def _train(self, name: str, cache: str, steps: int, changes: Mapping[str, Any]) -> Path:
+        settings = self.settings
+        schedule = "poly" if "multitask" in changes else "cosine"  # those of the shipped recipes
+        recipe = {
+            "cache": str(self._cache(cache)),
+            "output": str(self._run(name)),
+            "optimizer": {"lr": settings.learning_rate},
+            "schedule": {"kind": schedule, "max_steps": steps, "warmup_steps": steps // 20, "final_lr": 0},
+            "batch_size_per_process": settings.batch_size,
+            "clip_norm": 10,
+            "mixed_precision": "no",
+            "seed": self.seed,
+            "checkpoint_every_steps": 200,
+            "log_every_steps": steps,
+            "picture_every_steps": 0,
+            "loader": {"threads": 1, "prefetch": 2},
+        }
+        student = {"stem": MINI_VIT, "pretrained": False} | changes.get("student", {})
+        result = train(TrainRecipe.model_validate(recipe | dict(changes) | {"student": student}))
+        if result.student is None:
+            raise KeyboardInterrupt(f"{name} was interrupted; the same command continues it")
+        return result.student
+
+    def _views(self) -> ViewPolicy:
+        return ViewPolicy(
+            policy="multitask_train",
+            num_views=self.settings.views,
+            size=IMAGE_SIZE,
+            seed=self.seed,
+            scale=SCALE,
+        )
+
+    def _checkpoint(self, teacher: str) -> Path:
+        return self.folder / "teachers" / f"{teacher}.safetensors"
+
+    def _cache(self, name: str) -> Path:
+        return self.folder / "caches" / name.replace(" ", "_")
+
+    def _run(self, name: str) -> Path:
+        return self.folder / "runs" / name.replace(",", "").replace(" ", "_")
+
+    def _result(self, what: str) -> Path:
+        return self.folder / "results" / f"{what.replace(',', '').replace(' ', '_')}.json"
+
+
+PHASES: dict[str, Sequence[str]] = {  # each needs the one before, but for its own parts nothing
+    "make_scenes": ["all"],
+    "make_teacher": list(TEACHERS),
+    "make_cache": ["many", "held out", "labelled"],
+    "distil": list(STAGE_1),
+    "learn": [*STAGE_2, *SINGLE_TASK],
+}
+
+
+def run_all(studies: Sequence[Study], processes: int) -> None:
+    """Every phase of every study, its parts side by side, with a line for each that is done."""
+    total, done, started = len(studies) * sum(map(len, PHASES.values())), 0, time.perf_counter()
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    pool = ProcessPoolExecutor(processes, get_context("spawn"), _start_worker, (threads,))
+    with pool:
+        for step, names in PHASES.items():
+            parts = {
+                pool.submit(study.do, step, name): f"seed {study.seed}, {step.replace('_', ' ')}: {name}"
+                for name in names
+                for study in studies
+            }
+            for part in as_completed(parts):
+                try:
+                    seconds = part.result()
+                except BaseException:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise
+                done += 1
+                passed = time.perf_counter() - started
+                print(f"[{done}/{total}, {passed:.0f} s] {parts[part]} ({seconds:.0f} s)", file=sys.stderr)
+
+
+def _start_worker(threads: int) -> None:
+    torch.set_num_threads(threads)
+
+
+def collect(studies: Sequence[Study]) -> dict[str, Any]:
+    """Every figure as a list over the seeds, and what the claims of the paper come to."""
+
+    def of(what: str, *keys: str) -> list[Any]:
+        found: list[Any] = [study.result(what) for study in studies]
+        for key in keys:
+            found = [part[key] for part in found]
+        return found
+
+    similarity = {
+        row: {teacher: of(f"distil, {row}", "similarity", teacher) for teacher in TEACHERS} for row in STAGE_1
+    }
+    for by_teacher in similarity.values():
+        by_teacher["mean"] = [statistics.mean(values) for values in zip(*by_teacher.values(), strict=True)]
+    scores = {row: {task: of(f"learn, {row}", "scores", task) for task in TASKS} for row in STAGE_2}
+    single = {task: of(f"learn, single {task}", "scores", task) for task in TASKS}
+    gain = {row: [_gain(scores[row], single, number) for number in range(len(studies))] for row in STAGE_2}
+    sides: dict[str, tuple[Sequence[float], Sequence[float], float]] = {
+        "paths nearer than no paths (Table 17)": (
+            similarity["paths"]["mean"],
+            similarity["no paths"]["mean"],
+            PAPER_SIMILARITY["paths"] - PAPER_SIMILARITY["no paths"],
+        )
+    }
+    for claim, (better, worse) in CLAIMS.items():
+        sides[claim] = gain[better], gain[worse], PAPER_GAIN[better] - PAPER_GAIN[worse]
+    return {
+        "benchmark": "mini_sak",
+        "settings": asdict(studies[0].settings),
+        "seeds": [study.seed for study in studies],
+        "teachers": {
+            name: {
+                task: {kind: of(f"make_teacher, {name}", kind, task) for kind in ("score", "guess")}
+                for task in tasks
+            }
+            for name, tasks in TEACHERS.items()
+        },
+        "alikeness": {
+            pair: of("make_cache, held out", "alikeness", pair)
+            for pair in studies[0].result("make_cache, held out")["alikeness"]
+        },
+        "similarity": similarity,
+        "scores": {**scores, "single": single},
+        "gain": gain,
+        "claims": {claim: compare(*values) for claim, values in sides.items()},
+        "seconds": {
+            f"{step}, {name}": of(f"{step}, {name}", "seconds")
+            for step, names in PHASES.items()
+            for name in names
+        },
+    }
+
+
+def _gain(scores: Mapping[str, Sequence[float]], single: Mapping[str, Sequence[float]], seed: int) -> float:
+    """Δm in percent against the single-task students of the same seed (SAK, Eq. 7)."""
+    lower = [task for task in TASKS if TASK_OUTPUTS[task].lower_is_better]
+    ours, theirs = ({task: row[task][seed] for task in TASKS} for row in (scores, single))
+    return 100 * mtl_gain(ours, theirs, lower)
+
+
+def compare(better: Sequence[float], worse: Sequence[float], paper: float) -> dict[str, Any]:
+    """The differences over the seeds, beside the paper's (positive, as its claim has the better first)."""
+    differences = [b - w for b, w in zip(better, worse, strict=True)]
+    held = sum(difference > 0 for difference in differences)
+    verdict = {len(differences): "agrees", 0: "contradicts"}.get(held, "undecided")
+    if len(differences) == 1:
+        verdict = "one seed says nothing"
+    return {"differences": differences, "held": held, "paper": paper, "verdict": verdict}
+
+
+def ignorant_teachers(teachers: Mapping[str, Any]) -> list[str]:
+    """Those that in some seed do not beat a guess at one of their tasks."""
+    return [
+        name
+        for name, tasks in teachers.items()
+        if any(
+            score <= guess
+            for found in tasks.values()
+            for score, guess in zip(found["score"], found["guess"], strict=True)
+        )
+    ]
+
+
+def print_results(results: Mapping[str, Any]) -> None:
+    console = Console(width=120)
+    seeds, similarity, scores = len(results["seeds"]), results["similarity"], results["scores"]
+    print(
+        f"mean ± standard deviation over {seeds} seeds, each with scenes, teachers and students of its own\n"
+    )
+
+    table = _table("The teachers on scenes they have not seen", "teacher", "its task", "score", "a guess")
+    for name, tasks in results["teachers"].items():
+        for task, found in tasks.items():
+            table.add_row(name, _heading(task), _spread(found["score"]), _spread(found["guess"]))
+    console.print(table)
+
+    table = _table("How alike two teachers are", "teachers", "linear CKA of the last level (1: the same)")
+    for pair, values in results["alikeness"].items():
+        table.add_row(pair, _spread(values, 3))
+    console.print(table)
+
+    table = _table("Table 17 in miniature: cosine to the teachers", "", *TEACHERS, "mean", "paper's mean")
+    for row in ("no paths", "paths"):
+        cells = (_spread(values, 4) for values in similarity[row].values())
+        table.add_row(row, *cells, f"{PAPER_SIMILARITY[row]:.4f}")
+    console.print(table)
+
+    heads = *(_heading(task) for task in TASKS), "Δm %", "paper's"
+    table = _table("Table 3 in miniature", "paths, fusion", "similarity", *heads)
+    for row, name in {"no paths": "no paths", "sum": "paths, sum", "mor": "paths, MoR"}.items():
+        near = similarity["no paths" if row == "no paths" else "paths"]["mean"]
+        table.add_row(name, _spread(near, 3), *_score_cells(results, row))
+    table.add_row("single-task", "", *(_spread(scores["single"][task]) for task in TASKS), "0", "0")
+    console.print(table)
+
+    table = _table("Table 4 in miniature", "distilled in", *heads)
+    for row in ("neither", "stage 2 alone", "stage 1 alone", "mor"):
+        table.add_row("both stages" if row == "mor" else row, *_score_cells(results, row))
+    console.print(table)
+
+    table = _table("What the paper claims", "", "difference", "seeds", "paper's", "verdict")
+    for claim, found in results["claims"].items():
+        digits = 3 if "Table 17" in claim else 2
+        table.add_row(
+            claim,
+            _spread(found["differences"], digits, sign="+"),
+            f"{found['held']} of {seeds}",
+            f"{found['paper']:+.{digits}f}",
+            found["verdict"],
+        )
+    console.print(table)
+    print(json.dumps(results))
+
+
+def _table(title: str, *heads: str) -> Table:
+    return Table(*heads, title=title, title_justify="left")
+
+
+def _heading(task: str) -> str:
+    if task not in TASK_OUTPUTS:
+        return "hidden pixels, % explained ↑"
+    output = TASK_OUTPUTS[task]
+    return f"{task} {output.metric} {output.unit} {'↓' if output.lower_is_better else '↑'}"
+
+
+def _score_cells(results: Mapping[str, Any], row: str) -> list[str]:
+    cells = [_spread(results["scores"][row][task]) for task in TASKS]
+    return [*cells, _spread(results["gain"][row], sign="+"), f"{PAPER_GAIN[row]:+.2f}"]
+
+
+def _spread(values: Sequence[float], digits: int = 2, sign: str = "") -> str:
+    mean = f"{statistics.mean(values):{sign}.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+if __name__ == "__main__":
+    main()
