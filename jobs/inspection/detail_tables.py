@@ -70,11 +70,23 @@ def _shard_facts(shard: Mapping[str, Any]) -> dict[str, str | Text]:
         )
         or "–",
         "invalid rows": ", ".join(map(str, record.get("invalid_rows", ()))) or "none",
+        "channels' spread\nmin median max": _channels(record.get("channels")),
         "seconds": ", ".join(f"{stage} {value:.3g}" for stage, value in seconds.items()) or "–",
         "versions": ", ".join(f"{name} {versions[name]}" for name in ("torch", "timm") if name in versions)
         or "–",
         "content id": record.get("content_id", "–"),
     }
+
+
+def _channels(levels: list[dict[str, float]] | str | None) -> str | Text:
+    if isinstance(levels, str):
+        return Text(levels, style="red")
+    return "\n".join(_spread(level) for level in levels or ()) or "–"
+
+
+def _spread(level: Mapping[str, float]) -> str:
+    values = " ".join(f"{level[name]:.3g}" for name in ("spread_min", "spread_median", "spread_max"))
+    return values + (f", {level['dead']} dead" if level["dead"] else "")
 
 
 def _row_facts(row: Mapping[str, Any]) -> dict[str, str | Text]:

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import safetensors.numpy
+import xxhash
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
@@ -120,8 +121,38 @@ def _shard_state(manifest: Manifest, spec: CacheSpec, teacher: str, shard: int) 
     return {
         "state": f"broken: {problems[0]}" if problems else "committed",
         "nbytes": record.nbytes,
+        "channels": None if problems else _channels(manifest.storage, record),
         **record.model_dump(mode="json", exclude={"teacher", "shard", "members"}),
     }
+
+
+def _channels(storage: Storage, record: CommitRecord) -> list[dict[str, float]] | str | None:
+    """The shard's statistics, by level: the spread (standard deviation) of channels, and dead ones.
+
+    None where the shard was computed without, and why where they cannot be read.
+    """
+    name = next((name for name in record.files if name.startswith("stats/")), None)
+    if name is None:
+        return None
+    try:
+        data = storage.read_range(name, 0, _MAX_CHUNK_NBYTES)
+        if xxhash.xxh3_128_hexdigest(data) != record.files[name].checksum:
+            raise ValueError(f"{name} is not what its commit record says")
+        moments = safetensors.numpy.load(data)
+        spread_SC = np.sqrt(moments["squares"] / max(int(moments["count"]), 1))
+        mean_SC = moments["mean"]
+        return [
+            {
+                "mean": float(mean_C.mean()),
+                "spread_min": float(spread_C.min()),
+                "spread_median": float(np.median(spread_C)),
+                "spread_max": float(spread_C.max()),
+                "dead": int((spread_C == 0).sum()),
+            }
+            for mean_C, spread_C in zip(mean_SC, spread_SC, strict=True)
+        ]
+    except (CacheError, OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        return f"broken: {describe(error)}"
 
 
 def _row_state(manifest: Manifest, spec: CacheSpec, teacher: str, shard: int, place: int) -> dict[str, Any]:

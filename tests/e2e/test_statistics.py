@@ -11,6 +11,7 @@ from rich.console import Console
 from cache_builder import build
 from cache_builder.repair import repair
 from cache_builder.verify import verify
+from jobs.inspection.details import shard_details
 from jobs.inspection.summary import summarize
 from pipeline import FeatureCache
 from pipeline.errors import CacheError
@@ -87,6 +88,19 @@ def test_damaged_statistics_are_found_and_mended(tmp_path: Path, images: Path) -
     assert torch.equal(
         FeatureCache.open(tmp_path / "cache").statistics("tiny").squares_SC, expected.squares_SC
     )
+
+
+def test_inspecting_a_shard_shows_its_statistics(tmp_path: Path, images: Path) -> None:
+    cache = build(build_recipe(tmp_path / "cache", images, rows_per_shard=32), QUIET).cache
+    std_SC = cache.statistics("tiny").std_SC()
+    levels = shard_details(cache.manifest, 0)["teachers"]["tiny"]["channels"]
+    assert [level["spread_max"] for level in levels] == pytest.approx(std_SC.amax(1).tolist())
+    assert [level["spread_median"] for level in levels] == pytest.approx(std_SC.quantile(0.5, 1).tolist())
+    assert [level["dead"] for level in levels] == [0] * 4
+    file = tmp_path / "cache/stats/tiny/00000.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\xff")
+    found = shard_details(cache.manifest, 0)["teachers"]["tiny"]["channels"]
+    assert "not what its commit record says" in found
 
 
 def test_a_cache_computed_without_statistics_says_so(tmp_path: Path, images: Path) -> None:
