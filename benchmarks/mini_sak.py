@@ -9,6 +9,8 @@ different objectives (labels; hidden pixels; edges), caches of their features, s
 learn from many scenes, whose labels only they see; stage 1 distils them on the same images; stage 2 learns
 five tasks from the labels of fewer, other scenes. Similarity and scores are of scenes that nobody was trained
 on. Students and teachers are one architecture of 0.3M parameters, the students' stem without pretraining.
+The paper does not say whether, without paths, it compares the stem or what its aligners make of it: here are
+both.
 
 What is compared with the paper is the sign of a difference, seed by seed: the size of one on images of 64×64
 pixels says nothing of ViT-B. "agrees": it has the paper's sign in every seed; "contradicts": the opposite in
@@ -38,6 +40,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from benchmarks.mini_teachers import IMAGE_SIZE, MINI_VIT, TEACHERS, MiniScenes, alikeness, train_teacher
 from cache_builder import build
@@ -53,7 +56,7 @@ from student.repsim import representation_similarity
 from student.task_outputs import TASK_OUTPUTS
 from student.train import train
 
-TASKS = ("semseg", "parts", "saliency", "normals", "boundary")  # those of PASCAL-Context
+TASKS = ("semseg", "saliency", "normals", "depth", "boundary")  # parts of people are too small to be learnt
 SCALE = (1.0, 1.5)  # of the views: a magnified window, never padding
 RESULTS, SETTINGS = "results.json", "settings.json"
 
@@ -69,6 +72,11 @@ STAGE_2: dict[str, dict[str, Any]] = {  # as docs/recipes.md has the rows of the
 }
 SINGLE_TASK = {f"single {task}": {**LABELS_ALONE, "tasks": [task]} for task in TASKS}
 
+SIMILARITY = {  # of which student, and what its row is called
+    "stem": ("no paths", "no paths: the stem itself"),
+    "no paths": ("no paths", "no paths: through linear aligners"),
+    "paths": ("paths", "paths"),
+}
 PAPER_SIMILARITY = {"no paths": 0.3344, "paths": 0.8707}  # Table 17, over its three teachers
 PAPER_GAIN = {  # Tables 3 and 4
     "no paths": -1.21,
@@ -78,6 +86,7 @@ PAPER_GAIN = {  # Tables 3 and 4
     "stage 2 alone": -3.63,
     "stage 1 alone": -0.60,
 }
+PATHS_CLAIM = "paths nearer than"
 CLAIMS = {  # Δm of the first above that of the second
     "MoR above sum (Table 3)": ("mor", "sum"),
     "MoR above no paths (Table 3)": ("mor", "no paths"),
@@ -100,14 +109,14 @@ class Settings:
     batch_size: int = 16
     teacher_steps: int = 600
     stage_1_steps: int = 600
-    stage_2_steps: int = 350
+    stage_2_steps: int = 300
     learning_rate: float = 1e-3
 
 
 SMOKE = Settings(
     scenes=16,
     labelled_scenes=8,
-    held_out_scenes=8,
+    held_out_scenes=4,
     views=1,
     batch_size=4,
     teacher_steps=3,
@@ -141,7 +150,7 @@ def parse() -> tuple[argparse.Namespace, Settings]:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     defaults = Settings()
-    parser.add_argument("--seeds", type=int, default=3, help="how often everything is done anew (3)")
+    parser.add_argument("--seeds", type=int, help="how often everything is done anew (3; with --smoke 1)")
     parser.add_argument("--output", type=Path, default=Path("runs/mini_sak"), help="folder (runs/mini_sak)")
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto", help="auto takes a GPU if any")
     parser.add_argument(
@@ -152,6 +161,8 @@ def parse() -> tuple[argparse.Namespace, Settings]:
         shown = f"{value:g} (with --smoke {asdict(SMOKE)[key]:g})"
         parser.add_argument(f"--{key.replace('_', '-')}", type=type(value), help=shown)
     arguments = parser.parse_args()
+    if arguments.seeds is None:
+        arguments.seeds = 1 if arguments.smoke else 3
     given = {key: value for key in asdict(defaults) if (value := getattr(arguments, key)) is not None}
     settings = Settings(**asdict(SMOKE if arguments.smoke else defaults) | given)
     if min(arguments.seeds, arguments.processes, *asdict(settings).values()) <= 0:
@@ -173,7 +184,7 @@ def claim_folder(output: Path, settings: Settings) -> None:
 
 @dataclass(frozen=True)
 class Study:
-    """All of one seed, in one folder. What is done has its JSON in `results`, and is not done again."""
+    """All of one seed, in one folder. What is done has its JSON in `results/`, and is not done again."""
 
     folder: Path
     seed: int
@@ -239,10 +250,14 @@ class Study:
         """Stage 1, and how near the student comes to each teacher."""
         student = self._train(f"stage 1, {name}", "many", self.settings.stage_1_steps, STAGE_1[name])
         cache = FeatureCache.open(self._cache("held out"))
-        found = representation_similarity(load_student(student), cache, batch_size=32, threads=1)
+        loaded = load_student(student).to("cuda" if torch.cuda.is_available() else "cpu")
+        found = representation_similarity(loaded, cache, batch_size=32, threads=1)
+        for path in loaded.get_submodule("paths").children():
+            path.aligners = nn.ModuleList()  # as wide as the teachers, the stem can be compared itself
+        bare = representation_similarity(loaded, cache, batch_size=32, threads=1)
         return {
             "similarity": {teacher: similarity.mean for teacher, similarity in found.items()},
-            "levels": {teacher: similarity.levels for teacher, similarity in found.items()},
+            "without aligners": {teacher: similarity.mean for teacher, similarity in bare.items()},
         }
 
     def learn(self, name: str) -> dict[str, Any]:
@@ -265,18 +280,20 @@ class Study:
         found: dict[str, Any] = json.loads(self._result(what).read_text())
         return found
 
+    def is_done(self, step: str, name: str) -> bool:
+        return self._result(f"{step}, {name}").exists()
+
     def do(self, step: str, name: str) -> float:
-        """Do one thing of `PHASES` unless it was done; returns its seconds, then or now."""
-        file = self._result(f"{step}, {name}")
-        if not file.exists():
-            started = time.perf_counter()
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with self.log.open("a") as log, redirect_stdout(log), redirect_stderr(log):
-                found = getattr(self, step)(name) or {}
-            temporary = file.with_suffix(".partial")
-            temporary.write_text(json.dumps(found | {"seconds": time.perf_counter() - started}) + "\n")
-            temporary.replace(file)
-        return float(self.result(f"{step}, {name}")["seconds"])
+        """Do one part of `PHASES` and write down what it found; returns the seconds that it took."""
+        file, started = self._result(f"{step}, {name}"), time.perf_counter()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("a") as log, redirect_stdout(log), redirect_stderr(log):
+            found = getattr(self, step)(name) or {}
+        seconds = time.perf_counter() - started
+        temporary = file.with_suffix(".partial")
+        temporary.write_text(json.dumps(found | {"seconds": seconds}) + "\n")
+        temporary.replace(file)
+        return seconds
 
     def _train(self, name: str, cache: str, steps: int, changes: Mapping[str, Any]) -> Path:
         settings = self.settings
@@ -334,25 +351,25 @@ PHASES: dict[str, Sequence[str]] = {  # each needs the one before, but for its o
 
 def run_all(studies: Sequence[Study], processes: int) -> None:
     """Every phase of every study, its parts side by side, with a line for each that is done."""
-    total, done, started = len(studies) * sum(map(len, PHASES.values())), 0, time.perf_counter()
+    left = {
+        step: [(study, name) for name in names for study in studies if not study.is_done(step, name)]
+        for step, names in PHASES.items()
+    }
+    total, done, started = sum(map(len, left.values())), 0, time.perf_counter()
     threads = max(1, (os.cpu_count() or 1) // processes)
-    pool = ProcessPoolExecutor(processes, get_context("spawn"), _start_worker, (threads,))
-    with pool:
-        for step, names in PHASES.items():
-            parts = {
-                pool.submit(study.do, step, name): f"seed {study.seed}, {step.replace('_', ' ')}: {name}"
-                for name in names
-                for study in studies
-            }
-            for part in as_completed(parts):
+    with ProcessPoolExecutor(processes, get_context("spawn"), _start_worker, (threads,)) as pool:
+        for step, parts in left.items():
+            running = {pool.submit(study.do, step, name): (study.seed, name) for study, name in parts}
+            for part in as_completed(running):
                 try:
                     seconds = part.result()
                 except BaseException:
                     pool.shutdown(wait=False, cancel_futures=True)
                     raise
                 done += 1
-                passed = time.perf_counter() - started
-                print(f"[{done}/{total}, {passed:.0f} s] {parts[part]} ({seconds:.0f} s)", file=sys.stderr)
+                seed, name = running[part]
+                line = f"seed {seed}, {step.replace('_', ' ')}: {name} ({seconds:.0f} s)"
+                print(f"[{done}/{total}, {time.perf_counter() - started:.0f} s] {line}", file=sys.stderr)
 
 
 def _start_worker(threads: int) -> None:
@@ -369,7 +386,11 @@ def collect(studies: Sequence[Study]) -> dict[str, Any]:
         return found
 
     similarity = {
-        row: {teacher: of(f"distil, {row}", "similarity", teacher) for teacher in TEACHERS} for row in STAGE_1
+        row: {
+            teacher: of(f"distil, {student}", "without aligners" if row == "stem" else "similarity", teacher)
+            for teacher in TEACHERS
+        }
+        for row, (student, _) in SIMILARITY.items()
     }
     for by_teacher in similarity.values():
         by_teacher["mean"] = [statistics.mean(values) for values in zip(*by_teacher.values(), strict=True)]
@@ -377,11 +398,12 @@ def collect(studies: Sequence[Study]) -> dict[str, Any]:
     single = {task: of(f"learn, single {task}", "scores", task) for task in TASKS}
     gain = {row: [_gain(scores[row], single, number) for number in range(len(studies))] for row in STAGE_2}
     sides: dict[str, tuple[Sequence[float], Sequence[float], float]] = {
-        "paths nearer than no paths (Table 17)": (
+        f"{PATHS_CLAIM} {what} (Table 17)": (
             similarity["paths"]["mean"],
-            similarity["no paths"]["mean"],
+            similarity[row]["mean"],
             PAPER_SIMILARITY["paths"] - PAPER_SIMILARITY["no paths"],
         )
+        for row, what in (("stem", "the stem itself"), ("no paths", "linear aligners"))
     }
     for claim, (better, worse) in CLAIMS.items():
         sides[claim] = gain[better], gain[worse], PAPER_GAIN[better] - PAPER_GAIN[worse]
@@ -443,11 +465,12 @@ def ignorant_teachers(teachers: Mapping[str, Any]) -> list[str]:
 
 
 def print_results(results: Mapping[str, Any]) -> None:
-    console = Console(width=120)
+    console = Console(width=150)
     seeds, similarity, scores = len(results["seeds"]), results["similarity"], results["scores"]
-    print(
-        f"mean ± standard deviation over {seeds} seeds, each with scenes, teachers and students of its own\n"
-    )
+    print(f"mean ± standard deviation over {seeds} seeds, each with scenes, teachers and students of its own")
+    if ignorant := ignorant_teachers(results["teachers"]):
+        print(f"No better than a guess: {', '.join(ignorant)}. This was too short to compare anything.")
+    print()
 
     table = _table("The teachers on scenes they have not seen", "teacher", "its task", "score", "a guess")
     for name, tasks in results["teachers"].items():
@@ -461,9 +484,9 @@ def print_results(results: Mapping[str, Any]) -> None:
     console.print(table)
 
     table = _table("Table 17 in miniature: cosine to the teachers", "", *TEACHERS, "mean", "paper's mean")
-    for row in ("no paths", "paths"):
-        cells = (_spread(values, 4) for values in similarity[row].values())
-        table.add_row(row, *cells, f"{PAPER_SIMILARITY[row]:.4f}")
+    for row, (student, name) in SIMILARITY.items():
+        cells = (_spread(values, 3) for values in similarity[row].values())
+        table.add_row(name, *cells, f"{PAPER_SIMILARITY[student]:.4f}")
     console.print(table)
 
     heads = *(_heading(task) for task in TASKS), "Δm %", "paper's"
@@ -481,7 +504,7 @@ def print_results(results: Mapping[str, Any]) -> None:
 
     table = _table("What the paper claims", "", "difference", "seeds", "paper's", "verdict")
     for claim, found in results["claims"].items():
-        digits = 3 if "Table 17" in claim else 2
+        digits = 3 if claim.startswith(PATHS_CLAIM) else 2
         table.add_row(
             claim,
             _spread(found["differences"], digits, sign="+"),

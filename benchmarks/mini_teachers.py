@@ -1,6 +1,6 @@
 """Three small teachers that know different things, trained from scratch on synthetic scenes.
 
-labels   which class each pixel is of, and which part of a person
+labels   which class each pixel is of
 masked   images alone: the pixels of patches that are hidden (as SimMIM, Xie et al., 2022)
 edges    where things end, and which thing stands out
 
@@ -38,7 +38,7 @@ MINI_VIT = "mini_vit"
 IMAGE_SIZE = (64, 64)
 PATCH = 8
 TEACHERS: dict[str, tuple[str, ...]] = {
-    "labels": ("semseg", "parts"),
+    "labels": ("semseg",),
     "masked": ("pixels",),
     "edges": ("boundary", "saliency"),
 }
