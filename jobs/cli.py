@@ -7,8 +7,9 @@ import json
 import os
 import signal
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console, RenderableType
@@ -486,6 +487,68 @@ def repsim(
         _print_json({name: {"levels": s.levels, "mean": s.mean} for name, s in found.items()})
     else:
         console.print(similarity_table(found))
+
+
+@app.command()
+def probe(
+    train: Annotated[str, typer.Argument(metavar="TRAIN", help="Caches, or with --student labelled images.")],
+    test: Annotated[str, typer.Argument(metavar="TEST", help="The same, of the images to measure on.")],
+    student: Annotated[
+        str | None, typer.Option(help="Probe this student: a folder that `train` wrote (…/student).")
+    ] = None,
+    teachers: Annotated[str, typer.Option(help="Teachers of the caches, separated by commas; or all.")] = "",
+    tokens: Annotated[
+        Literal["cls", "mean"] | None, typer.Option(help="Of a teacher: these alone instead of both.")
+    ] = None,
+    size: Annotated[int | None, typer.Option(min=1, help="Pixels that the student sees; its own.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images of one forward pass or read.")] = 16,
+    threads: Annotated[int, typer.Option(min=1, help="Threads that read and render.")] = 2,
+    as_json: Json = False,
+) -> None:
+    """Top-1 accuracy of a linear classifier on frozen features (SAK, Table 26).
+
+    On a teacher's features straight from two caches, or with `--student` on two places with labelled images.
+    `accelerate launch -m jobs.cli probe …` does the same with several processes.
+
+    Example: `teachercache probe /data/train /data/val --student runs/base/student --size 224`
+    """
+    from pipeline.cache import FeatureCache
+    from pipeline.sources import open_source
+    from student import load_student
+    from student.evaluate import process_state
+    from student.image_features import CachedTeacherFeatures, StudentFeatures, require_same_teacher
+    from student.linear_probe import linear_probe, probe_table
+
+    device, is_first = process_state().device, os.environ.get("RANK", "0") == "0"
+    found = []
+    with console.status("") if is_first else nullcontext() as status:
+        tell = status.update if status else None
+        if student:
+            loaded = load_student(student).to(device)
+            square = (size, size) if size else None
+            images = (
+                StudentFeatures(loaded, open_source(place), square, batch_size, threads)
+                for place in (train, test)
+            )
+            found.append(linear_probe(*images, name=student, progress=tell))
+        else:
+            caches = FeatureCache.open(train), FeatureCache.open(test)
+            names = [name.strip() for name in teachers.split(",")] if teachers else caches[0].teachers
+            for name in names:
+                one, other = (
+                    CachedTeacherFeatures(cache, name, tokens, batch_size, threads) for cache in caches
+                )
+                require_same_teacher(one, other)
+                title = name if one.spec.pretrained else f"{name} (random weights)"
+                found.append(linear_probe(one, other, name=title, progress=tell))
+    if not is_first:
+        return
+    if as_json:
+        _print_json([dataclasses.asdict(one) for one in found])
+    else:
+        from rich.markdown import Markdown
+
+        console.print(Markdown(probe_table(found)))
 
 
 @app.command()

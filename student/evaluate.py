@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import json
 import time
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -41,6 +40,7 @@ from student.base import Student, StudentOutput
 from student.datasets import LabelledDataset
 from student.datasets.labels import render_labels
 from student.figures import gate_figure, prediction_figure
+from student.in_threads import in_threads
 from student.metrics import mtl_gain
 from student.paper_results import backbone_of, paper_rows
 from student.task_outputs import TASK_OUTPUTS, update, value
@@ -236,14 +236,7 @@ def _batches(
         labels = render_labels(dataset.labels(number, tasks), view, size)
         return _Item(key, render_view(image, view, size), labels)
 
-    with ThreadPoolExecutor(threads, thread_name_prefix="evaluate") as pool:
-        pending: deque[Future[_Item]] = deque()
-        rest = iter(numbers)
-        while True:
-            pending += [pool.submit(make, n) for n in islice(rest, 3 * batch_size - len(pending))]
-            if not pending:
-                return
-            yield [pending.popleft().result() for _ in range(min(batch_size, len(pending)))]
+    return in_threads(make, numbers, batch_size, threads)
 
 
 def _mean(sums: Mapping[str, list[Tensor]], count: int) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from student.metrics.base import SumMetric
 from student.metrics.boundary import BoundaryBenchmark, BoundaryScores
 from student.metrics.dense import RMSE, MaxF, MeanAngularError, MeanIoU
 from student.metrics.gain import mtl_gain
+from student.metrics.top1 import Top1
 
 __all__ = [
     "RMSE",
@@ -19,5 +20,6 @@ __all__ = [
     "MeanAngularError",
     "MeanIoU",
     "SumMetric",
+    "Top1",
     "mtl_gain",
 ]
