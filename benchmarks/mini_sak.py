@@ -358,18 +358,17 @@ def run_all(studies: Sequence[Study], processes: int) -> None:
     total, done, started = sum(map(len, left.values())), 0, time.perf_counter()
     threads = max(1, (os.cpu_count() or 1) // processes)
     with ProcessPoolExecutor(processes, get_context("spawn"), _start_worker, (threads,)) as pool:
-        for step, parts in left.items():
-            running = {pool.submit(study.do, step, name): (study.seed, name) for study, name in parts}
-            for part in as_completed(running):
-                try:
-                    seconds = part.result()
-                except BaseException:
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    raise
-                done += 1
-                seed, name = running[part]
-                line = f"seed {seed}, {step.replace('_', ' ')}: {name} ({seconds:.0f} s)"
-                print(f"[{done}/{total}, {time.perf_counter() - started:.0f} s] {line}", file=sys.stderr)
+        try:
+            for step, parts in left.items():
+                running = {pool.submit(study.do, step, name): (study.seed, name) for study, name in parts}
+                for part in as_completed(running):
+                    (seed, name), seconds = running[part], part.result()
+                    done += 1
+                    line = f"seed {seed}, {step.replace('_', ' ')}: {name} ({seconds:.0f} s)"
+                    print(f"[{done}/{total}, {time.perf_counter() - started:.0f} s] {line}", file=sys.stderr)
+        except BaseException:  # Ctrl-C too: what has not begun is for the next time
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def _start_worker(threads: int) -> None:
