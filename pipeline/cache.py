@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, NoReturn, SupportsIndex
 
@@ -183,19 +183,21 @@ class FeatureCache:
     def _committed(self) -> dict[str, NDArray[np.bool_]]:
         return {}
 
-    def commits(self, teacher: str) -> dict[int, CommitRecord]:
-        if teacher not in self._commits:
-            records = self.manifest.commits(teacher, np.flatnonzero(self.committed(teacher)).tolist())
-            for shard, record in records.items():
-                if (mismatch := record.mismatch(self.spec)) is not None:
-                    raise CorruptShardError(
-                        f"Shard {shard} of {teacher} is not of this cache.",
-                        got=f"a commit record that {mismatch}",
-                        expected="the record that the build wrote",
-                        do=f"run: teachercache repair {self.storage.url}",
-                    )
-            self._commits[teacher] = records
-        return self._commits[teacher]
+    def commits(self, teacher: str, shards: Iterable[int] | None = None) -> dict[int, CommitRecord]:
+        """The commit records of these committed shards, or of all; each is read once."""
+        wanted = np.flatnonzero(self.committed(teacher)).tolist() if shards is None else list(shards)
+        known = self._commits.setdefault(teacher, {})
+        unknown = [shard for shard in wanted if shard not in known]
+        for shard, record in self.manifest.commits(teacher, unknown).items():
+            if (mismatch := record.mismatch(self.spec)) is not None:
+                raise CorruptShardError(
+                    f"Shard {shard} of {teacher} is not of this cache.",
+                    got=f"a commit record that {mismatch}",
+                    expected="the record that the build wrote",
+                    do=f"run: teachercache repair {self.storage.url}",
+                )
+            known[shard] = record
+        return {shard: known[shard] for shard in wanted}
 
     @cached_property
     def _commits(self) -> dict[str, dict[int, CommitRecord]]:
@@ -236,6 +238,32 @@ class FeatureCache:
     def _invalid_rows(self, teacher: str) -> NDArray[np.int64]:
         rows = [row for record in self.commits(teacher).values() for row in record.invalid_rows]
         return np.array(sorted(rows), np.int64)
+
+    def readable(self, teacher: str, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which of these rows a teacher holds: committed, and of an image that could be decoded.
+
+        Reads the records of their shards alone. Raises as `commits` does, `IndexError` for unknown rows.
+        """
+        self.index.locate(rows)
+        places = self._readable_places(teacher)
+        if not places[rows].all():
+            shards = np.unique(rows // self.spec.rows_per_shard)
+            committed = shards[self.committed(teacher)[shards]].tolist()
+            for record in self.commits(teacher, committed).values():
+                held = np.ones(record.num_rows, bool)
+                held[np.array(record.invalid_rows, np.int64) - record.first_row] = False
+                places[record.first_row : record.first_row + record.num_rows] = held
+        return places[rows]
+
+    def _readable_places(self, teacher: str) -> NDArray[np.bool_]:
+        """The places of a teacher's shards that are known to hold a row; a look into it costs nothing."""
+        if teacher not in self._places:
+            self._places[teacher] = np.zeros(self.spec.num_shards * self.spec.rows_per_shard, bool)
+        return self._places[teacher]
+
+    @cached_property
+    def _places(self) -> dict[str, NDArray[np.bool_]]:
+        return {}
 
     def read(
         self,
@@ -326,28 +354,13 @@ class FeatureCache:
         return tensors
 
     def _require_rows(self, teacher: str, rows: NDArray[np.int64]) -> None:
-        readable = self._readable(teacher)
-        if rows.size and (rows.min() < 0 or rows.max() >= readable.size or not readable[rows].all()):
-            self._refuse(teacher, rows)
+        known = self._readable_places(teacher)
+        if rows.size and (rows.min() < 0 or rows.max() >= known.size or not known[rows].all()):
+            readable = self.readable(teacher, rows)
+            if not readable.all():
+                self._refuse(teacher, rows, readable)
 
-    def _readable(self, teacher: str) -> NDArray[np.bool_]:
-        """Which places of a teacher's shards hold a row that can be read."""
-        if teacher not in self._readable_rows:
-            committed = np.repeat(self.committed(teacher), self.spec.rows_per_shard)
-            readable = np.zeros_like(committed)
-            for segment in self.spec.segments:
-                rows = slice(segment.first_row, segment.first_row + segment.num_rows)
-                readable[rows] = committed[rows]
-            readable[self._invalid_rows(teacher)] = False
-            self._readable_rows[teacher] = readable
-        return self._readable_rows[teacher]
-
-    @cached_property
-    def _readable_rows(self) -> dict[str, NDArray[np.bool_]]:
-        return {}
-
-    def _refuse(self, teacher: str, rows: NDArray[np.int64]) -> NoReturn:
-        self.index.locate(rows)
+    def _refuse(self, teacher: str, rows: NDArray[np.int64], readable: NDArray[np.bool_]) -> NoReturn:
         committed = self.committed(teacher)[rows // self.spec.rows_per_shard]
         if not committed.all():
             shards = np.unique(rows[~committed] // self.spec.rows_per_shard)
@@ -357,11 +370,10 @@ class FeatureCache:
                 expected="rows of committed shards",
                 do="run the same build command again; it computes only what is missing",
             )
-        invalid = np.intersect1d(rows, self._invalid_rows(teacher))
-        samples, _, _ = self.index.locate(invalid)
+        row = int(rows[~readable].min())
         raise CacheError(
-            f"Row {invalid[0]} holds nothing: its image could not be decoded.",
-            got=f"sample {self.key(int(samples[0]))}",
+            f"Row {row} holds nothing: its image could not be decoded.",
+            got=f"sample {self.key(int(self.index.locate(row)[0]))}",
             expected="rows of `valid_samples()`",
             do=f"see {self.storage.url}/quarantine for the reason",
         )
@@ -409,7 +421,7 @@ class FeatureCache:
         Raises `CorruptShardError`, in a cache opened with `checksums`, for a tar that was damaged.
         """
         if self.spec.images == "copy" and self._images is None:
-            shard, offset, nbytes = self._copies[sample_index]
+            shard, offset, nbytes = self._copy(sample_index)
             if self._reading[1]:
                 self._require_sound_tar(shard)
             return self.storage.read_range(image_tar_name(shard), offset, nbytes)
@@ -421,7 +433,7 @@ class FeatureCache:
             if shard in self._sound_tars:
                 return
             name = image_tar_name(shard)
-            record = self.commits(IMAGES)[shard].files.get(name)
+            record = self.commits(IMAGES, [shard])[shard].files.get(name)
             found = self.storage.checksum(name) if self.storage.exists(name) else None
             if record is None or found != record.checksum:
                 raise CorruptShardError(
@@ -439,15 +451,12 @@ class FeatureCache:
         )
         return self.source.read(path, offset, nbytes)
 
-    @cached_property
-    def _copies(self) -> dict[int, tuple[int, int, int]]:
-        """(shard, offset, nbytes) of every copied image, from the commit records of the tars."""
-        copies = {}
-        for shard, record in self.commits(IMAGES).items():
-            samples = self.spec.shard_samples(shard)
-            for sample, (offset, nbytes) in zip(samples, record.members, strict=True):
-                copies[sample] = (shard, offset, nbytes)
-        return copies
+    def _copy(self, sample_index: int) -> tuple[int, int, int]:
+        """(shard, offset, nbytes) of a copied image: tars are by the shards of first views."""
+        shard = int(self.index.rows(sample_index, 0)) // self.spec.rows_per_shard
+        first_sample = self.spec.shard_samples(shard)[0]
+        offset, nbytes = self.commits(IMAGES, [shard])[shard].members[sample_index - first_sample]
+        return shard, offset, nbytes
 
 
 def _empty_row(codec: Codec, teacher: TeacherSpec) -> dict[str, Tensor]:

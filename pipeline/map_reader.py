@@ -17,6 +17,7 @@ from pipeline.grids import least_squares
 from pipeline.views import render_view
 
 MAX_TOKENS = 8192  # of one teacher, for everything that is learnt from tokens
+_TRIED_RECORDS = 8
 _KEPT_ROWS = 3  # a decoded row of SAM-L is 67 MB
 
 
@@ -55,16 +56,22 @@ class MapReader:
         order = np.random.default_rng(seed).permutation(self.cache.num_samples)
         rows = self.cache.index.rows(order, view)
         for name in self.teachers:
-            rows = rows[self.readable(name, rows)]
-        chosen: list[int] = np.sort(rows[:num_rows]).tolist()
-        return chosen if self.teachers else []
+            rows = rows[self.cache.committed(name)[rows // self.cache.spec.rows_per_shard]]
+        chosen: list[int] = []
+        while len(chosen) < num_rows and rows.size and self.teachers:  # a few records, not all of them
+            tried, rows = rows[: 2 * num_rows], rows[2 * num_rows :]
+            readable = np.logical_and.reduce([self._readable(name, tried) for name in self.teachers])
+            chosen += tried[readable].tolist()
+        return sorted(chosen[:num_rows])
 
-    def readable(self, teacher: str, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Which rows a teacher holds: committed, and of an image that could be decoded."""
-        records = self.cache.commits(teacher).values()
-        invalid = [row for record in records for row in record.invalid_rows]
-        committed = self.cache.committed(teacher)[rows // self.cache.spec.rows_per_shard]
-        return np.asarray(committed & ~np.isin(rows, invalid))
+    def _readable(self, teacher: str, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """`FeatureCache.readable`, which rows whose record is damaged are not."""
+        try:
+            return self.cache.readable(teacher, rows)
+        except CacheError:
+            if rows.size == 1:
+                return np.zeros(1, bool)
+            return np.concatenate([self._readable(teacher, rows[[place]]) for place in range(rows.size)])
 
     def _maps(self, teacher: str, row: int) -> Tensor:
         """Features (levels, H, W, C) float32 of one row; the last few are kept. Raises as `read` does.
@@ -107,10 +114,13 @@ class MapReader:
 
 
 def _why_absent(cache: FeatureCache, teacher: str) -> str | None:
-    if not cache.committed(teacher).any():
-        return "no shard is committed yet"
-    try:
-        cache.commits(teacher)
-    except CacheError as error:
-        return error.problem
-    return None
+    """Looks at a few records: where these cannot be read, there is more wrong than a shard."""
+    reason = "no shard is committed yet"
+    for shard in np.flatnonzero(cache.committed(teacher))[:_TRIED_RECORDS].tolist():
+        try:
+            cache.commits(teacher, [shard])
+        except CacheError as error:
+            reason = error.problem
+        else:
+            return None
+    return reason

@@ -18,7 +18,7 @@ import pytest
 import s3fs
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 from rich.console import Console
-from werkzeug.serving import make_server
+from werkzeug.serving import WSGIRequestHandler, make_server
 
 from cache_builder import build
 from cache_builder.recipe import RunnerRecipe
@@ -90,12 +90,19 @@ class Server:
         return [request for request, status in self.answered if request.method in methods and status < 300]
 
 
+class OneContinue(WSGIRequestHandler):
+    """werkzeug writes "100 Continue" itself, after http.server has; the second one stops aiohttp's clock."""
+
+    def handle_expect_100(self) -> bool:
+        return True
+
+
 @pytest.fixture(scope="module")
 def running() -> Iterator[Server]:
     """The server, and the environment that leads to it."""
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = Server()
-    http = make_server("127.0.0.1", 0, server, threaded=True)
+    http = make_server("127.0.0.1", 0, server, threaded=True, request_handler=OneContinue)
     thread = threading.Thread(target=http.serve_forever)
     thread.start()
     with pytest.MonkeyPatch.context() as patch:

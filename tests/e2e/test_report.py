@@ -100,7 +100,13 @@ def test_a_broken_cache(tmp_path: Path, images: Path) -> None:
     assert "Channels and norms of alpha" in text
     (tmp_path / "cache/commits/beta/00001.json").write_text("{")
     text = Links(write_report(FeatureCache.open(cache.storage.url))).text
+    assert "00001.json of this cache was damaged" in text
+    assert "row 0" in text
+    assert "row 6" not in text
+    (tmp_path / "cache/commits/beta/00000.json").write_text("{")
+    text = Links(write_report(FeatureCache.open(cache.storage.url))).text
     assert "beta is not shown below" in text
+    assert "row 0" in text
 
 
 def test_images_that_moved(tmp_path: Path, images: Path) -> None:
