@@ -552,6 +552,32 @@ def probe(
 
 
 @app.command()
+def norms(
+    cache: CacheArgument,
+    first: Annotated[str, typer.Argument(metavar="KEY", help="A sample.")],
+    second: Annotated[str, typer.Argument(metavar="KEY", help="Another, such as the same scene, changed.")],
+    student: Annotated[
+        str | None, typer.Option(help="Show this student too: a folder that `train` wrote (…/student).")
+    ] = None,
+    level: Annotated[int, typer.Option(help="Counted from 0; -1 is the last.")] = -1,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The PNG to write.")] = Path("norms.png"),
+    images: Images = None,
+) -> None:
+    """Draw what changes in the teachers' tokens, and the student's, between two images (SAK, Figure 6).
+
+    Example: `teachercache norms /data/pair cats dogs --student runs/base/student -o norms.png`
+    """
+    from pipeline.cache import FeatureCache
+    from student import load_student
+    from student.figures import norm_figure
+
+    opened = FeatureCache.open(cache, images)
+    loaded = load_student(student) if student else None
+    norm_figure(opened, (first, second), loaded, level).savefig(output)
+    console.print(f"{output}", soft_wrap=True)
+
+
+@app.command()
 def datasets(
     kind: Annotated[str, typer.Argument(metavar="KIND", help="pascal_context, nyud or scenes.")],
     root: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where the data set was unpacked.")],

@@ -11,7 +11,11 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.cache import FeatureCache
+from pipeline.errors import RecipeError
 from pipeline.feature_pictures import Picture, heat, picture_grid, token_norms
+from pipeline.map_reader import MapReader
+from student.base import NUM_LEVELS, Student
 from student.sak.model import SAK
 from student.task_outputs import TASK_OUTPUTS
 
@@ -37,24 +41,102 @@ def gate_figure(gates: Mapping[str, NDArray], experts: Sequence[str]) -> Figure:
     return figure
 
 
-@torch.no_grad()
-def norm_figure(student: SAK, images_23HW: Tensor, level: int = -1) -> Figure:
-    """Norms of the tokens of each expert for two images of one scene, and the norm of their difference.
+def norm_figure(
+    cache: FeatureCache, keys: tuple[str, str], student: Student | None = None, level: int = -1
+) -> Figure:
+    """Norms of the tokens of two images of one scene, and of their difference (SAK, Figure 6): each teacher
+    of the cache, beside it what the student makes of that teacher, and the student's stem.
 
-    `images_23HW`: uint8, of the student's size. The two maps of an expert share one scale.
+    The first view of each sample. The two maps of a column share one scale, stated above it, and the
+    difference has its own, from 0. Raises `RecipeError` for a key or a level that is not there and for a
+    student of other views or teachers, else as `FeatureCache.read` does.
     """
-    representations = student.representations(student.normalize(images_23HW.to(student.mean.device)))
-    experts = {"stem": representations.stem, **representations.paths}
-    pictures = [image.permute(1, 2, 0).cpu().numpy() for image in images_23HW]
-    nothing = np.full_like(pictures[0], 255)
-    columns: list[tuple[str, list[Picture]]] = [("image", [*pictures, nothing])]
-    for name, levels in experts.items():
-        maps_2hwD = levels[level].unflatten(1, student.stem.grid).float().cpu()
-        norms_2hw, difference_hw = token_norms(maps_2hwD), token_norms(maps_2hwD[0] - maps_2hwD[1])
-        low, high = float(norms_2hw.min()), float(norms_2hw.max())
-        same = [heat(norms_hw, low, high) for norms_hw in norms_2hw]
-        columns.append((name, [*same, heat(difference_hw, 0.0, float(difference_hw.max()))]))
-    return picture_grid(columns, "Norms of tokens: first image, second image, and their difference")
+    rows = [int(cache.index.rows(_sample(cache, key), 0)) for key in keys]
+    reader = MapReader(cache)
+    views = [reader.view(row) for row in rows]
+    maps_2HWC = {
+        f"{name}\nteacher": torch.stack([_level(reader.maps(name, row), level) for row in rows])
+        for name in cache.teachers
+    }
+    if student is not None:
+        maps_2HWC |= _student_maps(student, cache, views, level)
+    nothing = np.full_like(views[0], 255)
+    columns: list[tuple[str, list[Picture]]] = [("view\n", [*views, nothing])]
+    for title, both_2HWC in sorted(maps_2HWC.items(), key=lambda item: _place(item[0], cache.teachers)):
+        norms_2HW, difference_HW = token_norms(both_2HWC), token_norms(both_2HWC[0] - both_2HWC[1])
+        low, high, most = float(norms_2HW.min()), float(norms_2HW.max()), float(difference_HW.max())
+        pictures = [*(heat(norms_HW, low, high) for norms_HW in norms_2HW), heat(difference_HW, 0.0, most)]
+        columns.append((f"{title}\n{low:.3g} to {high:.3g}; 0 to {most:.3g}", pictures))
+    random = any(not teacher.pretrained for teacher in cache.spec.teachers.values())
+    figure = picture_grid(
+        columns,
+        f"Norms of the tokens of two images and of their difference, level {level % NUM_LEVELS + 1}"
+        + (" (random weights)" if random else "")
+        + "\nfrom dark to bright: the range of the norms; the range of the difference, above each column",
+    )
+    text = "norm of the\ndifference of\nthe tokens\nabove"
+    figure.axes[2 * len(columns)].text(
+        0.5,
+        0.5,
+        text,
+        ha="center",
+        va="center",
+        fontsize=8,
+        transform=figure.axes[2 * len(columns)].transAxes,
+    )
+    return figure
+
+
+@torch.no_grad()
+def _student_maps(
+    student: Student, cache: FeatureCache, views: Sequence[Picture], level: int
+) -> dict[str, Tensor]:
+    """(2, h, w, C) of the stem, and of each path in the space of its teacher."""
+    if not isinstance(student, SAK) or student.image_size != cache.spec.views.size:
+        raise RecipeError(
+            "The student does not see the views of this cache.",
+            got=f"a student of kind {student.kind} for {student.image_size}",
+            expected=f"one of kind sak for views of {cache.spec.views.size}",
+            do="choose the cache that it was trained on, or one with views of its size",
+        )
+    images_23HW = torch.stack([torch.from_numpy(view).permute(2, 0, 1) for view in views])
+    pixels_23HW = student.eval().normalize(images_23HW.to(student.mean.device))
+    stem_2nD = student.representations(pixels_23HW).stem[level]
+    found = {"student's\nstem": stem_2nD.unflatten(1, student.stem.grid)}
+    feature_maps = student(pixels_23HW, full=True).feature_maps
+    for name in cache.check_teachers(student.teachers):
+        found[f"{name}\nstudent"] = feature_maps[name][level].permute(0, 2, 3, 1)
+    return {title: maps.float().cpu() for title, maps in found.items()}
+
+
+def _place(title: str, teachers: Sequence[str]) -> tuple[int, bool]:
+    """The stem behind all, each teacher before the student's path."""
+    name = title.split("\n")[0]
+    number = teachers.index(name) if name in teachers else len(teachers)
+    return number, title.endswith("student")
+
+
+def _level(maps_SHWC: Tensor, level: int) -> Tensor:
+    if not -len(maps_SHWC) <= level < len(maps_SHWC):
+        raise RecipeError(
+            "A teacher has no such level.",
+            got=level,
+            expected=f"-{len(maps_SHWC)} to {len(maps_SHWC) - 1}; -1 is the last",
+            do="choose another level",
+        )
+    return maps_SHWC[level]
+
+
+def _sample(cache: FeatureCache, key: str) -> int:
+    try:
+        return cache.find(key)
+    except KeyError as error:
+        raise RecipeError(
+            "There is no such sample.",
+            got=error.args[0],
+            expected="the key of a sample, such as " + cache.key(0),
+            do="look for it with `teachercache inspect CACHE --key …`",
+        ) from error
 
 
 def prediction_figure(
