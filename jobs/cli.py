@@ -394,16 +394,33 @@ def view(
 
 
 @app.command()
-def train(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+def train(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option(help="Print steps, hours and reads, and stop.")] = False,
+    processes: Annotated[int, typer.Option(min=1, help="Of a dry run: GPUs to plan for.")] = 1,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Of a dry run: images of a cache that is yet to be built.")
+    ] = None,
+    tflops_per_gpu: Annotated[float, typer.Option(min=0.001, help="Of a dry run: the rate assumed.")] = 200,
+) -> None:
     """Train a student in this one process; use `accelerate launch jobs/train_student.py` for several.
 
     Example: `teachercache train sak_stage1_base cache=/data/cache output=runs/base`
     """
     from pipeline.recipe import load_recipe
     from student.recipe import TrainRecipe
+
+    checked = load_recipe(TrainRecipe, recipe, overrides or [])
+    if dry_run:
+        from jobs.train_plan import plan_training, train_plan_table
+
+        plan = plan_training(checked, processes=processes, tflops_per_gpu=tflops_per_gpu, num_samples=samples)
+        console.print(train_plan_table(plan))
+        return
     from student.train import train as train_student
 
-    result = train_student(load_recipe(TrainRecipe, recipe, overrides or []))
+    result = train_student(checked)
     if result.interrupted:
         raise typer.Exit(128 + signal.SIGTERM)
     console.print(

@@ -1,0 +1,85 @@
+"""`teachercache train RECIPE --dry-run`: what a run will cost, by its cache or, before there is one, by the
+recipe that builds the cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import RenderableType
+
+from cache_builder.plan import bytes_per_row
+from cache_builder.recipe import BuildRecipe
+from cache_builder.teachers import resolve_teacher
+from jobs.inspection.tables import lines
+from pipeline.cache import FeatureCache
+from pipeline.errors import CacheNotFoundError, RecipeError
+from pipeline.recipe import load_recipe
+from pipeline.spec import Size, TeacherSpec
+from pipeline.units import human_bytes
+from student.base import require_known
+from student.datasets import dataset_class
+from student.recipe import TrainRecipe
+from student.train_plan import TrainPlan, make_train_plan
+
+
+def plan_training(
+    recipe: TrainRecipe, *, processes: int, tflops_per_gpu: float, num_samples: int | None = None
+) -> TrainPlan:
+    """`num_samples` replaces the cache's, and is needed for epochs of a cache that is not there yet.
+
+    Raises `RecipeError` where there is neither the cache nor a shipped recipe of its name.
+    """
+    image_size, specs, found = _cache_facts(recipe)
+    for name in recipe.teachers or ():
+        require_known("teacher of this cache", name, specs)
+    names = specs if recipe.teachers is None else recipe.teachers
+    samples = num_samples or found
+    if samples is None and recipe.schedule.epochs:
+        raise RecipeError(
+            "How long an epoch is cannot be told before there is a cache.",
+            got=f"schedule.epochs={recipe.schedule.epochs:g}, and no cache at {recipe.cache}",
+            expected="the number of images",
+            do="add --samples, such as 1281167 for ImageNet-1k",
+        )
+    tasks = None
+    if recipe.multitask:
+        known = dataset_class(recipe.multitask.dataset.kind).tasks
+        tasks = {task: known[task] for task in recipe.multitask.tasks or known}
+    return make_train_plan(
+        recipe,
+        num_samples=samples or recipe.images_per_step(processes),
+        image_size=image_size,
+        teacher_dims={name: specs[name].width for name in names},
+        tasks=tasks,
+        row_bytes=sum(bytes_per_row(specs[name]) for name in names),
+        processes=processes,
+        tflops_per_gpu=tflops_per_gpu,
+    )
+
+
+def _cache_facts(recipe: TrainRecipe) -> tuple[Size, dict[str, TeacherSpec], int | None]:
+    """(size of the views, teachers, number of samples)."""
+    try:
+        spec = FeatureCache.open(recipe.cache).spec
+    except CacheNotFoundError:
+        build = load_recipe(BuildRecipe, Path(recipe.cache).name)
+        size = build.views.size
+        return (
+            size,
+            {n: resolve_teacher(n, t, size, build.sak_compat) for n, t in build.teachers.items()},
+            None,
+        )
+    return spec.views.size, dict(spec.teachers), spec.dataset.num_samples
+
+
+def train_plan_table(plan: TrainPlan) -> RenderableType:
+    gpus = f"{plan.processes} GPUs at {plan.tflops_per_gpu:g} TFLOP/s sustained by each (--tflops-per-gpu)"
+    rate = f"{human_bytes(round(plan.read_bytes_per_s))}/s of the cache, for {plan.images_per_s:,.0f} img/s"
+    return lines(
+        {
+            "steps": f"{plan.steps:,} of {plan.images_per_step} images, {plan.images:,} in all",
+            "student": f"{plan.parameters / 1e6:.0f}M parameters, {plan.gmacs:.1f} GMACs a view forward",
+            "hours": f"at least {plan.hours:.3g} on {gpus}, {plan.gpu_hours:.3g} GPU-hours",
+            "reads": f"{rate}; a slower disk takes longer" if plan.row_bytes else "no features of the cache",
+        }
+    )
