@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from cache_builder.recipe import BuildRecipe
+from cache_builder.teachers import resolve_teacher
+from cache_builder.teachers.flops import teacher_gmacs
 from jobs.cli import app
 from jobs.train_plan import plan_training
 from pipeline.errors import RecipeError
@@ -18,6 +21,7 @@ from student.train_plan import make_train_plan
 from tests.make_cache import make_cache, make_images
 from tests.train_recipes import train_recipe
 
+CACHES = sorted(path.stem for path in SHIPPED.glob("*_vit*.yaml"))
 STUDENTS = sorted(path.stem for path in SHIPPED.glob("sak_stage*.yaml"))
 
 
@@ -35,6 +39,20 @@ def test_the_header_says_the_hours_that_its_command_prints(name: str) -> None:
     assert printed
     assert printed[2] == stated[2]
     assert float(stated[1]) == pytest.approx(float(printed[1]), rel=0.05)
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_the_header_says_the_hours_that_plan_gives(name: str) -> None:
+    """`plan` multiplies the same GMACs with the rows that it finds; the images are not here."""
+    pattern = rf"# Hours +([\d.]+) GPU-hours at least, ([\d,]+) images in (\d+) views? .*\n.* plan {name} "
+    stated = re.search(pattern, (SHIPPED / f"{name}.yaml").read_text())
+    assert stated
+    recipe = load_recipe(BuildRecipe, name)
+    assert int(stated[3]) == recipe.views.num_views
+    specs = (resolve_teacher(n, t, recipe.views.size) for n, t in recipe.teachers.items())
+    flops = 2e9 * sum(map(teacher_gmacs, specs)) * int(stated[2].replace(",", "")) * recipe.views.num_views
+    hours = flops / (recipe.plan.teacher_tflops_per_gpu * 1e12) / 3600
+    assert float(stated[1]) == pytest.approx(hours, rel=0.05)
 
 
 def test_hours_are_arithmetic_over_rate() -> None:
