@@ -14,11 +14,45 @@ from pipeline.cache import FeatureCache
 from pipeline.errors import CacheError
 from pipeline.feature_pictures import PcaBasis, Picture
 from pipeline.grids import least_squares
+from pipeline.spec import TeacherSpec
 from pipeline.views import render_view
 
 MAX_TOKENS = 8192  # of one teacher, for everything that is learnt from tokens
 _TRIED_RECORDS = 8
 _KEPT_ROWS = 3  # a decoded row of SAM-L is 67 MB
+
+
+def feature_maps(cache: FeatureCache, teacher: str, rows: NDArray[np.int64]) -> Tensor:
+    """Features (rows, levels, H, W, C) float32 as they are looked at. Raises as `FeatureCache.read` does.
+
+    Those of an adjoint grid are turned back into what a student on that grid can reach of the map.
+    """
+    maps_RSHWC = cache.read(rows, [teacher])[teacher].decode()
+    spec = cache.spec.teachers[teacher]
+    if spec.grid.kind == "adjoint":
+        maps_NCHW = maps_RSHWC.flatten(0, 1).permute(0, 3, 1, 2)
+        nearest_NHWC = least_squares(maps_NCHW, spec.native_grid).permute(0, 2, 3, 1)
+        maps_RSHWC = nearest_NHWC.reshape(maps_RSHWC.shape)
+    return maps_RSHWC
+
+
+def readable_rows(cache: FeatureCache, teacher: str, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """`FeatureCache.readable`, which rows whose record is damaged are not."""
+    try:
+        return cache.readable(teacher, rows)
+    except CacheError:
+        shards = rows // cache.spec.rows_per_shard
+        found, known = np.zeros(rows.size, bool), np.unique(shards)
+        if known.size > 1:
+            lower = shards < known[known.size // 2]
+            for half in (lower, ~lower):
+                found[half] = readable_rows(cache, teacher, rows[half])
+        return found
+
+
+def level_name(teacher: TeacherSpec, level: int) -> str:
+    """A level as pictures name it: counted from 1, with its block as `block_indices` counts, from 0."""
+    return f"level {level + 1} (block {teacher.block_indices[level]})"
 
 
 class MapReader:
@@ -60,29 +94,15 @@ class MapReader:
         chosen: list[int] = []
         while len(chosen) < num_rows and rows.size and self.teachers:  # a few records, not all of them
             tried, rows = rows[: 2 * num_rows], rows[2 * num_rows :]
-            readable = np.logical_and.reduce([self._readable(name, tried) for name in self.teachers])
+            readable = np.logical_and.reduce(
+                [readable_rows(self.cache, name, tried) for name in self.teachers]
+            )
             chosen += tried[readable].tolist()
         return sorted(chosen[:num_rows])
 
-    def _readable(self, teacher: str, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """`FeatureCache.readable`, which rows whose record is damaged are not."""
-        try:
-            return self.cache.readable(teacher, rows)
-        except CacheError:
-            if rows.size == 1:
-                return np.zeros(1, bool)
-            return np.concatenate([self._readable(teacher, rows[[place]]) for place in range(rows.size)])
-
     def _maps(self, teacher: str, row: int) -> Tensor:
-        """Features (levels, H, W, C) float32 of one row; the last few are kept. Raises as `read` does.
-
-        Those of an adjoint grid are turned back into what a student on that grid can reach of the map.
-        """
-        maps_SHWC = self.cache.read([row], [teacher])[teacher].decode()[0]
-        spec = self.cache.spec.teachers[teacher]
-        if spec.grid.kind == "adjoint":
-            maps_SHWC = least_squares(maps_SHWC.permute(0, 3, 1, 2), spec.native_grid).permute(0, 2, 3, 1)
-        return maps_SHWC
+        """`feature_maps` (levels, H, W, C) of one row; the last few are kept."""
+        return feature_maps(self.cache, teacher, np.array([row]))[0]
 
     def _tokens(self, teacher: str) -> Tensor:
         """(levels, N, C): at most `MAX_TOKENS` tokens, spread evenly over the chosen rows.

@@ -12,7 +12,7 @@ from torch import Tensor
 from pipeline.cache import FeatureCache
 from pipeline.errors import TeacherCacheError
 from pipeline.feature_pictures import jpeg_uri, png_uri
-from pipeline.map_reader import MapReader
+from pipeline.map_reader import MapReader, level_name
 
 _STYLE = "width:110px;height:110px;image-rendering:pixelated;display:block"
 
@@ -57,12 +57,12 @@ class SampleView:
         """The first view beside the principal components of every teacher's levels."""
         lines = [_line("view", [_cell(lambda: jpeg_uri(self.pixels()), f"row {self.row()}")])]
         for name in self.cache.teachers:
-            blocks = self.cache.spec.teachers[name].block_indices
+            spec = self.cache.spec.teachers[name]
             cells = [
-                _cell(partial(self._picture, name, level), f"block {block + 1}")
-                for level, block in enumerate(blocks)
+                _cell(partial(self._picture, name, level), level_name(spec, level))
+                for level in range(spec.num_levels)
             ]
-            lines.append(_line(name, cells))
+            lines.append(_line(name if spec.pretrained else f"{name} (random weights)", cells))
         caption = f"{escape(self.key)}: first three principal components, in the same colours for every image"
         return f"<table><caption style='text-align:left'>{caption}</caption>{''.join(lines)}</table>"
 

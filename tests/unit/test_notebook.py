@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from pipeline import FeatureCache, render_view
-from pipeline.errors import CacheError, IncompleteCacheError
+from pipeline.errors import CacheError, CorruptShardError
+from pipeline.spec import GridSpec
 from tests.make_cache import make_cache, make_images, teacher_spec
 
 
@@ -92,11 +93,57 @@ def test_labelled_arrays_are_the_features(cache: FeatureCache) -> None:
     np.testing.assert_array_equal(several.values, cache.read(rows)["alpha"].decode()[:, 1].numpy())
 
 
+def test_labelled_arrays_are_reduced_over_what_can_be_read(tmp_path: Path, images: Path) -> None:
+    """Of three shards one has a quarantined sample, one is not committed and one has a damaged record."""
+    make_cache(tmp_path / "c", images, num_views=1, samples_per_shard=2, invalid_samples=[1], skip_shards=[1])
+    record = tmp_path / "c/commits/alpha/00002.json"
+    for text, held in ((record.read_text(), [0, 4, 5]), ("{", [0])):
+        record.write_text(text)
+        cache = FeatureCache.open(tmp_path / "c")
+        tree = cache.to_xarray()
+        np.testing.assert_array_equal(np.flatnonzero(tree["alpha/valid"].isel(view=0)), held)
+        expected = cache.read(cache.index.rows(held, 0))["alpha"].decode().numpy().mean((0, 2, 3))
+        found = tree["alpha/features"].isel(view=0).mean(("sample", "height", "width"))
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+        assert tree["alpha/features"].isel(sample=1).isnull().all()
+        assert np.asarray(tree["beta/valid"]).ravel().tolist() == [True, False, False, False, True, True]
+    assert tree["alpha/valid"].sel(sample=cache.key(0), view=0).item() is True
+
+
+def test_both_ways_turn_an_adjoint_back_into_maps(tmp_path: Path, images: Path) -> None:
+    adjoint = teacher_spec(grid=4).model_copy(update={"grid": GridSpec(kind="adjoint", size=(2, 2))})
+    cache = make_cache(tmp_path / "c", images, teachers={"clip": adjoint}, invalid_samples=[4])
+    group = cache.to_xarray()["clip"]
+    found = np.asarray(group["features"].isel(sample=[3, 4, 0], view=1))
+    for place, sample in ((0, 3), (2, 0)):
+        np.testing.assert_array_equal(found[place], cache[sample].features("clip", view=1))
+    assert np.isnan(found[1]).all()
+    stored = cache.read(cache.index.rows([3], 1))["clip"].decode()[0].numpy()
+    assert np.abs(found[0] - stored).max() > 0.1
+    assert "least squares" in group.attrs["grid"]
+
+
+def test_levels_have_one_name(cache: FeatureCache, tmp_path: Path, images: Path) -> None:
+    """Counted from 1, with their blocks as `block_indices` counts."""
+    spec = teacher_spec().model_copy(update={"block_indices": (2, 5, 8, 11)})
+    other = make_cache(tmp_path / "c", images, teachers={"alpha": spec})
+    assert "level 4 (block 11)" in other[0]._repr_html_()
+    levels = other.to_xarray()["alpha/features"]
+    assert np.array_equal([levels["level"], levels["block"]], [[1, 2, 3, 4], [2, 5, 8, 11]])
+
+
+def test_random_weights_are_named(cache: FeatureCache, tmp_path: Path, images: Path) -> None:
+    assert cache[0]._repr_html_().count("(random weights)") == 2
+    spec = teacher_spec().model_copy(update={"pretrained": True})
+    assert "random" not in make_cache(tmp_path / "c", images, teachers={"alpha": spec})[0]._repr_html_()
+
+
 def test_labelled_arrays_read_only_what_is_used(tmp_path: Path, images: Path) -> None:
     half = make_cache(tmp_path / "cache", images, skip_shards=[1])
     features = half.to_xarray(["alpha"])["alpha/features"]
-    assert np.isfinite(features.isel(sample=slice(0, 3)).mean().item())
-    with pytest.raises(IncompleteCacheError):
-        features.isel(sample=3).load()
+    (tmp_path / "cache/teachers/alpha/codes/c/0/0/0/0/0").write_bytes(b"x")
+    assert np.isnan(features.isel(sample=3)).all()
+    with pytest.raises(CorruptShardError):
+        features.isel(sample=0).load()
     with pytest.raises(CacheError, match="did you mean alpha"):
         half.to_xarray(["alhpa"])
