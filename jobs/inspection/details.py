@@ -254,20 +254,24 @@ def _token_norms(codes_SHWC: NDArray) -> list[dict[str, float | None]] | None:
 
 
 def _find(storage: Storage, key: str) -> int:
-    """The index of the sample whose key is `key`, or ends in it behind a slash. Raises `CacheError`."""
+    """The index of the sample whose key is `key`, or the only one that ends in it: behind a slash, or else
+    anywhere. Raises `CacheError`."""
     keys = _keys(storage)
     index: int = pc.index(keys, key).as_py()
     if index >= 0:
         return index
-    found = np.flatnonzero(pc.ends_with(keys, f"/{key}").to_numpy())
-    if len(found) == 1:
-        return int(found[0])
+    for end in (f"/{key}", key):
+        found = np.flatnonzero(pc.ends_with(keys, end).to_numpy())
+        if len(found) == 1:
+            return int(found[0])
+        if found.size:
+            break
     near = found if found.size else np.flatnonzero(pc.match_substring(keys, key).to_numpy())
     shown = ", ".join(keys[int(index)].as_py() for index in near[:_NEAR_KEYS])
     raise CacheError(
-        f"{f'{len(found)} samples have' if found.size else 'No sample has'} this key.",
+        f"{len(found)} samples have keys that end so." if found.size else "No sample has this key.",
         got=key,
-        expected=f"one of {shown}, …" if shown else "a key of samples.parquet, or the end of one behind a /",
+        expected=f"one of {shown}, …" if shown else "a key of samples.parquet, or the end of one",
         do="give the whole key",
     )
 

@@ -25,6 +25,7 @@ from jobs.inspection.page import (
     figure,
     heading,
     page,
+    paragraph,
     picture,
     placeholder,
     scale,
@@ -33,7 +34,7 @@ from jobs.inspection.page import (
     timeline_rows,
 )
 from jobs.inspection.summary import copied, records, summarize
-from jobs.inspection.tables import quarantine_line, summary_facts, warnings
+from jobs.inspection.tables import quarantine_line, summary_facts, warnings, what_was_checked
 from jobs.inspection.teacher_maps import TeacherMaps
 from jobs.inspection.timeline import timeline
 from pipeline.cache import FeatureCache
@@ -82,8 +83,11 @@ def _overview(cache: FeatureCache, reader: MapReader) -> list[str]:
     head, columns = summary_facts(summary)
     fields = list(next(iter(columns.values()), {}))
     rows = [[field, *(str(column[field]) for column in columns.values())] for field in fields]
+    known = paragraph(what_was_checked(summary))
     parts = [
-        section("What it is", facts(head), bullets(warnings(summary)), table(["teacher", *columns], rows))
+        section(
+            "What it is", facts(head), bullets(warnings(summary)), table(["teacher", *columns], rows), known
+        )
     ]
     absent = [f"{name} is not shown below: {reason}" for name, reason in reader.absent.items()]
     if broken := [*summary["problems"], *absent]:

@@ -60,7 +60,10 @@ def summary_table(summary: Mapping[str, Any]) -> RenderableType:
     quarantined = [quarantine_line(entry) for entry in summary["quarantined"]]
     if quarantined:
         notes += [Text(line, style="yellow") for line in ("Quarantined:", *_some(quarantined))]
-    return Group(lines(head), columns_table("teacher", columns), *notes, *problem_lines(summary["problems"]))
+    checked = Text(what_was_checked(summary), style="dim")
+    return Group(
+        lines(head), columns_table("teacher", columns), *notes, *problem_lines(summary["problems"]), checked
+    )
 
 
 def summary_facts(
@@ -206,6 +209,12 @@ def warnings(summary: Mapping[str, Any]) -> list[str]:
     if count := len(summary["quarantined"]):
         found.append(f"{count} {'sample is' if count == 1 else 'samples are'} quarantined.")
     return found
+
+
+def what_was_checked(summary: Mapping[str, Any]) -> str:
+    """How far the absence of problems can be trusted."""
+    found = "were compared" if summary["problems"] else "agree"
+    return f"Records and file sizes {found}; every byte is compared by `teachercache verify CACHE --full`."
 
 
 def _complete(summary: Mapping[str, Any]) -> bool:

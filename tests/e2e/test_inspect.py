@@ -207,13 +207,38 @@ def test_one_sample_by_its_key(tmp_path: Path) -> None:
     found = inspect_json(tmp_path / "cache", "--key", "n02/image_001")
     assert [(row["row"], row["shard"]) for row in found["rows"]] == [(6, 1), (7, 1)]
     assert found["rows"][0]["teachers"] == {"alpha": "sound", "beta": "sound"}
-    with pytest.raises(CacheError, match=r"2 samples have.*\n.*\n.*n01/image_001, n02/image_001"):
+    with pytest.raises(
+        CacheError, match=r"2 samples have keys that end so.*\n.*\n.*n01/image_001, n02/image_001"
+    ):
         sample_details(cache.manifest, "image_001")
     with pytest.raises(CacheError, match=r"No sample has.*\n.*\n.*n01/image_000"):
         sample_details(cache.manifest, "age_0")
+    with pytest.raises(CacheError, match="2 samples have keys that end so"):
+        sample_details(cache.manifest, "age_001")
     (tmp_path / "images/n02/image_001.jpg").rename(tmp_path / "images/n02/only_one.jpg")
     other = make_cache(tmp_path / "other", tmp_path / "images")
-    assert sample_details(other.manifest, "only_one")["sample"]["key"] == "n02/only_one"
+    for end in ("only_one", "y_one"):
+        assert sample_details(other.manifest, end)["sample"]["key"] == "n02/only_one"
+    (tmp_path / "images/n01/image_000.jpg").rename(tmp_path / "images/n01/not_only_one.jpg")
+    both = make_cache(tmp_path / "both", tmp_path / "images")
+    assert sample_details(both.manifest, "only_one")["sample"]["key"] == "n02/only_one"  # behind the slash
+
+
+def test_the_page_says_how_far_it_looked(cache: FeatureCache, tmp_path: Path) -> None:
+    """A flipped byte changes no size and no record."""
+    words = "compared by `teachercache verify CACHE --full`"
+    shard = tmp_path / "cache/teachers/alpha/codes/c/0/0/0/0/0"
+    data = bytearray(shard.read_bytes())
+    data[0] ^= 1
+    shard.write_bytes(data)
+    for said in (
+        "Records and file sizes agree; every byte is",
+        "Records and file sizes were compared; every",
+    ):
+        result = CliRunner().invoke(app, ["inspect", str(tmp_path / "cache")], env={"COLUMNS": "200"})
+        assert said in result.output
+        assert words in result.output
+        shard.write_bytes(b"x")
 
 
 def test_an_object_store(cache: FeatureCache, tmp_path: Path) -> None:
