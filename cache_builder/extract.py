@@ -29,14 +29,16 @@ from pipeline.cache import FeatureCache
 from pipeline.errors import (
     AlreadyCommittedError,
     BuildInterruptedError,
+    CacheMismatchError,
     CacheNotFoundError,
     CodecError,
     ImageDecodeError,
 )
 from pipeline.feature_stats import FeatureMoments
 from pipeline.grids import stored_form
-from pipeline.manifest import CommitRecord, QuarantineEntry
+from pipeline.manifest import SAMPLES_NAME, CommitRecord, QuarantineEntry, quarantine_name
 from pipeline.sources import decode_image
+from pipeline.sources.decode import HEAD_BYTES
 from pipeline.spec import IMAGES, Size, TeacherSpec
 from pipeline.stores.base import CLS_TOKEN, GLOBAL_FEATURE, NORMS, ShardWriter, teacher_layouts
 from pipeline.stores.image_tar import ImageTarWriter
@@ -112,19 +114,22 @@ class ShardExtractor:
         """End the shards in flight at their next batch: `BuildInterruptedError`, and no file is left."""
         self._abandoned = True
 
-    def extract(self, shard: int, names: Collection[str]) -> dict[str, CommitRecord]:
+    def extract(self, shard: int, names: Collection[str], replace: bool = False) -> dict[str, CommitRecord]:
         """Extract and commit one shard for the named teachers, and "images" for the copied images.
 
-        What another job has committed already, or commits meanwhile, is left as it is and not returned.
-        Raises `BuildInterruptedError` after `abandon()`, `CacheNotFoundError` when the cache has vanished.
+        What another job has committed already, or commits meanwhile, is left as it is and not returned;
+        with `replace`, it is replaced once all is computed, and stays as it is where that fails.
+        Raises `BuildInterruptedError` after `abandon()`, `CacheNotFoundError` when the cache has vanished,
+        `CacheMismatchError` for images that are not those that were planned, or computed before.
         """
-        committed = {name for name in names if self._cache.manifest.is_committed(name, shard)}
+        is_committed = self._cache.manifest.is_committed
+        committed = {name for name in names if not replace and is_committed(name, shard)}
         missing = [name for name in names if name not in committed]
         if names and not missing:
             return {}
         try:
             with ExitStack() as publishing:
-                return self._extract(shard, missing, publishing)
+                return self._extract(shard, missing, publishing, replace)
         except AlreadyCommittedError:
             return self.extract(shard, missing)
         finally:
@@ -145,7 +150,9 @@ class ShardExtractor:
                 do="mount it again, or restore cache.json, and run the same command again",
             )
 
-    def _extract(self, shard: int, names: Collection[str], publishing: ExitStack) -> dict[str, CommitRecord]:
+    def _extract(
+        self, shard: int, names: Collection[str], publishing: ExitStack, replace: bool
+    ) -> dict[str, CommitRecord]:
         self._require_cache()
         start, seconds = time.perf_counter(), StageSeconds()
         spec, store, manifest = self._cache.spec, self._cache.store, self._cache.manifest
@@ -175,9 +182,9 @@ class ShardExtractor:
                 for view, renders in enumerate(sample.renders):
                     teaching.add(offset + view, renders)
             teaching.finish()
-            publishing.enter_context(manifest.publishing(shard, names, lambda: self._move(shard)))
-            others = {*spec.teachers, IMAGES}.difference(names)
-            manifest.require_same_images(shard, sorted(others), source_digest.hexdigest())
+            new = [] if replace else names
+            publishing.enter_context(manifest.publishing(shard, new, lambda: self._move(shard)))
+            manifest.require_same_images(spec, shard, source_digest.hexdigest(), replaced=names)
         files = {name: writer.files() for name, writer in writers.items()}
         for name, moments in teaching.moments.items():
             files[name] |= manifest.write_moments(name, shard, moments)
@@ -185,6 +192,8 @@ class ShardExtractor:
             files[IMAGES], members = tar.files(), tuple(tar.members)
         if quarantined:
             manifest.write_quarantine(shard, quarantined)
+        elif replace:
+            manifest.storage.remove(quarantine_name(shard))
         self._require_cache()
         seconds.totals["wall"] = time.perf_counter() - start
         records = {
@@ -243,6 +252,7 @@ class ShardExtractor:
         try:
             with seconds.stage("read"):
                 data = self._cache.source_bytes(index)
+            self._require_planned(index, data)
             with seconds.stage("decode"):
                 image = decode_image(data)
                 if image.size != (width, height):
@@ -254,6 +264,17 @@ class ShardExtractor:
         except ImageDecodeError as error:
             return _Sample(index, reason=error.problem)
         return _Sample(index, data, renders)
+
+    def _require_planned(self, index: int, data: bytes) -> None:
+        """An image that was replaced or cut since the sample table was made is not a bad image."""
+        nbytes, head_hash = (self._cache.samples[name][index].as_py() for name in ("nbytes", "head_hash"))
+        if (len(data), xxhash.xxh3_64_intdigest(data[:HEAD_BYTES])) != (nbytes, head_hash):
+            raise CacheMismatchError(
+                f"The image of sample {self._cache.key(index)} has changed since the build was planned.",
+                got=f"{len(data):,} bytes at {self._cache.source.location}",
+                expected=f"the {nbytes:,} bytes that {SAMPLES_NAME} describes",
+                do="bring the image back as it was, or build a new cache",
+            )
 
     def _rows_of(self, shard: int, samples: set[int]) -> tuple[int, ...]:
         rows = self._cache.spec.shard_rows(shard)

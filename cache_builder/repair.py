@@ -1,7 +1,7 @@
 """Recompute exactly what is broken, and nothing else.
 
-A broken shard loses its record, and so ceases to exist, just before it is extracted again: a repair that
-is interrupted leaves a cache that `build` completes. Array layouts follow from the spec, the tables from
+A broken shard is replaced once it has been extracted again: what is still sound in it can be read until then,
+and stays where the images are gone or are others. Array layouts follow from the spec, the tables from
 the images and the view policy. `cache.json` and the codecs' tables follow from nothing; they are named.
 """
 
@@ -25,8 +25,6 @@ from pipeline.manifest import (
     SPEC_NAME,
     VIEWS_NAME,
     commit_name,
-    publishing_name,
-    quarantine_name,
 )
 from pipeline.sources import dataset_fingerprint
 from pipeline.spec import IMAGES
@@ -139,29 +137,20 @@ def _extract(cache: FeatureCache, problems: Collection[Problem], runner: RunnerR
     try:
         worker = Worker({name: cache.spec.teachers[name] for name in sorted(names - {IMAGES})}, runner)
         worker.open(cache.storage.url, cache.source.location)
-        _require_images(cache)
     except TeacherCacheError as error:
         return dict.fromkeys(shards, str(error))
 
     def again(shard: int) -> None:
-        with cache.storage.exclusive(publishing_name(shard)):  # or another job's new record might be deleted
-            broken, standing = set(), problems_of_shards(cache.reopened(), True, [shard])
-            for problem in standing:
-                if problem.teacher is None:  # decoding alone makes the quarantine list again
-                    cache.storage.remove(quarantine_name(shard))
-                elif problem.teacher in names:
-                    cache.storage.remove(commit_name(problem.teacher, shard))
-                    broken.add(problem.teacher)
-        if standing and shard < cache.spec.num_shards:
-            worker.extract(shard, sorted(broken))
+        fresh = cache.reopened()
+        standing = problems_of_shards(fresh, True, [shard])
+        broken = names.intersection(problem.teacher for problem in standing if problem.teacher)
+        if shard >= fresh.spec.num_shards:
+            for name in broken:
+                cache.storage.remove(commit_name(name, shard))
+        elif standing and shard < cache.spec.num_shards:  # decoding alone makes the quarantine list again
+            worker.replace(shard, sorted(broken))
 
     with ThreadPoolExecutor(runner.shards_in_flight) as pool:
         futures = {shard: pool.submit(again, shard) for shard in shards}
     errors = {shard: future.exception() for shard, future in futures.items()}
     return {shard: describe(error) for shard, error in errors.items() if error is not None}
-
-
-def _require_images(cache: FeatureCache) -> None:
-    """Raises before any record is deleted where no shard could be extracted."""
-    fresh = FeatureCache.open(cache.storage.url, cache.source.location)
-    _ = fresh.samples, fresh.views, fresh.source

@@ -36,6 +36,7 @@ from pipeline.processes import TEMPORARY_SUFFIX
 from pipeline.sources import dataset_fingerprint
 from pipeline.spec import IMAGES
 from pipeline.storage import LOCK_SUFFIX
+from pipeline.stores.image_tar import image_tar_name
 
 _THREADS = 8  # waiting for disks and object stores; hashing releases the GIL
 
@@ -131,10 +132,18 @@ def _check_shard(
         record = cache.manifest.read_commit(teacher, shard)
         if (mismatch := record.mismatch(cache.spec)) is not None:
             return [problem(name, f"{name} {mismatch}")], None
+        if missing := _shard_files(cache, teacher, shard).difference(record.files):
+            return [problem(name, f"{name} does not name {', '.join(sorted(missing))}")], None
         wrong = [(file, f"{name}: {file} {reason}") for file, reason in _wrong_files(cache, record, full)]
     except (CacheError, FileNotFoundError) as error:
         return [problem(name, str(error))], None
     return [problem(*pair) for pair in wrong], record
+
+
+def _shard_files(cache: FeatureCache, teacher: str, shard: int) -> set[str]:
+    if teacher == IMAGES:
+        return {image_tar_name(shard)}
+    return set(cache.store.shard_files(cache.spec, teacher, shard))
 
 
 def _wrong_files(cache: FeatureCache, record: CommitRecord, full: bool) -> Iterator[tuple[str, str]]:

@@ -63,9 +63,16 @@ class Worker:
 
     def extract(self, shard: int, names: Collection[str]) -> dict[str, CommitRecord]:
         """Raises what `ShardExtractor.extract` does."""
+        return self._ready(names).extract(shard, names)
+
+    def replace(self, shard: int, names: Collection[str]) -> dict[str, CommitRecord]:
+        """As `extract`, in place of what is committed."""
+        return self._ready(names).extract(shard, names, replace=True)
+
+    def _ready(self, names: Collection[str]) -> ShardExtractor:
         assert self._extractor is not None, "open() comes first"
         assert set(names) <= {*self._teachers, IMAGES}, names
-        return self._extractor.extract(shard, names)
+        return self._extractor
 
     def idle_s(self) -> dict[int, float]:
         """The shards in flight, and for how long nothing has moved in each."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -278,17 +278,32 @@ class Manifest:
             raise CacheError(f"There is no committed row of {teacher} to have statistics of.")
         return total
 
-    def require_same_images(self, shard: int, teachers: Iterable[str], source_checksum: str) -> None:
-        """Raises `CacheMismatchError` where records of a shard's other teachers are of other images."""
-        for teacher in teachers:
+    def require_same_images(
+        self, spec: CacheSpec, shard: int, source_checksum: str, replaced: Collection[str] = ()
+    ) -> None:
+        """Raises `CacheMismatchError` where a shard's records are of other images.
+
+        What is about to be replaced has a say only where nothing else has: it can be what is broken.
+        """
+        found: dict[str, str] = {}
+        for teacher in (*spec.teachers, IMAGES):
             if not self.is_committed(teacher, shard):
                 continue
-            found = self.read_commit(teacher, shard).source_checksum
-            if found and found != source_checksum:
+            try:
+                record = self.read_commit(teacher, shard)
+            except CacheError:
+                if teacher not in replaced:
+                    raise
+                continue
+            if record.source_checksum and (teacher not in replaced or record.mismatch(spec) is None):
+                found[teacher] = record.source_checksum
+        standing = {teacher: checksum for teacher, checksum in found.items() if teacher not in replaced}
+        for teacher, checksum in standing.items() or found.items():
+            if checksum != source_checksum:
                 raise CacheMismatchError(
                     f"The images of shard {shard} are not those that {teacher} was computed from.",
                     got=f"images with checksum {source_checksum}",
-                    expected=f"checksum {found}, as in {commit_name(teacher, shard)}",
+                    expected=f"checksum {checksum}, as in {commit_name(teacher, shard)}",
                     do="bring the images back as they were, or delete all commit records of this shard "
                     "to compute it again for every teacher",
                 )

@@ -25,6 +25,7 @@ from cache_builder.teachers import build_teacher
 from cache_builder.verify import strays, verify
 from jobs.inspection import details
 from jobs.inspection.summary import summarize
+from jobs.inspection.tables import warnings
 from pipeline import FeatureCache, render_view
 from pipeline.errors import (
     AlreadyCommittedError,
@@ -36,6 +37,7 @@ from pipeline.errors import (
 from pipeline.loader import FeatureLoader
 from pipeline.manifest import CommitRecord, Manifest
 from pipeline.sampler import ShardShuffleSampler
+from pipeline.sources.decode import HEAD_BYTES
 from pipeline.storage import Storage
 from tests.contract.test_hostile_files import sealed
 from tests.make_cache import build_recipe, make_images
@@ -344,15 +346,12 @@ def test_waiting_for_a_lock_is_no_hanging_and_can_be_ended(
 
 
 def test_teachers_of_one_row_see_one_image(tmp_path: Path) -> None:
-    """An image that was replaced by one of the same size: the bytes that were read tell."""
+    """An image that was changed far from its head, and has the same size: all bytes that were read tell."""
     images = make_images(tmp_path / "images", 5)
-    one, other = images / "image_001.jpg", images / "image_002.jpg"
-    size = max(one.stat().st_size, other.stat().st_size)
-    for path in (one, other):
-        path.write_bytes(path.read_bytes().ljust(size, b"\0"))
+    one = images / "image_001.jpg"
+    one.write_bytes(before := one.read_bytes().ljust(HEAD_BYTES + 10, b"\0"))
     build(recipe(tmp_path / "cache", images), QUIET)
-    before = one.read_bytes()
-    one.write_bytes(other.read_bytes())
+    one.write_bytes(before[:-1] + b"x")
     runner = {"batch_size": 4, "decode_threads": 2, "max_attempts": 1}
     grown = recipe(tmp_path / "cache", images, teachers={"tiny": TINY, "late": TINY}, runner=runner)
     with pytest.raises(BuildError, match=r"1 of 2 shards(.|\n)*are not those that tiny was computed from"):
@@ -380,3 +379,19 @@ def test_segments_that_do_not_cover_the_cache_once_are_refused(tmp_path: Path) -
         (path / "cache.json").write_bytes(sealed(content | {"segments": segments}))
         with pytest.raises(CacheError, match="every view of every sample exactly once"):
             FeatureCache.open(path)
+
+
+def test_a_cache_grown_by_views_is_complete_and_counts_a_bad_image_once(tmp_path: Path) -> None:
+    """Images are copied with the first views alone; each block of views lists its own bad images."""
+    images, path = make_images(tmp_path / "images", 5), tmp_path / "cache"
+    (images / "image_002.jpg").write_bytes(b"no image")
+    build(recipe(path, images, images="copy"), QUIET)
+    result = build(recipe(path, images, num_views=4, images="copy"), QUIET)
+    assert result.quarantined == 1
+    summary = summarize(result.cache)
+    assert summary["planned"]["tiny"] > summary["planned"]["images"] == summary["committed"]["images"]
+    assert [entry["key"] for entry in summary["quarantined"]] == ["image_002"]
+    assert warnings(summary) == [
+        "Random weights, for tests and timing only: tiny.",
+        "1 sample is quarantined.",
+    ]

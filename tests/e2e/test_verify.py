@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
@@ -20,7 +22,7 @@ from cache_builder.verify import strays, verify
 from cache_builder.worker import Worker
 from jobs import cli
 from pipeline import FeatureCache
-from pipeline.errors import CacheError, CacheMismatchError
+from pipeline.errors import BuildError, CacheError, CacheMismatchError
 from pipeline.manifest import Manifest
 from pipeline.storage import LocalStorage
 from tests.make_cache import build_recipe, make_images
@@ -280,6 +282,48 @@ def test_other_images_are_not_taken_for_the_ones_that_were_cached(tmp_path: Path
     assert (tmp_path / "cache" / "commits" / "tiny" / "00000.json").exists(), "no record is deleted in vain"
 
 
+def damage_last_byte(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+
+
+CHANGES: dict[str, Callable[[Path], object]] = {
+    "replaced": lambda image: shutil.copy(image.with_name("image_002.jpg"), image),
+    "cut": lambda image: image.write_bytes(image.read_bytes()[:-40]),
+    "another byte, far from its head": damage_last_byte,
+    "gone": Path.unlink,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("damaged", ["teachers/tiny/codes/c/0/0/0/0/0", "stats/tiny/00000.safetensors"])
+def test_rows_of_other_images_do_not_replace_broken_ones(
+    tmp_path: Path, change: Callable[[Path], object], damaged: str
+) -> None:
+    """In a cache of one teacher, no other record tells that the image is another one."""
+    images = make_images(tmp_path / "images", 6)
+    cache = build(build_recipe(tmp_path / "cache", images), QUIET).cache
+    flip(tmp_path / "cache" / damaged)
+    before = contents(tmp_path / "cache")
+    change(images / "image_001.jpg")
+    (left,) = repair(cache, RUNNER).left
+    assert left.file == damaged
+    assert re.search("has changed since|not those that tiny was computed from|is gone", left.reason)
+    assert contents(tmp_path / "cache") == before, "what is sound in the shard can still be read"
+
+
+def test_a_build_that_goes_on_refuses_images_that_changed(tmp_path: Path) -> None:
+    images = make_images(tmp_path / "images", 6)
+    recipe = build_recipe(tmp_path / "cache", images)
+    build(recipe, QUIET)
+    (tmp_path / "cache/commits/tiny/00001.json").unlink()
+    damage_last_byte(images / "image_004.jpg")  # as many bytes, so the folder's listing is the same
+    with pytest.raises(BuildError, match=r"image_004 has changed since(.|\n)*bring the image back"):
+        build(recipe, QUIET)
+    assert FeatureCache.open(tmp_path / "cache").committed("tiny").tolist() == [True, False]
+
+
 def test_stored_features_are_the_teachers(tmp_path: Path) -> None:
     tiny = {"model": "vit_tiny_patch16_224", "pretrained": False, "image_size": 32, "cls_token": True}
     codecs = ("f32", "bf16", "int4-hadamard", "int3-dct")
@@ -319,6 +363,23 @@ def test_a_teacher_with_other_weights_is_no_judge(cache: Path) -> None:
     spec = opened.spec.model_copy(update={"teachers": {"tiny": other}})
     with pytest.raises(CacheMismatchError, match="not the weights"):
         compare_with_teachers(FeatureCache(opened.storage, spec), 1)
+
+
+def test_a_record_that_names_no_file_is_found(cache: Path) -> None:
+    manifest = FeatureCache.open(cache).manifest
+    record = manifest.read_commit("tiny", 1)
+    manifest.commit(record.model_copy(update={"files": {}}))
+    assert "does not name teachers/tiny/cls/c/1" in verify(FeatureCache.open(cache), full=True)[0].reason
+
+
+def test_nothing_to_compare_is_no_agreement(tmp_path: Path) -> None:
+    path, images = tmp_path / "cache", make_images(tmp_path / "images", 4)
+    cache = build(build_recipe(path, images), QUIET).cache
+    for shard in range(cache.spec.num_shards):
+        cache.storage.remove(f"commits/tiny/{shard:05d}.json")
+    result = CliRunner().invoke(cli.app, ["verify", str(path), "--against-teacher", "2"])
+    assert result.exit_code == 1
+    assert "tiny: no row is committed" in result.output
 
 
 def test_the_command_finds_mends_and_compares(cache: Path) -> None:
