@@ -12,6 +12,7 @@ more than 2 GB and more than 20 s. `tests/contract/test_hostile_files.py` is the
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import subprocess
 import sys
@@ -44,6 +45,8 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, help="keep the inputs that reached new code here")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if importlib.util.find_spec("atheris") is None:
+        sys.exit('atheris is not installed: pip install "teachercache[fuzz]"')
     with tempfile.TemporaryDirectory() as scratch:
         corpus = arguments.corpus or Path(scratch)
         if arguments.worker:

@@ -103,7 +103,7 @@ def build(recipe: BuildRecipe, console: Console | None = None) -> BuildResult:
         views=progress.views,
         wall_s=progress.wall_s,
         seconds=progress.seconds,
-        quarantined=len(manifest.quarantine()),
+        quarantined=len({entry.sample_index for entry in manifest.quarantine()}),
     )
 
 

@@ -225,6 +225,8 @@ class RayRunner(Runner):
                 return
             require_place(cause)
             queue.retry_or_fail(task, describe(cause))
+        except RayError as error:  # its answer went with a node; what it committed stays
+            self._lose(actor, f"its answer was lost: {error}", queue)
         else:
             if call is actor.opening:
                 actor.opening = None

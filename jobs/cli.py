@@ -188,7 +188,7 @@ def verify(
     cache: CacheArgument,
     full: Annotated[bool, typer.Option("--full", help="Read every byte and compare checksums.")] = False,
     against_teacher: Annotated[
-        int, typer.Option(metavar="N", help="Recompute N random rows of every teacher and compare.")
+        int, typer.Option(metavar="N", min=0, help="Recompute N random rows of every teacher and compare.")
     ] = 0,
 ) -> None:
     """Check a cache: is every file what was written? Exits with status 1 when one differs.
@@ -250,7 +250,11 @@ def _against_teacher(cache: FeatureCache, num_rows: int) -> bool:
             style=None if one.kept else "red",
             soft_wrap=True,
         )
-    return all(one.kept for one in found)
+    compared = {one.teacher for one in found}
+    for name in cache.teachers:
+        if name not in compared:
+            console.print(f"{name}: no row is committed, so nothing could be compared", style="red")
+    return compared == set(cache.teachers) and all(one.kept for one in found)
 
 
 @app.command()

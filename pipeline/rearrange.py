@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from pipeline.cache import FeatureCache
 from pipeline.errors import CacheError, CacheMismatchError, CorruptShardError
 from pipeline.manifest import (
+    SPEC_NAME,
     CommitRecord,
     FileRecord,
     Manifest,
@@ -262,6 +263,14 @@ def _lay_out(
             )
         return FeatureCache(storage, found)
     target = FeatureCache(storage, spec)
+    for name in (*spec.teachers, IMAGES):
+        if left := manifest.committed(name):
+            raise CacheMismatchError(
+                "Shards of another cache are at this path.",
+                got=f"{len(left)} commit records of {name} in {storage.url}, without {SPEC_NAME}",
+                expected="nothing, or the beginning of this very cache",
+                do="choose another place (-o …)",
+            )
     for name in spec.teachers:
         tables = tables_name(name)
         if sources[0].storage.exists(tables):

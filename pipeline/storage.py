@@ -39,6 +39,7 @@ from pipeline.processes import (
 LOCK_SUFFIX = ".lock"
 _READ_BLOCK = 1 << 22
 _LOCK_POLL_S = 0.05
+_BREAK_WITHIN_S = 2.0
 _SAY_SO_AFTER_S = 5.0
 _NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS}
 
@@ -163,14 +164,23 @@ class Storage(ABC):
             now = time.monotonic()
             if holder != seen:
                 seen, since = holder, now
-            if holder is not None and is_stale(holder, now - since) and self._read_if_there(lock) == holder:
-                self.remove(lock)
+            if holder is not None and is_stale(holder, now - since):
+                self._break(lock, holder)
                 continue
             if not told and now - began > _SAY_SO_AFTER_S:
                 log.warning("waiting for %s/%s, held by %s", self.url, lock, describe_holder(holder))
                 told = True
             waiting()
             time.sleep(random.uniform(0.5, 1.5) * _LOCK_POLL_S)
+
+    def _break(self, lock: str, holder: bytes) -> None:
+        """Remove a stale lock, unless somebody has taken it over: two who look at once would both hold it.
+
+        Here they look at different times; a lock of the dead and both within a request is what remains.
+        """
+        time.sleep(random.uniform(0, _BREAK_WITHIN_S))
+        if self._read_if_there(lock) == holder:
+            self.remove(lock)
 
     def _read_if_there(self, name: str) -> bytes | None:
         try:
@@ -289,6 +299,17 @@ class LocalStorage(Storage):
             target.unlink(missing_ok=True)
             raise
         return True
+
+    def _break(self, lock: str, holder: bytes) -> None:
+        """Only one process can move a lock away; one that was taken over meanwhile is put back."""
+        aside = temporary_of(self.path(lock))
+        try:
+            self.path(lock).rename(aside)
+        except FileNotFoundError:
+            return
+        if (moved := aside.read_bytes()) != holder:
+            self.write_new(lock, moved)
+        aside.unlink()
 
     def size(self, name: str) -> int | None:
         try:

@@ -86,6 +86,7 @@ def summarize(cache: Stored) -> dict[str, Any]:
             for name, teacher in spec.teachers.items()
         },
         "committed": {name: tally.shards for name, tally in tallies.items()},
+        "planned": {name: len(spec.shards(name)) for name in tallies},
         "quarantined": [entry.model_dump(mode="json") for entry in quarantined(manifest, problems)],
         "problems": problems,
     }
@@ -230,7 +231,8 @@ def array_metadata(storage: Storage, spec: CacheSpec, teacher: str) -> dict[str,
 
 def quarantined(manifest: Manifest, problems: Problems) -> list[QuarantineEntry]:
     """Every quarantined sample; a list that cannot be read is one of `problems`."""
-    return list(_attempt(manifest.quarantine, problems, default=list[QuarantineEntry]()))
+    entries = _attempt(manifest.quarantine, problems, default=list[QuarantineEntry]())
+    return list({entry.sample_index: entry for entry in entries}.values())  # each segment has its own
 
 
 def describe(error: Exception) -> str:

@@ -30,10 +30,12 @@ def tar_name(teacher: str, shard: int) -> str:
 def member_key(key: str) -> str:
     """A sample's key as the name of a member: `webdataset` cuts names at the first dot of their last part.
 
-    Dots there are percent-encoded, and so is "%"; `urllib.parse.unquote` is the way back.
+    Dots there are percent-encoded, and so are "%" and two underscores that a key begins with, since
+    `webdataset` passes over members named `__…__`; `urllib.parse.unquote` is the way back.
     """
     folder, slash, name = key.rpartition("/")
-    return folder + slash + name.replace("%", "%25").replace(".", "%2E")
+    member = folder + slash + name.replace("%", "%25").replace(".", "%2E")
+    return f"%5F{member[1:]}" if member.startswith("__") else member
 
 
 def empty_index(num_rows: int) -> TarIndex:

@@ -294,9 +294,9 @@ def test_damaged_copies_of_images_are_found_and_not_copied(tmp_path: Path) -> No
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # webdataset leaves closing tars to the collector
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_keys_with_dots_are_samples_of_plain_webdataset(tmp_path: Path) -> None:
+def test_keys_with_dots_and_underscores_are_samples_of_plain_webdataset(tmp_path: Path) -> None:
     plain = make_images(tmp_path / "plain", 3)
-    names = ["v1.0/a.b.jpg", "v1.0/a%2Eb.jpg", "v1.0/a.c.jpg"]
+    names = ["__1__/a.jpg", "v1.0/a.b.jpg", "v1.0/a%2Eb.jpg"]
     images = [path.read_bytes() for path in sorted(plain.iterdir())]
     write_folder(tmp_path / "images", dict(zip(names, images, strict=True)))
     recipe = build_recipe(tmp_path / "cache", tmp_path / "images", store="webdataset", images="copy")
@@ -326,6 +326,14 @@ def test_subset_by_keys_packs_the_rows(tmp_path: Path, store: StoreKind) -> None
     assert (entry.sample_index, entry.reason) == (1, "cut")
     with pytest.raises(CacheError, match=r"1 of 2 keys(.|\n)*image_99(.|\n)*did you mean"):
         subset(source.storage.url, str(tmp_path / "none"), keys=["image_000", "image_99"])
+
+
+def test_shards_of_another_cache_are_not_taken_for_one_s_own(tmp_path: Path, source: FeatureCache) -> None:
+    out = tmp_path / "out"
+    subset(source.storage.url, str(out), fraction=0.5).run()
+    (out / "cache.json").unlink()
+    with pytest.raises(CacheMismatchError, match=r"Shards of another cache(.|\n)*without cache\.json"):
+        subset(source.storage.url, str(out), fraction=1.0)
 
 
 def test_subset_by_fraction_is_nested_and_seeded(tmp_path: Path, source: FeatureCache) -> None:

@@ -222,6 +222,21 @@ def test_a_lock_whose_making_failed_late_is_not_left(
     assert not storage.exists("x.lock")
 
 
+@pytest.mark.parametrize("away", [False, True])
+def test_a_lock_that_was_taken_over_is_not_broken(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch, away: bool
+) -> None:
+    """Two saw the stale lock; the other one was faster, and may be done already."""
+    monkeypatch.setattr(module, "_BREAK_WITHIN_S", 0.0)
+    if not away:
+        storage.write("f/x.lock", b"the other one's")
+    storage._break("f/x.lock", b"stale")
+    storage.write("f/y.lock", b"stale")
+    storage._break("f/y.lock", b"stale")
+    storage.write("f/z", b"")
+    assert [name for name, _ in storage.walk("f")] == (["f/z"] if away else ["f/x.lock", "f/z"])
+
+
 def test_who_waits_says_for_whom(
     storage: Storage, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
