@@ -93,7 +93,7 @@ def summary_facts(
             **_teacher_facts(teacher),
             "token cosine": _fidelity(teacher["fidelity"]),
             "weights hash": (teacher["weights_hash"] or "")[:12],
-            "shards": _done(summary["committed"][name], summary["shards"]),
+            "shards": _done(summary["committed"][name], summary["planned"][name]),
             "rows": f"{teacher['rows_committed']:,} ({teacher['rows_invalid']:,} invalid)",
             "bytes per row": human_bytes(teacher["bytes_per_row"]) if teacher["bytes_per_row"] else "unknown",
             "bytes": human_bytes(teacher["nbytes"]),
@@ -218,7 +218,7 @@ def what_was_checked(summary: Mapping[str, Any]) -> str:
 
 
 def _complete(summary: Mapping[str, Any]) -> bool:
-    return all(done >= summary["shards"] for done in summary["committed"].values())
+    return all(done >= summary["planned"][name] for name, done in summary["committed"].items())
 
 
 def problem_lines(problems: Sequence[str]) -> list[Text]:
