@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
-from typing import Literal
+from itertools import cycle
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
@@ -16,7 +17,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from numpy.typing import NDArray
 
 SERIES = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")  # Okabe & Ito, colour-blind safe
-_LINES = tuple(zip(SERIES, ("-", "--", "-.", ":", "-", "--"), strict=True))  # where they meet, all are seen
+_DASHES = ("-", "--", "-.", ":", (0, (8, 2)), (0, (4, 1, 1, 1, 1, 1)), (0, (1, 3)))  # of no common period
 _INK = "#010203"  # stands for the colour of the page's text
 _DRAWN_IN_INK = dict.fromkeys(
     ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color"), _INK
@@ -32,11 +33,13 @@ _STYLE = _DRAWN_IN_INK | {
     "axes.spines.right": False,
     "legend.frameon": False,
 }
+_LEGEND_LINES = 13
+_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _BINS = 60
 _POINTS = 200
 
 
-def norm_histogram(norms: Mapping[str, NDArray], title: str) -> str:
+def norm_histogram(norms: Mapping[str, NDArray]) -> str:
     """Distribution of token norms, a line for each level."""
     finite = {name: values[np.isfinite(values)] for name, values in norms.items()}
     largest = max((values.max() for values in finite.values() if values.size), default=1.0)
@@ -46,28 +49,28 @@ def norm_histogram(norms: Mapping[str, NDArray], title: str) -> str:
     edges = space(smallest, max(largest, smallest * (1 + 1e-6) + 1e-9), _BINS + 1)
 
     def draw(axes: Axes) -> None:
-        for (name, values), (colour, dashes) in zip(finite.items(), _LINES, strict=False):
+        for name, values, style in _lines(finite):
             share = np.histogram(values, edges)[0] / max(values.size, 1)
-            axes.stairs(share, edges, label=name, color=colour, linestyle=dashes, linewidth=1.5)
-        axes.set(xlabel="token norm", ylabel="share of tokens", title=_plain(title))
+            axes.stairs(share, edges, label=name, **style)
+        axes.set(xlabel="token norm", ylabel="share of tokens")
         if logarithmic:
             _logarithmic(axes, "x")
 
     return _chart(draw)
 
 
-def channel_curve(std: Mapping[str, NDArray], title: str) -> str:
+def channel_curve(std: Mapping[str, NDArray]) -> str:
     """Standard deviations of the channels of each level, sorted: outliers at the left, dead ones right."""
 
     positive = [values[values > 0].min() for values in std.values() if (values > 0).any()]
     floor = min(positive, default=1.0) / 2  # where dead channels are drawn
 
     def draw(axes: Axes) -> None:
-        for (name, values), (colour, dashes) in zip(std.items(), _LINES, strict=False):
+        for name, values, style in _lines(std):
             ordered = np.maximum(np.sort(values)[::-1], floor)
             channels = np.arange(1, len(ordered) + 1)
-            axes.plot(channels, ordered, dashes, label=name, color=colour, linewidth=1.5)
-        axes.set(xlabel="channel, sorted", ylabel="standard deviation", title=_plain(title))
+            axes.plot(channels, ordered, label=name, marker="o" if len(ordered) == 1 else "", **style)
+        axes.set(xlabel="channel, sorted", ylabel="standard deviation")
         _logarithmic(axes, "x")
         _logarithmic(axes, "y")
         axes.set_ylim(bottom=floor)
@@ -75,18 +78,24 @@ def channel_curve(std: Mapping[str, NDArray], title: str) -> str:
     return _chart(draw)
 
 
-def error_curve(errors: Mapping[str, NDArray], title: str) -> str:
+def error_curve(errors: Mapping[str, NDArray]) -> str:
     """What share of tokens has an error of at most so much, a line for each codec."""
 
     def draw(axes: Axes) -> None:
-        for (name, values), (colour, dashes) in zip(errors.items(), _LINES, strict=False):
+        for name, values, style in _lines(errors):
             shares = np.linspace(0, 1, _POINTS)
             ordered = np.quantile(np.maximum(values, 1e-12), shares)
-            axes.plot(ordered, shares, dashes, label=name, color=colour)
-        axes.set(xlabel="1 − cosine of a token", ylabel="share of tokens below", title=_plain(title))
+            axes.plot(ordered, shares, label=name, **style)
+        axes.set(xlabel="1 − cosine of a token", ylabel="share of tokens below")
         _logarithmic(axes, "x")
 
     return _chart(draw)
+
+
+def _lines(values: Mapping[str, NDArray]) -> Iterator[tuple[str, NDArray, dict[str, Any]]]:
+    """A colour and dashes for each, which differ in 42 lines and let all be seen where they meet."""
+    for (name, array), colour, dashes in zip(values.items(), cycle(SERIES), cycle(_DASHES), strict=False):
+        yield name, array, {"color": colour, "linestyle": dashes, "linewidth": 1.5}
 
 
 def _text_on(red: float, green: float, blue: float) -> str:
@@ -116,21 +125,33 @@ def _plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
+def _number(value: float, _: object = None) -> str:
+    """0.05, 20, or 2·10⁻⁶."""
+    if 1e-3 <= value < 1e5:
+        return f"{value:g}"
+    factor, exponent = f"{value:.0e}".split("e")
+    return f"{'' if factor == '1' else f'{factor}·'}10{str(int(exponent)).translate(_SUPERSCRIPT)}"
+
+
 def _logarithmic(axes: Axes, which: Literal["x", "y"]) -> None:
-    """With plain numbers at 1, 2 and 5 where the range may hold no power of ten."""
+    """With numbers at 1, 2 and 5 where the range may hold no power of ten."""
     axes.set(**{f"{which}scale": "log"})
     axis: Axis = getattr(axes, f"{which}axis")
     low, high = axis.get_view_interval()
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
-    axis.set_major_formatter("{x:g}")
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,), numticks=6))
+    axis.set_major_formatter(_number)
     axis.set_minor_formatter(NullFormatter())
 
 
 def _chart(draw: Callable[[Axes], None]) -> str:
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(5.2, 2.9), layout="constrained")
-        draw(figure.subplots())
-        figure.legend(loc="outside right upper")  # where no line can be
+        axes = figure.subplots()
+        draw(axes)
+        names = [_plain(str(name)) for name in axes.get_legend_handles_labels()[1]]
+        columns = -(-len(names) // _LEGEND_LINES)
+        figure.set_figwidth(figure.get_figwidth() + 1.6 * max(columns - 1, 0))
+        figure.legend(labels=names, loc="outside right upper", ncols=columns)  # where no line can be
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     drawing = file.getvalue()

@@ -62,6 +62,13 @@ def heading(text: str, strong: bool = False) -> str:
     return f"<{kind}>{escape(text)}</{kind}>"
 
 
+def map_grid(cells: Iterable[str], *columns: str | int) -> str:
+    """Cells line by line; `columns` are widths, or how many maps stand there. Scrolls where it is wider."""
+    widths = " ".join(f"repeat({one},var(--map))" if isinstance(one, int) else one for one in columns)
+    grid = f'<div class="maps" style="grid-template-columns:{widths}">{"".join(cells)}</div>'
+    return f'<div class="scroll">{grid}</div>'
+
+
 def timeline_rows(lanes: Iterable[tuple[str, str]]) -> str:
     """(worker, picture) one under the other."""
     rows = "".join(

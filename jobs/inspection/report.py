@@ -24,6 +24,7 @@ from jobs.inspection.page import (
     facts,
     figure,
     heading,
+    map_grid,
     page,
     paragraph,
     picture,
@@ -46,6 +47,7 @@ from pipeline.units import human_bytes, human_seconds
 
 _TRIAL_ROWS = 2  # others are what the tables are learnt from
 _LEAST_ERROR, _LARGEST_ERROR = 1e-7, 1e-1
+_MAPS = 8  # as many as a page of a laptop is wide
 _MAX_LISTED = 200
 _MAX_LOUD = 3
 
@@ -138,7 +140,19 @@ def _samples(reader: MapReader, teachers: Sequence[TeacherMaps]) -> str:
         "blue, computed over all "
         "images below with every channel standardised: equal colours in one column are "
         "equal features. Right: "
-        "the norm of every token. Levels 1 to 4 are the blocks that the first table names.",
+        f"the norm of every token. {_levels_in_words(teachers)}",
+    )
+
+
+def _levels_in_words(teachers: Sequence[TeacherMaps]) -> str:
+    """Which blocks the numbers above the columns are."""
+    by_blocks = dict[tuple[int, ...], list[str]]()
+    for teacher in teachers:
+        by_blocks.setdefault(teacher.spec.block_indices, []).append(teacher.name)
+    return " ".join(
+        f"{'Level 1 is block' if len(blocks) == 1 else f'Levels 1 to {len(blocks)} are blocks'} "
+        f"{', '.join(map(str, blocks))} of {', '.join(names)}."
+        for blocks, names in by_blocks.items()
     )
 
 
@@ -150,34 +164,43 @@ def _sample(reader: MapReader, row: int, teachers: Sequence[TeacherMaps]) -> str
         photo = picture(jpeg_uri(reader.view(row)), f"{key}, view {view}", "photo")
     except (TeacherCacheError, OSError) as error:
         photo = placeholder(f"the image cannot be had: {str(error).splitlines()[0]}")
-    num_levels = max(len(teacher.blocks) for teacher in teachers)
-    levels = range(1, num_levels + 1)
-    titles = ("", *(f"PCA, {n}" for n in levels), "", *(f"norm, {n}" for n in levels))
+    num_levels = max(teacher.spec.num_levels for teacher in teachers)
+    blocks = (range(num_levels)[first : first + _MAPS // 2] for first in range(0, num_levels, _MAPS // 2))
+    maps = "".join(_sample_maps(row, teachers, levels) for levels in blocks)
+    return f'<div class="sample">{figure(photo, f"{key} · row {row}, view {view}")}<div>{maps}</div></div>'
+
+
+def _sample_maps(row: int, teachers: Sequence[TeacherMaps], levels: range) -> str:
+    """Principal components and norms of some of the levels; a line for each teacher that has one of them."""
+    numbers = [level + 1 for level in levels]
+    titles = ("", *(f"PCA, {n}" for n in numbers), "", *(f"norm, {n}" for n in numbers))
     lines = [heading(title) for title in titles]
     for teacher in teachers:
+        names = teacher.level_names[levels.start : levels.stop]
+        if not names:
+            continue
         lines.append(heading(teacher.name, strong=True))
         for pictures, what in ((teacher.pictures, "PCA"), (teacher.norm_pictures, "token norms")):
-            for level in range(num_levels):
-                name = f"{teacher.name} level {level + 1}, {what}"
+            for level, name in zip(levels, names, strict=False):
                 uri = pictures.get((row, level))
-                lines.append(picture(uri, name) if uri else placeholder(teacher.damaged.get(row, "")))
+                shown = picture(uri, f"{teacher.name} {name}, {what}") if uri else None
+                lines.append(shown or placeholder(teacher.damaged.get(row, "")))
+            lines += [heading("")] * (len(levels) - len(names))
             if pictures is teacher.pictures:
                 lines.append(heading(""))
-    columns = f"74px repeat({num_levels},var(--map)) 4px repeat({num_levels},var(--map))"
-    maps = f'<div class="maps" style="grid-template-columns:{columns}">{"".join(lines)}</div>'
-    return f'<div class="sample">{figure(photo, f"{key} · row {row}, view {view}")}{maps}</div>'
+    return map_grid(lines, "74px", len(levels), "4px", len(levels))
 
 
 def _statistics(teacher: TeacherMaps) -> str:
-    named = dict(zip(teacher.blocks, teacher.levels, strict=True))
-    norms = {block: level.norms_N.numpy() for block, level in named.items()}
-    std = {block: level.std_C.numpy() for block, level in named.items()}
-    rows = [(block, *_channel_facts(level)) for block, level in named.items()]
+    named = dict(zip(teacher.level_names, teacher.levels, strict=True))
+    norms = {name: level.norms_N.numpy() for name, level in named.items()}
+    std = {name: level.std_C.numpy() for name, level in named.items()}
+    rows = [(name, *_channel_facts(level)) for name, level in named.items()]
     header = ["", "mean norm", "dead channels", "with NaN or infinity", "outlier channels", "the loudest"]
     return section(
         f"Channels and norms of {teacher.name}",
-        figure(norm_histogram(norms, f"{teacher.name}: norms of tokens"), ""),
-        figure(channel_curve(std, f"{teacher.name}: spread of channels"), ""),
+        figure(norm_histogram(norms), f"{teacher.name}: norms of tokens"),
+        figure(channel_curve(std), f"{teacher.name}: spread of channels"),
         table(header, rows),
         note=f"Over the {len(teacher.common_tokens)} rows shown above. A dead channel never "
         f"changes; an outlier "
@@ -212,7 +235,7 @@ def _codecs(reader: MapReader, teacher: TeacherMaps) -> str:
     curves = {trial.codec: trial.error_RSHW.flatten().numpy() for trial in trials}
     drawn = (
         (
-            figure(error_curve(curves, f"{teacher.name}: error of tokens"), ""),
+            figure(error_curve(curves), f"{teacher.name}: error of tokens"),
             figure(_error_maps(teacher, trials), "1 − cosine of every token of one image"),
             scale(f"{_LEAST_ERROR:g}", f"{_LARGEST_ERROR:g}", "1 − cosine, logarithmic:"),
         )
@@ -268,24 +291,27 @@ def _trial_facts(codec: str, trial: CodecTrial | str) -> list[str]:
 
 def _error_maps(teacher: TeacherMaps, trials: Sequence[CodecTrial]) -> str:
     low, high = np.log10(_LEAST_ERROR), np.log10(_LARGEST_ERROR)
-    lines = [heading(text) for text in ("", *teacher.blocks)]
-    for trial in trials:
-        lines.append(heading(trial.codec, strong=True))
-        lines += [
-            picture(png_uri(heat(error_HW.clamp_min(1e-12).log10(), low, high)), f"{trial.codec}, {block}")
-            for block, error_HW in zip(teacher.blocks, trial.error_RSHW[0], strict=True)
-        ]
-    columns = f"110px repeat({len(teacher.blocks)},var(--map))"
-    return f'<div class="maps" style="grid-template-columns:{columns}">{"".join(lines)}</div>'
+    grids = []
+    for first in range(0, teacher.spec.num_levels, _MAPS):
+        names = teacher.level_names[first : first + _MAPS]
+        lines = [heading(text) for text in ("", *names)]
+        for trial in trials:
+            lines.append(heading(trial.codec, strong=True))
+            lines += [
+                picture(png_uri(heat(error_HW.clamp_min(1e-12).log10(), low, high)), f"{trial.codec}, {name}")
+                for name, error_HW in zip(names, trial.error_RSHW[0, first : first + _MAPS], strict=True)
+            ]
+        grids.append(map_grid(lines, "110px", len(names)))
+    return "".join(grids)
 
 
 def _similarity(reader: MapReader, teachers: Sequence[TeacherMaps]) -> str:
     title = "How alike the teachers are"
     rows = [row for row in reader.rows if all(row in teacher.common_tokens for teacher in teachers)]
     sets = {
-        f"{teacher.name} {block}": torch.cat([teacher.common_tokens[row][level] for row in rows])
+        f"{teacher.name} level {level + 1}": torch.cat([teacher.common_tokens[row][level] for row in rows])
         for teacher in teachers
-        for level, block in enumerate(teacher.blocks)
+        for level in range(teacher.spec.num_levels)
         if rows
     }
     num_tokens = min((len(tokens) for tokens in sets.values()), default=0)

@@ -9,7 +9,7 @@ from torch import Tensor
 from jobs.inspection.feature_facts import FactCollector, LevelFacts, common_grid, finite
 from pipeline.errors import CacheError
 from pipeline.feature_pictures import heat, png_uri, token_norms
-from pipeline.map_reader import MapReader
+from pipeline.map_reader import MapReader, level_name
 
 _COMMON_TOKENS = 2048
 
@@ -17,14 +17,14 @@ _COMMON_TOKENS = 2048
 class TeacherMaps:
     """Pictures (data URIs by row and level), statistics by level, and tokens to compare with other teachers'.
 
-    `damaged` says why a row could not be read. `common_tokens` holds, for each row, (levels, n, C) tokens of
-    places that are the same in all teachers.
+    `level_names` are those that pictures use. `damaged` says why a row could not be read. `common_tokens`
+    holds, for each row, (levels, n, C) tokens of places that are the same in all teachers.
     """
 
     def __init__(self, reader: MapReader, name: str) -> None:
         self.name = name
         self.spec = reader.cache.spec.teachers[name]
-        self.blocks = [f"level {level + 1}" for level in range(self.spec.num_levels)]
+        self.level_names = [level_name(self.spec, level) for level in range(self.spec.num_levels)]
         self.damaged: dict[int, str] = {}
         self.pictures: dict[tuple[int, int], str] = {}
         self.norm_pictures: dict[tuple[int, int], str] = {}

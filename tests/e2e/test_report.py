@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from jobs.cli import app
-from jobs.inspection.charts import error_curve
+from jobs.inspection.charts import channel_curve, error_curve, norm_histogram
 from jobs.inspection.comparisons import Comparisons
 from jobs.inspection.feature_facts import FactCollector, cosine_error, linear_cka, rows_to_learn_from
 from jobs.inspection.report import write_report
@@ -156,11 +156,37 @@ def test_a_dct_is_learnt_from_enough_rows_or_not_at_all(tmp_path: Path, images: 
 
 def test_the_legend_hides_no_line() -> None:
     """Its names stand to the right of the axes."""
-    svg = error_curve({"f16": np.array([1e-7, 1e-6]), "int3-hadamard": np.array([1e-3, 1e-2])}, "title")
+    svg = error_curve({"f16": np.array([1e-7, 1e-6]), "int3-hadamard": np.array([1e-3, 1e-2])})
     corners = re.findall(r"[ML] ([\d.]+) ", svg[svg.index('"patch_2"') :].split("z")[0])
     names = re.findall(r'x="([\d.]+)"[^>]*>(f16|int3-hadamard)<', svg)
     assert [name for _, name in names] == ["f16", "int3-hadamard"]
     assert min(float(x) for x, _ in names) > max(map(float, corners)) > 200
+
+
+def test_every_level_has_a_line_of_its_own() -> None:
+    values = {f"level {n}": np.linspace(1, 2 + n, 30) for n in range(1, 25)}
+    for draw in (norm_histogram, channel_curve, error_curve):
+        svg = draw(values)
+        legend = svg[svg.index('id="legend_1"') :]
+        styles = set(re.findall(r'style="(fill: none; [^"]*stroke: #\w+)', legend))
+        assert len(styles) == 24
+        assert all(style in svg[: svg.index('id="legend_1"')] for style in styles)
+        assert all(f">{name}<" in legend for name in values)
+        assert max(float(y) for y in re.findall(r'<text[^>]* y="([\d.]+)"', legend)) < 2.9 * 72
+
+
+def test_numbers_on_a_logarithmic_axis_have_room() -> None:
+    svg = error_curve({"int3-hadamard of a long name": np.geomspace(1e-11, 1e-1, 50)})
+    axis = svg[svg.index('"matplotlib.axis_1"') : svg.index('"matplotlib.axis_2"')]
+    places = [float(x) for x in re.findall(r'<text[^>]* x="([\d.]+)"[^>]*>[\d.⁻⁰¹²³⁴-⁹]+</text>', axis)]
+    assert len(places) >= 3
+    assert min(np.diff(places)) > 26
+    assert "10⁻" in axis
+
+
+def test_one_channel_is_a_point() -> None:
+    points = [channel_curve({"level 1": np.full(n, 2.0)}).count('style="fill: #0072b2') for n in (1, 2)]
+    assert points[0] > points[1] == 0
 
 
 def test_channels_that_are_dead_loud_or_broken() -> None:
@@ -218,6 +244,35 @@ def test_small_errors_do_not_cancel() -> None:
     exact = 1 - torch.nn.functional.cosine_similarity(token_C, other_C, dim=0)
     found = cosine_error(token_C.float()[None], other_C.float()[None])
     np.testing.assert_allclose(found.item(), exact.item(), rtol=1e-2)
+
+
+@pytest.mark.parametrize("num_levels", [1, 12])
+def test_many_levels_fit_a_laptop(tmp_path: Path, images: Path, browser: Browser, num_levels: int) -> None:
+    """And so do teachers of long names and of one channel."""
+    spec = teacher_spec(grid=4).model_copy(update={"block_indices": tuple(range(1, 1 + num_levels))})
+    teachers = {"vit_of_a_long_name_" * 5: spec, "narrow": teacher_spec(width=1, grid=3)}
+    page_file = tmp_path / "report.html"
+    cache = make_cache(tmp_path / "cache", images, teachers=teachers)
+    page_file.write_text(write_report(cache, num_samples=4))
+    most = max(num_levels, 4)
+    with browser.page() as page:
+        page.goto(page_file.as_uri())
+        assert page.evaluate("document.documentElement.scrollWidth") <= page.viewport_size["width"]
+        edges = page.locator(".maps img").evaluate_all("all => all.map(i => i.getBoundingClientRect().right)")
+        assert max(edges) < page.viewport_size["width"]
+        assert f"norm, {most}\n" in page.locator(".sample").first.inner_text() + "\n"
+        assert "Levels 1 to 4 are blocks 0, 1, 2, 3 of narrow." in page.inner_text("body")
+        svgs = page.locator("svg").evaluate_all(
+            """all => all.map(svg => {
+                const box = svg.getBoundingClientRect();
+                return [...svg.querySelectorAll("text")].every(text => {
+                    const one = text.getBoundingClientRect();
+                    return one.left >= box.left - 1 && one.right <= box.right + 1;
+                });
+            })"""
+        )
+        assert svgs
+        assert all(svgs)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
