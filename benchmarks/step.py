@@ -123,8 +123,6 @@ def build_cache(arguments: argparse.Namespace, folder: Path) -> FeatureCache:
 class InMemory(TargetSource):
     """The targets of one batch, whichever batch comes."""
 
-    reads_features = True
-
     def __init__(self, targets: dict[str, Target]) -> None:
         self._targets = targets
 
@@ -159,7 +157,7 @@ class Trainer:
             loader = FeatureLoader(
                 cache,
                 sampler,
-                features=targets.reads_features,
+                targets.reads,
                 extra_sizes=targets.extra_sizes,
                 threads=arguments.threads,
                 prefetch=PREFETCH,

@@ -130,7 +130,7 @@ class TrainRecipe(Strict):
 
     `images`: where the source images are now, if they moved since the cache was built. `teachers`: null
     for all of the cache's; none ([]) trains on labels alone. `features: online` runs the teachers instead
-    of reading their features.
+    of reading their features, `hybrid` those of which the cache does not hold every shard.
     """
 
     cache: str
@@ -162,8 +162,6 @@ class TrainRecipe(Strict):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.features == "hybrid":
-            raise ValueError("features: hybrid is not there yet; choose cached or online")
         if self.multitask is None and not self.distills:
             raise ValueError("without multitask, at least one teacher and distillation.weight > 0 are needed")
         if self.student.kind == "amalgam" and (self.distills or self.multitask is None):

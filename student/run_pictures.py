@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from pipeline.cache import FeatureCache
 from pipeline.feature_pictures import Picture, figure_pixels, heat, picture_grid, token_norms
-from pipeline.map_reader import MapReader
+from pipeline.map_reader import MapReader, level_name
 from student.base import Student
 
 NUM_ROWS = 4
@@ -28,10 +29,22 @@ class Board(NamedTuple):
 
 @dataclass
 class _Kind:
-    """One kind of map of one level of a teacher: how it is drawn, and the teacher's own pictures."""
+    """One kind of map of one level of a teacher: how it is drawn, its title, and the teacher's own pictures.
 
+    `words`: what there is to say of several maps (B, H, W, C) below their title.
+    """
+
+    title: str
     draw: Callable[[Tensor], Picture]
-    teacher: list[Picture]
+    words: Callable[[Tensor], str]
+    maps_BHWC: InitVar[Tensor]
+
+    def __post_init__(self, maps_BHWC: Tensor) -> None:
+        self.teacher = self.column("teacher", maps_BHWC)
+
+    def column(self, whose: str, maps_BHWC: Tensor) -> tuple[str, list[Picture]]:
+        title = "\n".join(filter(None, (whose, self.title, self.words(maps_BHWC))))
+        return title, [self.draw(map_HWC) for map_HWC in maps_BHWC]
 
 
 class RunPictures:
@@ -73,13 +86,15 @@ class RunPictures:
             levels_BCHW = maps[name][-len(kinds) :]  # a teacher of fewer levels stands beside the last
             maps_SBHWC = [level_BCHW.permute(0, 2, 3, 1).float().cpu() for level_BCHW in levels_BCHW]
             features, norms = zip(*kinds, strict=True)
+            weights = "" if self._cache.spec.teachers[name].pretrained else " (random weights)"
             boards[f"maps/{name}"] = Board(
-                f"{name}: first three principal components of the teacher's features, and the student's in "
-                "the same colours",
+                f"{name}{weights}: first three principal components of the teacher's features, and the "
+                "student's in the same colours",
                 self._columns(features, maps_SBHWC),
             )
             boards[f"norms/{name}"] = Board(
-                f"{name}: norms of tokens, dark to bright from the teacher's least to its greatest",
+                f"{name}{weights}: norms of tokens, dark to bright from the teacher's least to its greatest; "
+                "above each column its own least and greatest",
                 self._columns(norms, maps_SBHWC),
             )
         return boards
@@ -88,27 +103,36 @@ class RunPictures:
         self, kinds: Sequence[_Kind], maps_SBHWC: Sequence[Tensor]
     ) -> list[tuple[str, list[Picture]]]:
         columns = [("view", self._views)]
-        for number, (kind, maps_BHWC) in enumerate(zip(kinds, maps_SBHWC, strict=True), 1):
-            columns.append((f"teacher\nlevel {number}", kind.teacher))
-            columns.append((f"student\nlevel {number}", [kind.draw(map_HWC) for map_HWC in maps_BHWC]))
+        for kind, maps_BHWC in zip(kinds, maps_SBHWC, strict=True):
+            columns += [kind.teacher, kind.column("student", maps_BHWC)]
         return columns
 
 
 def _kinds(reader: MapReader, teacher: str) -> list[tuple[_Kind, _Kind]]:
     """(features, norms) of each level."""
     found = []
-    for level in range(reader.cache.spec.teachers[teacher].num_levels):
-        maps_HWC = [reader.maps(teacher, row)[level] for row in reader.rows]
-        norms_N = torch.cat([token_norms(map_HWC).flatten() for map_HWC in maps_HWC])
-        low, high = norms_N.min().item(), norms_N.max().item()
+    spec = reader.cache.spec.teachers[teacher]
+    for level in range(spec.num_levels):
+        maps_BHWC = torch.stack([reader.maps(teacher, row)[level] for row in reader.rows])
+        low, high = _norm_range(maps_BHWC)
 
         def norm_picture(map_HWC: Tensor, low: float = low, high: float = high) -> Picture:
             return heat(token_norms(map_HWC), low, high)
 
-        draws = reader.basis(teacher, level).picture, norm_picture
-        features, norms = (_Kind(draw, [draw(map_HWC) for map_HWC in maps_HWC]) for draw in draws)
-        found.append((features, norms))
+        def norm_words(maps_BHWC: Tensor) -> str:
+            return "{:.3g} … {:.3g}".format(*_norm_range(maps_BHWC))
+
+        title = level_name(spec, level)
+        features = _Kind(title, reader.basis(teacher, level).picture, lambda _: "", maps_BHWC)
+        found.append((features, _Kind(title, norm_picture, norm_words, maps_BHWC)))
     return found
+
+
+def _norm_range(maps_BHWC: Tensor) -> tuple[float, float]:
+    """Of the tokens whose norms are finite."""
+    norms_BHW = token_norms(maps_BHWC)
+    norms_N = norms_BHW[norms_BHW.isfinite()]
+    return (norms_N.min().item(), norms_N.max().item()) if norms_N.numel() else (math.nan, math.nan)
 
 
 @contextmanager

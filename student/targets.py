@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -17,9 +17,10 @@ from student.losses import AdjointTarget, FeatureTarget, Target
 
 
 class TargetSource(ABC):
-    """Gives the targets of a batch. `reads_features` and `extra_sizes` tell the loader what it needs."""
+    """Gives the targets of a batch. `reads` and `extra_sizes` tell the loader which teachers' features and
+    which renders it needs."""
 
-    reads_features: bool
+    reads: Sequence[str] = ()
     extra_sizes: frozenset[Size] = frozenset()
 
     @abstractmethod
@@ -29,9 +30,8 @@ class TargetSource(ABC):
 class CachedTargets(TargetSource):
     """The features as they are stored; codes travel to the device packed and are decoded there."""
 
-    reads_features = True
-
     def __init__(self, cache: FeatureCache, teachers: Sequence[str], device: torch.device) -> None:
+        self.reads = list(teachers)
         self._specs = {name: cache.spec.teachers[name] for name in teachers}
         self._device = device
 
@@ -54,8 +54,6 @@ class OnlineTargets(TargetSource):
     `CacheMismatchError` when the teachers that can be built here are not those of the cache.
     """
 
-    reads_features = False
-
     def __init__(self, cache: FeatureCache, teachers: Sequence[str], device: torch.device) -> None:
         from cache_builder import build_teacher  # only this reference needs the builder
 
@@ -74,3 +72,32 @@ class OnlineTargets(TargetSource):
                 maps_BSHWC = pool(maps_BSHWC, spec.grid)
             targets[name] = FeatureTarget(maps_BSHWC)
         return targets
+
+
+class HybridTargets(TargetSource):
+    """The features of the teachers that the cache holds whole; the others, which it only names, run live.
+
+    A run can so begin before a late teacher is cached, or do without the bytes of one.
+    """
+
+    def __init__(self, cache: FeatureCache, teachers: Sequence[str], device: torch.device) -> None:
+        self.reads = held_whole(cache, teachers)
+        online = OnlineTargets(cache, [name for name in teachers if name not in self.reads], device)
+        self._parts = CachedTargets(cache, self.reads, device), online
+        self.extra_sizes = online.extra_sizes
+
+    def __call__(self, batch: Batch) -> dict[str, Target]:
+        return {name: target for part in self._parts for name, target in part(batch).items()}
+
+
+def held_whole(cache: FeatureCache, teachers: Sequence[str]) -> list[str]:
+    """Those of `teachers` of which every shard is committed."""
+    return [name for name in teachers if cache.committed(name).all()]
+
+
+TARGET_SOURCES: dict[str, Callable[[FeatureCache, Sequence[str], torch.device], TargetSource]] = {
+    "cached": CachedTargets,
+    "online": OnlineTargets,
+    "hybrid": HybridTargets,
+}
+"""By a recipe's `features`."""

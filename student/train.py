@@ -40,7 +40,7 @@ from student.run_pictures import RunPictures
 from student.sak.transfer import grown_student
 from student.schedule import SCHEDULES
 from student.sharing import write_model_card
-from student.targets import CachedTargets, OnlineTargets, TargetSource
+from student.targets import TARGET_SOURCES, TargetSource, held_whole
 from student.task_losses import MultiTaskLoss
 from student.timing import bottleneck
 from student.view_labels import ViewLabels
@@ -78,9 +78,10 @@ def train(recipe: TrainRecipe) -> TrainResult:
     cache = FeatureCache.open(recipe.cache, images=recipe.images)
     teachers = cache.check_teachers(recipe.teachers)
     tasks = ViewLabels(recipe.multitask, cache) if recipe.multitask else None
+    held = _held(recipe, cache, teachers)
     sampler = ShardShuffleSampler(
         cache,
-        teachers or None,
+        held or None,
         batch_size_per_process=recipe.batch_size_per_process,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
@@ -94,7 +95,7 @@ def train(recipe: TrainRecipe) -> TrainResult:
     student = _build(recipe, cache, teachers, tasks)
     if accelerator.device.type == "cuda" and accelerator.num_processes > 1:
         student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
-    targets = _targets(recipe, cache, teachers, accelerator.device)
+    targets = TARGET_SOURCES[recipe.features](cache, teachers, accelerator.device)
     optimizer = AdamW(
         [parameter for parameter in student.parameters() if parameter.requires_grad],
         lr=recipe.optimizer.lr,
@@ -133,14 +134,13 @@ def train(recipe: TrainRecipe) -> TrainResult:
         first_step=first_step,
         total_steps=total_steps,
         every_steps=recipe.log_every_steps,
-        pictures=RunPictures(cache, teachers if recipe.distills else [], student).draw,
+        pictures=RunPictures(cache, held if recipe.distills else [], student).draw,
         picture_every_steps=recipe.picture_every_steps,
     )
     loader = FeatureLoader(
         cache,
         sampler,
-        teachers,
-        features=(recipe.distills or student.reads_features) and targets.reads_features,
+        targets.reads if recipe.distills or student.reads_features else [],
         labels=tasks,
         extra_sizes=targets.extra_sizes,
         start_step=first_step * recipe.gradient_accumulation_steps,
@@ -223,12 +223,19 @@ def _objective(
     )
 
 
-def _targets(
-    recipe: TrainRecipe, cache: FeatureCache, teachers: list[str], device: torch.device
-) -> TargetSource:
-    if recipe.features == "online":
-        return OnlineTargets(cache, teachers, device)
-    return CachedTargets(cache, teachers, device)
+def _held(recipe: TrainRecipe, cache: FeatureCache, teachers: list[str]) -> list[str]:
+    """The teachers whose features the cache must hold."""
+    if recipe.features != "hybrid":
+        return teachers
+    held = held_whole(cache, teachers)
+    if teachers and not held:
+        raise RecipeError(
+            "A hybrid run reads at least one teacher.",
+            got=f"no complete one of {', '.join(teachers)} in {cache.storage.url}",
+            expected="a teacher with every shard committed",
+            do="finish the build of one of them",
+        )
+    return held
 
 
 def _require_fit(

@@ -14,9 +14,11 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import HfApi
+from rich.console import Console
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from cache_builder import build
 from pipeline.cache import FeatureCache
 from pipeline.errors import (
     CacheError,
@@ -34,7 +36,7 @@ from student.repsim import representation_similarity
 from student.run_pictures import NUM_ROWS, RunPictures
 from student.sak.model import SAK
 from student.train import train
-from tests.make_cache import make_cache, make_images, teacher_spec
+from tests.make_cache import build_recipe, make_cache, make_images, teacher_spec
 from tests.train_recipes import CONTENT, logged, train_recipe
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -183,6 +185,17 @@ def test_the_student_is_drawn_in_the_teachers_colours(cache: Path) -> None:
         for (_, teacher), (_, copy) in zip(columns[::2], columns[1::2], strict=True):
             np.testing.assert_array_equal(teacher, copy)
         assert not np.array_equal(columns[0][1], columns[2][1])
+    maps_SBCHW *= 2
+    boards = RunPictures(opened, ["alpha"], student).boards()
+    norms = maps_SBCHW[0].norm(dim=1)
+    low, high = norms.min().item(), norms.max().item()
+    titles = [title for title, _ in boards["norms/alpha"].columns]
+    assert titles[1:3] == [
+        f"teacher\nlevel 1 (block 0)\n{low / 2:.3g} … {high / 2:.3g}",
+        f"student\nlevel 1 (block 0)\n{low:.3g} … {high:.3g}",
+    ]
+    assert boards["maps/alpha"].columns[7][0] == "teacher\nlevel 4 (block 3)"
+    assert all("alpha (random weights)" in board.title for board in boards.values())
     assert [module.training for module in student.modules()] == modes
     assert RunPictures(opened, [], student).draw() == {}
 
@@ -256,6 +269,22 @@ def test_a_cache_that_is_not_complete_is_refused(images: Path, tmp_path: Path) -
         train(train_recipe(tmp_path / "cache", tmp_path / "run"))
 
 
+def test_a_hybrid_run_reads_what_is_there_and_runs_the_rest(images: Path, tmp_path: Path) -> None:
+    tiny = {"model": "vit_tiny_patch16_224", "pretrained": False, "image_size": 32, "codec": "f32"}
+    teachers = {"tiny": tiny, "late": tiny | {"random_seed": 1}}
+    cache = build(build_recipe(tmp_path / "cache", images, teachers=teachers), Console(quiet=True)).cache
+    losses = {}
+    for features in ("cached", "hybrid"):
+        recipe = train_recipe(tmp_path / "cache", tmp_path / features, features=features)
+        train(recipe)
+        losses[features] = logged(tmp_path / features, "loss/late/level0")
+        cache.storage.remove("commits/late/00001.json")
+    assert losses["hybrid"] == pytest.approx(losses["cached"], rel=1e-5)
+    cache.storage.remove("commits/tiny/00000.json")
+    with pytest.raises(RecipeError, match=r"at least one teacher(.|\n)*no complete one of tiny, late"):
+        train(recipe.model_copy(update={"output": str(tmp_path / "none")}))
+
+
 def test_a_cache_without_a_valid_sample_is_refused(images: Path, tmp_path: Path) -> None:
     make_cache(tmp_path / "cache", images, invalid_samples=range(10))
     with pytest.raises(CacheError, match="Not one sample"):
@@ -289,7 +318,6 @@ def test_a_teacher_of_fewer_levels_goes_to_the_last_ones(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"features": "hybrid"}, "not there yet"),
         ({"teachers": []}, "at least one"),
         ({"schedule": {}}, "epochs and max_steps"),
         ({"schedule": {"epochs": 2, "warmup_epochs": 1, "warmup_steps": 5}}, "not both"),
