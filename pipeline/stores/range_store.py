@@ -6,12 +6,16 @@ index is fetched once and kept, and what a batch costs is about one request's ti
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.spec import CacheSpec
 from pipeline.stores.shard_format import CHECKSUM_NBYTES, checksum
 from pipeline.stores.zarr_store import Ints, ZarrStore, shard_file
+
+_THREADS = 16
 
 
 class RangeStore(ZarrStore):
@@ -25,8 +29,10 @@ class RangeStore(ZarrStore):
     ) -> None:
         if not self.is_plain(spec, teacher, name, values):
             return super()._read_array(spec, teacher, name, shards, places, values)
-        starts = self.chunk_starts(spec, teacher, name, shards, places, values.ndim - 1)
         files = [shard_file(teacher, name, shard, values.ndim - 1) for shard in shards.tolist()]
+        with ThreadPoolExecutor(_THREADS) as pool:  # indexes that are not kept yet come side by side
+            list(pool.map(lambda file: self._read_index(file, spec.rows_per_shard), sorted(set(files))))
+        starts = self.chunk_starts(spec, teacher, name, shards, places, values.ndim - 1)
         row_nbytes = values[:1].nbytes
         found = self.storage.read_ranges(files, starts.tolist(), row_nbytes + CHECKSUM_NBYTES)
         for value, file, place, data in zip(values, files, places.tolist(), found, strict=True):
