@@ -111,7 +111,7 @@ def matrix(values: NDArray, names: Sequence[str]) -> str:
         f"<tr><th>{escape(name)}</th>"
         + "".join(
             f'<td style="background:{matplotlib.colors.to_hex(colour)};color:{_text_on(*colour[:3])}">'
-            f"{value:.2f}</td>"
+            f"{value:z.2f}</td>"
             for value, colour in zip(row, row_colours, strict=True)
         )
         + "</tr>"
@@ -125,7 +125,7 @@ def _plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def _number(value: float, _: object = None) -> str:
+def number(value: float, _: object = None) -> str:
     """0.05, 20, or 2·10⁻⁶."""
     if 1e-3 <= value < 1e5:
         return f"{value:g}"
@@ -139,7 +139,7 @@ def _logarithmic(axes: Axes, which: Literal["x", "y"]) -> None:
     axis: Axis = getattr(axes, f"{which}axis")
     low, high = axis.get_view_interval()
     axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,), numticks=6))
-    axis.set_major_formatter(_number)
+    axis.set_major_formatter(number)
     axis.set_minor_formatter(NullFormatter())
 
 

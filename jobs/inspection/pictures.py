@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from pipeline.cache import FeatureCache
 from pipeline.errors import CacheError
 from pipeline.feature_pictures import Picture, picture_grid
-from pipeline.map_reader import MapReader
+from pipeline.map_reader import MapReader, level_name
 
 matplotlib.use("agg")
 
@@ -32,10 +32,11 @@ def pca_maps(cache: FeatureCache, path: Path, num_samples: int = 3, seed: int = 
         )
     columns: list[tuple[str, list[Picture]]] = [("view", [reader.view(row) for row in reader.rows])]
     for name in reader.teachers:
-        for level in range(cache.spec.teachers[name].num_levels):
+        spec = cache.spec.teachers[name]
+        for level in range(spec.num_levels):
             basis = reader.basis(name, level)
             pictures = [basis.picture(reader.maps(name, row)[level]) for row in reader.rows]
-            columns.append((f"{name}\nlevel {level + 1}", pictures))
+            columns.append((f"{name}\n{level_name(spec, level)}", pictures))
     picture_grid(columns, _title(cache)).savefig(path)
 
 
@@ -66,6 +67,6 @@ def loss_curve(metrics: Path, path: Path) -> list[float]:
 
 
 def _title(cache: FeatureCache) -> str:
-    random = all(not teacher.pretrained for teacher in cache.spec.teachers.values())
-    weights = "random weights" if random else "cached features"
-    return f"First three principal components of each teacher's levels ({weights})"
+    random = [name for name, teacher in cache.spec.teachers.items() if not teacher.pretrained]
+    weights = f" (random weights: {', '.join(random)})" if random else ""
+    return f"First three principal components of each teacher's levels{weights}"

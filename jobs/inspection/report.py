@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jobs.inspection.charts import channel_curve, error_curve, matrix, norm_histogram
+from jobs.inspection.charts import channel_curve, error_curve, matrix, norm_histogram, number
 from jobs.inspection.feature_facts import (
     TRIED_CODECS,
     CodecTrial,
@@ -237,7 +237,7 @@ def _codecs(reader: MapReader, teacher: TeacherMaps) -> str:
         (
             figure(error_curve(curves), f"{teacher.name}: error of tokens"),
             figure(_error_maps(teacher, trials), "1 − cosine of every token of one image"),
-            scale(f"{_LEAST_ERROR:g}", f"{_LARGEST_ERROR:g}", "1 − cosine, logarithmic:"),
+            scale(number(_LEAST_ERROR), number(_LARGEST_ERROR), "1 − cosine, logarithmic:"),
         )
         if trials
         else ()
