@@ -14,9 +14,11 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from jobs.inspection.comparisons import Comparisons, Drawing
+from jobs.inspection.summary import describe, summarize
 from pipeline.cache import FeatureCache
 from pipeline.errors import CacheError, TeacherCacheError
 from pipeline.feature_pictures import jpeg_uri
+from pipeline.map_reader import level_name
 from student.base import Student
 
 PAGE_SIZE = 12
@@ -71,6 +73,7 @@ class Explorer:
         self._has_student = student is not None
         self._threads = ThreadPoolExecutor(_THUMBNAIL_THREADS, thread_name_prefix="thumbnail")
         self._thumbnail = lru_cache(_KEPT_THUMBNAILS)(self._make_thumbnail)
+        self._state = lru_cache(1)(self._find_state)
         self._view = lru_cache(_KEPT_VIEWS)(lambda row: jpeg_uri(self._maps.reader.view(row)))
 
     def first(self) -> Selection:
@@ -110,11 +113,38 @@ class Explorer:
         columns = self._columns(row, other, selection)
         cells = [_title(""), *(_title(column.title, column.words) for column in columns)]
         for name in selection.teachers:
-            cells.append(_title(name))
+            cells.append(_title(name, self._words(name, selection.level)))
             cells += [_map(column, name, "" if column.of_other else ring) for column in columns]
         photos = self._photo(row, "The image (click a patch)", ring) + self._photo(other, "The other image")
         size = f"--columns:{len(columns)};--lines:{max(len(selection.teachers), 1)}"
         return f'<div class="board" style="{size}"><div>{photos}</div><div>{"".join(cells)}</div></div>'
+
+    def _words(self, teacher: str, level: int) -> str:
+        spec = self.cache.spec.teachers[teacher]
+        words = [level_name(spec, level)] if level < spec.num_levels else []
+        return ", ".join(words if spec.pretrained else [*words, "random weights"])
+
+    def state(self) -> list[str]:
+        """What is missing, quarantined or broken. Reads every commit record, at the first call."""
+        return self._state()
+
+    def _find_state(self) -> list[str]:
+        try:
+            summary = summarize(self.cache)
+        except (TeacherCacheError, OSError) as error:
+            return [describe(error)]
+        shards, committed = summary["shards"], summary["committed"]
+        short = [
+            f"{name} {committed[name]:,} of {shards:,} shards"
+            for name in self.cache.teachers
+            if committed[name] < shards
+        ]
+        found = [f"not complete: {', '.join(short)}"] if short else []
+        if count := len(summary["quarantined"]):
+            found.append(f"{count:,} quarantined")
+        if problems := summary["problems"]:
+            found.append(f"{len(problems):,} broken: {problems[0]}{', …' if problems[1:] else ''}")
+        return found
 
     def _columns(self, row: int, other: int, selection: Selection) -> list[_Column]:
         maps, level, patch, codec = self._maps, selection.level, selection.patch, selection.codec

@@ -172,7 +172,7 @@ def build(explorer: Explorer) -> gr.Blocks:
     first = explorer.first()
     blocks = gr.Blocks(title="teachercache view", analytics_enabled=False)
     with blocks:
-        gr.HTML(_headline(cache), elem_id="headline", js_on_load=None)
+        headline = gr.HTML(_headline(cache), elem_id="headline", js_on_load=None)
         selection, page = gr.State(first), gr.State(0)
         with gr.Row(elem_id="find"):
             text = gr.Textbox(
@@ -193,6 +193,7 @@ def build(explorer: Explorer) -> gr.Blocks:
         names = list(cache.teachers)
         several = len(names) > 1
         teachers = gr.CheckboxGroup(names, value=names, elem_id="teachers", visible=several, **_BARE)
+        teachers.preprocess = _list_only(teachers.preprocess)  # type: ignore[method-assign, assignment]
         board = gr.HTML(elem_id="board", js_on_load=_PICK_PATCH)
 
         def list_samples(text: str | None, page: int, selection: Selection) -> tuple[int, str, str]:
@@ -248,6 +249,7 @@ def build(explorer: Explorer) -> gr.Blocks:
         loud: dict[str, Any] = {"api_visibility": "private", "show_progress_on": board}
         blocks.load(list_samples, listed, found, **quiet)
         blocks.load(draw, selection, board, **loud)
+        blocks.load(lambda: _headline(cache, explorer.state()), None, headline, **quiet)
         text.submit(search, [text, selection], found, **quiet)
         back.click(turn(-1), listed, found, **quiet)
         forward.click(turn(1), listed, found, **quiet)
@@ -256,6 +258,17 @@ def build(explorer: Explorer) -> gr.Blocks:
         for option in (level, view, codec, teachers):
             option.input(set_options, [level, view, codec, teachers, selection], [selection, board], **loud)
     return blocks
+
+
+def _list_only(preprocess: Callable[[list[Any]], list[Any]]) -> Callable[[list[Any]], list[Any]]:
+    """Gradio would go through whatever a browser sends."""
+
+    def checked(payload: object) -> list[Any]:
+        if not isinstance(payload, list):
+            raise gr.Error(_NOT_OURS)
+        return preprocess(payload)
+
+    return checked
 
 
 def _typed(text: str | None) -> str:
@@ -274,7 +287,12 @@ def _numbers(event: gr.EventData, *names: str) -> list[float]:
     return values
 
 
-def _headline(cache: FeatureCache) -> str:
-    random = any(not teacher.pretrained for teacher in cache.spec.teachers.values())
-    words = f"{cache.num_samples:,} samples" + (" · teachers with random weights" if random else "")
-    return f"<b>{escape(cache.storage.url)}</b> · {words}"
+def _headline(cache: FeatureCache, state: list[str] | None = None) -> str:
+    """`state`: what is missing or broken, once that is known."""
+    words = [f"{cache.num_samples:,} samples"]
+    if random := [name for name, teacher in cache.spec.teachers.items() if not teacher.pretrained]:
+        words.append(f"random weights: {', '.join(random)}")
+    if state == []:
+        words.append("complete")
+    told = f" · <em>{escape(' · '.join(state))}</em>" if state else ""
+    return f"<b>{escape(cache.storage.url)}</b> · {escape(' · '.join(words))}{told}"

@@ -158,7 +158,7 @@ def test_a_person_looks_into_it(
         background = page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert (background == "rgb(255, 255, 255)") == (scheme == "light")
         assert page.evaluate("document.documentElement.scrollWidth") <= page.viewport_size["width"]
-        assert "random weights" in page.locator("#headline").inner_text()
+        assert "random weights: alpha, beta <b>" in page.locator("#headline").inner_text()
 
         keys = cache.samples["key"].to_pylist()
         assert board.tiles() == keys[:PAGE_SIZE]
@@ -188,6 +188,8 @@ def test_a_person_looks_into_it(
             for uri, picture in zip(maps[1:], expected, strict=True):
                 assert np.abs(pixels(uri).astype(int) - picture).max() <= 2
         assert "beta <b>" in board.titles()
+        assert "level 4 (block 3), random weights" in board.titles()
+        assert page.locator("#headline").inner_text().endswith("complete")
 
         before = board.maps()
         board.click_patch(1, 0.9, 0.1)  # a map can be clicked as the photograph can
@@ -245,6 +247,13 @@ def test_half_built_and_without_images(
     moved = FeatureCache.open(half.storage.url, images=str(make_images(tmp_path / "fewer", 3)))
     with serving(moved) as url, browser.page() as page:
         board = Board(page, url)
+        said = page.locator("#headline em")
+        said.wait_for()
+        for words in (
+            "not complete: alpha 3 of 5 shards, beta 3 of 5 shards",
+            "1 broken: teachers/alpha/codes/c/0/0/0/0/0 has 1 bytes",
+        ):
+            assert words in said.inner_text()
         assert page.locator("#strip button", has_text="no image").count() == PAGE_SIZE - 3
         board.after(board.tile(4).click)
         assert "are not committed" in board.titles()
@@ -267,6 +276,7 @@ def test_s3_is_read_by_ranges(
     server.answered.clear()
     with serving(FeatureCache.open("s3://bucket/viewed")) as url, browser.page() as page:
         board = Board(page, url)
+        page.locator("#headline", has_text="complete").wait_for()  # every record was read for this
         before = len(server.answered)
         board.click_patch(0, 0.1, 0.1)
         assert len(server.answered) == before  # what is shown is at hand
@@ -331,14 +341,13 @@ NO_OPTIONS: list[tuple[str, list[Any], str]] = [
     ("view", ["0", ["0", "1"], "none", ["alpha"], None], OURS),
     ("codec", ["0", "0", "../../codec", ["alpha"], None], "not in the list"),
     ("codec", ["0", "0", None, ["alpha"], None], OURS),
-    ("teachers", ["0", "0", "none", "", None], OURS),
+    *(("teachers", ["0", "0", "none", wrong, None], OURS) for wrong in ("", None, 0, 7, 1.5, True, "alpha")),
     ("teachers", ["0", "0", "none", {}, None], OURS),
     ("teachers", ["0", "0", "none", {"alpha": 1}, None], OURS),
-    ("teachers", ["0", "0", "none", "gamma", None], "not in the list"),
+    ("teachers", ["0", "0", "none", ["gamma"], None], "not in the list"),
     ("teachers", ["0", "0", "none", ["../.."], None], "not in the list"),
     ("teachers", ["0", "0", "none", [{}], None], "not in the list"),
-    ("teachers", ["0", "0", "none", None, None], ""),
-    ("teachers", ["0", "0", "none", "HUGE", None], ""),
+    ("teachers", ["0", "0", "none", "HUGE", None], OURS),
 ]
 
 
