@@ -192,7 +192,7 @@ class ShardExtractor:
             files[IMAGES], members = tar.files(), tuple(tar.members)
         if quarantined:
             manifest.write_quarantine(shard, quarantined)
-        elif replace:
+        elif replace and manifest.storage.exists(quarantine_name(shard)):
             manifest.storage.remove(quarantine_name(shard))
         self._require_cache()
         seconds.totals["wall"] = time.perf_counter() - start
