@@ -27,8 +27,10 @@ check: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Tests of real processes and servers wait for each other. One that a busy machine broke passes alone; a defect fails again.
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest || \
+	{ echo "== what failed runs once more, alone =="; $(BIN)/python -m pytest --last-failed --last-failed-no-failures none; }
 
 clean:
 	rm -rf .venv demo
