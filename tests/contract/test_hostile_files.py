@@ -513,7 +513,7 @@ def test_names_in_records_stay_in_the_cache(original: Path, tmp_path: Path) -> N
     path = folder / RECORDS[1]
     content = json.loads(path.read_text())
     (file,) = (file for name, file in content["files"].items() if "codes" in name)
-    path.write_bytes(sealed(content | {"files": {"../secret": file}}))
+    path.write_bytes(sealed(content | {"files": content["files"] | {"../secret": file}}))
     (problem,) = verify(FeatureCache.open(folder), full=True)
     assert "would leave its folder" in problem.reason
 

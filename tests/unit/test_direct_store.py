@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from pipeline.stores.shard_format import ABSENT, checksum, empty_index, index_nb
 from pipeline.stores.zarr_store import ZarrStore, shard_file
 from tests.make_cache import features, make_cache, make_images, teacher_spec
 
+ROOT = Path(__file__).parents[2]
 CODECS = ("f32", "f16", "bf16", "int4-hadamard", "int3-hadamard")
 NUM_SAMPLES, NUM_VIEWS, INVALID = 10, 2, 4
 PLACES = 24  # of four shards; the last four hold no row
@@ -193,21 +195,26 @@ def _open_files() -> int:
     return sum(1 for _ in Path("/dev/fd").iterdir())
 
 
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+FORK = """
+import sys
+from multiprocessing import get_context
+from pipeline import FeatureCache
+
+def codes(rows):
+    return cache.read(rows, ["beta"])["beta"].tensors()["codes"].tolist()
+
+cache, rows = FeatureCache.open(sys.argv[1]), [0, 7, 19]
+expected = codes(rows)
+with get_context("fork").Pool(2) as pool:
+    assert pool.map(codes, [rows] * 8, chunksize=1) == [expected] * 8
+assert codes(rows) == expected
+"""
+
+
 def test_a_forked_process_reads_on_with_the_files_of_its_parent(plain: FeatureCache) -> None:
-    rows = [0, 7, 19]
-    expected = plain.read(rows, ["beta"])["beta"].tensors()["codes"].tolist()
-    with get_context("fork").Pool(2, _inherited.append, (plain,)) as pool:
-        results = pool.starmap(_codes, [(rows,)] * 8, chunksize=1)
-    assert results == [expected] * 8
-    assert plain.read(rows, ["beta"])["beta"].tensors()["codes"].tolist() == expected
-
-
-_inherited: list[FeatureCache] = []
-
-
-def _codes(rows: list[int]) -> object:
-    return _inherited[0].read(rows, ["beta"])["beta"].tensors()["codes"].tolist()
+    """In a process of its own: one that runs many tests has threads, whose locks a fork copies."""
+    command = [sys.executable, "-c", FORK, plain.storage.url]
+    subprocess.run(command, check=True, timeout=120, env=os.environ | {"PYTHONPATH": str(ROOT)})
 
 
 @pytest.mark.parametrize(("direct", "checksums"), [(True, False), (True, True), (False, False)])

@@ -1,6 +1,8 @@
+import os
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from pipeline.errors import ImageDecodeError, SourceError
 from pipeline.sources import open_source, parquet
 from tests.images import encode, photo, write_folder, write_parquet
 
+ROOT = Path(__file__).parents[2]
 JPEGS = [encode(photo(40 + i, 30, seed=i)) for i in range(7)]
 
 
@@ -67,17 +70,27 @@ def test_threads_that_need_the_same_row_group_decode_it_once(tmp_path: Path) -> 
     assert parquet._row_group.cache_info().misses == 1
 
 
-@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")  # fork, as some loaders do
+FORK = """
+import sys
+from multiprocessing import get_context
+from pipeline.sources import open_source, parquet
+
+source = open_source(sys.argv[1])
+row = source.scan().to_pylist()[0]
+with parquet._LOCKS[0]:
+    child = get_context("fork").Process(target=source.read, args=(row["path"], 0, row["nbytes"]))
+    child.start()
+    child.join(timeout=60)
+child.kill()
+assert child.exitcode == 0, child.exitcode
+"""
+
+
 def test_a_forked_process_does_not_wait_for_threads_of_its_parent(tmp_path: Path) -> None:
+    """In a process of its own: one that runs many tests has threads, whose locks a fork copies."""
     write_parquet(tmp_path / "a.parquet", JPEGS)
-    source = open_source(tmp_path)
-    (row, *_) = source.scan().to_pylist()
-    with parquet._LOCKS[0]:
-        child = get_context("fork").Process(target=source.read, args=(row["path"], 0, row["nbytes"]))
-        child.start()
-        child.join(timeout=30)
-    child.kill()
-    assert child.exitcode == 0
+    command = [sys.executable, "-c", FORK, str(tmp_path)]
+    subprocess.run(command, check=True, timeout=120, env=os.environ | {"PYTHONPATH": str(ROOT)})
 
 
 def test_null_bytes_and_bad_images(tmp_path: Path) -> None:
