@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import threading
 import time
 from pathlib import Path
@@ -17,6 +15,7 @@ from cache_builder import build
 from cache_builder.verify import verify
 from pipeline.errors import BuildError, TeacherCacheError
 from tests.make_cache import build_recipe, make_images
+from tests.ray_actors import await_actor
 
 QUIET = Console(quiet=True)
 
@@ -43,35 +42,23 @@ def test_ray_and_local_builds_hold_the_same_features(tmp_path: Path, images: Pat
     assert verify(result.cache, full=True) == []
 
 
-def worker_pids() -> set[int]:
-    """Processes of actors that are doing something (`ray::RayWorker.extract`)."""
-    pids = set()
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if path.read_bytes().startswith(b"ray::RayWorker"):
-                pids.add(int(path.parent.name))
-        except (FileNotFoundError, ProcessLookupError):
-            continue  # it ended while we looked
-    return pids
-
-
 def test_a_killed_actor_costs_its_shards_in_flight(tmp_path: Path, images: Path, cluster: None) -> None:
     recipe = build_recipe(tmp_path / "cache", images, rows_per_shard=2, runner=runner(num_actors=2))
-    killed: list[int] = []
+    killed = threading.Event()
 
     def kill_one_actor_in_the_middle() -> None:
         commits = tmp_path / "cache" / "commits" / "tiny"
         deadline = time.monotonic() + 120
         while len(list(commits.glob("*.json"))) < 2 and time.monotonic() < deadline:
             time.sleep(0.005)
-        killed.append(min(worker_pids()))
-        os.kill(killed[0], signal.SIGKILL)
+        await_actor().kill()
+        killed.set()
 
     killer = threading.Thread(target=kill_one_actor_in_the_middle)
     killer.start()
     result = build(recipe, QUIET)
     killer.join()
-    assert killed
+    assert killed.is_set()
     assert result.shards == 16
     assert verify(result.cache, full=True) == []
     assert result.cache.valid_samples().size == 16
