@@ -11,6 +11,7 @@ from typer.testing import CliRunner, Result
 
 from cache_builder import build, build_teacher
 from jobs import cli
+from jobs.cli import terminal
 from pipeline import FeatureCache, render_view
 from student.datasets import open_dataset
 from student.datasets.labels import render_labels
@@ -27,7 +28,7 @@ def scenes(tmp_path: Path) -> Path:
 
 
 def datasets(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> Result:
-    monkeypatch.setattr(cli, "console", Console(width=200))
+    monkeypatch.setattr(terminal.console, "width", 200)
     return CliRunner().invoke(cli.app, ["datasets", *map(str, arguments)])
 
 

@@ -1,0 +1,30 @@
+"""The `teachercache` command. Each verb takes a recipe or a cache, and `key=value` overrides."""
+
+from __future__ import annotations
+
+import typer
+
+from jobs.cli import building, looking, rearranging, students, trust
+from jobs.launch import run
+
+app = typer.Typer(
+    help="Run frozen vision teachers once, cache their features, train students from the cache.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+
+for verb in (
+    *(building.plan, building.build, building.calibrate),
+    *(trust.verify, trust.repair),
+    *(looking.inspect, looking.report, looking.view),
+    *(students.train, students.evaluate, students.repsim, students.probe),
+    *(looking.norms, students.datasets),
+    *(rearranging.merge, rearranging.subset, rearranging.convert),
+):
+    app.command()(verb)
+
+
+def main() -> None:
+    run(app)

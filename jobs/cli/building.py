@@ -1,0 +1,138 @@
+"""Verbs that compute: plan, build and calibrate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from jobs.cli.terminal import Overrides, RecipeArgument, console
+
+if TYPE_CHECKING:
+    from cache_builder.budget import Option
+    from cache_builder.draft import Draft
+    from cache_builder.recipe import BuildRecipe
+    from pipeline.spec import TeacherSpec
+
+
+def plan(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+    """Print what a build will cost (rows, bytes, files, GPU-hours), before anything runs.
+
+    Exits with status 1 when the disk is too small.
+
+    With `budget=6TB` it loads the teachers, tries codecs on a calibration sample, and says which grids and
+    codecs keep to it at the least loss.
+
+    Example: `teachercache plan imagenet1k_vitl source.path=/data/train cache=/data/cache budget=6TB`
+    """
+    from cache_builder.builder import prepare
+    from cache_builder.recipe import BuildRecipe
+    from jobs.inspection.tables import options_table, plan_table
+    from pipeline.recipe import load_recipe
+    from pipeline.units import human_bytes
+
+    checked = load_recipe(BuildRecipe, recipe, overrides or [])
+    drafted, _, result = prepare(checked, console)
+    console.print(plan_table(result))
+    if checked.budget is not None:
+        from cache_builder.budget import choose, require_possible
+
+        specs = _candidates(checked, drafted)
+        require_possible(specs, result, checked.budget)
+        chosen = choose(_measure(checked, drafted, specs), result, checked.budget)
+        console.print(
+            options_table({name: [option] for name, option in chosen.items()}, result.spec.num_rows)
+        )
+        console.print(f"Within {human_bytes(checked.budget)}, on the calibration sample. Add to the command:")
+        console.print(" ".join(option.overrides(name) for name, option in chosen.items()), soft_wrap=True)
+    result.require_space()
+
+
+def build(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option(help="Print the plan and stop.")] = False,
+) -> None:
+    """Run the teachers and fill the cache; run it again to continue after any stop.
+
+    `runner.kind=ray` uses the Ray cluster that `ray start` made, or starts one here.
+
+    Example: `teachercache build demo source.path=~/photos cache=/tmp/cache "teachers=[dinov2_small]"`
+    """
+    from cache_builder.builder import build as build_cache
+    from cache_builder.builder import prepare
+    from cache_builder.recipe import BuildRecipe
+    from jobs.inspection.tables import plan_table
+    from pipeline.recipe import load_recipe
+
+    checked = load_recipe(BuildRecipe, recipe, overrides or [])
+    if dry_run:
+        console.print(plan_table(prepare(checked, console)[2]))
+        return
+    result = build_cache(checked, console)
+    console.print(
+        f"{result.cache.storage.url}: {result.shards} shards, {result.views} views in {result.wall_s:.1f} s"
+        f" ({result.views / result.wall_s:.2f} img/s)"
+        if result.views
+        else f"{result.cache.storage.url}: complete",
+        soft_wrap=True,
+    )
+    if result.quarantined:
+        console.print(f"{result.quarantined} samples are quarantined; `teachercache inspect` names them.")
+
+
+def calibrate(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    codecs: Annotated[str, typer.Option(help="Codecs to try, separated by commas.")] = "",
+) -> None:
+    """Try codecs on a calibration sample of the recipe's images and teachers; writes nothing.
+
+    A build calibrates by itself. This is to choose a codec: `calibration_rows=N` sets the sample's size.
+
+    Example: `teachercache calibrate imagenet1k_vitl source.path=/data/train calibration_rows=32`
+    """
+    from cache_builder.builder import prepare
+    from cache_builder.recipe import BuildRecipe
+    from jobs.inspection.tables import options_table
+    from pipeline.recipe import load_recipe
+
+    checked = load_recipe(BuildRecipe, recipe, overrides or [])
+    drafted, spec, _ = prepare(checked, console)
+    tried = [name.strip() for name in codecs.split(",")] if codecs else None
+    specs = _candidates(checked, drafted, tried)
+    console.print(options_table(_measure(checked, drafted, specs), spec.num_rows))
+
+
+def _candidates(
+    recipe: BuildRecipe, drafted: Draft, codecs: list[str] | None = None
+) -> dict[str, list[TeacherSpec]]:
+    """What each teacher of the recipe could be stored as; what a cache has already stays as it is."""
+    from cache_builder.budget import candidates
+    from cache_builder.teachers.recipe import student_grid
+
+    grid = student_grid(recipe.views.size)
+    stored = drafted.stored[0].teachers if drafted.stored else {}
+    rows = min(recipe.calibration_rows, drafted.spec.dataset.num_samples)
+    return {
+        name: [stored[name]]
+        if name in stored and codecs is None
+        else candidates(drafted.spec.teachers[name], grid, rows, codecs)
+        for name in recipe.teachers
+    }
+
+
+def _measure(
+    recipe: BuildRecipe, drafted: Draft, specs: Mapping[str, list[TeacherSpec]]
+) -> dict[str, list[Option]]:
+    from cache_builder.budget import measure
+    from cache_builder.calibrate import CalibrationSample
+
+    sample = CalibrationSample.draw(drafted.source, drafted.samples, drafted.views, recipe.calibration_rows)
+    found: dict[str, list[Option]] = {}
+    with console.status("calibrating") as status:
+        for name, available in measure(specs, sample, recipe.runner.batch_size):
+            found[name] = available
+            status.update(f"calibrated {', '.join(found)}")
+    return found

@@ -1,0 +1,145 @@
+"""Verbs that show: inspect, report, view and norms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import RenderableType
+
+from jobs.cli.terminal import CacheArgument, Images, Json, console, print_json
+
+_MAX_INDEX = 2**63 - 1
+
+
+def inspect(
+    cache: CacheArgument,
+    shard: Annotated[int | None, typer.Option(min=0, max=_MAX_INDEX, help="Show one shard.")] = None,
+    row: Annotated[int | None, typer.Option(min=0, max=_MAX_INDEX, help="Show one row.")] = None,
+    key: Annotated[str | None, typer.Option(help="Show one sample, by its key or the end of it.")] = None,
+    pictures: Annotated[
+        Path | None, typer.Option(help="Write PCA maps of a few samples to this PNG.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="How many samples the picture shows.")] = 3,
+    images: Images = None,
+    as_json: Json = False,
+) -> None:
+    """Show what a cache holds, whether it is complete, and what is broken.
+
+    Example: `teachercache inspect /data/cache --key n01440764_10026`
+    """
+    from jobs.inspection import detail_tables, details
+    from jobs.inspection.summary import summarize
+    from jobs.inspection.tables import summary_table
+    from pipeline.errors import RecipeError
+    from pipeline.manifest import Manifest
+    from pipeline.storage import Storage
+
+    asked = [name for name, value in (("shard", shard), ("row", row), ("key", key)) if value is not None]
+    if len(asked) > 1:
+        raise RecipeError(
+            "Only one thing can be looked at closely.",
+            got=" ".join(f"--{name}" for name in asked),
+            expected="one of --shard, --row and --key",
+            do="run the command once for each",
+        )
+    manifest = Manifest(Storage.at(cache))
+    found: dict[str, Any]
+    table: Callable[[Mapping[str, Any]], RenderableType]
+    if shard is not None:
+        found, table = details.shard_details(manifest, shard), detail_tables.shard_table
+    elif row is not None:
+        found, table = details.row_details(manifest, row), detail_tables.row_table
+    elif key is not None:
+        found, table = details.sample_details(manifest, key), detail_tables.sample_table
+    else:
+        found, table = summarize(manifest), summary_table
+    if as_json:
+        print_json(found)
+    else:
+        console.print(table(found))
+    if pictures is not None:
+        from jobs.inspection.pictures import pca_maps
+        from pipeline.cache import FeatureCache
+
+        pca_maps(FeatureCache.open(cache, images), pictures, num_samples=samples)
+        console.print(f"PCA maps: {pictures}", soft_wrap=True)
+
+
+def report(
+    cache: CacheArgument,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The page to write.")] = Path("report.html"),
+    samples: Annotated[int, typer.Option(min=1, help="How many samples are shown.")] = 12,
+    seed: Annotated[int, typer.Option(min=0, help="Which samples are shown.")] = 0,
+    images: Images = None,
+) -> None:
+    """Write one self-contained page to send to a colleague: what is in it, and what the teachers see.
+
+    Example: `teachercache report /data/cache -o report.html --samples 24`
+    """
+    from jobs.inspection.report import write_report
+    from pipeline.cache import FeatureCache
+
+    with console.status("") as status:
+        html = write_report(
+            FeatureCache.open(cache, images), num_samples=samples, seed=seed, progress=status.update
+        )
+    output.write_text(html)
+    console.print(f"{output} ({len(html.encode()) / 1e6:.1f} MB)", soft_wrap=True)
+
+
+def view(
+    cache: CacheArgument,
+    student: Annotated[
+        str | None, typer.Option(help="Compare with this student: a folder that `train` wrote (…/student).")
+    ] = None,
+    images: Images = None,
+    server_name: Annotated[
+        str, typer.Option(help="Address to listen at; 0.0.0.0 lets in everyone who can reach this machine.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Default: the first free one from 7860 on.")
+    ] = None,
+) -> None:
+    """Open a web page to look into a cache: search, click a patch, compare images, teachers and codecs.
+
+    Example: `teachercache view /data/cache --student runs/base/student`
+    """
+    from jobs.inspection.viewer import serve
+    from pipeline.cache import FeatureCache
+    from student import load_student
+
+    serve(
+        FeatureCache.open(cache, images),
+        student=load_student(student) if student else None,
+        server_name=server_name,
+        port=port,
+        on_ready=lambda url: console.print(f"{url} (Ctrl-C ends it)", soft_wrap=True),
+    )
+
+
+def norms(
+    cache: CacheArgument,
+    first: Annotated[str, typer.Argument(metavar="KEY", help="A sample.")],
+    second: Annotated[str, typer.Argument(metavar="KEY", help="Another, such as the same scene, changed.")],
+    student: Annotated[
+        str | None, typer.Option(help="Show this student too: a folder that `train` wrote (…/student).")
+    ] = None,
+    level: Annotated[int, typer.Option(help="Counted from 0; -1 is the last.")] = -1,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The PNG to write.")] = Path("norms.png"),
+    images: Images = None,
+) -> None:
+    """Draw what changes in the teachers' tokens, and the student's, between two images (SAK, Figure 6).
+
+    Example: `teachercache norms /data/pair cats dogs --student runs/base/student -o norms.png`
+    """
+    from pipeline.cache import FeatureCache
+    from student import load_student
+    from student.figures import norm_figure
+
+    opened = FeatureCache.open(cache, images)
+    loaded = load_student(student) if student else None
+    norm_figure(opened, (first, second), loaded, level).savefig(output)
+    console.print(f"{output}", soft_wrap=True)

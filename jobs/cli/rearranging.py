@@ -1,0 +1,104 @@
+"""Verbs that make a cache of others and compute nothing: merge, subset and convert."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.progress import Progress
+
+from jobs.cli.terminal import CacheArgument, console
+
+if TYPE_CHECKING:
+    from pipeline.rearrange import Rearrangement
+
+Output = Annotated[str, typer.Option("-o", "--output", metavar="PLACE", help="A folder or URL.")]
+
+
+def merge(
+    caches: Annotated[list[str], typer.Argument(metavar="CACHE…", help="Two or more caches.")],
+    output: Output,
+) -> None:
+    """Make one cache of several over disjoint samples with the same specs; nothing is computed.
+
+    Shards are hard-linked where that is possible, else copied. Run it again to continue after any stop.
+
+    Example: `teachercache merge /data/part0 /data/part1 -o /data/cache`
+    """
+    from pipeline.rearrange import merge as merge_caches
+
+    _rearrange(merge_caches(caches, output), "merging")
+
+
+def subset(
+    cache: CacheArgument,
+    output: Output,
+    keys: Annotated[Path | None, typer.Option(help="A file with the key of a sample in each line.")] = None,
+    fraction: Annotated[float | None, typer.Option(help="A random part of the samples.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Which part.")] = 0,
+    teachers: Annotated[str, typer.Option(help="Teachers to keep, separated by commas.")] = "",
+) -> None:
+    """Make a smaller cache of some samples, some teachers, or both; nothing is computed.
+
+    Example: `teachercache subset /data/cache -o /data/tenth --fraction 0.1 --teachers dinov2,sam`
+    """
+    from pipeline.rearrange import subset as take_subset
+
+    names = [name.strip() for name in teachers.split(",")] if teachers else None
+    wanted = None if keys is None else [line for line in keys.read_text().splitlines() if line]
+    steps = take_subset(cache, output, keys=wanted, fraction=fraction, seed=seed, teachers=names)
+    _rearrange(steps, "packing")
+
+
+def convert(
+    cache: CacheArgument,
+    output: Output,
+    to: Annotated[str, typer.Option(help="webdataset, zarr or theia.")],
+    level: Annotated[int, typer.Option(help="theia: which stored level; -1 is the last.")] = -1,
+    dataset: Annotated[str, typer.Option(help="theia: the name of the data set.")] = "imagenet",
+    split: Annotated[str, typer.Option(help="theia: train, val or test.")] = "train",
+) -> None:
+    """Write the rows of a cache in the other kind of store, or as Theia's training code reads them.
+
+    Between webdataset and zarr nothing changes but the store: the rows, records and content ids are the
+    same. Run it again to continue after any stop.
+
+    Example: `teachercache convert /data/cache -o /data/tars --to webdataset`
+    """
+    from pipeline.cache import FeatureCache
+    from pipeline.errors import RecipeError
+    from pipeline.rearrange import convert as convert_cache
+    from pipeline.theia import export_theia
+
+    if to in ("webdataset", "zarr"):
+        _rearrange(convert_cache(cache, output, to), "converting")  # type: ignore[arg-type]
+    elif to == "theia":
+        opened = FeatureCache.open(cache)
+        total = opened.valid_samples().size * opened.num_views * (len(opened.teachers) + 1)
+        with Progress(console=console, transient=True) as bar:
+            task = bar.add_task("exporting", total=total)
+            count = export_theia(
+                opened,
+                output,
+                dataset=dataset,
+                split=split,
+                level=level,
+                progress=lambda done: bar.advance(task, done),
+            )
+        console.print(f"{output}/{dataset}: {count} samples of {', '.join(opened.teachers)}", soft_wrap=True)
+    else:
+        raise RecipeError(
+            "There is no such form.", got=to, expected="webdataset, zarr or theia", do="choose one with --to"
+        )
+
+
+def _rearrange(steps: Rearrangement, doing: str) -> None:
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task(doing, total=len(steps.steps))
+        cache = steps.run(lambda: bar.advance(task))
+    console.print(
+        f"{cache.storage.url}: {cache.num_samples} samples, {cache.num_rows} rows of "
+        f"{', '.join(cache.teachers)}; {len(steps.steps)} shards written",
+        soft_wrap=True,
+    )

@@ -1,0 +1,219 @@
+"""Verbs of students: train, evaluate, repsim and probe, and the labelled data sets that they need."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from jobs.cli.terminal import (
+    CacheArgument,
+    Json,
+    Overrides,
+    RecipeArgument,
+    StudentArgument,
+    console,
+    print_json,
+)
+from jobs.launch import EXIT_FAILED
+
+
+def train(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option(help="Print steps, hours and reads, and stop.")] = False,
+    processes: Annotated[int, typer.Option(min=1, help="Of a dry run: GPUs to plan for.")] = 1,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Of a dry run: images of a cache that is yet to be built.")
+    ] = None,
+    tflops_per_gpu: Annotated[float, typer.Option(min=0.001, help="Of a dry run: the rate assumed.")] = 200,
+) -> None:
+    """Train a student in this one process; use `accelerate launch jobs/train_student.py` for several.
+
+    Example: `teachercache train sak_stage1_base cache=/data/cache output=runs/base`
+    """
+    from pipeline.recipe import load_recipe
+    from student.recipe import TrainRecipe
+
+    checked = load_recipe(TrainRecipe, recipe, overrides or [])
+    if dry_run:
+        from jobs.train_plan import plan_training, train_plan_table
+
+        plan = plan_training(checked, processes=processes, tflops_per_gpu=tflops_per_gpu, num_samples=samples)
+        console.print(train_plan_table(plan))
+        return
+    from student.train import train as train_student
+
+    result = train_student(checked)
+    if result.interrupted:
+        raise typer.Exit(128 + signal.SIGTERM)
+    console.print(
+        f"{result.steps} steps, {result.images_per_s:.1f} img/s; student: {result.student}", soft_wrap=True
+    )
+
+
+def evaluate(
+    student: StudentArgument,
+    dataset: Annotated[str, typer.Argument(metavar="DATASET", help="pascal_context, nyud or scenes.")],
+    root: Annotated[Path, typer.Argument(metavar="ROOT", help="Its folder (docs/datasets.md).")],
+    split: Annotated[str, typer.Option(help="Which part of it.")] = "val",
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Write scores, predictions and figures there.")
+    ] = None,
+    max_images: Annotated[int | None, typer.Option(min=1, help="Measure the first few images.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images of one forward pass.")] = 4,
+    threads: Annotated[int, typer.Option(min=1, help="Threads that read and render.")] = 2,
+    boundary_processes: Annotated[
+        int, typer.Option(min=0, help="Processes that match boundaries beside the student.")
+    ] = 0,
+    cache: Annotated[
+        str | None, typer.Option(help="A cache of these images, for a student that works on features.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a student's tasks on a labelled data set, beside the paper's rows (SAK, B.4).
+
+    `accelerate launch jobs/evaluate_student.py` does the same with several processes.
+
+    Example: `teachercache evaluate runs/stage2/student nyud /data/NYUDv2 -o runs/stage2/scores`
+    """
+    from pipeline.cache import FeatureCache
+    from student import load_student
+    from student.datasets import open_dataset
+    from student.evaluate import evaluate as evaluate_student
+
+    opened = open_dataset(dataset, root, split)
+    found = evaluate_student(
+        load_student(student),
+        opened,
+        name=student,
+        output=output,
+        max_images=max_images,
+        batch_size=batch_size,
+        threads=threads,
+        boundary_processes=boundary_processes,
+        cache=FeatureCache.open(cache) if cache else None,
+    )
+    if os.environ.get("RANK", "0") != "0":
+        return
+    if as_json:
+        print_json(dataclasses.asdict(found))
+    else:
+        from rich.markdown import Markdown
+
+        console.print(Markdown(found.markdown()))
+
+
+def repsim(
+    student: StudentArgument,
+    cache: CacheArgument,
+    max_samples: Annotated[int, typer.Option(help="Samples to average over.")] = 1000,
+    as_json: Json = False,
+) -> None:
+    """Cosine similarity of a student's representations to its teachers' (SAK, Tables 3 and 17).
+
+    Example: `teachercache repsim runs/base/student /data/cache --max-samples 5000`
+    """
+    from jobs.inspection.tables import similarity_table
+    from pipeline.cache import FeatureCache
+    from student import load_student
+    from student.repsim import representation_similarity
+
+    found = representation_similarity(
+        load_student(student), FeatureCache.open(cache), max_samples=max_samples
+    )
+    if as_json:
+        print_json({name: {"levels": s.levels, "mean": s.mean} for name, s in found.items()})
+    else:
+        console.print(similarity_table(found))
+
+
+def probe(
+    train: Annotated[str, typer.Argument(metavar="TRAIN", help="Caches, or with --student labelled images.")],
+    test: Annotated[str, typer.Argument(metavar="TEST", help="The same, of the images to measure on.")],
+    student: Annotated[
+        str | None, typer.Option(help="Probe this student: a folder that `train` wrote (…/student).")
+    ] = None,
+    teachers: Annotated[str, typer.Option(help="Teachers of the caches, separated by commas; or all.")] = "",
+    tokens: Annotated[
+        Literal["cls", "mean"] | None, typer.Option(help="Of a teacher: these alone instead of both.")
+    ] = None,
+    size: Annotated[int | None, typer.Option(min=1, help="Pixels that the student sees; its own.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images of one forward pass or read.")] = 16,
+    threads: Annotated[int, typer.Option(min=1, help="Threads that read and render.")] = 2,
+    as_json: Json = False,
+) -> None:
+    """Top-1 accuracy of a linear classifier on frozen features (SAK, Table 26).
+
+    On a teacher's features straight from two caches, or with `--student` on two places with labelled images.
+    `accelerate launch -m jobs.cli probe …` does the same with several processes.
+
+    Example: `teachercache probe /data/train /data/val --student runs/base/student --size 224`
+    """
+    from pipeline.cache import FeatureCache
+    from pipeline.sources import open_source
+    from student import load_student
+    from student.evaluate import process_state
+    from student.image_features import CachedTeacherFeatures, StudentFeatures, require_same_teacher
+    from student.linear_probe import linear_probe, probe_table
+
+    device, is_first = process_state().device, os.environ.get("RANK", "0") == "0"
+    found = []
+    with console.status("") if is_first else nullcontext() as status:
+        tell = status.update if status else None
+        if student:
+            loaded = load_student(student).to(device)
+            square = (size, size) if size else None
+            images = (
+                StudentFeatures(loaded, open_source(place), square, batch_size, threads)
+                for place in (train, test)
+            )
+            found.append(linear_probe(*images, name=student, progress=tell))
+        else:
+            caches = FeatureCache.open(train), FeatureCache.open(test)
+            names = [name.strip() for name in teachers.split(",")] if teachers else caches[0].teachers
+            for name in names:
+                one, other = (
+                    CachedTeacherFeatures(cache, name, tokens, batch_size, threads) for cache in caches
+                )
+                require_same_teacher(one, other)
+                title = name if one.spec.pretrained else f"{name} (random weights)"
+                found.append(linear_probe(one, other, name=title, progress=tell))
+    if not is_first:
+        return
+    if as_json:
+        print_json([dataclasses.asdict(one) for one in found])
+    else:
+        from rich.markdown import Markdown
+
+        console.print(Markdown(probe_table(found)))
+
+
+def datasets(
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="pascal_context, nyud or scenes.")],
+    root: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where the data set was unpacked.")],
+    link: Annotated[
+        Path | None, typer.Option(help="Fill this folder with links to each split's images, to build from.")
+    ] = None,
+) -> None:
+    """Name what a folder with a labelled data set has and lacks; docs/datasets.md says what belongs there.
+
+    Exits with status 1 when something is missing.
+
+    Example: `teachercache datasets pascal_context /data/PASCALContext --link /data/pascal_images`
+    """
+    from jobs.inspection.tables import findings_table
+    from student.datasets import check_folder, dataset_class, open_dataset
+
+    findings = check_folder(dataset_class(kind), root)
+    console.print(findings_table(findings))
+    if link is not None:
+        for split in dataset_class(kind).LISTS:
+            console.print(f"source.path={open_dataset(kind, root, split).link_images(link)}", soft_wrap=True)
+    if any(finding.found < finding.expected for finding in findings):
+        raise typer.Exit(EXIT_FAILED)

@@ -1,0 +1,117 @@
+"""Verbs that say whether a cache is what was built, and mend it: verify and repair."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from jobs.cli.terminal import CacheArgument, Images, Overrides, console
+from jobs.launch import EXIT_FAILED
+
+if TYPE_CHECKING:
+    from pipeline.cache import FeatureCache
+
+
+def verify(
+    cache: CacheArgument,
+    full: Annotated[bool, typer.Option("--full", help="Read every byte and compare checksums.")] = False,
+    against_teacher: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Recompute N random rows of every teacher and compare.")
+    ] = 0,
+) -> None:
+    """Check a cache: is every file what was written? Exits with status 1 when one differs.
+
+    `--against-teacher` also asks whether what was written is right: it loads the teachers, renders the
+    stored views and compares with the stored features, as exactly as the codec promises.
+
+    Example: `teachercache verify /data/cache --full --against-teacher 32`
+    """
+    from cache_builder.verify import strays, teachers_and_images
+    from cache_builder.verify import verify as verify_cache
+    from pipeline.cache import FeatureCache
+
+    opened = FeatureCache.open(cache)
+    names = teachers_and_images(opened)
+    shards = sum(len(opened.manifest.committed(name)) for name in names)
+    problems = verify_cache(opened, full=full, progress=_progress(shards))
+    for problem in problems:
+        console.print(problem.reason, style="red", markup=False, soft_wrap=True)
+    if problems:
+        console.print(
+            f"{len(problems)} problems among {shards} shards and their records. `teachercache repair "
+            f"{opened.storage.url}` makes these files again and no other.",
+            soft_wrap=True,
+        )
+        raise typer.Exit(EXIT_FAILED)
+    depth = "every byte" if full else "records and sizes; --full reads every byte"
+    console.print(f"{shards} shards of {', '.join(names)} are sound ({depth}).", soft_wrap=True)
+    if missing := sum(len(opened.spec.shards(name)) for name in names) - shards:
+        console.print(f"{missing} further shards are not committed; `teachercache build` computes them.")
+    if full and (unknown := strays(opened)):
+        console.print(
+            f"{len(unknown)} files are not of this cache: {', '.join(unknown[:3])}, …", soft_wrap=True
+        )
+    if against_teacher and not _against_teacher(opened, against_teacher):
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _progress(shards: int) -> Callable[[], None]:
+    from rich.progress import track
+
+    steps = iter(track(range(shards), "verifying", console=console, transient=True))
+    return lambda: (next(steps, None), None)[1]
+
+
+def _against_teacher(cache: FeatureCache, num_rows: int) -> bool:
+    import torch
+
+    from cache_builder.against_teacher import compare_with_teachers
+
+    with console.status(f"recomputing {num_rows} rows"):
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        found = compare_with_teachers(cache, num_rows, device=device)
+    for one in found:
+        verdict = "as promised" if one.kept else "NOT WHAT THE CODEC PROMISES"
+        console.print(
+            f"{one.teacher} {one.what}: cosine {one.cosine:.6f}, greatest error {one.max_error:.3g}, "
+            f"{cache.spec.teachers[one.teacher].codec} allows {one.allowed_error:.3g}: {verdict}",
+            style=None if one.kept else "red",
+            soft_wrap=True,
+        )
+    compared = {one.teacher for one in found}
+    for name in cache.teachers:
+        if name not in compared:
+            console.print(f"{name}: no row is committed, so nothing could be compared", style="red")
+    return compared == set(cache.teachers) and all(one.kept for one in found)
+
+
+def repair(cache: CacheArgument, overrides: Overrides = None, images: Images = None) -> None:
+    """Compute again what `verify --full` finds broken, and nothing else.
+
+    Overrides are those of a recipe's `runner`; with the batch_size of the build the rows are the same
+    bits as before. Exits with status 1 when something could not be mended, and names it.
+
+    Example: `teachercache repair /data/cache batch_size=64`
+    """
+    from omegaconf import OmegaConf
+
+    from cache_builder.recipe import RunnerRecipe
+    from cache_builder.repair import repair as repair_cache
+    from cache_builder.verify import teachers_and_images
+    from pipeline.cache import FeatureCache
+    from pipeline.recipe import check_recipe
+
+    changes = OmegaConf.to_container(OmegaConf.from_dotlist(overrides or []))
+    runner = check_recipe(RunnerRecipe, changes, "runner of this repair")
+    opened = FeatureCache.open(cache, images)
+    shards = sum(len(opened.manifest.committed(name)) for name in teachers_and_images(opened))
+    done = repair_cache(opened, runner, _progress(shards))
+    for problem in done.mended:
+        console.print(f"mended: {problem.file}", soft_wrap=True)
+    for problem in done.left:
+        console.print(f"{problem.file}: {problem.reason}", style="red", markup=False, soft_wrap=True)
+    if done.left:
+        raise typer.Exit(EXIT_FAILED)
+    console.print(f"{opened.storage.url} is sound; {len(done.mended)} files were mended.", soft_wrap=True)
