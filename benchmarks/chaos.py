@@ -162,7 +162,10 @@ class ChaosCluster:
         self._place = {"temp_dir": str(self._folder / f"r{self._starts}"), "include_dashboard": False}
         self._cluster = Cluster()
         self._head = self._cluster.add_node(num_cpus=0, **self._place)
-        self._workers = [self._cluster.add_node(num_cpus=1) for _ in range(self._nodes)]
+        self._workers: list[Any] = []
+        self._raylets = set[str]()
+        for _ in range(self._nodes):
+            self.add_node()
 
     @property
     def address(self) -> str:
@@ -172,6 +175,10 @@ class ChaosCluster:
     def stop(self) -> None:
         for node in [*self._workers, self._head]:  # Cluster.shutdown() would ask the head, which may be dead
             node.kill_all_processes(check_alive=False, allow_graceful=False)
+        for process in psutil.process_iter():  # some actors outlive a raylet that was killed
+            with _may_end():
+                if process.environ().get("RAY_RAYLET_PID") in self._raylets:
+                    process.kill()
 
     def restart(self) -> None:
         self.stop()
@@ -202,6 +209,7 @@ class ChaosCluster:
 
     def add_node(self) -> None:
         self._workers.append(self._cluster.add_node(num_cpus=1))
+        self._raylets.add(str(_pid(self._workers[-1], "raylet")))
 
     def kill_head(self) -> None:
         for processes in self._head.all_processes.values():

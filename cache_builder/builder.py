@@ -34,7 +34,11 @@ _PROBE_NAME = "write_probe.partial"
 
 @dataclass(frozen=True)
 class BuildResult:
-    """What one run of `build` did: shards and views committed by it, and the state of the whole."""
+    """What one run of `build` did, and the state of the whole.
+
+    `shards` and `views` are those that its processes told of: one that dies between the commit of a shard
+    and its answer tells nobody.
+    """
 
     cache: FeatureCache
     shards: int

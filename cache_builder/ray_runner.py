@@ -115,7 +115,8 @@ class _Metrics:
             assert self._started is not None
             rate = self._total / (time.monotonic() - self._started)
         for stage in STAGES:
-            self._seconds.inc(record.seconds[stage], self._tags | {"stage": stage})
+            if record.seconds[stage] > 0:  # Ray refuses to add nothing
+                self._seconds.inc(record.seconds[stage], self._tags | {"stage": stage})
         self._shards.inc(1, self._tags)
         self._views.inc(record.num_rows, self._tags)
         self._rate.set(rate, self._tags)

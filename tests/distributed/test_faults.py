@@ -17,6 +17,7 @@ import pytest
 from rich.console import Console
 
 from cache_builder import build
+from cache_builder.builder import BuildResult
 from cache_builder.extract import ShardExtractor
 from cache_builder.ray_runner import RayRunner, RayWorker
 from cache_builder.recipe import BuildRecipe
@@ -253,11 +254,17 @@ def signal_an_actor(cache: Path, number: signal.Signals) -> threading.Thread:
     return thread
 
 
+def require_whole(result: BuildResult) -> None:
+    """Of the two shards in flight, an actor that dies may have committed some and told nobody."""
+    assert result.cache.committed("tiny").sum() == 24
+    assert 22 <= result.shards <= 24
+
+
 def test_sigterm_of_an_actor_costs_no_attempt(tmp_path: Path, images: Path, cluster: None) -> None:
     sender = signal_an_actor(tmp_path / "cache", signal.SIGTERM)
     result = build(ray_recipe(tmp_path / "cache", images, num_actors=1, max_attempts=1), QUIET)
     sender.join()
-    assert result.shards == 24
+    require_whole(result)
     assert verify(result.cache, full=True) == []
 
 
@@ -292,7 +299,7 @@ def test_a_teacher_that_hangs_once_is_replaced(
 
     monkeypatch.setattr(RayRunner, "worker", Hangs)
     recipe = ray_recipe(tmp_path / "cache", images, num_actors=1, max_attempts=2, stall_timeout_s=STALL_S)
-    assert build(recipe, QUIET).shards == 24
+    require_whole(build(recipe, QUIET))
     assert "nothing moved for" in caplog.text
 
 

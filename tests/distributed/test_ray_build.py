@@ -12,9 +12,11 @@ import torch
 from rich.console import Console
 
 from cache_builder import build
+from cache_builder.ray_runner import _Metrics
+from cache_builder.stages import STAGES
 from cache_builder.verify import verify
 from pipeline.errors import BuildError, TeacherCacheError
-from tests.make_cache import build_recipe, make_images
+from tests.make_cache import build_recipe, make_cache, make_images
 from tests.ray_actors import await_actor
 
 QUIET = Console(quiet=True)
@@ -59,7 +61,8 @@ def test_a_killed_actor_costs_its_shards_in_flight(tmp_path: Path, images: Path,
     result = build(recipe, QUIET)
     killer.join()
     assert killed.is_set()
-    assert result.shards == 16
+    assert 14 <= result.shards <= 16  # of two shards in flight, it may have committed some and told nobody
+    assert result.cache.committed("tiny").sum() == 16
     assert verify(result.cache, full=True) == []
     assert result.cache.valid_samples().size == 16
     reference = build(
@@ -84,3 +87,12 @@ def test_errors_cross_process_borders(cluster: None) -> None:
     with pytest.raises(TeacherCacheError) as caught:
         ray.get(ray.remote(fail).remote())
     assert "expected: that" in str(caught.value)
+
+
+def test_a_stage_may_take_no_time(tmp_path: Path, images: Path, cluster: None) -> None:
+    cache = make_cache(tmp_path / "cache", images)
+    record = cache.manifest.read_commit("alpha", 0)
+    metrics = _Metrics()
+    metrics.start()
+    metrics.add(record.model_copy(update={"seconds": dict.fromkeys(STAGES, 0.0)}))
+    assert metrics._total == record.num_rows
