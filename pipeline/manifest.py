@@ -33,8 +33,8 @@ from pipeline.errors import (
     TeacherCacheError,
 )
 from pipeline.limits import MAX_ROWS, MAX_ROWS_PER_FILE_BYTE, MAX_ROWS_PER_SHARD, MAX_SHARDS, check_limits
+from pipeline.sample_table import SAMPLE_SCHEMA
 from pipeline.seal import UNSEALED, is_intact, seal
-from pipeline.sources import SAMPLE_SCHEMA
 from pipeline.spec import IMAGES, SCHEMA_VERSION, CacheSpec, Strict
 from pipeline.storage import Storage
 

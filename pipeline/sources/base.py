@@ -20,28 +20,13 @@ import pyarrow.compute as pc
 import xxhash
 
 from pipeline.errors import EmptySourceError, ImageDecodeError, SourceError, SourceNotFoundError
+from pipeline.sample_table import SAMPLE_SCHEMA
 from pipeline.sources.decode import HEAD_BYTES, probe_size
 from pipeline.sources.keys import OK, name_problem, printable, with_unique_keys
 from pipeline.sources.place import Place
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
-# path: relative to the source's folder. offset: bytes into that file (Parquet: row number in it).
-# width, height: pixels, EXIF orientation applied; 0 unless status is "ok". status: "ok" or the reason
-# why there is no such image. head_hash: xxh3-64 of the first HEAD_BYTES.
-SAMPLE_SCHEMA = pa.schema(
-    [
-        ("key", pa.string()),
-        ("path", pa.string()),
-        ("offset", pa.int64()),
-        ("nbytes", pa.int64()),
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-        ("label", pa.string()),
-        ("status", pa.string()),
-        ("head_hash", pa.uint64()),
-    ]
-)
 _UNIT_SCHEMA = SAMPLE_SCHEMA.append(pa.field("qualified_key", pa.string()))
 
 _SECONDS_ALONE = 2.0  # what starting processes costs
