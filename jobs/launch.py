@@ -32,7 +32,8 @@ def run(main: Callable[[], None]) -> None:
             os._exit(error.exit_status)
         raise SystemExit(EXIT_USAGE if isinstance(error, RecipeError) else EXIT_FAILED) from None
     finally:
-        gc.freeze()  # or Python looks for cycles in every module as it ends: a tenth of what `inspect` takes
+        if "torch" not in sys.modules:  # whose bindings want to be collected
+            gc.freeze()  # else Python looks for cycles in every module as it ends, a tenth of `inspect`
 
 
 def require_absolute_in_job(key: str, path: str) -> None:

@@ -30,9 +30,6 @@ def inspect(
 
     Example: `teachercache inspect /data/cache --key n01440764_10026`
     """
-    from jobs.inspection import detail_tables, details
-    from jobs.inspection.summary import summarize
-    from jobs.inspection.tables import summary_table
     from pipeline.errors import RecipeError
     from pipeline.manifest import Manifest
     from pipeline.storage import Storage
@@ -48,6 +45,11 @@ def inspect(
     manifest = Manifest(Storage.at(cache))
     found: dict[str, Any]
     table: Callable[[Mapping[str, Any]], RenderableType]
+    if asked:
+        from jobs.inspection import detail_tables, details
+    else:
+        from jobs.inspection.summary import summarize
+        from jobs.inspection.tables import summary_table
     if shard is not None:
         found, table = details.shard_details(manifest, shard), detail_tables.shard_table
     elif row is not None:
