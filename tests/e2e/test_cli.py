@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from jobs import cli
-from jobs.cli import terminal
 from tests.make_cache import build_recipe, make_cache, make_images
 
 ROOT = Path(__file__).parents[2]
@@ -29,7 +28,7 @@ def teachercache(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[s
 
     def call(*arguments: object) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["teachercache", *map(str, arguments)])
-        monkeypatch.setattr(terminal.console, "width", 200)
+        monkeypatch.setenv("COLUMNS", "200")
         capfd.readouterr()
         with pytest.raises(SystemExit) as ended:
             cli.main()

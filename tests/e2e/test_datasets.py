@@ -11,7 +11,6 @@ from typer.testing import CliRunner, Result
 
 from cache_builder import build, build_teacher
 from jobs import cli
-from jobs.cli import terminal
 from pipeline import FeatureCache, render_view
 from student.datasets import open_dataset
 from student.datasets.labels import render_labels
@@ -28,7 +27,7 @@ def scenes(tmp_path: Path) -> Path:
 
 
 def datasets(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> Result:
-    monkeypatch.setattr(terminal.console, "width", 200)
+    monkeypatch.setenv("COLUMNS", "200")
     return CliRunner().invoke(cli.app, ["datasets", *map(str, arguments)])
 
 
