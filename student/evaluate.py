@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -41,9 +41,9 @@ from student.datasets import LabelledDataset
 from student.datasets.labels import render_labels
 from student.figures import gate_figure, prediction_figure
 from student.in_threads import in_threads
-from student.metrics import mtl_gain
+from student.metrics import BoundaryBenchmark, mtl_gain
 from student.paper_results import backbone_of, paper_rows
-from student.task_outputs import TASK_OUTPUTS, update, value
+from student.task_outputs import TASK_OUTPUTS, Metric, update, value
 
 PANEL_IMAGES = 4
 
@@ -52,7 +52,8 @@ PANEL_IMAGES = 4
 class Evaluation:
     """`scores`: in percent, degrees (normals) and metres (depth), by task. `gates`: for each task the mean
     weight of each expert, (levels, experts), where the student has routers. `backbone`: "ViT-S", "ViT-B" or
-    "ViT-L" for a student of one of the paper's sizes."""
+    "ViT-L" for a student of one of the paper's sizes. `further`: other measures of a task, by name, in
+    percent: oisF and AP of boundaries, maxF as the salient-object literature has it."""
 
     student: str
     backbone: str | None
@@ -64,6 +65,7 @@ class Evaluation:
     gates: dict[str, list[list[float]]]
     images_per_s: float
     processes: int = 1
+    further: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def gain(self, baseline: Mapping[str, float]) -> float:
         """Δm against a single-task baseline, in percent (SAK, Eq. 7)."""
@@ -86,6 +88,9 @@ class Evaluation:
             _line(f"{self.student} ({self.parameters / 1e6:.0f}M parameters)", tasks, self.scores, baseline),
         ]
         lines += [_line(f"*{row.title}*", tasks, row.scores, baseline) for row in rows]
+        for task, others in self.further.items():
+            measures = ", ".join(f"{name} {score:.2f}" for name, score in others.items())
+            lines += ["", f"{TASK_OUTPUTS[task].title}, by other measures (%): {measures}"]
         return "\n".join(lines) + "\n"
 
 
@@ -117,11 +122,13 @@ def evaluate(
     threads: int = 2,
     boundary_processes: int = 0,
     cache: FeatureCache | None = None,
+    baseline: Mapping[str, float] | None = None,
 ) -> Evaluation:
     """Measure every task that student and data set have in common, on the device that accelerate finds.
 
     `cache`: of the same images in `multitask_eval` views, for a student that works on teachers' features.
     `boundary_processes` match boundaries beside the student, which is most of the work of that task.
+    `baseline`: single-task scores to state gains against (`read_baseline`), instead of the paper's.
     Every process gets the same result; the main one writes `output`.
     Raises `RecipeError` where there is no common task.
     """
@@ -134,7 +141,7 @@ def evaluate(
             do="evaluate a student of stage 2, on the data set it was trained for",
         )
     if student.reads_features:
-        _require_cache(student, cache)
+        _require_cache(student, cache, dataset.keys[:max_images])
     state, started = process_state(), time.perf_counter()
     student = student.to(state.device).eval()
     numbers = range(len(dataset.keys))[:max_images]
@@ -145,6 +152,7 @@ def evaluate(
             task: TASK_OUTPUTS[task].new_metric(dataset.tasks[task], dataset.boundary_distance, executor)
             for task in tasks
         }
+        seconds = {t: named[1]() for t in tasks if (named := TASK_OUTPUTS[t].new_second) is not None}
         gates: defaultdict[str, list[Tensor]] = defaultdict(list)
         panel = _Panel(tasks, PANEL_IMAGES if output and state.is_main_process else 0)
         progress = stack.enter_context(_progress(state.is_main_process))
@@ -156,9 +164,14 @@ def evaluate(
                 inputs["features"] = _features(cache, student.teachers, items, state.device)
             found: StudentOutput = student(student.normalize(images_B3HW), **inputs)
             estimates = {task: TASK_OUTPUTS[task].estimate(found.predictions[task].float()) for task in tasks}
+            if "depth" in estimates:
+                nearer_B = estimates["depth"].new_tensor([item.magnification for item in items])
+                estimates["depth"] *= nearer_B[:, None, None]
             for task in tasks:
                 labels = torch.stack([item.labels[task] for item in items]).to(state.device)
                 update(metrics[task], estimates[task], labels)
+                if task in seconds:
+                    update(seconds[task], estimates[task], labels)
             for task, gates_BSE in found.gates.items():
                 gates[task].append(gates_BSE.double().sum(0).cpu())
             shown = {task: values.cpu().numpy() for task, values in estimates.items()}
@@ -166,7 +179,7 @@ def evaluate(
             if output:
                 _save_predictions(Path(output) / "predictions", items, shown)
             progress.advance(bar, len(items))
-        for metric in metrics.values():
+        for metric in (*metrics.values(), *seconds.values()):
             metric.reduce(lambda sums: reduce(sums.to(state.device), "sum").cpu())
     mean_gates = _mean(gates, len(numbers))
     evaluation = Evaluation(
@@ -180,10 +193,22 @@ def evaluate(
         gates={task: gates_SE.tolist() for task, gates_SE in mean_gates.items()},
         images_per_s=len(numbers) / (time.perf_counter() - started),
         processes=state.num_processes,
+        further=_further(metrics, seconds),
     )
     if output and state.is_main_process:
-        _write(evaluation, Path(output), student.experts, panel)
+        _write(evaluation, Path(output), student.experts, panel, baseline)
     return evaluation
+
+
+def _further(metrics: Mapping[str, Metric], seconds: Mapping[str, Metric]) -> dict[str, dict[str, float]]:
+    found = {}
+    for task, metric in metrics.items():
+        if isinstance(metric, BoundaryBenchmark):
+            scores = metric.compute()
+            found[task] = {"oisF": 100 * scores.ois_f, "AP": 100 * scores.ap}
+        elif (named := TASK_OUTPUTS[task].new_second) is not None:
+            found[task] = {named[0]: value(seconds[task])}
+    return found
 
 
 def process_state() -> PartialState:
@@ -193,11 +218,13 @@ def process_state() -> PartialState:
 
 @dataclass(frozen=True)
 class _Item:
-    """A sample as the student sees it, its labels on the same pixels."""
+    """A sample as the student sees it, its labels on the same pixels, depth in metres of the room: an image
+    that is shown smaller seems farther away by 1 / `magnification`, and so does what is predicted of it."""
 
     key: str
     image_3HW: Tensor
     labels: dict[str, Tensor]
+    magnification: float
 
 
 @dataclass
@@ -233,8 +260,10 @@ def _batches(
     def make(number: int) -> _Item:
         image, key = dataset.image(number), dataset.keys[number]
         view = draw_view(policy, key, image.width, image.height, 0)
-        labels = render_labels(dataset.labels(number, tasks), view, size)
-        return _Item(key, render_view(image, view, size), labels)
+        labels = render_labels(dataset.labels(number, tasks, measured=True), view, size)
+        if "depth" in labels:
+            labels["depth"] *= view.magnification
+        return _Item(key, render_view(image, view, size), labels, view.magnification)
 
     return in_threads(make, numbers, batch_size, threads)
 
@@ -248,14 +277,17 @@ def _mean(sums: Mapping[str, list[Tensor]], count: int) -> dict[str, Tensor]:
     }
 
 
-def _require_cache(student: Student, cache: FeatureCache | None) -> None:
+def _require_cache(student: Student, cache: FeatureCache | None, keys: Sequence[str]) -> None:
     expected = f"a cache of {', '.join(student.teachers)} with multitask_eval views of {student.image_size}"
     got = "no cache"
     if cache is not None:
         cache.check_teachers(student.teachers)
         got = f"{cache.spec.views.policy} views of {cache.spec.views.size}"
         if got == f"multitask_eval views of {student.image_size}":
-            return
+            missing = sorted(set(keys).difference(cache.samples["key"].to_pylist()))
+            if not missing:
+                return
+            got = f"a cache without {len(missing)} of these images, such as {missing[0]}"
     raise RecipeError(
         "This student works on its teachers' features of the images.",
         got=got,
@@ -282,10 +314,39 @@ def _save_predictions(folder: Path, items: list[_Item], estimates: Mapping[str, 
             Image.fromarray(TASK_OUTPUTS[task].encode(estimate)).save(path)
 
 
-def _write(evaluation: Evaluation, folder: Path, experts: Sequence[str], panel: _Panel) -> None:
+def read_baseline(files: Iterable[str | Path], dataset: str) -> dict[str, float]:
+    """Single-task scores out of the `scores.json` of evaluations, one or more tasks a file.
+
+    Raises `RecipeError` for a file that is none, or of another data set.
+    """
+    scores: dict[str, float] = {}
+    for file in files:
+        try:
+            found = json.loads(Path(file).read_text())
+            measured, got = found["scores"], found["dataset"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            measured, got = None, f"{type(error).__name__}: {error}"
+        if measured is None or got != dataset:
+            raise RecipeError(
+                f"{file} holds no baseline.",
+                got=str(got),
+                expected=f"the scores.json of an evaluation on {dataset}",
+                do="evaluate the single-task students with -o FOLDER, and give FOLDER/scores.json of each",
+            )
+        scores |= measured
+    return scores
+
+
+def _write(
+    evaluation: Evaluation,
+    folder: Path,
+    experts: Sequence[str],
+    panel: _Panel,
+    baseline: Mapping[str, float] | None,
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "scores.json").write_text(json.dumps(asdict(evaluation), indent=2) + "\n")
-    (folder / "scores.md").write_text(evaluation.markdown())
+    (folder / "scores.md").write_text(evaluation.markdown(baseline))
     prediction_figure(panel.images, panel.labels, panel.estimates).savefig(folder / "predictions.png")
     if evaluation.gates:
         gates = {task: np.array(gates_SE) for task, gates_SE in evaluation.gates.items()}

@@ -30,13 +30,15 @@ def gate_figure(gates: Mapping[str, NDArray], experts: Sequence[str]) -> Figure:
     axes = figure.subplots(1, len(gates), sharey=True, squeeze=False)[0]
     for axis, (task, weights_SE) in zip(axes, gates.items(), strict=True):
         levels, bottom_S = np.arange(1, len(weights_SE) + 1), np.zeros(len(weights_SE))
-        for expert, weights_S, colour in zip(experts, weights_SE.T, EXPERT_COLOURS, strict=False):
-            axis.bar(levels, weights_S, 0.75, bottom=bottom_S, label=expert, color=colour)
+        for number, (expert, weights_S) in enumerate(zip(experts, weights_SE.T, strict=True)):
+            again, colour = divmod(number, len(EXPERT_COLOURS))
+            style = {"color": EXPERT_COLOURS[colour], "hatch": "///" * again, "edgecolor": "white"}
+            axis.bar(levels, weights_S, 0.75, bottom=bottom_S, label=expert, linewidth=0, **style)
             bottom_S = bottom_S + weights_S
         axis.set(title=TASK_OUTPUTS[task].title, xlabel="level", xticks=levels, ylim=(0, 1))
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("weight")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
     figure.suptitle("What the routers take from each expert, mean over images", fontsize=10)
     return figure
 

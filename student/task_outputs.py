@@ -31,7 +31,8 @@ class TaskOutput:
     vectors (B, 3, H, W) or metres (B, H, W). `picture` shows one of them, or one label, as uint8 RGB;
     `encode` makes the pixels of a file that keeps it.
     `new_metric` takes the number of channels and, for boundaries, the greatest distance of a match as a
-    fraction of the diagonal, and what evaluates images in parallel."""
+    fraction of the diagonal, and what evaluates images in parallel. `new_second` is another definition of
+    it, by a name of its own, which is stated beside it and enters no gain."""
 
     title: str
     metric: str
@@ -41,6 +42,7 @@ class TaskOutput:
     encode: Callable[[NDArray], NDArray]
     new_metric: Callable[[int, float, Executor | None], Metric]
     lower_is_better: bool = False
+    new_second: tuple[str, Callable[[], Metric]] | None = None
 
 
 def update(metric: Metric, estimates: Tensor, labels: Tensor) -> None:
@@ -134,7 +136,16 @@ def _boundary(_: int, distance: float, executor: Executor | None) -> BoundaryBen
 TASK_OUTPUTS: dict[str, TaskOutput] = {
     "semseg": TaskOutput("Segmentation", "mIoU", "%", _classes, _palette_picture, _bytes, _miou),
     "parts": TaskOutput("Human parts", "mIoU", "%", _classes, _palette_picture, _bytes, _miou),
-    "saliency": TaskOutput("Saliency", "maxF", "%", _salient, _grey_picture, _share, lambda *_: MaxF()),
+    "saliency": TaskOutput(
+        "Saliency",
+        "maxF",
+        "%",
+        _salient,
+        _grey_picture,
+        _share,
+        lambda *_: MaxF(),
+        new_second=("maxF per image", lambda: MaxF("per_image")),
+    ),
     "normals": TaskOutput(
         "Normals", "mErr", "°", _unit, _normals_picture, _normals_picture, lambda *_: MeanAngularError(), True
     ),

@@ -1,4 +1,4 @@
-"""Verbs of students: train, evaluate, repsim and probe, and the labelled data sets that they need."""
+"""Verbs of students: train, evaluate, repsim, probe, push and import-reference; and their labelled data."""
 
 from __future__ import annotations
 
@@ -74,6 +74,10 @@ def evaluate(
     cache: Annotated[
         str | None, typer.Option(help="A cache of these images, for a student that works on features.")
     ] = None,
+    baseline: Annotated[
+        list[Path] | None,
+        typer.Option(help="scores.json of single-task students, for Δm; repeat it. Default: the paper's."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure a student's tasks on a labelled data set, beside the paper's rows (SAK, B.4).
@@ -86,8 +90,10 @@ def evaluate(
     from student import load_student
     from student.datasets import open_dataset
     from student.evaluate import evaluate as evaluate_student
+    from student.evaluate import read_baseline
 
     opened = open_dataset(dataset, root, split)
+    single = read_baseline(baseline or [], opened.name)
     found = evaluate_student(
         load_student(student),
         opened,
@@ -98,6 +104,7 @@ def evaluate(
         threads=threads,
         boundary_processes=boundary_processes,
         cache=FeatureCache.open(cache) if cache else None,
+        baseline=single,
     )
     if os.environ.get("RANK", "0") != "0":
         return
@@ -106,7 +113,7 @@ def evaluate(
     else:
         from rich.markdown import Markdown
 
-        console.print(Markdown(found.markdown()))
+        console.print(Markdown(found.markdown(single)))
 
 
 def repsim(
@@ -192,6 +199,65 @@ def probe(
         from rich.markdown import Markdown
 
         console.print(Markdown(probe_table(found)))
+
+
+def push(
+    student: StudentArgument,
+    repository: Annotated[
+        str, typer.Argument(metavar="REPOSITORY", help="user/name on the Hub; made if it is not there.")
+    ],
+    private: Annotated[bool, typer.Option("--private", help="Make a repository that only you see.")] = False,
+) -> None:
+    """Upload a student with its model card to the Hugging Face Hub, from where `load_student` loads it.
+
+    Log in first: `hf auth login`, or set HF_TOKEN.
+
+    Example: `teachercache push runs/base/student user/sak-base --private`
+    """
+    from student import push_to_hub
+
+    console.print(push_to_hub(student, repository, private=private), soft_wrap=True)
+
+
+def import_reference(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A .pth of SAK's authors' code.")],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="FOLDER", help="Write the student there.")
+    ],
+    size: Annotated[
+        tuple[int, int] | None,
+        typer.Option(metavar="HEIGHT WIDTH", help="Pixels that the student sees; else a square."),
+    ] = None,
+) -> None:
+    """Make a student of a checkpoint of SAK's authors, of either stage, and name what did not fit.
+
+    The names and shapes of the checkpoint tell stem, teachers and tasks. What agrees is loaded; every other
+    tensor is named with both shapes. Exits with status 1 where the student keeps random values.
+
+    Example: `teachercache import-reference checkpoint.pth -o runs/authors/student --size 448 576`
+    """
+    from student import SAK, build_student, load_reference, read_reference
+    from student.sak.reference import reference_arguments
+
+    tensors = read_reference(checkpoint)
+    student = build_student("sak", **reference_arguments(tensors, size))
+    assert isinstance(student, SAK)
+    unmatched = load_reference(student, tensors)
+    student.save_pretrained(output)
+    for one in unmatched:
+        typer.echo(
+            f"{one.kind}: {one.name}, student {one.shape or '–'}, checkpoint {one.reference_shape or '–'}"
+        )
+    random = sum(one.shape is not None for one in unmatched)
+    count = len(student.state_dict())
+    console.print(
+        f"{output}: {student.config['stem']}, teachers {', '.join(student.teachers) or 'none'}, "
+        f"tasks {', '.join(student.tasks) or 'none'}; {count - random} of {count} tensors loaded",
+        soft_wrap=True,
+        highlight=False,
+    )
+    if random:
+        raise typer.Exit(EXIT_FAILED)
 
 
 def datasets(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from tokenize import TokenError
 from typing import ClassVar
 
 import numpy as np
@@ -22,7 +24,10 @@ from pipeline.sources.keys import name_problem, printable
 from pipeline.spec import Size
 
 _SHOWN_FILES = 3
-_DAMAGE = (OSError, ValueError, KeyError, TypeError, NotImplementedError, MatReadError, SafetensorError)
+_DAMAGE = (  # what the readers of all these formats raise over files that are not what they should be
+    *(ValueError, LookupError, TypeError, AttributeError, NotImplementedError, SyntaxError),
+    *(OSError, EOFError, MatReadError, SafetensorError, TokenError, zlib.error),
+)
 
 
 @dataclass(frozen=True)
@@ -81,19 +86,23 @@ class LabelledDataset(ABC):
         """The image as a cache's builder decodes it: RGB, upright."""
         return decode_image(self._path("images", self.keys[index]).read_bytes())
 
-    def labels(self, index: int, tasks: Iterable[str] | None = None) -> dict[str, NDArray]:
+    def labels(
+        self, index: int, tasks: Iterable[str] | None = None, measured: bool = False
+    ) -> dict[str, NDArray]:
         """The labels of an image, of all tasks or of some, as `student.datasets.labels.IGNORE` says.
 
+        `measured`: those that predictions are measured against, where they are not those to learn from.
         Raises `SourceNotFoundError` for a file that is gone, `SourceError` for one that cannot be read or
         does not have the size of its image.
         """
         key = self.keys[index]
         with Image.open(self._path("images", key)) as image:
             size = image.height, image.width
+        read = self._measured_label if measured else self._label
         labels = {}
         for task in self.tasks if tasks is None else tasks:
             try:
-                labels[task] = self._label(task, key, size)
+                labels[task] = read(task, key, size)
             except SourceError:
                 raise
             except _DAMAGE as error:
@@ -137,6 +146,9 @@ class LabelledDataset(ABC):
     def _label(self, task: str, key: str, size: Size) -> NDArray:
         """The labels of one task. What it raises over a damaged file names that file."""
 
+    def _measured_label(self, task: str, key: str, size: Size) -> NDArray:
+        return self._label(task, key, size)
+
     def _listed_keys(self) -> list[str]:
         keys = self.list_file.read_text(errors="replace").split()
         for key in keys:
@@ -168,11 +180,12 @@ class LabelledDataset(ABC):
         return f"see what is missing: teachercache datasets {self.name} {self.root}"
 
     def _unreadable(self, task: str, key: str, got: str) -> SourceError:
+        kinds = [task] if task in self.FILES else [what for what in self.FILES if what != "images"]
         return SourceError(
             f"The {task} labels of {key} in {self.name} cannot be used.",
             got=got,
             expected="the files of docs/datasets.md, each the size of its image",
-            do=f"unpack the data set again; this one lies in {self.root}",
+            do=f"unpack the data set again; see {', '.join(str(self._find(what, key)) for what in kinds)}",
         )
 
 

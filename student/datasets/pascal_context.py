@@ -48,7 +48,8 @@ class PascalContext(LabelledDataset):
 
     semseg: the 21 classes of PASCAL VOC. parts: head, torso, upper and lower arms, upper and lower legs;
     ignored in images without a person whose parts are annotated. saliency and normals: distilled, by
-    ASTMT's authors. boundary: where the classes of PASCAL-Context change, thinned.
+    ASTMT's authors. boundary: where the classes of PASCAL-Context change, thinned; predictions are measured
+    against all pixels where they change, as SEISM does.
     """
 
     name = "pascal_context"
@@ -80,6 +81,20 @@ class PascalContext(LabelledDataset):
             classes_HW = read_array(self._path("boundary", key), "LabelMap")
             return unit_normals(array) * np.isin(classes_HW, _CLASSES_WITH_NORMALS)
         return array.astype(np.uint8)
+
+    def _measured_label(self, task: str, key: str, size: Size) -> NDArray:
+        if task == "boundary":
+            return partition_boundaries(read_array(self._path(task, key), "LabelMap"))
+        return self._label(task, key, size)
+
+
+def partition_boundaries(classes_HW: NDArray) -> NDArray[np.uint8]:
+    """1 where the pixel below, on the right, or below on the right is of another class (`seg2bmap` of SEISM
+    and BSDS)."""
+    padded = np.pad(classes_HW, (0, 1), mode="edge")
+    others = padded[1:, :-1], padded[:-1, 1:], padded[1:, 1:]
+    edges_HW: NDArray[np.bool_] = np.logical_or.reduce([classes_HW != other for other in others])
+    return edges_HW.astype(np.uint8)
 
 
 def label_boundaries(classes_HW: NDArray) -> NDArray[np.uint8]:

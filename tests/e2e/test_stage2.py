@@ -217,6 +217,11 @@ def test_evaluation_measures_what_it_writes(finished: Path, scenes: Path, tmp_pa
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert scores["num_images"] == 5
     assert scores["scores"].keys() == {"semseg", "parts", "saliency", "normals", "depth", "boundary"}
+    assert {task: set(others) for task, others in scores["further"].items()} == {
+        "saliency": {"maxF per image"},
+        "boundary": {"oisF", "AP"},
+    }
+    assert scores["further"]["boundary"]["oisF"] >= scores["scores"]["boundary"]
     assert "Segmentation mIoU" in (tmp_path / "scores.md").read_text()
     dataset = open_dataset("scenes", scenes, "val")
     policy = ViewPolicy(policy="multitask_eval", size=SIZE)

@@ -16,7 +16,7 @@ from pipeline.errors import RecipeError, SourceError, SourceNotFoundError
 from pipeline.sources import open_source
 from student.datasets import DATASETS, dataset_class, open_dataset
 from student.datasets.labels import IGNORE
-from student.datasets.pascal_context import label_boundaries
+from student.datasets.pascal_context import label_boundaries, partition_boundaries
 from student.task_losses import TASK_LOSSES
 
 HEIGHT, WIDTH = 20, 30
@@ -209,6 +209,23 @@ def test_boundaries_are_those_of_a_laplacian_by_hand() -> None:
             ]
             edges[y, x] = sum(around) != 4 * classes[y, x]
     assert np.array_equal(label_boundaries(classes), thin(edges))
+
+
+def test_predictions_are_measured_against_every_pixel_where_the_class_changes(pascal: Path) -> None:
+    classes = RNG.integers(0, 3, (6, 8)).repeat(4, 0).repeat(4, 1)
+    height, width = classes.shape
+    edges = np.zeros(classes.shape, np.uint8)
+    for y in range(height):  # seg2bmap, as SEISM and BSDS have it
+        for x in range(width):
+            after = [(y + dy, x + dx) for dy, dx in ((0, 1), (1, 0), (1, 1))]
+            edges[y, x] = any(
+                classes[place] != classes[y, x] for place in after if place[0] < height and place[1] < width
+            )
+    assert np.array_equal(partition_boundaries(classes), edges)
+    dataset = open_dataset("pascal_context", pascal, "val")
+    learnt, measured = (dataset.labels(0, measured=flag) for flag in (False, True))
+    assert measured["boundary"].sum() > learnt["boundary"].sum() > 0
+    assert all(np.array_equal(learnt[task], measured[task]) for task in learnt if task != "boundary")
 
 
 def reflected(index: int, length: int) -> int:

@@ -1,0 +1,88 @@
+"""Evaluation where the view is not the size of the image, and against a baseline of one's own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from pipeline.errors import RecipeError
+from pipeline.spec import Size
+from student.base import Student, StudentOutput
+from student.datasets.base import LabelledDataset
+from student.evaluate import Evaluation, evaluate, read_baseline
+from student.figures import gate_figure
+
+METRES = 3.0
+
+
+class FlatRooms(LabelledDataset):
+    """A wall, three metres away, in images of twice the student's size."""
+
+    name = "flat_rooms"
+    tasks: ClassVar = {"depth": 1}
+    boundary_distance = 0.01
+    FILES: ClassVar = {"images": ("images/{key}.png",)}
+    LISTS: ClassVar = {"val": ("val.txt", None)}
+
+    def _label(self, task: str, key: str, size: Size) -> NDArray:
+        return np.full(size, METRES, np.float32)
+
+
+class Oracle(Student):
+    """Sees what is there: in a view of half the size, a wall twice as far away."""
+
+    kind = "oracle"
+    experts: ClassVar[list[str]] = []
+
+    def forward(self, pixels_B3HW: Tensor, full: bool = False, maps: bool = True) -> StudentOutput:
+        return StudentOutput({}, {"depth": torch.full_like(pixels_B3HW[:, :1], 2 * METRES)}, {})
+
+    def keep_levels(self, *_: object) -> None: ...
+
+    def parameters_by_part(self) -> dict[str, int]:
+        return {}
+
+
+def test_depth_is_measured_in_metres_of_the_room(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (64, 48)).save(tmp_path / "images/a.png")
+    (tmp_path / "val.txt").write_text("a")
+    config = {"teacher_dims": {"any": 8}, "image_size": [24, 32], "tasks": {"depth": 1}}
+    student = Oracle(config, (0, 0, 0), (1, 1, 1))
+    found = evaluate(student, FlatRooms(tmp_path, "val"), output=tmp_path / "out")
+    assert found.scores["depth"] == pytest.approx(0, abs=1e-5)
+    with Image.open(tmp_path / "out/predictions/depth/a.png") as image:
+        assert (np.array(image) == 1000 * METRES).all()
+
+
+def test_gains_refer_to_a_baseline_of_ones_own() -> None:
+    found = Evaluation("mine", None, "scenes", "val", 1, 1, {"semseg": 55.0, "depth": 0.9}, {}, 1.0)
+    assert "| –" in found.markdown()
+    assert "| 10.00 |" in found.markdown({"semseg": 50.0, "depth": 1.0})
+
+
+def test_a_baseline_is_read_from_the_scores_of_each_task(tmp_path: Path) -> None:
+    for task, score in (("semseg", 50.0), ("depth", 1.0)):
+        (tmp_path / task).write_text(json.dumps({"dataset": "scenes", "scores": {task: score}}))
+    files = [tmp_path / "semseg", tmp_path / "depth"]
+    assert read_baseline(files, "scenes") == {"semseg": 50.0, "depth": 1.0}
+    with pytest.raises(RecipeError, match="got:      scenes"):
+        read_baseline(files, "nyud")
+    (tmp_path / "depth").write_text("[]")
+    with pytest.raises(RecipeError, match="TypeError"):
+        read_baseline(files, "scenes")
+
+
+def test_every_expert_has_a_bar_of_its_own_look() -> None:
+    figure = gate_figure({"semseg": np.full((4, 9), 1 / 9)}, [f"teacher {i}" for i in range(9)])
+    bars = figure.axes[0].containers
+    assert len(bars) == 9
+    assert len({(bar[0].get_facecolor(), bar[0].get_hatch()) for bar in bars}) == 9
