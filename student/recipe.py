@@ -14,6 +14,8 @@ from pipeline.spec import Strict
 from student.losses import CosineKind, DistanceKind
 from student.sak.task_decoder import Fusion
 
+_WHOLE_STEM = {"stem", "stem.vit"}
+
 
 class StudentRecipe(Strict):
     """`build_student`'s arguments (the cache and the data set give the others), and how it is trained.
@@ -22,7 +24,8 @@ class StudentRecipe(Strict):
     beside them or null.
 
     `init_from`: a saved student. With tasks, this one starts with its stem and paths; without, it goes on
-    itself, with a new path for each teacher of the cache that it does not have (SAK, D.4).
+    itself, with a new path for each teacher of the cache that it does not have (SAK, D.4), and keeps its
+    own `stem`, `reduction` and `adapter_paths`.
     `freeze`: parts that are not trained, such as `stem` and `paths` ("Freeze" of Table 12).
     `lora_rank`: train the stem by updates of this rank, itself frozen.
     """
@@ -37,6 +40,16 @@ class StudentRecipe(Strict):
     init_from: str | None = None
     freeze: tuple[str, ...] = ()
     lora_rank: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.stem is None and self.kind != "amalgam":
+            raise ValueError("only an amalgam can be without a stem: name a timm ViT in stem")
+        if self.stem is None and self.lora_rank:
+            raise ValueError("lora_rank trains the stem, and stem is null: leave out lora_rank")
+        if self.lora_rank and _WHOLE_STEM & set(self.freeze):
+            raise ValueError("lora_rank trains the stem, and freeze keeps it: leave out one of the two")
+        return self
 
 
 class DatasetRecipe(Strict):

@@ -263,6 +263,39 @@ def test_what_cannot_be_trained_says_why(
         train(train_recipe(changes.pop("cache", cache), tmp_path, **changes))
 
 
+@pytest.mark.parametrize(
+    ("student", "message"),
+    [
+        ({"stem": "test_vit2"}, r"got: +student\.stem: test_vit2\n.*student\.stem: test_vit\n"),
+        ({"reduction": 8}, r"got: +student\.reduction: 8\n.*student\.reduction: 4\n"),
+        ({"adapter_paths": False}, r"student\.adapter_paths: False\n.*student\.adapter_paths: True\n"),
+    ],
+)
+def test_a_student_that_goes_on_is_not_another(
+    cache: Path, finished: Path, tmp_path: Path, student: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        train(train_recipe(cache, tmp_path, student={"init_from": str(finished / "student")} | student))
+
+
+@pytest.mark.parametrize("student", [{}, {"stem": "test_vit", "reduction": 4}])
+def test_a_student_goes_on_as_it_is(
+    cache: Path, finished: Path, tmp_path: Path, student: dict[str, Any]
+) -> None:
+    changes = {"student": {"init_from": str(finished / "student")} | student, "schedule": {"max_steps": 1}}
+    assert train(train_recipe(cache, tmp_path, **changes)).steps == 1
+
+
+def test_low_rank_updates_leave_the_stem_of_a_growing_student_alone(
+    images: Path, cache: Path, finished: Path, tmp_path: Path
+) -> None:
+    lora = {"student": {"init_from": str(finished / "student"), "lora_rank": 2}, "schedule": {"max_steps": 1}}
+    make_cache(tmp_path / "cache", images, teachers={"late": teacher_spec()})
+    with pytest.raises(RecipeError, match=r"keeps its stem(.|\n)*lora_rank=null"):
+        train(train_recipe(tmp_path / "cache", tmp_path / "grown", **lora))
+    assert train(train_recipe(cache, tmp_path / "same teachers", **lora)).steps == 1
+
+
 def test_a_cache_that_is_not_complete_is_refused(images: Path, tmp_path: Path) -> None:
     make_cache(tmp_path / "cache", images, skip_shards=[1])
     with pytest.raises(IncompleteCacheError, match="run the same build command again"):
@@ -321,6 +354,9 @@ def test_a_teacher_of_fewer_levels_goes_to_the_last_ones(
         ({"teachers": []}, "at least one"),
         ({"schedule": {}}, "epochs and max_steps"),
         ({"schedule": {"epochs": 2, "warmup_epochs": 1, "warmup_steps": 5}}, "not both"),
+        ({"student": {"stem": None}}, "only an amalgam"),
+        ({"student": {"kind": "amalgam", "stem": None, "lora_rank": 2}}, "leave out lora_rank"),
+        ({"student": {"lora_rank": 2, "freeze": ["stem"]}}, "leave out one of the two"),
     ],
 )
 def test_recipes_that_contradict_themselves(changes: dict[str, Any], message: str) -> None:
