@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -88,3 +89,15 @@ def test_every_shipped_recipe_is_valid_and_says_how_to_run_it(path: Path) -> Non
     load_recipe(model, path.stem)
     for word in ("Command", "Hardware", "Metric"):
         assert word in text.split("\ncache:")[0], f"the header does not state: {word}"
+
+
+def test_stage_2_of_the_page_starts_from_a_student_with_the_same_paths() -> None:
+    page = (SHIPPED.parents[1] / "docs/recipes.md").read_text()
+    commands = [command.split() for command in re.findall(r"`(sak_stage\d_\w+ …[^`{]*)`", page)]
+    recipes = [
+        load_recipe(TrainRecipe, name, [text.rstrip(",") for text in rest]) for name, _, *rest in commands
+    ]
+    paths = {f"{r.output}/student": r.student.adapter_paths for r in recipes if r.multitask is None}
+    starts = [r.student for r in recipes if r.multitask and r.student.init_from]
+    assert False in [student.adapter_paths for student in starts]
+    assert [s.init_from for s in starts if s.adapter_paths != paths[str(s.init_from)]] == []
