@@ -16,7 +16,9 @@ from pipeline.spec import Size
 from student.amalgam import Amalgam
 from student.base import Student, StudentOutput, find_saved, read_config, require_known
 from student.sak.model import SAK
+from student.sak.reference import load_reference, read_reference
 from student.sak.transfer import load_stage_1
+from student.sharing import push_to_hub
 
 _KINDS: dict[str, Any] = {SAK.kind: SAK, Amalgam.kind: Amalgam}
 
@@ -62,4 +64,15 @@ def load_student(source: str | os.PathLike[str], revision: str | None = None) ->
     return student
 
 
-__all__ = ["SAK", "Amalgam", "Student", "StudentOutput", "build_student", "load_stage_1", "load_student"]
+__all__ = [
+    "SAK",
+    "Amalgam",
+    "Student",
+    "StudentOutput",
+    "build_student",
+    "load_reference",
+    "load_stage_1",
+    "load_student",
+    "push_to_hub",
+    "read_reference",
+]

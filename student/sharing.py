@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 from huggingface_hub import HfApi
 
-from pipeline.cache import FeatureCache
+from pipeline.errors import CheckpointError
 from student.base import CONFIG_FILE, WEIGHTS_FILE, Student, find_saved, read_config
-from student.recipe import TrainRecipe
+
+if TYPE_CHECKING:
+    from pipeline.cache import FeatureCache
+    from student.recipe import TrainRecipe
 
 CARD_FILE = "README.md"
 
@@ -72,15 +76,29 @@ def push_to_hub(folder: str | os.PathLike[str], repository: str, *, private: boo
     """Upload a saved student, with its model card where there is one, and return the address.
 
     `repository`: "user/name", made if it is not there. Logs in as huggingface_hub does (HF_TOKEN).
-    Raises `CheckpointError` where the folder holds no student.
+    Raises `CheckpointError` where the folder holds no whole student, and where the Hub does not take it.
     """
     place = find_saved(folder)
     read_config(place)
+    if not (place / WEIGHTS_FILE).is_file():
+        raise CheckpointError(
+            f"The student in {place} has no weights.",
+            got=f"no {WEIGHTS_FILE}",
+            expected=f"a {CONFIG_FILE} and a {WEIGHTS_FILE} that save_pretrained() wrote together",
+            do="copy or download the folder again",
+        )
     api = HfApi()
-    api.create_repo(repository, private=private, exist_ok=True)
-    uploaded = api.upload_folder(
-        repo_id=repository, folder_path=place, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, CARD_FILE]
-    )
+    files = [CONFIG_FILE, WEIGHTS_FILE, CARD_FILE]
+    try:
+        api.create_repo(repository, private=private, exist_ok=True)
+        uploaded = api.upload_folder(repo_id=repository, folder_path=place, allow_patterns=files)
+    except Exception as error:  # its own errors, those of values and those of whatever speaks HTTP for it
+        raise CheckpointError(
+            f"The student was not pushed to {repository}.",
+            got=error,
+            expected="a repository on the Hugging Face Hub that you may write to",
+            do="log in with `hf auth login` or HF_TOKEN, and check the name (user/name)",
+        ) from error
     return str(uploaded.repo_url)
 
 

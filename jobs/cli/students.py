@@ -245,16 +245,12 @@ def import_reference(
     unmatched = load_reference(student, tensors)
     student.save_pretrained(output)
     for one in unmatched:
-        typer.echo(
-            f"{one.kind}: {one.name}, student {one.shape or '–'}, checkpoint {one.reference_shape or '–'}"
-        )
+        ours, theirs = ("none" if shape is None else shape for shape in one[1:])
+        typer.echo(f"{one.kind}: {one.name}: {ours} in the student, {theirs} in the checkpoint")
     random = sum(one.shape is not None for one in unmatched)
-    count = len(student.state_dict())
-    console.print(
-        f"{output}: {student.config['stem']}, teachers {', '.join(student.teachers) or 'none'}, "
-        f"tasks {', '.join(student.tasks) or 'none'}; {count - random} of {count} tensors loaded",
-        soft_wrap=True,
-        highlight=False,
+    typer.echo(
+        f"{output}: {student.config['stem']}, teachers: {', '.join(student.teachers) or 'none'}, "
+        f"tasks: {', '.join(student.tasks) or 'none'}; {random or 'no'} tensors keep random values"
     )
     if random:
         raise typer.Exit(EXIT_FAILED)

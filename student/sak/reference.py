@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
+import os
 import re
 from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, TypeGuard
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
+from pipeline.errors import CheckpointError
+from pipeline.spec import Size
 from student.sak.model import SAK
-from student.sak.transfer import load_tensors
 
 _BLOCK, _TEACHER, _TASK, _REST = r"(?P<block>\d+)", r"(?P<teacher>[^.]+)", r"(?P<task>[^.]+)", r"(?P<rest>.+)"
 _NAMES = {
@@ -24,23 +28,126 @@ _NAMES = {
     rf"heads\.{_TASK}\.last_conv\.{_REST}": "decoder.heads.{task}.predict.{rest}",
 }
 _TASKS = {"human_parts": "parts", "sal": "saliency", "edge": "boundary"}
+_STEMS = {384: "vit_small_patch16_384", 768: "vit_base_patch16_384", 1024: "vit_large_patch16_384"}
+_PATCH = 16
+
+Shape = tuple[int, ...]
 
 
-def load_reference(student: SAK, tensors: Mapping[str, Tensor]) -> None:
-    """Load a checkpoint of the authors', of stage 1 or 2, into a student of the same teachers and tasks.
+class Unmatched(NamedTuple):
+    """A tensor that only one of student and checkpoint has, or that has another shape in each.
 
-    `tensors`: `torch.load("checkpoint.pth", weights_only=True)["model"]`. The student is to have the
-    image size of the checkpoint and its teachers in the same order, which is that of the gates. It takes
-    over the normalisation of pixels of their code, which is ImageNet's for every stem.
-    Raises `CheckpointError`, naming every tensor that is missing, unknown or of another shape.
+    `name` is the student's, or, where it has none, the checkpoint's.
+    """
+
+    name: str
+    shape: Shape | None
+    reference_shape: Shape | None
+
+    @property
+    def kind(self) -> Literal["missing", "unexpected", "other shape"]:
+        if self.reference_shape is None:
+            return "missing"
+        return "unexpected" if self.shape is None else "other shape"
+
+
+def read_reference(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The student's tensors in a file of the authors', by their names, on the CPU.
+
+    Reads tensors and plain values only. Raises `CheckpointError` for a file with anything else in it.
+    """
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged files end in any
+        raise CheckpointError(
+            f"{os.fspath(path)} cannot be read.",
+            got=error,
+            expected="a file of tensors and plain values, as torch.save() writes it",
+            do="copy or download it again",
+        ) from error
+    tensors = found.get("model", found) if isinstance(found, dict) else found
+    if not _are_tensors(tensors):
+        raise CheckpointError(
+            f"There is no student in {os.fspath(path)}.",
+            got=f"{type(tensors).__name__} that holds something else",
+            expected='names and tensors, alone or as the "model" among other things',
+            do="pass a checkpoint.pth that the authors' code wrote",
+        )
+    return tensors
+
+
+def reference_arguments(tensors: Mapping[str, Tensor], image_size: Size | None = None) -> dict[str, Any]:
+    """`build_student`'s arguments for the student of a checkpoint, by its names and shapes.
+
+    `image_size`: (height, width) in pixels; needed where the student's images are no squares.
+    Raises `CheckpointError` where names and shapes do not tell.
+    """
+    shapes = {_rename(name, {}): tuple(tensor.shape) for name, tensor in tensors.items()}
+    positions = shapes.get("stem.vit.pos_embed", ())
+    if len(positions) != 3 or positions[2] not in _STEMS:
+        raise CheckpointError(
+            "The checkpoint is of no stem that the authors use.",
+            got=f"vit.pos_embed {positions}" if positions else _listed(tensors),
+            expected=f"vit.pos_embed (1, 1 + patches, {' or '.join(map(str, _STEMS))})",
+            do="build the student in Python, and call student.load_reference()",
+        )
+    _, num_tokens, width = positions
+    side = math.isqrt(max(num_tokens - 1, 0))
+    if image_size is None and side**2 != num_tokens - 1:
+        raise CheckpointError(
+            "The checkpoint does not tell the size of its images: they are no squares.",
+            got=f"{num_tokens - 1} patches of {_PATCH}×{_PATCH} pixels",
+            expected="a height and a width",
+            do="pass --size HEIGHT WIDTH; the authors' code takes 448 576 for NYUD-v2",
+        )
+    hidden = _lengths(shapes, r"paths\.([^.]+)\.adapters\.0\.down\.bias")
+    aligned = _lengths(shapes, r"paths\.([^.]+)\.aligners\.[^.]+\.bias")
+    tasks = _lengths(shapes, r"decoder\.heads\.([^.]+)\.predict\.bias")
+    routers = _lengths(shapes, r"decoder\.routers\.([^.]+)\..+\.bias")
+    return {
+        "stem": _STEMS[width],
+        "teacher_dims": dict.fromkeys(hidden, width) | aligned,
+        "image_size": image_size or (side * _PATCH, side * _PATCH),
+        "reduction": width // max(hidden.values()) if any(hidden.values()) else 4,
+        "tasks": tasks,
+        "fusion": "sum" if tasks and not routers else "mor",
+    }
+
+
+def load_reference(student: SAK, tensors: Mapping[str, Tensor]) -> list[Unmatched]:
+    """Load what agrees in name and shape of a checkpoint of the authors', of stage 1 or 2; return the rest.
+
+    `tensors`: `read_reference("checkpoint.pth")`. What the student does not find there stays as it was.
+    The student is to have the image size of the checkpoint and its teachers in the same order, which is
+    that of the gates. It takes over the normalisation of pixels of their code, ImageNet's for every stem.
+    Raises `CheckpointError` where nothing agrees, and leaves the student as it was.
     """
     normalisation = {
         "mean": torch.tensor(IMAGENET_DEFAULT_MEAN).view(3, 1, 1),
         "std": torch.tensor(IMAGENET_DEFAULT_STD).view(3, 1, 1),
     }
     levels = {str(block - 1): level for level, block in enumerate(student.stem.level_blocks)}
-    renamed = {_rename(name, levels): tensor for name, tensor in tensors.items()}
-    load_tensors(student, normalisation | renamed, "The authors' checkpoint")
+    state = student.state_dict()
+    left = {name: tuple(tensor.shape) for name, tensor in state.items() if name not in normalisation}
+    agreeing: dict[str, Tensor] = {}
+    unmatched: list[Unmatched] = []
+    for name, tensor in tensors.items():
+        ours, shape = _rename(name, levels), tuple(tensor.shape)
+        if ours not in left:
+            unmatched.append(Unmatched(name, None, shape))
+        elif (expected := left.pop(ours)) != shape:
+            unmatched.append(Unmatched(ours, expected, shape))
+        else:
+            agreeing[ours] = tensor
+    if not agreeing:
+        raise CheckpointError(
+            "No tensor of the checkpoint agrees with the student's in name and shape.",
+            got=_listed(tensors),
+            expected=_listed(state),
+            do="build the student with the checkpoint's stem, teachers, tasks and image size",
+        )
+    student.load_state_dict(normalisation | agreeing, strict=False)
+    return [Unmatched(name, shape, None) for name, shape in left.items()] + unmatched
 
 
 def _rename(name: str, levels: Mapping[str, int]) -> str:
@@ -52,3 +159,23 @@ def _rename(name: str, levels: Mapping[str, int]) -> str:
             level = levels.get(block, f"block_{block}")
             return ours.format_map(fields | {"level": level, "task": _TASKS.get(task, task)})
     return name
+
+
+def _are_tensors(found: object) -> TypeGuard[dict[str, Tensor]]:
+    return (
+        isinstance(found, dict)
+        and bool(found)
+        and all(isinstance(name, str) and isinstance(value, Tensor) for name, value in found.items())
+    )
+
+
+def _lengths(shapes: Mapping[str, Shape], pattern: str) -> dict[str, int]:
+    """{what the group of `pattern` finds: length} of the vectors of such names."""
+    found = {name: re.fullmatch(pattern, name) for name, shape in shapes.items() if len(shape) == 1}
+    return {match[1]: shapes[name][0] for name, match in found.items() if match}
+
+
+def _listed(tensors: Mapping[str, Tensor], most: int = 5) -> str:
+    shown = [f"{name} {tuple(tensor.shape)}" for name, tensor in list(tensors.items())[:most]]
+    more = f" and {len(tensors) - most} more" if len(tensors) > most else ""
+    return (", ".join(shown) or "nothing") + more

@@ -11,8 +11,8 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from pipeline.errors import CheckpointError, RecipeError
-from student import SAK, build_student, load_stage_1, load_student
-from student.sak.reference import load_reference
+from student import SAK, build_student, load_reference, load_stage_1, load_student, read_reference
+from student.sak.reference import reference_arguments
 
 TASKS = {"semseg": 5, "parts": 7, "saliency": 2, "boundary": 1}
 
@@ -147,24 +147,26 @@ def test_a_stage_1_that_does_not_fit_is_named(changes: dict[str, Any], message: 
 def authors_names(student: SAK, backbone: str) -> dict[str, str]:
     """{their name: ours} of every tensor, written the way their modules are nested."""
     state, names = student.state_dict(), {}
+    blocks = {6: (1, 2, 4, 5), 12: (2, 5, 8, 11)}[student.stem.depth]
     for ours in state:
         if ours.startswith("stem.vit."):
             names[backbone + ours.removeprefix("stem.")] = ours
     for teacher in student.teachers:
-        for index in range(7):
+        for index in range(student.stem.depth + 1):
             for rest in ("down.weight", "down.bias", "up.weight", "up.bias", "scale"):
                 names[f"{backbone}tsap.{teacher}.{index}.{rest}"] = f"paths.{teacher}.adapters.{index}.{rest}"
-        for level, block in enumerate((1, 2, 4, 5)):  # of six blocks
+        for level, block in enumerate(blocks):
             for rest in ("weight", "bias"):
                 key = f"{block}_{teacher}.{rest}"
                 names[f"{backbone}out_norms.{key}"] = f"paths.{teacher}.output_norms.{level}.{rest}"
                 if teacher == "b":
                     names[f"{backbone}ts_aligners.{key}"] = f"paths.{teacher}.aligners.{level}.{rest}"
-    tasks = {"semseg": "semseg", "human_parts": "parts", "sal": "saliency", "edge": "boundary"}
-    for theirs, task in tasks.items() if student.tasks else ():
-        for level, block in enumerate((1, 2, 4, 5)):
+    renamed = {"parts": "human_parts", "saliency": "sal", "boundary": "edge"}
+    for task in student.tasks:
+        theirs = renamed.get(task, task)
+        for level, block in enumerate(blocks):
             for rest in ("weight", "bias"):
-                for layer in (0, 1, 3):
+                for layer in (0, 1, 3) if student.config["fusion"] == "mor" else ():
                     names[f"{backbone}mor.{block}_{theirs}.router.module.{layer}.{rest}"] = (
                         f"decoder.routers.{task}.{level}.mlp.{layer}.{rest}"
                     )
@@ -186,25 +188,132 @@ def test_the_authors_checkpoints_are_loaded_by_their_names(tasks: dict[str, int]
     state = theirs.state_dict()
     checkpoint = {name: state[ours] for name, ours in authors_names(theirs, backbone).items()}
     student = tiny(seed=2, tasks=tasks)
-    load_reference(student, checkpoint)
+    assert load_reference(student, checkpoint) == []
     loaded = student.state_dict()
     assert all(torch.equal(loaded[name], state[name]) for name in state.keys() - {"mean", "std"})
     torch.testing.assert_close(loaded["mean"].flatten(), torch.tensor([0.485, 0.456, 0.406]))
     torch.testing.assert_close(loaded["std"].flatten(), torch.tensor([0.229, 0.224, 0.225]))
 
 
-def test_tensors_of_the_authors_that_do_not_fit_are_named() -> None:
+def test_of_the_authors_tensors_those_that_agree_are_loaded_and_the_others_named() -> None:
     theirs = tiny(seed=1, tasks=TASKS)
     state = theirs.state_dict()
-    checkpoint = {name: state[ours] for name, ours in authors_names(theirs, "backbone.").items()}
+    names = authors_names(theirs, "backbone.")
+    checkpoint = {name: state[ours] for name, ours in names.items()}
     scale = checkpoint.pop("backbone.tsap.a.0.scale")
     checkpoint["backbone.vit.lora.weight"] = checkpoint["backbone.out_norms.3_a.weight"] = scale
-    checkpoint["heads.sal.last_conv.bias"] = scale
-    with pytest.raises(CheckpointError) as error:
-        load_reference(tiny(seed=2, tasks=TASKS), checkpoint)
-    for part in (
-        "missing: paths.a.adapters.0.scale;",
-        "unknown: paths.a.output_norms.block_3.weight, stem.vit.lora.weight;",
-        "of another shape: decoder.heads.saliency.predict.bias",
+    checkpoint["vit.cls_token"] = torch.zeros(1, 1, 64)  # a second tensor for one of the student's
+    checkpoint["heads.sal.last_conv.bias"] = torch.zeros(3)
+    student = tiny(seed=2, tasks=TASKS)
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    assert {(u.kind, *u) for u in load_reference(student, checkpoint)} == {
+        ("missing", "paths.a.adapters.0.scale", (1,), None),
+        ("unexpected", "backbone.vit.lora.weight", None, (1,)),
+        ("unexpected", "backbone.out_norms.3_a.weight", None, (1,)),
+        ("unexpected", "vit.cls_token", None, (1, 1, 64)),
+        ("other shape", "decoder.heads.saliency.predict.bias", (2,), (3,)),
+    }
+    left = {"paths.a.adapters.0.scale", "decoder.heads.saliency.predict.bias"}
+    for name, tensor in student.state_dict().items():
+        if name not in ("mean", "std"):
+            assert torch.equal(tensor, before[name] if name in left else state[name]), name
+
+
+def test_a_stage_1_of_the_authors_gives_a_student_with_tasks_all_but_routers_and_heads() -> None:
+    theirs = tiny(seed=1)
+    state = theirs.state_dict()
+    checkpoint = {name: state[ours] for name, ours in authors_names(theirs, "").items()}
+    student = tiny(seed=2, tasks=TASKS)
+    unmatched = load_reference(student, checkpoint)
+    assert {u.kind for u in unmatched} == {"missing"}
+    assert {u.name for u in unmatched} == {n for n in student.state_dict() if n.startswith("decoder.")}
+
+
+def test_tensors_of_which_none_is_the_students_are_refused() -> None:
+    student = tiny()
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    with pytest.raises(
+        CheckpointError, match=r"layer1\.0\.conv1\.weight \(3, 3\), vit\.cls_token \(1, 1, 8\)"
     ):
-        assert part in str(error.value)
+        load_reference(
+            student, {"layer1.0.conv1.weight": torch.ones(3, 3), "vit.cls_token": torch.ones(1, 1, 8)}
+        )
+    assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
+
+
+def test_a_checkpoint_of_the_authors_is_read_without_unpickling(tmp_path: Path) -> None:
+    path, tensors = tmp_path / "checkpoint.pth", {"vit.cls_token": torch.ones(1, 1, 8)}
+    torch.save({"model": tensors, "epoch": 3, "optimizer": {"state": {}}}, path)
+    assert read_reference(path).keys() == tensors.keys()
+    torch.save(tensors, path)
+    assert read_reference(path)["vit.cls_token"].equal(tensors["vit.cls_token"])
+
+    made = tmp_path / "made"
+    torch.save({"model": Touch(made)}, path)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        read_reference(path)
+    assert not made.exists()
+    for content in (b"", b"PK no zip", b"no checkpoint"):
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            read_reference(path)
+    for other in ({}, [1], {"model": {"a": 1}}, {"model": None}):
+        torch.save(other, path)
+        with pytest.raises(CheckpointError, match="names and tensors"):
+            read_reference(path)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        read_reference(tmp_path / "nowhere.pth")
+
+
+class Touch:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize(
+    ("changes", "size"),
+    [
+        ({}, None),
+        ({"image_size": (64, 32), "tasks": TASKS}, (64, 32)),
+        ({"reduction": 8, "tasks": {"semseg": 3}, "fusion": "sum"}, None),
+        ({"teacher_dims": {}, "tasks": {"depth": 1}, "fusion": "sum"}, None),
+    ],
+)
+def test_the_shapes_of_a_checkpoint_tell_the_student(
+    changes: dict[str, Any], size: tuple[int, int] | None
+) -> None:
+    expected: dict[str, Any] = {
+        "stem": "vit_small_patch16_384",
+        "teacher_dims": {"sam": 384, "b": 48},
+        "image_size": (64, 64),
+        "reduction": 4,
+        "tasks": {},
+        "fusion": "mor",
+    } | changes
+    with torch.device("meta"):
+        theirs = tiny(**expected)
+    names = authors_names(theirs, "backbone." if theirs.tasks else "")
+    tensors = {name: theirs.state_dict()[ours] for name, ours in names.items()}
+    found = reference_arguments(tensors, size)
+    assert found == expected
+    assert list(found["teacher_dims"]) == list(expected["teacher_dims"])
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ({"layer1.weight": (3, 3)}, r"no stem.*layer1\.weight \(3, 3\)"),
+        ({"vit.pos_embed": (1, 5, 100)}, r"no stem.*vit\.pos_embed \(1, 5, 100\)"),
+        ({"vit.pos_embed": (5,)}, "no stem"),
+        ({"vit.pos_embed": (1, 1009, 768)}, "1008 patches.*--size"),
+    ],
+)
+def test_what_shapes_do_not_tell_is_said(shapes: dict[str, tuple[int, ...]], message: str) -> None:
+    tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    with pytest.raises(CheckpointError, match=rf"(?s){message}"):
+        reference_arguments(tensors)

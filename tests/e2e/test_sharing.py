@@ -1,0 +1,120 @@
+"""Finished students between people: to the Hub, and out of the checkpoints of SAK's authors."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import HfApi
+from typer.testing import CliRunner
+
+from jobs.cli import app
+from pipeline.errors import CheckpointError
+from student import build_student, load_student, push_to_hub, sharing
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("student")
+    build_student("sak", stem="test_vit", teacher_dims={"a": 64}, image_size=(32, 32)).save_pretrained(folder)
+    return folder
+
+
+def invoke(*arguments: object, status: int = 0) -> list[str]:
+    """The lines that the command prints."""
+    done = CliRunner().invoke(app, [*map(str, arguments)])
+    assert done.exit_code == status, done.output
+    return done.output.splitlines()
+
+
+def test_push_prints_the_address(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Hub cannot be reached here, so its client notes what it is asked for."""
+    asked: list[dict[str, Any]] = []
+
+    class Noting(HfApi):
+        def create_repo(self, repo_id: str, **options: Any) -> Any:
+            asked.append({"repo_id": repo_id, **options})
+
+        def upload_folder(self, **options: Any) -> Any:
+            asked.append(options)
+            return SimpleNamespace(repo_url=f"https://huggingface.co/{options['repo_id']}")
+
+    monkeypatch.setattr(sharing, "HfApi", Noting)
+    assert invoke("push", saved, "me/sak", "--private") == ["https://huggingface.co/me/sak"]
+    assert asked[0] == {"repo_id": "me/sak", "private": True, "exist_ok": True}
+    assert asked[1]["folder_path"] == saved
+    invoke("push", saved, "me/sak")
+    assert asked[2]["private"] is False
+
+
+@pytest.mark.parametrize("repository", ["me/sak", "no such/name/at all"])
+def test_a_hub_that_does_not_take_it_is_told_of(
+    repository: str, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sharing, "HfApi", partial(HfApi, endpoint="http://127.0.0.1:9", token="none"))
+    with pytest.raises(CheckpointError, match=f"(?s)not pushed to {repository}.*hf auth login"):
+        push_to_hub(saved, repository)
+
+
+def test_a_student_without_weights_is_not_pushed(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sharing, "HfApi", lambda: pytest.fail("the Hub is not asked"))
+    (tmp_path / "config.json").write_bytes((saved / "config.json").read_bytes())
+    with pytest.raises(CheckpointError, match=r"no model\.safetensors"):
+        push_to_hub(tmp_path, "me/sak")
+
+
+def test_to_share_a_student_takes_neither_cache_nor_ray_nor_teachers() -> None:
+    code = (
+        "import sys; from student import load_student, push_to_hub;"
+        "heavy = {'ray', 'zarr', 'accelerate', 'pipeline.cache', 'cache_builder'} & set(sys.modules);"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_a_checkpoint_of_the_authors_becomes_a_student(tmp_path: Path) -> None:
+    student = build_student(
+        "sak", stem="vit_small_patch16_384", teacher_dims={"sam": 384}, image_size=(32, 64)
+    ).eval()
+    theirs = {
+        name.replace("stem.vit.", "vit.").replace("paths.sam.adapters.", "tsap.sam."): tensor
+        for name, tensor in student.state_dict().items()
+        if name not in ("mean", "std")
+    }
+    for level, block in enumerate((2, 5, 8, 11)):
+        for rest in ("weight", "bias"):
+            theirs[f"out_norms.{block}_sam.{rest}"] = theirs.pop(f"paths.sam.output_norms.{level}.{rest}")
+    checkpoint, output = tmp_path / "checkpoint.pth", tmp_path / "student"
+    torch.save({"model": theirs, "epoch": 29}, checkpoint)
+
+    command = ("import-reference", checkpoint, "-o", output, "--size", 32, 64)
+    (told,) = invoke(*command)
+    assert told == (
+        f"{output}: vit_small_patch16_384, teachers: sam, tasks: none; no tensors keep random values"
+    )
+    loaded = load_student(output)
+    assert loaded.config == student.config
+    assert torch.equal(
+        loaded.state_dict()["paths.sam.output_norms.3.weight"], theirs["out_norms.11_sam.weight"]
+    )
+    pixels_B3HW = torch.randn(1, 3, 32, 64)
+    assert all(map(torch.equal, loaded(pixels_B3HW)["sam"], student(pixels_B3HW)["sam"]))
+
+    theirs["vit.head.bias"] = theirs["vit.cls_token"] = torch.zeros(7)
+    del theirs["tsap.sam.3.scale"]
+    torch.save({"model": theirs}, checkpoint)
+    *named, told = invoke(*command, status=1)
+    assert set(named) == {
+        "unexpected: vit.head.bias: none in the student, (7,) in the checkpoint",
+        "other shape: stem.vit.cls_token: (1, 1, 384) in the student, (7,) in the checkpoint",
+        "missing: paths.sam.adapters.3.scale: (1,) in the student, none in the checkpoint",
+    }
+    assert told.endswith("2 tensors keep random values")
