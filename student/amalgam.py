@@ -4,11 +4,12 @@ Table 12's "Freeze" is one teacher with `fusion="sum"`; Table 19's upper bounds 
 learnt stem beside them. The features come out of a cache, so the teachers cost a step nothing.
 
 B  images     S  levels     h, w  grid of the experts, n = h·w     D  width of the experts
-C  width of a teacher
+C  width of a teacher       H, W  grid of a teacher's features
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -22,14 +23,15 @@ from student.sak.stem import Stem
 from student.sak.task_decoder import TaskDecoder
 
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_PATCH = 16
 
 
 class Amalgam(Student):
     """`stem`: a timm ViT that learns beside the teachers, as one more expert; None for none.
 
-    Experts stand on the grid of patches of 16 and have the stem's width, or the widest teacher's; a teacher
-    of another width is mapped to it by a linear layer for each level.
+    Experts have the stem's width, or the widest teacher's; a teacher of another width is mapped to it by a
+    linear layer for each level. They stand on the finest grid among the stem's and those of the features
+    that are given: out of a cache with `grid: native`, SAM's 64×64 tokens stay 64×64. (SAK, B.1, resamples
+    each map to a quarter of the image; heads do that after a router or a sum, which need one grid.)
     """
 
     kind = "amalgam"
@@ -56,7 +58,6 @@ class Amalgam(Student):
         }
         super().__init__(config, *((module.mean, module.std) if module else _IMAGENET))
         self.stem = module
-        self.grid = module.grid if module else (image_size[0] // _PATCH, image_size[1] // _PATCH)
         width = module.width if module else max(teacher_dims.values())
         self.aligners = nn.ModuleDict(
             {
@@ -82,7 +83,7 @@ class Amalgam(Student):
 
         Raises `ValueError` where the features of a teacher are missing.
         """
-        experts = [self._stem_levels(pixels_B3HW)] if self.stem else []
+        experts = [self._stem_maps(pixels_B3HW)] if self.stem else []
         for name in self.teachers:
             if features is None or name not in features:
                 raise ValueError(
@@ -93,10 +94,11 @@ class Amalgam(Student):
                         do="read them from a cache of these images, and pass them as `features`",
                     )
                 )
-            experts.append(self._teacher_levels(name, features[name]))
-        predictions, gates = self.decoder(
-            [torch.stack(levels, dim=1) for levels in zip(*experts, strict=True)], self.grid
-        )
+            experts.append(self._teacher_maps(name, features[name]))
+        grid = max(((maps.shape[2], maps.shape[3]) for maps in experts), key=math.prod)
+        experts_EBSnD = [pool(maps, GridSpec(kind="bilinear", size=grid)).flatten(2, 3) for maps in experts]
+        levels_SBEnD = torch.stack(experts_EBSnD, dim=2).unbind(1)
+        predictions, gates = self.decoder(levels_SBEnD, grid)
         return StudentOutput({}, predictions, gates) if full else predictions
 
     def keep_levels(self, teacher: str, count: int) -> None:
@@ -110,17 +112,20 @@ class Amalgam(Student):
             for name, part in parts.items()
         }
 
-    def _stem_levels(self, pixels_B3HW: Tensor) -> list[Tensor]:
+    def _stem_maps(self, pixels_B3HW: Tensor) -> Tensor:
+        """(B, S, h, w, D), on the grid of the stem."""
         assert self.stem is not None
         tokens_BND = self.stem(pixels_B3HW)
-        return [tokens_BND[block][:, self.stem.num_prefix_tokens :] for block in self.stem.level_blocks]
+        levels = torch.stack([tokens_BND[block] for block in self.stem.level_blocks], dim=1)
+        maps_BShwD: Tensor = levels[:, :, self.stem.num_prefix_tokens :].unflatten(2, self.stem.grid)
+        return maps_BShwD
 
-    def _teacher_levels(self, name: str, features_BSHWC: Tensor) -> list[Tensor]:
-        """(B, n, D) of each level."""
-        grid = GridSpec(kind="bilinear", size=self.grid)
-        levels = list(pool(features_BSHWC.to(self.mean.dtype), grid).flatten(2, 3).unbind(1))
+    def _teacher_maps(self, name: str, features_BSHWC: Tensor) -> Tensor:
+        """(B, S, H, W, D), on the grid of the features."""
+        features_BSHWC = features_BSHWC.to(self.mean.dtype)
         if name not in self.aligners:
-            return levels
+            return features_BSHWC
         aligners = self.aligners[name]
         assert isinstance(aligners, nn.ModuleList)
-        return [aligner(level) for aligner, level in zip(aligners, levels, strict=True)]
+        levels = zip(aligners, features_BSHWC.unbind(1), strict=True)
+        return torch.stack([aligner(level) for aligner, level in levels], dim=1)

@@ -1,0 +1,86 @@
+"""Tasks on the teachers' features: which grid the heads see, and that it outlives saving."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pipeline.spec import Size
+from student import Amalgam, StudentOutput, load_student
+
+IMAGE = (64, 96)
+PATCHES = (4, 6)  # of 16 pixels: the stem's grid
+TASKS = {"semseg": 5, "depth": 1}
+
+
+def amalgam(
+    widths: dict[str, int], stem: str | None = None, fusion: str = "sum", decoder: str = "simple"
+) -> Amalgam:
+    torch.manual_seed(0)
+    return Amalgam(stem, widths, IMAGE, TASKS, fusion=fusion, decoder=decoder).eval()
+
+
+def features(grids: dict[str, Size], widths: dict[str, int]) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(2, 4, *grid, widths[name], generator=generator) for name, grid in grids.items()}
+
+
+@pytest.mark.parametrize("decoder", ["simple", "upernet"])
+@pytest.mark.parametrize(
+    ("stem", "fusion", "grids", "expected"),
+    [
+        (None, "sum", {"sam": (11, 16)}, (11, 16)),
+        (None, "sum", {"dino": (3, 5)}, (3, 5)),
+        (None, "concat", {"dino": (5, 7), "sam": (11, 16)}, (11, 16)),
+        (None, "mor", {"sam": (11, 16), "dino": (5, 7)}, (11, 16)),
+        ("test_vit", "mor", {"dino": (5, 7), "sam": (11, 16)}, (11, 16)),
+        ("test_vit", "mor", {"dino": (2, 3)}, PATCHES),
+        ("test_vit", "sum", {"dino": PATCHES}, PATCHES),
+    ],
+)
+def test_heads_see_the_finest_grid(
+    stem: str | None, fusion: str, grids: dict[str, Size], expected: Size, decoder: str
+) -> None:
+    widths = {name: {"sam": 32, "dino": 16}[name] for name in grids}
+    student = amalgam(widths, stem, fusion=fusion, decoder=decoder)
+    seen = []
+    for head in student.decoder.heads.values():
+        head.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs[0]))
+    with torch.no_grad():
+        output = student(torch.zeros(2, 3, *IMAGE), full=True, features=features(grids, widths))
+    assert isinstance(output, StudentOutput)
+    assert {tuple(map_BChw.shape[2:]) for map_BChw in seen} == {expected}
+    shapes = {task: tuple(prediction.shape) for task, prediction in output.predictions.items()}
+    assert shapes == {task: (2, channels, *IMAGE) for task, channels in TASKS.items()}
+
+
+def test_a_teacher_of_its_own_is_left_as_it_is() -> None:
+    widths = {"sam": 16}
+    student, given = amalgam(widths), features({"sam": (8, 12)}, widths)
+    seen: list[Tensor] = []
+    student.decoder.heads["depth"].register_forward_pre_hook(lambda _, inputs: seen.extend(inputs[0]))
+    with torch.no_grad():
+        student(torch.zeros(2, 3, *IMAGE), features=given)
+    torch.testing.assert_close(torch.stack(seen, dim=1), given["sam"].permute(0, 1, 4, 2, 3))
+
+
+def test_a_loaded_student_works_on_the_same_grid(tmp_path: Path) -> None:
+    widths = {"dino": 16, "sam": 32}
+    student, given = (
+        amalgam(widths, "test_vit", fusion="mor"),
+        features({"dino": (5, 7), "sam": (11, 16)}, widths),
+    )
+    student.save_pretrained(tmp_path)
+    pixels = torch.rand(2, 3, *IMAGE)
+    with torch.no_grad():
+        expected, found = (one(pixels, features=given) for one in (student, load_student(tmp_path)))
+        pooled = given | {"sam": F.avg_pool2d(given["sam"].flatten(0, 1).movedim(-1, 1), 2)}
+        pooled["sam"] = pooled["sam"].movedim(1, -1).unflatten(0, (2, 4))
+        coarse = student(pixels, features=pooled)
+    for task in TASKS:
+        assert torch.equal(found[task], expected[task])
+        assert not torch.allclose(coarse[task], expected[task], rtol=0.1)
