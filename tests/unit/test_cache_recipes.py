@@ -1,0 +1,64 @@
+"""The shipped recipes of SAK's caches: they keep what its loss needs, and their headers say what is true."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from cache_builder.plan import bytes_per_row
+from cache_builder.recipe import BuildRecipe
+from cache_builder.teachers.recipe import resolve_teacher, student_grid
+from pipeline.recipe import load_recipe
+from pipeline.spec import GridSpec, TeacherSpec
+from pipeline.units import human_bytes
+from student.recipe import TrainRecipe
+
+FOLDER = Path(__file__).parents[2] / "jobs/recipes"
+CACHES = sorted(path.stem for path in FOLDER.glob("*_vit[bl]*.yaml"))
+STUDENTS = sorted(path.stem for path in FOLDER.glob("sak_stage*.yaml"))
+
+
+def teachers(name: str, overrides: Sequence[str] = ()) -> list[TeacherSpec]:
+    recipe = load_recipe(BuildRecipe, name, overrides)
+    return [resolve_teacher(*item, recipe.views.size) for item in recipe.teachers.items()]
+
+
+def mb(specs: Sequence[TeacherSpec]) -> str:
+    return human_bytes(sum(map(bytes_per_row, specs)))
+
+
+def test_there_are_recipes() -> None:
+    assert len(CACHES) == 7
+    assert len(STUDENTS) == 9
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_a_cache_stands_on_the_adjoint_of_the_students_grid(name: str) -> None:
+    grid = student_grid(load_recipe(BuildRecipe, name).views.size)
+    assert {spec.grid for spec in teachers(name)} == {GridSpec(kind="adjoint", size=grid)}
+    header = (FOLDER / f"{name}.yaml").read_text()
+    assert f"one student grid: {grid[0]}×{grid[1]}" in header
+
+
+@pytest.mark.parametrize("name", [name for name in CACHES if "4bit" not in name])
+def test_a_header_says_how_to_have_native_grids(name: str) -> None:
+    header = " ".join(line.lstrip("# ") for line in (FOLDER / f"{name}.yaml").read_text().splitlines())
+    overrides = re.findall(r"teachers\.\w+\.grid=native|views\.policy=\w+_eval|views\.num_views=1", header)
+    native = teachers(name, overrides)
+    assert {spec.grid for spec in native} == {GridSpec()}
+    assert max(spec.native_grid for spec in native) > student_grid(load_recipe(BuildRecipe, name).views.size)
+    sizes = re.search(r"native grids, ([\d.]+ MB) a view instead of ([\d.]+):", header)
+    assert sizes is not None
+    assert (sizes[1], f"{sizes[2]} MB") == (mb(native), mb(teachers(name)))
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_a_student_fits_its_cache(name: str) -> None:
+    recipe = load_recipe(TrainRecipe, name)
+    assert Path(recipe.cache).name in CACHES
+    assert recipe.student.stem is not None
+    assert "patch16" in recipe.student.stem  # an adjoint holds for the grid of patches of 16 alone
+    assert recipe.distillation.cosine == "flattened"  # exact
