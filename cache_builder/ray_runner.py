@@ -135,12 +135,15 @@ class _Actor:
 
 
 class RayRunner(Runner):
-    """As many actors as the cluster has room for (or `num_actors`), each with all teachers loaded."""
+    """As many actors as the nodes have room for and the shards can occupy (or `num_actors`), each with all
+    teachers loaded."""
 
     worker: ClassVar[type[Worker]] = RayWorker
 
-    def __init__(self, recipe: RunnerRecipe, teachers: Mapping[str, TeacherSpec]) -> None:
-        super().__init__(recipe, teachers)
+    def __init__(
+        self, recipe: RunnerRecipe, teachers: Mapping[str, TeacherSpec], num_shards: int | None = None
+    ) -> None:
+        super().__init__(recipe, teachers, num_shards)
         self._connected_here = not ray.is_initialized()
         if self._connected_here:
             _connect()
@@ -297,18 +300,25 @@ class RayRunner(Runner):
     def _wanted_actors(self) -> int:
         if self.recipe.num_actors is not None:
             return self.recipe.num_actors
-        resources, gpus = ray.cluster_resources(), self._gpus_per_actor()
-        room = int(resources.get("CPU", 0) / self.recipe.cpus_per_actor)
-        return min(room, int(resources.get("GPU", 0) / gpus)) if gpus else room
+        need = {"CPU": self.recipe.cpus_per_actor, "GPU": self._gpus_per_actor()}
+        room = sum(
+            min(int(node["Resources"].get(name, 0) / count) for name, count in need.items() if count)
+            for node in ray.nodes()
+            if node["Alive"]
+        )
+        if self.num_shards is None:
+            return room
+        return min(room, max(1, -(-self.num_shards // self.recipe.shards_in_flight)))
 
     def _require_room(self) -> None:
         if not self._wanted_actors():
-            resources, gpus = ray.cluster_resources(), self._gpus_per_actor()
+            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+            have = (f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes)
             raise BuildError(
                 "No node of this Ray cluster has room for one actor.",
-                got=f"{resources.get('CPU', 0):g} CPUs and {resources.get('GPU', 0):g} GPUs in all",
-                expected=f"{self.recipe.cpus_per_actor:g} CPUs and {gpus:g} GPUs for each actor",
-                do="start nodes, or lower runner.cpus_per_actor and runner.gpus_per_actor",
+                got=f"nodes of {', '.join(sorted(set(have)))}",
+                expected=f"one with {self.recipe.cpus_per_actor:g} CPUs and {self._gpus_per_actor():g} GPUs",
+                do="start larger nodes, or lower runner.cpus_per_actor and runner.gpus_per_actor",
             )
 
 
@@ -344,6 +354,13 @@ def _connect() -> None:
     """
     quiet: dict[str, Any] = {"logging_level": "error", "log_to_driver": False}
     address = os.environ.get("RAY_ADDRESS")
+    if address and address.startswith(("http://", "https://")):
+        raise BuildError(
+            "RAY_ADDRESS is where `ray job submit` sends its jobs; a build cannot join the cluster there.",
+            got=f"RAY_ADDRESS={address}",
+            expected="host:port of the head (6379 by default), or nothing on a machine of the cluster",
+            do="submit jobs/cache_teachers.py with `ray job submit`, or set RAY_ADDRESS to the head",
+        )
     if address and not _answers(address):
         raise BuildError(
             "The Ray cluster does not answer.",

@@ -84,14 +84,26 @@ class BuildRecipe(Strict):
     @field_validator("teachers", mode="before")
     @classmethod
     def _teachers_by_name(cls, value: Any) -> Any:
-        """`[dinov2_large, sam_large]` is short for presets (or timm models) under their own names."""
+        """`[dinov2_large, sam_large]` is short for presets (or timm models) under their own names.
+
+        The tag of a timm model is left out of its name: a student has a part by the name of each teacher,
+        and no part's name can hold a dot.
+        """
         if isinstance(value, list):
-            return {str(name): {} for name in value}
+            named = {
+                str(model).partition(".")[0]: {"model": model} if "." in str(model) else {} for model in value
+            }
+            if len(named) < len(value):
+                raise ValueError(
+                    "two of these have one name; give them names: {one: {model: …}, other: {model: …}}"
+                )
+            return named
         if isinstance(value, dict):
             for name in value:
-                if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", str(name)) or name == IMAGES:
+                if not re.fullmatch(r"[A-Za-z0-9][\w-]*", str(name)) or name == IMAGES:
                     raise ValueError(
-                        f"a teacher's name becomes a folder: letters, digits, '_', '-', '.', got {name!r}"
+                        "a teacher's name becomes a folder and a part of the student: letters, digits, '_', "
+                        f"'-', got {name!r}; its model may have any name: {{name: {{model: {name}}}}}"
                     )
             return {
                 name: {} if teacher == {} else teacher

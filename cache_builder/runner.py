@@ -92,12 +92,15 @@ class Queue:
 
 
 class Runner(ABC):
-    """Loads the teachers on entering, gives them back on leaving."""
+    """Loads the teachers on entering, gives them back on leaving. `num_shards`: how many will be asked of it,
+    where that is known."""
 
     worker: ClassVar[type[Worker]] = Worker
 
-    def __init__(self, recipe: RunnerRecipe, teachers: Mapping[str, TeacherSpec]) -> None:
-        self.recipe, self.teachers = recipe, teachers
+    def __init__(
+        self, recipe: RunnerRecipe, teachers: Mapping[str, TeacherSpec], num_shards: int | None = None
+    ) -> None:
+        self.recipe, self.teachers, self.num_shards = recipe, teachers, num_shards
 
     def __enter__(self) -> Self:
         return self
@@ -126,8 +129,10 @@ class Runner(ABC):
 class LocalRunner(Runner):
     """One process, `shards_in_flight` threads."""
 
-    def __init__(self, recipe: RunnerRecipe, teachers: Mapping[str, TeacherSpec]) -> None:
-        super().__init__(recipe, teachers)
+    def __init__(
+        self, recipe: RunnerRecipe, teachers: Mapping[str, TeacherSpec], num_shards: int | None = None
+    ) -> None:
+        super().__init__(recipe, teachers, num_shards)
         self._worker = self.worker(teachers, recipe)
 
     def __exit__(self, *_: object) -> None:

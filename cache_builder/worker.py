@@ -11,7 +11,7 @@ from cache_builder.extract import ShardExtractor
 from cache_builder.recipe import RunnerRecipe
 from cache_builder.teachers import Teacher, build_teacher
 from pipeline.cache import FeatureCache
-from pipeline.errors import CacheMismatchError
+from pipeline.errors import BuildError, CacheMismatchError
 from pipeline.manifest import CommitRecord
 from pipeline.spec import IMAGES, TeacherSpec
 
@@ -20,9 +20,7 @@ class Worker:
     """Loads teachers once; extracts shard after shard. Safe to call from `shards_in_flight` threads."""
 
     def __init__(self, teachers: Mapping[str, TeacherSpec], runner: RunnerRecipe) -> None:
-        device = runner.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = _device(runner.device)
         self._runner = runner
         self._teachers: dict[str, Teacher] = {
             name: build_teacher(spec, device=device) for name, spec in teachers.items()
@@ -82,3 +80,19 @@ class Worker:
         """End the shards in flight at their next batch; they leave nothing behind."""
         if self._extractor is not None:
             self._extractor.abandon()
+
+
+def _device(name: str) -> str:
+    """Raises `BuildError` for a device that is not there."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (AssertionError, RuntimeError) as error:  # torch's own, for names, builds and drivers
+        raise BuildError(
+            "The teachers cannot run on this device.",
+            got=f"runner.device={name}: {str(error).splitlines()[0]}",
+            expected="auto, cpu, cuda or cuda:N, where PyTorch finds one",
+            do="set runner.device=auto, or mend the driver (python -m torch.utils.collect_env shows it)",
+        ) from error
+    return name

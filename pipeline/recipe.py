@@ -29,6 +29,7 @@ def load_recipe(model: type[Model], path: str | Path, overrides: Sequence[str] =
     try:
         config = OmegaConf.load(file)
         for key, value in _parse(overrides):
+            _name_the_items(config, key)
             OmegaConf.update(config, key, value, merge=False, force_add=True)
         content = OmegaConf.to_container(config, resolve=True)
     except RecipeError:
@@ -83,6 +84,16 @@ def _parse(overrides: Sequence[str]) -> Iterator[tuple[str, Any]]:
                 expected="for example views.num_views=4",
             )
         yield key, OmegaConf.select(OmegaConf.from_dotlist([text]), key)
+
+
+def _name_the_items(config: Any, key: str) -> None:
+    """A list of names on the way to `key` is short for a mapping of them: make it one."""
+    parts = key.split(".")
+    for end in range(1, len(parts)):
+        above = ".".join(parts[:end])
+        names = OmegaConf.select(config, above)
+        if OmegaConf.is_list(names) and all(isinstance(name, str) for name in names):
+            OmegaConf.update(config, above, {name: {} for name in names}, merge=False)
 
 
 def _describe(model: type[BaseModel], problem: Any) -> str:

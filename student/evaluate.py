@@ -281,7 +281,14 @@ def _require_cache(student: Student, cache: FeatureCache | None, keys: Sequence[
     expected = f"a cache of {', '.join(student.teachers)} with multitask_eval views of {student.image_size}"
     got = "no cache"
     if cache is not None:
-        cache.check_teachers(student.teachers)
+        for name in cache.check_teachers(student.teachers):
+            if cache.spec.teachers[name].grid.kind == "adjoint":
+                raise RecipeError(
+                    f"The adjoint of teacher {name} serves a loss; it is no features to work on.",
+                    got="grid: adjoint in the cache",
+                    expected="grid: native or bilinear",
+                    do="build a cache of this split with such a grid",
+                )
         got = f"{cache.spec.views.policy} views of {cache.spec.views.size}"
         if got == f"multitask_eval views of {student.image_size}":
             missing = sorted(set(keys).difference(cache.samples["key"].to_pylist()))

@@ -13,6 +13,7 @@ from pipeline.cache import FeatureCache
 from pipeline.errors import RecipeError
 from pipeline.grids import upsample
 from pipeline.loader import FeatureLoader
+from pipeline.map_reader import as_maps
 from pipeline.sampler import ShardShuffleSampler
 from student.base import Student
 
@@ -42,8 +43,10 @@ def representation_similarity(
     """Mean cosine similarity of student and cached features, for each teacher (all of the student's).
 
     One cosine for each token of the teacher's grid, to which the student's map is upsampled; averaged
-    over tokens and samples. (The paper does not say over what it takes its cosine.) Each sample is seen
-    once, in one of its views; `max_samples` of them are drawn by `seed`. Runs where the student is.
+    over tokens and samples. (The paper does not say over what it takes its cosine.) Of an adjoint grid it is
+    the cosine to what a map on that grid can reach of the teacher's; the paper's needs a native one. Each
+    sample is seen once, in one of its views; `max_samples` of them are drawn by `seed`. Runs where the
+    student is.
 
     Raises `CacheError` where the cache cannot give this, `RecipeError` where the student cannot.
     """
@@ -59,7 +62,8 @@ def representation_similarity(
             images_B3HW = batch.renders[student.image_size][:left].to(device)
             maps = student(student.normalize(images_B3HW), full=True).feature_maps
             for name in names:
-                targets_BSHWC = batch.features[name].decode(device)[:left]
+                decoded_BSHWC = batch.features[name].decode(device)[:left]
+                targets_BSHWC = as_maps(decoded_BSHWC, cache.spec.teachers[name])
                 levels = maps[name][-targets_BSHWC.shape[1] :]  # a teacher of fewer stands beside the last
                 cosines_BS[name].append(token_cosines(levels, targets_BSHWC))
             left -= len(images_B3HW)

@@ -89,6 +89,7 @@ def train(recipe: TrainRecipe) -> TrainResult:
     )
     images_per_step = recipe.images_per_step(accelerator.num_processes)
     _require_fit(recipe, cache, teachers, images_per_step, sampler.num_samples)
+    _require_folder(output)
     total_steps, warmup_steps = recipe.schedule.steps(sampler.num_samples / images_per_step)
 
     torch.manual_seed(recipe.seed)
@@ -165,6 +166,18 @@ def train(recipe: TrainRecipe) -> TrainResult:
         images_per_s=done.steps * images_per_step / done.wall_s if done.steps else 0.0,
         bottleneck=verdict,
     )
+
+
+def _require_folder(output: Path) -> None:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecipeError(
+            "The output folder cannot be made.",
+            got=f"{error.filename}: {error.strerror}",
+            expected="a folder, or a place where this user can make one",
+            do="choose another output",
+        ) from error
 
 
 def accelerator_for(recipe: TrainRecipe) -> Accelerator:

@@ -23,6 +23,7 @@ from cache_builder.ray_runner import RayRunner, RayWorker
 from cache_builder.recipe import RunnerRecipe
 from cache_builder.runner import Task
 from cache_builder.stages import STAGES
+from pipeline.errors import BuildError
 from pipeline.manifest import CommitRecord
 from pipeline.spec import TeacherSpec
 
@@ -90,6 +91,19 @@ def test_a_late_node_is_used_and_every_actor_is_measured(folder: Path) -> None:
             assert sum(measured["views"].values()) == 192
             del seconds["wall"]
             assert sum(measured["stage_seconds"].values()) == pytest.approx(seconds.total(), rel=0.01)
+    finally:
+        ray.shutdown()
+        cluster.stop()
+
+
+def test_an_actor_needs_one_node_with_all_it_takes(folder: Path) -> None:
+    recipe = recipe_for(folder / "cache", folder / "images")
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    cluster = ChaosCluster(folder, nodes=2)
+    try:
+        ray.init(address=cluster.address, logging_level="error", log_to_driver=False)
+        with pytest.raises(BuildError, match=r"has room for one actor(.|\n)*1 CPUs(.|\n)*one with 2 CPUs"):
+            RayRunner(recipe.runner.model_copy(update={"cpus_per_actor": 2.0}), {})
     finally:
         ray.shutdown()
         cluster.stop()

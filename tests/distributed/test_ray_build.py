@@ -12,7 +12,8 @@ import torch
 from rich.console import Console
 
 from cache_builder import build
-from cache_builder.ray_runner import _Metrics
+from cache_builder.ray_runner import RayRunner, _connect, _Metrics
+from cache_builder.recipe import RunnerRecipe
 from cache_builder.stages import STAGES
 from cache_builder.verify import verify
 from pipeline.errors import BuildError, TeacherCacheError
@@ -96,3 +97,18 @@ def test_a_stage_may_take_no_time(tmp_path: Path, images: Path, cluster: None) -
     metrics.start()
     metrics.add(record.model_copy(update={"seconds": dict.fromkeys(STAGES, 0.0)}))
     assert metrics._total == record.num_rows
+
+
+@pytest.mark.parametrize(("num_shards", "actors"), [(None, 2), (5, 2), (2, 1), (0, 1)])
+def test_no_more_actors_start_than_shards_can_occupy(
+    cluster: None, num_shards: int | None, actors: int
+) -> None:
+    recipe = RunnerRecipe.model_validate(runner(shards_in_flight=2))
+    with RayRunner(recipe, {}, num_shards) as started:
+        assert len(started._actors) == actors
+
+
+def test_the_address_of_the_jobs_api_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
+    with pytest.raises(BuildError, match=r"where `ray job submit` sends(.|\n)*host:port of the head"):
+        _connect()

@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from cache_builder.recipe import RunnerRecipe
+from cache_builder.worker import Worker
 from jobs import cli
+from pipeline.errors import BuildError
 from tests.make_cache import build_recipe, make_cache, make_images
 
 ROOT = Path(__file__).parents[2]
@@ -210,3 +213,9 @@ def test_scripts_explain_themselves(name: str, tmp_path: Path) -> None:
     status, text = script(name, "--help", folder=tmp_path)
     assert status == 0
     assert "RECIPE" in text
+
+
+@pytest.mark.parametrize("device", ["cpuu", "cuda:77"])
+def test_a_device_that_is_not_there_is_one_message(device: str) -> None:
+    with pytest.raises(BuildError, match=f"runner.device={device}"):
+        Worker({}, RunnerRecipe(device=device))

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from cache_builder.recipe import BuildRecipe
+from cache_builder.teachers.recipe import TeacherRecipe
 from pipeline.errors import RecipeError
-from pipeline.recipe import SHIPPED, load_recipe
+from pipeline.recipe import SHIPPED, check_recipe, load_recipe
 from student.recipe import TrainRecipe
 
 TEXT = "cache: c\nsource: images\nteachers: [dinov2_small]\nviews: {num_views: 2}\n"
@@ -101,3 +102,23 @@ def test_stage_2_of_the_page_starts_from_a_student_with_the_same_paths() -> None
     starts = [r.student for r in recipes if r.multitask and r.student.init_from]
     assert False in [student.adapter_paths for student in starts]
     assert [s.init_from for s in starts if s.adapter_paths != paths[str(s.init_from)]] == []
+
+
+def test_a_listed_timm_model_is_named_without_its_tag() -> None:
+    def teachers(value: object) -> dict[str, TeacherRecipe]:
+        content = {"source": "/x", "cache": "/y", "teachers": value}
+        return check_recipe(BuildRecipe, content, "of this test").teachers
+
+    named = teachers(["dinov2_small", "test_vit.r160_in1k"])
+    assert list(named) == ["dinov2_small", "test_vit"]
+    assert named["test_vit"].model == "test_vit.r160_in1k"
+    with pytest.raises(RecipeError, match="two of these have one name"):
+        teachers(["test_vit.a", "test_vit.b"])
+    with pytest.raises(RecipeError, match=r"its model may have any name: \{name: \{model: a\.b\}\}"):
+        teachers({"a.b": {"model": "test_vit"}})
+
+
+def test_a_key_of_a_listed_teacher_can_be_overridden() -> None:
+    overrides = ["teachers=[dinov2_small]", "teachers.dinov2_small.pretrained=false"]
+    recipe = load_recipe(BuildRecipe, "demo", ["source.path=/x", "cache=/y", *overrides])
+    assert recipe.teachers["dinov2_small"].pretrained is False

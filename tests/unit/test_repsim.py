@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -9,10 +11,12 @@ import torch
 from pipeline.cache import FeatureCache
 from pipeline.errors import CacheError, RecipeError
 from pipeline.grids import upsample
+from pipeline.map_reader import feature_maps
+from pipeline.spec import GridSpec
 from pipeline.views import render_view
 from student import Student, build_student
 from student.repsim import representation_similarity, token_cosines
-from tests.make_cache import make_cache, make_images
+from tests.make_cache import make_cache, make_images, teacher_spec
 
 
 @pytest.fixture(scope="module")
@@ -81,3 +85,21 @@ def test_what_cannot_be_compared_says_why(cache: FeatureCache, student: Student)
     alone = build_student("sak", stem=stem, teacher_dims={"alpha": 8}, image_size=(32, 32))
     with pytest.raises(RecipeError, match="not distilled from"):
         representation_similarity(alone, cache, ["alpha", "beta"])
+
+
+def test_of_an_adjoint_it_is_that_of_what_the_grid_can_reach(student: Student, tmp_path: Path) -> None:
+    grid = GridSpec(kind="adjoint", size=(2, 2))
+    spec = teacher_spec(grid=5).model_copy(update={"grid": grid})
+    images = make_images(tmp_path / "images", 3)
+    cache = make_cache(tmp_path / "cache", images, teachers={"alpha": spec}, num_views=1)
+    found = representation_similarity(student, cache, ["alpha"], batch_size=3)["alpha"]
+    rows = np.arange(3)
+    pixels = torch.stack(
+        [render_view(cache.image(sample), cache.view(sample), (32, 32)) for sample in range(3)]
+    )
+    with torch.no_grad():
+        maps = student.eval()(student.normalize(pixels))["alpha"]
+    expected = token_cosines(maps, feature_maps(cache, "alpha", rows)).mean(0)
+    assert found.levels == pytest.approx(expected.tolist(), abs=1e-5)
+    raw = token_cosines(maps, cache.read(rows, ["alpha"])["alpha"].decode()).mean(0)
+    assert (raw - expected).abs().max() > 0.01

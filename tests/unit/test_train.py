@@ -35,7 +35,7 @@ from student.recipe import TrainRecipe
 from student.repsim import representation_similarity
 from student.run_pictures import NUM_ROWS, RunPictures
 from student.sak.model import SAK
-from student.train import train
+from student.train import _require_folder, train
 from tests.make_cache import build_recipe, make_cache, make_images, teacher_spec
 from tests.train_recipes import CONTENT, logged, train_recipe
 
@@ -378,3 +378,10 @@ def test_the_recipes_of_stage_1_are_those_of_the_paper(size: str, student: str) 
 def test_the_trainer_loads_neither_ray_nor_the_builder() -> None:
     code = "import sys, student.train; assert not {'ray', 'cache_builder'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_an_output_that_is_no_folder_is_one_message(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for output in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(RecipeError, match=r"output folder cannot be made(.|\n)*choose another output"):
+            _require_folder(output)
