@@ -12,6 +12,7 @@ cache, never a teacher, unless the recipe says `features: online`.
 from __future__ import annotations
 
 import difflib
+import warnings
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -112,7 +113,9 @@ def train(recipe: TrainRecipe) -> TrainResult:
             "teachers": {name: cache.spec.content_id(name) for name in teachers},
         },
     )
-    model, optimizer = accelerator.prepare(student, optimizer)
+    with warnings.catch_warnings():  # accelerate 1.15 passes what torch 2.15 calls deprecated
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        model, optimizer = accelerator.prepare(student, optimizer)
     first_step = _resume(recipe, accelerator, student, optimizer, run)
     loop = TrainingLoop(
         accelerator,
