@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import re
 import subprocess
+import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from ray.autoscaler._private import commands
+from ray.autoscaler._private.util import prepare_config, validate_config
 
 from pipeline.recipe import SHIPPED
 
@@ -32,6 +36,14 @@ def test_scripts_are_bash(path: Path) -> None:
     assert subprocess.run(["bash", "-n", path], check=False).returncode == 0
 
 
+@pytest.mark.parametrize("path", [p for p in FILES if p.suffix == ".sbatch"], ids=lambda path: path.name)
+def test_every_step_of_slurm_has_the_cpus_of_its_task(path: Path) -> None:
+    """From Slurm 22.05 on, srun takes them over from sbatch only when told."""
+    steps = re.findall(r"^(?:exec )?srun .*$", path.read_text().replace("\\\n", " "), re.MULTILINE)
+    assert steps
+    assert all('--cpus-per-task="$SLURM_CPUS_PER_TASK"' in step for step in steps), steps
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_what_is_called_is_there(path: Path) -> None:
     text = path.read_text()
@@ -41,6 +53,52 @@ def test_what_is_called_is_there(path: Path) -> None:
         assert (SHIPPED / f"{recipe}.yaml").exists(), recipe
 
 
+def copied_into_the_image() -> set[str]:
+    copies = re.findall(r"^COPY (.+) \S+$", (INFRA / "Dockerfile").read_text(), re.MULTILINE)
+    return {name for names in copies for name in names.split()}
+
+
 def test_the_image_copies_every_package() -> None:
-    copied = re.findall(r"^COPY (\w+) ", (INFRA / "Dockerfile").read_text(), re.MULTILINE)
-    assert set(copied) == {"pipeline", "cache_builder", "student", "jobs"}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    packages = {name.rstrip("*") for name in project["tool"]["setuptools"]["packages"]["find"]["include"]}
+    texts = {project["project"]["readme"], *project["project"]["license-files"]}
+    assert copied_into_the_image() == packages | texts | {"pyproject.toml", "constraints.txt"}
+
+
+def test_the_image_has_what_the_probes_of_kuberay_call() -> None:
+    assert re.search(r"^RUN .*apt-get install .*\bwget\b", (INFRA / "Dockerfile").read_text(), re.MULTILINE)
+
+
+@pytest.fixture
+def cluster() -> dict[str, Any]:
+    """infra/ray/cluster.yaml as `ray up` reads it: by Ray's schema, with Ray's defaults."""
+    config: dict[str, Any] = prepare_config(yaml.safe_load((INFRA / "ray" / "cluster.yaml").read_text()))
+    validate_config(config)
+    return config
+
+
+def test_ray_finds_no_fault_with_the_start_of_the_head(
+    cluster: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warnings: list[str] = []
+    monkeypatch.setattr(commands.cli_logger, "warning", lambda text, *parts: warnings.append(text))
+    commands.warn_about_bad_start_command(cluster["head_start_ray_commands"])
+    assert warnings == []
+    commands.warn_about_bad_start_command(["ray start --head"])
+    assert len(warnings) == 1
+
+
+def test_the_head_takes_jobs_from_elsewhere_by_token_alone(cluster: dict[str, Any]) -> None:
+    (head,) = (text for text in cluster["head_start_ray_commands"] if "ray start" in text)
+    (worker,) = (text for text in cluster["worker_start_ray_commands"] if "ray start" in text)
+    assert "--dashboard-host=0.0.0.0" in head
+    assert all("RAY_AUTH_MODE=token ray start" in text for text in (head, worker))
+    assert "~/.ray/auth_token" in cluster["file_mounts"]
+
+
+def test_the_nodes_of_ray_get_what_they_install(cluster: dict[str, Any]) -> None:
+    mounts = {there: here for there, here in cluster["file_mounts"].items() if "/.ray/" not in there}
+    assert set(mounts.values()) == copied_into_the_image()
+    assert all(there == f"~/teachercache/{here}" for there, here in mounts.items())
+    (setup,) = cluster["setup_commands"]
+    assert setup.startswith("cd ~/teachercache && ")
