@@ -7,12 +7,14 @@ what is missing.
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import pyarrow.compute as pc
 import skimage
 import torch
 import xxhash
@@ -32,6 +34,7 @@ from pipeline import FeatureCache
 from pipeline.errors import TeacherCacheError, WeightsNotFoundError
 from pipeline.recipe import load_recipe
 from pipeline.sources import open_source
+from pipeline.sources.keys import OK
 from pipeline.units import human_bytes
 from student import build_student, load_student
 from student.repsim import Similarity, representation_similarity
@@ -89,7 +92,8 @@ def main() -> None:
         )
     console.print(f"Pictures: {folder / 'pca_maps.png'} and {folder / 'loss.png'}", soft_wrap=True)
     console.print(f"All of it in {time.monotonic() - started:.0f} s.")
-    console.print(f"Look further: teachercache inspect {folder / 'cache'}", soft_wrap=True)
+    look = f"{activation()}teachercache inspect {folder / 'cache'}"
+    console.print(f"Look further: {look}", soft_wrap=True, markup=False)
 
 
 def choose_images(folder: Path | None = None) -> list[Path]:
@@ -98,7 +102,8 @@ def choose_images(folder: Path | None = None) -> list[Path]:
         data = Path(skimage.__file__).parent / "data"
         return [path for path in sorted(data.iterdir()) if path.stem in PHOTOGRAPHS]
     folder = folder.expanduser().resolve()
-    paths = sorted(set(open_source(folder, "image_folder").scan()["path"].to_pylist()))
+    samples = open_source(folder, "image_folder").scan()
+    paths = sorted(samples.filter(pc.equal(samples["status"], OK))["path"].to_pylist())
     step = max(len(paths) / MAX_IMAGES, 1.0)
     return [folder / paths[int(i * step)] for i in range(min(len(paths), MAX_IMAGES))]
 
@@ -157,11 +162,18 @@ def train(cache: FeatureCache, folder: Path) -> None:
                 "--dynamo_backend",
                 "no",
             ),
-            *("jobs/train_student.py", STUDENT_RECIPE),
+            *(str(Path(__file__).with_name("train_student.py")), STUDENT_RECIPE),
             *(f"cache={cache.storage.url}", f"output={folder / 'run'}", f"batch_size_per_process={batch}"),
         ],
         check=True,
     )
+
+
+def activation() -> str:
+    """What comes before a command of ours in a shell that does not find them yet."""
+    if shutil.which("teachercache"):
+        return ""
+    return f"source {os.path.relpath(sys.prefix)}/bin/activate && "
 
 
 def results(
