@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import pyarrow.compute as pc
 from rich.console import Console
 
 from cache_builder.calibrate import Calibration, CalibrationSample
@@ -64,8 +63,7 @@ def prepare(recipe: BuildRecipe, console: Console) -> tuple[Draft, CacheSpec, Pl
         drafted = extend(recipe, drafted, manifest)
         if drafted.growth:
             console.print(f"The cache at {storage.url} grows by {', '.join(drafted.growth)}.", soft_wrap=True)
-    image_bytes = pc.sum(drafted.samples["nbytes"]).as_py() or 0
-    return drafted, drafted.spec, make_plan(recipe, drafted.spec, storage, image_bytes)
+    return drafted, drafted.spec, make_plan(recipe, drafted.spec, storage, drafted.samples)
 
 
 def build(recipe: BuildRecipe, console: Console | None = None) -> BuildResult:

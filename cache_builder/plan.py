@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import pyarrow as pa
 import torch
 
 from cache_builder.recipe import BuildRecipe
@@ -38,12 +39,16 @@ class TeacherPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """`free_bytes` is None where the place has no limit that can be asked for (object stores)."""
+    """`image_bytes`: of all images to be copied, `missing_image_bytes`: of those that are not yet.
+
+    `free_bytes` is None where the place has no limit that can be asked for (object stores).
+    """
 
     url: str
     spec: CacheSpec
     teachers: tuple[TeacherPlan, ...]
     image_bytes: int
+    missing_image_bytes: int
     free_bytes: int | None
     tflops_per_gpu: float
     student_images_per_s: float
@@ -68,7 +73,7 @@ class Plan:
             teacher.missing_rows * teacher.bytes_per_row + teacher.missing_shards * teacher.statistics_bytes
             for teacher in self.teachers
         )
-        return features + (self.image_bytes if any(teacher.missing_rows for teacher in self.teachers) else 0)
+        return features + self.missing_image_bytes
 
     @property
     def num_files(self) -> int:
@@ -108,10 +113,11 @@ class Plan:
             )
 
 
-def make_plan(recipe: BuildRecipe, spec: CacheSpec, storage: Storage, image_bytes: int) -> Plan:
-    """The plan for the recipe's teachers in the cache `spec`; `image_bytes` is the size of the source."""
+def make_plan(recipe: BuildRecipe, spec: CacheSpec, storage: Storage, samples: pa.Table) -> Plan:
+    """The plan for the recipe's teachers in the cache `spec`; `samples`: its sample table."""
     manifest = Manifest(storage)
     rows = {shard: len(spec.shard_rows(shard)) for shard in range(spec.num_shards)}
+    images = _copied_bytes(spec, samples) if spec.images == "copy" else {}
     teachers = []
     for name in recipe.teachers:
         teacher = spec.teachers[name]
@@ -132,11 +138,19 @@ def make_plan(recipe: BuildRecipe, spec: CacheSpec, storage: Storage, image_byte
         url=storage.url,
         spec=spec,
         teachers=tuple(teachers),
-        image_bytes=image_bytes if spec.images == "copy" else 0,
+        image_bytes=sum(images.values()),
+        missing_image_bytes=sum(images[shard] for shard in images.keys() - manifest.committed(IMAGES)),
         free_bytes=storage.free_bytes(),
         tflops_per_gpu=recipe.plan.teacher_tflops_per_gpu,
         student_images_per_s=recipe.plan.student_images_per_s,
     )
+
+
+def _copied_bytes(spec: CacheSpec, samples: pa.Table) -> dict[int, int]:
+    """Bytes of the source images that each shard of copies holds."""
+    nbytes = samples["nbytes"].to_numpy()
+    places = {shard: spec.shard_samples(shard) for shard in spec.shards(IMAGES)}
+    return {shard: int(nbytes[place.start : place.stop].sum()) for shard, place in places.items()}
 
 
 def bytes_per_row(teacher: TeacherSpec) -> int:

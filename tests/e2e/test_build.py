@@ -277,6 +277,24 @@ def test_a_lost_cache_json_is_written_again_by_the_build(tmp_path: Path, images:
     assert verify(again.cache, full=True) == []
 
 
+def test_the_plan_counts_the_images_that_are_not_copied_yet(tmp_path: Path, images: Path) -> None:
+    from cache_builder.builder import prepare
+
+    recipe = build_recipe(tmp_path / "cache", images, images="copy")
+    sizes = [path.stat().st_size for path in sorted(images.iterdir())]
+    plan: Plan = prepare(recipe, QUIET)[2]
+    assert (plan.image_bytes, plan.missing_image_bytes) == (sum(sizes), sum(sizes))
+    build(recipe, QUIET)
+    (tmp_path / "cache/commits/tiny/00001.json").unlink()
+    plan = prepare(recipe, QUIET)[2]
+    [tiny] = plan.teachers
+    assert plan.missing_bytes == 6 * tiny.bytes_per_row + tiny.statistics_bytes
+    build(recipe, QUIET)
+    (tmp_path / "cache/commits/images/00001.json").unlink()
+    plan = prepare(recipe, QUIET)[2]
+    assert (plan.missing_bytes, plan.image_bytes) == (sum(sizes[3:6]), sum(sizes))
+
+
 def test_shards_of_another_spec_are_not_taken_for_its_own(tmp_path: Path, images: Path) -> None:
     build(build_recipe(tmp_path / "cache", images), QUIET)
     (tmp_path / "cache" / "cache.json").unlink()
