@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.codecs import ArrayLayout, Codec, Encoded, get_codec
-from pipeline.errors import CacheError, CorruptShardError, IncompleteCacheError, explain
+from pipeline.errors import CacheError, CorruptShardError, IncompleteCacheError, SourceNotFoundError, explain
 from pipeline.feature_stats import FeatureMoments
 from pipeline.manifest import CommitRecord, Manifest, tables_name
 from pipeline.rows import RowIndex
@@ -130,7 +130,12 @@ class FeatureCache:
     @cached_property
     def source(self) -> Source:
         """The images that the cache was built from, or where they are now."""
-        return open_source(self._images or self.spec.dataset.location, self.spec.dataset.kind)
+        try:
+            return open_source(self._images or self.spec.dataset.location, self.spec.dataset.kind)
+        except SourceNotFoundError as error:
+            if self._images is not None:
+                raise
+            raise self._moved() from error
 
     def codec(self, teacher: str) -> Codec:
         return self._codecs[teacher]
@@ -449,7 +454,24 @@ class FeatureCache:
         path, offset, nbytes = (
             self.samples[name][sample_index].as_py() for name in ("path", "offset", "nbytes")
         )
-        return self.source.read(path, offset, nbytes)
+        source = self.source
+        try:
+            return source.read(path, offset, nbytes)
+        except SourceNotFoundError as error:
+            if self._images is not None:
+                raise
+            raise self._moved(path) from error
+
+    def _moved(self, path: str = "") -> SourceNotFoundError:
+        """Only `cache.json` said where the images are; this says how to name another place."""
+        location = self.spec.dataset.location
+        return SourceNotFoundError(
+            "The images are not where the cache was built from them.",
+            got=f"no {path} in {location}" if path else f"nothing at {location}",
+            expected="the images that the cache was built from",
+            do="check the mount, or name their new place: images=PATH for `teachercache train`, "
+            "--images PATH for verbs that have it, FeatureCache.open(…, images=PATH) in Python",
+        )
 
     def _copy(self, sample_index: int) -> tuple[int, int, int]:
         """(shard, offset, nbytes) of a copied image: tars are by the shards of first views."""

@@ -24,7 +24,7 @@ from cache_builder.plan import Plan
 from cache_builder.repair import repair
 from cache_builder.verify import verify
 from pipeline import FeatureCache, render_view
-from pipeline.errors import BuildError, CacheMismatchError, DiskSpaceError
+from pipeline.errors import BuildError, CacheMismatchError, DiskSpaceError, SourceNotFoundError
 from pipeline.manifest import Manifest
 from pipeline.sources.image_folder import ImageFolderSource
 from tests.make_cache import build_recipe, make_images
@@ -182,6 +182,21 @@ def test_undecodable_images_are_quarantined_and_the_build_goes_on(tmp_path: Path
     )
 
 
+def test_images_that_moved_are_asked_for(tmp_path: Path) -> None:
+    cache = build(build_recipe(tmp_path / "cache", make_images(tmp_path / "images", 3)), QUIET).cache
+    (tmp_path / "images").rename(tmp_path / "moved")
+    advice = r"images=PATH for `teachercache train`, --images PATH"
+    for opened in (cache, FeatureCache.open(tmp_path / "cache")):  # of one, the source was open before
+        with pytest.raises(SourceNotFoundError, match=advice):
+            opened.image(0)
+    assert FeatureCache.open(tmp_path / "cache", str(tmp_path / "moved")).image(0).size == (64, 48)
+    with pytest.raises(SourceNotFoundError, match="check the path"):
+        FeatureCache.open(tmp_path / "cache", str(tmp_path / "nowhere")).image(0)
+    (tmp_path / "images").mkdir()  # as a mount point without its disk
+    with pytest.raises(SourceNotFoundError, match=f"no image_000.jpg in(.|\n)*{advice}"):
+        FeatureCache.open(tmp_path / "cache").image(0)
+
+
 def test_copied_images_need_no_source(tmp_path: Path) -> None:
     folder = make_images(tmp_path / "images", 5)
     originals = {path.stem: path.read_bytes() for path in folder.iterdir()}
@@ -262,21 +277,6 @@ def test_the_plan_states_what_the_disk_will_hold(tmp_path: Path, images: Path) -
     assert np.isclose(plan.gpu_hours, 2e9 * plan.teachers[0].gmacs * 16 / 300e12 / 3600)
 
 
-def test_a_lost_cache_json_is_written_again_by_the_build(tmp_path: Path, images: Path) -> None:
-    teacher = {"model": "vit_tiny_patch16_224", "pretrained": False, "codec": "int8-hadamard"}
-    recipe = build_recipe(tmp_path / "cache", images, teachers={"tiny": teacher})
-    first = build(recipe, QUIET).cache
-    expected = first.read([3])["tiny"].decode()
-    before = shard_files(tmp_path / "cache")
-    (tmp_path / "cache" / "cache.json").unlink()
-    again = build(recipe, QUIET)
-    assert again.shards == 0
-    assert again.cache.spec.cache_id == first.spec.cache_id
-    assert torch.equal(again.cache.read([3])["tiny"].decode(), expected)
-    assert shard_files(tmp_path / "cache") == before
-    assert verify(again.cache, full=True) == []
-
-
 def test_the_plan_counts_the_images_that_are_not_copied_yet(tmp_path: Path, images: Path) -> None:
     from cache_builder.builder import prepare
 
@@ -293,6 +293,21 @@ def test_the_plan_counts_the_images_that_are_not_copied_yet(tmp_path: Path, imag
     (tmp_path / "cache/commits/images/00001.json").unlink()
     plan = prepare(recipe, QUIET)[2]
     assert (plan.missing_bytes, plan.image_bytes) == (sum(sizes[3:6]), sum(sizes))
+
+
+def test_a_lost_cache_json_is_written_again_by_the_build(tmp_path: Path, images: Path) -> None:
+    teacher = {"model": "vit_tiny_patch16_224", "pretrained": False, "codec": "int8-hadamard"}
+    recipe = build_recipe(tmp_path / "cache", images, teachers={"tiny": teacher})
+    first = build(recipe, QUIET).cache
+    expected = first.read([3])["tiny"].decode()
+    before = shard_files(tmp_path / "cache")
+    (tmp_path / "cache" / "cache.json").unlink()
+    again = build(recipe, QUIET)
+    assert again.shards == 0
+    assert again.cache.spec.cache_id == first.spec.cache_id
+    assert torch.equal(again.cache.read([3])["tiny"].decode(), expected)
+    assert shard_files(tmp_path / "cache") == before
+    assert verify(again.cache, full=True) == []
 
 
 def test_shards_of_another_spec_are_not_taken_for_its_own(tmp_path: Path, images: Path) -> None:
