@@ -8,7 +8,7 @@ or device changes.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from cache_builder.moved import with_checkpoints
 from cache_builder.teachers import Teacher, build_teacher
 from pipeline.cache import FeatureCache
 from pipeline.codecs import Encoded
@@ -45,15 +46,21 @@ class Comparison:
 
 
 def compare_with_teachers(
-    cache: FeatureCache, num_rows: int, *, device: str = "cpu", seed: int | None = None
+    cache: FeatureCache,
+    num_rows: int,
+    *,
+    device: str = "cpu",
+    seed: int | None = None,
+    checkpoints: Mapping[str, str] | None = None,
 ) -> list[Comparison]:
     """Recompute `num_rows` random rows of every teacher (those it has, if fewer).
 
+    `checkpoints`: files of weights that moved since the build, by teacher.
     Raises what building a teacher raises, also for weights that are not those of the cache.
     """
     generator = np.random.default_rng(seed)
     comparisons = []
-    for name, spec in cache.spec.teachers.items():
+    for name, spec in with_checkpoints(cache.spec, checkpoints or {}).teachers.items():
         rows = generator.permutation(_readable_rows(cache, name))[:num_rows]
         teacher = build_teacher(spec, device=device)
         measures: dict[str, list[Tensor]] = defaultdict(list)

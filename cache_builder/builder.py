@@ -16,6 +16,7 @@ from rich.console import Console
 
 from cache_builder.calibrate import Calibration, CalibrationSample
 from cache_builder.draft import Draft, draft, extend
+from cache_builder.moved import with_checkpoints
 from cache_builder.plan import Plan, make_plan, pending
 from cache_builder.progress import BuildProgress
 from cache_builder.recipe import BuildRecipe
@@ -69,8 +70,9 @@ def prepare(recipe: BuildRecipe, console: Console) -> tuple[Draft, CacheSpec, Pl
 def build(recipe: BuildRecipe, console: Console | None = None) -> BuildResult:
     """Build, continue, or extend by samples, views and teachers the cache that the recipe states.
 
-    Raises `CacheMismatchError` when another cache is at the path, `DiskSpaceError` when the plan does
-    not fit, and `BuildError`, after everything else is committed, when shards failed for good.
+    Raises `CacheMismatchError` when another cache is at the path, or other weights than its own are in a
+    checkpoint, `DiskSpaceError` when the plan does not fit, and `BuildError`, after everything else is
+    committed, when shards failed for good.
     """
     console = console or Console(stderr=True)
     storage = Storage.at(recipe.cache)
@@ -86,7 +88,7 @@ def build(recipe: BuildRecipe, console: Console | None = None) -> BuildResult:
     if tasks or _without_weights(spec):  # also where all that is missing is cache.json
         _require_writable(storage)
         storage.sweep()
-        with _runner(recipe, {name: spec.teachers[name] for name in names}) as runner:
+        with _runner(recipe, {name: spec.teachers[name] for name in names}, len(tasks)) as runner:
             _establish(recipe, manifest, drafted, runner)
             with progress:
                 failed = runner.run(storage.url, drafted.source.location, tasks, progress.on_commit)
@@ -98,6 +100,9 @@ def build(recipe: BuildRecipe, console: Console | None = None) -> BuildResult:
         if failed:
             raise _build_error(failed, len(tasks))
     else:
+        if drafted.moved:
+            with _runner(recipe, {name: spec.teachers[name] for name in drafted.moved}, 1) as runner:
+                runner.weights_hashes()  # loading compares them
         console.print(f"Nothing to do: all {spec.num_shards} shards are committed for {', '.join(names)}.")
     return BuildResult(
         cache=FeatureCache.open(storage.url),
@@ -123,12 +128,12 @@ def _require_writable(storage: Storage) -> None:
         ) from error
 
 
-def _runner(recipe: BuildRecipe, teachers: Mapping[str, TeacherSpec]) -> Runner:
+def _runner(recipe: BuildRecipe, teachers: Mapping[str, TeacherSpec], num_shards: int) -> Runner:
     if recipe.runner.kind == "local":
-        return LocalRunner(recipe.runner, teachers)
+        return LocalRunner(recipe.runner, teachers, num_shards)
     from cache_builder.ray_runner import RayRunner  # a local build starts without ray
 
-    return RayRunner(recipe.runner, teachers)
+    return RayRunner(recipe.runner, teachers, num_shards)
 
 
 def _establish(recipe: BuildRecipe, manifest: Manifest, drafted: Draft, runner: Runner) -> None:
@@ -138,13 +143,13 @@ def _establish(recipe: BuildRecipe, manifest: Manifest, drafted: Draft, runner: 
     """
     grows = drafted.stored is None or drafted.spec != drafted.stored[0]
     hashes, calibrations = dict[str, str](), dict[str, Calibration]()
-    if grows:
+    if grows or drafted.moved:
         hashes = runner.weights_hashes()
-        if unknown := _without_weights(drafted.spec):
-            sample = CalibrationSample.draw(
-                drafted.source, drafted.samples, drafted.views, recipe.calibration_rows
-            )
-            calibrations = runner.calibrate(sample, unknown)
+    if grows and (unknown := _without_weights(drafted.spec)):
+        sample = CalibrationSample.draw(
+            drafted.source, drafted.samples, drafted.views, recipe.calibration_rows
+        )
+        calibrations = runner.calibrate(sample, unknown)
     with manifest.storage.exclusive(SPEC_NAME):
         if grows:
             if manifest.exists():
@@ -170,13 +175,13 @@ def _with_findings(
 
 
 def _write(manifest: Manifest, drafted: Draft, spec: CacheSpec) -> None:
-    """The spec comes last; tables that are longer than it says are no problem."""
+    """The spec comes last; tables that are longer than it says are no problem. Recorded places stay."""
     stored = drafted.stored[0] if drafted.stored else None
     if stored is None or stored.segments != spec.segments:
         manifest.write_samples(drafted.samples)
         manifest.write_views(drafted.views)
     if stored != spec:
-        manifest.write_spec(spec)
+        manifest.write_spec(with_checkpoints(spec, drafted.moved))
 
 
 def _without_weights(spec: CacheSpec) -> list[str]:

@@ -7,8 +7,9 @@ samples that are new in the source. What it holds stays as it is, and what canno
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from dataclasses import field as dataclass_field
 from datetime import UTC, datetime
 from functools import cached_property
 
@@ -16,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from cache_builder.moved import with_checkpoints
 from cache_builder.recipe import BuildRecipe
 from cache_builder.teachers import resolve_teacher
 from cache_builder.versions import versions
@@ -27,20 +29,23 @@ from pipeline.spec import CacheSpec, DatasetSpec, Segment, TeacherSpec, ViewPoli
 from pipeline.storage import Storage
 from pipeline.views import draw_views
 
-_FOUND_OUT = {"checkpoint", "weights_hash", "tables_hash"}  # no recipe states them; workers compare hashes
+_FOUND_OUT = {"checkpoint", "weights_hash", "tables_hash"}  # weights are compared by their hash, once loaded
 
 
 @dataclass
 class Draft:
     """A spec whose new teachers have no weights hash yet, and the samples it is about.
 
-    `stored`, for a cache that exists: its spec, and where its view table is.
+    `stored`, for a cache that exists: its spec, and where its view table is. Both specs look for weights
+    where the recipe says they are; `moved` are the teachers for which `cache.json` says otherwise, and what
+    it says.
     """
 
     spec: CacheSpec
     samples: pa.Table
     source: Source
     stored: tuple[CacheSpec, Manifest] | None = None
+    moved: Mapping[str, str | None] = dataclass_field(default_factory=dict)
 
     @cached_property
     def views(self) -> pa.Table:
@@ -138,11 +143,18 @@ def extend(recipe: BuildRecipe, drafted: Draft, manifest: Manifest) -> Draft:
             expected="a recipe with the rows of the cache; it may add samples, views and teachers",
             do="give the new cache another path (cache=…), or another name to a changed teacher",
         )
+    places = {
+        name: teacher.checkpoint
+        for name, teacher in recipe.teachers.items()
+        if name in old.teachers and teacher.checkpoint not in (None, old.teachers[name].checkpoint)
+    }
+    moved = {name: old.teachers[name].checkpoint for name in places}
+    old = with_checkpoints(old, places)
     spec = old.changed(teachers={**wanted.teachers, **old.teachers})
     samples = pa.concat_tables([stored, new])
     if new.num_rows or wanted.views.num_views > old.views.num_views:
         spec = _with_rows(spec, wanted, samples, new)
-    return Draft(spec, samples, drafted.source, (old, manifest))
+    return Draft(spec, samples, drafted.source, (old, manifest), moved)
 
 
 def _with_rows(old: CacheSpec, wanted: CacheSpec, samples: pa.Table, new: pa.Table) -> CacheSpec:

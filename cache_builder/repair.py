@@ -8,12 +8,13 @@ the images and the view policy. `cache.json` and the codecs' tables follow from 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import pyarrow as pa
 
+from cache_builder.moved import with_checkpoints
 from cache_builder.recipe import RunnerRecipe
 from cache_builder.runner import describe
 from cache_builder.verify import Problem, problems_of_shards, verify
@@ -43,13 +44,16 @@ def repair(
     cache: FeatureCache,
     runner: RunnerRecipe | None = None,
     progress: Callable[[], None] = lambda: None,
+    checkpoints: Mapping[str, str] | None = None,
 ) -> Repaired:
     """Verify every byte of a cache, and mend what differs. Untouched shards stay untouched.
 
     Rows are the same bits again where the device, the library versions and `runner.batch_size` are those
-    of the build. `progress` is called after each shard that was verified. Builds may go on meanwhile, and
-    the cache may have grown since it was opened.
+    of the build. `progress` is called after each shard that was verified. `checkpoints`: weights that moved
+    since the build, by teacher. Builds may go on meanwhile, and the cache may have grown since it was opened.
     """
+    checkpoints = checkpoints or {}
+    with_checkpoints(cache.spec, checkpoints)  # a wrong name is told before all is read
     problems = verify(cache, full=True, progress=progress)
     reasons: dict[Problem, str] = {}
     for problem in _in_order(problems):
@@ -60,7 +64,7 @@ def repair(
         except TeacherCacheError as error:
             reasons[problem] = str(error)
     broken = [problem for problem in problems if problem.shard is not None]
-    failed = _extract(cache, broken, runner or RunnerRecipe())
+    failed = _extract(cache, broken, runner or RunnerRecipe(), checkpoints)
     reasons |= {problem: failed[problem.shard] for problem in broken if problem.shard in failed}
     return Repaired(
         mended=[problem for problem in problems if problem not in reasons],
@@ -127,7 +131,12 @@ def _draw(cache: FeatureCache, samples: pa.Table) -> pa.Table:
     return pa.concat_tables(tables)
 
 
-def _extract(cache: FeatureCache, problems: Collection[Problem], runner: RunnerRecipe) -> dict[int, str]:
+def _extract(
+    cache: FeatureCache,
+    problems: Collection[Problem],
+    runner: RunnerRecipe,
+    checkpoints: Mapping[str, str],
+) -> dict[int, str]:
     """Extract broken shards again. Returns the shards that could not be, and why."""
     shards = sorted({problem.shard for problem in problems if problem.shard is not None})
     if not shards:
@@ -135,7 +144,8 @@ def _extract(cache: FeatureCache, problems: Collection[Problem], runner: RunnerR
     cache = cache.reopened()
     names = {problem.teacher for problem in problems if problem.teacher is not None}
     try:
-        worker = Worker({name: cache.spec.teachers[name] for name in sorted(names - {IMAGES})}, runner)
+        teachers = with_checkpoints(cache.spec, checkpoints).teachers
+        worker = Worker({name: teachers[name] for name in sorted(names - {IMAGES})}, runner)
         worker.open(cache.storage.url, cache.source.location)
     except TeacherCacheError as error:
         return dict.fromkeys(shards, str(error))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,6 +12,7 @@ from jobs.launch import EXIT_FAILED
 
 if TYPE_CHECKING:
     from pipeline.cache import FeatureCache
+    from pipeline.recipe import Model
 
 
 def verify(
@@ -20,19 +21,32 @@ def verify(
     against_teacher: Annotated[
         int, typer.Option(metavar="N", min=0, help="Recompute N random rows of every teacher and compare.")
     ] = 0,
+    overrides: Overrides = None,
+    images: Images = None,
 ) -> None:
     """Check a cache: is every file what was written? Exits with status 1 when one differs.
 
     `--against-teacher` also asks whether what was written is right: it loads the teachers, renders the
-    stored views and compares with the stored features, as exactly as the codec promises.
+    stored views and compares with the stored features, as exactly as the codec promises. Weights that moved
+    since the build are found by `teachers.NAME.checkpoint=PATH`.
 
     Example: `teachercache verify /data/cache --full --against-teacher 32`
     """
+    from cache_builder.moved import MovedRecipe
     from cache_builder.verify import strays, teachers_and_images
     from cache_builder.verify import verify as verify_cache
     from pipeline.cache import FeatureCache
+    from pipeline.errors import RecipeError
 
-    opened = FeatureCache.open(cache)
+    moved = _overrides(MovedRecipe, overrides, "overrides of this comparison")
+    if overrides and not against_teacher:
+        raise RecipeError(
+            "Only --against-teacher loads teachers.",
+            got=" ".join(overrides),
+            expected="--against-teacher N beside it",
+            do="add --against-teacher, or leave the overrides out",
+        )
+    opened = FeatureCache.open(cache, images)
     names = teachers_and_images(opened)
     shards = sum(len(opened.manifest.committed(name)) for name in names)
     problems = verify_cache(opened, full=full, progress=_progress(shards))
@@ -53,8 +67,16 @@ def verify(
         console.print(
             f"{len(unknown)} files are not of this cache: {', '.join(unknown[:3])}, …", soft_wrap=True
         )
-    if against_teacher and not _against_teacher(opened, against_teacher):
+    if against_teacher and not _against_teacher(opened, against_teacher, moved.checkpoints):
         raise typer.Exit(EXIT_FAILED)
+
+
+def _overrides(model: type[Model], overrides: list[str] | None, origin: str) -> Model:
+    from omegaconf import OmegaConf
+
+    from pipeline.recipe import check_recipe
+
+    return check_recipe(model, OmegaConf.to_container(OmegaConf.from_dotlist(overrides or [])), origin)
 
 
 def _progress(shards: int) -> Callable[[], None]:
@@ -64,14 +86,14 @@ def _progress(shards: int) -> Callable[[], None]:
     return lambda: (next(steps, None), None)[1]
 
 
-def _against_teacher(cache: FeatureCache, num_rows: int) -> bool:
+def _against_teacher(cache: FeatureCache, num_rows: int, checkpoints: Mapping[str, str]) -> bool:
     import torch
 
     from cache_builder.against_teacher import compare_with_teachers
 
     with console.status(f"recomputing {num_rows} rows"):
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        found = compare_with_teachers(cache, num_rows, device=device)
+        found = compare_with_teachers(cache, num_rows, device=device, checkpoints=checkpoints)
     for one in found:
         verdict = "as promised" if one.kept else "NOT WHAT THE CODEC PROMISES"
         console.print(
@@ -91,23 +113,20 @@ def repair(cache: CacheArgument, overrides: Overrides = None, images: Images = N
     """Compute again what `verify --full` finds broken, and nothing else.
 
     Overrides are those of a recipe's `runner`; with the batch_size of the build the rows are the same
-    bits as before. Exits with status 1 when something could not be mended, and names it.
+    bits as before. `teachers.NAME.checkpoint=PATH` finds weights that moved since the build. Exits with
+    status 1 when something could not be mended, and names it.
 
     Example: `teachercache repair /data/cache batch_size=64`
     """
-    from omegaconf import OmegaConf
-
-    from cache_builder.recipe import RunnerRecipe
+    from cache_builder.moved import RepairRecipe
     from cache_builder.repair import repair as repair_cache
     from cache_builder.verify import teachers_and_images
     from pipeline.cache import FeatureCache
-    from pipeline.recipe import check_recipe
 
-    changes = OmegaConf.to_container(OmegaConf.from_dotlist(overrides or []))
-    runner = check_recipe(RunnerRecipe, changes, "runner of this repair")
+    recipe = _overrides(RepairRecipe, overrides, "runner of this repair")
     opened = FeatureCache.open(cache, images)
     shards = sum(len(opened.manifest.committed(name)) for name in teachers_and_images(opened))
-    done = repair_cache(opened, runner, _progress(shards))
+    done = repair_cache(opened, recipe, _progress(shards), recipe.checkpoints)
     for problem in done.mended:
         console.print(f"mended: {problem.file}", soft_wrap=True)
     for problem in done.left:

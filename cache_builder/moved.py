@@ -1,0 +1,49 @@
+"""Weights that moved since the build. A hash says what they are; where they lie may change."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from pydantic import Field
+
+from cache_builder.recipe import RunnerRecipe
+from pipeline.errors import CacheError
+from pipeline.spec import CacheSpec, Strict
+
+
+class MovedTeacher(Strict):
+    """`checkpoint`: where the file of the weights is now."""
+
+    checkpoint: str
+
+
+class MovedRecipe(Strict):
+    """Teachers of a cache by name, whose weights are elsewhere now."""
+
+    teachers: dict[str, MovedTeacher] = Field(default_factory=dict)
+
+    @property
+    def checkpoints(self) -> dict[str, str]:
+        return {name: teacher.checkpoint for name, teacher in self.teachers.items()}
+
+
+class RepairRecipe(RunnerRecipe, MovedRecipe):
+    """Who repairs, and where the weights are."""
+
+
+def with_checkpoints(spec: CacheSpec, checkpoints: Mapping[str, str | None]) -> CacheSpec:
+    """`spec` with the weights of these teachers in other places; the hashes they must have stay.
+
+    Raises `CacheError` for a teacher that `spec` does not have.
+    """
+    if unknown := checkpoints.keys() - spec.teachers.keys():
+        raise CacheError(
+            "This cache holds no teacher of that name.",
+            got=", ".join(f"teachers.{name}.checkpoint" for name in sorted(unknown)),
+            expected=f"one of {', '.join(spec.teachers)}",
+        )
+    moved = {
+        name: spec.teachers[name].model_copy(update={"checkpoint": path})
+        for name, path in checkpoints.items()
+    }
+    return spec.model_copy(update={"teachers": {**spec.teachers, **moved}})
