@@ -11,6 +11,7 @@ without `img_size` for architectures that take any size: those for which
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -26,6 +27,8 @@ from torch import nn
 
 from pipeline.errors import TeacherInputError, WeightsNotFoundError
 from pipeline.spec import Size, TeacherSpec
+
+_ONE_AT_A_TIME = threading.Lock()  # what it needs, torch's generator and timm's classes, all threads share
 
 
 @cache
@@ -56,7 +59,7 @@ def size_argument(model: str, image_size: Size) -> dict[str, Size]:
 def create_model(spec: TeacherSpec) -> Any:
     """The model of `spec`, on the CPU. Raises `WeightsNotFoundError`."""
     size = size_argument(spec.model, spec.image_size)
-    with torch.random.fork_rng(devices=[]):
+    with _ONE_AT_A_TIME, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(spec.random_seed)
         if not spec.pretrained:
             return timm.create_model(spec.model, pretrained=False, **size)

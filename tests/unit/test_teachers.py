@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,13 @@ def by_hand(spec: TeacherSpec, **size: tuple[int, int]) -> Any:
 def normalised(pixels_B3HW: Tensor, spec: TeacherSpec) -> Tensor:
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (spec.mean, spec.std))
     return (pixels_B3HW / 255 - mean) / std
+
+
+def test_threads_make_the_weights_of_the_seed() -> None:
+    expected = build_teacher(TINY, pretrained=False, image_size=64).weights_hash
+    with ThreadPoolExecutor(4) as pool:
+        teachers = pool.map(lambda _: build_teacher(TINY, pretrained=False, image_size=64), range(16))
+        assert {teacher.weights_hash for teacher in teachers} == {expected}
 
 
 @pytest.mark.parametrize("name", presets())
