@@ -247,16 +247,20 @@ def build(explorer: Explorer) -> gr.Blocks:
         listed, found = [text, page, selection], [page, count, strip]
         quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         loud: dict[str, Any] = {"api_visibility": "private", "show_progress_on": board}
-        blocks.load(list_samples, listed, found, **quiet)
+        # One after another, as they were asked for: each starts from what the one before it left.
+        listing: dict[str, Any] = quiet | {"concurrency_id": "listing"}
+        drawing: dict[str, Any] = {"concurrency_id": "drawing"}
+        blocks.load(list_samples, listed, found, **listing)
         blocks.load(draw, selection, board, **loud)
         blocks.load(lambda: _headline(cache, explorer.state()), None, headline, **quiet)
-        text.submit(search, [text, selection], found, **quiet)
-        back.click(turn(-1), listed, found, **quiet)
-        forward.click(turn(1), listed, found, **quiet)
-        strip.click(pick_sample, [role, *listed], [selection, strip, board], **loud)
-        board.click(pick_patch, selection, [selection, board], **quiet)
+        text.submit(search, [text, selection], found, **listing)
+        back.click(turn(-1), listed, found, **listing)
+        forward.click(turn(1), listed, found, **listing)
+        strip.click(pick_sample, [role, *listed], [selection, strip, board], **loud, **drawing)
+        board.click(pick_patch, selection, [selection, board], **quiet, **drawing)
         for option in (level, view, codec, teachers):
-            option.input(set_options, [level, view, codec, teachers, selection], [selection, board], **loud)
+            given = [level, view, codec, teachers, selection]
+            option.input(set_options, given, [selection, board], **loud, **drawing)
     return blocks
 
 
