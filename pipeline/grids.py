@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.spec import GridSpec, Size
+from pipeline.spec import GridSpec, Size, TeacherSpec
 
 
 def upsample(s_BChw: Tensor, grid: Size) -> Tensor:
@@ -64,6 +64,15 @@ def stored_form(feature_maps_BSHWC: Tensor, grid: GridSpec) -> tuple[Tensor, Ten
     adjoint_NhwC = adjoint(working, grid.size).permute(0, 2, 3, 1).contiguous()
     norms_BS = torch.linalg.vector_norm(working.flatten(1), dim=1).view(feature_maps_BSHWC.shape[:2])
     return adjoint_NhwC.view(*feature_maps_BSHWC.shape[:2], *adjoint_NhwC.shape[1:]), norms_BS
+
+
+def as_maps(features_RSHWC: Tensor, spec: TeacherSpec) -> Tensor:
+    """What a teacher's decoded features say of its map, at the grid that is stored; an adjoint is no map."""
+    if spec.grid.kind != "adjoint":
+        return features_RSHWC
+    adjoint_NCHW = features_RSHWC.flatten(0, 1).permute(0, 3, 1, 2)
+    nearest_NHWC = least_squares(adjoint_NCHW, spec.native_grid).permute(0, 2, 3, 1)
+    return nearest_NHWC.reshape(features_RSHWC.shape)
 
 
 def pool(feature_maps_BSHWC: Tensor, grid: GridSpec) -> Tensor:

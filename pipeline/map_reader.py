@@ -13,7 +13,7 @@ from torch import Tensor
 from pipeline.cache import FeatureCache
 from pipeline.errors import CacheError
 from pipeline.feature_pictures import PcaBasis, Picture
-from pipeline.grids import least_squares
+from pipeline.grids import as_maps
 from pipeline.spec import TeacherSpec
 from pipeline.views import render_view
 
@@ -28,15 +28,6 @@ def feature_maps(cache: FeatureCache, teacher: str, rows: NDArray[np.int64]) -> 
     Those of an adjoint grid are turned back into what a student on that grid can reach of the map.
     """
     return as_maps(cache.read(rows, [teacher])[teacher].decode(), cache.spec.teachers[teacher])
-
-
-def as_maps(features_RSHWC: Tensor, spec: TeacherSpec) -> Tensor:
-    """What a teacher's decoded features say of its map, at the grid that is stored; an adjoint is no map."""
-    if spec.grid.kind != "adjoint":
-        return features_RSHWC
-    adjoint_NCHW = features_RSHWC.flatten(0, 1).permute(0, 3, 1, 2)
-    nearest_NHWC = least_squares(adjoint_NCHW, spec.native_grid).permute(0, 2, 3, 1)
-    return nearest_NHWC.reshape(features_RSHWC.shape)
 
 
 def readable_rows(cache: FeatureCache, teacher: str, rows: NDArray[np.int64]) -> NDArray[np.bool_]:

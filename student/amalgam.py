@@ -10,17 +10,21 @@ C  width of a teacher       H, W  grid of a teacher's features
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.errors import explain
+from pipeline.errors import RecipeError, explain
 from pipeline.grids import pool
 from pipeline.spec import GridSpec, Size
 from student.base import NUM_LEVELS, Student, StudentOutput
 from student.sak.stem import Stem
 from student.sak.task_decoder import TaskDecoder
+
+if TYPE_CHECKING:
+    from pipeline.cache import FeatureCache
 
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -129,3 +133,15 @@ class Amalgam(Student):
         assert isinstance(aligners, nn.ModuleList)
         levels = zip(aligners, features_BSHWC.unbind(1), strict=True)
         return torch.stack([aligner(level) for aligner, level in levels], dim=1)
+
+
+def require_maps(cache: FeatureCache, teachers: Sequence[str]) -> None:
+    """Raises `RecipeError` where a teacher has no features to work on, `CacheError` where it is unknown."""
+    for name in cache.check_teachers(teachers):
+        if cache.spec.teachers[name].grid.kind == "adjoint":
+            raise RecipeError(
+                f"The adjoint of teacher {name} serves a loss; it is no features to work on.",
+                got="grid: adjoint in the cache",
+                expected="grid: native or bilinear",
+                do="build a cache of these images with such a grid",
+            )

@@ -36,14 +36,15 @@ from pipeline.cache import FeatureCache
 from pipeline.errors import RecipeError
 from pipeline.spec import Size, ViewPolicy
 from pipeline.views import draw_view, render_view
+from student.amalgam import require_maps
 from student.base import Student, StudentOutput
 from student.datasets import LabelledDataset
 from student.datasets.labels import render_labels
 from student.figures import gate_figure, prediction_figure
 from student.in_threads import in_threads
-from student.metrics import BoundaryBenchmark, mtl_gain
+from student.metrics import mtl_gain
 from student.paper_results import backbone_of, paper_rows
-from student.task_outputs import TASK_OUTPUTS, Metric, update, value
+from student.task_outputs import TASK_OUTPUTS, further, update, value
 
 PANEL_IMAGES = 4
 
@@ -152,7 +153,7 @@ def evaluate(
             task: TASK_OUTPUTS[task].new_metric(dataset.tasks[task], dataset.boundary_distance, executor)
             for task in tasks
         }
-        seconds = {t: named[1]() for t in tasks if (named := TASK_OUTPUTS[t].new_second) is not None}
+        second_metrics = {t: named[1]() for t in tasks if (named := TASK_OUTPUTS[t].new_second) is not None}
         gates: defaultdict[str, list[Tensor]] = defaultdict(list)
         panel = _Panel(tasks, PANEL_IMAGES if output and state.is_main_process else 0)
         progress = stack.enter_context(_progress(state.is_main_process))
@@ -170,8 +171,8 @@ def evaluate(
             for task in tasks:
                 labels = torch.stack([item.labels[task] for item in items]).to(state.device)
                 update(metrics[task], estimates[task], labels)
-                if task in seconds:
-                    update(seconds[task], estimates[task], labels)
+                if task in second_metrics:
+                    update(second_metrics[task], estimates[task], labels)
             for task, gates_BSE in found.gates.items():
                 gates[task].append(gates_BSE.double().sum(0).cpu())
             shown = {task: values.cpu().numpy() for task, values in estimates.items()}
@@ -179,7 +180,7 @@ def evaluate(
             if output:
                 _save_predictions(Path(output) / "predictions", items, shown)
             progress.advance(bar, len(items))
-        for metric in (*metrics.values(), *seconds.values()):
+        for metric in (*metrics.values(), *second_metrics.values()):
             metric.reduce(lambda sums: reduce(sums.to(state.device), "sum").cpu())
     mean_gates = _mean(gates, len(numbers))
     evaluation = Evaluation(
@@ -193,22 +194,11 @@ def evaluate(
         gates={task: gates_SE.tolist() for task, gates_SE in mean_gates.items()},
         images_per_s=len(numbers) / (time.perf_counter() - started),
         processes=state.num_processes,
-        further=_further(metrics, seconds),
+        further={t: more for t in tasks if (more := further(t, metrics[t], second_metrics.get(t)))},
     )
     if output and state.is_main_process:
         _write(evaluation, Path(output), student.experts, panel, baseline)
     return evaluation
-
-
-def _further(metrics: Mapping[str, Metric], seconds: Mapping[str, Metric]) -> dict[str, dict[str, float]]:
-    found = {}
-    for task, metric in metrics.items():
-        if isinstance(metric, BoundaryBenchmark):
-            scores = metric.compute()
-            found[task] = {"oisF": 100 * scores.ois_f, "AP": 100 * scores.ap}
-        elif (named := TASK_OUTPUTS[task].new_second) is not None:
-            found[task] = {named[0]: value(seconds[task])}
-    return found
 
 
 def process_state() -> PartialState:
@@ -281,14 +271,7 @@ def _require_cache(student: Student, cache: FeatureCache | None, keys: Sequence[
     expected = f"a cache of {', '.join(student.teachers)} with multitask_eval views of {student.image_size}"
     got = "no cache"
     if cache is not None:
-        for name in cache.check_teachers(student.teachers):
-            if cache.spec.teachers[name].grid.kind == "adjoint":
-                raise RecipeError(
-                    f"The adjoint of teacher {name} serves a loss; it is no features to work on.",
-                    got="grid: adjoint in the cache",
-                    expected="grid: native or bilinear",
-                    do="build a cache of this split with such a grid",
-                )
+        require_maps(cache, student.teachers)
         got = f"{cache.spec.views.policy} views of {cache.spec.views.size}"
         if got == f"multitask_eval views of {student.image_size}":
             missing = sorted(set(keys).difference(cache.samples["key"].to_pylist()))

@@ -11,9 +11,8 @@ from torch.nn import functional as F
 
 from pipeline.cache import FeatureCache
 from pipeline.errors import RecipeError
-from pipeline.grids import upsample
+from pipeline.grids import as_maps, upsample
 from pipeline.loader import FeatureLoader
-from pipeline.map_reader import as_maps
 from pipeline.sampler import ShardShuffleSampler
 from student.base import Student
 

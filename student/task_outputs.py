@@ -65,6 +65,15 @@ def value(metric: Metric) -> float:
     return metric.compute() * (100 if isinstance(metric, MeanIoU | MaxF) else 1)
 
 
+def further(task: str, metric: Metric, second: Metric | None) -> dict[str, float]:
+    """Other measures of a task by name, in percent: of boundaries oisF and AP, else that of `new_second`."""
+    if isinstance(metric, BoundaryBenchmark):
+        scores = metric.compute()
+        return {"oisF": 100 * scores.ois_f, "AP": 100 * scores.ap}
+    named = TASK_OUTPUTS[task].new_second
+    return {} if named is None or second is None else {named[0]: value(second)}
+
+
 def _classes(logits_BCHW: Tensor) -> Tensor:
     return logits_BCHW.argmax(1)
 

@@ -29,6 +29,7 @@ from pipeline.errors import CheckpointError, RecipeError
 from pipeline.loader import FeatureLoader
 from pipeline.sampler import ShardShuffleSampler
 from student import SAK, Student, build_student, load_stage_1
+from student.amalgam import require_maps
 from student.base import NUM_LEVELS
 from student.checkpoint import load_checkpoint, newest_checkpoint
 from student.loop import TrainingLoop
@@ -291,14 +292,9 @@ def _require_fit(
             expected=f"at most {num_samples}, the valid samples of the cache",
             do="lower batch_size_per_process or gradient_accumulation_steps",
         )
+    if recipe.student.kind == "amalgam":
+        require_maps(cache, teachers)
     for name in teachers:
-        if recipe.student.kind == "amalgam" and cache.spec.teachers[name].grid.kind == "adjoint":
-            raise RecipeError(
-                f"The adjoint of teacher {name} serves a loss; it is no features to work on.",
-                got="grid: adjoint in the cache",
-                expected="grid: native or bilinear",
-                do="build a cache for this student with such a grid",
-            )
         if (levels := cache.spec.teachers[name].num_levels) > NUM_LEVELS:
             raise RecipeError(
                 f"Teacher {name} cannot be distilled with its levels.",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 from html import escape
 from typing import NamedTuple
 
@@ -73,7 +73,6 @@ class Explorer:
         self._has_student = student is not None
         self._threads = ThreadPoolExecutor(_THUMBNAIL_THREADS, thread_name_prefix="thumbnail")
         self._thumbnail = lru_cache(_KEPT_THUMBNAILS)(self._make_thumbnail)
-        self._state = lru_cache(1)(self._find_state)
         self._view = lru_cache(_KEPT_VIEWS)(lambda row: jpeg_uri(self._maps.reader.view(row)))
 
     def first(self) -> Selection:
@@ -124,11 +123,9 @@ class Explorer:
         words = [level_name(spec, level)] if level < spec.num_levels else []
         return ", ".join(words if spec.pretrained else [*words, "random weights"])
 
+    @cached_property
     def state(self) -> list[str]:
-        """What is missing, quarantined or broken. Reads every commit record, at the first call."""
-        return self._state()
-
-    def _find_state(self) -> list[str]:
+        """What is missing, quarantined or broken. Reads every commit record, once."""
         try:
             summary = summarize(self.cache)
         except (TeacherCacheError, OSError) as error:

@@ -252,7 +252,7 @@ def build(explorer: Explorer) -> gr.Blocks:
         drawing: dict[str, Any] = {"concurrency_id": "drawing"}
         blocks.load(list_samples, listed, found, **listing)
         blocks.load(draw, selection, board, **loud)
-        blocks.load(lambda: _headline(cache, explorer.state()), None, headline, **quiet)
+        blocks.load(lambda: _headline(cache, explorer.state), None, headline, **quiet)
         text.submit(search, [text, selection], found, **listing)
         back.click(turn(-1), listed, found, **listing)
         forward.click(turn(1), listed, found, **listing)
