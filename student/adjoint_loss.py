@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from pipeline.grids import gram, least_squares, upsample
 from pipeline.spec import Size
+from student.cosine import cosine_similarity
 
 
 def flattened_cosine_from_adjoint(
@@ -61,7 +62,7 @@ def token_cosine_from_adjoint(
         reached_BCHW = upsample(least_squares(adjoint_t_BChw, grid), grid)
         squared_norm_reached_B = reached_BCHW.square().flatten(1).sum(1)
         share_B = (squared_norm_reached_B / squared_norm_t_B.clamp(min=1e-30)).sqrt()
-        cosine_BHW = F.cosine_similarity(upsample(s_BChw, grid), reached_BCHW, dim=1)
+        cosine_BHW = cosine_similarity(upsample(s_BChw, grid), reached_BCHW, dim=1)
         return cosine_BHW * share_B[:, None, None]
 
 

@@ -24,6 +24,7 @@ from student.adjoint_loss import (
     squared_error_from_adjoint,
     token_cosine_from_adjoint,
 )
+from student.cosine import cosine_similarity
 
 CosineKind = Literal["flattened", "token"]
 DistanceKind = Literal["smooth_l1", "squared_error"]
@@ -69,7 +70,7 @@ class FeatureTarget(Target):
         apart = measure(student_BHWC, teacher_BHWC)
         if cosine == "flattened":
             student_BHWC, teacher_BHWC = student_BHWC.flatten(1), teacher_BHWC.flatten(1)
-        return (1 - F.cosine_similarity(student_BHWC, teacher_BHWC, dim=-1)).mean(), apart
+        return (1 - cosine_similarity(student_BHWC, teacher_BHWC, dim=-1)).mean(), apart
 
 
 @dataclass

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pipeline.grids import stored_form
 from pipeline.spec import GridSpec
+from student.cosine import cosine_similarity
 from student.losses import AdjointTarget, CosineKind, DistillationLoss, FeatureTarget
 
 B, S, C = 2, 4, 5
@@ -86,6 +87,18 @@ def test_value_equals_the_modules_that_the_authors_use() -> None:
         expected += 0.9 * nn.CosineEmbeddingLoss()(s_BCHW.flatten(1), t_BCHW.flatten(1), torch.ones(B))
         expected += 0.1 * nn.SmoothL1Loss()(s_BCHW, t_BCHW)
     torch.testing.assert_close(DistillationLoss()({"a": student}, {"a": target}).total, expected)
+
+
+def test_the_cosine_is_pytorchs_and_its_gradient_too() -> None:
+    a, b = maps(3, 4, C), maps(3, 4, C, seed=1)
+    a[0, 1], b[2] = 0, 0
+    found, expected = a.clone().requires_grad_(), a.clone().requires_grad_()
+    one = cosine_similarity(found, b, dim=-1)
+    other = nn.functional.cosine_similarity(expected, b, dim=-1)
+    torch.testing.assert_close(one, other, rtol=1e-12, atol=0)
+    for value in (one, other):
+        value.square().sum().backward()
+    torch.testing.assert_close(found.grad, expected.grad, rtol=1e-12, atol=1e-15)
 
 
 @pytest.mark.parametrize("cosine", ["flattened", "token"])
