@@ -1,4 +1,4 @@
-"""Verbs of students: train, evaluate, repsim, probe, push and import-reference; and their labelled data."""
+"""Verbs of students, from training to sharing, and of their labelled data."""
 
 from __future__ import annotations
 
@@ -199,6 +199,30 @@ def probe(
         from rich.markdown import Markdown
 
         console.print(Markdown(probe_table(found)))
+
+
+def remove_teacher(
+    student: StudentArgument,
+    teachers: Annotated[list[str], typer.Argument(metavar="TEACHER…", help="Those that go.")],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="FOLDER", help="Write the smaller student there.")
+    ],
+) -> None:
+    """Remove teachers' paths from a student of stage 1 (SAK, D.4); what the others give stays, to the bit.
+
+    To add a teacher, go on from the student with a cache of the new one: docs/recipes.md, Table 25.
+
+    Example: `teachercache remove-teacher runs/base/student sam -o runs/base_without_sam/student`
+    """
+    from student import SAK
+
+    loaded = SAK.from_pretrained(student)
+    before = sum(loaded.parameters_by_part().values())
+    for name in teachers:
+        loaded.remove_teacher(name)
+    loaded.save_pretrained(output)
+    after = sum(loaded.parameters_by_part().values())
+    typer.echo(f"{output}: teachers: {', '.join(loaded.teachers)}; {before:,} → {after:,} parameters")
 
 
 def push(

@@ -1,6 +1,7 @@
 """The Teacher-Agnostic Stem: a timm ViT, read after its patch embedding and after every block.
 
 B  images          N  tokens, those before the patches (cls, registers) included
+h, w               grid of the patches
 L  blocks          D  width of the stem
 Z_l (B, N, D)      the output of block l; Z_0 is what enters block 1
 """
@@ -13,29 +14,34 @@ from typing import Any
 
 import timm
 import torch
+from timm.models.vision_transformer_sam import VisionTransformerSAM
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from pipeline.errors import RecipeError, WeightsNotFoundError
+from pipeline.errors import RecipeError, WeightsNotFoundError, explain
 from pipeline.spec import Size
 from student.base import NUM_LEVELS
 
 
 class Stem(nn.Module):
-    """Any plain ViT of timm, without final norm and classifier; all its tokens are kept.
+    """Any plain ViT of timm, or SAM's, without final norm, neck and classifier; all its tokens are kept.
 
-    Raises `RecipeError` for a name or an image size that cannot work, `WeightsNotFoundError` when
-    `pretrained` weights cannot be had.
+    Images whose sides are no multiples of the patch are resampled to the nearest ones: 512² → 518² where it
+    is of 14 pixels, as for a teacher.
+    Raises `RecipeError` for a name that cannot be a stem, `WeightsNotFoundError` when `pretrained` weights
+    cannot be had.
     """
 
     vit: Any  # timm does not type its models
 
     def __init__(self, name: str, image_size: Size, pretrained: bool = False) -> None:
         super().__init__()
-        self.vit = _create(name, image_size, pretrained)
+        self.patch, self._resamples_itself = _require_vit(name)
+        self._fit(image_size)
+        self.vit = _create(name, None if self._resamples_itself else self._input_size, pretrained)
         self.width: int = self.vit.embed_dim
         self.depth = len(self.vit.blocks)
-        self.num_prefix_tokens: int = self.vit.num_prefix_tokens
-        self.grid: Size = tuple(self.vit.patch_embed.grid_size)
+        self.num_prefix_tokens: int = getattr(self.vit, "num_prefix_tokens", 0)
         self.mean: tuple[float, ...] = self.vit.pretrained_cfg["mean"]
         self.std: tuple[float, ...] = self.vit.pretrained_cfg["std"]
         self.level_blocks = level_blocks(self.depth)
@@ -46,12 +52,17 @@ class Stem(nn.Module):
         The ViT runs through its own forward and hooks note what passes, because positions (added, rotary)
         and extra tokens are handled differently by each family of timm.
         """
+        self._require_size(pixels_B3HW)
+        if self._input_size != self._image_size:
+            pixels_B3HW = F.interpolate(pixels_B3HW, self._input_size, mode="bilinear", antialias=True)
         tokens_BND: list[Tensor] = []
+
+        def note(tokens: Tensor) -> None:
+            tokens_BND.append(tokens.flatten(1, 2) if tokens.ndim == 4 else tokens)  # SAM's are (B, h, w, D)
+
         blocks = self.vit.blocks
-        handles = [blocks[0].register_forward_pre_hook(lambda _, inputs: tokens_BND.append(inputs[0]))]
-        handles += [
-            block.register_forward_hook(lambda _, __, output: tokens_BND.append(output)) for block in blocks
-        ]
+        handles = [blocks[0].register_forward_pre_hook(lambda _, inputs: note(inputs[0]))]
+        handles += [block.register_forward_hook(lambda _, __, output: note(output)) for block in blocks]
         try:
             self.vit.forward_features(pixels_B3HW)
         finally:
@@ -61,8 +72,27 @@ class Stem(nn.Module):
 
     def resize(self, image_size: Size) -> None:
         """Take images of another size from now on; timm resamples the position embeddings."""
-        self.vit.set_input_size(img_size=tuple(image_size))
-        self.grid = tuple(self.vit.patch_embed.grid_size)
+        self._fit(image_size)
+        if not self._resamples_itself:
+            self.vit.set_input_size(img_size=self._input_size)
+
+    def _fit(self, image_size: Size) -> None:
+        height, width = image_size
+        rows, columns = max(1, round(height / self.patch[0])), max(1, round(width / self.patch[1]))
+        self._image_size: Size = height, width
+        self.grid: Size = rows, columns
+        self._input_size: Size = rows * self.patch[0], columns * self.patch[1]
+
+    def _require_size(self, pixels_B3HW: Tensor) -> None:
+        if pixels_B3HW.shape[1:] != (3, *self._image_size):
+            raise ValueError(
+                explain(
+                    "The student is made for images of one size.",
+                    got=f"pixels of shape {tuple(pixels_B3HW.shape)}",
+                    expected=f"(B, 3, {self._image_size[0]}, {self._image_size[1]})",
+                    do="resample the images, or student.stem.resize() for a student without tasks",
+                )
+            )
 
 
 def level_blocks(depth: int) -> list[int]:
@@ -70,19 +100,10 @@ def level_blocks(depth: int) -> list[int]:
     return [math.ceil(depth * level / NUM_LEVELS) for level in range(1, NUM_LEVELS + 1)]
 
 
-def _create(name: str, image_size: Size, pretrained: bool) -> Any:
-    if not timm.is_model(name):
-        plain = timm.list_models([f"{family}*" for family in ("vit", "deit", "beit", "eva")])
-        near = difflib.get_close_matches(name, plain, 3)
-        raise RecipeError(
-            "timm has no model of this name, so it cannot be a stem.",
-            got=name,
-            expected="a ViT of timm, such as vit_base_patch16_384",
-            do=f"did you mean {' or '.join(near)}?" if near else "see timm.list_models('*vit*')",
-        )
-    _require_fit(name, image_size)
+def _create(name: str, input_size: Size | None, pretrained: bool) -> Any:
+    arguments = {"img_size": input_size} if input_size else {}
     try:
-        vit = timm.create_model(name, pretrained=pretrained, img_size=tuple(image_size))
+        vit = timm.create_model(name, pretrained=pretrained, **arguments)
     except (OSError, RuntimeError) as error:
         if not pretrained:
             raise
@@ -96,23 +117,27 @@ def _create(name: str, image_size: Size, pretrained: bool) -> Any:
     return vit
 
 
-def _require_fit(name: str, image_size: Size) -> None:
+def _require_vit(name: str) -> tuple[Size, bool]:
+    """The patch of the model, in pixels, and whether it takes images of any size (SAM's does)."""
+    if not timm.is_model(name):
+        plain = timm.list_models([f"{family}*" for family in ("vit", "deit", "beit", "eva", "samvit")])
+        near = difflib.get_close_matches(name, plain, 3)
+        raise RecipeError(
+            "timm has no model of this name, so it cannot be a stem.",
+            got=name,
+            expected="a ViT of timm, such as vit_base_patch16_384",
+            do=f"did you mean {' or '.join(near)}?" if near else "see timm.list_models('*vit*')",
+        )
     with torch.device("meta"):  # the architecture alone, in milliseconds
         blank = timm.create_model(name)
+    is_sam = isinstance(blank, VisionTransformerSAM)
     is_plain = isinstance(getattr(blank, "num_prefix_tokens", None), int) and hasattr(blank, "patch_embed")
-    if not is_plain or len(getattr(blank, "blocks", ())) < NUM_LEVELS:
+    if not (is_plain or is_sam) or len(getattr(blank, "blocks", ())) < NUM_LEVELS:
         raise RecipeError(
             f"{name} cannot be a stem.",
             got=f"a {type(blank).__name__}",
             expected=f"a plain ViT: patch tokens of one width through at least {NUM_LEVELS} blocks",
-            do="choose a vit_*, deit*, beit* or eva* model of timm",
+            do="choose a vit_*, deit*, beit*, eva* or samvit_* model of timm",
         )
-    patch = blank.patch_embed.feat_ratio(as_scalar=False)
-    if any(pixels % step for pixels, step in zip(image_size, patch, strict=True)):
-        fitting = tuple(max(1, round(n / step)) * step for n, step in zip(image_size, patch, strict=True))
-        raise RecipeError(
-            f"The stem {name} cuts images into patches of {patch[0]}×{patch[1]} pixels.",
-            got=f"an image size of {tuple(image_size)}",
-            expected="multiples of the patch",
-            do=f"{fitting} is the nearest size; the views of the cache must have it",
-        )
+    rows, columns = blank.patch_embed.feat_ratio(as_scalar=False)
+    return (rows, columns), is_sam

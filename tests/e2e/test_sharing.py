@@ -1,4 +1,4 @@
-"""Finished students between people: to the Hub, and out of the checkpoints of SAK's authors."""
+"""Finished students: made smaller, to the Hub, and out of the checkpoints of SAK's authors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from huggingface_hub import HfApi
 from typer.testing import CliRunner
 
 from jobs.cli import app
-from pipeline.errors import CheckpointError
+from pipeline.errors import CheckpointError, RecipeError
 from student import build_student, load_student, push_to_hub, sharing
 
 
@@ -31,6 +31,21 @@ def invoke(*arguments: object, status: int = 0) -> list[str]:
     done = CliRunner().invoke(app, [*map(str, arguments)])
     assert done.exit_code == status, done.output
     return done.output.splitlines()
+
+
+def test_a_teacher_is_removed_and_the_others_stay_to_the_bit(tmp_path: Path) -> None:
+    whole, output = tmp_path / "whole", tmp_path / "smaller"
+    build_student(
+        "sak", stem="test_vit", teacher_dims={"a": 64, "b": 48, "c": 64}, image_size=(32, 32)
+    ).save_pretrained(whole)
+    before, pixels_B3HW = load_student(whole), torch.randn(2, 3, 32, 32)
+    (told,) = invoke("remove-teacher", whole, "a", "b", "-o", output)
+    after = load_student(output)
+    counts = [sum(p.numel() for p in student.parameters()) for student in (before, after)]
+    assert told == f"{output}: teachers: c; {counts[0]:,} → {counts[1]:,} parameters"
+    assert all(map(torch.equal, after(pixels_B3HW)["c"], before(pixels_B3HW)["c"]))
+    with pytest.raises(RecipeError, match="needs a teacher"):
+        CliRunner().invoke(app, ["remove-teacher", str(output), "c", "-o", "x"], catch_exceptions=False)
 
 
 def test_push_prints_the_address(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -143,6 +143,41 @@ def test_stems_with_registers_and_rotary_positions(stem: str) -> None:
         torch.testing.assert_close(got[:, student.stem.num_prefix_tokens :], wanted)
 
 
+def test_an_image_that_patches_do_not_fill_is_resampled_to_the_nearest_that_they_do() -> None:
+    student = build_student("sak", stem="test_vit", teacher_dims={"a": 8}, image_size=(60, 84))
+    assert isinstance(student, SAK)
+    assert student.stem.grid == (4, 5)
+    pixels_B3HW = torch.rand(2, 3, 60, 84)
+    resampled_B3HW = nn.functional.interpolate(pixels_B3HW, (64, 80), mode="bilinear", antialias=True)
+    expected = student.stem.vit.forward_intermediates(
+        resampled_B3HW, output_fmt="NLC", intermediates_only=True
+    )
+    tokens_BND = student.stem(pixels_B3HW)
+    torch.testing.assert_close(tokens_BND[-1][:, student.stem.num_prefix_tokens :], expected[-1])
+    with pytest.raises(ValueError, match=r"got: .*\(2, 3, 64, 80\)\n.*expected: \(B, 3, 60, 84\)"):
+        student(resampled_B3HW)
+
+
+def test_sams_encoder_is_a_stem_at_any_size() -> None:
+    with torch.device("meta"):  # 12 blocks, windows and relative positions
+        student = build_student(
+            "sak", stem="samvit_base_patch16", teacher_dims={"a": 8}, image_size=(512, 512)
+        )
+        assert isinstance(student, SAK)
+        maps = student(torch.empty(1, 3, 512, 512))["a"]
+    assert [tuple(level.shape) for level in maps] == [(1, 8, 32, 32)] * 4
+    torch.manual_seed(0)
+    student = build_student("sak", stem="samvit_base_patch16_224", teacher_dims={"a": 8}, image_size=(64, 96))
+    assert isinstance(student, SAK)
+    pixels_B3HW = torch.rand(2, 3, 64, 96)
+    expected = student.stem.vit.forward_intermediates(pixels_B3HW, intermediates_only=True)
+    for block, wanted_BDhw in enumerate(expected, start=1):
+        got_BnD = student.stem(pixels_B3HW)[block]
+        torch.testing.assert_close(got_BnD, wanted_BDhw.flatten(2).transpose(1, 2))
+    student.stem.resize((32, 48))
+    assert [tuple(level.shape) for level in student(pixels_B3HW[..., :32, :48])["a"]] == [(2, 8, 2, 3)] * 4
+
+
 def test_weights_that_cannot_be_had_are_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
@@ -248,8 +283,7 @@ def wrong(**changes: object) -> Student:
         ({"kind": "sac"}, "did you mean sak"),
         ({"stem": "vit_tiny_patch16_225"}, "did you mean .*vit_tiny_patch16_224"),
         ({"stem": "resnet18"}, "cannot be a stem"),
-        ({"stem": "samvit_base_patch16", "image_size": (256, 256)}, "cannot be a stem"),
-        ({"image_size": (64, 70)}, r"\(64, 64\) is the nearest"),
+        ({"stem": "swin_tiny_patch4_window7_224", "image_size": (224, 224)}, "cannot be a stem"),
         ({"teacher_dims": {}}, "needs a teacher"),
         ({"teacher_dims": {"a.b": 192}}, "letters, digits"),
         ({"teacher_dims": {"train": 192}}, "name of a part"),

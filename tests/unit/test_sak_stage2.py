@@ -108,6 +108,31 @@ def test_parameters_of_the_baselines() -> None:
     assert round(sum(counts) / 1e6) == 36
 
 
+@pytest.mark.parametrize(
+    ("stem", "multi_task", "single_task"),
+    [
+        ("vit_base_patch16_384", 116, 462),
+        ("vit_base_patch14_dinov2.lvd142m", 116, 462),
+        ("vit_base_patch16_clip_384.laion2b_ft_in12k_in1k", 116, 462),
+        ("samvit_base_patch16.sa1b", 118, 474),
+    ],
+)
+def test_parameters_of_teachers_that_learn_the_tasks_themselves(
+    stem: str, multi_task: int, single_task: int
+) -> None:
+    """ "MT Full" and "ST Full" of Table 12, in millions; "ST Full" is a model for each task."""
+
+    def count(tasks: dict[str, int]) -> int:
+        with torch.device("meta"):
+            student = tiny(stem=stem, teacher_dims={}, tasks=tasks, image_size=(512, 512), fusion="sum")
+        return sum(parameter.numel() for parameter in student.parameters())
+
+    assert round(count(PASCAL) / 1e6) == multi_task
+    assert sum(count({task: width}) for task, width in PASCAL.items()) / 1e6 == pytest.approx(
+        single_task, abs=0.5
+    )
+
+
 class LinearPatches(nn.Module):
     """A convolution whose stride is its kernel, as the linear layer on patches that it is.
 
@@ -260,6 +285,16 @@ def test_without_teachers_a_student_is_the_multi_task_baseline() -> None:
         part for part, count in student.parameters_by_part().items() if count == 0
     }
     assert student(torch.randn(1, 3, 64, 96))["depth"].shape == (1, 1, 64, 96)
+
+
+@pytest.mark.parametrize("stem", ["samvit_base_patch16_224", "vit_small_patch14_dinov2"])
+def test_teachers_can_learn_the_tasks_themselves(stem: str) -> None:
+    """The rows "Full" of Table 12 in training: every parameter learns."""
+    student = tiny(stem=stem, teacher_dims={}, fusion="sum")
+    predictions = student(torch.randn(1, 3, 64, 96))
+    assert predictions["semseg"].shape == (1, 5, 64, 96)
+    torch.stack([prediction.square().mean() for prediction in predictions.values()]).sum().backward()
+    assert [name for name, parameter in student.named_parameters() if parameter.grad is None] == []
 
 
 @pytest.mark.parametrize(
