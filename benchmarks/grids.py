@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from benchmarks import signals
 from pipeline.codecs import get_codec
-from pipeline.grids import adjoint, gram, least_squares, pool, upsample
+from pipeline.grids import adjoint, least_squares, nearest, pool, upsample
 from pipeline.spec import GridSpec, Size
 from student.adjoint_loss import (
     flattened_cosine_from_adjoint,
@@ -73,21 +73,20 @@ def targets(grid: Size) -> dict[str, Tensor]:
 
 
 def students(t: Tensor, grid: Size) -> dict[str, Tensor]:
-    nearest = least_squares(adjoint(t, grid), (t.shape[-2], t.shape[-1]))
     generator = torch.Generator().manual_seed(3)
     deviation = t.std((0, 2, 3), keepdim=True)
-    noise = deviation * torch.randn(nearest.shape, generator=generator, dtype=t.dtype)
-    return {"random": noise, "near": nearest + 0.3 * noise}
+    near = nearest(t, grid)
+    noise = deviation * torch.randn(near.shape, generator=generator, dtype=t.dtype)
+    return {"random": noise, "near": near + 0.3 * noise}
 
 
 def losses(t: Tensor, student: Size) -> dict[str, tuple[Loss, Loss]]:
     """By name, a loss from a small target and the loss from the native one that it stands for."""
     teacher = (t.shape[-2], t.shape[-1])
     squared_norm = t.square().flatten(1).sum(1)
-    small = adjoint(t, student)
+    small = nearest(t, student)
     pooled = _channels_first(pool(_channels_last(t), GridSpec(kind="bilinear", size=student)))
-    coded_adjoint = _coded(small)
-    coded_map = gram(_coded(least_squares(small, teacher)), teacher)
+    coded_adjoint = least_squares(_coded(adjoint(t, student)), teacher)
 
     def flattened(s: Tensor) -> Tensor:
         return F.cosine_similarity(upsample(s, teacher).flatten(1), t.flatten(1))
@@ -104,8 +103,8 @@ def losses(t: Tensor, student: Size) -> dict[str, tuple[Loss, Loss]]:
     return {
         "flattened: adjoint": (from_adjoint(small), flattened),
         "flattened: pooled": (lambda s: F.cosine_similarity(s.flatten(1), pooled.flatten(1)), flattened),
+        "flattened: adjoint, int4": (from_adjoint(_coded(small)), flattened),
         "flattened: int4 of Uᵀt": (from_adjoint(coded_adjoint), flattened),
-        "flattened: int4 of least squares": (from_adjoint(coded_map), flattened),
         "token: adjoint": (
             lambda s: token_cosine_from_adjoint(s, small, squared_norm, teacher).mean(),
             token,

@@ -7,13 +7,14 @@ Uᵀ and UᵀU, which need those small matrices only: <U s, t> = <s, Uᵀt> hold
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.spec import GridSpec, Size, TeacherSpec
+from pipeline.spec import GridSpec, Size
 
 
 def upsample(s_BChw: Tensor, grid: Size) -> Tensor:
@@ -31,48 +32,44 @@ def adjoint(t_BCHW: Tensor, grid: Size) -> Tensor:
     A transpose sums, it does not average. Computed in at least float32, autocast or not, and returned in
     the dtype of `t`; differentiable.
     """
-    height, width = t_BCHW.shape[-2:]
-    rows_hH = interpolation_matrix(grid[0], height).T
-    columns_wW = interpolation_matrix(grid[1], width).T
-    return _separable(rows_hH, columns_wW, t_BCHW)
+    return _separable(_adjoint_matrix, grid, (t_BCHW.shape[-2], t_BCHW.shape[-1]), t_BCHW)
 
 
 def gram(s_BChw: Tensor, grid: Size) -> Tensor:
     """UᵀU s: what `adjoint` gives for a teacher map that is U s; the map on `grid` is never formed."""
-    height, width = s_BChw.shape[-2:]
-    return _separable(_gram_matrix(height, grid[0]), _gram_matrix(width, grid[1]), s_BChw)
+    return _separable(_gram_matrix, (s_BChw.shape[-2], s_BChw.shape[-1]), grid, s_BChw)
 
 
 def least_squares(adjoint_BChw: Tensor, grid: Size) -> Tensor:
     """(UᵀU)⁺ Uᵀt: the student map whose upsampling to `grid` is nearest to t. The inverse of `gram`.
 
-    It holds what `adjoint` holds and looks like features: a constant t gives the same constant. Upsampled
-    again, it is all of t that a student on this grid can reach.
+    It holds what Uᵀt holds and looks like features: a constant t gives the same constant. Upsampled again, it
+    is all of t that a student on this grid can reach.
     """
-    height, width = adjoint_BChw.shape[-2:]
-    rows_hh, columns_ww = _inverse_gram_matrix(height, grid[0]), _inverse_gram_matrix(width, grid[1])
-    return _separable(rows_hh, columns_ww, adjoint_BChw)
+    return _separable(
+        _inverse_gram_matrix, (adjoint_BChw.shape[-2], adjoint_BChw.shape[-1]), grid, adjoint_BChw
+    )
+
+
+def nearest(t_BCHW: Tensor, grid: Size) -> Tensor:
+    """(B, C, H, W) → (B, C, *grid): the student map whose upsampling comes nearest to t."""
+    return least_squares(adjoint(t_BCHW, grid), (t_BCHW.shape[-2], t_BCHW.shape[-1]))
 
 
 def stored_form(feature_maps_BSHWC: Tensor, grid: GridSpec) -> tuple[Tensor, Tensor | None]:
-    """What is stored of a teacher's maps: (features on the stored grid, ‖t‖ (B, S) for the adjoint grid)."""
+    """What is stored of a teacher's maps: (features on the stored grid, ‖t‖ (B, S) for the adjoint grid).
+
+    On the adjoint grid that is the `nearest` map: it says as much as Uᵀt, is features like the others, and
+    UᵀU damps what a codec does to it before a loss sees it.
+    """
     if grid.kind != "adjoint":
         return pool(feature_maps_BSHWC, grid), None
     assert grid.size is not None
     maps_NCHW = feature_maps_BSHWC.flatten(0, 1).permute(0, 3, 1, 2)
     working = maps_NCHW.to(torch.promote_types(maps_NCHW.dtype, torch.float32))
-    adjoint_NhwC = adjoint(working, grid.size).permute(0, 2, 3, 1).contiguous()
+    nearest_NhwC = nearest(working, grid.size).permute(0, 2, 3, 1).contiguous()
     norms_BS = torch.linalg.vector_norm(working.flatten(1), dim=1).view(feature_maps_BSHWC.shape[:2])
-    return adjoint_NhwC.view(*feature_maps_BSHWC.shape[:2], *adjoint_NhwC.shape[1:]), norms_BS
-
-
-def as_maps(features_RSHWC: Tensor, spec: TeacherSpec) -> Tensor:
-    """What a teacher's decoded features say of its map, at the grid that is stored; an adjoint is no map."""
-    if spec.grid.kind != "adjoint":
-        return features_RSHWC
-    adjoint_NCHW = features_RSHWC.flatten(0, 1).permute(0, 3, 1, 2)
-    nearest_NHWC = least_squares(adjoint_NCHW, spec.native_grid).permute(0, 2, 3, 1)
-    return nearest_NHWC.reshape(features_RSHWC.shape)
+    return nearest_NhwC.view(*feature_maps_BSHWC.shape[:2], *nearest_NhwC.shape[1:]), norms_BS
 
 
 def pool(feature_maps_BSHWC: Tensor, grid: GridSpec) -> Tensor:
@@ -103,22 +100,34 @@ def interpolation_matrix(source: int, target: int) -> Tensor:
         return columns.T.contiguous()
 
 
-@cache
+def _adjoint_matrix(source: int, target: int) -> Tensor:
+    return interpolation_matrix(source, target).T
+
+
 def _gram_matrix(source: int, target: int) -> Tensor:
-    with torch.inference_mode(False):
-        matrix = interpolation_matrix(source, target)
-        return matrix.T @ matrix
+    matrix = interpolation_matrix(source, target)
+    return matrix.T @ matrix
+
+
+def _inverse_gram_matrix(source: int, target: int) -> Tensor:
+    inverse: Tensor = torch.linalg.pinv(_gram_matrix(source, target), hermitian=True)
+    return inverse
 
 
 @cache
-def _inverse_gram_matrix(source: int, target: int) -> Tensor:
+def _placed(
+    matrix: Callable[[int, int], Tensor], source: int, target: int, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """The matrix where it is needed: a copy from the CPU at every step would hold up a GPU."""
     with torch.inference_mode(False):
-        inverse: Tensor = torch.linalg.pinv(_gram_matrix(source, target), hermitian=True)
-        return inverse
+        return matrix(source, target).to(device, dtype)
 
 
-def _separable(rows: Tensor, columns: Tensor, maps: Tensor) -> Tensor:
-    """rows @ map @ columnsᵀ for each map of (B, C, height, width)."""
-    working = maps.to(torch.promote_types(maps.dtype, torch.float32))
+def _separable(matrix: Callable[[int, int], Tensor], source: Size, target: Size, maps: Tensor) -> Tensor:
+    """rows @ map @ columnsᵀ for each map of (B, C, height, width), the two being `matrix` of either axis."""
+    dtype = torch.promote_types(maps.dtype, torch.float32)
+    rows, columns = (
+        _placed(matrix, *sizes, maps.device, dtype) for sizes in zip(source, target, strict=True)
+    )
     with torch.autocast(maps.device.type, enabled=False):
-        return (rows.to(working) @ working @ columns.T.to(working)).to(maps.dtype)
+        return (rows @ maps.to(dtype) @ columns.T).to(maps.dtype)

@@ -23,11 +23,11 @@ def to_xarray(cache: FeatureCache, teachers: Sequence[str] | None = None) -> xar
     tree = cache.to_xarray()
     tree["dinov2/features"].sel(sample="n01440764/n01440764_10026", view=0, level=4).values
 
-    `features` is float32, in the order sample, view, level, height, width, channel: what `cache[key]` gives,
-    so those of an adjoint grid are turned back into maps (`attrs["grid"]` says so). `valid` (sample, view)
-    says which rows the teacher holds; all others are NaN: of a quarantined sample, of a shard that is not
-    committed, or whose commit record is damaged. Samples are labelled by key, levels from 1, and beside
-    them the coordinate `block`, which counts from 0 as `block_indices` does. Needs the package xarray.
+    `features` is float32, in the order sample, view, level, height, width, channel: what `cache[key]` gives.
+    `attrs["grid"]` is the kind of grid that they are stored on. `valid` (sample, view) says which rows the
+    teacher holds; all others are NaN: of a quarantined sample, of a shard that is not committed, or whose
+    commit record is damaged. Samples are labelled by key, levels from 1, and beside them the coordinate
+    `block`, which counts from 0 as `block_indices` does. Needs the package xarray.
     Reading raises `CorruptShardError` for damaged features.
     """
     import xarray
@@ -88,7 +88,7 @@ def to_xarray(cache: FeatureCache, teachers: Sequence[str] | None = None) -> xar
                 "model": spec.model,
                 "codec": spec.codec,
                 "pretrained": spec.pretrained,
-                "grid": "least squares of the stored adjoint" if spec.grid.kind == "adjoint" else "as stored",
+                "grid": spec.grid.kind,
             },
         )
 

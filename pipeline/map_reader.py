@@ -13,7 +13,6 @@ from torch import Tensor
 from pipeline.cache import FeatureCache
 from pipeline.errors import CacheError
 from pipeline.feature_pictures import PcaBasis, Picture
-from pipeline.grids import as_maps
 from pipeline.spec import TeacherSpec
 from pipeline.views import render_view
 
@@ -23,11 +22,8 @@ _KEPT_ROWS = 3  # a decoded row of SAM-L is 67 MB
 
 
 def feature_maps(cache: FeatureCache, teacher: str, rows: NDArray[np.int64]) -> Tensor:
-    """Features (rows, levels, H, W, C) float32 as they are looked at. Raises as `FeatureCache.read` does.
-
-    Those of an adjoint grid are turned back into what a student on that grid can reach of the map.
-    """
-    return as_maps(cache.read(rows, [teacher])[teacher].decode(), cache.spec.teachers[teacher])
+    """Features (rows, levels, H, W, C) float32. Raises as `FeatureCache.read` does."""
+    return cache.read(rows, [teacher])[teacher].decode()
 
 
 def readable_rows(cache: FeatureCache, teacher: str, rows: NDArray[np.int64]) -> NDArray[np.bool_]:

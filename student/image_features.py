@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pipeline.cache import FeatureCache
 from pipeline.errors import CacheMismatchError, RecipeError
+from pipeline.grids import adjoint
 from pipeline.sources import Source, decode_image
 from pipeline.sources.keys import OK
 from pipeline.spec import Size, TeacherSpec, ViewPolicy
@@ -24,6 +25,7 @@ from pipeline.stores.base import CLS_TOKEN
 from pipeline.views import draw_view, render_view
 from student.base import Student
 from student.in_threads import in_threads
+from student.kpu.model import KPU
 from student.sak.model import SAK
 
 Tokens = Literal["cls", "mean"]
@@ -96,11 +98,12 @@ class CachedTeacherFeatures:
 def mean_token(tokens_BNC: Tensor, spec: TeacherSpec) -> Tensor:
     """(B, C): the mean of the tokens of a teacher's own grid, of features as the cache holds them.
 
-    Of an adjoint Uᵀt it is exact: the rows of U add up to one, so Uᵀt and t have the same sum.
+    Of an adjoint grid it is exact: upsampling can reach a constant map, so that U p and t have the same sum.
     """
     if spec.grid.kind == "adjoint":
-        height, width = spec.native_grid
-        return tokens_BNC.sum(1) / (height * width)
+        ones = torch.ones(1, 1, *spec.native_grid, dtype=tokens_BNC.dtype, device=tokens_BNC.device)
+        shares_N = adjoint(ones / ones.sum(), spec.stored_grid).flatten()
+        return shares_N @ tokens_BNC
     return tokens_BNC.mean(1)
 
 
@@ -120,8 +123,9 @@ def require_same_teacher(one: CachedTeacherFeatures, other: CachedTeacherFeature
 
 class StudentFeatures:
     """The last level of each expert of a student: the stem's class token, and the means of the patch tokens
-    of the stem and of every path. Images are seen as `imagenet_eval` views of `image_size`, or else of the
-    size that the student was trained on. Runs where the student is.
+    of the stem and of every path; of a KPU x, and the mean of each map that is compared with teachers. Images
+    are seen as `imagenet_eval` views of `image_size`, or else of the size that the student was trained on.
+    Runs where the student is.
 
     Raises `RecipeError` for a student that works on its teachers' features.
     """
@@ -134,11 +138,11 @@ class StudentFeatures:
         batch_size: int = 16,
         threads: int = 2,
     ) -> None:
-        if not isinstance(student, SAK):
+        if not isinstance(student, SAK | KPU):
             raise RecipeError(
                 "This student sees no images by itself, so there is nothing of it to probe.",
                 got=f"a student of kind {student.kind}",
-                expected="a student of kind sak",
+                expected="a student of kind sak or kpu",
                 do="probe its teachers: give caches of them, and no student",
             )
         self.student = student.eval()
@@ -146,8 +150,11 @@ class StudentFeatures:
         self.source = source
         self._samples = _usable(source)
         self._batch_size, self._threads = batch_size, threads
-        self._has_class_token = getattr(student.stem.vit, "cls_token", None) is not None
-        self.width = (self._has_class_token + len(student.experts)) * student.stem.width
+        if isinstance(student, KPU):
+            parts = 1 + len(student.levels)
+        else:
+            parts = student.stem.has_class_token + len(student.experts)
+        self.width = parts * student.stem.width
 
     @property
     def labels(self) -> Sequence[str | None]:
@@ -171,9 +178,12 @@ class StudentFeatures:
         return render_view(image, draw_view(policy, sample["key"], image.width, image.height, 0), self.size)
 
     def _vectors(self, pixels_B3HW: Tensor) -> Tensor:
-        student, prefix = self.student, self.student.stem.num_prefix_tokens
-        tokens_BND = student.stem(pixels_B3HW)
-        vectors_BD = [tokens_BND[-1][:, 0]] if self._has_class_token else []
+        student = self.student
+        if isinstance(student, KPU):
+            found = student.features(pixels_B3HW)
+            return torch.cat([found.image, *(found.maps[i].mean((2, 3)) for i in student.levels)], dim=1)
+        prefix, tokens_BND = student.stem.num_prefix_tokens, student.stem(pixels_B3HW)
+        vectors_BD = [tokens_BND[-1][:, 0]] if student.stem.has_class_token else []
         vectors_BD.append(tokens_BND[-1][:, prefix:].mean(1))
         vectors_BD += [student.paths[name](tokens_BND, prefix)[-1].mean(1) for name in student.experts[1:]]
         return torch.cat(vectors_BD, dim=1)

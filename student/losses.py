@@ -44,9 +44,10 @@ class Target(ABC):
 
 @dataclass
 class FeatureTarget(Target):
-    """The teacher's features, on the grid that they are known on."""
+    """The teacher's features, on the grid that they are known on, and the class token of its last level."""
 
     feature_maps_BSHWC: Tensor
+    cls_token_BC: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.num_levels = self.feature_maps_BSHWC.shape[1]
@@ -75,40 +76,41 @@ class FeatureTarget(Target):
 
 @dataclass
 class AdjointTarget(Target):
-    """Uᵀt on the student's grid (B, S, h, w, C) and ‖t‖ (B, S): the teacher's `grid` = (H, W) is not formed.
+    """The map p on the student's grid that comes nearest to t when it is upsampled (B, S, h, w, C), and ‖t‖
+    (B, S): the teacher's `grid` = (H, W) is not formed.
 
     The flattened cosine and the squared error are those of the native map, exactly; the token cosine and
     smooth-L1 are approximations (`student.adjoint_loss`).
     """
 
-    adjoint_BShwC: Tensor
+    nearest_BShwC: Tensor
     norms_BS: Tensor
     grid: Size
 
     def __post_init__(self) -> None:
-        self.num_levels = self.adjoint_BShwC.shape[1]
+        self.num_levels = self.nearest_BShwC.shape[1]
 
     def compare(
         self, level: int, student_BChw: Tensor, cosine: CosineKind, distance: DistanceKind
     ) -> tuple[Tensor, Tensor]:
-        adjoint_BChw = self.adjoint_BShwC[:, level].permute(0, 3, 1, 2)
-        _require_width(level, student_BChw, adjoint_BChw.shape[1])
-        if student_BChw.shape[-2:] != adjoint_BChw.shape[-2:]:
+        nearest_BChw = self.nearest_BShwC[:, level].permute(0, 3, 1, 2)
+        _require_width(level, student_BChw, nearest_BChw.shape[1])
+        if student_BChw.shape[-2:] != nearest_BChw.shape[-2:]:
             raise ValueError(
                 explain(
                     "An adjoint target holds for one student grid alone.",
                     got=f"a student on {tuple(student_BChw.shape[-2:])}",
-                    expected=f"{tuple(adjoint_BChw.shape[-2:])}, the grid of the cache",
+                    expected=f"{tuple(nearest_BChw.shape[-2:])}, the grid of the cache",
                     do="build the cache with grid_size as the student's, or grid: native",
                 )
             )
         squared_norm_B = self.norms_BS[:, level].square()
-        known = (student_BChw, adjoint_BChw, squared_norm_B, self.grid)
+        known = (student_BChw, nearest_BChw, squared_norm_B, self.grid)
         measure = flattened_cosine_from_adjoint if cosine == "flattened" else token_cosine_from_adjoint
         if distance == "smooth_l1":
-            apart = smooth_l1_from_adjoint(student_BChw, adjoint_BChw, self.grid)
+            apart = smooth_l1_from_adjoint(student_BChw, nearest_BChw, self.grid)
         else:
-            elements = self.grid[0] * self.grid[1] * adjoint_BChw.shape[1]
+            elements = self.grid[0] * self.grid[1] * nearest_BChw.shape[1]
             apart = squared_error_from_adjoint(*known).mean() / elements
         return 1 - measure(*known).mean(), apart
 

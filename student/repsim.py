@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from pipeline.cache import FeatureCache
 from pipeline.errors import RecipeError
-from pipeline.grids import as_maps, upsample
+from pipeline.grids import upsample
 from pipeline.loader import FeatureLoader
 from pipeline.sampler import ShardShuffleSampler
 from student.base import Student
@@ -19,7 +19,7 @@ from student.base import Student
 
 @dataclass(frozen=True)
 class Similarity:
-    """Cosine similarity to one teacher, by level and over all levels."""
+    """Cosine similarity to one teacher, by level (the last ones, as many as both have) and over them."""
 
     levels: tuple[float, ...]
 
@@ -61,10 +61,9 @@ def representation_similarity(
             images_B3HW = batch.renders[student.image_size][:left].to(device)
             maps = student(student.normalize(images_B3HW), full=True).feature_maps
             for name in names:
-                decoded_BSHWC = batch.features[name].decode(device)[:left]
-                targets_BSHWC = as_maps(decoded_BSHWC, cache.spec.teachers[name])
-                levels = maps[name][-targets_BSHWC.shape[1] :]  # a teacher of fewer stands beside the last
-                cosines_BS[name].append(token_cosines(levels, targets_BSHWC))
+                targets_BSHWC = batch.features[name].decode(device)[:left]
+                count = min(len(maps[name]), targets_BSHWC.shape[1])  # whose are fewer stands beside the last
+                cosines_BS[name].append(token_cosines(maps[name][-count:], targets_BSHWC[:, -count:]))
             left -= len(images_B3HW)
             if not left:
                 break

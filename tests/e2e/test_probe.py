@@ -19,7 +19,7 @@ from cache_builder import build
 from jobs.cli import app
 from pipeline.cache import FeatureCache
 from pipeline.errors import CacheMismatchError, RecipeError
-from pipeline.grids import adjoint
+from pipeline.grids import nearest
 from pipeline.sources import open_source
 from pipeline.spec import GridSpec, ViewPolicy
 from pipeline.views import draw_view, render_view
@@ -124,7 +124,7 @@ def test_features_of_a_cache_are_its_last_level(caches: Path) -> None:
 def test_an_adjoint_keeps_the_mean_token() -> None:
     generator = torch.Generator().manual_seed(0)
     native_BCHW = torch.randn(2, 6, 9, 7, generator=generator, dtype=torch.float64)
-    kept_BNC = adjoint(native_BCHW, (3, 4)).flatten(2).transpose(1, 2)
+    kept_BNC = nearest(native_BCHW, (3, 4)).flatten(2).transpose(1, 2)
     spec = teacher_spec().model_copy(
         update={"native_grid": (9, 7), "grid": GridSpec(kind="adjoint", size=(3, 4))}
     )

@@ -110,7 +110,7 @@ def test_labelled_arrays_are_reduced_over_what_can_be_read(tmp_path: Path, image
     assert tree["alpha/valid"].sel(sample=cache.key(0), view=0).item() is True
 
 
-def test_both_ways_turn_an_adjoint_back_into_maps(tmp_path: Path, images: Path) -> None:
+def test_both_ways_give_the_map_of_an_adjoint_grid(tmp_path: Path, images: Path) -> None:
     adjoint = teacher_spec(grid=4).model_copy(update={"grid": GridSpec(kind="adjoint", size=(2, 2))})
     cache = make_cache(tmp_path / "c", images, teachers={"clip": adjoint}, invalid_samples=[4])
     group = cache.to_xarray()["clip"]
@@ -118,9 +118,7 @@ def test_both_ways_turn_an_adjoint_back_into_maps(tmp_path: Path, images: Path) 
     for place, sample in ((0, 3), (2, 0)):
         np.testing.assert_array_equal(found[place], cache[sample].features("clip", view=1))
     assert np.isnan(found[1]).all()
-    stored = cache.read(cache.index.rows([3], 1))["clip"].decode()[0].numpy()
-    assert np.abs(found[0] - stored).max() > 0.1
-    assert "least squares" in group.attrs["grid"]
+    assert group.attrs["grid"] == "adjoint"
 
 
 def test_levels_have_one_name(cache: FeatureCache, tmp_path: Path, images: Path) -> None:
