@@ -12,6 +12,7 @@ measured. Under `accelerate launch` or `torchrun` every process takes its share 
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -43,7 +44,7 @@ from student.datasets.labels import render_labels
 from student.figures import gate_figure, prediction_figure
 from student.in_threads import in_threads
 from student.metrics import mtl_gain
-from student.paper_results import backbone_of, paper_rows
+from student.paper_results import backbone_of, paper_rows, single_task_scores
 from student.task_outputs import TASK_OUTPUTS, further, update, value
 
 PANEL_IMAGES = 4
@@ -74,41 +75,51 @@ class Evaluation:
         lower = [task for task in shared if TASK_OUTPUTS[task].lower_is_better]
         return 100 * mtl_gain(shared, {task: baseline[task] for task in shared}, lower)
 
-    def markdown(self, baseline: Mapping[str, float] | None = None) -> str:
-        """A table: this student, then the paper's rows of students of its size on this data set.
+    def record(self) -> dict[str, Any]:
+        """All of it as JSON has it: null for the measures of a task of which nothing was labelled."""
+        further = {task: _measured(measures) for task, measures in self.further.items()}
+        return asdict(self) | {"scores": _measured(self.scores), "further": further}
 
-        Gains refer to `baseline`, or else to the paper's single-task baseline of that size.
+    def markdown(self, baseline: Mapping[str, float] | None = None, table: int | None = None) -> str:
+        """A table: this student and its single-task `baseline`, if it has one of its own, then rows of the
+        paper (`paper_rows`), with the gains that are printed there.
+
+        This student's gain refers to its own baseline, or else to the paper's of its size.
         """
         tasks = list(self.scores)
-        rows = paper_rows(self.dataset, self.backbone)
-        baseline = baseline or (rows[0].scores if rows else None)
+        single = single_task_scores(self.dataset, self.backbone)
+        against = "your baseline" if baseline else "the paper's single-task baseline of this size"
         heads = [f"{TASK_OUTPUTS[t].title} {TASK_OUTPUTS[t].metric} ({_arrow(t)})" for t in tasks]
+        heads.append(f"Δm %, yours against {against}" if baseline or single else "Δm %")
+        compared = baseline or single or {}
+        own_gain = self.gain(compared) if all(task in compared for task in tasks) else None
+        title = f"{self.student} ({self.parameters / 1e6:.0f}M parameters)"
         lines = [
-            f"| on {self.dataset}, {self.split} ({self.num_images} images) | {' | '.join(heads)} | Δm % |",
+            f"| on {self.dataset}, {self.split} ({self.num_images} images) | {' | '.join(heads)} |",
             "|---" * (len(tasks) + 2) + "|",
-            _line(f"{self.student} ({self.parameters / 1e6:.0f}M parameters)", tasks, self.scores, baseline),
+            _line(title, tasks, self.scores, own_gain),
         ]
-        lines += [_line(f"*{row.title}*", tasks, row.scores, baseline) for row in rows]
+        if baseline:
+            lines.append(_line("your baseline", tasks, baseline, 0.0))
+        for row in paper_rows(self.dataset, self.backbone, table):
+            lines.append(_line(f"*{row.title}*", tasks, row.scores, row.gain_over(tasks)))
         for task, others in self.further.items():
             measures = ", ".join(f"{name} {score:.2f}" for name, score in others.items())
             lines += ["", f"{TASK_OUTPUTS[task].title}, by other measures (%): {measures}"]
         return "\n".join(lines) + "\n"
 
 
+def _measured(scores: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: score if math.isfinite(score) else None for name, score in scores.items()}
+
+
 def _arrow(task: str) -> str:
     return f"{TASK_OUTPUTS[task].unit} {'↓' if TASK_OUTPUTS[task].lower_is_better else '↑'}"
 
 
-def _line(
-    name: str, tasks: list[str], scores: Mapping[str, float], baseline: Mapping[str, float] | None
-) -> str:
-    cells = [f"{scores[t]:.4f}" if t == "depth" else f"{scores[t]:.2f}" for t in tasks]
-    gain = "–"
-    if baseline and all(task in baseline for task in tasks):
-        lower = [task for task in tasks if TASK_OUTPUTS[task].lower_is_better]
-        own, single = ({task: row[task] for task in tasks} for row in (scores, baseline))
-        gain = f"{100 * mtl_gain(own, single, lower):.2f}"
-    return f"| {name} | {' | '.join(cells)} | {gain} |"
+def _line(name: str, tasks: list[str], scores: Mapping[str, float], gain: float | None) -> str:
+    cells = [f"{scores[t]:.{4 if t == 'depth' else 2}f}" if t in scores else "–" for t in tasks]
+    return f"| {name} | {' | '.join(cells)} | {'–' if gain is None else f'{gain:.2f}'} |"
 
 
 @torch.no_grad()
@@ -124,14 +135,16 @@ def evaluate(
     boundary_processes: int = 0,
     cache: FeatureCache | None = None,
     baseline: Mapping[str, float] | None = None,
+    table: int | None = None,
 ) -> Evaluation:
     """Measure every task that student and data set have in common, on the device that accelerate finds.
 
     `cache`: of the same images in `multitask_eval` views, for a student that works on teachers' features.
     `boundary_processes` match boundaries beside the student, which is most of the work of that task.
     `baseline`: single-task scores to state gains against (`read_baseline`), instead of the paper's.
+    `table`: show the rows of this table of the paper, instead of those of its comparisons.
     Every process gets the same result; the main one writes `output`.
-    Raises `RecipeError` where there is no common task.
+    Raises `RecipeError` where there is no common task, no image, or no such table.
     """
     tasks = [task for task in student.tasks if task in dataset.tasks]
     if not tasks:
@@ -141,6 +154,15 @@ def evaluate(
             expected=f"some of {', '.join(dataset.tasks)}",
             do="evaluate a student of stage 2, on the data set it was trained for",
         )
+    if not dataset.keys:
+        raise RecipeError(
+            "There is no image to evaluate on.",
+            got=f"no key in the {dataset.split} split of {dataset.name}",
+            expected="at least one",
+            do="name another split, or look at the data set with `teachercache datasets`",
+        )
+    if table is not None:
+        paper_rows(dataset.name, None, table)
     if student.reads_features:
         _require_cache(student, cache, dataset.keys[:max_images])
     state, started = process_state(), time.perf_counter()
@@ -197,7 +219,7 @@ def evaluate(
         further={t: more for t in tasks if (more := further(t, metrics[t], second_metrics.get(t)))},
     )
     if output and state.is_main_process:
-        _write(evaluation, Path(output), student.experts, panel, baseline)
+        _write(evaluation, Path(output), student.experts, panel, evaluation.markdown(baseline, table))
     return evaluation
 
 
@@ -323,7 +345,7 @@ def read_baseline(files: Iterable[str | Path], dataset: str) -> dict[str, float]
                 expected=f"the scores.json of an evaluation on {dataset}",
                 do="evaluate the single-task students with -o FOLDER, and give FOLDER/scores.json of each",
             )
-        scores |= measured
+        scores |= {task: score for task, score in measured.items() if score is not None}
     return scores
 
 
@@ -332,11 +354,11 @@ def _write(
     folder: Path,
     experts: Sequence[str],
     panel: _Panel,
-    baseline: Mapping[str, float] | None,
+    markdown: str,
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "scores.json").write_text(json.dumps(asdict(evaluation), indent=2) + "\n")
-    (folder / "scores.md").write_text(evaluation.markdown(baseline))
+    (folder / "scores.json").write_text(json.dumps(evaluation.record(), indent=2, allow_nan=False) + "\n")
+    (folder / "scores.md").write_text(markdown)
     prediction_figure(panel.images, panel.labels, panel.estimates).savefig(folder / "predictions.png")
     if evaluation.gates:
         gates = {task: np.array(gates_SE) for task, gates_SE in evaluation.gates.items()}

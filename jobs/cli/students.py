@@ -76,7 +76,10 @@ def evaluate(
     ] = None,
     baseline: Annotated[
         list[Path] | None,
-        typer.Option(help="scores.json of single-task students, for Δm; repeat it. Default: the paper's."),
+        typer.Option(help="scores.json of single-task students, for your Δm; repeat it. Else the paper's."),
+    ] = None,
+    table: Annotated[
+        int | None, typer.Option(help="Show the rows of this table of the paper, such as 20 for γ.")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -105,15 +108,16 @@ def evaluate(
         boundary_processes=boundary_processes,
         cache=FeatureCache.open(cache) if cache else None,
         baseline=single,
+        table=table,
     )
     if os.environ.get("RANK", "0") != "0":
         return
     if as_json:
-        print_json(dataclasses.asdict(found))
+        print_json(found.record())
     else:
         from rich.markdown import Markdown
 
-        console.print(Markdown(found.markdown(single)))
+        console.print(Markdown(found.markdown(single, table)))
 
 
 def repsim(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import ClassVar
 
@@ -61,6 +62,21 @@ def test_depth_is_measured_in_metres_of_the_room(tmp_path: Path) -> None:
     assert found.scores["depth"] == pytest.approx(0, abs=1e-5)
     with Image.open(tmp_path / "out/predictions/depth/a.png") as image:
         assert (np.array(image) == 1000 * METRES).all()
+
+
+def test_a_split_without_images_has_no_scores(tmp_path: Path) -> None:
+    (tmp_path / "val.txt").write_text("")
+    student = Oracle(
+        {"teacher_dims": {}, "image_size": [24, 32], "tasks": {"depth": 1}}, (0, 0, 0), (1, 1, 1)
+    )
+    with pytest.raises(RecipeError, match="no image to evaluate on"):
+        evaluate(student, FlatRooms(tmp_path, "val"), output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_labelled_nowhere_is_null_in_json() -> None:
+    found = Evaluation("mine", None, "scenes", "val", 1, 1, {"parts": math.nan, "depth": 0.9}, {}, 1.0)
+    assert json.loads(json.dumps(found.record(), allow_nan=False))["scores"] == {"parts": None, "depth": 0.9}
 
 
 def test_gains_refer_to_a_baseline_of_ones_own() -> None:

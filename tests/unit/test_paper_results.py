@@ -7,21 +7,36 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline.errors import RecipeError
 from student import build_student
 from student.evaluate import Evaluation
 from student.metrics import mtl_gain
-from student.paper_results import PAPER_ROWS, PaperRow, backbone_of, paper_rows
+from student.paper_results import (
+    ABLATION_ROWS,
+    PAPER_ROWS,
+    PaperRow,
+    backbone_of,
+    paper_rows,
+    single_task_scores,
+)
 from student.task_outputs import TASK_OUTPUTS
 
-ROWS = [pytest.param(d, row, id=f"{d}-{row.title}") for d, rows in PAPER_ROWS.items() for row in rows]
+ROWS = [
+    pytest.param(d, row, id=f"{d}-{row.title}")
+    for shown in (PAPER_ROWS, ABLATION_ROWS)
+    for d, rows in shown.items()
+    for row in rows
+    if row.gain is not None
+]
 
 
 @pytest.mark.parametrize(("dataset", "row"), ROWS)
 def test_the_gain_of_a_row_is_the_one_that_the_paper_prints(dataset: str, row: PaperRow) -> None:
     """One digit wrong among the scores of a row or of its baseline shows here."""
-    baseline = paper_rows(dataset, row.backbone)[0]
+    baseline = single_task_scores(dataset, row.backbone)
+    assert baseline
     lower = [task for task in row.scores if TASK_OUTPUTS[task].lower_is_better]
-    assert 100 * mtl_gain(row.scores, baseline.scores, lower) == pytest.approx(row.gain, abs=0.0051)
+    assert 100 * mtl_gain(row.scores, baseline, lower) == pytest.approx(row.gain, abs=0.0051)
 
 
 def test_every_size_has_its_baselines_and_sak() -> None:
@@ -42,8 +57,41 @@ def evaluation(backbone: str | None, **scores: float) -> Evaluation:
 def test_a_large_student_stands_beside_large_ones() -> None:
     table = evaluation("ViT-L", semseg=81.61, normals=13.87).markdown()
     assert "| mine (407M parameters) | 81.61 | 13.87 | 0.00 |" in table
-    assert "SAK of ViT-L teachers (ViT-L, 407M parameters; SAK, Table 5)* | 84.01 | 13.82 |" in table
+    assert "SAK of ViT-L teachers (ViT-L, 407M parameters; SAK, Table 5)* | 84.01 | 13.82 | – |" in table
     assert "ViT-B" not in table
+
+
+FULL = {"semseg": 81.0, "parts": 74.0, "saliency": 84.0, "normals": 14.0, "boundary": 74.0}
+
+
+def test_a_baseline_of_ones_own_moves_no_gain_of_the_paper() -> None:
+    mine = {"semseg": 80.0, "parts": 70.0, "saliency": 80.0, "normals": 14.0, "boundary": 74.0}
+    table = evaluation("ViT-B", **FULL).markdown(mine)
+    header, _, first, second = table.splitlines()[:4]
+    assert header.endswith("| Δm %, yours against your baseline |")
+    assert first.endswith(f"| {evaluation('ViT-B', **FULL).gain(mine):.2f} |")
+    assert second == "| your baseline | 80.00 | 70.00 | 80.00 | 14.00 | 74.00 | 0.00 |"
+    for row in paper_rows("pascal_context", "ViT-B"):
+        assert f"*{row.title}* | " in table
+        assert table.split(f"*{row.title}*")[1].splitlines()[0].endswith(f" | {row.gain:.2f} |")
+
+
+def test_the_papers_baseline_is_named_too() -> None:
+    header = evaluation("ViT-B", **FULL).markdown().splitlines()[0]
+    assert header.endswith("| Δm %, yours against the paper's single-task baseline of this size |")
+
+
+def test_a_table_is_shown_when_it_is_asked_for() -> None:
+    titles = [row.title for row in paper_rows("pascal_context", "ViT-B", 20)]
+    assert titles[0] == "γ = 0.5 (ViT-B; SAK, Table 20)"
+    assert len(titles) == 9
+    lines = evaluation("ViT-B", **FULL).markdown(table=20).splitlines()
+    assert [line.split("*")[1] for line in lines[3:]] == titles
+    assert lines[-1].endswith("| 82.01 | 73.01 | 84.53 | 14.22 | 73.38 | -0.05 |")
+    for table in (3, 4, 7, 8, 12, 13, 18, 19, 20, 25):
+        assert paper_rows("pascal_context", None, table)
+    with pytest.raises(RecipeError, match="6, 14, 16"):
+        paper_rows("nyud", None, 20)
 
 
 def test_a_student_of_no_size_of_the_paper_stands_alone() -> None:
