@@ -16,7 +16,7 @@ from pipeline.errors import CacheNotFoundError, RecipeError
 from pipeline.recipe import load_recipe
 from pipeline.spec import Size, TeacherSpec
 from pipeline.units import human_bytes
-from student.base import require_known
+from student.base import require_known, teacher_facts
 from student.datasets import dataset_class
 from student.recipe import TrainRecipe
 from student.train_plan import TrainPlan, make_train_plan
@@ -49,7 +49,7 @@ def plan_training(
         recipe,
         num_samples=samples or recipe.images_per_step(processes),
         image_size=image_size,
-        teacher_dims={name: specs[name].width for name in names},
+        **teacher_facts({name: specs[name] for name in names}),
         tasks=tasks,
         row_bytes=sum(bytes_per_row(specs[name]) for name in names),
         processes=processes,

@@ -3,24 +3,26 @@
 from student import build_student, load_student
 student = load_student("runs/sak/student")
 predictions = student(student.normalize(images))     uint8 (B, 3, H, W) → {task: (B, channels, H, W)}
-                                                     or, of stage 1, {teacher: [4 × (B, C, h, w)]}
+                                                     or, of stage 1, {teacher: [4 × (B, C, h, w)]},
+                                                     of a KPU {teacher: [(B, C, H, W)]}
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from pipeline.spec import Size
 from student.amalgam import Amalgam
 from student.base import Student, StudentOutput, find_saved, read_config, require_known
+from student.kpu.model import KPU
 from student.sak.model import SAK
 from student.sak.reference import load_reference, read_reference
 from student.sak.transfer import load_stage_1
 from student.sharing import push_to_hub
 
-_KINDS: dict[str, Any] = {SAK.kind: SAK, Amalgam.kind: Amalgam}
+_KINDS: dict[str, Any] = {SAK.kind: SAK, KPU.kind: KPU, Amalgam.kind: Amalgam}
 
 
 def build_student(
@@ -35,8 +37,13 @@ def build_student(
     fusion: str = "mor",
     decoder: str = "simple",
     adapter_paths: bool = True,
+    teacher_grids: Mapping[str, Size] | None = None,
+    class_tokens: Collection[str] = (),
+    preservation: bool = True,
+    unification: bool = True,
+    reconstruction: bool = True,
 ) -> Student:
-    """A new student of `kind`: "sak", or "amalgam" for tasks on the features of teachers alone.
+    """A new student of `kind`: "sak", "kpu", or "amalgam" for tasks on the features of teachers alone.
 
     `stem`: name of a timm ViT, `pretrained` its weights; None for an amalgam without one.
     `teacher_dims`: name → channels of each teacher.
@@ -44,11 +51,19 @@ def build_student(
     `adapter_paths`: False for the baseline with linear aligners only.
     `tasks`: name → output channels; none for stage 1. `fusion`: how a task makes one of the stem's and the
     paths' representations, "mor", "sum" or "concat". `decoder`: the heads, "simple" or "upernet".
+    Of a KPU alone: `teacher_grids`, (rows, columns) of each teacher's map, `class_tokens`, the teachers that
+    have one, and the switches of its Table 2. Arguments of other kinds are ignored.
     Raises `RecipeError` for arguments that cannot work, `WeightsNotFoundError` when the stem's weights
     cannot be had.
     """
     require_known("student", kind, _KINDS)
-    arguments: dict[str, Any] = {"pretrained": pretrained, "fusion": fusion, "decoder": decoder}
+    arguments: dict[str, Any] = {"pretrained": pretrained}
+    if kind == KPU.kind:
+        arguments |= {"teacher_grids": teacher_grids or {}, "class_tokens": class_tokens}
+        arguments |= {"preservation": preservation, "unification": unification}
+        arguments |= {"reconstruction": reconstruction}
+    else:
+        arguments |= {"fusion": fusion, "decoder": decoder}
     if kind == SAK.kind:
         arguments |= {"reduction": reduction, "adapter_paths": adapter_paths}
     student: Student = _KINDS[kind](stem, teacher_dims, image_size, tasks=tasks or {}, **arguments)
@@ -65,6 +80,7 @@ def load_student(source: str | os.PathLike[str], revision: str | None = None) ->
 
 
 __all__ = [
+    "KPU",
     "SAK",
     "Amalgam",
     "Student",

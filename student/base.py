@@ -9,8 +9,9 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -21,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pipeline.errors import CheckpointError, RecipeError
-from pipeline.spec import Size
+from pipeline.spec import Size, TeacherSpec
 from student.lora import merged_state_dict
 
 NUM_LEVELS = 4  # the ends of the four quarters of a network, for students and teachers alike
@@ -51,6 +52,7 @@ class Student(nn.Module, ABC):
     """
 
     kind: ClassVar[str]
+    num_levels: ClassVar[int] = NUM_LEVELS  # maps that it gives for each teacher
     reads_features: ClassVar[bool] = False  # whether `forward` takes the teachers' features beside pixels
     mean: Tensor
     std: Tensor
@@ -163,6 +165,41 @@ def require_known(what: str, name: str, known: Collection[str]) -> None:
             expected=f"one of {', '.join(known)}",
             do=f"did you mean {near[0]}?" if near else None,
         )
+
+
+def teacher_facts(specs: Mapping[str, TeacherSpec]) -> dict[str, Any]:
+    """What `build_student` asks of the teachers of a cache."""
+    return {
+        "teacher_dims": {name: spec.width for name, spec in specs.items()},
+        "teacher_grids": {name: spec.stored_grid for name, spec in specs.items()},
+        "class_tokens": [name for name, spec in specs.items() if spec.cls_token],
+    }
+
+
+def check_names(what: str, names: Iterable[str]) -> None:
+    """Raise `RecipeError` for a name that no part of a student can have."""
+    for name in names:
+        if not re.fullmatch(r"\w[\w-]*", name) or hasattr(nn.ModuleDict(), name):
+            raise RecipeError(
+                f"This {what}'s name cannot be the name of a part of the student.",
+                got=repr(name),
+                expected="letters, digits, - and _",
+                do=f"choose another name for this {what}",
+            )
+
+
+def require_teachers(teacher_dims: Mapping[str, int]) -> None:
+    if not teacher_dims:
+        raise RecipeError("A student needs a teacher.", got="none", expected="one or more", do="name them")
+
+
+def count_by_part(model: nn.Module, patterns: Mapping[str, str]) -> dict[str, int]:
+    """The parameters of each part, which are those whose names its pattern, and no other, matches."""
+    counts = dict.fromkeys(patterns, 0)
+    for name, parameter in model.named_parameters():
+        (part,) = (part for part, pattern in patterns.items() if re.match(pattern, name))
+        counts[part] += parameter.numel()
+    return counts
 
 
 def find_saved(source: str | os.PathLike[str], revision: str | None = None) -> Path:

@@ -28,9 +28,11 @@ class StudentRecipe(Strict):
     own `stem`, `reduction` and `adapter_paths`.
     `freeze`: parts that are not trained, such as `stem` and `paths` ("Freeze" of Table 12).
     `lora_rank`: train the stem by updates of this rank, itself frozen.
+    `preservation`, `unification` and `reconstruction` are those of a KPU (its Table 2), whose `stem` is the
+    sentinel.
     """
 
-    kind: Literal["sak", "amalgam"] = "sak"
+    kind: Literal["sak", "kpu", "amalgam"] = "sak"
     stem: str | None = "vit_base_patch16_384"
     pretrained: bool = True
     reduction: int = Field(4, ge=1)
@@ -40,6 +42,9 @@ class StudentRecipe(Strict):
     init_from: str | None = None
     freeze: tuple[str, ...] = ()
     lora_rank: int | None = Field(None, ge=1)
+    preservation: bool = True
+    unification: bool = True
+    reconstruction: bool = True
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -49,6 +54,14 @@ class StudentRecipe(Strict):
             raise ValueError("lora_rank trains the stem, and stem is null: leave out lora_rank")
         if self.lora_rank and _WHOLE_STEM & set(self.freeze):
             raise ValueError("lora_rank trains the stem, and freeze keeps it: leave out one of the two")
+        if self.kind == "kpu" and self.lora_rank and self.preservation:
+            raise ValueError(
+                "a kpu keeps its sentinel as it is: leave out lora_rank or set preservation=false"
+            )
+        if self.kind == "kpu" and self.init_from:
+            raise ValueError("a kpu starts from its sentinel's own weights: set student.init_from=null")
+        if self.reconstruction and not self.unification:
+            raise ValueError("reconstruction needs unification's space: set student.reconstruction=false too")
         return self
 
 
@@ -71,7 +84,8 @@ class MultiTaskRecipe(Strict):
 
 class DistillationRecipe(Strict):
     """`DistillationLoss`'s arguments, and its `weight` in the sum with the tasks' losses (γ of SAK, Eq. 6):
-    0 leaves the features unread."""
+    0 leaves the features unread. `image_weight` and `reconstruction_weight` are those that `AlignmentLoss`
+    has beside, for a KPU."""
 
     weight: float = Field(1.0, ge=0)
     cosine: CosineKind = "flattened"
@@ -79,6 +93,8 @@ class DistillationRecipe(Strict):
     distance: DistanceKind = "smooth_l1"
     distance_weight: float = Field(0.1, ge=0)
     teacher_weights: dict[str, float] = Field({})
+    image_weight: float = Field(1.0, ge=0)
+    reconstruction_weight: float = Field(1.0, ge=0)
 
 
 class OptimizerRecipe(Strict):
@@ -181,6 +197,8 @@ class TrainRecipe(Strict):
             raise ValueError("an amalgam has nothing to distil: set multitask and distillation.weight=0")
         if self.student.kind == "amalgam" and self.student.init_from:
             raise ValueError("an amalgam starts from its stem's own weights: set student.init_from=null")
+        if self.student.kind == "kpu" and self.multitask is not None:
+            raise ValueError("a kpu represents and learns no tasks: leave out multitask, or choose kind sak")
         return self
 
     @property

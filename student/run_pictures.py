@@ -83,9 +83,9 @@ class RunPictures:
             maps = self._student(pixels_B3HW, full=True).feature_maps
         boards = {}
         for name, kinds in self._kinds.items():
-            levels_BCHW = maps[name][-len(kinds) :]  # a teacher of fewer levels stands beside the last
-            maps_SBHWC = [level_BCHW.permute(0, 2, 3, 1).float().cpu() for level_BCHW in levels_BCHW]
-            features, norms = zip(*kinds, strict=True)
+            count = min(len(kinds), len(maps[name]))  # whose levels are fewer stands beside the other's last
+            maps_SBHWC = [level_BCHW.permute(0, 2, 3, 1).float().cpu() for level_BCHW in maps[name][-count:]]
+            features, norms = zip(*kinds[-count:], strict=True)
             weights = "" if self._cache.spec.teachers[name].pretrained else " (random weights)"
             boards[f"maps/{name}"] = Board(
                 f"{name}{weights}: first three principal components of the teacher's features, and the "

@@ -37,7 +37,7 @@ def write_model_card(
     gives = (
         f"{{task: (B, channels, {height}, {width})}} for {', '.join(student.tasks)}"
         if student.tasks
-        else f"{{teacher: 4 × (B, C, h, w)}} for {', '.join(student.teachers)}"
+        else f"{{teacher: {student.num_levels} × (B, C, h, w)}} for {', '.join(student.teachers)}"
     )
     loss = "" if last_loss is None else f", last loss {last_loss:.4f}"
     text = f"""---

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 from pipeline.cache import FeatureCache
 from pipeline.codecs import Encoded
@@ -36,12 +37,18 @@ class CachedTargets(TargetSource):
         self._device = device
 
     def __call__(self, batch: Batch) -> dict[str, Target]:
-        return {name: self._target(batch.features[name], spec) for name, spec in self._specs.items()}
+        return {
+            name: self._target(batch.features[name], batch.cls_tokens.get(name), spec)
+            for name, spec in self._specs.items()
+        }
 
-    def _target(self, encoded: Encoded, spec: TeacherSpec) -> Target:
+    def _target(self, encoded: Encoded, cls_token_BSC: Tensor | None, spec: TeacherSpec) -> Target:
         features_BShwC = encoded.decode(self._device)
         if spec.grid.kind != "adjoint":
-            return FeatureTarget(features_BShwC)
+            if cls_token_BSC is None:
+                return FeatureTarget(features_BShwC)
+            cls_token_BC = cls_token_BSC[:, -1].to(self._device, features_BShwC.dtype, non_blocking=True)
+            return FeatureTarget(features_BShwC, cls_token_BC)
         norms_BS = encoded.arrays[NORMS].to(self._device, non_blocking=True)
         return AdjointTarget(features_BShwC, norms_BS, spec.native_grid)
 
@@ -70,7 +77,10 @@ class OnlineTargets(TargetSource):
             maps_BSHWC = features.feature_maps_BSHWC
             if spec.grid.kind != "adjoint":
                 maps_BSHWC = pool(maps_BSHWC, spec.grid)
-            targets[name] = FeatureTarget(maps_BSHWC)
+            cls_token_BSC = features.cls_token_BSC
+            targets[name] = FeatureTarget(
+                maps_BSHWC, None if cls_token_BSC is None else cls_token_BSC[:, -1].to(maps_BSHWC.dtype)
+            )
         return targets
 
 

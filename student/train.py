@@ -30,8 +30,9 @@ from pipeline.loader import FeatureLoader
 from pipeline.sampler import ShardShuffleSampler
 from student import SAK, Student, build_student, load_stage_1
 from student.amalgam import require_maps
-from student.base import NUM_LEVELS
+from student.base import NUM_LEVELS, teacher_facts
 from student.checkpoint import load_checkpoint, newest_checkpoint
+from student.kpu.objective import AlignmentLoss, KPUObjective
 from student.loop import TrainingLoop
 from student.lora import add_lora
 from student.losses import DistillationLoss
@@ -202,15 +203,15 @@ def _build(
 ) -> Student:
     """The student, with `requires_grad` exactly where it learns."""
     wanted, image_size = recipe.student, cache.spec.views.size
-    widths = {name: cache.spec.teachers[name].width for name in teachers}
+    facts = teacher_facts({name: cache.spec.teachers[name] for name in teachers})
     if wanted.init_from and tasks is None:
-        student: Student = grown_student(wanted.init_from, widths, image_size)
+        student: Student = grown_student(wanted.init_from, facts["teacher_dims"], image_size)
         _require_kept(wanted, student)
     else:
         arguments = wanted.model_dump(exclude={"init_from", "freeze", "lora_rank"})
         arguments |= {"pretrained": wanted.pretrained and wanted.init_from is None}
         student = build_student(
-            **arguments, teacher_dims=widths, image_size=image_size, tasks=tasks.channels if tasks else None
+            **arguments, **facts, image_size=image_size, tasks=tasks.channels if tasks else None
         )
         if wanted.init_from:
             assert isinstance(student, SAK)
@@ -254,8 +255,12 @@ def _objective(
     student: Student,
     targets: TargetSource,
     tasks: ViewLabels | None,
-) -> Objective:
+) -> Objective | KPUObjective:
     settings = recipe.distillation.model_dump(exclude={"weight"})
+    if recipe.student.kind == "kpu":
+        return KPUObjective(model, student, targets, AlignmentLoss(**settings), recipe.distillation.weight)
+    for of_kpu in ("image_weight", "reconstruction_weight"):
+        del settings[of_kpu]
     return Objective(
         model,
         student,
@@ -292,9 +297,9 @@ def _require_fit(
             expected=f"at most {num_samples}, the valid samples of the cache",
             do="lower batch_size_per_process or gradient_accumulation_steps",
         )
-    if recipe.student.kind == "amalgam":
+    if recipe.student.kind != "sak":
         require_maps(cache, teachers)
-    for name in teachers:
+    for name in teachers if recipe.student.kind != "kpu" else ():  # a KPU learns from the last level alone
         if (levels := cache.spec.teachers[name].num_levels) > NUM_LEVELS:
             raise RecipeError(
                 f"Teacher {name} cannot be distilled with its levels.",

@@ -9,8 +9,7 @@ E  experts               the stem, then the paths
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +18,15 @@ from torch import Tensor, nn
 
 from pipeline.errors import RecipeError
 from pipeline.spec import Size
-from student.base import NUM_LEVELS, Student, StudentOutput, require_known
+from student.base import (
+    NUM_LEVELS,
+    Student,
+    StudentOutput,
+    check_names,
+    count_by_part,
+    require_known,
+    require_teachers,
+)
 from student.sak.adapter_path import AdapterPath, AlignerPath, align
 from student.sak.stem import Stem
 from student.sak.task_decoder import TaskDecoder
@@ -61,10 +68,10 @@ class SAK(Student):
         adapter_paths: bool = True,
     ) -> None:
         tasks = dict(tasks or {})
-        _check_names("teacher", teacher_dims)
-        _check_names("task", tasks)
+        check_names("teacher", teacher_dims)
+        check_names("task", tasks)
         if not tasks:
-            _require_teachers(teacher_dims)
+            require_teachers(teacher_dims)
         module = Stem(stem, image_size, pretrained)
         config = {
             "stem": stem,
@@ -125,7 +132,7 @@ class SAK(Student):
         taken.
         """
         self._require_no_tasks()
-        _check_names("teacher", [name])
+        check_names("teacher", [name])
         if name in self.paths:
             raise RecipeError(
                 "The student has this teacher already.",
@@ -146,7 +153,7 @@ class SAK(Student):
         self._require_no_tasks()
         require_known("teacher of this student", name, self.teachers)
         teacher_dims = {other: width for other, width in self.config["teacher_dims"].items() if other != name}
-        _require_teachers(teacher_dims)
+        require_teachers(teacher_dims)
         del self.paths[name]
         self.config["teacher_dims"] = teacher_dims
 
@@ -159,11 +166,7 @@ class SAK(Student):
                 layer.requires_grad_(False)
 
     def parameters_by_part(self) -> dict[str, int]:
-        counts = dict.fromkeys(_PARTS, 0)
-        for name, parameter in self.named_parameters():
-            (part,) = (part for part, pattern in _PARTS.items() if re.match(pattern, name))
-            counts[part] += parameter.numel()
-        return counts
+        return count_by_part(self, _PARTS)
 
     def _new_path(self, teacher_width: int) -> AdapterPath | AlignerPath:
         stem = self.stem
@@ -199,19 +202,3 @@ _PARTS = {
     "routers": r"decoder\.routers\.",
     "heads": r"decoder\.heads\.",
 }
-
-
-def _require_teachers(teacher_dims: Mapping[str, int]) -> None:
-    if not teacher_dims:
-        raise RecipeError("A student needs a teacher.", got="none", expected="one or more", do="name them")
-
-
-def _check_names(what: str, names: Iterable[str]) -> None:
-    for name in names:
-        if not re.fullmatch(r"\w[\w-]*", name) or hasattr(nn.ModuleDict(), name):
-            raise RecipeError(
-                f"This {what}'s name cannot be the name of a part of the student.",
-                got=repr(name),
-                expected="letters, digits, - and _",
-                do=f"choose another name for this {what}",
-            )

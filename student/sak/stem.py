@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import timm
@@ -42,12 +44,24 @@ class Stem(nn.Module):
         self.width: int = self.vit.embed_dim
         self.depth = len(self.vit.blocks)
         self.num_prefix_tokens: int = getattr(self.vit, "num_prefix_tokens", 0)
+        self.has_class_token = getattr(self.vit, "cls_token", None) is not None
         self.mean: tuple[float, ...] = self.vit.pretrained_cfg["mean"]
         self.std: tuple[float, ...] = self.vit.pretrained_cfg["std"]
         self.level_blocks = level_blocks(self.depth)
 
     def forward(self, pixels_B3HW: Tensor) -> list[Tensor]:
-        """[Z_0, …, Z_L] (SAK, Eq. 1).
+        """[Z_0, …, Z_L] (SAK, Eq. 1)."""
+        tokens_BND: list[Tensor] = []
+
+        def note(_: int, block_BND: Tensor) -> Tensor:
+            tokens_BND.append(block_BND)
+            return block_BND
+
+        self.walk(pixels_B3HW, note)
+        return tokens_BND
+
+    def walk(self, pixels_B3HW: Tensor, between: Callable[[int, Tensor], Tensor]) -> None:
+        """Call `between(l, Z_l)` for l = 0, …, L; what it returns goes on in the place of Z_l.
 
         The ViT runs through its own forward and hooks note what passes, because positions (added, rotary)
         and extra tokens are handled differently by each family of timm.
@@ -55,20 +69,26 @@ class Stem(nn.Module):
         self._require_size(pixels_B3HW)
         if self._input_size != self._image_size:
             pixels_B3HW = F.interpolate(pixels_B3HW, self._input_size, mode="bilinear", antialias=True)
-        tokens_BND: list[Tensor] = []
 
-        def note(tokens: Tensor) -> None:
-            tokens_BND.append(tokens.flatten(1, 2) if tokens.ndim == 4 else tokens)  # SAM's are (B, h, w, D)
+        def visit(block: int, tokens: Tensor) -> Tensor:
+            if tokens.ndim == 4:  # SAM's are (B, h, w, D)
+                return between(block, tokens.flatten(1, 2)).view_as(tokens)
+            return between(block, tokens)
+
+        def enter(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            return visit(0, inputs[0]), *inputs[1:]
+
+        def leave(block: int, *passed: Any) -> Tensor:
+            return visit(block, passed[-1])
 
         blocks = self.vit.blocks
-        handles = [blocks[0].register_forward_pre_hook(lambda _, inputs: note(inputs[0]))]
-        handles += [block.register_forward_hook(lambda _, __, output: note(output)) for block in blocks]
+        handles = [blocks[0].register_forward_pre_hook(enter)]
+        handles += [block.register_forward_hook(partial(leave, i)) for i, block in enumerate(blocks, start=1)]
         try:
             self.vit.forward_features(pixels_B3HW)
         finally:
             for handle in handles:
                 handle.remove()
-        return tokens_BND
 
     def resize(self, image_size: Size) -> None:
         """Take images of another size from now on; timm resamples the position embeddings."""

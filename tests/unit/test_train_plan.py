@@ -65,7 +65,8 @@ def test_hours_are_arithmetic_over_rate() -> None:
     )
     assert plan.gmacs == pytest.approx(198 * 1.08, rel=0.01)
     assert (plan.steps, plan.images) == (300, 38_400)
-    assert plan.gpu_hours == pytest.approx(38_400 * 3 * 2 * plan.gmacs * 1e9 / 100e12 / 3600)
+    # Backward computes twice what forward does, but no gradient of the pixels.
+    assert plan.gpu_hours == pytest.approx(38_400 * 3 * 2 * plan.gmacs * 1e9 / 100e12 / 3600, rel=2e-3)
     assert plan.hours == pytest.approx(plan.gpu_hours / 8)
     assert plan.read_bytes_per_s == pytest.approx(1000 * 38_400 / plan.hours / 3600)
 

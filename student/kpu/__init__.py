@@ -1,0 +1,1 @@
+"""KPU: knowledge preservation and unification (Huang et al., Seeing Further on the Shoulders of Giants)."""

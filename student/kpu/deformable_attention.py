@@ -1,0 +1,106 @@
+"""Multi-scale deformable attention (Zhu et al., Deformable DETR, 2021) in plain PyTorch.
+
+B  images      Q  queries      N  tokens of all maps      n  of one map, h·w
+D  width       M  heads        d  width of a head         S  maps      P  points
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pipeline.spec import Size
+
+Grids = tuple[Size, ...]  # of several maps, whose tokens stand one map behind the other
+
+
+class DeformableAttention(nn.Module):
+    """Σ_heads W_m Σ_maps Σ_points A · values(place) (Deformable DETR, Eq. 3).
+
+    Each head of a query looks at `num_points` places of every map, bilinearly, zeros outside. The places,
+    relative to where the query itself stands, and the weights A are linear in the query. `value_ratio` is
+    the width of the values / `width`.
+    """
+
+    def __init__(
+        self, width: int, num_heads: int, num_maps: int, num_points: int = 4, value_ratio: float = 0.5
+    ) -> None:
+        super().__init__()
+        self._shape = num_heads, num_maps, num_points
+        value_width = int(width * value_ratio) // num_heads * num_heads
+        self.offsets = nn.Linear(width, num_heads * num_maps * num_points * 2)
+        self.weights = nn.Linear(width, num_heads * num_maps * num_points)
+        self.values = nn.Linear(width, value_width)
+        self.output = nn.Linear(value_width, width)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As the original: each head looks in a direction of its own, its points 1 to P cells away, and all
+        count alike, whatever the query."""
+        num_heads, num_maps, num_points = self._shape
+        angles_M = torch.arange(num_heads) * (2 * math.pi / num_heads)
+        directions_M2 = torch.stack([angles_M.cos(), angles_M.sin()], dim=-1)
+        directions_M2 = directions_M2 / directions_M2.abs().amax(-1, keepdim=True)
+        steps_P = torch.arange(1, num_points + 1)
+        places_MP2 = directions_M2[:, None] * steps_P[:, None]
+        nn.init.zeros_(self.offsets.weight)
+        with torch.no_grad():
+            self.offsets.bias.copy_(places_MP2[:, None].expand(-1, num_maps, -1, -1).flatten())
+        for layer in (self.weights.weight, self.weights.bias, self.values.bias, self.output.bias):
+            nn.init.zeros_(layer)
+        for layer in (self.values.weight, self.output.weight):
+            nn.init.xavier_uniform_(layer)
+
+    def forward(
+        self, queries_BQD: Tensor, query_grids: Grids, features_BND: Tensor, feature_grids: Grids
+    ) -> Tensor:
+        """(B, Q, D): what the queries, tokens of maps of `query_grids`, find in those of `feature_grids`.
+
+        Grids need not match: a place is a share of height and width. Places, weights and sampling are in
+        float32 under autocast, where 16 bits would move a place by a quarter of a cell.
+        """
+        num_heads, num_maps, num_points = self._shape
+        dtype = torch.promote_types(queries_BQD.dtype, torch.float32)
+        offsets_BQMSP2 = (
+            self.offsets(queries_BQD).to(dtype).unflatten(-1, (num_heads, num_maps, num_points, 2))
+        )
+        weights_BQMR = self.weights(queries_BQD).to(dtype).unflatten(-1, (num_heads, -1)).softmax(-1)
+        weights_BQMSP = weights_BQMR.unflatten(-1, (num_maps, num_points))
+        values_BNE = self.values(features_BND).to(dtype)
+        centres_Q2 = centres(query_grids, values_BNE.device, dtype)
+        found_GdQ = []  # G = B·M
+        sizes = [height * width for height, width in feature_grids]
+        for i, values_BnE in enumerate(values_BNE.split(sizes, dim=1)):
+            places_BQMP2 = centres_Q2[:, None, None] + offsets_BQMSP2[:, :, :, i] * cell(
+                feature_grids[i], values_BNE.device, dtype
+            )
+            maps_GdHW = values_BnE.transpose(1, 2).reshape(len(values_BnE) * num_heads, -1, *feature_grids[i])
+            places_GQP2 = places_BQMP2.transpose(1, 2).flatten(0, 1)
+            samples_GdQP = F.grid_sample(maps_GdHW, 2 * places_GQP2 - 1, align_corners=False)
+            weights_GQP = weights_BQMSP[:, :, :, i].transpose(1, 2).flatten(0, 1)
+            found_GdQ.append((samples_GdQP * weights_GQP[:, None]).sum(-1))
+        found_BEQ = torch.stack(found_GdQ).sum(0).view(len(queries_BQD), values_BNE.shape[-1], -1)
+        output_BQD: Tensor = self.output(found_BEQ.transpose(1, 2))
+        return output_BQD
+
+
+@cache
+def centres(grids: Grids, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(Q, 2): x and y of the centre of every cell, as shares of width and height, map behind map."""
+    with torch.inference_mode(False):
+        maps = []
+        for height, width in grids:
+            y, x = ((torch.arange(n, device=device, dtype=dtype) + 0.5) / n for n in (height, width))
+            maps.append(torch.cartesian_prod(y, x).flip(-1))
+        return torch.cat(maps)
+
+
+@cache
+def cell(grid: Size, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(2,): width and height of a cell, as shares of the map's."""
+    with torch.inference_mode(False):
+        return torch.tensor([1 / grid[1], 1 / grid[0]], device=device, dtype=dtype)

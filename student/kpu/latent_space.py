@@ -1,0 +1,93 @@
+"""The spaces that student and teachers are compared in (KPU, Eq. 1 to 3): each teacher's own, and the
+student's, which they share.
+
+B  images      h, w  grid of the student's map      D  width of the student
+               H, W  grid of a teacher's map        C  width of the teacher
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from pipeline.grids import upsample
+from pipeline.spec import Size
+
+
+class Features(NamedTuple):
+    """X = {x, V}: an image's feature (B, C), None of a teacher without class token, and map (B, C, H, W)."""
+
+    image: Tensor | None
+    map: Tensor
+
+    @property
+    def grid(self) -> Size:
+        return self.map.shape[2], self.map.shape[3]
+
+
+class Alignment(NamedTuple):
+    """All that Eq. 1 to 3 compare of one teacher: `student` X with `t2s`, h_t2s(X^t); `s2t`, h_s2t(X), and
+    `rec`, h_rec(h_t2s(X^t)), with `teacher` X^t. None where the student is built without them."""
+
+    student: Features
+    teacher: Features
+    s2t: Features
+    t2s: Features | None
+    rec: Features | None
+
+
+class Projection(nn.Module):
+    """h of one teacher: the map is resampled to a grid, then an MLP of one hidden layer maps each of its
+    tokens, and another the image's feature where there is one. (The paper does not say how wide the hidden
+    layer is, or what bends it; here it has the student's width, and GELU.)"""
+
+    def __init__(self, before: int, after: int, hidden: int, with_image: bool) -> None:
+        super().__init__()
+        self.image = _mlp(before, hidden, after) if with_image else None
+        self.map = _mlp(before, hidden, after)
+
+    def forward(self, features: Features, grid: Size) -> Features:
+        map_BCHW = features.map if features.grid == grid else upsample(features.map, grid)
+        map_BHWC = self.map(map_BCHW.permute(0, 2, 3, 1))
+        image_BC = None if self.image is None else self.image(features.image)
+        return Features(image_BC, map_BHWC.permute(0, 3, 1, 2))
+
+
+class LatentSpace(nn.Module):
+    """h_s2t, h_t2s and h_rec of every teacher; h_s2t alone without `unification`, no h_rec without
+    `reconstruction`. `class_tokens`: the teachers that have one, for which image features are projected."""
+
+    def __init__(
+        self,
+        width: int,
+        teacher_dims: Mapping[str, int],
+        class_tokens: Collection[str],
+        unification: bool,
+        reconstruction: bool,
+    ) -> None:
+        super().__init__()
+
+        def projections(before: Mapping[str, int], after: Mapping[str, int]) -> nn.ModuleDict:
+            return nn.ModuleDict(
+                {name: Projection(before[name], after[name], width, name in class_tokens) for name in before}
+            )
+
+        student_dims = dict.fromkeys(teacher_dims, width)
+        self.s2t = projections(student_dims, teacher_dims)
+        self.t2s = projections(teacher_dims, student_dims) if unification else None
+        self.rec = projections(student_dims, teacher_dims) if reconstruction else None
+
+    def align(self, name: str, student: Features, teacher: Features) -> Alignment:
+        s2t = self.s2t[name](student, teacher.grid)
+        t2s = rec = None
+        if self.t2s is not None:
+            t2s = self.t2s[name](teacher, student.grid)
+        if self.rec is not None:
+            rec = self.rec[name](t2s, teacher.grid)
+        return Alignment(student, teacher, s2t, t2s, rec)
+
+
+def _mlp(before: int, hidden: int, after: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(before, hidden), nn.GELU(), nn.Linear(hidden, after))

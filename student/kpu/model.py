@@ -1,0 +1,203 @@
+"""KPU's student: a frozen sentinel teacher, an adapter that learns from the others beside it, and the spaces
+that they are compared in (KPU, "Knowledge Preservation and Unification").
+
+B  images      D  width of the sentinel      C  width of a teacher
+h, w  grid of one of the student's maps      H, W  grid of a teacher
+X = {x, V}     image feature x (B, D) and feature map V (B, D, h, w)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from pipeline.errors import RecipeError
+from pipeline.spec import Size
+from student.base import Student, StudentOutput, check_names, count_by_part, require_teachers
+from student.kpu.latent_space import Features, LatentSpace
+from student.kpu.vit_adapter import STRIDES, ViTAdapter
+from student.sak.stem import Stem
+
+
+class Representation(NamedTuple):
+    """X: `image` x (B, D), and V at every scale, `maps` (B, D, h, w) from fine to coarse."""
+
+    image: Tensor
+    maps: list[Tensor]
+
+
+class KPU(Student):
+    """`stem` is the sentinel, any plain ViT of timm. `teacher_grids`: (H, W) of each teacher's map as it is
+    compared; the one of V's scales whose grid is nearest to it stands for the teacher. `class_tokens`: the
+    teachers that have one, which x is compared with.
+
+    Table 2's rows: `preservation=False` trains the ViT itself, without an adapter; `unification` and
+    `reconstruction` are Eq. 2 and 3. x is the sentinel's last class token (the mean of its patch tokens where
+    it has none) behind a norm.
+
+    What is compared with no teacher is not trained: scales of V that are nearest to none, and the norm of x
+    where no teacher has a class token.
+    """
+
+    kind = "kpu"
+    num_levels = 1
+
+    def __init__(
+        self,
+        stem: str,
+        teacher_dims: Mapping[str, int],
+        image_size: Size,
+        teacher_grids: Mapping[str, Size],
+        class_tokens: Collection[str] = (),
+        pretrained: bool = False,
+        tasks: Mapping[str, int] | None = None,
+        preservation: bool = True,
+        unification: bool = True,
+        reconstruction: bool = True,
+    ) -> None:
+        check_names("teacher", teacher_dims)
+        require_teachers(teacher_dims)
+        _require_grids(teacher_dims, teacher_grids)
+        _require_no_tasks(tasks or {})
+        if reconstruction and not unification:
+            raise RecipeError(
+                "Reconstruction leads back from the shared space, and there is none.",
+                got="reconstruction without unification",
+                expected="both, unification alone, or neither (KPU, Table 2)",
+                do="set unification, or leave out reconstruction",
+            )
+        module = Stem(stem, image_size, pretrained)
+        config: dict[str, Any] = {
+            "stem": stem,
+            "teacher_dims": dict(teacher_dims),
+            "image_size": list(image_size),
+            "teacher_grids": {name: list(teacher_grids[name]) for name in teacher_dims},
+            "class_tokens": [name for name in teacher_dims if name in class_tokens],
+            "tasks": {},
+            "preservation": preservation,
+            "unification": unification,
+            "reconstruction": reconstruction,
+        }
+        super().__init__(config, module.mean, module.std)
+        self.stem = module
+        self.norm = nn.LayerNorm(module.width, eps=1e-6)
+        self.adapter = ViTAdapter(module.width, module.level_blocks) if preservation else None
+        self.latent_space = LatentSpace(
+            module.width, teacher_dims, config["class_tokens"], unification, reconstruction
+        )
+        self._levels = {name: self._nearest_level(grid) for name, grid in self._grids.items()}
+        if self.adapter is not None:
+            self.stem.requires_grad_(False)
+            self.norm.requires_grad_(bool(config["class_tokens"]))
+            self.adapter.keep_levels(self.levels)
+
+    @property
+    def experts(self) -> list[str]:
+        return []
+
+    @property
+    def levels(self) -> list[int]:
+        """The scales of V that are compared with teachers."""
+        return sorted(set(self._levels.values()))
+
+    def features(self, pixels_B3HW: Tensor) -> Representation:
+        """X of normalised pixels; V at strides 4, 8, 16 and 32, or without an adapter on the ViT's grid."""
+        return self._represent(pixels_B3HW, range(len(STRIDES)) if self.adapter else [0])
+
+    def project(self, pixels_B3HW: Tensor) -> dict[str, Features]:
+        """h_s2t(X) for each teacher: what stands for its class token and map of raw tokens, before any norm
+        and head of the teacher's own."""
+        student = self._for_teachers(pixels_B3HW)
+        return {
+            name: self.latent_space.s2t[name](features, self._grids[name])
+            for name, features in student.items()
+        }
+
+    def forward(
+        self,
+        pixels_B3HW: Tensor,
+        full: bool = False,
+        maps: bool = True,
+        teachers: Mapping[str, Features] | None = None,
+    ) -> Any:
+        """As `Student.forward`: for each teacher one map (B, C, H, W), its last level's. With the features
+        of `teachers` an `Alignment` for each, which is what training compares."""
+        if teachers is not None:
+            student = self._for_teachers(pixels_B3HW)
+            return {
+                name: self.latent_space.align(name, student[name], teacher)
+                for name, teacher in teachers.items()
+            }
+        feature_maps = {name: [features.map] for name, features in self.project(pixels_B3HW).items()}
+        return StudentOutput(feature_maps, {}, {}) if full else feature_maps
+
+    def keep_levels(self, teacher: str, count: int) -> None:
+        """Nothing to exclude: one level is all that is compared."""
+
+    def parameters_by_part(self) -> dict[str, int]:
+        return count_by_part(self, _PARTS)
+
+    @property
+    def _grids(self) -> dict[str, Size]:
+        return {name: (height, width) for name, (height, width) in self.config["teacher_grids"].items()}
+
+    def _nearest_level(self, grid: Size) -> int:
+        """The scale of V with the number of tokens that is nearest to the grid's, by their ratio."""
+        if self.adapter is None:
+            return 0
+        height, width = self.image_size
+        sizes = [math.ceil(height / stride) * math.ceil(width / stride) for stride in STRIDES]
+        return min(range(len(sizes)), key=lambda level: abs(math.log(sizes[level] / math.prod(grid))))
+
+    def _for_teachers(self, pixels_B3HW: Tensor) -> dict[str, Features]:
+        """For each teacher what is compared with it: x, and one scale of V."""
+        image_BD, maps_BDhw = self._represent(pixels_B3HW, self.levels)
+        by_level = dict(zip(self.levels, maps_BDhw, strict=True))
+        return {name: Features(image_BD, by_level[level]) for name, level in self._levels.items()}
+
+    def _represent(self, pixels_B3HW: Tensor, levels: Sequence[int]) -> Representation:
+        prefix = self.stem.num_prefix_tokens
+        if self.adapter is None:
+            tokens_BND = self.stem(pixels_B3HW)[-1]
+            patches_BnD = self.norm(tokens_BND[:, prefix:])
+            maps_BDhw = [patches_BnD.transpose(1, 2).unflatten(2, self.stem.grid)]
+        else:
+            tokens_BND, maps_BDhw = self.adapter(self.stem, pixels_B3HW, levels)
+        image_BD = tokens_BND[:, 0] if self.stem.has_class_token else tokens_BND[:, prefix:].mean(1)
+        return Representation(self.norm(image_BD), maps_BDhw)
+
+
+_PARTS = {
+    "stem": r"stem\.",
+    "spatial prior": r"adapter\.prior\.",
+    "injectors": r"adapter\.injectors\.",
+    "extractors": r"adapter\.extractors\.",
+    "maps": r"adapter\.(up|norms|level_embedding)",
+    "norm": r"norm\.",
+    "h_s2t": r"latent_space\.s2t\.",
+    "h_t2s": r"latent_space\.t2s\.",
+    "h_rec": r"latent_space\.rec\.",
+}
+
+
+def _require_grids(teacher_dims: Mapping[str, int], teacher_grids: Mapping[str, Size]) -> None:
+    if missing := [name for name in teacher_dims if name not in teacher_grids]:
+        raise RecipeError(
+            "A KPU compares whole maps, so it needs to know the teachers' grids.",
+            got=f"no grid of {', '.join(missing)}",
+            expected="(rows, columns) for each teacher",
+            do="pass teacher_grids, such as {'clip': (24, 24)}",
+        )
+
+
+def _require_no_tasks(tasks: Mapping[str, int]) -> None:
+    if tasks:
+        raise RecipeError(
+            "A KPU represents images; no task can be trained on it here.",
+            got=f"the tasks {', '.join(tasks)}",
+            expected="none",
+            do="leave out tasks, or choose kind sak",
+        )

@@ -1,0 +1,215 @@
+"""ViT-Adapter (Chen et al., 2022): what learns beside a ViT that stays as it is (KPU, "Knowledge Adapter").
+
+B  images      D  width       n  patch tokens of the ViT
+C1 … C4        the adapter's maps (B, D, h, w), a quarter to a thirty-second of the image's sides
+N  tokens of C2, C3 and C4, one map behind the other
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pipeline.grids import upsample
+from student.kpu.deformable_attention import DeformableAttention, Grids
+from student.sak.stem import Stem
+
+STRIDES = (4, 8, 16, 32)
+_HEAD_WIDTH = 64
+_CONV_WIDTH = 64
+_FFN_RATIO = 0.25
+_EXTRA_EXTRACTORS = 2
+
+
+class ViTAdapter(nn.Module):
+    """Convolutions look at the image (`SpatialPrior`); before each quarter of the ViT's blocks an injector
+    adds what they see to its patch tokens, behind it an extractor brings theirs back, and two more at the
+    end. Class token and registers pass by.
+
+    All as the original, but for the norms: `GroupNorm` stands for its `SyncBatchNorm`, so that nothing
+    depends on how a batch is divided (docs/design.md). A new injector adds nothing: its gamma is 0.
+    """
+
+    extractors: Any  # a ModuleList of ModuleLists, which its type cannot say
+
+    def __init__(self, width: int, level_blocks: Collection[int]) -> None:
+        super().__init__()
+        self._ends = list(level_blocks)
+        self._starts = [0, *self._ends[:-1]]
+        self.prior = SpatialPrior(width)
+        self.level_embedding = nn.Parameter(torch.empty(len(STRIDES) - 1, width))
+        self.injectors = nn.ModuleList(Injector(width) for _ in self._starts)
+        self.extractors = nn.ModuleList(
+            nn.ModuleList(Extractor(width) for _ in range(1 + _EXTRA_EXTRACTORS * (end == self._ends[-1])))
+            for end in self._ends
+        )
+        self.up = nn.ConvTranspose2d(width, width, kernel_size=2, stride=2)
+        self.norms = nn.ModuleList(_norm(width) for _ in STRIDES)
+        self.apply(_initialise)
+        nn.init.normal_(self.level_embedding)
+
+    def forward(self, stem: Stem, pixels_B3HW: Tensor, levels: Iterable[int]) -> tuple[Tensor, list[Tensor]]:
+        """(the stem's last tokens (B, prefix + n, D), the map (B, D, h, w) of each of `levels`, 0 to 3).
+
+        Sides that a stride does not divide are rounded up.
+        """
+        prior_BDhw = self.prior(pixels_B3HW)
+        grids = tuple((map_BDhw.shape[2], map_BDhw.shape[3]) for map_BDhw in prior_BDhw)
+        map_grids, stem_grids = grids[1:], (stem.grid,)
+        tokens_BND = torch.cat(
+            [_tokens(prior_BDhw[i + 1]) + self.level_embedding[i] for i in range(len(map_grids))], dim=1
+        )
+        taps_BnD: list[Tensor] = []
+        last_BnD = tokens_BND
+
+        def between(block: int, stem_BnD: Tensor) -> Tensor:
+            nonlocal tokens_BND, last_BnD
+            last_BnD = stem_BnD
+            prefix, patches_BnD = stem_BnD.tensor_split([stem.num_prefix_tokens], dim=1)
+            if block in self._ends:
+                for extractor in self.extractors[len(taps_BnD)]:
+                    tokens_BND = extractor(tokens_BND, map_grids, patches_BnD, stem_grids)
+                taps_BnD.append(patches_BnD)
+            if block not in self._starts:
+                return stem_BnD
+            injector = self.injectors[len(taps_BnD)]
+            return torch.cat([prefix, injector(patches_BnD, stem_grids, tokens_BND, map_grids)], dim=1)
+
+        stem.walk(pixels_B3HW, between)
+        maps_BDhw = _maps(tokens_BND, map_grids)
+
+        def output(level: int) -> Tensor:
+            height, width = grids[level]
+            map_BDhw = maps_BDhw[max(level - 1, 0)]
+            if level == 0:
+                map_BDhw = self.up(map_BDhw)[:, :, :height, :width] + prior_BDhw[0]
+            (stem_BDhw,) = _maps(taps_BnD[level], stem_grids)
+            normed_BDhw: Tensor = self.norms[level](map_BDhw + upsample(stem_BDhw, (height, width)))
+            return normed_BDhw
+
+        return last_BnD, [output(level) for level in levels]
+
+    def keep_levels(self, levels: Collection[int]) -> None:
+        """Exclude from training what leads to other maps than those of `levels` alone."""
+        for level, norm in enumerate(self.norms):
+            norm.requires_grad_(level in levels)
+        for layer in (self.up, self.prior.projections[0]):
+            layer.requires_grad_(0 in levels)
+
+
+class SpatialPrior(nn.Module):
+    """What convolutions see of the image: C1 to C4 before any interaction (the spatial prior module)."""
+
+    def __init__(self, width: int, conv_width: int = _CONV_WIDTH) -> None:
+        super().__init__()
+        widths = [conv_width, 2 * conv_width, 4 * conv_width, 4 * conv_width]
+        self.stem = nn.Sequential(
+            _convolution(3, conv_width, stride=2),
+            _convolution(conv_width, conv_width),
+            _convolution(conv_width, conv_width),
+            nn.MaxPool2d(3, stride=2, padding=1),
+        )
+        self.stages = nn.ModuleList(
+            _convolution(before, after, stride=2) for before, after in pairwise(widths)
+        )
+        self.projections = nn.ModuleList(nn.Conv2d(channels, width, 1) for channels in widths)
+
+    def forward(self, pixels_B3HW: Tensor) -> list[Tensor]:
+        maps_Bchw = [self.stem(pixels_B3HW)]
+        for stage in self.stages:
+            maps_Bchw.append(stage(maps_Bchw[-1]))
+        return [project(map_Bchw) for project, map_Bchw in zip(self.projections, maps_Bchw, strict=True)]
+
+
+class Injector(nn.Module):
+    """patches + γ · attention(LN(patches), LN(tokens)) (ViT-Adapter, Eq. 1); γ (D,) starts at 0."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.query_norm = nn.LayerNorm(width, eps=1e-6)
+        self.feature_norm = nn.LayerNorm(width, eps=1e-6)
+        self.attention = DeformableAttention(width, _num_heads(width), num_maps=len(STRIDES) - 1)
+        self.gamma = nn.Parameter(torch.zeros(width))
+
+    def forward(self, patches_BnD: Tensor, stem_grids: Grids, tokens_BND: Tensor, map_grids: Grids) -> Tensor:
+        queries_BnD, features_BND = self.query_norm(patches_BnD), self.feature_norm(tokens_BND)
+        update_BnD: Tensor = self.attention(queries_BnD, stem_grids, features_BND, map_grids)
+        return patches_BnD + self.gamma * update_BnD
+
+
+class Extractor(nn.Module):
+    """The adapter's tokens take from the ViT's, then pass a feed-forward layer (ViT-Adapter, Eq. 2 and 3)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.query_norm = nn.LayerNorm(width, eps=1e-6)
+        self.feature_norm = nn.LayerNorm(width, eps=1e-6)
+        self.attention = DeformableAttention(width, _num_heads(width), num_maps=1)
+        self.ffn_norm = nn.LayerNorm(width, eps=1e-6)
+        self.ffn = ConvFFN(width, int(width * _FFN_RATIO))
+
+    def forward(self, tokens_BND: Tensor, map_grids: Grids, patches_BnD: Tensor, stem_grids: Grids) -> Tensor:
+        queries_BND, features_BnD = self.query_norm(tokens_BND), self.feature_norm(patches_BnD)
+        tokens_BND = tokens_BND + self.attention(queries_BND, map_grids, features_BnD, stem_grids)
+        output_BND: Tensor = tokens_BND + self.ffn(self.ffn_norm(tokens_BND), map_grids)
+        return output_BND
+
+
+class ConvFFN(nn.Module):
+    """A feed-forward layer whose hidden tokens see their neighbours on each map (3×3, depthwise)."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.enter = nn.Linear(width, hidden)
+        self.depthwise = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
+        self.leave = nn.Linear(hidden, width)
+
+    def forward(self, tokens_BND: Tensor, grids: Grids) -> Tensor:
+        maps_BDhw = _maps(self.enter(tokens_BND), grids)
+        hidden_BNE = torch.cat([_tokens(self.depthwise(map_BDhw)) for map_BDhw in maps_BDhw], dim=1)
+        output_BND: Tensor = self.leave(F.gelu(hidden_BNE))
+        return output_BND
+
+
+def _tokens(map_BDhw: Tensor) -> Tensor:
+    return map_BDhw.flatten(2).transpose(1, 2)
+
+
+def _maps(tokens_BND: Tensor, grids: Grids) -> list[Tensor]:
+    """The maps (B, D, h, w) whose tokens stand one map behind the other."""
+    parts_BnD = tokens_BND.split([math.prod(grid) for grid in grids], dim=1)
+    return [part.transpose(1, 2).unflatten(2, grid) for part, grid in zip(parts_BnD, grids, strict=True)]
+
+
+def _num_heads(width: int) -> int:
+    return max(1, width // _HEAD_WIDTH)
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(math.gcd(32, channels), channels)
+
+
+def _convolution(before: int, after: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(before, after, 3, stride, padding=1, bias=False), _norm(after), nn.ReLU(inplace=True)
+    )
+
+
+def _initialise(module: nn.Module) -> None:
+    """As the original; `nn.Module.apply` comes to an attention after its layers."""
+    if isinstance(module, DeformableAttention):
+        module.reset_parameters()
+    elif isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+        fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
+        nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
