@@ -97,8 +97,8 @@ class ViewPolicy(Strict):
 class GridSpec(Strict):
     """The token grid that is stored: the teacher's own, or one of `size` (h, w).
 
-    `adjoint` stores Uᵀt and ‖t‖, from which SAK's flattened cosine and the squared error follow exactly;
-    `bilinear` stores pooled features.
+    `adjoint` stores ‖t‖ and the map that comes nearest to the teacher's when it is upsampled: SAK's
+    flattened cosine and the squared error follow exactly. `bilinear` stores pooled features.
     """
 
     kind: GridKind = "native"

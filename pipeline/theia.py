@@ -50,16 +50,16 @@ def export_theia(
     """Write the data set; returns how many samples it has. Tars that are there are kept: they are whole.
 
     `level` counts the stored levels of each teacher, -1 is the last. `progress` is called with the number
-    of samples of each finished column of a tar. Raises `CacheError` for grids that hold no feature map and
-    for keys that `webdataset` would cut, `CacheMismatchError` where another export of this split is.
+    of samples of each finished column of a tar. Raises `CacheError` for a level that is not stored and for
+    keys that `webdataset` would cut, `CacheMismatchError` where another export of this split is.
     """
     for name, teacher in cache.spec.teachers.items():
-        if teacher.grid.kind == "adjoint" or not -teacher.num_levels <= level < teacher.num_levels:
+        if not -teacher.num_levels <= level < teacher.num_levels:
             raise CacheError(
                 f"Teacher {name} cannot be exported.",
-                got=f"grid {teacher.grid.kind}, {teacher.num_levels} levels, level {level}",
-                expected="feature maps (grid native or bilinear) and a level that is stored",
-                do="build the teacher with another grid, or choose another --level",
+                got=f"level {level} of {teacher.num_levels}",
+                expected="a level that is stored",
+                do="choose another --level",
             )
     if split not in _SPLITS:
         raise CacheError("There is no such split.", got=split, expected=", ".join(_SPLITS))

@@ -25,7 +25,7 @@ from pipeline.errors import CacheError, CacheMismatchError, CorruptShardError
 from pipeline.manifest import QuarantineEntry
 from pipeline.rearrange import Rearrangement, convert, merge, subset
 from pipeline.sources.place import Place
-from pipeline.spec import GridSpec, StoreKind
+from pipeline.spec import StoreKind
 from pipeline.theia import export_theia
 from tests.images import write_folder
 from tests.make_cache import build_recipe, features, make_cache, make_images, teacher_spec
@@ -457,8 +457,7 @@ def test_theia_exports_are_not_mixed(tmp_path: Path, source: FeatureCache) -> No
         export_theia(source, str(out))
 
 
-def test_theia_needs_feature_maps(tmp_path: Path) -> None:
-    adjoint = teacher_spec().model_copy(update={"grid": GridSpec(kind="adjoint", size=(1, 1))})
-    cache = make_cache(tmp_path / "cache", make_images(tmp_path / "images", 2), teachers={"t": adjoint})
-    with pytest.raises(CacheError, match=r"grid adjoint(.|\n)*feature maps"):
-        export_theia(cache, str(tmp_path / "theia"))
+def test_theia_needs_a_level_that_is_stored(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "cache", make_images(tmp_path / "images", 2))
+    with pytest.raises(CacheError, match=r"level 9 of(.|\n)*is stored"):
+        export_theia(cache, str(tmp_path / "theia"), level=9)
