@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import xxhash
@@ -118,6 +120,11 @@ def preprocess(pixels_B3HW: Tensor, spec: TeacherSpec) -> Tensor:
     fitted = (int(x.shape[2] * scale + 0.5), int(x.shape[3] * scale + 0.5))
     x = F.interpolate(x, size=fitted, mode="bicubic", align_corners=False)
     return F.pad(x, (0, width - fitted[1], 0, height - fitted[0]))
+
+
+def autocast(spec: TeacherSpec, device: torch.device) -> Any:
+    """The context in which a forward pass has the precision of `spec`."""
+    return torch.autocast(device.type, torch.bfloat16) if spec.precision == "bfloat16" else nullcontext()
 
 
 def weights_hash(module: nn.Module) -> str:

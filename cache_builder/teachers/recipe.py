@@ -20,13 +20,14 @@ Pixels = Annotated[int, Field(ge=1)]
 
 
 class TeacherRecipe(Strict):
-    """One teacher, as a recipe states it. Everything left out is asked of the preset or of timm.
+    """One teacher, as a recipe states it. Everything left out is asked of the preset or the library.
 
-    `preset` or `model` (any timm name) says which; without either, the teacher's own name does.
+    `preset` or `model` (any timm name, grounding-dino-tiny or -base) says which; without either, the
+    teacher's own name does.
     `image_size` is one number or (height, width) in pixels. `block_indices` are 0-based positions, by
     default the ends of the four quarters of the network; of one whose blocks differ in shape (ConvNeXt,
     Swin, ResNet) those among the blocks that are shaped as the last is. `grid_size` is (height, width) in
-    tokens. `checkpoint` is a local file: safetensors, or a .pth that holds nothing but tensors.
+    tokens. `checkpoint` is a local file: safetensors, or for timm a .pth that holds nothing but tensors.
     """
 
     preset: str | None = None
@@ -65,7 +66,8 @@ def resolve_teacher(
     """The complete spec of teacher `name` for views of `view_size` (height, width); needs no weights.
 
     The teacher sees the view at the nearest multiple of its patch (384 → 378 for patch 14). A preset
-    with a `longest_side` (SAM, 1024) keeps the view's aspect: 448×576 becomes 800×1024.
+    with a `longest_side` (SAM, 1024) keeps the view's aspect: 448×576 becomes 800×1024. GroundingDINO's
+    shorter side is 800, while the longer one is at most 1333: 384×384 becomes 800×800.
 
     `sak_compat` reproduces the reference instead: ImageNet statistics for all, every teacher at the
     size of the view (a patch-14 teacher then drops the pixels that fill no patch), and SAM fed with
@@ -79,7 +81,7 @@ def resolve_teacher(
     architecture = kind.describe(preset.model)
     image_size = _image_size(architecture, preset, recipe, view_size, sak_compat)
     outputs = kind.probe(architecture.model, image_size, recipe.global_feature)
-    block_indices = recipe.block_indices or _default_blocks(outputs)
+    block_indices = recipe.block_indices or preset.block_indices or _default_blocks(outputs)
     width, native_grid = _common_shape(name, outputs, block_indices)
     _require_outputs(name, architecture, outputs, recipe)
     grid_size = recipe.grid_size or student_grid(view_size)
@@ -159,8 +161,11 @@ def _image_size(
     if preset.longest_side is None:
         return view_size if sak_compat else _nearest_multiple(view_size, architecture.patch)
     if sak_compat:
-        return preset.longest_side, preset.longest_side
+        side = preset.shortest_side or preset.longest_side
+        return side, side
     scale = preset.longest_side / max(view_size)
+    if preset.shortest_side is not None:
+        scale = min(scale, preset.shortest_side / min(view_size))
     return _nearest_multiple((view_size[0] * scale, view_size[1] * scale), architecture.patch)
 
 

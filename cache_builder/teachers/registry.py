@@ -9,18 +9,24 @@ from importlib.resources import files
 import yaml
 
 from cache_builder.teachers.base import Teacher
+from cache_builder.teachers.grounding_dino import GroundingDinoTeacher
 from cache_builder.teachers.timm_teacher import TimmTeacher
 from pipeline.errors import UnknownTeacherError
 from pipeline.spec import Strict
 
-_KINDS: tuple[type[Teacher], ...] = (TimmTeacher,)
+_KINDS: tuple[type[Teacher], ...] = (TimmTeacher, GroundingDinoTeacher)
 
 
 class Preset(Strict):
-    """A row of `presets.yaml`. `longest_side` is in pixels; None: the size of the view."""
+    """A row of `presets.yaml`. Views are rendered at `longest_side` pixels; None: at their own size.
+
+    With `shortest_side`, at the smaller of the two sizes. `block_indices`: those of a recipe without any.
+    """
 
     model: str
     longest_side: int | None = None
+    shortest_side: int | None = None
+    block_indices: tuple[int, ...] | None = None
 
 
 @cache

@@ -11,24 +11,21 @@ without `img_size` for architectures that take any size: those for which
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import timm
 import torch
-from huggingface_hub.errors import EntryNotFoundError
 from timm.models import get_model_input_config
 from torch import nn
 
-from pipeline.errors import TeacherInputError, WeightsNotFoundError
+from cache_builder.teachers.weights import differing, require_file, require_hub, seeded, weights_not_found
+from pipeline.errors import TeacherInputError
 from pipeline.spec import Size, TeacherSpec
 
-_ONE_AT_A_TIME = threading.Lock()  # what it needs, torch's generator and timm's classes, all threads share
+_EXPECTED = "every weight but the classifier's"
 
 
 @cache
@@ -59,8 +56,7 @@ def size_argument(model: str, image_size: Size) -> dict[str, Size]:
 def create_model(spec: TeacherSpec) -> Any:
     """The model of `spec`, on the CPU. Raises `WeightsNotFoundError`."""
     size = size_argument(spec.model, spec.image_size)
-    with _ONE_AT_A_TIME, torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(spec.random_seed)
+    with seeded(spec.random_seed):
         if not spec.pretrained:
             return timm.create_model(spec.model, pretrained=False, **size)
         overlay = {"file": spec.checkpoint} if spec.checkpoint else None
@@ -69,14 +65,13 @@ def create_model(spec: TeacherSpec) -> Any:
                 _require_source(spec)
                 model = timm.create_model(spec.model, pretrained=True, pretrained_cfg_overlay=overlay, **size)
             except Exception as reason:  # from the hub, the file system, safetensors or load_state_dict
-                raise _weights_not_found(spec, f"{type(reason).__name__}: {reason}") from reason
+                raise weights_not_found(spec, f"{type(reason).__name__}: {reason}", _EXPECTED) from reason
     if spec.global_width is None:  # then nothing that is kept passes through the classifier
         heads = model.pretrained_cfg.get("classifier") or ()
         prefixes = tuple(f"{head}." for head in ((heads,) if isinstance(heads, str) else heads))
         wrong_keys = [(what, key) for what, key in wrong_keys if not key.startswith(prefixes)]
     if wrong_keys:
-        first = ", ".join(f"{what} {key}" for what, key in wrong_keys[:8])
-        raise _weights_not_found(spec, f"{len(wrong_keys)} keys that differ: {first}")
+        raise weights_not_found(spec, differing(wrong_keys), _EXPECTED)
     return model
 
 
@@ -103,26 +98,7 @@ def _recorded_keys(model_class: type[nn.Module]) -> Iterator[list[tuple[str, str
 
 
 def _require_source(spec: TeacherSpec) -> None:
-    """Fail in seconds where `hf_hub_download` would retry for minutes before it gives up."""
     if spec.checkpoint:
-        if not Path(spec.checkpoint).is_file():
-            raise FileNotFoundError(f"{spec.checkpoint} is not a file")
-        return
-    repository, name = blank_model(spec.model).pretrained_cfg.get("hf_hub_id"), "model.safetensors"
-    if not repository or isinstance(huggingface_hub.try_to_load_from_cache(repository, name), str):
-        return
-    try:
-        huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(repository, name))
-    except EntryNotFoundError:
-        return  # the hub answered; timm knows the other file names
-
-
-def _weights_not_found(spec: TeacherSpec, got: str) -> WeightsNotFoundError:
-    source = spec.checkpoint or "the Hugging Face hub"
-    return WeightsNotFoundError(
-        f"The pretrained weights of {spec.model} could not be had from {source}.",
-        got=got,
-        expected="every weight but the classifier's, from a file or from a hub that answers",
-        do="pass a file (teachers.<name>.checkpoint=/path/model.safetensors), "
-        "or take random weights (teachers.<name>.pretrained=false)",
-    )
+        require_file(spec.checkpoint)
+    elif repository := blank_model(spec.model).pretrained_cfg.get("hf_hub_id"):
+        require_hub(repository)

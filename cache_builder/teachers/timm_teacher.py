@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from contextlib import nullcontext
 from functools import cache
 from inspect import signature
 from typing import Any
@@ -14,7 +13,7 @@ from timm.layers import PatchEmbed
 from timm.models.vision_transformer_sam import VisionTransformerSAM
 from torch import Tensor
 
-from cache_builder.teachers.base import Architecture, Outputs, Teacher, TeacherFeatures, preprocess
+from cache_builder.teachers.base import Architecture, Outputs, Teacher, TeacherFeatures, autocast, preprocess
 from cache_builder.teachers.timm_model import blank_model, create_model, native_size, size_argument
 from pipeline.errors import TeacherInputError
 from pipeline.spec import Size, TeacherSpec
@@ -72,7 +71,7 @@ class TimmTeacher(Teacher):
 
     def forward(self, pixels_B3HW: Tensor) -> TeacherFeatures:
         spec = self.spec
-        with torch.inference_mode(), _precision(spec, pixels_B3HW.device):
+        with torch.inference_mode(), autocast(spec, pixels_B3HW.device):
             images = preprocess(pixels_B3HW, spec).contiguous(memory_format=torch.channels_last)
             result = self.model.forward_intermediates(
                 images,
@@ -99,7 +98,3 @@ def _has_cls_token(model: Any) -> bool:
     # CaiT and VOLO add their class token behind the blocks: no prefix tokens come with their maps.
     takes_prefix = "return_prefix_tokens" in signature(model.forward_intermediates).parameters
     return takes_prefix and getattr(model, "cls_token", None) is not None
-
-
-def _precision(spec: TeacherSpec, device: torch.device) -> Any:
-    return torch.autocast(device.type, torch.bfloat16) if spec.precision == "bfloat16" else nullcontext()

@@ -74,7 +74,7 @@ def test_threads_make_the_weights_of_the_seed() -> None:
         assert {teacher.weights_hash for teacher in teachers} == {expected}
 
 
-@pytest.mark.parametrize("name", presets())
+@pytest.mark.parametrize("name", [name for name in presets() if not name.startswith("grounding_dino")])
 def test_every_preset_names_pretrained_weights(name: str) -> None:
     assert presets()[name].model in timm.list_pretrained()
 

@@ -1,0 +1,224 @@
+"""The image side of GroundingDINO as a teacher, through transformers: no text model is made or loaded.
+
+A student of KPU detects objects "by integrating GroundingDINO's decoder" (KPU, Inference): it has to give
+what everything behind the image side takes (encoder, query selection, decoder), four maps of one width:
+
+| block | stride | from                                           |
+|-------|--------|------------------------------------------------|
+| 0     | 8      | Swin's second stage, normed and projected      |
+| 1     | 16     | its third                                      |
+| 2     | 32     | its fourth                                     |
+| 3     | 64     | its fourth, by a 3×3 convolution of stride 2   |
+
+These maps are the blocks of this teacher, in the form in which `GroundingDinoModel` flattens them; text meets
+them later. They differ in grid, so a teacher holds one of them: block 1 by its presets, whose stride is the
+patch of a student. Whoever wants to plug in the decoder makes four teachers, with `block_indices` [0] to [3].
+Stages of Swin that a map does not need are cut off, so their weights are no part of the hash.
+
+Views are rendered as its processor resizes images, the shorter side to 800 or, if that is less, the longer
+one to 1333, and to the nearest multiples of 32, Swin's last stride. A square view becomes 800×800, with grids
+of 100, 50, 25 and 13.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+from safetensors import safe_open
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor, nn
+
+from cache_builder.teachers.base import Architecture, Outputs, Teacher, TeacherFeatures, autocast, preprocess
+from cache_builder.teachers.weights import (
+    WEIGHTS_NAME,
+    differing,
+    require_file,
+    require_hub,
+    seeded,
+    weights_not_found,
+)
+from pipeline.errors import TeacherError, TeacherInputError
+from pipeline.spec import Size, TeacherSpec
+
+_OWNER = "IDEA-Research"
+_SWINS: dict[str, dict[str, Any]] = {
+    "grounding-dino-tiny": {
+        "embed_dim": 96,
+        "depths": (2, 2, 6, 2),
+        "num_heads": (3, 6, 12, 24),
+        "window_size": 7,
+        "image_size": 224,
+    },
+    "grounding-dino-base": {
+        "embed_dim": 128,
+        "depths": (2, 2, 18, 2),
+        "num_heads": (4, 8, 16, 32),
+        "window_size": 12,
+        "image_size": 384,
+    },
+}
+_NUM_MAPS, _LAST_STRIDE = 4, 32
+_IMAGE_SIDE = ("backbone.", "input_proj_vision.")
+_EXPECTED = "every weight of the image side, in safetensors as transformers saves them"
+
+
+class GroundingDinoTeacher(Teacher):
+    def __init__(self, spec: TeacherSpec) -> None:
+        super().__init__(spec)
+        self.model = _create_model(spec).eval().requires_grad_(False)
+        self.model.end_with(spec.block_indices[-1])
+
+    @classmethod
+    def models(cls) -> Collection[str]:
+        return _SWINS
+
+    @classmethod
+    def describe(cls, model: str) -> Architecture:
+        return Architecture(
+            model=model,
+            patch=(_LAST_STRIDE, _LAST_STRIDE),
+            mean=IMAGENET_DEFAULT_MEAN,
+            std=IMAGENET_DEFAULT_STD,
+        )
+
+    @classmethod
+    def probe(cls, model: str, image_size: Size, global_feature: bool) -> Outputs:
+        image_side, config = _image_side(), _config(model)
+        try:
+            with torch.device("meta"), torch.inference_mode():
+                maps = image_side(config).eval()(torch.empty(1, 3, *image_size), range(_NUM_MAPS))
+        except Exception as reason:  # from anywhere in torch
+            raise TeacherInputError(
+                f"transformers cannot run {model} at this image size.",
+                got=f"{image_size}: {type(reason).__name__}: {reason}",
+                expected=f"multiples of {_LAST_STRIDE}; it was made for a shorter side of 800",
+                do="set image_size for this teacher",
+            ) from reason
+        blocks = tuple((m.shape[1], (m.shape[2], m.shape[3])) for m in maps)
+        return Outputs(blocks=blocks, has_cls_token=False, global_width=None)
+
+    def compile_blocks(self) -> None:
+        for stage in self.model.backbone.conv_encoder.model.swin.encoder.layers:
+            for block in stage.blocks:
+                block.compile()
+
+    def forward(self, pixels_B3HW: Tensor) -> TeacherFeatures:
+        with torch.inference_mode(), autocast(self.spec, pixels_B3HW.device):
+            maps = self.model(preprocess(pixels_B3HW, self.spec), self.spec.block_indices)
+        # Copied outside inference mode: a loss may then save this tensor for its backward pass.
+        return TeacherFeatures(
+            feature_maps_BSHWC=torch.stack([m.permute(0, 2, 3, 1) for m in maps], dim=1),
+            cls_token_BSC=None,
+            global_feature_BD=None,
+        )
+
+
+def _transformers() -> tuple[Any, Any]:
+    """(transformers, its module of GroundingDINO), imported for those who have such a teacher."""
+    try:
+        import transformers
+        from transformers.models.grounding_dino import modeling_grounding_dino
+    except ImportError as reason:
+        raise TeacherError(
+            "GroundingDINO needs transformers.",
+            got=f"{type(reason).__name__}: {reason}",
+            expected="transformers 5 or newer in this environment",
+            do='pip install "teachercache[grounding-dino]"',
+        ) from reason
+    return transformers, modeling_grounding_dino
+
+
+def _config(model: str) -> Any:
+    transformers, _ = _transformers()
+    swin = transformers.SwinConfig(**_SWINS[model], out_indices=[2, 3, 4])
+    return transformers.GroundingDinoConfig(backbone_config=swin)
+
+
+@cache
+def _image_side() -> Any:
+    """The class of what `GroundingDinoModel` has before its encoder, under the same names."""
+    _, modeling = _transformers()
+    base: Any = modeling.GroundingDinoPreTrainedModel
+
+    class ImageSide(base):
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            swin = modeling.GroundingDinoConvEncoder(config)
+            self.backbone = modeling.GroundingDinoConvModel(swin, position_embedding=None)
+            widths = swin.intermediate_channel_sizes
+            convolutions = [nn.Conv2d(width, config.d_model, 1) for width in widths]
+            convolutions.append(nn.Conv2d(widths[-1], config.d_model, 3, stride=2, padding=1))
+            self.input_proj_vision = nn.ModuleList(
+                nn.Sequential(convolution, nn.GroupNorm(32, config.d_model)) for convolution in convolutions
+            )
+            # What older files lack and what they hold beside it, which Swin's own class knows.
+            self._keys_to_ignore_on_load_missing = swin.model._keys_to_ignore_on_load_missing
+            self._keys_to_ignore_on_load_unexpected = swin.model._keys_to_ignore_on_load_unexpected
+            self.post_init()
+
+        def end_with(self, index: int) -> None:
+            """Leave out what no map up to this one needs."""
+            swin = self.backbone.conv_encoder.model.swin
+            swin.encoder.layers = swin.encoder.layers[: index + 2]
+            swin.encoder.layers[-1].downsample = None
+            swin.layernorm = nn.Identity()  # of the last stage; its result is not used
+            self.input_proj_vision = self.input_proj_vision[: index + 1]
+
+        def forward(self, images_B3HW: Tensor, indices: Sequence[int]) -> list[Tensor]:
+            """The maps (B, C, H, W) of these indices."""
+            stages = self.backbone.conv_encoder.model(images_B3HW).feature_maps
+            sources = (*stages, stages[-1])
+            return [self.input_proj_vision[index](sources[index]) for index in indices]
+
+    return ImageSide
+
+
+def _create_model(spec: TeacherSpec) -> Any:
+    """The model of `spec`, on the current default device. Raises `WeightsNotFoundError`."""
+    image_side, config = _image_side(), _config(spec.model)
+    with seeded(spec.random_seed):
+        if not spec.pretrained:
+            return image_side(config)
+        try:
+            model, report = image_side.from_pretrained(
+                None,
+                config=config,
+                state_dict=_read_image_side(_weights_file(spec)),
+                dtype=torch.float32,
+                ignore_mismatched_sizes=True,  # it would raise without their names
+                output_loading_info=True,
+            )
+        except Exception as reason:  # from the hub, the file system, safetensors or transformers
+            raise weights_not_found(spec, f"{type(reason).__name__}: {reason}", _EXPECTED) from reason
+    wrong_keys = [
+        *(("missing", key) for key in sorted(report["missing_keys"])),
+        *(("unexpected", key) for key in sorted(report["unexpected_keys"])),
+        *(("misshapen", key) for key, *_ in sorted(report["mismatched_keys"])),
+    ]
+    if wrong_keys:
+        raise weights_not_found(spec, differing(wrong_keys), _EXPECTED)
+    return model
+
+
+def _weights_file(spec: TeacherSpec) -> Path:
+    """The checkpoint, the one in a folder that is the checkpoint, or the hub's, which is downloaded."""
+    if spec.checkpoint:
+        path = Path(spec.checkpoint)
+        path = path / WEIGHTS_NAME if path.is_dir() else path
+        require_file(path)
+        return path
+    repository = f"{_OWNER}/{spec.model}"
+    require_hub(repository)
+    return Path(huggingface_hub.hf_hub_download(repository, WEIGHTS_NAME))
+
+
+def _read_image_side(path: Path) -> dict[str, Tensor]:
+    """Those tensors of a whole model alone; the others are not read."""
+    with safe_open(path, framework="pt") as file:
+        names = {key.removeprefix("model."): key for key in file.keys()}  # noqa: SIM118
+        return {name: file.get_tensor(key) for name, key in names.items() if name.startswith(_IMAGE_SIDE)}
