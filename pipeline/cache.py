@@ -283,9 +283,9 @@ class FeatureCache:
 
         Raises `IndexError` for a row that is not in the cache, `IncompleteCacheError` for one whose
         shard is not committed, `CacheError` for one whose image was quarantined, `CorruptShardError` for
-        damaged files, `ValueError` for buffers that do not fit.
+        damaged files, `ValueError` for buffers that do not fit and for rows that are no numbers.
         """
-        rows = np.atleast_1d(np.asarray(rows, np.int64))
+        rows = _row_numbers(rows)
         encoded = {}
         for name in self.check_teachers(teachers):
             buffers = None if out is None else out[name].arrays if name in out else {}
@@ -296,7 +296,7 @@ class FeatureCache:
 
     def read_tokens(self, rows: ArrayLike, teacher: str, name: str, out: Tensor | None = None) -> Tensor:
         """`cls` (rows, levels, C) or `global` (rows, D) of a teacher that stores it; `out` as in `read`."""
-        rows = np.atleast_1d(np.asarray(rows, np.int64))
+        rows = _row_numbers(rows)
         self.check_teachers([teacher])
         if name not in self._layouts[teacher]:
             raise CacheError(
@@ -479,6 +479,20 @@ class FeatureCache:
         first_sample = self.spec.shard_samples(shard)[0]
         offset, nbytes = self.commits(IMAGES, [shard])[shard].members[sample_index - first_sample]
         return shard, offset, nbytes
+
+
+def _row_numbers(rows: ArrayLike) -> NDArray[np.int64]:
+    numbers = np.atleast_1d(np.asarray(rows))
+    if numbers.ndim != 1 or (numbers.size and numbers.dtype.kind not in "iu"):
+        raise ValueError(
+            explain(
+                "Rows are whole numbers, one behind the other.",
+                got=f"{numbers.dtype} of shape {numbers.shape}",
+                expected="a number or a list of numbers",
+                do="np.flatnonzero() turns a mask into numbers; cache.index.rows() finds those of samples",
+            )
+        )
+    return numbers.astype(np.int64)
 
 
 def _empty_row(codec: Codec, teacher: TeacherSpec) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ from torch import Tensor
 from pipeline.batch_memory import BatchMemory, TensorLayout
 from pipeline.cache import FeatureCache
 from pipeline.codecs import Encoded
+from pipeline.errors import explain
 from pipeline.spec import Size
 from pipeline.stores.base import CLS_TOKEN, GLOBAL_FEATURE
 from pipeline.views import View, render_view
@@ -106,6 +107,14 @@ class FeatureLoader:
         prefetch: int = 2,
         pin_memory: bool = False,
     ) -> None:
+        if threads < 1 or prefetch < 0:
+            raise ValueError(
+                explain(
+                    "A loader needs a thread, and cannot prepare fewer batches than none.",
+                    got=f"threads={threads}, prefetch={prefetch}",
+                    expected="threads >= 1, prefetch >= 0",
+                )
+            )
         self._cache = cache
         self._sampler = sampler
         self._teachers = cache.check_teachers(teachers) if features else []
@@ -128,7 +137,9 @@ class FeatureLoader:
         while True:
             while len(self._pending) <= self._prefetch:
                 self._pending.append(self._submit(next(self._steps)))
-            yield self._collect(self._pending.popleft())
+            batch = self._collect(self._pending[0])
+            self._pending.popleft()  # what could not be read, or was interrupted, is not passed over
+            yield batch
 
     def _layouts(self) -> dict[Hashable, TensorLayout]:
         """The tensors of a batch: renders by their size, arrays by (teacher, array)."""

@@ -32,7 +32,7 @@ from pipeline.rows import RowIndex
 from pipeline.spec import CacheSpec
 from pipeline.storage import Storage
 from pipeline.stores.shard_format import ABSENT, CHECKSUM_NBYTES, checksum, index_nbytes, parse_index
-from pipeline.stores.tar_index import read_index, read_row, tar_name
+from pipeline.stores.tar_index import read_index, read_rows, tar_name
 
 _MAX_CHUNK_NBYTES = 1 << 30  # a chunk is one row; larger ones are not ours
 _NEAR_KEYS = 5
@@ -229,7 +229,7 @@ def _tar_row(
 ) -> dict[str, NDArray]:
     """One row of a tar, its checksum compared."""
     name = tar_name(teacher, shard)
-    row = read_row(storage, name, read_index(storage, name, spec.rows_per_shard), place)
+    (row,) = read_rows(storage, [name], [read_index(storage, name, spec.rows_per_shard)], [place])
     arrays = safetensors.numpy.load(row)
     return {array: _as_float(arrays[array], metadata[array]) for array in metadata}
 

@@ -8,6 +8,7 @@ reads it too.
 from __future__ import annotations
 
 import tarfile
+from collections.abc import Sequence
 
 import google_crc32c
 import numpy as np
@@ -66,12 +67,18 @@ def read_index(storage: Storage, name: str, num_rows: int) -> TarIndex:
     return index
 
 
-def read_row(storage: Storage, name: str, index: TarIndex, place: int) -> bytes:
-    """The safetensors of one row. Raises `ValueError` where it is absent or not what the index states."""
-    offset, nbytes, expected = index[place].tolist()
-    if not nbytes:
-        raise ValueError(f"{name} holds no row {place}")
-    row = storage.read_range(name, offset, nbytes)
-    if len(row) != nbytes or google_crc32c.value(row) != expected:
-        raise ValueError(f"{name}: the checksum of row {place} is wrong")
-    return row
+def read_rows(
+    storage: Storage, names: Sequence[str], indexes: Sequence[TarIndex], places: Sequence[int]
+) -> list[bytes]:
+    """The safetensors of rows, each of a tar with its index. Raises `ValueError` where one is absent or not
+    what the index states."""
+    entries = [index[place].tolist() for index, place in zip(indexes, places, strict=True)]
+    for name, place, (_, nbytes, _) in zip(names, places, entries, strict=True):
+        if not nbytes:
+            raise ValueError(f"{name} holds no row {place}")
+    offsets, lengths = ([entry[column] for entry in entries] for column in (0, 1))
+    rows = storage.read_ranges(names, offsets, lengths)
+    for name, place, row, (_, nbytes, expected) in zip(names, places, rows, entries, strict=True):
+        if len(row) != nbytes or google_crc32c.value(row) != expected:
+            raise ValueError(f"{name}: the checksum of row {place} is wrong")
+    return rows

@@ -42,7 +42,7 @@ from pipeline.stores.tar_index import (
     index_bytes,
     member_key,
     read_index,
-    read_row,
+    read_rows,
     tar_name,
 )
 
@@ -134,15 +134,19 @@ class WebDatasetStore(FeatureStore):
 
     def read(self, spec: CacheSpec, teacher: str, rows: NDArray[np.int64], out: Arrays) -> None:
         try:
-            for number, row in enumerate(rows.tolist()):
-                shard, place = divmod(row, spec.rows_per_shard)
-                name = tar_name(teacher, shard)
-                index = self._read_index(name, spec.rows_per_shard)
-                tensors = safetensors.numpy.load(read_row(self.storage, name, index, place))
+            shards, places = np.divmod(rows, spec.rows_per_shard)
+            distinct, which = np.unique(shards, return_inverse=True)
+            names = [tar_name(teacher, shard) for shard in distinct.tolist()]
+            indexes = self.storage.each(lambda name: self._read_index(name, spec.rows_per_shard), names)
+            found = read_rows(
+                self.storage, [names[i] for i in which], [indexes[i] for i in which], places.tolist()
+            )
+            for number, data in enumerate(found):
+                tensors = safetensors.numpy.load(data)
                 for array, values in out.items():
-                    found = tensors[array]
-                    if (found.dtype, found.shape) != (values.dtype, values.shape[1:]):
-                        raise ValueError(f"{array} of row {row} is {found.dtype} {found.shape}")
-                    values[number] = found
+                    tensor = tensors[array]
+                    if (tensor.dtype, tensor.shape) != (values.dtype, values.shape[1:]):
+                        raise ValueError(f"{array} of row {rows[number]} is {tensor.dtype} {tensor.shape}")
+                    values[number] = tensor
         except (ValueError, KeyError, FileNotFoundError, SafetensorError) as error:
             raise unreadable(self.storage, teacher, error) from error

@@ -153,8 +153,12 @@ class ZarrStore(FeatureStore):
             raise ValueError(f"{name} is an array of {array.shape} in pieces of {whole}")
         rows = shards * spec.rows_per_shard + places
         with _as_value_errors(f"{array_folder(teacher, name)}"):
-            for row, value in zip(rows.tolist(), values, strict=True):  # zarr gathers a list of rows by value
-                array.get_basic_selection(slice(row, row + 1), out=as_buffer(value[None]))
+
+            def read(number: int) -> None:  # one row after another: zarr gathers a list of rows by value
+                row = int(rows[number])
+                array.get_basic_selection(slice(row, row + 1), out=as_buffer(values[number : number + 1]))
+
+            self.storage.each(read, range(len(rows)))
 
     def chunk_starts(
         self, spec: CacheSpec, teacher: str, name: str, shards: Ints, places: Ints, row_ndim: int
@@ -164,9 +168,12 @@ class ZarrStore(FeatureStore):
         Raises `ValueError` for rows that a shard does not hold: zarr would give zeros for them.
         """
         starts = np.empty(len(shards), np.uint64)
-        for shard in np.unique(shards).tolist():
-            file, here = shard_file(teacher, name, shard, row_ndim), shards == shard
-            chunks = self._read_index(file, spec.rows_per_shard)[places[here]]
+        distinct = np.unique(shards).tolist()
+        files = [shard_file(teacher, name, shard, row_ndim) for shard in distinct]
+        indexes = self.storage.each(lambda file: self._read_index(file, spec.rows_per_shard), files)
+        for shard, file, index in zip(distinct, files, indexes, strict=True):
+            here = shards == shard
+            chunks = index[places[here]]
             absent = (chunks == ABSENT).any(1)
             if absent.any():
                 raise ValueError(f"{file} holds no row {places[here][absent][0]}")

@@ -130,6 +130,30 @@ def test_images_that_moved_are_found_where_they_are(tmp_path: Path) -> None:
     assert cache.image(1).size == (64, 48)
 
 
+@pytest.mark.parametrize("rows", [[1.9], [True, False], [[0, 1], [2, 3]], ["0"]])
+def test_rows_are_whole_numbers(make: Make, images: Path, rows: Any) -> None:
+    cache = make(images)
+    with pytest.raises(ValueError, match="Rows are whole numbers"):
+        cache.read(rows)
+    assert len(cache.read([])[cache.teachers[0]].decode()) == 0
+
+
+def test_rows_of_remote_tars_are_asked_for_at_once(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    location = f"memory://{uuid.uuid4().hex}"
+    make_cache(location, images, store="webdataset")
+    cache, asked = FeatureCache.open(location), []
+    read_ranges = cache.storage.read_ranges
+
+    def noting(names: list[str], *where: Any) -> list[bytes]:
+        asked.append(len(names))
+        return read_ranges(names, *where)
+
+    monkeypatch.setattr(cache.storage, "read_ranges", noting)
+    rows = [15, 0, 7, 7]
+    assert len(cache.read(rows, cache.teachers[:1])[cache.teachers[0]].decode()) == 4
+    assert asked == [4]
+
+
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # webdataset leaves closing tars to the collector
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_plain_webdataset_reads_the_store(tmp_path: Path, images: Path) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import threading
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from pipeline import FeatureCache, render_view
 from pipeline.errors import CorruptShardError
-from pipeline.loader import FeatureLoader
+from pipeline.loader import Batch, FeatureLoader
 from pipeline.sampler import ShardShuffleSampler
 from pipeline.stores.zarr_store import shard_file
 from tests.make_cache import features, make_cache, make_images, teacher_spec
@@ -86,6 +87,31 @@ def test_memory_goes_round(cache: FeatureCache) -> None:
         for batch in islice(loader, 30):
             places.add(batch.features["a"].tensors()["codes"].data_ptr())
     assert len(places) <= 4
+
+
+@pytest.mark.parametrize("wrong", [{"threads": 0}, {"prefetch": -1}])
+def test_a_loader_that_cannot_work_says_so(cache: FeatureCache, wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="threads >= 1"):
+        FeatureLoader(cache, ShardShuffleSampler(cache, batch_size_per_process=2), **wrong)
+
+
+def test_an_interrupted_batch_comes_again(cache: FeatureCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    sampler = ShardShuffleSampler(cache, batch_size_per_process=2)
+    collect, interrupts = FeatureLoader._collect, [True]
+
+    def interrupted(loader: FeatureLoader, pending: Any) -> Batch:
+        if pending.batch.step == 1 and interrupts:
+            interrupts.pop()
+            raise KeyboardInterrupt
+        return collect(loader, pending)
+
+    monkeypatch.setattr(FeatureLoader, "_collect", interrupted)
+    with FeatureLoader(cache, sampler) as loader:
+        batches = iter(loader)
+        assert next(batches).step == 0
+        with pytest.raises(KeyboardInterrupt):
+            next(batches)
+        assert [next(more).step for more in [iter(loader)] for _ in range(2)] == [1, 2]
 
 
 def test_a_damaged_shard_reaches_the_consumer(tmp_path: Path) -> None:

@@ -302,3 +302,9 @@ def test_a_lock_that_is_being_written_is_not_taken_over_at_once(
     assert not is_taken_over(tmp_path)
     monkeypatch.setattr(processes, "_LOCK_IS_WRITTEN_WITHIN_S", -1.0)
     assert is_taken_over(tmp_path)
+
+
+def test_reads_that_wait_for_answers_are_made_side_by_side(tmp_path: Path) -> None:
+    all_here = threading.Barrier(4)
+    assert Storage.at("memory://side-by-side").each(lambda _: all_here.wait(20) >= 0, range(4)) == [True] * 4
+    assert Storage.at(str(tmp_path)).each(str, range(3)) == ["0", "1", "2"]
