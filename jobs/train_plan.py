@@ -73,12 +73,18 @@ def _cache_facts(recipe: TrainRecipe) -> tuple[Size, dict[str, TeacherSpec], int
 
 
 def train_plan_table(plan: TrainPlan) -> RenderableType:
+    size = plan.size
     gpus = f"{plan.processes} GPUs at {plan.tflops_per_gpu:g} TFLOP/s sustained by each (--tflops-per-gpu)"
     rate = f"{human_bytes(round(plan.read_bytes_per_s))}/s of the cache, for {plan.images_per_s:,.0f} img/s"
+    parts = ", ".join(f"{part} {count:,}" for part, count in size.parameters.items() if count)
+    gmacs = ", ".join(f"{part} {count:.1f}" for part, count in size.gmacs_by_part.items())
+    attention = f"({size.attention_gmacs:.1f} of the stem's are attention's own products)"
     return lines(
         {
             "steps": f"{plan.steps:,} of {plan.images_per_step} images, {plan.images:,} in all",
-            "student": f"{plan.parameters / 1e6:.0f}M parameters, {plan.gmacs:.1f} GMACs a view forward",
+            "parameters": parts,
+            "#Param": f"{size.num_parameters / 1e6:.0f}M to predict with, {size.trained / 1e6:.0f}M trained",
+            "GMACs": f"a view forward: {gmacs} {attention}; {size.train_gmacs:.1f} with backward",
             "hours": f"at least {plan.hours:.3g} on {gpus}, {plan.gpu_hours:.3g} GPU-hours",
             "reads": f"{rate}; a slower disk takes longer" if plan.row_bytes else "no features of the cache",
         }

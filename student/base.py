@@ -53,6 +53,7 @@ class Student(nn.Module, ABC):
 
     kind: ClassVar[str]
     num_levels: ClassVar[int] = NUM_LEVELS  # maps that it gives for each teacher
+    for_distillation: ClassVar[frozenset[str]] = frozenset()  # parts that predicting does without
     reads_features: ClassVar[bool] = False  # whether `forward` takes the teachers' features beside pixels
     mean: Tensor
     std: Tensor
@@ -117,6 +118,12 @@ class Student(nn.Module, ABC):
     @abstractmethod
     def parameters_by_part(self) -> dict[str, int]:
         """The number of parameters of each part; the parts add up to the whole."""
+
+    @property
+    def num_parameters(self) -> int:
+        """Of all that predicting takes, which is what SAK counts (B.1: aligners are no part of it)."""
+        parts = self.parameters_by_part()
+        return sum(count for part, count in parts.items() if part not in self.for_distillation)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         target = Path(folder)

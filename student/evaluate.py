@@ -54,8 +54,9 @@ PANEL_IMAGES = 4
 class Evaluation:
     """`scores`: in percent, degrees (normals) and metres (depth), by task. `gates`: for each task the mean
     weight of each expert, (levels, experts), where the student has routers. `backbone`: "ViT-S", "ViT-B" or
-    "ViT-L" for a student of one of the paper's sizes. `further`: other measures of a task, by name, in
-    percent: oisF and AP of boundaries, maxF as the salient-object literature has it."""
+    "ViT-L" for a student of one of the paper's sizes. `parameters`: of all that predicting takes. `further`:
+    other measures of a task, by name, in percent: oisF and AP of boundaries, maxF as the salient-object
+    literature has it."""
 
     student: str
     backbone: str | None
@@ -211,7 +212,7 @@ def evaluate(
         dataset=dataset.name,
         split=dataset.split,
         num_images=len(numbers),
-        parameters=sum(parameter.numel() for parameter in student.parameters()),
+        parameters=student.num_parameters,
         scores={task: value(metric) for task, metric in metrics.items()},
         gates={task: gates_SE.tolist() for task, gates_SE in mean_gates.items()},
         images_per_s=len(numbers) / (time.perf_counter() - started),

@@ -33,11 +33,11 @@ from student.amalgam import require_maps
 from student.base import NUM_LEVELS, teacher_facts
 from student.checkpoint import load_checkpoint, newest_checkpoint
 from student.kpu.objective import AlignmentLoss, KPUObjective
+from student.learning import require_kept, set_learning
 from student.loop import TrainingLoop
-from student.lora import add_lora
 from student.losses import DistillationLoss
 from student.objectives import Objective
-from student.recipe import StudentRecipe, TrainRecipe, run_identity
+from student.recipe import TrainRecipe, run_identity
 from student.run_log import RunLog
 from student.run_pictures import RunPictures
 from student.sak.transfer import grown_student
@@ -206,7 +206,7 @@ def _build(
     facts = teacher_facts({name: cache.spec.teachers[name] for name in teachers})
     if wanted.init_from and tasks is None:
         student: Student = grown_student(wanted.init_from, facts["teacher_dims"], image_size)
-        _require_kept(wanted, student)
+        require_kept(wanted, student)
     else:
         arguments = wanted.model_dump(exclude={"init_from", "freeze", "lora_rank"})
         arguments |= {"pretrained": wanted.pretrained and wanted.init_from is None}
@@ -216,37 +216,12 @@ def _build(
         if wanted.init_from:
             assert isinstance(student, SAK)
             load_stage_1(student, wanted.init_from)
-    if wanted.lora_rank:
-        _require_learning_stem(wanted, student)
-        add_lora(student.get_submodule("stem"), wanted.lora_rank)
-    for name in teachers:
-        student.keep_levels(name, cache.spec.teachers[name].num_levels if recipe.distills else 0)
-    student.freeze(*wanted.freeze)
+    set_learning(
+        student,
+        wanted,
+        {name: cache.spec.teachers[name].num_levels if recipe.distills else 0 for name in teachers},
+    )
     return student
-
-
-def _require_kept(wanted: StudentRecipe, student: Student) -> None:
-    """Raises `RecipeError` where the recipe says otherwise what a student that goes on keeps."""
-    own = {key: student.config[key] for key in ("stem", "reduction", "adapter_paths")}
-    said = {key: getattr(wanted, key) for key in own if key in wanted.model_fields_set}
-    if others := [key for key in said if said[key] != own[key]]:
-        raise RecipeError(
-            f"The student in {wanted.init_from} goes on as it is, and the recipe states another.",
-            got=", ".join(f"student.{key}: {said[key]}" for key in others),
-            expected=", ".join(f"student.{key}: {own[key]}" for key in others),
-            do="state the student's own, or set student.init_from=null for a new student",
-        )
-
-
-def _require_learning_stem(wanted: StudentRecipe, student: Student) -> None:
-    """Raises `RecipeError` where low-rank updates would change the stem of a student that grows."""
-    if not any(parameter.requires_grad for parameter in student.get_submodule("stem").parameters()):
-        raise RecipeError(
-            "A student that gets a new teacher keeps its stem, and lora_rank would train it.",
-            got=f"student.lora_rank: {wanted.lora_rank}, and a teacher that {wanted.init_from} does not have",
-            expected="no updates of the stem: the maps of the teachers that it has stay what they are",
-            do="set student.lora_rank=null",
-        )
 
 
 def _objective(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -11,24 +12,43 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.spec import Size
-from student import KPU, build_student
+from student import KPU, SAK, Student, StudentOutput, build_student
+from student.base import NUM_LEVELS, find_saved, read_config, require_known
 from student.kpu.latent_space import Features
+from student.learning import require_kept, set_learning
 from student.recipe import StudentRecipe, TrainRecipe
+from student.sak.transfer import grow
+
+
+class StudentSize(NamedTuple):
+    """`parameters`: by part. `num_parameters`: of those that predicting takes; `trained`: of those that
+    learn, low-rank updates included. `gmacs_by_part`: 10⁹ multiply-accumulates of a view forward, by what
+    runs; `attention_gmacs`, of the products of queries, keys and values, are among them, and SAK's Table 22
+    leaves them out. `train_gmacs`: forward and backward.
+    """
+
+    parameters: dict[str, int]
+    num_parameters: int
+    trained: int
+    gmacs_by_part: dict[str, float]
+    attention_gmacs: float
+    train_gmacs: float
+
+    @property
+    def gmacs(self) -> float:
+        return sum(self.gmacs_by_part.values())
 
 
 @dataclass(frozen=True)
 class TrainPlan:
-    """`gmacs`: 10⁹ multiply-accumulates of the student's forward pass on one view, `train_gmacs` with what
-    backward adds. `row_bytes`: what is read of the cache for one view; 0 where its features are left unread.
+    """`row_bytes`: what is read of the cache for one view; 0 where its features are left unread.
     `tflops_per_gpu`: what a GPU sustains.
 
     Hours are those of the arithmetic: optimizer, losses and small kernels come on top."""
 
     steps: int
     images_per_step: int
-    parameters: int
-    gmacs: float
-    train_gmacs: float
+    size: StudentSize
     row_bytes: int
     processes: int
     tflops_per_gpu: float
@@ -39,7 +59,7 @@ class TrainPlan:
 
     @property
     def gpu_hours(self) -> float:
-        flops = 2e9 * self.train_gmacs * self.images
+        flops = 2e9 * self.size.train_gmacs * self.images
         return flops / (self.tflops_per_gpu * 1e12) / 3600
 
     @property
@@ -75,26 +95,17 @@ def make_train_plan(
     Raises `RecipeError` for a student that cannot be built.
     """
     images_per_step = recipe.images_per_step(processes)
-    size = student_size(recipe.student, image_size, teacher_dims, tasks, teacher_grids, class_tokens)
     reads = recipe.distills or recipe.student.kind == "amalgam"
     return TrainPlan(
         steps=recipe.schedule.steps(num_samples / images_per_step)[0],
         images_per_step=images_per_step,
-        parameters=size.parameters,
-        gmacs=size.gmacs,
-        train_gmacs=size.train_gmacs,
+        size=student_size(
+            recipe.student, image_size, teacher_dims, tasks, teacher_grids, class_tokens, recipe.distills
+        ),
         row_bytes=row_bytes if reads and recipe.features == "cached" else 0,
         processes=processes,
         tflops_per_gpu=tflops_per_gpu,
     )
-
-
-class StudentSize(NamedTuple):
-    """`gmacs`: 10⁹ multiply-accumulates of a view forward; `train_gmacs`: forward and backward."""
-
-    parameters: int
-    gmacs: float
-    train_gmacs: float
 
 
 def student_size(
@@ -104,20 +115,21 @@ def student_size(
     tasks: Mapping[str, int] | None,
     teacher_grids: Mapping[str, Size] | None = None,
     class_tokens: Collection[str] = (),
+    distills: bool = True,
 ) -> StudentSize:
-    """The size of a student with all that distillation and tasks need, counted without weights.
+    """The size of a run's student, counted without weights.
 
-    All matrix products and convolutions are counted, those of attention too, and backward as it runs: what
-    is frozen costs no more than the gradients that pass through it. `teacher_grids`: patches of 16 pixels
-    where none are given.
+    All matrix products and convolutions are counted, and backward as it runs: what is frozen costs no more
+    than the gradients that pass through it. `teacher_grids`: patches of 16 pixels where none are given.
+    Of a student that goes on (`init_from` in stage 1) its config is read.
     """
-    arguments = recipe.model_dump(exclude={"init_from", "freeze", "lora_rank"}) | {"pretrained": False}
     patches = image_size[0] // 16, image_size[1] // 16
     grids = {name: (teacher_grids or {}).get(name, patches) for name in teacher_dims}
-    arguments |= {"teacher_grids": grids, "class_tokens": class_tokens}
+    facts = {"teacher_dims": teacher_dims, "teacher_grids": grids, "class_tokens": class_tokens}
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        student = build_student(**arguments, teacher_dims=teacher_dims, image_size=image_size, tasks=tasks)
-        student.freeze(*recipe.freeze)
+        student = _blank(recipe, image_size, facts, tasks)
+        parameters, num_parameters = student.parameters_by_part(), student.num_parameters
+        set_learning(student, recipe, dict.fromkeys(teacher_dims, NUM_LEVELS * distills))
         inputs: dict[str, Any] = {}
         if isinstance(student, KPU):
             inputs["teachers"] = {
@@ -128,12 +140,59 @@ def student_size(
                 for name, width in teacher_dims.items()
             }
         elif student.reads_features:
-            inputs["features"] = {n: torch.empty(1, 4, *patches, width) for n, width in teacher_dims.items()}
-        output = student.eval()(torch.empty(1, 3, *image_size), full=True, **inputs)
-        forward = counter.get_total_flops()
+            inputs["features"] = {
+                name: torch.empty(1, NUM_LEVELS, *grids[name], width) for name, width in teacher_dims.items()
+            }
+        pixels_B3HW = torch.empty(1, 3, *image_size)
+        output = student.eval()(pixels_B3HW, full=True, maps=distills, **inputs)
+        gmacs, attention_gmacs = _by_part(counter)
+        if isinstance(output, StudentOutput):
+            output = (
+                output.predictions,
+                [output.feature_maps[name] for name in teacher_dims if distills],
+            )
         torch.stack([tensor.sum() for tensor in _learning(output)]).sum().backward()
-    parameters = sum(parameter.numel() for parameter in student.parameters())
-    return StudentSize(parameters, forward / 2e9, counter.get_total_flops() / 2e9)
+    trained = sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad)
+    train_gmacs = counter.get_total_flops() / 2e9
+    return StudentSize(parameters, num_parameters, trained, gmacs, attention_gmacs, train_gmacs)
+
+
+def _blank(
+    recipe: StudentRecipe, image_size: Size, facts: Mapping[str, Any], tasks: Mapping[str, int] | None
+) -> Student:
+    if recipe.init_from and tasks is None:
+        config = read_config(find_saved(recipe.init_from))
+        require_known("student that can go on", str(config.pop("kind", None)), [SAK.kind])
+        grown = SAK(**config)
+        require_kept(recipe, grown)
+        grow(grown, facts["teacher_dims"], image_size)
+        return grown
+    arguments = recipe.model_dump(exclude={"init_from", "freeze", "lora_rank"}) | {"pretrained": False}
+    return build_student(**arguments, **facts, image_size=image_size, tasks=tasks)
+
+
+_RUNS = {
+    "stem": r"stem",
+    "adapter paths": r"paths\.[^.]+",
+    "aligners": r"(paths\.[^.]+\.)?aligners\.([^.]+\.)?\d+",
+    "heads": r"decoder\.heads\.[^.]+",
+}
+
+
+def _by_part(counter: FlopCounterMode) -> tuple[dict[str, float], float]:
+    """(10⁹ multiply-accumulates of what has run, those of the stem's attention among them)."""
+    counts = counter.get_flop_counts()
+    parts = dict.fromkeys(_RUNS, 0.0)
+    attention = 0.0
+    for module, flops in counts.items():
+        _, _, name = module.partition(".")
+        for part, pattern in _RUNS.items():
+            if re.fullmatch(pattern, name):
+                parts[part] += sum(flops.values()) / 2e9
+        if name == "stem":
+            attention += sum(n for op, n in flops.items() if re.search("bmm|attention", str(op))) / 2e9
+    rest = counter.get_total_flops() / 2e9 - sum(parts.values())
+    return {part: n for part, n in (parts | {"routers and other": rest}).items() if n > 0}, attention
 
 
 def _learning(output: Any) -> Iterator[Tensor]:

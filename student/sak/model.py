@@ -52,6 +52,7 @@ class SAK(Student):
     """
 
     kind = "sak"
+    for_distillation = frozenset({"aligners"})
     paths: Any  # a ModuleDict of AdapterPath or AlignerPath, which its type cannot say
     decoder: TaskDecoder | None
 

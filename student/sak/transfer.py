@@ -25,13 +25,19 @@ def load_stage_1(student: SAK, source: str | os.PathLike[str], revision: str | N
 
 
 def grown_student(source: str | os.PathLike[str], teacher_dims: Mapping[str, int], image_size: Size) -> SAK:
-    """A saved student of stage 1 that goes on with these teachers: name → channels.
+    """A saved student of stage 1 that goes on with these teachers, see `grow`."""
+    student = SAK.from_pretrained(source)
+    grow(student, teacher_dims, image_size)
+    return student
+
+
+def grow(student: SAK, teacher_dims: Mapping[str, int], image_size: Size) -> None:
+    """Let a student of stage 1 go on with these teachers: name → channels.
 
     It gets a path for each that it does not have, and then only the new paths learn (SAK, D.4). Where it
     has them all, everything learns but the paths of other teachers.
     Raises `RecipeError` where a teacher has another width than its path, or the images another size.
     """
-    student = SAK.from_pretrained(source)
     own = student.config["teacher_dims"]
     if student.image_size != tuple(image_size):
         raise RecipeError(
@@ -55,7 +61,6 @@ def grown_student(source: str | os.PathLike[str], teacher_dims: Mapping[str, int
         student.paths[name].requires_grad_(True)
     if not new:
         student.freeze(*(f"paths.{name}" for name in student.teachers if name not in teacher_dims))
-    return student
 
 
 def load_tensors(student: SAK, tensors: Mapping[str, Tensor], what: str) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pipeline.errors import RecipeError
 from pipeline.spec import Size
+from student import SAK
 from student.base import Student, StudentOutput
 from student.datasets.base import LabelledDataset
 from student.evaluate import Evaluation, evaluate, read_baseline
@@ -72,6 +73,16 @@ def test_a_split_without_images_has_no_scores(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="no image to evaluate on"):
         evaluate(student, FlatRooms(tmp_path, "val"), output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_parameters_beside_the_papers_are_those_of_predicting(tmp_path: Path) -> None:
+    """SAK, B.1: aligners are needed during distillation alone."""
+    config = {"teacher_dims": {}, "image_size": [24, 32], "tasks": {"depth": 1}}
+    student = Oracle(config, (0, 0, 0), (1, 1, 1))
+    student.parameters_by_part = lambda: {"stem": 5, "aligners": 3}  # type: ignore[method-assign]
+    assert student.num_parameters == 8
+    student.for_distillation = SAK.for_distillation  # type: ignore[misc]
+    assert student.num_parameters == 5
 
 
 def test_what_is_labelled_nowhere_is_null_in_json() -> None:

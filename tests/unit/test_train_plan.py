@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from cache_builder.recipe import BuildRecipe
@@ -16,8 +18,9 @@ from jobs.cli import app
 from jobs.train_plan import plan_training
 from pipeline.errors import RecipeError
 from pipeline.recipe import SHIPPED, load_recipe
+from student import build_student
 from student.recipe import TrainRecipe
-from student.train_plan import make_train_plan
+from student.train_plan import StudentSize, make_train_plan, student_size
 from tests.make_cache import make_cache, make_images
 from tests.train_recipes import train_recipe
 
@@ -63,12 +66,88 @@ def test_hours_are_arithmetic_over_rate() -> None:
     plan = make_train_plan(
         recipe, image_size=(384, 384), teacher_dims=dims, tasks=None, tflops_per_gpu=100, **arguments
     )
-    assert plan.gmacs == pytest.approx(198 * 1.08, rel=0.01)
+    gmacs = plan.size.gmacs
+    assert gmacs == pytest.approx(198 * 1.08, rel=0.01)
+    assert gmacs - plan.size.attention_gmacs == pytest.approx(198, rel=0.01)
     assert (plan.steps, plan.images) == (300, 38_400)
     # Backward computes twice what forward does, but no gradient of the pixels.
-    assert plan.gpu_hours == pytest.approx(38_400 * 3 * 2 * plan.gmacs * 1e9 / 100e12 / 3600, rel=2e-3)
+    assert plan.gpu_hours == pytest.approx(38_400 * 3 * 2 * gmacs * 1e9 / 100e12 / 3600, rel=2e-3)
     assert plan.hours == pytest.approx(plan.gpu_hours / 8)
     assert plan.read_bytes_per_s == pytest.approx(1000 * 38_400 / plan.hours / 3600)
+
+
+PASCAL = {"semseg": 21, "parts": 7, "saliency": 2, "normals": 3, "boundary": 1}
+
+
+def size_of(*overrides: str, width: int = 768, tasks: dict[str, int] | None = PASCAL) -> StudentSize:
+    name = "sak_stage2_pascal_base" if tasks else "sak_stage1_base"
+    recipe = load_recipe(TrainRecipe, name, list(overrides))
+    dims = dict.fromkeys(("dinov2", "clip", "sam") if recipe.teachers is None else recipe.teachers, width)
+    image_size = (512, 512) if tasks else (384, 384)
+    return student_size(recipe.student, image_size, dims, tasks, distills=recipe.distills)
+
+
+def test_the_parts_are_those_of_table_22() -> None:
+    size = size_of(width=1024)
+    adapters = size.parameters["adapter paths"] + size.parameters["output norms"]
+    counts = [size.parameters["stem"], adapters, size.parameters["routers"]]
+    gmacs = [
+        size.gmacs_by_part["stem"] - size.attention_gmacs,
+        size.gmacs_by_part["adapter paths"],
+        size.gmacs_by_part["routers and other"],
+    ]
+    assert [round(sum(counts[:n]) / 1e6) for n in (1, 2, 3)] == [86, 98, 104]
+    assert [round(sum(gmacs[:n])) for n in (1, 2, 3)] == [88, 99, 106]  # 100 in the paper, 99.6 in fvcore
+    assert size.parameters["aligners"] == 9_449_472
+    assert size.num_parameters == 133_506_089, "aligners are no overhead of inference (SAK, B.1)"
+    assert size.trained == size.num_parameters + 9_449_472
+
+
+def test_what_is_frozen_has_no_backward() -> None:
+    """SAK, Table 12, "Freeze": 36M trained. Only routers and heads have gradients, and none leaves them."""
+    whole, frozen = size_of(), size_of("student.freeze=[stem,paths]", "distillation.weight=0")
+    assert round(frozen.trained / 1e6) == 36
+    forward, learning = whole.gmacs, frozen.gmacs_by_part["heads"] + frozen.gmacs_by_part["routers and other"]
+    assert frozen.gmacs == pytest.approx(forward)
+    assert forward + 1.9 * learning < frozen.train_gmacs < forward + 2 * learning
+    assert whole.train_gmacs == pytest.approx(3 * forward, rel=2e-3)
+
+
+def test_a_student_that_grows_learns_one_path(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        dims = dict.fromkeys(("dinov2", "clip", "sam"), 768)
+        config = build_student(
+            "sak", stem="vit_base_patch16_384", teacher_dims=dims, image_size=(384, 384)
+        ).config
+    (tmp_path / "config.json").write_text(json.dumps({"kind": "sak", **config}))
+    grown = size_of("teachers=[siglip]", f"student.init_from={tmp_path}", tasks=None)
+    path = grown.gmacs_by_part["adapter paths"] / 4
+    forward = grown.gmacs
+    assert grown.trained * 4 == grown.parameters["adapter paths"] + grown.parameters["output norms"]
+    assert forward + 1.9 * path < grown.train_gmacs < forward + 2 * path
+    with pytest.raises(RecipeError, match=r"student.reduction: 2"):
+        size_of("teachers=[siglip]", f"student.init_from={tmp_path}", "student.reduction=2", tasks=None)
+
+
+def test_an_amalgam_reads_the_grids_of_its_cache() -> None:
+    """Without a stem the heads work on SAM's grid, and linear layers cost four times what they do on 32²."""
+    overrides = ["student.kind=amalgam", "student.init_from=null", "distillation.weight=0", "teachers=[sam]"]
+    recipe = load_recipe(
+        TrainRecipe, "sak_stage2_pascal_base", [*overrides, "student.stem=null", "student.fusion=sum"]
+    )
+    coarse, fine = (
+        student_size(recipe.student, (512, 512), {"sam": 768}, PASCAL, {"sam": grid}, distills=False)
+        for grid in ((32, 32), (64, 64))
+    )
+    linears = 5 * 4 * 768 * 192 / 1e9
+    gained = fine.gmacs - coarse.gmacs
+    assert gained == pytest.approx(linears * (64**2 - 32**2))
+    assert fine.trained == fine.num_parameters == fine.parameters["heads"]
+
+
+def test_nothing_to_learn_is_refused() -> None:
+    with pytest.raises(RecipeError, match="Nothing of the student is left to learn"):
+        size_of("student.freeze=[stem,paths,decoder]", "distillation.weight=0")
 
 
 def test_a_cache_that_is_there_is_asked(tmp_path: Path) -> None:
