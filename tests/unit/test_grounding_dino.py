@@ -233,8 +233,7 @@ def test_without_transformers_the_error_says_what_to_install(monkeypatch: pytest
 
 IMPORTS = """
 import sys
-import cache_builder, jobs.cli, student
-from cache_builder import verify
+import cache_builder.builder, cache_builder.verify, jobs.inspection.report, student.train
 from cache_builder.teachers import TeacherRecipe, resolve_teacher
 resolve_teacher("dinov2_small", TeacherRecipe(), (98, 98))
 print(*{"transformers", "tokenizers"} & set(sys.modules))
