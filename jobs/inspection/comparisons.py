@@ -105,10 +105,12 @@ class Comparisons:
     def _prediction(self, teacher: str, row: int, level: int) -> Tensor:
         """The student's map (H, W, C) on the grid of the teacher's."""
         height, width = self._map(teacher, row, level).shape[:2]
-        level -= len(self.reader.maps(teacher, row))  # a teacher of fewer levels stands beside the last
+        level -= len(self.reader.maps(teacher, row))  # whose levels are fewer stands beside the other's last
         predictions = self._predictions(row)
         if teacher not in predictions:
             raise CacheError("the student was not distilled from this teacher")
+        if -level > (count := len(predictions[teacher])):
+            raise CacheError(f"the student has the last {count} of this teacher's levels alone")
         return upsample(predictions[teacher][level], (height, width))[0].permute(1, 2, 0)
 
     def _predict(self, row: int) -> dict[str, list[Tensor]]:

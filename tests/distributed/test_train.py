@@ -15,8 +15,9 @@ from omegaconf import OmegaConf
 
 from cache_builder import build
 from student.checkpoint import newest_checkpoint
+from student.train import train
 from tests.make_cache import build_recipe, make_images
-from tests.train_recipes import CONTENT, logged
+from tests.train_recipes import CONTENT, logged, train_recipe
 
 STEPS = 20
 
@@ -84,6 +85,15 @@ def test_online_teachers_give_the_losses_of_the_cache_on_two_processes(
 ) -> None:
     online = run(cache, tmp_path, processes=2, batch_size=2, features="online")
     assert online == pytest.approx(two_processes, rel=1e-5)
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_two_processes_train_a_kpu_as_one_does(cache: Path, tmp_path: Path) -> None:
+    student = {"kind": "kpu", "stem": "test_vit", "pretrained": False}
+    two = run(cache, tmp_path / "two", processes=2, batch_size=2, steps=10, student=student)
+    whole = {"batch_size_per_process": 4, "schedule": {"max_steps": 10}}
+    train(train_recipe(cache, tmp_path / "one", student=student, **whole))
+    assert two == pytest.approx(logged(tmp_path / "one"), rel=1e-4)
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -1,4 +1,4 @@
-"""The shipped recipes of SAK's caches: they keep what its loss needs, and their headers say what is true."""
+"""The shipped recipes of caches: they keep what the students' losses need, and their headers are true."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipeline.units import human_bytes
 from student.recipe import TrainRecipe
 
 FOLDER = Path(__file__).parents[2] / "jobs/recipes"
-CACHES = sorted(path.stem for path in FOLDER.glob("*_vit[bl]*.yaml"))
+CACHES = sorted(path.stem for path in FOLDER.glob("*_vit[bl]*.yaml") if "kpu" not in path.stem)
 STUDENTS = sorted(path.stem for path in FOLDER.glob("sak_stage*.yaml"))
 
 
@@ -62,3 +62,29 @@ def test_a_student_fits_its_cache(name: str) -> None:
     assert recipe.student.stem is not None
     assert "patch16" in recipe.student.stem  # an adjoint holds for the grid of patches of 16 alone
     assert recipe.distillation.cosine == "flattened"  # exact
+
+
+def test_a_kpu_s_cache_holds_the_last_level_and_class_tokens() -> None:
+    student = load_recipe(TrainRecipe, "kpu_base")
+    name = Path(student.cache).name
+    specs = dict(zip(("clip", "sam"), teachers(name), strict=True))
+    assert {spec.block_indices for spec in specs.values()} == {(11,)}
+    assert {spec.grid for spec in specs.values()} == {GridSpec()}
+    assert [teacher for teacher, spec in specs.items() if spec.cls_token] == ["clip"]
+    assert f"{mb(list(specs.values()))} a view" in (FOLDER / f"{name}.yaml").read_text()
+    base_a = teachers(name, ["teachers.dinov2.preset=dinov2_base", "teachers.dinov2.cls_token=true"])
+    assert [spec.width for spec in base_a] == [768] * 3
+
+
+def test_the_recipe_of_kpu_is_that_of_the_paper() -> None:
+    recipe = load_recipe(TrainRecipe, "kpu_base")
+    assert (recipe.student.kind, recipe.distillation.cosine) == ("kpu", "token")
+    assert (recipe.optimizer.lr, recipe.optimizer.weight_decay, recipe.schedule.kind) == (
+        2e-4,
+        0.05,
+        "cosine",
+    )
+    assert recipe.schedule.steps(1_281_167 / recipe.images_per_step(8)) == (40_000, 0)
+    loss = recipe.distillation
+    weights = loss.image_weight, loss.cosine_weight, loss.distance_weight, loss.reconstruction_weight
+    assert weights == (1, 0.9, 0.1, 1)

@@ -19,13 +19,13 @@ from jobs.train_plan import plan_training
 from pipeline.errors import RecipeError
 from pipeline.recipe import SHIPPED, load_recipe
 from student import build_student
-from student.recipe import TrainRecipe
+from student.recipe import StudentRecipe, TrainRecipe
 from student.train_plan import StudentSize, make_train_plan, student_size
 from tests.make_cache import make_cache, make_images
 from tests.train_recipes import train_recipe
 
 CACHES = sorted(path.stem for path in SHIPPED.glob("*_vit*.yaml"))
-STUDENTS = sorted(path.stem for path in SHIPPED.glob("sak_stage*.yaml"))
+STUDENTS = sorted(path.stem for kind in ("sak_stage", "kpu") for path in SHIPPED.glob(f"{kind}*.yaml"))
 
 
 @pytest.mark.parametrize("name", STUDENTS)
@@ -74,6 +74,18 @@ def test_hours_are_arithmetic_over_rate() -> None:
     assert plan.gpu_hours == pytest.approx(38_400 * 3 * 2 * gmacs * 1e9 / 100e12 / 3600, rel=2e-3)
     assert plan.hours == pytest.approx(plan.gpu_hours / 8)
     assert plan.read_bytes_per_s == pytest.approx(1000 * 38_400 / plan.hours / 3600)
+
+
+def test_what_is_frozen_costs_a_forward_pass_and_what_passes_through_it() -> None:
+    """A KPU's sentinel needs no gradients of weights, and before its first injector none at all."""
+    student = StudentRecipe(kind="kpu", stem="vit_tiny_patch16_224")
+    arguments: dict[str, Any] = {"teacher_dims": {"a": 192}, "teacher_grids": {"a": (4, 4)}, "tasks": None}
+    frozen, whole = (
+        student_size(recipe, (64, 64), **arguments)
+        for recipe in (student, student.model_copy(update={"preservation": False}))
+    )
+    assert whole.train_gmacs == pytest.approx(3 * whole.gmacs, rel=0.02)
+    assert 2 * frozen.gmacs < frozen.train_gmacs < 2.8 * frozen.gmacs
 
 
 PASCAL = {"semseg": 21, "parts": 7, "saliency": 2, "normals": 3, "boundary": 1}
