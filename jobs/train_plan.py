@@ -47,7 +47,7 @@ def plan_training(
         tasks = {task: known[task] for task in recipe.multitask.tasks or known}
     return make_train_plan(
         recipe,
-        num_samples=samples or recipe.images_per_step(processes),
+        num_samples=round(recipe.fraction * samples) if samples else recipe.images_per_step(processes),
         image_size=image_size,
         **teacher_facts({name: specs[name] for name in names}),
         tasks=tasks,

@@ -36,6 +36,7 @@ from pipeline.manifest import (
     tables_name,
 )
 from pipeline.rows import divide_views
+from pipeline.sampler import random_samples
 from pipeline.sources import dataset_fingerprint
 from pipeline.sources.place import Place
 from pipeline.spec import IMAGES, CacheSpec, Segment, StoreKind
@@ -229,14 +230,11 @@ def _chosen(source: FeatureCache, keys: Iterable[str] | None, fraction: float | 
                 expected=f"keys of {source.storage.url}/samples.parquet",
                 do=f"did you mean {near[0]}?" if near else "give whole keys, one a line",
             )
-        count = len(places)
         chosen = np.sort(places.to_numpy())
     else:
         assert fraction is not None
-        count = round(fraction * source.num_samples) if 0 < fraction <= 1 else 0
-        generator = np.random.Generator(np.random.Philox(np.random.SeedSequence(seed)))
-        chosen = np.sort(generator.permutation(source.num_samples)[:count])
-    if not count:
+        chosen = random_samples(source.num_samples, fraction if 0 < fraction <= 1 else 0, seed)
+    if not chosen.size:
         raise CacheError(
             "This subset would be empty.",
             got="no key" if keys is not None else f"a fraction of {fraction} of {source.num_samples} samples",

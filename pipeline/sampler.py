@@ -25,11 +25,19 @@ from pipeline.errors import CacheError
 Ints = NDArray[np.int64]
 
 
+def random_samples(num_samples: int, fraction: float, seed: int = 0) -> Ints:
+    """Ascending indices of a random `fraction` of the samples; a smaller one is a part of a larger one."""
+    generator = np.random.Generator(np.random.Philox(np.random.SeedSequence(seed)))
+    count = round(fraction * num_samples)
+    return np.sort(generator.permutation(num_samples)[:count]).astype(np.int64)
+
+
 class ShardShuffleSampler:
     """Batches of rows, deterministic by (seed, epoch).
 
     Sample s in epoch e is seen through view (e + offset(s)) % num_views, with a fixed random offset,
-    so a batch mixes views and num_views epochs see each of them once.
+    so a batch mixes views and num_views epochs see each of them once. An epoch holds a random `fraction` of
+    the samples, the one that `teachercache subset` keeps.
 
     Raises `IncompleteCacheError` unless these teachers are complete, and `CacheError` when not one
     sample is valid for all of them.
@@ -45,17 +53,19 @@ class ShardShuffleSampler:
         world_size: int = 1,
         seed: int = 0,
         window_shards: int = 16,
+        fraction: float = 1.0,
     ) -> None:
         self.cache = cache
         self.batch_size_per_process = batch_size_per_process
         self.global_batch_size = batch_size_per_process * world_size
         self._first_of_rank = batch_size_per_process * rank
         self._seed = seed
-        self._samples = cache.valid_samples(teachers)
+        chosen = random_samples(cache.num_samples, fraction)
+        self._samples = np.intersect1d(cache.valid_samples(teachers), chosen, assume_unique=True)
         if not self._samples.size:
             raise CacheError(
                 "Not one sample of this cache can be trained on.",
-                got=f"{cache.num_samples} samples, all quarantined for these teachers",
+                got=f"{chosen.size} of {cache.num_samples} samples, all quarantined for these teachers",
                 expected="at least one decodable image",
                 do=f"see {cache.storage.url}/quarantine for the reasons",
             )

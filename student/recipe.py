@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -13,6 +13,8 @@ from pipeline.errors import RecipeError
 from pipeline.spec import Strict
 from student.losses import CosineKind, DistanceKind
 from student.sak.task_decoder import Fusion
+
+Weight = Annotated[float, Field(ge=0)]
 
 _WHOLE_STEM = {"stem", "stem.vit"}
 
@@ -66,11 +68,16 @@ class StudentRecipe(Strict):
 
 
 class DatasetRecipe(Strict):
-    """A data set with labels, in the folder `root` (docs/datasets.md says how it is laid out there)."""
+    """A data set with labels, in the folder `root` (docs/datasets.md says how it is laid out there).
+
+    `fraction`: train on this part of the cache's samples (SAK, Table 18), the one that `teachercache subset`
+    keeps.
+    """
 
     kind: Literal["pascal_context", "nyud", "scenes"]
     root: str
     split: str = "train"
+    fraction: float = Field(1.0, gt=0, le=1)
 
 
 class MultiTaskRecipe(Strict):
@@ -78,8 +85,8 @@ class MultiTaskRecipe(Strict):
     losses where they are not those of SAK, B.5. The cache must hold views of the data set's images."""
 
     dataset: DatasetRecipe
-    tasks: tuple[str, ...] | None = None
-    weights: dict[str, float] = Field({})
+    tasks: tuple[str, ...] | None = Field(None, min_length=1)
+    weights: dict[str, Weight] = Field({})
 
 
 class DistillationRecipe(Strict):
@@ -92,7 +99,7 @@ class DistillationRecipe(Strict):
     cosine_weight: float = Field(0.9, ge=0)
     distance: DistanceKind = "smooth_l1"
     distance_weight: float = Field(0.1, ge=0)
-    teacher_weights: dict[str, float] = Field({})
+    teacher_weights: dict[str, Weight] = Field({})
     image_weight: float = Field(1.0, ge=0)
     reconstruction_weight: float = Field(1.0, ge=0)
 
@@ -204,6 +211,11 @@ class TrainRecipe(Strict):
     @property
     def distills(self) -> bool:
         return self.distillation.weight > 0 and self.teachers != ()
+
+    @property
+    def fraction(self) -> float:
+        """Of the cache's samples."""
+        return self.multitask.dataset.fraction if self.multitask else 1.0
 
     @property
     def checkpoint_folder(self) -> Path:

@@ -89,6 +89,7 @@ def train(recipe: TrainRecipe) -> TrainResult:
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         seed=recipe.seed,
+        fraction=recipe.fraction,
     )
     images_per_step = recipe.images_per_step(accelerator.num_processes)
     _require_fit(recipe, cache, teachers, images_per_step, sampler.num_samples)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,17 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
+from torch import Tensor
 from typer.testing import CliRunner
 
 from cache_builder import build
 from jobs.cli import app
+from jobs.train_plan import plan_training
 from pipeline.cache import FeatureCache
-from pipeline.errors import RecipeError
+from pipeline.errors import CheckpointError, RecipeError
+from pipeline.sampler import random_samples
 from pipeline.spec import ViewPolicy
-from pipeline.views import draw_view
+from pipeline.views import View, draw_view
 from student import load_student
 from student.datasets import open_dataset
 from student.datasets.labels import render_labels
@@ -29,6 +33,7 @@ from student.datasets.scenes import write_scenes
 from student.evaluate import evaluate
 from student.metrics import MeanIoU
 from student.train import train
+from student.view_labels import ViewLabels
 from tests.make_cache import build_recipe
 from tests.train_recipes import CONTENT, logged, train_recipe
 
@@ -197,6 +202,38 @@ def test_tasks_are_learnt_on_the_teachers_features_alone(
     found = evaluate(loaded, dataset, cache=FeatureCache.open(tmp_path / "val"), batch_size=2)
     assert found.num_images == 5
     assert all(np.isfinite(score) for score in found.scores.values())
+
+
+def test_a_fraction_of_the_data_is_an_override(
+    cache: Path, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SAK, Table 18. Half of six images in steps of one: three steps an epoch, in training and in a plan."""
+    dataset = {"kind": "scenes", "root": str(scenes), "fraction": 0.5}
+    content = stage_2(scenes, multitask={"dataset": dataset}, schedule={"epochs": 2})
+    recipe = train_recipe(cache, tmp_path, batch_size_per_process=1, **content)
+    assert plan_training(recipe, processes=1, tflops_per_gpu=1).steps == 6
+    seen: set[str] = set()
+    read = ViewLabels.read
+
+    def noted(labels: ViewLabels, key: str, view: View) -> Mapping[str, Tensor]:
+        seen.add(key)
+        return read(labels, key, view)
+
+    monkeypatch.setattr(ViewLabels, "read", noted)
+    assert train(recipe).steps == 6
+    opened = FeatureCache.open(cache)
+    assert seen == {opened.key(sample) for sample in random_samples(6, 0.5).tolist()}
+    AcceleratorState._reset_state(reset_partial_state=True)
+    whole = recipe.model_copy(
+        update={
+            "multitask": recipe.multitask
+            and recipe.multitask.model_copy(
+                update={"dataset": recipe.multitask.dataset.model_copy(update={"fraction": 1.0})}
+            )
+        }
+    )
+    with pytest.raises(CheckpointError, match=r"multitask.dataset.fraction: 1.0"):
+        train(whole)
 
 
 def test_images_without_labels_are_refused(cache: Path, scenes: Path, tmp_path: Path) -> None:

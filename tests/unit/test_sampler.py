@@ -9,6 +9,7 @@ import pytest
 
 from pipeline.cache import FeatureCache
 from pipeline.errors import CacheError
+from pipeline.rearrange import subset
 from pipeline.sampler import ShardShuffleSampler
 from tests.make_cache import make_cache, make_images, teacher_spec
 
@@ -92,6 +93,22 @@ def test_shuffling_stays_within_windows_of_shards(cache: FeatureCache) -> None:
 def test_a_batch_may_be_larger_than_an_epoch(cache: FeatureCache) -> None:
     samples = cache.index.locate(sampler(cache, 50).batch(0))[0]
     assert len(set(samples[:22].tolist())) == len(set(samples[22:44].tolist())) == 22
+
+
+def test_a_fraction_is_that_of_a_subset(cache: FeatureCache, tmp_path: Path) -> None:
+    part = ShardShuffleSampler(cache, batch_size_per_process=4, fraction=0.5)
+    half = subset(cache.storage.url, str(tmp_path / "half"), fraction=0.5).run()
+    keys = half.samples["key"].to_pylist()
+    assert len(keys) == 12
+    seen = cache.index.locate(np.concatenate([part.batch(step) for step in range(part.num_samples)]))[0]
+    assert {cache.key(sample) for sample in seen} == set(keys) - {cache.key(4)}
+    assert part.num_samples == len(set(seen.tolist()))
+    assert sampler(cache).num_samples == 22
+    quarter = ShardShuffleSampler(cache, batch_size_per_process=4, fraction=0.25)
+    rows = np.concatenate([quarter.batch(step) for step in range(9)])
+    assert set(cache.index.locate(rows)[0].tolist()) < set(seen.tolist())
+    with pytest.raises(CacheError, match="0 of 23 samples"):
+        ShardShuffleSampler(cache, batch_size_per_process=4, fraction=0.01)
 
 
 def test_nothing_valid_is_an_error(tmp_path: Path) -> None:

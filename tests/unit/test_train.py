@@ -348,11 +348,18 @@ def test_a_teacher_of_fewer_levels_goes_to_the_last_ones(
     assert [len(similarity.levels) for similarity in similar.values()] == [4, 1]
 
 
+SCENES = {"kind": "scenes", "root": "."}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"teachers": []}, "at least one"),
         ({"schedule": {}}, "epochs and max_steps"),
+        ({"multitask": {"dataset": SCENES, "tasks": []}}, "at least 1 item"),
+        ({"multitask": {"dataset": SCENES, "weights": {"semseg": -1}}}, "greater than or equal to 0"),
+        ({"multitask": {"dataset": SCENES | {"fraction": 0}}}, "greater than 0"),
+        ({"distillation": {"teacher_weights": {"alpha": -1}}}, "greater than or equal to 0"),
         ({"schedule": {"epochs": 2, "warmup_epochs": 1, "warmup_steps": 5}}, "not both"),
         ({"student": {"stem": None}}, "only an amalgam"),
         ({"student": {"kind": "amalgam", "stem": None, "lora_rank": 2}}, "leave out lora_rank"),
