@@ -1,4 +1,4 @@
-"""Features to measure codecs and grids on: three synthetic kinds, a random ViT on photographs, a cache.
+"""Features to measure codecs and grids on: four synthetic kinds, a random ViT on photographs, a cache.
 
 Shapes: R rows, S levels, H×W grid, C channels. Each signal gives a calibration sample and other rows.
 """
@@ -31,6 +31,16 @@ def heavy_tailed(rows: int, levels: int, grid: Size, width: int, seed: int) -> T
     loud_tokens = torch.rand(rows, levels, *grid, 1, generator=generator) < 0.01
     x = normal / chi_square.sqrt() * torch.where(loud_tokens, 10, 1)
     x[..., :: width // 8] *= 100
+    return x
+
+
+def massive(rows: int, levels: int, grid: Size, width: int, seed: int, k: float = 200.0) -> Tensor:
+    """White, but 2% of the tokens hold +k and −0.7 k in two channels, as those of CLIP-L and DINOv2-L do."""
+    x = white(rows, levels, grid, width, seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    is_massive = torch.rand(rows, levels, *grid, generator=generator) < 0.02
+    x[..., width // 3] += k * is_massive
+    x[..., width // 2] -= 0.7 * k * is_massive
     return x
 
 

@@ -412,7 +412,8 @@ class Manifest:
                 f"{name} of this cache cannot be understood.",
                 got=_first_problem(error),
                 expected=f"what this version of teachercache writes (schema {SCHEMA_VERSION})",
-                do="run `teachercache verify` on the cache; use the version that built it if it is newer",
+                do="run `teachercache verify` on the cache; if another version wrote it, read it with that "
+                "one, or build it anew",
             ) from error
 
 

@@ -24,7 +24,7 @@ from pydantic import (
     model_validator,
 )
 
-SCHEMA_VERSION: Literal[1] = 1
+SCHEMA_VERSION: Literal[2] = 2
 IMAGES = "images"  # the pseudo-teacher under which copied source images are committed
 MAX_SEGMENTS = 1 << 10
 MAX_TEACHERS = 1 << 8
@@ -192,7 +192,7 @@ class CacheSpec(Strict):
     `covariance`: whether the statistics of the features keep it, which takes 8 C² bytes a level and shard.
     """
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[2] = SCHEMA_VERSION
     dataset: DatasetSpec
     views: ViewPolicy
     rows_per_shard: int = Field(ge=1)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from typing import Generic, Self, TypeVar
 
 import torch
 from torch import Tensor
 
-from pipeline.codecs.base import Codec, may_arrive_late
+from pipeline.codecs.base import ArrayLayout, Codec, may_arrive_late
+from pipeline.codecs.outliers import num_slots
 from pipeline.errors import CodecError
 
 Coder = TypeVar("Coder")
+OUTLIER_ARRAYS = ("outlier_places", "outlier_values")
 
 
 class CalibratedCodec(Codec, Generic[Coder]):
@@ -69,6 +72,15 @@ class CalibratedCodec(Codec, Generic[Coder]):
         if device not in self._coders:
             self._coders[device] = self._coder({name: t.to(device) for name, t in self._tables.items()})
         return self._coders[device]
+
+    @staticmethod
+    def _outlier_layout(levels: int, grid: tuple[int, int]) -> dict[str, ArrayLayout]:
+        shape, axes = (levels, num_slots(math.prod(grid))), ("level", "slot")
+        dtypes = torch.int32, torch.float16
+        return {
+            name: ArrayLayout(shape, dtype, axes, {})
+            for name, dtype in zip(OUTLIER_ARRAYS, dtypes, strict=True)
+        }
 
     def _arrays_on(
         self, device: torch.device, tensors: dict[str, Tensor], levels: int, width: int

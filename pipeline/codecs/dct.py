@@ -24,10 +24,10 @@ from scipy.fft import dct
 from torch import Tensor
 
 from pipeline.codecs.base import ArrayLayout, Encoded
-from pipeline.codecs.calibrated import CalibratedCodec, row_blocks
+from pipeline.codecs.calibrated import OUTLIER_ARRAYS, CalibratedCodec, row_blocks
 from pipeline.codecs.lloyd_max import gaussian_distortion, gaussian_levels
 from pipeline.codecs.normalisation import Hadamard
-from pipeline.codecs.quantizer import ScalarQuantizer, divide_by_scales, finite_scales, root_mean_square
+from pipeline.codecs.quantizer import ScalarQuantizer, divide_by_scales, finite_half, root_mean_square
 from pipeline.errors import CodecError
 
 MOST_BITS = 8
@@ -71,8 +71,8 @@ class _Coder:
             )
 
     def encode(self, features_RSHWC: Tensor) -> dict[str, Tensor]:
-        tokens = self.normalisation.forward(features_RSHWC)
-        token_scales = finite_scales(root_mean_square(tokens))
+        tokens, *outliers = self.normalisation.split(features_RSHWC)
+        token_scales = finite_half(root_mean_square(tokens))
         spectrum_RNC = _transform(divide_by_scales(tokens, token_scales), self.bases).flatten(1, 3)
         scales_RN = spectrum_RNC.new_zeros(spectrum_RNC.shape[:2], dtype=torch.float16)
         codes = []
@@ -84,6 +84,7 @@ class _Coder:
             "codes": torch.cat(codes, 1),
             "scales": scales_RN.unflatten(1, self.shape_SHW),
             "token_scales": token_scales.squeeze(-1),
+            **dict(zip(OUTLIER_ARRAYS, outliers, strict=True)),
         }
 
     def decode(self, codes: Tensor, scales_RSHW: Tensor, token_scales_RSHW: Tensor, out: Tensor) -> None:
@@ -124,6 +125,7 @@ class GridDctCodec(CalibratedCodec[_Coder]):
             "codes": ArrayLayout((num_bytes,), torch.uint8, ("byte",), attributes),
             "scales": ArrayLayout((levels, *grid), torch.float16, frequencies, {}),
             "token_scales": ArrayLayout((levels, *grid), torch.float16, ("level", "height", "width"), {}),
+            **self._outlier_layout(levels, grid),
         }
 
     def _learn(self, features_RSHWC: Tensor) -> dict[str, Tensor]:
@@ -170,11 +172,12 @@ class GridDctCodec(CalibratedCodec[_Coder]):
         device = torch.device(device)
         coder = self._on(device)
         num_levels, width = coder.normalisation.levels, coder.normalisation.width
-        codes, scales, token_scales = self._arrays_on(device, tensors, num_levels, width)
+        codes, scales, token_scales, *outliers = self._arrays_on(device, tensors, num_levels, width)
         features_RSHWC = torch.empty(*scales.shape, width, dtype=dtype, device=device)
         with torch.autocast(device.type, enabled=False):
             for rows in row_blocks(features_RSHWC):
                 coder.decode(codes[rows], scales[rows], token_scales[rows], out=features_RSHWC[rows])
+            coder.normalisation.restore(features_RSHWC, *outliers)
         return features_RSHWC
 
 
@@ -196,8 +199,8 @@ def _bit_budget(bits: int, num_coefficients: int, width: int) -> int:
 
 def _unit_rows(normalisation: Hadamard, features_RSHWC: Tensor) -> Iterator[Tensor]:
     for rows in row_blocks(features_RSHWC):
-        tokens = normalisation.forward(features_RSHWC[rows])
-        yield divide_by_scales(tokens, finite_scales(root_mean_square(tokens)))
+        tokens, *_ = normalisation.split(features_RSHWC[rows])
+        yield divide_by_scales(tokens, finite_half(root_mean_square(tokens)))
 
 
 def _dct_basis(size: int) -> Tensor:

@@ -2,12 +2,14 @@
 
 Shapes: R rows, S levels, C channels. A calibrated normalisation is its tables, and each is linear:
 
-    standardise   y = (x − mean) / std
-    hadamard      y = H D (x − mean) / std         D random signs, H a Hadamard matrix
-    phi-s         y = H D Uᵀ (x − mean) / std      U the eigenvectors of the covariance, one std a level
+    z = (x − mean) / std          outliers are taken out of z, and their x set again after decoding
+    standardise   y = z
+    hadamard      y = H D z       D random signs, H a Hadamard matrix
+    phi-s         y = H D Uᵀ z    U the eigenvectors of the covariance, one std a level
 
-The last is PHI-S (Ranzinger et al. 2024, "PHI-S: Distribution Balancing for Label-Free Multi-Teacher
-Distillation"): an isotropic scale and a rotation after which every channel has unit variance.
+Mean, std and covariance are those of the values that are no outliers. The last is PHI-S (Ranzinger et al.
+2024, "PHI-S: Distribution Balancing for Label-Free Multi-Teacher Distillation"): an isotropic scale and a
+rotation after which every channel has unit variance.
 """
 
 from __future__ import annotations
@@ -19,8 +21,9 @@ import torch
 from torch import Tensor
 
 from pipeline.codecs.hadamard import hadamard_factors, rotate
+from pipeline.codecs.outliers import put_back, take_out, usual_moments
+from pipeline.codecs.quantizer import take
 from pipeline.errors import CodecError
-from pipeline.feature_stats import FeatureMoments
 
 SIGN_SEED = 0
 SMALLEST_STD = 1e-12
@@ -38,6 +41,7 @@ class Normalisation(ABC):
     def __init__(self, tables: dict[str, Tensor]) -> None:
         self.tables = {name: tables[name] for name in self.table_names}
         self.levels, self.width = tables["mean"].shape
+        self._std_SC = tables["std"].view(self.levels, -1).expand_as(tables["mean"])
 
     @classmethod
     @abstractmethod
@@ -55,9 +59,33 @@ class Normalisation(ABC):
                 do="use the codec of this teacher, or calibrate one on these features",
             )
 
-    @abstractmethod
     def forward(self, features_RSHWC: Tensor) -> Tensor:
         """y, float32, of the same shape; over the calibration sample its mean square is 1."""
+        return self.rotate(self.standardise(features_RSHWC))
+
+    def split(self, features_RSHWC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """y without the outliers; their places in the level, int32 (R, S, K), and z there, float16.
+
+        Raises `CodecError` for outliers that float16 cannot hold.
+        """
+        z_RSHWC = self.standardise(features_RSHWC).contiguous()
+        places_RSK, values_RSK = take_out(z_RSHWC)
+        return self.rotate(z_RSHWC), places_RSK, values_RSK
+
+    def restore(self, features_RSHWC: Tensor, places_RSK: Tensor, values_RSK: Tensor) -> None:
+        """Sets decoded features to their outliers, in place."""
+        first_channel_S1 = self.width * torch.arange(self.levels, device=places_RSK.device)[:, None]
+        index_RSK = places_RSK % self.width + first_channel_S1
+        mean, std = (take(table_SC.flatten(), index_RSK) for table_SC in (self.tables["mean"], self._std_SC))
+        put_back(features_RSHWC, places_RSK, torch.addcmul(mean, values_RSK.float(), std))
+
+    def standardise(self, features_RSHWC: Tensor) -> Tensor:
+        """z, float32."""
+        return (features_RSHWC.float() - _per_level(self.tables["mean"])) / _per_level(self._std_SC)
+
+    @abstractmethod
+    def rotate(self, z_RSHWC: Tensor) -> Tensor:
+        """y of z."""
 
     @abstractmethod
     def inverse(self, tokens: Tensor, scales: Tensor, level: int) -> Tensor:
@@ -71,8 +99,8 @@ class Standardise(Normalisation):
     def calibrate(cls, features_RSHWC: Tensor) -> Self:
         return cls(_standard_tables(features_RSHWC))
 
-    def forward(self, features_RSHWC: Tensor) -> Tensor:
-        return (features_RSHWC.float() - _per_level(self.tables["mean"])) / _per_level(self.tables["std"])
+    def rotate(self, z_RSHWC: Tensor) -> Tensor:
+        return z_RSHWC
 
     def inverse(self, tokens: Tensor, scales: Tensor, level: int) -> Tensor:
         return torch.addcmul(self.tables["mean"][level], tokens * scales, self.tables["std"][level])
@@ -89,10 +117,8 @@ class Hadamard(Normalisation):
     def calibrate(cls, features_RSHWC: Tensor) -> Self:
         return cls(_standard_tables(features_RSHWC) | _rotation_tables(features_RSHWC))
 
-    def forward(self, features_RSHWC: Tensor) -> Tensor:
-        centred_RSHWC = features_RSHWC.float() - _per_level(self.tables["mean"])
-        signed_RSHWC = centred_RSHWC / _per_level(self._signed_std_SC)
-        return rotate(signed_RSHWC, self.tables["left"], self.tables["right"])
+    def rotate(self, z_RSHWC: Tensor) -> Tensor:
+        return rotate(z_RSHWC * self.tables["signs"], self.tables["left"], self.tables["right"])
 
     def inverse(self, tokens: Tensor, scales: Tensor, level: int) -> Tensor:
         signed = rotate(tokens, self.tables["left"].T, self.tables["right"].T)
@@ -106,7 +132,7 @@ class PhiS(Normalisation):
 
     @classmethod
     def calibrate(cls, features_RSHWC: Tensor) -> Self:
-        moments = FeatureMoments.of(features_RSHWC, covariance=True)
+        moments = usual_moments(features_RSHWC, covariance=True)
         variances_SC, eigenvectors_SCC = torch.linalg.eigh(moments.covariance_SCC())
         tables = _rotation_tables(features_RSHWC)
         signed_SCC = (tables["signs"].double() * eigenvectors_SCC).contiguous()
@@ -121,13 +147,9 @@ class PhiS(Normalisation):
             }
         )
 
-    def forward(self, features_RSHWC: Tensor) -> Tensor:
-        centred_RSHWC = features_RSHWC.float() - _per_level(self.tables["mean"])
-        levels = centred_RSHWC.unbind(1)
-        rotated = [
-            level @ rotation.T for level, rotation in zip(levels, self.tables["rotation"], strict=True)
-        ]
-        return torch.stack(rotated, 1) / self.tables["std"][:, None, None, None]
+    def rotate(self, z_RSHWC: Tensor) -> Tensor:
+        levels = zip(z_RSHWC.unbind(1), self.tables["rotation"], strict=True)
+        return torch.stack([level @ rotation.T for level, rotation in levels], 1)
 
     def inverse(self, tokens: Tensor, scales: Tensor, level: int) -> Tensor:
         rotated = tokens @ self.tables["rotation"][level]
@@ -135,7 +157,7 @@ class PhiS(Normalisation):
 
 
 def _standard_tables(features_RSHWC: Tensor) -> dict[str, Tensor]:
-    moments = FeatureMoments.of(features_RSHWC)
+    moments = usual_moments(features_RSHWC)
     return {"mean": moments.mean_SC.float(), "std": floored_std(moments.std_SC()).float()}
 
 

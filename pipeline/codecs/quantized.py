@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.codecs.base import ArrayLayout, Encoded
-from pipeline.codecs.calibrated import CalibratedCodec, row_blocks
+from pipeline.codecs.calibrated import OUTLIER_ARRAYS, CalibratedCodec, row_blocks
 from pipeline.codecs.lloyd_max import gaussian_levels
 from pipeline.codecs.normalisation import Hadamard, Normalisation, PhiS, Standardise
 from pipeline.codecs.packing import packed_width
@@ -68,6 +68,7 @@ class QuantizedCodec(CalibratedCodec[tuple[Normalisation, TokenQuantizer]]):
         return {
             "codes": ArrayLayout(code_shape, torch.uint8, (*axes, "byte"), attributes),
             "scales": ArrayLayout((levels, *grid), torch.float16, axes, {}),
+            **self._outlier_layout(levels, grid),
         }
 
     def _learn(self, features_RSHWC: Tensor) -> dict[str, Tensor]:
@@ -84,9 +85,10 @@ class QuantizedCodec(CalibratedCodec[tuple[Normalisation, TokenQuantizer]]):
         parts = []
         with torch.autocast(features_RSHWC.device.type, enabled=False):
             for rows in row_blocks(features_RSHWC):
-                parts.append(quantizer.quantise(normalisation.forward(features_RSHWC[rows])))
-            codes, scales = (torch.cat(part) for part in zip(*parts, strict=True))
-        return Encoded(self, {"codes": codes, "scales": scales})
+                tokens, *outliers = normalisation.split(features_RSHWC[rows])
+                parts.append((*quantizer.quantise(tokens), *outliers))
+            arrays = [torch.cat(part) for part in zip(*parts, strict=True)]
+        return Encoded(self, dict(zip(("codes", "scales", *OUTLIER_ARRAYS), arrays, strict=True)))
 
     @torch.no_grad()
     def decode_tensors(
@@ -95,11 +97,12 @@ class QuantizedCodec(CalibratedCodec[tuple[Normalisation, TokenQuantizer]]):
         device = torch.device(device)
         normalisation, quantizer = self._on(device)
         num_levels, width = normalisation.levels, normalisation.width
-        codes, scales = self._arrays_on(device, tensors, num_levels, width)
+        codes, scales, *outliers = self._arrays_on(device, tensors, num_levels, width)
         features_RSHWC = torch.empty(*scales.shape, width, dtype=dtype, device=device)
         with torch.autocast(device.type, enabled=False):
             for rows, level in itertools.product(row_blocks(features_RSHWC), range(num_levels)):
                 tokens = quantizer.dequantise(codes[rows, level], width)
                 scale = scales[rows, level, ..., None].float()
                 features_RSHWC[rows, level] = normalisation.inverse(tokens, scale, level)
+            normalisation.restore(features_RSHWC, *outliers)
         return features_RSHWC

@@ -61,7 +61,7 @@ class ScalarQuantizer(TokenQuantizer):
 
     def quantise(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         base = self._base_scale(tokens)
-        scales = torch.cat([finite_scales(base * step) for step in self._steps], -1)
+        scales = torch.cat([finite_half(base * step) for step in self._steps], -1)
         if len(self._steps) > 1:
             errors = torch.stack([self._error(tokens, scale) for scale in scales.unbind(-1)], -1)
             scales = scales.gather(-1, errors.argmin(-1, keepdim=True))
@@ -76,17 +76,17 @@ class ScalarQuantizer(TokenQuantizer):
         return take(self.levels, unpack(packed, self.bits, width).int())
 
 
-def finite_scales(scales: Tensor) -> Tensor:
-    """float16 scales. Raises `CodecError` where one is not finite."""
-    scales = scales.half()
-    if not torch.isfinite(scales).all():
+def finite_half(values: Tensor) -> Tensor:
+    """float16 scales or values. Raises `CodecError` where one is not finite."""
+    values = values.half()
+    if not torch.isfinite(values).all():
         raise CodecError(
             "Some tokens cannot be scaled.",
             got="values that are not finite, or more than 50,000 standard deviations from the mean",
             expected="finite features like those of the calibration sample",
             do="look at the teacher if they are not finite; calibrate the codec on more rows if they are",
         )
-    return scales
+    return values
 
 
 def divide_by_scales(tokens: Tensor, scales: Tensor) -> Tensor:

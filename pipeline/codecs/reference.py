@@ -31,9 +31,16 @@ def decode(codec: str, arrays: Arrays, tables: Arrays) -> Array:
         tokens_RSHWC = tokens_RSHWC @ rotation_CC
     elif scheme == "phi-s":
         tokens_RSHWC = np.einsum("rshwd,sdc->rshwc", tokens_RSHWC, tables["rotation"], optimize=True)
-    num_levels = len(tables["mean"])
-    mean, std = (tables[name].reshape(num_levels, 1, 1, -1) for name in ("mean", "std"))
-    features: Array = mean + std * tokens_RSHWC
+    num_levels, width = tables["mean"].shape
+    mean_SC, std_SC = (
+        np.broadcast_to(tables[name].reshape(num_levels, -1), (num_levels, width)) for name in ("mean", "std")
+    )
+    tokens_RSNC = tokens_RSHWC.reshape(*tokens_RSHWC.shape[:2], -1, width)
+    flat_RSn = (mean_SC[:, None] + std_SC[:, None] * tokens_RSNC).reshape(*tokens_RSNC.shape[:2], -1)
+    level_S1, places_RSK = np.arange(num_levels)[:, None], arrays["outlier_places"]
+    mean_RSK, std_RSK = (table_SC[level_S1, places_RSK % width] for table_SC in (mean_SC, std_SC))
+    np.put_along_axis(flat_RSn, places_RSK, mean_RSK + std_RSK * arrays["outlier_values"], 2)
+    features: Array = flat_RSn.reshape(tokens_RSHWC.shape)
     return features
 
 

@@ -22,7 +22,7 @@ from pipeline.codecs.packing import pack, unpack
 from pipeline.codecs.quantizer import (
     TokenQuantizer,
     divide_by_scales,
-    finite_scales,
+    finite_half,
     root_mean_square,
     take,
 )
@@ -39,7 +39,7 @@ class TrellisQuantizer(TokenQuantizer):
         self.bits = table_PK.shape[1].bit_length() - 1
 
     def quantise(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        scales = finite_scales(root_mean_square(tokens))
+        scales = finite_half(root_mean_square(tokens))
         unit_NC = divide_by_scales(tokens, scales).flatten(0, -2)
         # So many as a cache holds, or as keep a GPU busy within a gigabyte.
         num_tokens = 1024 if tokens.device.type == "cpu" else 16384
@@ -53,11 +53,12 @@ class TrellisQuantizer(TokenQuantizer):
 
 def _level_index(codes: Tensor, table_PK: Tensor) -> Tensor:
     """int32 codes (…, C) → the places of their levels in the flat table: the code below its predecessors."""
-    num_states, num_codes = table_PK.shape
+    (num_states, num_codes), width = table_PK.shape, codes.shape[-1]
     index, back, place = codes, 0, 1
     while place < num_states:
         back, place = back + 1, place * num_codes
-        index = index + place * F.pad(codes[..., :-back], (back, 0))
+        earlier = codes[..., : max(width - back, 0)]
+        index = index + place * F.pad(earlier, (width - earlier.shape[-1], 0))
     return index
 
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 from pydantic import ValidationError
 
-from pipeline.spec import CacheSpec, DatasetSpec, Segment, ViewPolicy
-from tests.make_cache import teacher_spec
+from pipeline.cache import FeatureCache
+from pipeline.errors import CacheError
+from pipeline.seal import UNSEALED, seal
+from pipeline.spec import SCHEMA_VERSION, CacheSpec, DatasetSpec, Segment, ViewPolicy
+from tests.make_cache import make_cache, make_images, teacher_spec
 
 
 def spec(**changes: object) -> CacheSpec:
@@ -66,3 +72,15 @@ def test_shards_hold_whole_samples() -> None:
     assert [spec().shard_samples(shard) for shard in range(3)] == [range(4), range(4, 8), range(8, 10)]
     with pytest.raises(IndexError):
         spec().shard_rows(3)
+
+
+@pytest.mark.parametrize("version", [SCHEMA_VERSION - 1, SCHEMA_VERSION + 1])
+def test_a_cache_of_another_schema_is_refused(tmp_path: Path, version: int) -> None:
+    make_cache(tmp_path / "cache", make_images(tmp_path / "images", 3))
+    path = tmp_path / "cache" / "cache.json"
+    content = json.loads(path.read_text()) | {"schema_version": version, "checksum": UNSEALED}
+    path.write_bytes(seal(json.dumps(content).encode()))
+    with pytest.raises(
+        CacheError, match=rf"schema_version(.|\n)*schema {SCHEMA_VERSION}(.|\n)*build it anew"
+    ):
+        FeatureCache.open(tmp_path / "cache")
