@@ -123,12 +123,18 @@ def evaluate(
 def repsim(
     student: StudentArgument,
     cache: CacheArgument,
-    max_samples: Annotated[int, typer.Option(help="Samples to average over.")] = 1000,
+    teachers: Annotated[
+        str, typer.Option(help="Of these alone, separated by commas; else of those that both have.")
+    ] = "",
+    stem: Annotated[
+        bool, typer.Option("--stem", help="Of the bare stem too, where the widths agree: Table 17, row 1.")
+    ] = False,
+    max_samples: Annotated[int, typer.Option(min=1, help="Samples to average over.")] = 1000,
     as_json: Json = False,
 ) -> None:
     """Cosine similarity of a student's representations to its teachers' (SAK, Tables 3 and 17).
 
-    Example: `teachercache repsim runs/base/student /data/cache --max-samples 5000`
+    Example: `teachercache repsim runs/base/student /data/cache --max-samples 50000`
     """
     from jobs.inspection.tables import similarity_table
     from pipeline.cache import FeatureCache
@@ -136,7 +142,11 @@ def repsim(
     from student.repsim import representation_similarity
 
     found = representation_similarity(
-        load_student(student), FeatureCache.open(cache), max_samples=max_samples
+        load_student(student),
+        FeatureCache.open(cache),
+        [name.strip() for name in teachers.split(",")] if teachers else None,
+        stem=stem,
+        max_samples=max_samples,
     )
     if as_json:
         print_json({name: {"levels": s.levels, "mean": s.mean} for name, s in found.items()})

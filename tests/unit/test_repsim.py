@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from jobs.cli import app
 from pipeline.cache import FeatureCache
 from pipeline.errors import CacheError, RecipeError
 from pipeline.grids import upsample
 from pipeline.map_reader import feature_maps
 from pipeline.spec import GridSpec
 from pipeline.views import render_view
-from student import Student, build_student
+from student import SAK, Student, build_student
 from student.repsim import representation_similarity, token_cosines
 from tests.make_cache import make_cache, make_images, teacher_spec
 
@@ -67,6 +70,50 @@ def test_takes_no_more_samples_than_asked(cache: FeatureCache, student: Student)
     few = representation_similarity(student, cache, ["alpha"], max_samples=1, batch_size=4)["alpha"]
     alone = [by_hand(student, cache, "alpha", [sample]) for sample in (0, 1, 3, 4, 5, 6)]
     assert any(few.levels == pytest.approx(levels, abs=1e-5) for levels in alone)
+
+
+def test_teachers_are_those_that_both_have(cache: FeatureCache, student: Student) -> None:
+    dims = {"alpha": 8, "gamma": 8}
+    other = build_student("sak", stem="test_vit", teacher_dims=dims, image_size=(32, 32))
+    assert representation_similarity(other, cache).keys() == {"alpha"}
+    stranger = build_student("sak", stem="test_vit", teacher_dims={"gamma": 8}, image_size=(32, 32))
+    with pytest.raises(RecipeError, match="no teacher in common"):
+        representation_similarity(stranger, cache)
+
+
+def test_the_bare_stem_is_a_row_of_its_own(tmp_path: Path, student: Student) -> None:
+    """SAK, Table 17, row 1: what the stem gives before any path, against a teacher of its width."""
+    specs = {"alpha": teacher_spec(width=64), "beta": teacher_spec(width=4)}
+    images = make_images(tmp_path / "images", 3)
+    cache = make_cache(tmp_path / "cache", images, teachers=specs, num_views=1)
+    dims = {"alpha": 64, "beta": 4}
+    sak = build_student("sak", stem="test_vit", teacher_dims=dims, image_size=(32, 32))
+    assert isinstance(sak, SAK)
+    sak.save_pretrained(tmp_path / "student")
+    told = CliRunner().invoke(
+        app,
+        [
+            "repsim",
+            str(tmp_path / "student"),
+            str(tmp_path / "cache"),
+            "--stem",
+            "--teachers",
+            "alpha",
+            "--json",
+        ],
+    )
+    assert told.exit_code == 0, told.output
+    found = json.loads(told.output)
+    assert list(found) == ["alpha", "stem, alpha"]
+    pixels = torch.stack([render_view(cache.image(i), cache.view(i), (32, 32)) for i in range(3)])
+    with torch.no_grad():
+        levels = sak.eval().representations(sak.normalize(pixels)).stem
+    maps = [tokens.transpose(1, 2).unflatten(2, (2, 2)) for tokens in levels]
+    expected = token_cosines(maps, cache.read(np.arange(3), ["alpha"])["alpha"].decode()).mean(0)
+    assert found["stem, alpha"]["levels"] == pytest.approx(expected.tolist(), abs=1e-5)
+    assert found["alpha"]["levels"] != pytest.approx(expected.tolist(), abs=1e-3)
+    with pytest.raises(RecipeError, match="a stem of 64 channels"):
+        representation_similarity(sak, cache, ["beta"], stem=True)
 
 
 def test_is_one_for_a_teacher_that_is_its_own_student() -> None:
