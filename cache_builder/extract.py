@@ -22,6 +22,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from cache_builder.device_copies import DeviceCopies
 from cache_builder.stages import StageSeconds
 from cache_builder.teachers import Teacher
 from cache_builder.versions import versions
@@ -95,6 +96,7 @@ class ShardExtractor:
         self._decode_threads = decode_threads
         self._decoders = ThreadPoolExecutor(decode_threads, thread_name_prefix="decode")
         self._device = ThreadPoolExecutor(1, thread_name_prefix="device")
+        self._copies = {name: DeviceCopies(teacher) for name, teacher in self._teachers.items()}
         self._moved: dict[int, float] = {}
         self._abandoned = False
 
@@ -296,18 +298,18 @@ class ShardExtractor:
         One thread computes for all shards: OpenMP keeps a team of threads for every thread that calls it,
         and on a CPU two teams spin against each other.
         """
-        return self._device.submit(self._compute, name, pixels, seconds).result()
+        views = self._copies[name].start(pixels[self._cache.spec.teachers[name].render_size])
+        return self._device.submit(self._compute, name, views, seconds).result()
 
     def _compute(
-        self, name: str, pixels: Mapping[Size, Tensor], seconds: StageSeconds
+        self, name: str, views: Tensor, seconds: StageSeconds
     ) -> tuple[dict[str, Tensor], FeatureMoments]:
-        teacher, spec = self._teachers[name], self._cache.spec.teachers[name]
+        copies, spec = self._copies[name], self._cache.spec.teachers[name]
         with torch.inference_mode():
             with seconds.stage("forward"):
-                device = next(teacher.parameters()).device
-                views = pixels[spec.render_size]
-                views = views.pin_memory() if device.type == "cuda" else views
-                features = teacher(views.to(device, non_blocking=True))
+                copies.wait(views)
+                features = self._teachers[name](views)
+                copies.synchronize()
             with seconds.stage("encode"):
                 stored, norms_BS = stored_form(features.feature_maps_BSHWC, spec.grid)
                 tensors = dict(self._cache.codec(name).encode(stored).tensors())
