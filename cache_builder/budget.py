@@ -6,14 +6,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from cache_builder.calibrate import CalibrationSample, sample_features
 from cache_builder.plan import Plan, bytes_per_row
 from cache_builder.teachers import build_teacher
 from pipeline.codecs import get_codec
-from pipeline.codecs.fidelity import Fidelity, measure_fidelity
+from pipeline.codecs.fidelity import Fidelity, compare, measure_fidelity
 from pipeline.errors import DiskSpaceError
-from pipeline.grids import stored_form
+from pipeline.grids import stored_form, upsample
 from pipeline.spec import GridSpec, Size, TeacherSpec
 from pipeline.units import human_bytes
 
@@ -34,10 +35,12 @@ GRID_COSTS = {
 
 @dataclass(frozen=True)
 class Option:
-    """One way to store a teacher; `spec` has its grid and codec."""
+    """One way to store a teacher; `spec` has its grid and codec. `fidelity` is the codec's on that grid,
+    `grid_error` what a pooled grid has lost before it: ‖U p − t‖ / ‖t‖, channels standardised."""
 
     spec: TeacherSpec
     fidelity: Fidelity
+    grid_error: float = 0.0
 
     @property
     def bytes_per_row(self) -> int:
@@ -45,8 +48,9 @@ class Option:
 
     @property
     def loss(self) -> float:
-        """The codec's squared relative error; of two that are equal in it, the native grid has less."""
-        return self.fidelity.relative_l2**2 + (_OTHER_GRID if self.spec.grid.kind != "native" else 0)
+        """The squared relative errors of grid and codec; of two that are equal, the native grid has less."""
+        other_grid = _OTHER_GRID if self.spec.grid.kind != "native" else 0
+        return self.fidelity.relative_l2**2 + self.grid_error**2 + other_grid
 
     def overrides(self, name: str) -> str:
         """The recipe keys that ask for it."""
@@ -87,13 +91,23 @@ def measure(
         found: list[Option] = []
         for grid in dict.fromkeys(spec.grid for spec in specs):
             stored_RSHWC = stored_form(native_RSHWC, grid)[0]
+            lost = _grid_error(native_RSHWC, stored_RSHWC) if grid.kind == "bilinear" else 0.0
             options = [
-                Option(spec, measure_fidelity(get_codec(spec.codec).calibrate(stored_RSHWC), stored_RSHWC))
+                Option(
+                    spec, measure_fidelity(get_codec(spec.codec).calibrate(stored_RSHWC), stored_RSHWC), lost
+                )
                 for spec in specs
                 if spec.grid == grid
             ]
             found += sorted(options, key=lambda option: option.loss)
         yield name, found
+
+
+def _grid_error(native_RSHWC: Tensor, pooled_RShwC: Tensor) -> float:
+    rows, _, height, width, _ = native_RSHWC.shape
+    pooled_NChw = pooled_RShwC.flatten(0, 1).permute(0, 3, 1, 2).float()
+    seen_NHWC = upsample(pooled_NChw, (height, width)).permute(0, 2, 3, 1)
+    return compare(native_RSHWC, seen_NHWC.unflatten(0, (rows, -1)), row_bytes=0).relative_l2
 
 
 def require_possible(teachers: Mapping[str, Iterable[TeacherSpec]], plan: Plan, budget: int) -> None:

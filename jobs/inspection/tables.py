@@ -119,7 +119,10 @@ def similarity_table(similarities: Mapping[str, Similarity]) -> RenderableType:
 
 
 def options_table(options: Mapping[str, Sequence[Option]], num_rows: int) -> RenderableType:
-    """Codecs of each teacher by grid: what the grid costs, bytes, what the calibration sample loses."""
+    """Codecs of each teacher by grid: what the grid costs, bytes, what the calibration sample loses.
+
+    Cosines of tokens are means and 1st percentiles, of standardised features and of raw ones.
+    """
     from cache_builder.budget import GRID_COSTS
 
     by_grid: dict[tuple[str, GridSpec], list[Option]] = {}
@@ -129,10 +132,22 @@ def options_table(options: Mapping[str, Sequence[Option]], num_rows: int) -> Ren
     tables = []
     for (name, grid), available in by_grid.items():
         spec = available[0].spec
-        title = f"{name}, {grid.kind} grid {_times(spec.stored_grid)} × {spec.width}: {GRID_COSTS[grid.kind]}"
+        costs = GRID_COSTS[grid.kind]
+        if lost := available[0].grid_error:
+            costs += f"; its relative L2 error is {lost:.4f} before any codec's"
+        title = f"{name}, {grid.kind} grid {_times(spec.stored_grid)} × {spec.width}: {costs}"
         table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
         table.add_column("codec", no_wrap=True)
-        for column in ("a view", "all views", "of f16", "cosine", "1st pct.", "rel. L2"):
+        for column in (
+            "a view",
+            "all views",
+            "of f16",
+            "cosine",
+            "1st pct.",
+            "rel. L2",
+            "raw cosine",
+            "1st pct.",
+        ):
             table.add_column(column, justify="right", no_wrap=True)
         for option in available:
             fidelity = option.fidelity
@@ -141,8 +156,8 @@ def options_table(options: Mapping[str, Sequence[Option]], num_rows: int) -> Ren
                 human_bytes(option.bytes_per_row),
                 human_bytes(num_rows * option.bytes_per_row),
                 f"{fidelity.float16_ratio:.3f}",
-                f"{fidelity.cosine_mean:.5f}",
-                f"{fidelity.cosine_p1:.5f}",
+                f"{fidelity.cosine_mean:.4f} · {fidelity.cosine_p1:.4f}",
+                f"{fidelity.raw_cosine_mean:.4f} · {fidelity.raw_cosine_p1:.4f}",
                 f"{fidelity.relative_l2:.4f}",
             )
         tables.append(table)

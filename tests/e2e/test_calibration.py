@@ -137,6 +137,19 @@ def test_a_recipe_can_name_the_smaller_grid(tmp_path: Path, images: Path) -> Non
     assert "int4-dct" not in {one.codec for one in found}
 
 
+def test_what_pooling_loses_counts(tmp_path: Path, images: Path) -> None:
+    """A pooled grid keeps little of random features: a coarse codec on the native grid is better."""
+    teacher = TEACHER | {"grid": "bilinear", "grid_size": [3, 3]}
+    plan, available = measured(build_recipe(tmp_path / "cache", images, teachers={"t": teacher}))
+    pooled = [option for option in available["t"] if option.spec.grid.kind == "bilinear"]
+    (lost,) = {option.grid_error for option in pooled}
+    assert 0.2 < lost < 1.5
+    assert {option.grid_error for option in available["t"] if option not in pooled} == {0.0}
+    smallest = min(option.bytes_per_row for option in pooled if option.spec.codec == "f16")
+    chosen = choose(available, plan, plan.fixed_bytes + plan.spec.num_rows * (smallest + 40))["t"]
+    assert (chosen.spec.grid.kind, chosen.spec.codec) != ("bilinear", "f16")
+
+
 @pytest.mark.parametrize("covariance", [False, True])
 def test_a_plan_counts_the_statistics(tmp_path: Path, images: Path, covariance: bool) -> None:
     recipe = build_recipe(tmp_path / "cache", images, covariance=covariance)
