@@ -173,6 +173,9 @@ def _blank(
 
 _RUNS = {
     "stem": r"stem",
+    "spatial prior": r"adapter\.prior",
+    "interactions": r"adapter\.(injectors\.\d+|extractors\.\d+\.\d+)",  # between the stem's blocks
+    "projections": r"latent_space\.(s2t|t2s|rec)\.[^.]+",
     "adapter paths": r"paths\.[^.]+",
     "aligners": r"(paths\.[^.]+\.)?aligners\.([^.]+\.)?\d+",
     "heads": r"decoder\.heads\.[^.]+",
@@ -191,8 +194,9 @@ def _by_part(counter: FlopCounterMode) -> tuple[dict[str, float], float]:
                 parts[part] += sum(flops.values()) / 2e9
         if name == "stem":
             attention += sum(n for op, n in flops.items() if re.search("bmm|attention", str(op))) / 2e9
+    parts["stem"] -= parts["interactions"]
     rest = counter.get_total_flops() / 2e9 - sum(parts.values())
-    return {part: n for part, n in (parts | {"routers and other": rest}).items() if n > 0}, attention
+    return {part: n for part, n in (parts | {"routers and other": rest}).items() if n > 1e-9}, attention
 
 
 def _learning(output: Any) -> Iterator[Tensor]:

@@ -44,6 +44,7 @@ class KPU(Student):
 
     kind = "kpu"
     num_levels = 1
+    for_distillation = frozenset({"h_t2s", "h_rec"})
 
     def __init__(
         self,

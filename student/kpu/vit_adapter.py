@@ -66,11 +66,9 @@ class ViTAdapter(nn.Module):
             [_tokens(prior_BDhw[i + 1]) + self.level_embedding[i] for i in range(len(map_grids))], dim=1
         )
         taps_BnD: list[Tensor] = []
-        last_BnD = tokens_BND
 
         def between(block: int, stem_BnD: Tensor) -> Tensor:
-            nonlocal tokens_BND, last_BnD
-            last_BnD = stem_BnD
+            nonlocal tokens_BND
             prefix, patches_BnD = stem_BnD.tensor_split([stem.num_prefix_tokens], dim=1)
             if block in self._ends:
                 for extractor in self.extractors[len(taps_BnD)]:
@@ -81,7 +79,7 @@ class ViTAdapter(nn.Module):
             injector = self.injectors[len(taps_BnD)]
             return torch.cat([prefix, injector(patches_BnD, stem_grids, tokens_BND, map_grids)], dim=1)
 
-        stem.walk(pixels_B3HW, between)
+        last_BND = stem(pixels_B3HW, between)[-1]
         maps_BDhw = _maps(tokens_BND, map_grids)
 
         def output(level: int) -> Tensor:
@@ -93,7 +91,7 @@ class ViTAdapter(nn.Module):
             normed_BDhw: Tensor = self.norms[level](map_BDhw + upsample(stem_BDhw, (height, width)))
             return normed_BDhw
 
-        return last_BnD, [output(level) for level in levels]
+        return last_BND, [output(level) for level in levels]
 
     def keep_levels(self, levels: Collection[int]) -> None:
         """Exclude from training what leads to other maps than those of `levels` alone."""

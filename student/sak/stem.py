@@ -24,6 +24,8 @@ from pipeline.errors import RecipeError, WeightsNotFoundError, explain
 from pipeline.spec import Size
 from student.base import NUM_LEVELS
 
+Between = Callable[[int, Tensor], Tensor]  # (l, Z_l) → Z_l
+
 
 class Stem(nn.Module):
     """Any plain ViT of timm, or SAM's, without final norm, neck and classifier; all its tokens are kept.
@@ -49,19 +51,8 @@ class Stem(nn.Module):
         self.std: tuple[float, ...] = self.vit.pretrained_cfg["std"]
         self.level_blocks = level_blocks(self.depth)
 
-    def forward(self, pixels_B3HW: Tensor) -> list[Tensor]:
-        """[Z_0, …, Z_L] (SAK, Eq. 1)."""
-        tokens_BND: list[Tensor] = []
-
-        def note(_: int, block_BND: Tensor) -> Tensor:
-            tokens_BND.append(block_BND)
-            return block_BND
-
-        self.walk(pixels_B3HW, note)
-        return tokens_BND
-
-    def walk(self, pixels_B3HW: Tensor, between: Callable[[int, Tensor], Tensor]) -> None:
-        """Call `between(l, Z_l)` for l = 0, …, L; what it returns goes on in the place of Z_l.
+    def forward(self, pixels_B3HW: Tensor, between: Between | None = None) -> list[Tensor]:
+        """[Z_0, …, Z_L] (SAK, Eq. 1), each as `between` gives it, if there is one: it goes on so.
 
         The ViT runs through its own forward and hooks note what passes, because positions (added, rotary)
         and extra tokens are handled differently by each family of timm.
@@ -69,11 +60,12 @@ class Stem(nn.Module):
         self._require_size(pixels_B3HW)
         if self._input_size != self._image_size:
             pixels_B3HW = F.interpolate(pixels_B3HW, self._input_size, mode="bilinear", antialias=True)
+        tokens_BND: list[Tensor] = []
 
         def visit(block: int, tokens: Tensor) -> Tensor:
-            if tokens.ndim == 4:  # SAM's are (B, h, w, D)
-                return between(block, tokens.flatten(1, 2)).view_as(tokens)
-            return between(block, tokens)
+            block_BND = tokens.flatten(1, 2) if tokens.ndim == 4 else tokens  # SAM's are (B, h, w, D)
+            tokens_BND.append(between(block, block_BND) if between else block_BND)
+            return tokens_BND[-1].view_as(tokens)
 
         def enter(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
             return visit(0, inputs[0]), *inputs[1:]
@@ -89,6 +81,7 @@ class Stem(nn.Module):
         finally:
             for handle in handles:
                 handle.remove()
+        return tokens_BND
 
     def resize(self, image_size: Size) -> None:
         """Take images of another size from now on; timm resamples the position embeddings."""

@@ -76,6 +76,18 @@ def test_hours_are_arithmetic_over_rate() -> None:
     assert plan.read_bytes_per_s == pytest.approx(1000 * 38_400 / plan.hours / 3600)
 
 
+def test_a_kpu_s_parts_are_told_apart() -> None:
+    """What runs between the sentinel's blocks is no part of them."""
+    student = StudentRecipe(kind="kpu", stem="vit_tiny_patch16_224")
+    arguments: dict[str, Any] = {"teacher_dims": {"a": 192}, "teacher_grids": {"a": (4, 4)}, "tasks": None}
+    size = student_size(student, (64, 64), **arguments)
+    sak = student_size(StudentRecipe(stem="vit_tiny_patch16_224"), (64, 64), {"a": 192}, None)
+    assert size.gmacs_by_part["stem"] == pytest.approx(sak.gmacs_by_part["stem"])
+    assert size.attention_gmacs == pytest.approx(sak.attention_gmacs)
+    assert {"spatial prior", "interactions", "projections"} <= size.gmacs_by_part.keys()
+    assert size.num_parameters == sum(size.parameters.values()) - 2 * 2 * (192 * 192 + 192)
+
+
 def test_what_is_frozen_costs_a_forward_pass_and_what_passes_through_it() -> None:
     """A KPU's sentinel needs no gradients of weights, and before its first injector none at all."""
     student = StudentRecipe(kind="kpu", stem="vit_tiny_patch16_224")
