@@ -103,9 +103,9 @@ class GroundingDinoTeacher(Teacher):
         return Outputs(blocks=blocks, has_cls_token=False, global_width=None)
 
     def compile_blocks(self) -> None:
+        """Each stage by itself. Blocks, shifted or not, at two batch sizes are more than torch keeps."""
         for stage in self.model.backbone.conv_encoder.model.swin.encoder.layers:
-            for block in stage.blocks:
-                block.compile()
+            stage.compile()
 
     def forward(self, pixels_B3HW: Tensor) -> TeacherFeatures:
         with torch.inference_mode(), autocast(self.spec, pixels_B3HW.device):
