@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -129,25 +130,18 @@ def options_table(options: Mapping[str, Sequence[Option]], num_rows: int) -> Ren
     for name, available in options.items():
         for option in available:
             by_grid.setdefault((name, option.spec.grid), []).append(option)
-    tables = []
+    tables: list[RenderableType] = []
     for (name, grid), available in by_grid.items():
         spec = available[0].spec
         costs = GRID_COSTS[grid.kind]
         if lost := available[0].grid_error:
             costs += f"; its relative L2 error is {lost:.4f} before any codec's"
         title = f"{name}, {grid.kind} grid {_times(spec.stored_grid)} × {spec.width}: {costs}"
-        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+        table = Table(
+            title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False
+        )
         table.add_column("codec", no_wrap=True)
-        for column in (
-            "a view",
-            "all views",
-            "of f16",
-            "cosine",
-            "1st pct.",
-            "rel. L2",
-            "raw cosine",
-            "1st pct.",
-        ):
+        for column in ("a view", "all views", "of f16", "cosine, 1%", "raw, 1%", "rel. L2"):
             table.add_column(column, justify="right", no_wrap=True)
         for option in available:
             fidelity = option.fidelity
@@ -156,12 +150,17 @@ def options_table(options: Mapping[str, Sequence[Option]], num_rows: int) -> Ren
                 human_bytes(option.bytes_per_row),
                 human_bytes(num_rows * option.bytes_per_row),
                 f"{fidelity.float16_ratio:.3f}",
-                f"{fidelity.cosine_mean:.4f} · {fidelity.cosine_p1:.4f}",
-                f"{fidelity.raw_cosine_mean:.4f} · {fidelity.raw_cosine_p1:.4f}",
+                _cosines(fidelity.cosine_mean, fidelity.cosine_p1),
+                _cosines(fidelity.raw_cosine_mean, fidelity.raw_cosine_p1),
                 f"{fidelity.relative_l2:.4f}",
             )
-        tables.append(table)
+        tables += table, ""
     return Group(*tables)
+
+
+def _cosines(mean: float, p1: float) -> str:
+    """Rounded down: 1.0000 is nothing lost."""
+    return ", ".join(f"{math.floor(1e4 * cosine) / 1e4:.4f}".removeprefix("0") for cosine in (mean, p1))
 
 
 def findings_table(findings: Sequence[Finding]) -> RenderableType:
