@@ -2,17 +2,129 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
+from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 
 from cache_builder.recipe import BuildRecipe
+from jobs.train_plan import plan_training
 from pipeline.recipe import load_recipe
-from student.recipe import TrainRecipe
+from student import build_student
+from student.datasets import dataset_class
+from student.paper_results import paper_rows
+from student.recipe import DistillationRecipe, TrainRecipe
+from student.train_plan import make_train_plan
 
 PAGE = Path(__file__).parents[2] / "docs/recipes.md"
-COMMANDS = [c for c in re.findall(r"`(sak_stage\d_\w+ …[^`]*)`", PAGE.read_text()) if "{" not in c]
+CELLS = r"\| (?P<tables>[\d, ]+) \| (?P<what>.+?) \| `(?P<command>sak_stage\d_\w+ …[^`]*)`(?P<where>.*?)"
+FIGURES = r" \| (?P<expected>.*?) \| (?:(?P<runs>\d) × )?(?P<hours>[\d.]+) \|"
+ROWS = list(re.finditer(f"^{CELLS}{FIGURES}$", PAGE.read_text(), re.MULTILINE))
+BLOCKS = "".join(re.findall(r"^```\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)).replace(
+    "\\\n", " "
+)
+
+
+def recipe_of(command: str) -> TrainRecipe:
+    name, _, *overrides = command.split()
+    return load_recipe(TrainRecipe, name, overrides)
+
+
+def row(tables: str, what: str) -> re.Match[str]:
+    (found,) = (row for row in ROWS if row["tables"] == tables and row["what"].startswith(what))
+    return found
+
+
+@cache
+def hours_of(recipe: str, processes: int, grown: str | None) -> float:
+    """Before there is a cache; of a student that grows, and of the grown one, from its teachers' widths."""
+    parsed = TrainRecipe.model_validate_json(recipe)
+    if grown is None:
+        return plan_training(parsed, processes=processes, tflops_per_gpu=200, num_samples=1_281_167).hours
+    three = ["dinov2", "clip", "sam"]
+    teachers, size = ([*three, "siglip"], (512, 512)) if parsed.multitask else (["siglip"], (384, 384))
+    with torch.device("meta"):
+        before = build_student(
+            "sak", stem=parsed.student.stem, teacher_dims=dict.fromkeys(three, 768), image_size=size
+        )
+    (Path(grown) / "config.json").write_text(json.dumps({"kind": "sak", **before.config}))
+    student = parsed.student.model_copy(update={"init_from": grown})
+    return make_train_plan(
+        parsed.model_copy(update={"student": student}),
+        num_samples=1_281_167,
+        image_size=size,
+        teacher_dims=dict.fromkeys(teachers, 768),
+        tasks=dataset_class("pascal_context").tasks if parsed.multitask else None,
+        row_bytes=0,
+        processes=processes,
+        tflops_per_gpu=200,
+    ).hours
+
+
+@pytest.mark.parametrize("line", ROWS, ids=lambda line: f"{line['tables']}: {line['what']}")
+def test_a_line_says_what_its_dry_run_prints(line: re.Match[str], tmp_path: Path) -> None:
+    recipe = recipe_of(line["command"])
+    decides = recipe.model_copy(
+        update={"output": "", "distillation": DistillationRecipe(weight=float(recipe.distills))}
+    )
+    grown = str(tmp_path) if "one-more-teacher" in line["where"] else None
+    hours = hours_of(decides.model_dump_json(), 2 if recipe.multitask else 8, grown)
+    assert float(line["hours"]) == pytest.approx(hours, rel=0.06)
+    assert int(line["runs"] or 1) == (
+        1 if "one run a task" not in line["what"] else 4 + ("pascal" in line["command"])
+    )
+
+
+@pytest.mark.parametrize(
+    "line", [row for row in ROWS if "stage2" in row["command"]], ids=lambda line: line["what"]
+)
+def test_a_line_expects_what_the_paper_prints(line: re.Match[str]) -> None:
+    recipe = recipe_of(line["command"])
+    assert recipe.multitask
+    dataset = recipe.multitask.dataset.kind
+    backbone = {"small": "ViT-S", "base": "ViT-B", "large": "ViT-L"}[
+        line["command"].split()[0].split("_")[-1]
+    ]
+    figures = [float(figure) for figure in line["expected"].split()]
+    for table in map(int, line["tables"].split(", ")):
+        rows = [row for row in paper_rows(dataset, None, table) if row.backbone == backbone]
+        assert figures in [
+            [*row.scores.values(), figures[-1] if row.gain is None else row.gain] for row in rows
+        ]
+
+
+def test_tables_of_the_paper_have_lines() -> None:
+    tables = {int(table) for line in ROWS for table in line["tables"].split(", ")}
+    assert tables >= {3, 4, 5, 6, 7, 8, 12, 13, 14, 15, 16, 17, 18, 19, 20, 24, 25}
+
+
+def test_table_13_is_not_table_12() -> None:
+    """The same student of ViT-L teachers: other caches in both stages, and aligners to distil with."""
+    lines = row("3, 4, 7, 8, 12, 18, 20, 25", "SAK, ViT-B"), row("8, 13", "SAK, ViT-B")
+    of_b, of_l = (recipe_of(line["command"]) for line in lines)
+    assert of_l.cache != of_b.cache
+    stage_1 = recipe_of(row("8, 13, 14", "ViT-B, of ViT-L teachers")["command"])
+    assert of_l.student.init_from == f"{stage_1.output}/student" != of_b.student.init_from
+    assert Path(stage_1.cache).name == "imagenet1k_vitl"
+    small, large = (plan_training(recipe, processes=2, tflops_per_gpu=200).size for recipe in (of_b, of_l))
+    assert large.parameters["aligners"] == 9_449_472
+    assert small.num_parameters == large.num_parameters == 133_506_089
+
+
+def test_commands_in_full_are_recipes() -> None:
+    lines = BLOCKS.splitlines()
+    builds = [shlex.split(line)[2:] for line in lines if line.startswith("teachercache build")]
+    trainings = [shlex.split(line.split("student.py")[1]) for line in lines if "train_student.py" in line]
+    teachers = [list(load_recipe(BuildRecipe, name, overrides).teachers) for name, *overrides in builds]
+    assert ["siglip"] in teachers
+    assert ["dinov2", "clip", "sam", "siglip"] in teachers
+    assert len(trainings) == 2
+    for name, *overrides in trainings:
+        load_recipe(TrainRecipe, name, overrides)
 
 
 @pytest.mark.parametrize("data", ["pascal", "nyud"])
@@ -25,17 +137,7 @@ def test_the_recipes_are_those_of_the_paper(data: str, size: str) -> None:
     assert recipe.distillation.weight == 1
     assert recipe.student.stem == f"vit_{size}_patch16_384"
     assert recipe.multitask is not None
-    cache = load_recipe(BuildRecipe, Path(recipe.cache).name)
-    assert cache.views.policy == "multitask_train"
-    assert cache.views.size == ((512, 512) if data == "pascal" else (448, 576))
-    assert Path(cache.source.path).parts[-2:] == (f"{recipe.multitask.dataset.kind}_images", "train")
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_of_the_page_is_a_recipe(command: str) -> None:
-    name, _, *overrides = command.split()
-    load_recipe(TrainRecipe, name, [override.rstrip(",") for override in overrides])
-
-
-def test_the_page_has_commands() -> None:
-    assert len(COMMANDS) >= 15
+    build = load_recipe(BuildRecipe, Path(recipe.cache).name)
+    assert build.views.policy == "multitask_train"
+    assert build.views.size == ((512, 512) if data == "pascal" else (448, 576))
+    assert Path(build.source.path).parts[-2:] == (f"{recipe.multitask.dataset.kind}_images", "train")
