@@ -10,9 +10,9 @@ paths in scipy.
 
 BSDS minimises it by Goldberg's CSA on a graph with outliers, which must be matched too: a pixel is tied to
 six of them, and each of them to six others, all drawn at random. An outlier that nobody drew takes a pixel
-away, so BSDS leaves about one pair in a thousand unmatched, other ones from run to run;
-`benchmarks/boundary.py` prints what that does to odsF. Where several matchings cost the same, which pixels
-are matched is open in both.
+away, so BSDS leaves about one pair in a thousand unmatched, other ones from run to run. Where several
+matchings cost the same, which pixels are matched is open in both. `benchmarks/boundary.py` runs BSDS's own
+code beside this and prints what all that does to odsF.
 """
 
 from __future__ import annotations
