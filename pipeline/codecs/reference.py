@@ -1,6 +1,7 @@
 """Decoding in plain numpy: the documentation of the format, and a way to read a cache from elsewhere.
 
-    arrays = {name: zarr_group[name][rows] for name in ("codes", "scales")}
+    names = "codes", "scales", "outlier_places", "outlier_values"       docs/codecs.md has those of dct
+    arrays = {name: zarr_group[name][rows] for name in names}
     features = decode("int4-hadamard", arrays, tables)      tables: stats/<teacher>.safetensors
 
 Slow and plain on purpose; the codecs' own `decode` must equal it. Shapes: R rows, S levels, H×W grid,
