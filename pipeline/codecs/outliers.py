@@ -42,11 +42,12 @@ def take_out(z_RSHWC: Tensor) -> tuple[Tensor, Tensor]:
     width = z_RSHWC.shape[-1]
     z_RSNC = z_RSHWC.flatten(2, 3)
     slots = num_slots(z_RSNC.shape[2])
-    loudness_RSN1 = 1 + torch.linalg.vector_norm(z_RSNC, 1, -1, keepdim=True) / width
-    largest_RSN = torch.linalg.vector_norm(z_RSNC, torch.inf, -1) / loudness_RSN1.squeeze(-1)
+    magnitude_RSNC = z_RSNC.abs()
+    loudness_RSN1 = 1 + magnitude_RSNC.mean(-1, keepdim=True)
+    largest_RSN1 = magnitude_RSNC.amax(-1, keepdim=True) / loudness_RSN1
     # The K values lie in the K tokens with the largest values, so only those are searched.
-    tokens_RSK = largest_RSN.topk(slots, -1).indices
-    candidates_RSKC = z_RSNC.take_along_dim(tokens_RSK[..., None], 2).abs()
+    tokens_RSK = largest_RSN1.squeeze(-1).topk(slots, -1).indices
+    candidates_RSKC = magnitude_RSNC.take_along_dim(tokens_RSK[..., None], 2)
     candidates_RSKC /= loudness_RSN1.take_along_dim(tokens_RSK[..., None], 2)
     found_RSK = candidates_RSKC.flatten(2).topk(slots, -1).indices
     places_RSK = tokens_RSK.take_along_dim(found_RSK // width, 2) * width + found_RSK % width
