@@ -36,6 +36,7 @@ from student.kpu.objective import AlignmentLoss, KPUObjective
 from student.learning import require_kept, set_learning
 from student.loop import TrainingLoop
 from student.losses import DistillationLoss
+from student.notices import notices
 from student.objectives import Objective
 from student.recipe import TrainRecipe, run_identity
 from student.run_log import RunLog
@@ -94,6 +95,8 @@ def train(recipe: TrainRecipe) -> TrainResult:
     images_per_step = recipe.images_per_step(accelerator.num_processes)
     _require_fit(recipe, cache, teachers, images_per_step, sampler.num_samples)
     _require_folder(output)
+    for notice in notices(recipe, cache.spec, [] if recipe.features == "online" else held):
+        accelerator.print(notice)
     total_steps, warmup_steps = recipe.schedule.steps(sampler.num_samples / images_per_step)
 
     torch.manual_seed(recipe.seed)

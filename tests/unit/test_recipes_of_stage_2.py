@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from cache_builder.plan import bytes_per_row
 from cache_builder.recipe import BuildRecipe
+from cache_builder.teachers import resolve_teacher
 from jobs.train_plan import plan_training
-from pipeline.recipe import load_recipe
+from pipeline.recipe import SHIPPED, load_recipe
 from student import build_student
 from student.datasets import dataset_class
 from student.paper_results import paper_rows
@@ -113,6 +115,28 @@ def test_table_13_is_not_table_12() -> None:
     small, large = (plan_training(recipe, processes=2, tflops_per_gpu=200).size for recipe in (of_b, of_l))
     assert large.parameters["aligners"] == 9_449_472
     assert small.num_parameters == large.num_parameters == 133_506_089
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in SHIPPED.glob("sak_stage*.yaml")))
+def test_a_header_says_what_the_papers_own_loss_would_take(name: str) -> None:
+    header, _, _ = (SHIPPED / f"{name}.yaml").read_text().partition("\ncache:")
+    assert "# Differs   from the paper: " in header
+    told = header.partition("# Exact ")[2]
+    here, exact = (float(number.replace(",", "")) for number in re.findall(r"([\d.,]+) TB", told))
+    overrides = re.findall(r"(?:views|teachers)\.\S+=\S+", told)
+    recipe = load_recipe(TrainRecipe, name)
+    images = (
+        1_281_167
+        if recipe.multitask is None
+        else {"pascal_context": 4998, "nyud": 795}[recipe.multitask.dataset.kind]
+    )
+    for stated, chosen in ((here, []), (exact, overrides)):
+        build = load_recipe(BuildRecipe, Path(recipe.cache).name, chosen)
+        specs = [resolve_teacher(n, t, build.views.size) for n, t in build.teachers.items()]
+        nbytes = images * build.views.num_views * sum(map(bytes_per_row, specs))
+        assert stated == pytest.approx(nbytes / 1e12, rel=0.005)
+    exactly = [resolve_teacher(n, t, build.views.size) for n, t in build.teachers.items()]
+    assert {(spec.grid.kind, spec.codec) for spec in exactly} == {("native", "f16")}
 
 
 def test_commands_in_full_are_recipes() -> None:
