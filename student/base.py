@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pipeline.errors import CheckpointError, RecipeError
+from pipeline.errors import CheckpointError, RecipeError, explain
 from pipeline.spec import Size, TeacherSpec
 from student.lora import merged_state_dict
 
@@ -79,7 +79,19 @@ class Student(nn.Module, ABC):
         return height, width
 
     def normalize(self, images_B3HW: Tensor) -> Tensor:
-        """uint8 RGB images → the float32 pixels that `forward` takes, on the device of the images."""
+        """uint8 RGB images → the float32 pixels that `forward` takes, on the device of the images.
+
+        Raises `ValueError` for anything else, such as images of 0–1 or with alpha.
+        """
+        if images_B3HW.dtype != torch.uint8 or images_B3HW.ndim < 3 or images_B3HW.shape[-3] != 3:
+            raise ValueError(
+                explain(
+                    "These are no RGB images of a byte a colour.",
+                    got=f"{images_B3HW.dtype} of shape {tuple(images_B3HW.shape)}",
+                    expected="torch.uint8 of shape (B, 3, H, W), values 0 to 255",
+                    do="pass images as they were decoded, channels first",
+                )
+            )
         return (images_B3HW.float() / 255 - self.mean) / self.std
 
     @abstractmethod

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
-from typing import TYPE_CHECKING
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from huggingface_hub import HfApi
@@ -61,7 +61,7 @@ output = student(student.normalize(images))  # uint8 (B, 3, {height}, {width}) â
 `{cache.spec.cache_id}`). The recipe:
 
 ```yaml
-{yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)}```
+{yaml.safe_dump(told_recipe(recipe), sort_keys=False)}```
 
 | part | parameters |
 |---|---|
@@ -100,6 +100,22 @@ def push_to_hub(folder: str | os.PathLike[str], repository: str, *, private: boo
             do="log in with `hf auth login` or HF_TOKEN, and check the name (user/name)",
         ) from error
     return str(uploaded.repo_url)
+
+
+def told_recipe(recipe: TrainRecipe) -> dict[str, Any]:
+    """The recipe without where things lie on the machine it ran on: of each folder its name alone."""
+    told = recipe.model_dump(mode="json")
+    dataset = (told["multitask"] or {}).get("dataset", {})
+    for tree, key, kept in (
+        (told, "cache", 1),
+        (told, "images", 1),
+        (told, "output", 1),
+        (dataset, "root", 1),
+        (told["student"], "init_from", 2),  # <run>/student, or user/name on the Hub
+    ):
+        if tree.get(key):
+            tree[key] = "/".join(PurePosixPath(tree[key]).parts[-kept:])
+    return told
 
 
 def _teachers(student: Student, cache: FeatureCache) -> str:

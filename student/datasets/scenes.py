@@ -51,13 +51,16 @@ def write_scenes(root: str | Path, train: int, val: int, size: Size = (128, 128)
     """Render scenes 0 … train - 1 for training and the next `val` for evaluation into the folder `root`.
 
     images/<split>/<key>.png, labels/<split>/<key>.safetensors, and <split>.txt with the keys, written last.
-    The same arguments write the same pixels.
+    The same arguments write the same pixels. Scenes of an earlier set in this folder go; other files stay.
     """
     root = Path(root)
     for split, numbers in (("train", range(train)), ("val", range(train, train + val))):
         images, labels = root / "images" / split, root / "labels" / split
-        images.mkdir(parents=True, exist_ok=True)
-        labels.mkdir(parents=True, exist_ok=True)
+        (root / f"{split}.txt").unlink(missing_ok=True)
+        for folder, suffix in ((images, "png"), (labels, "safetensors")):
+            folder.mkdir(parents=True, exist_ok=True)
+            for file in folder.glob(f"{'[0-9]' * 6}.{suffix}"):
+                file.unlink()
         for number in numbers:
             scene = render_scene(seed, number, size)
             Image.fromarray(scene.image_HW3).save(images / f"{number:06d}.png")

@@ -6,6 +6,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeGuard
 
 import torch
@@ -61,7 +62,7 @@ def read_reference(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     except Exception as error:  # damaged files end in any
         raise CheckpointError(
             f"{os.fspath(path)} cannot be read.",
-            got=error,
+            got=_reason(path, error),
             expected="a file of tensors and plain values, as torch.save() writes it",
             do="copy or download it again",
         ) from error
@@ -74,6 +75,17 @@ def read_reference(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             do="pass a checkpoint.pth that the authors' code wrote",
         )
     return tensors
+
+
+def _reason(path: str | os.PathLike[str], error: Exception) -> str:
+    """What is wrong with the file, in the place of torch's advice to trust it."""
+    if isinstance(error, OSError):
+        return str(error)
+    if forbidden := re.search(r"GLOBAL (\S+)", str(error)):
+        return f"{forbidden[1]} in it"
+    with Path(path).open("rb") as file:
+        start = file.read(16)
+    return f"a file that starts with {start!r}" if start else "an empty file"
 
 
 def reference_arguments(tensors: Mapping[str, Tensor], image_size: Size | None = None) -> dict[str, Any]:

@@ -191,6 +191,19 @@ def test_levels_are_four_even_steps() -> None:
     assert level_blocks(27) == [7, 14, 21, 27]
 
 
+@pytest.mark.parametrize(
+    "images",
+    [
+        torch.rand(2, 3, 8, 8),
+        torch.zeros(2, 4, 8, 8, dtype=torch.uint8),
+        torch.zeros(8, 8, dtype=torch.uint8),
+    ],
+)
+def test_normalize_takes_rgb_bytes_alone(images: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"no RGB images(.|\n)*of shape \(B, 3, H, W\)"):
+        tiny(a=8).normalize(images)
+
+
 def test_normalize_uses_the_statistics_of_the_stem() -> None:
     student = tiny()
     images_B3HW = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -263,6 +265,21 @@ def test_a_checkpoint_of_the_authors_is_read_without_unpickling(tmp_path: Path) 
             read_reference(path)
     with pytest.raises(CheckpointError, match="cannot be read"):
         read_reference(tmp_path / "nowhere.pth")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "got:      an empty file"),
+        (b"hello world", "starts with b'hello world'"),
+        (pickle.dumps({"a": 1}), r"a file that starts with b'\x80"),
+    ],
+)
+def test_junk_is_no_checkpoint(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "junk.pth").write_bytes(content)
+    with pytest.raises(CheckpointError, match=re.escape(message)) as caught:
+        read_reference(tmp_path / "junk.pth")
+    assert "weights_only" not in str(caught.value)
 
 
 class Touch:

@@ -241,6 +241,17 @@ def test_a_written_set_is_read_as_it_was_rendered_and_joins_a_cache_by_key(tmp_p
     assert all(finding.found == finding.expected for finding in train.check())
 
 
+def test_a_smaller_set_leaves_nothing_of_a_larger_one(tmp_path: Path) -> None:
+    write_scenes(tmp_path, train=3, val=2, size=(8, 8))
+    (tmp_path / "images/train/mine.png").write_bytes(b"")
+    write_scenes(tmp_path, train=1, val=1, size=(8, 8))
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {
+        "images/train/000000.png", "images/train/mine.png", "images/val/000001.png",
+        "labels/train/000000.safetensors", "labels/val/000001.safetensors", "train.txt", "val.txt",
+    }  # fmt: skip
+
+
 def test_a_damaged_label_file_is_named(tmp_path: Path) -> None:
     write_scenes(tmp_path, train=1, val=0, size=(8, 8))
     (tmp_path / "labels/train/000000.safetensors").write_bytes(b"not a tensor")

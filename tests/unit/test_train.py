@@ -101,7 +101,25 @@ def test_a_finished_student_says_what_it_is(finished: Path) -> None:
     assert "8 steps" in text
     assert "alpha: none, random weights" in text
     recipe = text.split("```yaml\n")[1].split("```")[0]
-    assert TrainRecipe.model_validate(yaml.safe_load(recipe)).output == str(finished)
+    assert TrainRecipe.model_validate(yaml.safe_load(recipe)).output == finished.name
+    assert str(finished.parent) not in card
+
+
+def test_a_card_names_no_folder_of_the_machine() -> None:
+    recipe = load_recipe(
+        TrainRecipe,
+        "sak_stage2_pascal_base",
+        ["cache=/data/secret/pascal", "multitask.dataset.root=/home/me/PASCAL", "output=/home/me/runs/mine",
+         "student.init_from=/home/me/runs/stage1/student", "images=s3://bucket/secret/images"],
+    )  # fmt: skip
+    told = sharing.told_recipe(recipe)
+    assert (told["cache"], told["output"], told["images"]) == ("pascal", "mine", "images")
+    assert told["multitask"]["dataset"]["root"] == "PASCAL"
+    assert told["student"]["init_from"] == "stage1/student"
+    assert "secret" not in str(told)
+    assert "/home" not in str(told)
+    hub = recipe.model_copy(update={"student": recipe.student.model_copy(update={"init_from": "user/sak"})})
+    assert sharing.told_recipe(hub)["student"]["init_from"] == "user/sak"
 
 
 def test_a_student_is_pushed_with_its_card(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
