@@ -138,11 +138,15 @@ class Amalgam(Student):
 
 
 def require_maps(cache: FeatureCache, teachers: Sequence[str]) -> None:
-    """Raises `RecipeError` where a teacher has no features to work on, `CacheError` where it is unknown."""
+    """Raises `RecipeError` where a teacher's own maps are not cached, `CacheError` where it is unknown.
+
+    The adjoint grid holds what a map on the student's grid can reach of them, which is all that SAK's losses
+    need; for a student that works on features it would not be what online teachers give.
+    """
     for name in cache.check_teachers(teachers):
         if cache.spec.teachers[name].grid.kind == "adjoint":
             raise RecipeError(
-                f"The adjoint of teacher {name} serves a loss; it is no features to work on.",
+                f"This student works on the teachers' own maps, and those of {name} are not in the cache.",
                 got="grid: adjoint in the cache",
                 expected="grid: native or bilinear",
                 do="build a cache of these images with such a grid",

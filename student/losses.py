@@ -6,9 +6,8 @@ h, w          grid of the student          H, W  grid of the teacher
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -30,21 +29,10 @@ CosineKind = Literal["flattened", "token"]
 DistanceKind = Literal["smooth_l1", "squared_error"]
 
 
-class Target(ABC):
-    """What one teacher says of a batch: the loss asks no more than this, whatever is known of the teacher."""
-
-    num_levels: int
-
-    @abstractmethod
-    def compare(
-        self, level: int, student_BChw: Tensor, cosine: CosineKind, distance: DistanceKind
-    ) -> tuple[Tensor, Tensor]:
-        """(1 - cosine, distance) at one level, two scalars; computed in at least float32."""
-
-
 @dataclass
-class FeatureTarget(Target):
-    """The teacher's features, on the grid that they are known on, and the class token of its last level."""
+class Target:
+    """What one teacher says of a batch: its features, on the grid that they are known on, and the class token
+    of its last level where it is known."""
 
     feature_maps_BSHWC: Tensor
     cls_token_BC: Tensor | None = None
@@ -55,7 +43,7 @@ class FeatureTarget(Target):
     def compare(
         self, level: int, student_BChw: Tensor, cosine: CosineKind, distance: DistanceKind
     ) -> tuple[Tensor, Tensor]:
-        """As `Target.compare`.
+        """(1 - cosine, distance) at one level, two scalars; computed in at least float32.
 
         The student's map is resampled bilinearly to the teacher's grid, whichever is the finer. (The
         authors' code resamples the coarser of the two; with the teachers of the paper that is always
@@ -76,24 +64,20 @@ class FeatureTarget(Target):
 
 @dataclass
 class AdjointTarget(Target):
-    """The map p on the student's grid that comes nearest to t when it is upsampled (B, S, h, w, C), and ‖t‖
-    (B, S): the teacher's `grid` = (H, W) is not formed.
+    """Of the teacher's maps t on its `grid`, the maps on the student's grid (B, S, h, w, C) that come nearest
+    to them when they are upsampled, and ‖t‖ (B, S): t is not formed.
 
     The flattened cosine and the squared error are those of the native map, exactly; the token cosine and
     smooth-L1 are approximations (`student.adjoint_loss`).
     """
 
-    nearest_BShwC: Tensor
-    norms_BS: Tensor
-    grid: Size
-
-    def __post_init__(self) -> None:
-        self.num_levels = self.nearest_BShwC.shape[1]
+    norms_BS: Tensor = field(kw_only=True)
+    grid: Size = field(kw_only=True)
 
     def compare(
         self, level: int, student_BChw: Tensor, cosine: CosineKind, distance: DistanceKind
     ) -> tuple[Tensor, Tensor]:
-        nearest_BChw = self.nearest_BShwC[:, level].permute(0, 3, 1, 2)
+        nearest_BChw = self.feature_maps_BSHWC[:, level].permute(0, 3, 1, 2)
         _require_width(level, student_BChw, nearest_BChw.shape[1])
         if student_BChw.shape[-2:] != nearest_BChw.shape[-2:]:
             raise ValueError(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pipeline.loader import Batch
 from student.base import Student, StudentOutput
-from student.losses import DistillationLoss, FeatureTarget, LossOutput, Target
+from student.losses import DistillationLoss, LossOutput, Target
 from student.targets import TargetSource
 from student.task_losses import MultiTaskLoss
 from student.timing import StageTimer
@@ -64,11 +64,7 @@ class Objective:
     def _run(self, pixels_B3HW: Tensor, targets: Mapping[str, Target]) -> StudentOutput:
         inputs: dict[str, Any] = {"full": True, "maps": self._distillation is not None}
         if self._student.reads_features:
-            inputs["features"] = {
-                name: target.feature_maps_BSHWC
-                for name, target in targets.items()
-                if isinstance(target, FeatureTarget)
-            }
+            inputs["features"] = {name: target.feature_maps_BSHWC for name, target in targets.items()}
         output: StudentOutput = self._model(pixels_B3HW, **inputs)
         return output
 

@@ -14,7 +14,7 @@ from pipeline.grids import pool
 from pipeline.loader import Batch
 from pipeline.spec import Size, TeacherSpec
 from pipeline.stores.base import NORMS
-from student.losses import AdjointTarget, FeatureTarget, Target
+from student.losses import AdjointTarget, Target
 
 
 class TargetSource(ABC):
@@ -43,14 +43,13 @@ class CachedTargets(TargetSource):
         }
 
     def _target(self, encoded: Encoded, cls_token_BSC: Tensor | None, spec: TeacherSpec) -> Target:
-        features_BShwC = encoded.decode(self._device)
-        if spec.grid.kind != "adjoint":
-            if cls_token_BSC is None:
-                return FeatureTarget(features_BShwC)
+        features_BShwC, cls_token_BC = encoded.decode(self._device), None
+        if cls_token_BSC is not None:
             cls_token_BC = cls_token_BSC[:, -1].to(self._device, features_BShwC.dtype, non_blocking=True)
-            return FeatureTarget(features_BShwC, cls_token_BC)
+        if spec.grid.kind != "adjoint":
+            return Target(features_BShwC, cls_token_BC)
         norms_BS = encoded.arrays[NORMS].to(self._device, non_blocking=True)
-        return AdjointTarget(features_BShwC, norms_BS, spec.native_grid)
+        return AdjointTarget(features_BShwC, cls_token_BC, norms_BS=norms_BS, grid=spec.native_grid)
 
 
 class OnlineTargets(TargetSource):
@@ -78,7 +77,7 @@ class OnlineTargets(TargetSource):
             if spec.grid.kind != "adjoint":
                 maps_BSHWC = pool(maps_BSHWC, spec.grid)
             cls_token_BSC = features.cls_token_BSC
-            targets[name] = FeatureTarget(
+            targets[name] = Target(
                 maps_BSHWC, None if cls_token_BSC is None else cls_token_BSC[:, -1].to(maps_BSHWC.dtype)
             )
         return targets

@@ -12,7 +12,7 @@ from pipeline.loader import Batch
 from student.base import Student
 from student.cosine import cosine_similarity
 from student.kpu.latent_space import Alignment, Features
-from student.losses import CosineKind, DistanceKind, FeatureTarget
+from student.losses import CosineKind, DistanceKind, Target
 from student.targets import TargetSource
 from student.timing import StageTimer
 
@@ -51,7 +51,7 @@ class AlignmentLoss:
 
     def align(self, one: Features, other: Features) -> tuple[Tensor, dict[str, Tensor]]:
         """(L_align, its terms before their weights): `one` on the grid of `other`."""
-        target = FeatureTarget(other.map.permute(0, 2, 3, 1)[:, None])
+        target = Target(other.map.permute(0, 2, 3, 1)[:, None])
         cosine, distance = target.compare(0, one.map, self.cosine, self.distance)
         loss = self.cosine_weight * cosine + self.distance_weight * distance
         parts = {"cosine": cosine, self.distance: distance}
@@ -90,11 +90,7 @@ class KPUObjective:
     def __call__(self, batch: Batch, timer: StageTimer) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch, and its terms for the log."""
         with timer.stage("targets"):
-            teachers = {
-                name: last_level(target)
-                for name, target in self._targets(batch).items()
-                if isinstance(target, FeatureTarget)
-            }
+            teachers = {name: last_level(target) for name, target in self._targets(batch).items()}
         with timer.stage("forward"):
             images_B3HW = batch.renders[self._student.image_size]
             images_B3HW = images_B3HW.to(self._student.mean.device, non_blocking=True)
@@ -103,6 +99,6 @@ class KPUObjective:
         return self._weight * loss, terms
 
 
-def last_level(target: FeatureTarget) -> Features:
+def last_level(target: Target) -> Features:
     """X^t of a teacher: its class token, where there is one, and its last map."""
     return Features(target.cls_token_BC, target.feature_maps_BSHWC[:, -1].permute(0, 3, 1, 2))

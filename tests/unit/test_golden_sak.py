@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from student import build_student
-from student.losses import DistillationLoss, FeatureTarget
+from student.losses import DistillationLoss, Target
 
 GOLDEN = Path(__file__).parents[1] / "goldens" / "sak_stage1_losses.json"
 
@@ -25,8 +25,8 @@ def ten_losses() -> list[float]:
     )
     images_B3HW = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8)
     targets = {
-        "same": FeatureTarget(torch.randn(2, 4, 4, 6, 192)),
-        "wide": FeatureTarget(torch.randn(2, 4, 9, 13, 256)),
+        "same": Target(torch.randn(2, 4, 4, 6, 192)),
+        "wide": Target(torch.randn(2, 4, 9, 13, 256)),
     }
     loss = DistillationLoss()
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, weight_decay=1e-2)

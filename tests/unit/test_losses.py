@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pipeline.grids import stored_form
 from pipeline.spec import GridSpec
 from student.cosine import cosine_similarity
-from student.losses import AdjointTarget, CosineKind, DistillationLoss, FeatureTarget
+from student.losses import AdjointTarget, CosineKind, DistillationLoss, Target
 
 B, S, C = 2, 4, 5
 GRIDS = [((3, 4), (3, 4)), ((3, 4), (7, 9)), ((4, 4), (3, 2))]
@@ -22,9 +22,9 @@ def maps(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def pair(grid: tuple[int, int], teacher_grid: tuple[int, int]) -> tuple[list[Tensor], FeatureTarget]:
+def pair(grid: tuple[int, int], teacher_grid: tuple[int, int]) -> tuple[list[Tensor], Target]:
     student = [3 * maps(B, C, *grid, seed=level) for level in range(S)]
-    return student, FeatureTarget(maps(B, S, *teacher_grid, C, seed=9))
+    return student, Target(maps(B, S, *teacher_grid, C, seed=9))
 
 
 def bilinear_at(values_hw: list[list[float]], y: float, x: float) -> float:
@@ -38,7 +38,7 @@ def bilinear_at(values_hw: list[list[float]], y: float, x: float) -> float:
     return total
 
 
-def by_hand(student: list[Tensor], target: FeatureTarget, cosine: CosineKind) -> float:
+def by_hand(student: list[Tensor], target: Target, cosine: CosineKind) -> float:
     """Eq. 5 with loops over numbers."""
     total = 0.0
     _, levels, height, width, channels = target.feature_maps_BSHWC.shape
@@ -130,7 +130,7 @@ def test_sums_over_teachers_with_their_weights() -> None:
 
 
 def test_is_zero_for_a_perfect_student() -> None:
-    target = FeatureTarget(maps(B, S, 3, 4, C))
+    target = Target(maps(B, S, 3, 4, C))
     student = [target.feature_maps_BSHWC[:, level].permute(0, 3, 1, 2) for level in range(S)]
     assert DistillationLoss()({"a": student}, {"a": target}).total.item() == pytest.approx(0, abs=1e-12)
 
@@ -138,7 +138,7 @@ def test_is_zero_for_a_perfect_student() -> None:
 def test_is_computed_in_float32_under_autocast() -> None:
     student, target = pair((3, 4), (7, 9))
     half = [level.bfloat16() for level in student]
-    target = FeatureTarget(target.feature_maps_BSHWC.half())
+    target = Target(target.feature_maps_BSHWC.half())
     expected = DistillationLoss()({"a": [level.float() for level in half]}, {"a": target}).total
     with torch.autocast("cpu", torch.bfloat16):
         got = DistillationLoss()({"a": half}, {"a": target}).total
@@ -156,7 +156,7 @@ def test_is_computed_in_float32_under_autocast() -> None:
 )
 def test_what_does_not_fit_says_why(student: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        DistillationLoss()(student, {"a": FeatureTarget(torch.zeros(1, S, 2, 2, C))})
+        DistillationLoss()(student, {"a": Target(torch.zeros(1, S, 2, 2, C))})
 
 
 ADJOINT_GRIDS = [  # student's, teacher's: those of SAK's teachers, and a teacher coarser than the student
@@ -180,7 +180,7 @@ def test_an_adjoint_target_is_worth_the_native_map(
     assert norms is not None
     loss = DistillationLoss("flattened", distance="squared_error")
     results = []
-    for target in (native, AdjointTarget(stored, norms, teacher_grid)):
+    for target in (native, AdjointTarget(stored, norms_BS=norms, grid=teacher_grid)):
         output = loss({"a": student}, {"a": target})
         results.append((output.total, *torch.autograd.grad(output.total, student)))
     for exact, ours in zip(*results, strict=True):
@@ -188,6 +188,6 @@ def test_an_adjoint_target_is_worth_the_native_map(
 
 
 def test_an_adjoint_target_is_for_one_grid() -> None:
-    target = AdjointTarget(maps(B, S, 4, 4, C), maps(B, S).abs(), (7, 9))
+    target = AdjointTarget(maps(B, S, 4, 4, C), norms_BS=maps(B, S).abs(), grid=(7, 9))
     with pytest.raises(ValueError, match="one student grid"):
         DistillationLoss()({"a": [maps(B, C, 3, 4)] * S}, {"a": target})
