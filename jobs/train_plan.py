@@ -83,7 +83,7 @@ def train_plan_table(plan: TrainPlan) -> RenderableType:
         {
             "steps": f"{plan.steps:,} of {plan.images_per_step} images, {plan.images:,} in all",
             "parameters": parts,
-            "#Param": f"{size.num_parameters / 1e6:.0f}M to predict with, {size.trained / 1e6:.0f}M trained",
+            "#Param": f"{size.num_parameters:,} to predict with; {size.trained:,} are trained",
             "GMACs": f"a view forward: {gmacs} {attention}; {size.train_gmacs:.1f} with backward",
             "hours": f"at least {plan.hours:.3g} on {gpus}, {plan.gpu_hours:.3g} GPU-hours",
             "reads": f"{rate}; a slower disk takes longer" if plan.row_bytes else "no features of the cache",

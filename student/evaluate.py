@@ -119,8 +119,12 @@ def _arrow(task: str) -> str:
 
 
 def _line(name: str, tasks: list[str], scores: Mapping[str, float], gain: float | None) -> str:
-    cells = [f"{scores[t]:.{4 if t == 'depth' else 2}f}" if t in scores else "–" for t in tasks]
-    return f"| {name} | {' | '.join(cells)} | {'–' if gain is None else f'{gain:.2f}'} |"
+    cells = [_cell(scores.get(t), 4 if t == "depth" else 2) for t in tasks]
+    return f"| {name} | {' | '.join(cells)} | {_cell(gain, 2)} |"
+
+
+def _cell(number: float | None, digits: int) -> str:
+    return "–" if number is None or not math.isfinite(number) else f"{number:.{digits}f}"
 
 
 @torch.no_grad()

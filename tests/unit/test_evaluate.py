@@ -88,6 +88,7 @@ def test_parameters_beside_the_papers_are_those_of_predicting(tmp_path: Path) ->
 def test_what_is_labelled_nowhere_is_null_in_json() -> None:
     found = Evaluation("mine", None, "scenes", "val", 1, 1, {"parts": math.nan, "depth": 0.9}, {}, 1.0)
     assert json.loads(json.dumps(found.record(), allow_nan=False))["scores"] == {"parts": None, "depth": 0.9}
+    assert "| – | 0.9000 | – |" in found.markdown({"parts": 50.0, "depth": 1.0})
 
 
 def test_gains_refer_to_a_baseline_of_ones_own() -> None:
