@@ -99,7 +99,7 @@ def _features(
     round_trip = Encoded(codec, dict(codec.encode(live_RSHWC).tensors())).decode()
     stored, live = encoded.decode(), live_RSHWC.float().cpu()
     for level in range(live.shape[1]):
-        yield f"level {level}", stored[:, level], live[:, level], round_trip[:, level]
+        yield f"level {level + 1}", stored[:, level], live[:, level], round_trip[:, level]
     if norms_RS is not None:
         norms = norms_RS.float().cpu()
         yield NORMS, encoded.arrays[NORMS], norms, norms

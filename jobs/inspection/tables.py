@@ -109,13 +109,13 @@ def summary_facts(
 
 
 def similarity_table(similarities: Mapping[str, Similarity]) -> RenderableType:
-    """Representation similarity, by level."""
+    """Representation similarity by level; a teacher of fewer levels stands beside the last."""
     levels = max(len(similarity.levels) for similarity in similarities.values())
-    columns = {
-        name: {f"level {level}": f"{similarity.levels[level]:.4f}" for level in range(levels)}
-        | {"mean": f"{similarity.mean:.4f}"}
-        for name, similarity in similarities.items()
-    }
+    columns = {}
+    for name, similarity in similarities.items():
+        cells = [""] * (levels - len(similarity.levels)) + [f"{cosine:.4f}" for cosine in similarity.levels]
+        by_level = {f"level {level}": cell for level, cell in enumerate(cells, start=1)}
+        columns[name] = by_level | {"mean": f"{similarity.mean:.4f}"}
     return columns_table("cosine similarity", columns)
 
 

@@ -332,7 +332,7 @@ def test_stored_features_are_the_teachers(tmp_path: Path) -> None:
     images = make_images(tmp_path / "images", 6)
     cache = build(build_recipe(tmp_path / "cache", images, teachers=teachers), QUIET).cache
     found = compare_with_teachers(cache, 9, seed=0)
-    levels = ["level 0", "level 1", "level 2", "level 3"]
+    levels = ["level 1", "level 2", "level 3", "level 4"]
     assert [one.what for one in found if one.teacher == "f32"] == [*levels, "cls"]
     assert [one.what for one in found if one.teacher == "adjoint"] == [*levels, "norms", "cls", "global"]
     assert [one for one in found if not one.kept] == []

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from jobs.cli import app
+from jobs.inspection.tables import similarity_table
 from pipeline.cache import FeatureCache
 from pipeline.errors import CacheError, RecipeError
 from pipeline.grids import upsample
@@ -18,7 +21,7 @@ from pipeline.map_reader import feature_maps
 from pipeline.spec import GridSpec
 from pipeline.views import render_view
 from student import SAK, Student, build_student
-from student.repsim import representation_similarity, token_cosines
+from student.repsim import Similarity, representation_similarity, token_cosines
 from tests.make_cache import make_cache, make_images, teacher_spec
 
 
@@ -132,6 +135,19 @@ def test_what_cannot_be_compared_says_why(cache: FeatureCache, student: Student)
     alone = build_student("sak", stem=stem, teacher_dims={"alpha": 8}, image_size=(32, 32))
     with pytest.raises(RecipeError, match="not distilled from"):
         representation_similarity(alone, cache, ["alpha", "beta"])
+
+
+def test_a_teacher_of_fewer_levels_stands_beside_the_last() -> None:
+    found = {"many": Similarity((0.1, 0.2, 0.3, 0.4)), "one": Similarity((0.9,))}
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(similarity_table(found))
+    lines = console.export_text().splitlines()
+    assert [line.split() for line in lines if "level" in line] == [
+        ["level", "1", "0.1000"],
+        ["level", "2", "0.2000"],
+        ["level", "3", "0.3000"],
+        ["level", "4", "0.4000", "0.9000"],
+    ]
 
 
 def test_of_an_adjoint_it_is_that_of_what_the_grid_can_reach(student: Student, tmp_path: Path) -> None:
