@@ -5,8 +5,8 @@
 For each pair of grids, the gradient with respect to the student's map is compared to that from the teacher's
 native map, for two students (random; near the target) and two kinds of targets (standardised channels; raw
 ones of unlike means and deviations). Entries are `cosine / relative error` of the gradient. Three targets:
-adjoint (Uᵀt and ‖t‖²), pooled (bilinear with antialiasing, compared on the student's grid), and for the
-flattened cosine also 4-bit codes (int4-hadamard) of Uᵀt and of the least-squares map (UᵀU)⁺Uᵀt.
+adjoint (‖t‖ and the map p = (UᵀU)⁺Uᵀt), pooled (bilinear with antialiasing, compared on the student's grid),
+and for the flattened cosine also 4-bit codes (int4-hadamard) of p and of Uᵀt.
 
 All but the codes is computed in float64. Prints one table and, last, one line of JSON.
 """

@@ -23,7 +23,7 @@ CODECS = (
     *("int4-hadamard", "int4-trellis", "int4-dct", "int3-hadamard"),
 )
 DCT_ROWS = 8  # fewer say too little about the mean squares by which `int4-dct` divides its bits
-_OTHER_GRID = 1e-6  # in squared relative error: more than float16's rounding, less than any quantiser's
+_OTHER_GRID = 1e-6  # in squared error: more than float16's rounding, less than any quantiser's
 
 GRID_COSTS = {
     "native": "costs nothing",
@@ -36,11 +36,11 @@ GRID_COSTS = {
 @dataclass(frozen=True)
 class Option:
     """One way to store a teacher; `spec` has its grid and codec. `fidelity` is the codec's on that grid,
-    `grid_error` what a pooled grid has lost before it: ‖U p − t‖ / ‖t‖, channels standardised."""
+    `grid_cosine` that of a pooled grid before it: the mean cosine of the tokens of U p and t."""
 
     spec: TeacherSpec
     fidelity: Fidelity
-    grid_error: float = 0.0
+    grid_cosine: float = 1.0
 
     @property
     def bytes_per_row(self) -> int:
@@ -48,9 +48,13 @@ class Option:
 
     @property
     def loss(self) -> float:
-        """The squared relative errors of grid and codec; of two that are equal, the native grid has less."""
+        """The mean squared error of tokens of unit norm, channels standardised, by grid and by codec; of two
+        that are equal, the native grid has less.
+
+        No relative L2 of all values: massive activations, which codecs keep, would hide the others' error.
+        """
         other_grid = _OTHER_GRID if self.spec.grid.kind != "native" else 0
-        return self.fidelity.relative_l2**2 + self.grid_error**2 + other_grid
+        return 2 * (1 - self.fidelity.cosine_mean) + 2 * (1 - self.grid_cosine) + other_grid
 
     def overrides(self, name: str) -> str:
         """The recipe keys that ask for it."""
@@ -91,10 +95,10 @@ def measure(
         found: list[Option] = []
         for grid in dict.fromkeys(spec.grid for spec in specs):
             stored_RSHWC = stored_form(native_RSHWC, grid)[0]
-            lost = _grid_error(native_RSHWC, stored_RSHWC) if grid.kind == "bilinear" else 0.0
+            kept = _grid_cosine(native_RSHWC, stored_RSHWC) if grid.kind == "bilinear" else 1.0
             options = [
                 Option(
-                    spec, measure_fidelity(get_codec(spec.codec).calibrate(stored_RSHWC), stored_RSHWC), lost
+                    spec, measure_fidelity(get_codec(spec.codec).calibrate(stored_RSHWC), stored_RSHWC), kept
                 )
                 for spec in specs
                 if spec.grid == grid
@@ -103,11 +107,11 @@ def measure(
         yield name, found
 
 
-def _grid_error(native_RSHWC: Tensor, pooled_RShwC: Tensor) -> float:
+def _grid_cosine(native_RSHWC: Tensor, pooled_RShwC: Tensor) -> float:
     rows, _, height, width, _ = native_RSHWC.shape
     pooled_NChw = pooled_RShwC.flatten(0, 1).permute(0, 3, 1, 2).float()
     seen_NHWC = upsample(pooled_NChw, (height, width)).permute(0, 2, 3, 1)
-    return compare(native_RSHWC, seen_NHWC.unflatten(0, (rows, -1)), row_bytes=0).relative_l2
+    return compare(native_RSHWC, seen_NHWC.unflatten(0, (rows, -1)), row_bytes=0).cosine_mean
 
 
 def require_possible(teachers: Mapping[str, Iterable[TeacherSpec]], plan: Plan, budget: int) -> None:

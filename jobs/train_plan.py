@@ -50,6 +50,7 @@ def plan_training(
         num_samples=round(recipe.fraction * samples) if samples else recipe.images_per_step(processes),
         image_size=image_size,
         **teacher_facts({name: specs[name] for name in names}),
+        num_levels={name: specs[name].num_levels for name in names},
         tasks=tasks,
         row_bytes=sum(bytes_per_row(specs[name]) for name in names),
         processes=processes,

@@ -62,6 +62,13 @@ class ShardShuffleSampler:
         self._seed = seed
         chosen = random_samples(cache.num_samples, fraction)
         self._samples = np.intersect1d(cache.valid_samples(teachers), chosen, assume_unique=True)
+        if not chosen.size:
+            raise CacheError(
+                "Of so small a part of the cache no sample is left.",
+                got=f"a fraction of {fraction:g} of {cache.num_samples} samples",
+                expected="at least one",
+                do="raise multitask.dataset.fraction",
+            )
         if not self._samples.size:
             raise CacheError(
                 "Not one sample of this cache can be trained on.",

@@ -137,6 +137,19 @@ class Amalgam(Student):
         return torch.stack([aligner(level) for aligner, level in levels], dim=1)
 
 
+def require_experts(cache: FeatureCache, teachers: Sequence[str]) -> None:
+    """As `require_maps`; raises `RecipeError` also for a teacher of more or fewer levels than heads have."""
+    require_maps(cache, teachers)
+    for name in teachers:
+        if (count := cache.spec.teachers[name].num_levels) != NUM_LEVELS:
+            raise RecipeError(
+                f"Teacher {name} cannot be an expert: routers and heads take one map of each at every level.",
+                got=f"{count} levels in the cache",
+                expected=str(NUM_LEVELS),
+                do=f"build the cache with {NUM_LEVELS} block_indices for it, or leave it out of `teachers`",
+            )
+
+
 def require_maps(cache: FeatureCache, teachers: Sequence[str]) -> None:
     """Raises `RecipeError` where a teacher's own maps are not cached, `CacheError` where it is unknown.
 

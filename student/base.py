@@ -202,7 +202,7 @@ def check_names(what: str, names: Iterable[str]) -> None:
             raise RecipeError(
                 f"This {what}'s name cannot be the name of a part of the student.",
                 got=repr(name),
-                expected="letters, digits, - and _",
+                expected="letters, digits, - and _, and no word of PyTorch's own such as train or half",
                 do=f"choose another name for this {what}",
             )
 

@@ -37,7 +37,7 @@ from pipeline.cache import FeatureCache
 from pipeline.errors import RecipeError
 from pipeline.spec import Size, ViewPolicy
 from pipeline.views import draw_view, render_view
-from student.amalgam import require_maps
+from student.amalgam import require_experts
 from student.base import Student, StudentOutput
 from student.datasets import LabelledDataset
 from student.datasets.labels import render_labels
@@ -298,7 +298,7 @@ def _require_cache(student: Student, cache: FeatureCache | None, keys: Sequence[
     expected = f"a cache of {', '.join(student.teachers)} with multitask_eval views of {student.image_size}"
     got = "no cache"
     if cache is not None:
-        require_maps(cache, student.teachers)
+        require_experts(cache, student.teachers)
         got = f"{cache.spec.views.policy} views of {cache.spec.views.size}"
         if got == f"multitask_eval views of {student.image_size}":
             missing = sorted(set(keys).difference(cache.samples["key"].to_pylist()))

@@ -151,7 +151,7 @@ class StudentFeatures:
         self._samples = _usable(source)
         self._batch_size, self._threads = batch_size, threads
         if isinstance(student, KPU):
-            parts = 1 + len(student.levels)
+            parts = 1 + len(student.scales)
         else:
             parts = student.stem.has_class_token + len(student.experts)
         self.width = parts * student.stem.width
@@ -181,7 +181,7 @@ class StudentFeatures:
         student = self.student
         if isinstance(student, KPU):
             found = student.features(pixels_B3HW)
-            return torch.cat([found.image, *(found.maps[i].mean((2, 3)) for i in student.levels)], dim=1)
+            return torch.cat([found.image, *(found.maps[i].mean((2, 3)) for i in student.scales)], dim=1)
         prefix, tokens_BND = student.stem.num_prefix_tokens, student.stem(pixels_B3HW)
         vectors_BD = [tokens_BND[-1][:, 0]] if student.stem.has_class_token else []
         vectors_BD.append(tokens_BND[-1][:, prefix:].mean(1))

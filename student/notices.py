@@ -16,6 +16,13 @@ def notices(recipe: TrainRecipe, spec: CacheSpec, cached: Sequence[str]) -> list
             f"The cache has {spec.views.policy} views: labels are learnt on those, and not on the ones of"
             " stage 2, multitask_train."
         )
+    if recipe.student.kind == "kpu":
+        without = [name for name in cached if not spec.teachers[name].cls_token]
+        if without and len(without) == len(cached):
+            found.append(
+                f"No class token of {', '.join(without)} is cached, so the image's feature learns nothing:"
+                " build with teachers.NAME.cls_token=true."
+            )
     finer = [name for name in cached if _is_finer(spec, name)]
     if recipe.distills and finer:
         wanted = recipe.distillation

@@ -17,6 +17,15 @@ from student.sak.task_decoder import Fusion
 Weight = Annotated[float, Field(ge=0)]
 
 _WHOLE_STEM = {"stem", "stem.vit"}
+_KINDS_WITH = {
+    "reduction": {"sak"},
+    "adapter_paths": {"sak"},
+    "fusion": {"sak", "amalgam"},
+    "decoder": {"sak", "amalgam"},
+    "preservation": {"kpu"},
+    "unification": {"kpu"},
+    "reconstruction": {"kpu"},
+}
 
 
 class StudentRecipe(Strict):
@@ -50,6 +59,11 @@ class StudentRecipe(Strict):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        changed = {
+            key for key, field in type(self).model_fields.items() if getattr(self, key) != field.default
+        }
+        if foreign := sorted(key for key in changed if self.kind not in _KINDS_WITH.get(key, {self.kind})):
+            raise ValueError(f"a student of kind {self.kind} has no {', '.join(foreign)}: leave it out")
         if self.stem is None and self.kind != "amalgam":
             raise ValueError("only an amalgam can be without a stem: name a timm ViT in stem")
         if self.stem is None and self.lora_rank:
@@ -91,11 +105,11 @@ class MultiTaskRecipe(Strict):
 
 class DistillationRecipe(Strict):
     """`DistillationLoss`'s arguments, and its `weight` in the sum with the tasks' losses (γ of SAK, Eq. 6):
-    0 leaves the features unread. `image_weight` and `reconstruction_weight` are those that `AlignmentLoss`
-    has beside, for a KPU."""
+    0 leaves the features unread. `cosine`: null is "flattened" for a SAK, "token" for a KPU. `image_weight`
+    and `reconstruction_weight` are those that `AlignmentLoss` has beside, for a KPU."""
 
     weight: float = Field(1.0, ge=0)
-    cosine: CosineKind = "flattened"
+    cosine: CosineKind | None = None
     cosine_weight: float = Field(0.9, ge=0)
     distance: DistanceKind = "smooth_l1"
     distance_weight: float = Field(0.1, ge=0)
@@ -204,6 +218,9 @@ class TrainRecipe(Strict):
             raise ValueError("an amalgam has nothing to distil: set multitask and distillation.weight=0")
         if self.student.kind == "amalgam" and self.student.init_from:
             raise ValueError("an amalgam starts from its stem's own weights: set student.init_from=null")
+        of_kpu = self.distillation.image_weight, self.distillation.reconstruction_weight
+        if self.student.kind != "kpu" and of_kpu != (1, 1):
+            raise ValueError("image_weight and reconstruction_weight are a kpu's: leave them out")
         if self.student.kind == "kpu" and self.multitask is not None:
             raise ValueError("a kpu represents and learns no tasks: leave out multitask, or choose kind sak")
         return self

@@ -29,7 +29,7 @@ from pipeline.errors import CheckpointError, RecipeError
 from pipeline.loader import FeatureLoader
 from pipeline.sampler import ShardShuffleSampler
 from student import SAK, Student, build_student, load_stage_1
-from student.amalgam import require_maps
+from student.amalgam import require_experts, require_maps
 from student.base import NUM_LEVELS, teacher_facts
 from student.checkpoint import load_checkpoint, newest_checkpoint
 from student.kpu.objective import AlignmentLoss, KPUObjective
@@ -101,6 +101,7 @@ def train(recipe: TrainRecipe) -> TrainResult:
 
     torch.manual_seed(recipe.seed)
     student = _build(recipe, cache, teachers, tasks)
+    _require_grids(recipe, cache, held, student)
     if accelerator.device.type == "cuda" and accelerator.num_processes > 1:
         student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
     targets = TARGET_SOURCES[recipe.features](cache, teachers, accelerator.device)
@@ -235,7 +236,7 @@ def _objective(
     targets: TargetSource,
     tasks: ViewLabels | None,
 ) -> Objective | KPUObjective:
-    settings = recipe.distillation.model_dump(exclude={"weight"})
+    settings = recipe.distillation.model_dump(exclude={"weight"}, exclude_none=True)
     if recipe.student.kind == "kpu":
         return KPUObjective(model, student, targets, AlignmentLoss(**settings), recipe.distillation.weight)
     for of_kpu in ("image_weight", "reconstruction_weight"):
@@ -276,7 +277,9 @@ def _require_fit(
             expected=f"at most {num_samples}, the valid samples of the cache",
             do="lower batch_size_per_process or gradient_accumulation_steps",
         )
-    if recipe.student.kind != "sak":
+    if recipe.student.kind == "amalgam":
+        require_experts(cache, teachers)
+    if recipe.student.kind == "kpu":
         require_maps(cache, teachers)
     for name in teachers if recipe.student.kind != "kpu" else ():  # a KPU learns from the last level alone
         if (levels := cache.spec.teachers[name].num_levels) > NUM_LEVELS:
@@ -294,6 +297,21 @@ def _require_fit(
                 got=f"distillation.teacher_weights.{name}",
                 expected=f"one of {', '.join(teachers)}",
                 do=f"did you mean {near[0]}?" if near else "remove it",
+            )
+
+
+def _require_grids(recipe: TrainRecipe, cache: FeatureCache, held: list[str], student: Student) -> None:
+    """Raises `RecipeError` for an adjoint grid that is not the student's."""
+    if not isinstance(student, SAK) or not recipe.distills or recipe.features == "online":
+        return
+    for name in held:
+        spec = cache.spec.teachers[name]
+        if spec.grid.kind == "adjoint" and spec.stored_grid != student.stem.grid:
+            raise RecipeError(
+                f"The adjoint grid of teacher {name} holds for one student grid alone.",
+                got=f"{student.stem.grid} tokens of the stem {recipe.student.stem}",
+                expected=f"{spec.stored_grid}, as in the cache",
+                do="choose a stem with patches of another size, or a cache with grid: native",
             )
 
 

@@ -89,6 +89,7 @@ def make_train_plan(
     tflops_per_gpu: float,
     teacher_grids: Mapping[str, Size] | None = None,
     class_tokens: Collection[str] = (),
+    num_levels: Mapping[str, int] | None = None,
 ) -> TrainPlan:
     """The plan of `recipe` on `num_samples` samples, whose rows take `row_bytes`; needs no weights.
 
@@ -100,9 +101,15 @@ def make_train_plan(
         steps=recipe.schedule.steps(num_samples / images_per_step)[0],
         images_per_step=images_per_step,
         size=student_size(
-            recipe.student, image_size, teacher_dims, tasks, teacher_grids, class_tokens, recipe.distills
+            recipe.student,
+            image_size,
+            teacher_dims,
+            tasks,
+            teacher_grids,
+            class_tokens,
+            {name: (num_levels or {}).get(name, NUM_LEVELS) * recipe.distills for name in teacher_dims},
         ),
-        row_bytes=row_bytes if reads and recipe.features == "cached" else 0,
+        row_bytes=row_bytes if reads and recipe.features != "online" else 0,
         processes=processes,
         tflops_per_gpu=tflops_per_gpu,
     )
@@ -115,21 +122,24 @@ def student_size(
     tasks: Mapping[str, int] | None,
     teacher_grids: Mapping[str, Size] | None = None,
     class_tokens: Collection[str] = (),
-    distills: bool = True,
+    num_levels: Mapping[str, int] | None = None,
 ) -> StudentSize:
     """The size of a run's student, counted without weights.
 
     All matrix products and convolutions are counted, and backward as it runs: what is frozen costs no more
     than the gradients that pass through it. `teacher_grids`: patches of 16 pixels where none are given.
+    `num_levels`: those that are distilled of each teacher; by default all, 0 for none.
     Of a student that goes on (`init_from` in stage 1) its config is read.
     """
     patches = image_size[0] // 16, image_size[1] // 16
     grids = {name: (teacher_grids or {}).get(name, patches) for name in teacher_dims}
+    levels = {name: (num_levels or {}).get(name, NUM_LEVELS) for name in teacher_dims}
+    distills = any(levels.values())
     facts = {"teacher_dims": teacher_dims, "teacher_grids": grids, "class_tokens": class_tokens}
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         student = _blank(recipe, image_size, facts, tasks)
         parameters, num_parameters = student.parameters_by_part(), student.num_parameters
-        set_learning(student, recipe, dict.fromkeys(teacher_dims, NUM_LEVELS * distills))
+        set_learning(student, recipe, levels)
         inputs: dict[str, Any] = {}
         if isinstance(student, KPU):
             inputs["teachers"] = {
@@ -149,7 +159,7 @@ def student_size(
         if isinstance(output, StudentOutput):
             output = (
                 output.predictions,
-                [output.feature_maps[name] for name in teacher_dims if distills],
+                [output.feature_maps[name][-count:] for name, count in levels.items() if count and distills],
             )
         torch.stack([tensor.sum() for tensor in _learning(output)]).sum().backward()
     trained = sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad)
@@ -173,8 +183,8 @@ def _blank(
 
 _RUNS = {
     "stem": r"stem",
-    "spatial prior": r"adapter\.prior",
-    "interactions": r"adapter\.(injectors\.\d+|extractors\.\d+\.\d+)",  # between the stem's blocks
+    "spatial prior": r"vit_adapter\.prior",
+    "interactions": r"vit_adapter\.(injectors\.\d+|extractors\.\d+\.\d+)",  # between the stem's blocks
     "projections": r"latent_space\.(s2t|t2s|rec)\.[^.]+",
     "adapter paths": r"paths\.[^.]+",
     "aligners": r"(paths\.[^.]+\.)?aligners\.([^.]+\.)?\d+",

@@ -134,8 +134,8 @@ def options_table(options: Mapping[str, Sequence[Option]], num_rows: int) -> Ren
     for (name, grid), available in by_grid.items():
         spec = available[0].spec
         costs = GRID_COSTS[grid.kind]
-        if lost := available[0].grid_error:
-            costs += f"; its relative L2 error is {lost:.4f} before any codec's"
+        if (kept := available[0].grid_cosine) < 1:
+            costs += f"; its tokens' mean cosine is {kept:.4f} before any codec"
         title = f"{name}, {grid.kind} grid {_times(spec.stored_grid)} × {spec.width}: {costs}"
         table = Table(
             title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False

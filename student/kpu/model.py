@@ -22,7 +22,7 @@ from student.kpu.vit_adapter import STRIDES, ViTAdapter
 from student.sak.stem import Stem
 
 
-class Representation(NamedTuple):
+class ImageRepresentation(NamedTuple):
     """X: `image` x (B, D), and V at every scale, `maps` (B, D, h, w) from fine to coarse."""
 
     image: Tensor
@@ -85,28 +85,31 @@ class KPU(Student):
         super().__init__(config, module.mean, module.std)
         self.stem = module
         self.norm = nn.LayerNorm(module.width, eps=1e-6)
-        self.adapter = ViTAdapter(module.width, module.level_blocks) if preservation else None
+        self.vit_adapter = ViTAdapter(module.width, module.level_blocks) if preservation else None
         self.latent_space = LatentSpace(
             module.width, teacher_dims, config["class_tokens"], unification, reconstruction
         )
-        self._levels = {name: self._nearest_level(grid) for name, grid in self._grids.items()}
-        if self.adapter is not None:
+        self._scales = {name: self._nearest_scale(grid) for name, grid in self._grids.items()}
+        if self.vit_adapter is not None:
             self.stem.requires_grad_(False)
             self.norm.requires_grad_(bool(config["class_tokens"]))
-            self.adapter.keep_levels(self.levels)
+            self.vit_adapter.keep_scales(self.scales)
 
     @property
     def experts(self) -> list[str]:
         return []
 
     @property
-    def levels(self) -> list[int]:
+    def scales(self) -> list[int]:
         """The scales of V that are compared with teachers."""
-        return sorted(set(self._levels.values()))
+        return sorted(set(self._scales.values()))
 
-    def features(self, pixels_B3HW: Tensor) -> Representation:
-        """X of normalised pixels; V at strides 4, 8, 16 and 32, or without an adapter on the ViT's grid."""
-        return self._represent(pixels_B3HW, range(len(STRIDES)) if self.adapter else [0])
+    def features(self, pixels_B3HW: Tensor) -> ImageRepresentation:
+        """X of normalised pixels; V at strides 4, 8, 16 and 32, or without a ViT-Adapter on the ViT's grid.
+
+        Scales that were compared with no teacher (all but `scales`) end in layers that nothing has trained.
+        """
+        return self._represent(pixels_B3HW, range(len(STRIDES)) if self.vit_adapter else [0])
 
     def project(self, pixels_B3HW: Tensor) -> dict[str, Features]:
         """h_s2t(X) for each teacher: what stands for its class token and map of raw tokens, before any norm
@@ -145,38 +148,38 @@ class KPU(Student):
     def _grids(self) -> dict[str, Size]:
         return {name: (height, width) for name, (height, width) in self.config["teacher_grids"].items()}
 
-    def _nearest_level(self, grid: Size) -> int:
+    def _nearest_scale(self, grid: Size) -> int:
         """The scale of V with the number of tokens that is nearest to the grid's, by their ratio."""
-        if self.adapter is None:
+        if self.vit_adapter is None:
             return 0
         height, width = self.image_size
         sizes = [math.ceil(height / stride) * math.ceil(width / stride) for stride in STRIDES]
-        return min(range(len(sizes)), key=lambda level: abs(math.log(sizes[level] / math.prod(grid))))
+        return min(range(len(sizes)), key=lambda scale: abs(math.log(sizes[scale] / math.prod(grid))))
 
     def _for_teachers(self, pixels_B3HW: Tensor) -> dict[str, Features]:
         """For each teacher what is compared with it: x, and one scale of V."""
-        image_BD, maps_BDhw = self._represent(pixels_B3HW, self.levels)
-        by_level = dict(zip(self.levels, maps_BDhw, strict=True))
-        return {name: Features(image_BD, by_level[level]) for name, level in self._levels.items()}
+        image_BD, maps_BDhw = self._represent(pixels_B3HW, self.scales)
+        by_scale = dict(zip(self.scales, maps_BDhw, strict=True))
+        return {name: Features(image_BD, by_scale[scale]) for name, scale in self._scales.items()}
 
-    def _represent(self, pixels_B3HW: Tensor, levels: Sequence[int]) -> Representation:
+    def _represent(self, pixels_B3HW: Tensor, scales: Sequence[int]) -> ImageRepresentation:
         prefix = self.stem.num_prefix_tokens
-        if self.adapter is None:
+        if self.vit_adapter is None:
             tokens_BND = self.stem(pixels_B3HW)[-1]
             patches_BnD = self.norm(tokens_BND[:, prefix:])
             maps_BDhw = [patches_BnD.transpose(1, 2).unflatten(2, self.stem.grid)]
         else:
-            tokens_BND, maps_BDhw = self.adapter(self.stem, pixels_B3HW, levels)
+            tokens_BND, maps_BDhw = self.vit_adapter(self.stem, pixels_B3HW, scales)
         image_BD = tokens_BND[:, 0] if self.stem.has_class_token else tokens_BND[:, prefix:].mean(1)
-        return Representation(self.norm(image_BD), maps_BDhw)
+        return ImageRepresentation(self.norm(image_BD), maps_BDhw)
 
 
 _PARTS = {
     "stem": r"stem\.",
-    "spatial prior": r"adapter\.prior\.",
-    "injectors": r"adapter\.injectors\.",
-    "extractors": r"adapter\.extractors\.",
-    "maps": r"adapter\.(up|norms|level_embedding)",
+    "spatial prior": r"vit_adapter\.prior\.",
+    "injectors": r"vit_adapter\.injectors\.",
+    "extractors": r"vit_adapter\.extractors\.",
+    "maps": r"vit_adapter\.(up|norms|scale_embedding)",
     "norm": r"norm\.",
     "h_s2t": r"latent_space\.s2t\.",
     "h_t2s": r"latent_space\.t2s\.",

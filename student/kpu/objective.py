@@ -100,5 +100,7 @@ class KPUObjective:
 
 
 def last_level(target: Target) -> Features:
-    """X^t of a teacher: its class token, where there is one, and its last map."""
-    return Features(target.cls_token_BC, target.feature_maps_BSHWC[:, -1].permute(0, 3, 1, 2))
+    """X^t of a teacher in at least float32: its class token, where there is one, and its last map."""
+    map_BCHW, image_BC = target.feature_maps_BSHWC[:, -1].permute(0, 3, 1, 2), target.cls_token_BC
+    dtype = torch.promote_types(map_BCHW.dtype, torch.float32)
+    return Features(None if image_BC is None else image_BC.to(dtype), map_BCHW.to(dtype))

@@ -43,7 +43,7 @@ class ViTAdapter(nn.Module):
         self._ends = list(level_blocks)
         self._starts = [0, *self._ends[:-1]]
         self.prior = SpatialPrior(width)
-        self.level_embedding = nn.Parameter(torch.empty(len(STRIDES) - 1, width))
+        self.scale_embedding = nn.Parameter(torch.empty(len(STRIDES) - 1, width))
         self.injectors = nn.ModuleList(Injector(width) for _ in self._starts)
         self.extractors = nn.ModuleList(
             nn.ModuleList(Extractor(width) for _ in range(1 + _EXTRA_EXTRACTORS * (end == self._ends[-1])))
@@ -52,10 +52,10 @@ class ViTAdapter(nn.Module):
         self.up = nn.ConvTranspose2d(width, width, kernel_size=2, stride=2)
         self.norms = nn.ModuleList(_norm(width) for _ in STRIDES)
         self.apply(_initialise)
-        nn.init.normal_(self.level_embedding)
+        nn.init.normal_(self.scale_embedding)
 
-    def forward(self, stem: Stem, pixels_B3HW: Tensor, levels: Iterable[int]) -> tuple[Tensor, list[Tensor]]:
-        """(the stem's last tokens (B, prefix + n, D), the map (B, D, h, w) of each of `levels`, 0 to 3).
+    def forward(self, stem: Stem, pixels_B3HW: Tensor, scales: Iterable[int]) -> tuple[Tensor, list[Tensor]]:
+        """(the stem's last tokens (B, prefix + n, D), the map (B, D, h, w) of each of `scales`, 0 to 3).
 
         Sides that a stride does not divide are rounded up.
         """
@@ -63,7 +63,7 @@ class ViTAdapter(nn.Module):
         grids = tuple((map_BDhw.shape[2], map_BDhw.shape[3]) for map_BDhw in prior_BDhw)
         map_grids, stem_grids = grids[1:], (stem.grid,)
         tokens_BND = torch.cat(
-            [_tokens(prior_BDhw[i + 1]) + self.level_embedding[i] for i in range(len(map_grids))], dim=1
+            [_tokens(prior_BDhw[i + 1]) + self.scale_embedding[i] for i in range(len(map_grids))], dim=1
         )
         taps_BnD: list[Tensor] = []
 
@@ -82,23 +82,23 @@ class ViTAdapter(nn.Module):
         last_BND = stem(pixels_B3HW, between)[-1]
         maps_BDhw = _maps(tokens_BND, map_grids)
 
-        def output(level: int) -> Tensor:
-            height, width = grids[level]
-            map_BDhw = maps_BDhw[max(level - 1, 0)]
-            if level == 0:
+        def output(scale: int) -> Tensor:
+            height, width = grids[scale]
+            map_BDhw = maps_BDhw[max(scale - 1, 0)]
+            if scale == 0:
                 map_BDhw = self.up(map_BDhw)[:, :, :height, :width] + prior_BDhw[0]
-            (stem_BDhw,) = _maps(taps_BnD[level], stem_grids)
-            normed_BDhw: Tensor = self.norms[level](map_BDhw + upsample(stem_BDhw, (height, width)))
+            (stem_BDhw,) = _maps(taps_BnD[scale], stem_grids)
+            normed_BDhw: Tensor = self.norms[scale](map_BDhw + upsample(stem_BDhw, (height, width)))
             return normed_BDhw
 
-        return last_BND, [output(level) for level in levels]
+        return last_BND, [output(scale) for scale in scales]
 
-    def keep_levels(self, levels: Collection[int]) -> None:
-        """Exclude from training what leads to other maps than those of `levels` alone."""
-        for level, norm in enumerate(self.norms):
-            norm.requires_grad_(level in levels)
+    def keep_scales(self, scales: Collection[int]) -> None:
+        """Exclude from training what leads to other maps than those of `scales` alone."""
+        for scale, norm in enumerate(self.norms):
+            norm.requires_grad_(scale in scales)
         for layer in (self.up, self.prior.projections[0]):
-            layer.requires_grad_(0 in levels)
+            layer.requires_grad_(0 in scales)
 
 
 class SpatialPrior(nn.Module):

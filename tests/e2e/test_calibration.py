@@ -17,6 +17,8 @@ from cache_builder.extract import _tokens
 from cache_builder.plan import Plan
 from cache_builder.recipe import BuildRecipe
 from pipeline import FeatureCache, render_view
+from pipeline.codecs import get_codec
+from pipeline.codecs.fidelity import measure_fidelity
 from pipeline.errors import CacheError, CodecError, DiskSpaceError, RecipeError
 from pipeline.grids import stored_form
 from pipeline.units import parse_bytes
@@ -142,12 +144,42 @@ def test_what_pooling_loses_counts(tmp_path: Path, images: Path) -> None:
     teacher = TEACHER | {"grid": "bilinear", "grid_size": [3, 3]}
     plan, available = measured(build_recipe(tmp_path / "cache", images, teachers={"t": teacher}))
     pooled = [option for option in available["t"] if option.spec.grid.kind == "bilinear"]
-    (lost,) = {option.grid_error for option in pooled}
-    assert 0.2 < lost < 1.5
-    assert {option.grid_error for option in available["t"] if option not in pooled} == {0.0}
+    (kept,) = {option.grid_cosine for option in pooled}
+    assert 0.2 < kept < 0.98
+    assert {option.grid_cosine for option in available["t"] if option not in pooled} == {1.0}
     smallest = min(option.bytes_per_row for option in pooled if option.spec.codec == "f16")
     chosen = choose(available, plan, plan.fixed_bytes + plan.spec.num_rows * (smallest + 40))["t"]
     assert (chosen.spec.grid.kind, chosen.spec.codec) != ("bilinear", "f16")
+
+
+def test_massive_activations_get_no_coarser_codec(tmp_path: Path, images: Path) -> None:
+    """They are stored almost exactly, and would hide the error of all other values in a relative L2."""
+    plan, available = measured(build_recipe(tmp_path / "cache", images, teachers={"t": TEACHER}))
+    spec = available["t"][0].spec
+    generator = torch.Generator().manual_seed(0)
+    white_RSHWC = torch.randn(4, 2, 12, 12, 256, generator=generator)
+    massive_RSHWC = white_RSHWC.clone()
+    massive_RSHWC[:, :, ::5, ::5, 7] += 1000
+    options = {
+        name: [
+            Option(
+                spec.model_copy(update={"codec": codec}),
+                measure_fidelity(get_codec(codec).calibrate(features_RSHWC), features_RSHWC),
+            )
+            for codec in CODECS
+            if codec != "int4-dct"
+        ]
+        for name, features_RSHWC in (("plain", white_RSHWC), ("massive", massive_RSHWC))
+    }
+    for plain, massive in zip(*options.values(), strict=True):
+        assert massive.loss == pytest.approx(plain.loss, rel=0.1, abs=1e-6)
+    smallest, largest = (pick(o.bytes_per_row for o in options["plain"]) for pick in (min, max))
+    for share in (0.25, 0.5, 0.75):
+        per_row = round(2 * (smallest + share * (largest - smallest)))
+        chosen = choose(options, plan, plan.fixed_bytes + plan.spec.num_rows * per_row)
+        sizes = sorted(option.bytes_per_row for option in chosen.values())
+        ranks = sorted({option.bytes_per_row for option in options["plain"]})
+        assert abs(ranks.index(sizes[1]) - ranks.index(sizes[0])) <= 1
 
 
 @pytest.mark.parametrize("covariance", [False, True])

@@ -38,8 +38,8 @@ def tiny(**changes: Any) -> KPU:
 
 def moved(student: KPU) -> KPU:
     """With an adapter that does something, and looks at places that depend on what it sees."""
-    assert student.adapter is not None
-    for name, parameter in student.adapter.named_parameters():
+    assert student.vit_adapter is not None
+    for name, parameter in student.vit_adapter.named_parameters():
         if name.endswith(("gamma", "offsets.weight", "attention.weights.weight")):
             nn.init.normal_(parameter, std=0.3)
     return student
@@ -70,7 +70,7 @@ def test_the_adapter_has_the_paper_s_13_6_million_parameters() -> None:
     assert (counts["stem"], counts["norm"]) == (86_086_656, 1_536)
     assert [counts[h] for h in ("h_s2t", "h_t2s", "h_rec")] == [3 * (768 * 768 + 768) * 2] * 3
     assert sum(counts.values()) == sum(parameter.numel() for parameter in student.parameters())
-    learning = sum(p.numel() for n, p in student.named_parameters() if p.requires_grad and "adapter" in n)
+    learning = sum(p.numel() for n, p in student.named_parameters() if p.requires_grad and "vit_adapter" in n)
     assert learning == 11_267_552  # no teacher reads strides 4 and 32, whose own layers are left alone
 
 
@@ -83,9 +83,9 @@ def test_what_the_sentinel_is_learns_nothing_and_all_else_does() -> None:
     assert gradients == learning
     assert [n for n, p in student.named_parameters() if p.grad is not None and not p.grad.any()] == []
     kept = {name for name, _ in student.named_parameters()} - learning
-    assert student.levels == [1, 2]
+    assert student.scales == [1, 2]
     assert {name for name in kept if not name.startswith("stem.")} == {
-        f"adapter.{part}.{kind}"
+        f"vit_adapter.{part}.{kind}"
         for part in ("up", "norms.0", "norms.3", "prior.projections.0")
         for kind in ("weight", "bias")
     }
@@ -98,10 +98,10 @@ def test_a_new_adapter_leaves_the_sentinel_s_tokens_as_they_are_to_the_bit(stem:
     pixels_B3HW = torch.randn(2, 3, *IMAGE)
     with torch.no_grad():
         expected = student.stem(pixels_B3HW)[-1]
-        assert student.adapter is not None
-        assert torch.equal(student.adapter(student.stem, pixels_B3HW, [])[0], expected)
+        assert student.vit_adapter is not None
+        assert torch.equal(student.vit_adapter(student.stem, pixels_B3HW, [])[0], expected)
         moved(student)
-        assert not torch.equal(student.adapter(student.stem, pixels_B3HW, [])[0], expected)
+        assert not torch.equal(student.vit_adapter(student.stem, pixels_B3HW, [])[0], expected)
 
 
 def test_sams_encoder_can_be_the_sentinel() -> None:
@@ -131,7 +131,7 @@ def adapter_by_hand(adapter: ViTAdapter, stem: Stem, pixels_B3HW: Tensor) -> tup
     c = torch.cat(
         [
             x.flatten(2).transpose(1, 2) + e
-            for x, e in zip((c2, c3, c4), adapter.level_embedding, strict=True)
+            for x, e in zip((c2, c3, c4), adapter.scale_embedding, strict=True)
         ],
         1,
     )
@@ -174,11 +174,11 @@ def adapter_by_hand(adapter: ViTAdapter, stem: Stem, pixels_B3HW: Tensor) -> tup
 
 def test_the_adapter_is_that_of_its_paper() -> None:
     student = moved(tiny(stem="vit_tiny_patch16_224")).double()
-    assert student.adapter is not None
+    assert student.vit_adapter is not None
     pixels_B3HW = torch.randn(2, 3, *IMAGE, dtype=torch.float64)
     with torch.no_grad():
-        got_BND, got_BDhw = student.adapter(student.stem, pixels_B3HW, range(4))
-        expected_BND, expected_BDhw = adapter_by_hand(student.adapter, student.stem, pixels_B3HW)
+        got_BND, got_BDhw = student.vit_adapter(student.stem, pixels_B3HW, range(4))
+        expected_BND, expected_BDhw = adapter_by_hand(student.vit_adapter, student.stem, pixels_B3HW)
     torch.testing.assert_close(got_BND, expected_BND, rtol=1e-10, atol=1e-10)
     for got, expected in zip(got_BDhw, expected_BDhw, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
@@ -199,7 +199,7 @@ def test_each_teacher_is_compared_with_the_nearest_scale() -> None:
     grids = {"a": (96, 96), "b": (64, 64), "c": (37, 37), "d": (24, 24), "e": (16, 16), "f": (12, 12)}
     with torch.device("meta"):
         student = tiny(image_size=(384, 384), teacher_dims=dict.fromkeys(grids, 8), teacher_grids=grids)
-    assert student._levels == {"a": 0, "b": 1, "c": 1, "d": 2, "e": 3, "f": 3}
+    assert student._scales == {"a": 0, "b": 1, "c": 1, "d": 2, "e": 3, "f": 3}
 
 
 def test_a_projection_resamples_first() -> None:
@@ -254,7 +254,7 @@ def test_the_loss_is_that_of_the_equations(switches: dict[str, bool], spaces: st
     space = student.latent_space
     expected = torch.zeros((), dtype=torch.float64)
     for name, teacher in teachers.items():
-        level = {"clip": 2, "sam": 1}[name] if student.adapter else 0
+        level = {"clip": 2, "sam": 1}[name] if student.vit_adapter else 0
         x = Features(image_BD, maps_BDhw[level])
         pairs = {"s2t": (space.s2t[name](x, teacher.grid), teacher)}
         if "t2s" in spaces:
@@ -288,7 +288,7 @@ def test_the_weights_of_the_loss() -> None:
 def test_without_preservation_the_vit_alone_learns() -> None:
     """Base_a: V and x are its last tokens behind a norm."""
     student = tiny(**BASE_A)
-    assert student.adapter is None
+    assert student.vit_adapter is None
     assert all(parameter.requires_grad for parameter in student.parameters())
     pixels_B3HW = torch.randn(2, 3, *IMAGE)
     tokens_BND = student.norm(student.stem(pixels_B3HW)[-1])
@@ -303,7 +303,7 @@ def test_without_preservation_the_vit_alone_learns() -> None:
 @pytest.mark.parametrize("switches", [{}, BASE_A, BASE_B, BASE_C])
 def test_a_saved_student_is_the_same_student(tmp_path: Path, switches: dict[str, bool]) -> None:
     student = tiny(**switches).eval()
-    if student.adapter:
+    if student.vit_adapter:
         moved(student)
     student.save_pretrained(tmp_path)
     loaded = load_student(tmp_path)

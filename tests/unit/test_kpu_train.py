@@ -28,6 +28,7 @@ from student import KPU, load_student
 from student.evaluate import evaluate
 from student.image_features import StudentFeatures
 from student.kpu.objective import last_level
+from student.notices import notices
 from student.repsim import representation_similarity
 from student.targets import CachedTargets
 from student.train import train
@@ -82,7 +83,7 @@ def test_the_sentinel_of_a_finished_run_is_what_it_was(finished: Path) -> None:
     )
     same = {name for name, tensor in first.items() if tensor.equal(last[name])}
     assert {name for name in first if name.startswith("stem.")} <= same
-    assert "adapter.injectors.0.gamma" not in same
+    assert "vit_adapter.injectors.0.gamma" not in same
 
 
 def test_accumulation_is_one_large_batch(cache: Path, tmp_path: Path) -> None:
@@ -148,6 +149,33 @@ def test_live_teachers_give_the_losses_of_the_cache(images: Path, tmp_path: Path
     assert losses["online"] == pytest.approx(losses["cached"], rel=1e-5)
 
 
+def test_half_precision_teachers_can_be_live(images: Path, tmp_path: Path) -> None:
+    """The shipped recipe's teachers run in bfloat16; the projections are float32 without autocast."""
+    tiny = {"model": "vit_tiny_patch16_224", "pretrained": False, "image_size": 64, "codec": "f32"}
+    teachers = {"sixteen": tiny | {"cls_token": True, "precision": "bfloat16"}}
+    views = {"num_views": 1, "size": [64, 64]}
+    build(build_recipe(tmp_path / "cache", images, teachers=teachers, views=views), Console(quiet=True))
+    train(kpu_recipe(tmp_path / "cache", tmp_path / "run", schedule={"max_steps": 2}, features="online"))
+    assert len(logged(tmp_path / "run")) == 2
+
+
+def test_tokens_are_compared_one_by_one_unless_the_recipe_says_otherwise(cache: Path, tmp_path: Path) -> None:
+    by_default, explicit = (
+        kpu_recipe(cache, tmp_path / str(i), schedule={"max_steps": 1}, distillation=distillation)
+        for i, distillation in enumerate(({}, {"cosine": "token"}))
+    )
+    assert by_default.distillation.cosine is None
+    for recipe in (by_default, explicit):
+        train(recipe)
+    assert logged(tmp_path / "0") == logged(tmp_path / "1")
+
+
+def test_without_any_class_token_a_run_says_that_x_learns_nothing(cache: Path) -> None:
+    recipe, spec = kpu_recipe(cache, cache / "run"), FeatureCache.open(cache).spec
+    assert notices(recipe, spec, ["clip", "sam"]) == []
+    assert "No class token of sam is cached" in notices(recipe, spec, ["sam"])[0]
+
+
 def test_what_a_run_leaves(cache: Path, finished: Path) -> None:
     student = load_student(finished / "student")
     assert isinstance(student, KPU)
@@ -180,11 +208,11 @@ def test_features_to_probe_are_x_and_the_means_of_the_maps_that_are_compared(
     assert isinstance(student, KPU)
     features = StudentFeatures(student, open_source(images), batch_size=4)
     found_NF = features.read(range(5))
-    assert found_NF.shape == (5, features.width) == (5, (1 + len(student.levels)) * 64)
+    assert found_NF.shape == (5, features.width) == (5, (1 + len(student.scales)) * 64)
     with torch.no_grad():
         pixels = student.normalize(torch.stack([features._image(number) for number in range(5)]))
         image_BD, maps_BDhw = student.features(pixels)
-    expected = torch.cat([image_BD, *(maps_BDhw[level].mean((2, 3)) for level in student.levels)], dim=1)
+    expected = torch.cat([image_BD, *(maps_BDhw[level].mean((2, 3)) for level in student.scales)], dim=1)
     np.testing.assert_allclose(found_NF, expected, atol=1e-5)
 
 

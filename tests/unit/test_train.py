@@ -29,6 +29,7 @@ from pipeline.errors import (
 )
 from pipeline.map_reader import MapReader
 from pipeline.recipe import load_recipe
+from pipeline.spec import GridSpec
 from student import load_student, sharing
 from student.base import StudentOutput
 from student.recipe import TrainRecipe
@@ -279,6 +280,28 @@ def test_what_cannot_be_trained_says_why(
 ) -> None:
     with pytest.raises(error, match=message):
         train(train_recipe(changes.pop("cache", cache), tmp_path, **changes))
+
+
+def test_an_adjoint_grid_is_for_stems_of_that_grid(tmp_path: Path) -> None:
+    spec = teacher_spec(grid=4).model_copy(update={"grid": GridSpec(kind="adjoint", size=(3, 3))})
+    images = make_images(tmp_path / "images", 4)
+    make_cache(tmp_path / "cache", images, teachers={"alpha": spec})
+    message = r"one student grid(.|\n)*\(2, 2\) tokens(.|\n)*\(3, 3\), as in the cache"
+    with pytest.raises(RecipeError, match=message):
+        train(train_recipe(tmp_path / "cache", tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"student": {"preservation": False}}, "kind sak has no preservation"),
+        ({"student": {"kind": "kpu", "fusion": "sum", "reduction": 8}}, "kind kpu has no fusion, reduction"),
+        ({"distillation": {"image_weight": 7}}, "are a kpu's"),
+    ],
+)
+def test_settings_of_another_kind_of_student_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        train_recipe(Path("cache"), Path("run"), **changes)
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,8 @@ def size_of(*overrides: str, width: int = 768, tasks: dict[str, int] | None = PA
     recipe = load_recipe(TrainRecipe, name, list(overrides))
     dims = dict.fromkeys(("dinov2", "clip", "sam") if recipe.teachers is None else recipe.teachers, width)
     image_size = (512, 512) if tasks else (384, 384)
-    return student_size(recipe.student, image_size, dims, tasks, distills=recipe.distills)
+    levels = dict.fromkeys(dims, 4 * recipe.distills)
+    return student_size(recipe.student, image_size, dims, tasks, num_levels=levels)
 
 
 def test_the_parts_are_those_of_table_22() -> None:
@@ -153,6 +154,16 @@ def test_a_student_that_grows_learns_one_path(tmp_path: Path) -> None:
         size_of("teachers=[siglip]", f"student.init_from={tmp_path}", "student.reduction=2", tasks=None)
 
 
+def test_levels_that_a_teacher_lacks_cost_nothing() -> None:
+    recipe = load_recipe(TrainRecipe, "sak_stage1_base")
+    every, last = (
+        student_size(recipe.student, (384, 384), {"clip": 512}, None, num_levels={"clip": count})
+        for count in (4, 1)
+    )
+    assert every.trained - last.trained == 3 * (768 * 512 + 512 + 2 * 768)  # aligners and output norms
+    assert last.train_gmacs < every.train_gmacs
+
+
 def test_an_amalgam_reads_the_grids_of_its_cache() -> None:
     """Without a stem the heads work on SAM's grid, and linear layers cost four times what they do on 32²."""
     overrides = ["student.kind=amalgam", "student.init_from=null", "distillation.weight=0", "teachers=[sam]"]
@@ -160,7 +171,7 @@ def test_an_amalgam_reads_the_grids_of_its_cache() -> None:
         TrainRecipe, "sak_stage2_pascal_base", [*overrides, "student.stem=null", "student.fusion=sum"]
     )
     coarse, fine = (
-        student_size(recipe.student, (512, 512), {"sam": 768}, PASCAL, {"sam": grid}, distills=False)
+        student_size(recipe.student, (512, 512), {"sam": 768}, PASCAL, {"sam": grid}, num_levels={"sam": 0})
         for grid in ((32, 32), (64, 64))
     )
     linears = 5 * 4 * 768 * 192 / 1e9
