@@ -38,6 +38,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 def unpack(packed: Tensor, bits: int, width: int) -> Tensor:
     """uint8 (…, packed_width) → uint8 (…, width), the inverse of `pack`."""
+    if bits == 8:
+        return packed
     codes_per_group, bytes_per_group = _GROUPS[bits]
     groups = F.pad(packed, (0, -packed.shape[-1] % bytes_per_group)).unflatten(-1, (-1, bytes_per_group))
     codes = []

@@ -58,6 +58,7 @@ class ScalarQuantizer(TokenQuantizer):
         codes = torch.bucketize(halves, (levels[1:] + levels[:-1]) / 2)
         self._code_of_half = codes.to(torch.uint8)
         self._error_of_half = (halves - levels[codes]).square()
+        self._levels_of_byte = _levels_of_byte(levels) if self.bits == 4 else None
 
     def quantise(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         base = self._base_scale(tokens)
@@ -73,7 +74,18 @@ class ScalarQuantizer(TokenQuantizer):
         return take(self._error_of_half, _half_bits(unit)).sum(-1) * scales.float().square()
 
     def dequantise(self, packed: Tensor, width: int) -> Tensor:
-        return take(self.levels, unpack(packed, self.bits, width).int())
+        if self._levels_of_byte is None:
+            return take(self.levels, unpack(packed, self.bits, width).int())
+        return take(self._levels_of_byte, packed.int()).view(torch.float32)[..., :width]
+
+
+def _levels_of_byte(levels: Tensor) -> Tensor:
+    """(256,): the two float32 levels of a byte of 4-bit codes, in the bits of one float64.
+
+    One lookup then does what unpacking and two lookups do, in a third of the time.
+    """
+    byte = torch.arange(256, device=levels.device)
+    return torch.stack([levels[byte % 16], levels[byte // 16]], -1).view(torch.float64).flatten()
 
 
 def finite_half(values: Tensor) -> Tensor:
