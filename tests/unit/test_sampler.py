@@ -107,7 +107,7 @@ def test_a_fraction_is_that_of_a_subset(cache: FeatureCache, tmp_path: Path) -> 
     quarter = ShardShuffleSampler(cache, batch_size_per_process=4, fraction=0.25)
     rows = np.concatenate([quarter.batch(step) for step in range(9)])
     assert set(cache.index.locate(rows)[0].tolist()) < set(seen.tolist())
-    with pytest.raises(CacheError, match="a fraction of 0.01 of 23 samples"):
+    with pytest.raises(CacheError, match=r"a fraction of 0\.01 of 23 samples"):
         ShardShuffleSampler(cache, batch_size_per_process=4, fraction=0.01)
 
 
