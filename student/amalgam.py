@@ -10,21 +10,17 @@ C  width of a teacher       H, W  grid of a teacher's features
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.errors import RecipeError, explain
+from pipeline.errors import explain
 from pipeline.grids import pool
 from pipeline.spec import GridSpec, Size
 from student.base import NUM_LEVELS, Student, StudentOutput
 from student.sak.stem import Stem
 from student.sak.task_decoder import TaskDecoder
-
-if TYPE_CHECKING:
-    from pipeline.cache import FeatureCache
 
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -135,32 +131,3 @@ class Amalgam(Student):
         assert isinstance(aligners, nn.ModuleList)
         levels = zip(aligners, features_BSHWC.unbind(1), strict=True)
         return torch.stack([aligner(level) for aligner, level in levels], dim=1)
-
-
-def require_experts(cache: FeatureCache, teachers: Sequence[str]) -> None:
-    """As `require_maps`; raises `RecipeError` also for a teacher of more or fewer levels than heads have."""
-    require_maps(cache, teachers)
-    for name in teachers:
-        if (count := cache.spec.teachers[name].num_levels) != NUM_LEVELS:
-            raise RecipeError(
-                f"Teacher {name} cannot be an expert: routers and heads take one map of each at every level.",
-                got=f"{count} levels in the cache",
-                expected=str(NUM_LEVELS),
-                do=f"build the cache with {NUM_LEVELS} block_indices for it, or leave it out of `teachers`",
-            )
-
-
-def require_maps(cache: FeatureCache, teachers: Sequence[str]) -> None:
-    """Raises `RecipeError` where a teacher's own maps are not cached, `CacheError` where it is unknown.
-
-    The adjoint grid holds what a map on the student's grid can reach of them, which is all that SAK's losses
-    need; for a student that works on features it would not be what online teachers give.
-    """
-    for name in cache.check_teachers(teachers):
-        if cache.spec.teachers[name].grid.kind == "adjoint":
-            raise RecipeError(
-                f"This student works on the teachers' own maps, and those of {name} are not in the cache.",
-                got="grid: adjoint in the cache",
-                expected="grid: native or bilinear",
-                do="build a cache of these images with such a grid",
-            )

@@ -37,7 +37,6 @@ from pipeline.cache import FeatureCache
 from pipeline.errors import RecipeError
 from pipeline.spec import Size, ViewPolicy
 from pipeline.views import draw_view, render_view
-from student.amalgam import require_experts
 from student.base import Student, StudentOutput
 from student.datasets import LabelledDataset
 from student.datasets.labels import render_labels
@@ -45,6 +44,7 @@ from student.figures import gate_figure, prediction_figure
 from student.in_threads import in_threads
 from student.metrics import mtl_gain
 from student.paper_results import backbone_of, paper_rows, single_task_scores
+from student.targets import require_experts
 from student.task_outputs import TASK_OUTPUTS, further, update, value
 
 PANEL_IMAGES = 4

@@ -16,6 +16,7 @@ from student.sak.task_decoder import Fusion
 
 Weight = Annotated[float, Field(ge=0)]
 
+OF_KPU = {"image_weight", "reconstruction_weight"}  # what only `AlignmentLoss` has
 _WHOLE_STEM = {"stem", "stem.vit"}
 _KINDS_WITH = {
     "reduction": {"sak"},
@@ -218,9 +219,9 @@ class TrainRecipe(Strict):
             raise ValueError("an amalgam has nothing to distil: set multitask and distillation.weight=0")
         if self.student.kind == "amalgam" and self.student.init_from:
             raise ValueError("an amalgam starts from its stem's own weights: set student.init_from=null")
-        of_kpu = self.distillation.image_weight, self.distillation.reconstruction_weight
-        if self.student.kind != "kpu" and of_kpu != (1, 1):
-            raise ValueError("image_weight and reconstruction_weight are a kpu's: leave them out")
+        said = self.distillation.model_dump(include=OF_KPU, exclude_defaults=True)
+        if self.student.kind != "kpu" and said:
+            raise ValueError(f"{', '.join(said)}: only a kpu has such weights, leave them out")
         if self.student.kind == "kpu" and self.multitask is not None:
             raise ValueError("a kpu represents and learns no tasks: leave out multitask, or choose kind sak")
         return self

@@ -29,7 +29,6 @@ from pipeline.errors import CheckpointError, RecipeError
 from pipeline.loader import FeatureLoader
 from pipeline.sampler import ShardShuffleSampler
 from student import SAK, Student, build_student, load_stage_1
-from student.amalgam import require_experts, require_maps
 from student.base import NUM_LEVELS, teacher_facts
 from student.checkpoint import load_checkpoint, newest_checkpoint
 from student.kpu.objective import AlignmentLoss, KPUObjective
@@ -38,13 +37,13 @@ from student.loop import TrainingLoop
 from student.losses import DistillationLoss
 from student.notices import notices
 from student.objectives import Objective
-from student.recipe import TrainRecipe, run_identity
+from student.recipe import OF_KPU, TrainRecipe, run_identity
 from student.run_log import RunLog
 from student.run_pictures import RunPictures
 from student.sak.transfer import grown_student
 from student.schedule import SCHEDULES
 from student.sharing import write_model_card
-from student.targets import TARGET_SOURCES, TargetSource, held_whole
+from student.targets import TARGET_SOURCES, TargetSource, held_whole, require_experts, require_maps
 from student.task_losses import MultiTaskLoss
 from student.timing import bottleneck
 from student.view_labels import ViewLabels
@@ -236,11 +235,10 @@ def _objective(
     targets: TargetSource,
     tasks: ViewLabels | None,
 ) -> Objective | KPUObjective:
-    settings = recipe.distillation.model_dump(exclude={"weight"}, exclude_none=True)
+    settings = recipe.distillation.model_dump(exclude={"weight"} | OF_KPU, exclude_none=True)
     if recipe.student.kind == "kpu":
-        return KPUObjective(model, student, targets, AlignmentLoss(**settings), recipe.distillation.weight)
-    for of_kpu in ("image_weight", "reconstruction_weight"):
-        del settings[of_kpu]
+        loss = AlignmentLoss(**settings, **recipe.distillation.model_dump(include=OF_KPU))
+        return KPUObjective(model, student, targets, loss, recipe.distillation.weight)
     return Objective(
         model,
         student,

@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from pipeline.errors import RecipeError
 from pipeline.spec import Size
 from student.datasets.base import LabelledDataset
 from student.datasets.person import PARTS
@@ -52,20 +53,36 @@ def write_scenes(root: str | Path, train: int, val: int, size: Size = (128, 128)
 
     images/<split>/<key>.png, labels/<split>/<key>.safetensors, and <split>.txt with the keys, written last.
     The same arguments write the same pixels. Scenes of an earlier set in this folder go; other files stay.
+    Raises `RecipeError` where images of another data set have the names of scenes.
     """
     root = Path(root)
+    for split in Scenes.LISTS:
+        _require_own(root / "images" / split, root / "labels" / split)
     for split, numbers in (("train", range(train)), ("val", range(train, train + val))):
         images, labels = root / "images" / split, root / "labels" / split
         (root / f"{split}.txt").unlink(missing_ok=True)
-        for folder, suffix in ((images, "png"), (labels, "safetensors")):
-            folder.mkdir(parents=True, exist_ok=True)
-            for file in folder.glob(f"{'[0-9]' * 6}.{suffix}"):
-                file.unlink()
+        images.mkdir(parents=True, exist_ok=True)
+        labels.mkdir(parents=True, exist_ok=True)
+        for label in labels.glob(f"{'[0-9]' * 6}.safetensors"):
+            (images / f"{label.stem}.png").unlink(missing_ok=True)
+            label.unlink()
         for number in numbers:
             scene = render_scene(seed, number, size)
-            Image.fromarray(scene.image_HW3).save(images / f"{number:06d}.png")
             save_file(scene.labels, labels / f"{number:06d}.safetensors")
+            Image.fromarray(scene.image_HW3).save(images / f"{number:06d}.png")
         (root / f"{split}.txt").write_text("".join(f"{number:06d}\n" for number in numbers))
+
+
+def _require_own(images: Path, labels: Path) -> None:
+    """A scene's labels are written before its image, so an image without them is none."""
+    for image in images.glob(f"{'[0-9]' * 6}.png"):
+        if not (labels / f"{image.stem}.safetensors").exists():
+            raise RecipeError(
+                "Scenes would overwrite images of another data set.",
+                got=f"{image}, without labels in {labels}",
+                expected="an empty folder, or one with scenes",
+                do="name another folder",
+            )
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pipeline.errors import RecipeError
 from pipeline.spec import GridSpec, Size
 from student import Amalgam, StudentOutput, load_student
-from student.amalgam import require_experts
+from student.targets import require_experts
 from tests.make_cache import make_cache, make_images, teacher_spec
 
 IMAGE = (64, 96)

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from student import build_student
 from student.kpu.latent_space import Features
 from student.kpu.objective import AlignmentLoss
+from tests.ten_steps import ten_steps
 
 GOLDEN = Path(__file__).parents[1] / "goldens" / "kpu_losses.json"
 
@@ -35,16 +37,11 @@ def ten_losses() -> list[float]:
         "local": Features(None, torch.randn(2, 256, 9, 13)),
     }
     loss = AlignmentLoss()
-    parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=2e-4, weight_decay=5e-2)
-    losses = []
-    for _ in range(10):
-        total, _ = loss(student(student.normalize(images_B3HW), teachers=teachers))
-        total.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(total.item())
-    return losses
+
+    def total() -> Tensor:
+        return loss(student(student.normalize(images_B3HW), teachers=teachers))[0]
+
+    return ten_steps(student, total, lr=2e-4, weight_decay=5e-2)
 
 
 def test_ten_steps_have_the_losses_that_were_written_down() -> None:

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from student import build_student
-from student.losses import DistillationLoss, Target
+from student.losses import DistillationLoss, LossOutput, Target
+from tests.ten_steps import ten_steps
 
 GOLDEN = Path(__file__).parents[1] / "goldens" / "sak_stage1_losses.json"
 
@@ -29,15 +31,12 @@ def ten_losses() -> list[float]:
         "wide": Target(torch.randn(2, 4, 9, 13, 256)),
     }
     loss = DistillationLoss()
-    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, weight_decay=1e-2)
-    losses = []
-    for _ in range(10):
-        total = loss(student(student.normalize(images_B3HW)), targets).total
-        total.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(total.item())
-    return losses
+
+    def total() -> Tensor:
+        output: LossOutput = loss(student(student.normalize(images_B3HW)), targets)
+        return output.total
+
+    return ten_steps(student, total, lr=1e-4, weight_decay=1e-2)
 
 
 def test_ten_steps_have_the_losses_that_were_written_down() -> None:

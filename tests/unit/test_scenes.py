@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pipeline.errors import SourceError
+from pipeline.errors import RecipeError, SourceError
 from pipeline.sources import open_source
 from student.datasets import open_dataset
 from student.datasets.person import PARTS
@@ -250,6 +250,16 @@ def test_a_smaller_set_leaves_nothing_of_a_larger_one(tmp_path: Path) -> None:
         "images/train/000000.png", "images/train/mine.png", "images/val/000001.png",
         "labels/train/000000.safetensors", "labels/val/000001.safetensors", "train.txt", "val.txt",
     }  # fmt: skip
+
+
+def test_images_of_another_data_set_are_not_touched(tmp_path: Path) -> None:
+    (tmp_path / "images/val").mkdir(parents=True)
+    theirs = tmp_path / "images/val/000042.png"
+    theirs.write_bytes(b"theirs")
+    with pytest.raises(RecipeError, match=r"another data set(.|\n)*000042\.png"):
+        write_scenes(tmp_path, train=1, val=1, size=(8, 8))
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [theirs]
+    assert theirs.read_bytes() == b"theirs"
 
 
 def test_a_damaged_label_file_is_named(tmp_path: Path) -> None:

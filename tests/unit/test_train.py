@@ -296,7 +296,7 @@ def test_an_adjoint_grid_is_for_stems_of_that_grid(tmp_path: Path) -> None:
     [
         ({"student": {"preservation": False}}, "kind sak has no preservation"),
         ({"student": {"kind": "kpu", "fusion": "sum", "reduction": 8}}, "kind kpu has no fusion, reduction"),
-        ({"distillation": {"image_weight": 7}}, "are a kpu's"),
+        ({"distillation": {"image_weight": 7}}, "image_weight: only a kpu"),
     ],
 )
 def test_settings_of_another_kind_of_student_are_refused(changes: dict[str, Any], message: str) -> None:
