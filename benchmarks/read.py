@@ -9,8 +9,9 @@ still encoded and images left out. tensorstore, litdata and MDS are measured whe
 are no dependencies of ours (docs/benchmarks.md). Prints a table and, last, one line of JSON.
 
 The goals: reader at least 0.8 of pread, 8 times zarr-python, 5 times the tar; loader at least 0.7 of pread
-and 5 times the DataLoader. zarr-python verifies the crc32c of every chunk, so beside it there is also our
-reader with checksums, which does the same.
+and 5 times the DataLoader; a cache that is opened anew for every pass, so that each shard is touched for the
+first time, at least 0.9 of one that does not look whether a shard is the one that was committed. zarr-python
+verifies the crc32c of every chunk, so beside it there is also our reader with checksums, which does the same.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ GOALS = {  # (ours, the peer, at least)
     "reader, checksums / zarr-python, rows copied": ("ours, checksums", "zarr-python, rows copied", 8),
     "reader / zarr-python, rows copied": ("ours", "zarr-python, rows copied", 8),
     "reader / tar": ("ours", TAR, 5),
+    "default check on / off": ("ours, opened anew each pass", "ours, opened anew, default check off", 0.9),
     "loader / pread": ("ours, FeatureLoader", "raw pread", 0.7),
     "loader / DataLoader": ("ours, FeatureLoader", "torch DataLoader, 2 workers", 5),
 }

@@ -25,7 +25,7 @@ from cache_builder.runner import FailedShard, LocalRunner, Runner, Task
 from cache_builder.stages import bottleneck
 from pipeline.cache import FeatureCache
 from pipeline.errors import BuildError, CacheError
-from pipeline.manifest import SPEC_NAME, Manifest
+from pipeline.manifest import SPEC_NAME, Manifest, with_views_hashes
 from pipeline.spec import CacheSpec, TeacherSpec
 from pipeline.storage import Storage
 
@@ -180,6 +180,9 @@ def _write(manifest: Manifest, drafted: Draft, spec: CacheSpec) -> None:
     if stored is None or stored.segments != spec.segments:
         manifest.write_samples(drafted.samples)
         manifest.write_views(drafted.views)
+        known = len(stored.segments) if stored else 0  # an older cache states no hash; none is made up for it
+        new = with_views_hashes(spec, drafted.views)[known:]
+        spec = spec.changed(segments=(*spec.segments[:known], *new))
     if stored != spec:
         manifest.write_spec(with_checkpoints(spec, drafted.moved))
 

@@ -24,10 +24,11 @@ from cache_builder.versions import versions
 from pipeline.errors import CacheMismatchError
 from pipeline.manifest import Manifest
 from pipeline.rows import divide_views
-from pipeline.sources import Source, dataset_fingerprint, open_source
+from pipeline.sample_table import dataset_fingerprint, labels_hash
+from pipeline.sources import Source, open_source
 from pipeline.spec import CacheSpec, DatasetSpec, Segment, TeacherSpec, ViewPolicy
 from pipeline.storage import Storage
-from pipeline.views import draw_views
+from pipeline.views import draw_segment
 
 _FOUND_OUT = {"checkpoint", "weights_hash", "tables_hash"}  # weights are compared by their hash, once loaded
 
@@ -54,12 +55,9 @@ class Draft:
         if self.stored is not None:
             stored, manifest = self.stored
             known = len(stored.segments)
-            tables.append(manifest.views().slice(0, stored.num_rows))
+            tables.append(manifest.views(stored))
         for segment in self.spec.segments[known:]:
-            first, end = segment.samples
-            key, width, height = (self.samples[name][first:end] for name in ("key", "width", "height"))
-            sizes = width.to_numpy(), height.to_numpy()
-            tables.append(draw_views(self.spec.views, key.to_pylist(), *sizes, segment.views, first))
+            tables.append(draw_segment(self.spec.views, segment, self.samples))
         return pa.concat_tables(tables)
 
     @property
@@ -92,6 +90,7 @@ def draft(recipe: BuildRecipe, progress: Callable[[int], None] | None = None) ->
             num_samples=samples.num_rows,
             fingerprint=dataset_fingerprint(samples),
             listing=listing,
+            labels_hash=labels_hash(samples),
         ),
         views=recipe.views,
         rows_per_shard=_whole_samples(recipe.rows_per_shard, num_views),
@@ -111,8 +110,8 @@ def _samples(
 ) -> tuple[pa.Table, str]:
     """The sample table and the source's listing; scanned, unless the cache knows this very listing."""
     manifest, listing = Manifest(Storage.at(recipe.cache)), source.listing()
-    if manifest.exists() and (dataset := manifest.spec().dataset).listing == listing:
-        return manifest.samples().slice(0, dataset.num_samples), listing
+    if manifest.exists() and (stored := manifest.spec()).dataset.listing == listing:
+        return manifest.samples(stored), listing
     return source.scan(workers=os.cpu_count() or 1, progress=progress), listing
 
 
@@ -126,7 +125,7 @@ def extend(recipe: BuildRecipe, drafted: Draft, manifest: Manifest) -> Draft:
     Raises `CacheMismatchError`, naming every difference, when the two cannot share one cache.
     """
     old, wanted = manifest.spec(), drafted.spec
-    stored = manifest.samples().slice(0, old.dataset.num_samples)
+    stored = manifest.samples(old)
     differences = [*_sample_differences(stored, drafted.samples), *_spec_differences(recipe, old, wanted)]
     is_new = pc.invert(pc.is_in(drafted.samples["key"], value_set=stored["key"]))
     new = drafted.samples.filter(is_new)
@@ -178,7 +177,11 @@ def _with_rows(old: CacheSpec, wanted: CacheSpec, samples: pa.Table, new: pa.Tab
                 )
             )
     dataset = old.dataset.model_copy(
-        update={"num_samples": samples.num_rows, "fingerprint": dataset_fingerprint(samples)}
+        update={
+            "num_samples": samples.num_rows,
+            "fingerprint": dataset_fingerprint(samples),
+            "labels_hash": labels_hash(samples),
+        }
         | (wanted.dataset.model_dump(include={"location", "listing"}) if new.num_rows else {})
     )
     policy = old.views.model_copy(update={"num_views": num_views})

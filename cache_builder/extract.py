@@ -30,16 +30,14 @@ from pipeline.cache import FeatureCache
 from pipeline.errors import (
     AlreadyCommittedError,
     BuildInterruptedError,
-    CacheMismatchError,
     CacheNotFoundError,
     CodecError,
     ImageDecodeError,
 )
 from pipeline.feature_stats import FeatureMoments
 from pipeline.grids import stored_form
-from pipeline.manifest import SAMPLES_NAME, CommitRecord, QuarantineEntry, quarantine_name
+from pipeline.manifest import CommitRecord, QuarantineEntry, quarantine_name
 from pipeline.sources import decode_image
-from pipeline.sources.decode import HEAD_BYTES
 from pipeline.spec import IMAGES, Size, TeacherSpec
 from pipeline.stores.base import CLS_TOKEN, GLOBAL_FEATURE, NORMS, ShardWriter, teacher_layouts
 from pipeline.stores.image_tar import ImageTarWriter
@@ -193,7 +191,7 @@ class ShardExtractor:
         if tar is not None:
             files[IMAGES], members = tar.files(), tuple(tar.members)
         if quarantined:
-            manifest.write_quarantine(shard, quarantined)
+            manifest.write_quarantine(shard, quarantined, source_digest.hexdigest())
         elif replace and manifest.storage.exists(quarantine_name(shard)):
             manifest.storage.remove(quarantine_name(shard))
         self._require_cache()
@@ -254,7 +252,6 @@ class ShardExtractor:
         try:
             with seconds.stage("read"):
                 data = self._cache.source_bytes(index)
-            self._require_planned(index, data)
             with seconds.stage("decode"):
                 image = decode_image(data)
                 if image.size != (width, height):
@@ -266,17 +263,6 @@ class ShardExtractor:
         except ImageDecodeError as error:
             return _Sample(index, reason=error.problem)
         return _Sample(index, data, renders)
-
-    def _require_planned(self, index: int, data: bytes) -> None:
-        """An image that was replaced or cut since the sample table was made is not a bad image."""
-        nbytes, head_hash = (self._cache.samples[name][index].as_py() for name in ("nbytes", "head_hash"))
-        if (len(data), xxhash.xxh3_64_intdigest(data[:HEAD_BYTES])) != (nbytes, head_hash):
-            raise CacheMismatchError(
-                f"The image of sample {self._cache.key(index)} has changed since the build was planned.",
-                got=f"{len(data):,} bytes at {self._cache.source.location}",
-                expected=f"the {nbytes:,} bytes that {SAMPLES_NAME} describes",
-                do="bring the image back as it was, or build a new cache",
-            )
 
     def _rows_of(self, shard: int, samples: set[int]) -> tuple[int, ...]:
         rows = self._cache.spec.shard_rows(shard)

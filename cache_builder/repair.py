@@ -27,9 +27,9 @@ from pipeline.manifest import (
     VIEWS_NAME,
     commit_name,
 )
-from pipeline.sources import dataset_fingerprint
+from pipeline.sample_table import dataset_fingerprint, labels_hash, views_hash
 from pipeline.spec import IMAGES
-from pipeline.views import draw_views
+from pipeline.views import draw_segment
 
 
 @dataclass(frozen=True)
@@ -118,17 +118,27 @@ def _scan(cache: FeatureCache) -> pa.Table:
             expected=f"{cache.num_samples} samples with fingerprint {cache.spec.dataset.fingerprint}",
             do=f"bring the images back as they were, or restore {SAMPLES_NAME} from a copy",
         )
+    if (found := labels_hash(samples)) != (cache.spec.dataset.labels_hash or found):
+        raise CacheMismatchError(
+            f"The labels at {cache.source.location} are not those of the cache.",
+            got=f"labels with hash {found}",
+            expected=cache.spec.dataset.labels_hash,
+            do=f"bring the labels back as they were, or restore {SAMPLES_NAME} from a copy",
+        )
     return samples
 
 
 def _draw(cache: FeatureCache, samples: pa.Table) -> pa.Table:
-    tables = []
-    for segment in cache.spec.segments:
-        first, end = segment.samples
-        key, width, height = (samples[name][first:end] for name in ("key", "width", "height"))
-        sizes = width.to_numpy(), height.to_numpy()
-        tables.append(draw_views(cache.spec.views, key.to_pylist(), *sizes, segment.views, first))
-    return pa.concat_tables(tables)
+    drawn = [(segment, draw_segment(cache.spec.views, segment, samples)) for segment in cache.spec.segments]
+    for segment, lines in drawn:
+        if (found := views_hash(lines, segment.samples[0])) != (segment.views_hash or found):
+            raise CacheMismatchError(
+                "The views that are drawn here are not those of the cache.",
+                got=f"views with hash {found}",
+                expected=segment.views_hash,
+                do=f"restore {VIEWS_NAME} from a copy, or repair it on a machine like that of the build",
+            )
+    return pa.concat_tables([lines for _, lines in drawn])
 
 
 def _extract(

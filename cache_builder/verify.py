@@ -3,7 +3,7 @@
 shards, image tars      size and checksum in their commit records
 commit records          a checksum in themselves, the cache's content ids and row numbers, and, of one
                         shard, the same source images
-sample and view table   a checksum in themselves, the fingerprint and the row numbers of the cache
+sample and view table   a checksum in themselves, the hashes of samples, labels and views in the spec
 zarr.json               follows from the spec
 codec tables            a checksum in the spec
 quarantine lists        a checksum in themselves, the invalid rows of the records
@@ -30,14 +30,16 @@ from pipeline.manifest import (
     CommitRecord,
     commit_name,
     quarantine_name,
+    segment_lines,
     tables_name,
 )
 from pipeline.processes import TEMPORARY_SUFFIX
-from pipeline.sources import dataset_fingerprint
 from pipeline.spec import IMAGES
 from pipeline.storage import LOCK_SUFFIX
 from pipeline.stores.image_tar import image_tar_name
+from pipeline.views import draw_segment
 
+_ROUNDED_OTHERWISE = 1e-3  # share of values
 _THREADS = 8  # waiting for disks and object stores; hashing releases the GIL
 
 
@@ -105,7 +107,7 @@ def problems_of_shards(
             progress()
     problems += mixed_images_problems(images)
     for shard, rows in sorted(invalid.items()):
-        problems += quarantine_problems(cache, shard, rows)
+        problems += quarantine_problems(cache, shard, rows, set(images[shard].values()))
     return problems
 
 
@@ -116,11 +118,6 @@ def _problems_of_the_rest(cache: FeatureCache, full: bool) -> list[Problem]:
 
 def teachers_and_images(cache: FeatureCache) -> Sequence[str]:
     return [*cache.teachers, *([IMAGES] if cache.spec.images == "copy" else [])]
-
-
-def shard_problems(cache: FeatureCache, teacher: str, shard: int, full: bool) -> list[Problem]:
-    """Of one committed shard: its record, and the files that it names."""
-    return _check_shard(cache, teacher, shard, full)[0]
 
 
 def _check_shard(
@@ -155,6 +152,8 @@ def _wrong_files(cache: FeatureCache, record: CommitRecord, full: bool) -> Itera
             yield name, f"has {size} bytes, expected {file.nbytes}"
         elif full and (checksum := cache.storage.checksum(name)) != file.checksum:
             yield name, f"has checksum {checksum}, expected {file.checksum}"
+        elif not full and file.ends and (ends := cache.storage.ends([name], [size])) != [file.ends]:
+            yield name, f"begins or ends otherwise than what was committed: hash {ends[0]}, not {file.ends}"
 
 
 def mixed_images_problems(images: Mapping[int, Mapping[str, str]]) -> list[Problem]:
@@ -178,13 +177,20 @@ def mixed_images_problems(images: Mapping[int, Mapping[str, str]]) -> list[Probl
     return problems
 
 
-def quarantine_problems(cache: FeatureCache, shard: int, invalid_rows: Collection[int]) -> list[Problem]:
-    """Of the list that gives the reasons for a shard's invalid rows."""
+def quarantine_problems(
+    cache: FeatureCache, shard: int, invalid_rows: Collection[int], images: Collection[str]
+) -> list[Problem]:
+    """Of the list that gives the reasons for a shard's invalid rows; `images`: checksums in its records."""
     name = quarantine_name(shard)
     try:
         listed = {entry.sample_index for entry in cache.manifest.read_quarantine(shard)}
-        missing = set(cache.index.locate(sorted(invalid_rows))[0].tolist()) - listed
-        reason = f"{name} does not name sample {min(missing)}" if missing else None
+        source = cache.manifest.quarantine_source(shard)
+        invalid = set(cache.index.locate(sorted(invalid_rows))[0].tolist())
+        reason = None
+        if missing := invalid - listed:
+            reason = f"{name} does not name sample {min(missing)}"
+        elif images and (listed - invalid or source not in (None, *images)):
+            reason = f"{name} is not of the images that the shard's records are of"
     except (CacheError, FileNotFoundError) as error:
         reason = str(error)
     return [] if reason is None else [Problem(name, reason, shard=shard)]
@@ -223,26 +229,20 @@ def table_problems(cache: FeatureCache, full: bool) -> list[Problem]:
     return problems
 
 
-def _check_samples(cache: FeatureCache) -> str | None:
-    dataset = cache.spec.dataset  # lines beyond it: a growth that is under way, or was interrupted
-    samples = cache.manifest.samples().slice(0, dataset.num_samples)
-    if samples.num_rows < dataset.num_samples:
-        return f"{SAMPLES_NAME} has {samples.num_rows} lines, expected {dataset.num_samples}"
-    if dataset_fingerprint(samples) != dataset.fingerprint:
-        return f"{SAMPLES_NAME} has another fingerprint than {SPEC_NAME}"
-    return None
+def _check_samples(cache: FeatureCache) -> None:
+    cache.manifest.samples(cache.spec)
 
 
 def _check_views(cache: FeatureCache) -> str | None:
-    views = cache.manifest.views()
-    if views.num_rows < cache.num_rows:
-        return f"{VIEWS_NAME} has {views.num_rows} lines, expected {cache.num_rows}"
-    for segment in cache.spec.segments:
-        rows = np.arange(segment.first_row, segment.first_row + segment.num_rows)
-        samples, numbers, lines = cache.index.locate(rows)
-        for column, expected in (("sample_index", samples), ("view_index", numbers)):
-            if not np.array_equal(views[column].to_numpy()[lines], expected):
-                return f"{VIEWS_NAME}: {column} is not in the order of the rows"
+    """Of segments whose hash is not stated, by drawing them again: a float may be rounded otherwise here."""
+    views = cache.manifest.views(cache.spec)
+    for segment, lines in segment_lines(cache.spec, views):
+        if segment.views_hash is None:
+            drawn = draw_segment(cache.spec.views, segment, cache.samples)
+            for name in lines.schema.names:
+                one, other = (table[name].to_numpy() for table in (lines, drawn))
+                if np.mean(one != other) > _ROUNDED_OTHERWISE:
+                    return f"{VIEWS_NAME}: {name} is not what the view policy draws for these samples"
     return None
 
 

@@ -17,16 +17,25 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+import xxhash
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 from torch import Tensor
 
 from pipeline.codecs import ArrayLayout, Codec, Encoded, get_codec
-from pipeline.errors import CacheError, CorruptShardError, IncompleteCacheError, SourceNotFoundError, explain
+from pipeline.errors import (
+    CacheError,
+    CacheMismatchError,
+    CorruptShardError,
+    IncompleteCacheError,
+    SourceNotFoundError,
+    explain,
+)
 from pipeline.feature_stats import FeatureMoments
-from pipeline.manifest import CommitRecord, Manifest, tables_name
+from pipeline.manifest import SAMPLES_NAME, CommitRecord, Manifest, tables_name
 from pipeline.rows import RowIndex
 from pipeline.sources import Source, decode_image, open_source
+from pipeline.sources.decode import HEAD_BYTES
 from pipeline.spec import IMAGES, CacheSpec, TeacherSpec
 from pipeline.storage import LocalStorage, Storage
 from pipeline.stores.base import FeatureStore, feature_arrays, teacher_layouts
@@ -61,7 +70,7 @@ class FeatureCache:
         self.spec = spec
         self._images = images
         self._reading = direct, checksums
-        self._sound_tars, self._tar_lock = set[int](), threading.Lock()
+        self._sound, self._sound_lock = set[tuple[str, int]](), threading.Lock()
         self.manifest = Manifest(storage)
         self.index = RowIndex(spec.segments)
         self.store: FeatureStore
@@ -86,7 +95,8 @@ class FeatureCache:
         """Open a cache at a folder or URL. `images`: where the source images are now, if they moved.
 
         Uncompressed shards are read directly; `direct=False` leaves them to zarr-python: the same rows,
-        slower. Rows on a local disk are verified only with `checksums`, all others always; copied images
+        slower. At its first touch a shard's ends are compared with its record, which tells whether it is that
+        shard. Rows on a local disk are verified only with `checksums`, all others always; copied images
         only with `checksums`, wherever they are: a tar is read as a whole before its first image.
 
         Raises `CacheNotFoundError` where there is none, `CacheError` where it cannot be understood.
@@ -120,12 +130,11 @@ class FeatureCache:
     @cached_property
     def samples(self) -> pa.Table:
         """One line a sample, `pipeline.sources.SAMPLE_SCHEMA`."""
-        lines = self.manifest.samples().slice(0, self.num_samples)  # a growth that goes on writes them first
-        return lines.combine_chunks()
+        return self.manifest.samples(self.spec)
 
     @cached_property
     def views(self) -> ViewTable:
-        return ViewTable(self.manifest.views())
+        return ViewTable(self.manifest.views(self.spec))
 
     @cached_property
     def source(self) -> Source:
@@ -364,6 +373,57 @@ class FeatureCache:
             readable = self.readable(teacher, rows)
             if not readable.all():
                 self._refuse(teacher, rows, readable)
+        shards = rows // self.spec.rows_per_shard
+        touched = self._touched.setdefault(teacher, np.zeros(self.spec.num_shards, bool))
+        if not touched[shards].all():
+            new = np.unique(shards[~touched[shards]])
+            self.require_ends(teacher, new.tolist())
+            touched[new] = True
+
+    @cached_property
+    def _touched(self) -> dict[str, NDArray[np.bool_]]:
+        return {}
+
+    def require_ends(self, teacher: str, shards: Sequence[int]) -> None:
+        """Compare the first and last bytes of committed shards with their records: are these the files?
+
+        Teacher "images" stands for the copied images. Raises `CorruptShardError`.
+        """
+        files = {
+            name: file
+            for record in self.commits(teacher, shards).values()
+            for name, file in record.files.items()
+            if file.ends and not name.startswith("stats/")  # those are read whole
+        }
+        try:
+            found = self.storage.ends(list(files), [file.nbytes for file in files.values()])
+        except FileNotFoundError as error:
+            raise self._another_file(str(error), "no such file") from error
+        for (name, file), ends in zip(files.items(), found, strict=True):
+            if ends != file.ends and (teacher == IMAGES or self.store.is_as_written(self.spec, teacher)):
+                raise self._another_file(name, f"ends with hash {ends}, expected {file.ends}")
+
+    def require_sound(self, teacher: str, shard: int) -> None:
+        """Compare every byte of a committed shard with its record, once in this process.
+
+        Teacher "images" stands for the copied images. Raises `CorruptShardError`.
+        """
+        with self._sound_lock:
+            if (teacher, shard) in self._sound:
+                return
+            for name, file in self.commits(teacher, [shard])[shard].files.items():
+                found = self.storage.checksum(name) if self.storage.exists(name) else None
+                if found != file.checksum:
+                    raise self._another_file(name, "no such file" if found is None else f"checksum {found}")
+            self._sound.add((teacher, shard))
+
+    def _another_file(self, name: str, got: str) -> CorruptShardError:
+        return CorruptShardError(
+            f"{name} is not the file that was committed.",
+            got=got,
+            expected="the file that its commit record states",
+            do=f"run: teachercache verify {self.storage.url}, then repair, which computes such files again",
+        )
 
     def _refuse(self, teacher: str, rows: NDArray[np.int64], readable: NDArray[np.bool_]) -> NoReturn:
         committed = self.committed(teacher)[rows // self.spec.rows_per_shard]
@@ -423,44 +483,45 @@ class FeatureCache:
     def image_bytes(self, sample_index: int) -> bytes:
         """The encoded image: from the cache's own copies where it has them.
 
-        Raises `CorruptShardError`, in a cache opened with `checksums`, for a tar that was damaged.
+        Raises `CacheMismatchError` for an image that is not the one that was cached, `CorruptShardError`, in
+        a cache opened with `checksums`, for a tar that was damaged.
         """
         if self.spec.images == "copy" and self._images is None:
             shard, offset, nbytes = self._copy(sample_index)
             if self._reading[1]:
-                self._require_sound_tar(shard)
-            return self.storage.read_range(image_tar_name(shard), offset, nbytes)
+                self.require_sound(IMAGES, shard)
+            data = self.storage.read_range(image_tar_name(shard), offset, nbytes)
+            if data or nbytes:  # a sample that was quarantined has no copy
+                self._require_cached_image(sample_index, data)
+            return data
         return self.source_bytes(sample_index)
 
-    def _require_sound_tar(self, shard: int) -> None:
-        """Compare the checksum of a tar of images, once in this process."""
-        with self._tar_lock:
-            if shard in self._sound_tars:
-                return
-            name = image_tar_name(shard)
-            record = self.commits(IMAGES, [shard])[shard].files.get(name)
-            found = self.storage.checksum(name) if self.storage.exists(name) else None
-            if record is None or found != record.checksum:
-                raise CorruptShardError(
-                    f"{name} was damaged.",
-                    got="no such file" if found is None else f"checksum {found}",
-                    expected="the file that the commit record states",
-                    do=f"run: teachercache repair {self.storage.url}",
-                )
-            self._sound_tars.add(shard)
-
     def source_bytes(self, sample_index: int) -> bytes:
-        """The image as the source holds it, whatever was copied."""
+        """The image as the source holds it, whatever was copied. Raises as `image_bytes`."""
         path, offset, nbytes = (
             self.samples[name][sample_index].as_py() for name in ("path", "offset", "nbytes")
         )
         source = self.source
         try:
-            return source.read(path, offset, nbytes)
+            data = source.read(path, offset, nbytes)
         except SourceNotFoundError as error:
             if self._images is not None:
                 raise
             raise self._moved(path) from error
+        self._require_cached_image(sample_index, data)
+        return data
+
+    def _require_cached_image(self, sample_index: int, data: bytes) -> None:
+        """Features of one image and pixels of another train without a sign."""
+        nbytes, head_hash = (self.samples[name][sample_index].as_py() for name in ("nbytes", "head_hash"))
+        if (len(data), xxhash.xxh3_64_intdigest(data[:HEAD_BYTES])) != (nbytes, head_hash):
+            raise CacheMismatchError(
+                f"The image of sample {self.key(sample_index)} has changed since the cache was planned.",
+                got=f"another image of {len(data):,} bytes",
+                expected=f"the image of {nbytes:,} bytes that {SAMPLES_NAME} describes",
+                do="bring the images back as they were, name the place where they are (images=…), "
+                "or build a new cache",
+            )
 
     def _moved(self, path: str = "") -> SourceNotFoundError:
         """Only `cache.json` said where the images are; this says how to name another place."""

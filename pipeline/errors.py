@@ -15,6 +15,7 @@
     │   ├── CacheMismatchError                another spec at the same path
     │   ├── IncompleteCacheError              committed shards are missing
     │   ├── AlreadyCommittedError             another job committed this shard; ours is dropped
+    │   ├── IrregularFileError (FileNotFoundError)   a pipe, a device or a folder where a file should be
     │   └── CorruptShardError                 a commit record whose files differ
     ├── CodecError (ValueError)
     ├── DiskSpaceError (OSError)
@@ -115,6 +116,10 @@ class IncompleteCacheError(CacheError):
 
 class AlreadyCommittedError(CacheError):
     """Another job has committed this shard meanwhile; never leaves a build."""
+
+
+class IrregularFileError(CacheError, FileNotFoundError):
+    """A pipe, a device or a folder under the name of a file; it counts as no file."""
 
 
 class CorruptShardError(CacheError):

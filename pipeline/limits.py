@@ -9,6 +9,10 @@ from collections.abc import Iterator
 from itertools import combinations
 from math import prod
 
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
 from pipeline.errors import CacheError
 from pipeline.spec import IMAGES, CacheSpec, Segment, TeacherSpec
 from pipeline.storage import safe_name
@@ -20,6 +24,7 @@ MAX_ROWS_PER_SHARD = 1 << 20
 MAX_SIDE = 1 << 14  # pixels of a view, tokens of a grid
 MAX_VALUES_PER_ROW = 1 << 28
 MAX_ROWS_PER_FILE_BYTE = 64  # of the tables; run lengths could ask for terabytes from a few bytes
+MAX_TABLE_NBYTES, MAX_NBYTES_PER_LINE = 1 << 28, 1 << 10  # of a table, on disk and in memory, added up
 
 
 def check_limits(spec: CacheSpec) -> None:
@@ -41,6 +46,36 @@ def check_limits(spec: CacheSpec) -> None:
     overlap = any(_overlap(one, other) for one, other in combinations(spec.segments, 2))
     if overlap or covered != spec.dataset.num_samples * spec.views.num_views:
         raise _implausible("its segments", covered, "every view of every sample exactly once")
+
+
+def check_table(data: bytes) -> None:
+    """Raises `ValueError` for a Parquet table whose lines would take far more memory than lines of ours.
+
+    One long text in a dictionary is as many texts as there are lines, so texts are looked at before they
+    are unfolded: all of them only where the longest could be too much in every line.
+    """
+    with pq.ParquetFile(pa.BufferReader(data)) as file:
+        num_rows, columns = file.metadata.num_rows, file.schema_arrow
+        groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
+    limit = MAX_TABLE_NBYTES + MAX_NBYTES_PER_LINE * num_rows
+    nbytes = sum(
+        group.column(i).total_uncompressed_size for group in groups for i in range(group.num_columns)
+    )
+    if num_rows > MAX_ROWS_PER_FILE_BYTE * len(data) or nbytes > limit:
+        raise ValueError(f"{num_rows:,} lines of {nbytes:,} bytes in {len(data):,} bytes")
+    texts = [field.name for field in columns if pa.types.is_string(field.type)]
+    with pq.ParquetFile(pa.BufferReader(data), read_dictionary=texts) as file:
+        for name in texts:
+            first = [next(file.iter_batches(1, [number], [name]))[0] for number in range(len(groups))]
+            longest = max(
+                (pc.max(pc.binary_length(part.dictionary)).as_py() or 0 for part in first), default=0
+            )
+            if longest * num_rows <= limit:
+                continue
+            chunks = file.read(columns=[name])[name].chunks
+            nbytes = sum(pc.sum(pc.binary_length(c.dictionary).take(c.indices)).as_py() or 0 for c in chunks)
+            if nbytes > limit:
+                raise ValueError(f"{num_rows:,} lines with {nbytes:,} bytes of {name}")
 
 
 def _overlap(one: Segment, other: Segment) -> bool:

@@ -32,11 +32,19 @@ from pipeline.errors import (
     CorruptShardError,
     TeacherCacheError,
 )
-from pipeline.limits import MAX_ROWS, MAX_ROWS_PER_FILE_BYTE, MAX_ROWS_PER_SHARD, MAX_SHARDS, check_limits
-from pipeline.sample_table import SAMPLE_SCHEMA
+from pipeline.limits import (
+    MAX_NBYTES_PER_LINE,
+    MAX_ROWS,
+    MAX_ROWS_PER_SHARD,
+    MAX_SHARDS,
+    MAX_TABLE_NBYTES,
+    check_limits,
+    check_table,
+)
+from pipeline.sample_table import SAMPLE_SCHEMA, dataset_fingerprint, labels_hash, views_hash
 from pipeline.seal import UNSEALED, is_intact, seal
-from pipeline.spec import IMAGES, SCHEMA_VERSION, CacheSpec, Strict
-from pipeline.storage import Storage
+from pipeline.spec import IMAGES, SCHEMA_VERSION, CacheSpec, Segment, Strict
+from pipeline.storage import ChecksumWriter, Storage
 
 if TYPE_CHECKING:  # looking at a cache should not take the seconds that importing torch takes
     from torch import Tensor
@@ -53,10 +61,20 @@ Model = TypeVar("Model", bound=Strict)
 
 
 class FileRecord(Strict):
-    """Size in bytes and xxh3-128 checksum of one committed file."""
+    """Size in bytes and xxh3-128 checksum of one committed file.
+
+    `ends` is the xxh3-64 of its first and last 4 KiB, by which a reader tells at first touch whether this is
+    the file; empty in older records.
+    """
 
     nbytes: int = Field(ge=0)
     checksum: str
+    ends: str = ""
+
+    @classmethod
+    def of(cls, file: ChecksumWriter) -> Self:
+        """What was written, once it is all there."""
+        return cls(nbytes=file.nbytes, checksum=file.checksum, ends=file.ends)
 
 
 class CommitRecord(Strict):
@@ -164,13 +182,37 @@ class Manifest:
         check_limits(spec)
         return spec
 
-    def samples(self) -> pa.Table:
-        return self._table(SAMPLES_NAME, SAMPLE_SCHEMA)
+    def samples(self, spec: CacheSpec) -> pa.Table:
+        """The samples of `spec`, one line each; a growth that goes on writes further lines behind them.
 
-    def views(self) -> pa.Table:
+        Raises `CacheError` unless they are those that the spec was made with.
+        """
+        dataset = spec.dataset
+        table = self._table(SAMPLES_NAME, SAMPLE_SCHEMA, dataset.num_samples).combine_chunks()
+        found = {"fingerprint": dataset_fingerprint(table), "labels_hash": labels_hash(table)}
+        for name, stated in (("fingerprint", dataset.fingerprint), ("labels_hash", dataset.labels_hash)):
+            if stated is not None and found[name] != stated:
+                raise self._foreign(SAMPLES_NAME, f"samples with {name} {found[name]}", stated)
+        return table
+
+    def views(self, spec: CacheSpec) -> pa.Table:
+        """The views of `spec`, one line a row, segment by segment; otherwise as `samples`."""
         from pipeline.views import VIEW_SCHEMA
 
-        return self._table(VIEWS_NAME, VIEW_SCHEMA)
+        table = self._table(VIEWS_NAME, VIEW_SCHEMA, spec.num_rows)
+        for segment, lines in segment_lines(spec, table):
+            found = views_hash(lines, segment.samples[0])
+            if segment.views_hash is not None and found != segment.views_hash:
+                raise self._foreign(VIEWS_NAME, f"views with hash {found}", segment.views_hash)
+        return table
+
+    def _foreign(self, name: str, got: str, stated: str) -> CacheError:
+        return CacheError(
+            f"{name} is sound, and not the table of this cache.",
+            got=got,
+            expected=f"{stated}, as in {SPEC_NAME}: the table that the features were computed with",
+            do=f"restore it from a copy of this very cache, or run: teachercache repair {self.storage.url}",
+        )
 
     def write_tables(self, teacher: str, tables: dict[str, Tensor]) -> str:
         """Keep a codec's calibrated tables; returns their hash, for the teacher's spec."""
@@ -235,7 +277,7 @@ class Manifest:
         name = moments_name(teacher, shard)
         with self.storage.open_write(name) as file:
             file.write(safetensors.torch.save(moments.to("cpu").tensors()))
-        return {name: FileRecord(nbytes=file.nbytes, checksum=file.checksum)}
+        return {name: FileRecord.of(file)}
 
     def moments(self, teacher: str, shards: Iterable[int], shape: tuple[int, int]) -> FeatureMoments:
         """The statistics of these shards together, merged in their order: the same bits every time.
@@ -334,8 +376,12 @@ class Manifest:
             )
         return record
 
-    def write_quarantine(self, shard: int, entries: list[QuarantineEntry]) -> None:
-        lines = [entry.model_dump_json() for entry in entries] + [json.dumps({"checksum": UNSEALED})]
+    def write_quarantine(
+        self, shard: int, entries: list[QuarantineEntry], source_checksum: str | None = None
+    ) -> None:
+        """`source_checksum`: that of the shard's records, which says what images the list is of."""
+        end = {"source_checksum": source_checksum, "checksum": UNSEALED}
+        lines = [entry.model_dump_json() for entry in entries] + [json.dumps(end)]
         self.storage.write(quarantine_name(shard), seal("".join(line + "\n" for line in lines).encode()))
 
     def quarantine(self) -> list[QuarantineEntry]:
@@ -350,6 +396,13 @@ class Manifest:
         name = quarantine_name(shard)
         *lines, _ = self._read(name).splitlines()
         return [self._parse(QuarantineEntry, name, line) for line in lines]
+
+    def quarantine_source(self, shard: int) -> str | None:
+        """The `source_checksum` of a shard's quarantine list; None in older ones."""
+        checksum: str | None = from_json(self._read(quarantine_name(shard)).splitlines()[-1]).get(
+            "source_checksum"
+        )
+        return checksum
 
     @contextmanager
     def _first_contact(self) -> Iterator[None]:
@@ -381,18 +434,23 @@ class Manifest:
             )
         return data
 
-    def _table(self, name: str, schema: pa.Schema) -> pa.Table:
+    def _table(self, name: str, schema: pa.Schema, num_rows: int) -> pa.Table:
+        """The first `num_rows` lines of a table."""
+        limit = MAX_TABLE_NBYTES + MAX_NBYTES_PER_LINE * num_rows
         try:
-            data = self._intact(name, self.storage.read(name))
+            if (nbytes := self.storage.size(name) or 0) > limit:
+                raise ValueError(f"{nbytes:,} bytes for {num_rows:,} lines")
+            data = self._intact(name, self.storage.read_range(name, 0, limit))
+            check_table(data)
             with pq.ParquetFile(pa.BufferReader(data)) as file:
-                if file.metadata.num_rows > MAX_ROWS_PER_FILE_BYTE * len(data):
-                    raise pa.ArrowInvalid(f"{file.metadata.num_rows} rows in {len(data)} bytes")
+                if file.metadata.num_rows < num_rows:
+                    raise ValueError(f"{file.metadata.num_rows:,} lines, expected {num_rows:,}")
                 table = file.read().cast(schema)
                 table.validate(full=True)  # text that is not UTF-8, say
                 for column in set(schema.names) - {"label"}:
                     if table[column].null_count:
                         raise pa.ArrowInvalid(f"{column} has lines without a value")
-                return table
+                return table.slice(0, num_rows)
         except (FileNotFoundError, pa.ArrowException, OSError, ValueError) as error:
             raise CacheError(
                 f"{name} of this cache cannot be read.",
@@ -415,6 +473,22 @@ class Manifest:
                 do="run `teachercache verify` on the cache; if another version wrote it, read it with that "
                 "one, or build it anew",
             ) from error
+
+
+def segment_lines(spec: CacheSpec, views: pa.Table) -> Iterator[tuple[Segment, pa.Table]]:
+    """Each segment with its lines of the view table."""
+    start = 0
+    for segment in spec.segments:
+        yield segment, views.slice(start, segment.num_rows)
+        start += segment.num_rows
+
+
+def with_views_hashes(spec: CacheSpec, views: pa.Table) -> tuple[Segment, ...]:
+    """The segments of `spec`, each with the hash of its lines."""
+    return tuple(
+        segment.model_copy(update={"views_hash": views_hash(lines, segment.samples[0])})
+        for segment, lines in segment_lines(spec, views)
+    )
 
 
 def _numbers(names: Iterable[str], suffix: str) -> set[int]:

@@ -36,8 +36,8 @@ from pipeline.manifest import (
     tables_name,
 )
 from pipeline.rows import divide_views
+from pipeline.sample_table import dataset_fingerprint, labels_hash, views_hash
 from pipeline.sampler import random_samples
-from pipeline.sources import dataset_fingerprint
 from pipeline.sources.place import Place
 from pipeline.spec import IMAGES, CacheSpec, Segment, StoreKind
 from pipeline.storage import LocalStorage, Storage
@@ -88,7 +88,7 @@ def convert(url: str, out: str, store: StoreKind) -> Rearrangement:
             do="copy the folder, if a copy is wanted",
         )
     target = _lay_out(
-        out, source.spec.changed(store=store), [source], source.samples, source.manifest.views()
+        out, source.spec.changed(store=store), [source], source.samples, source.manifest.views(source.spec)
     )
 
     def rewrite(teacher: str, shard: int) -> None:
@@ -151,9 +151,10 @@ def merge(urls: Sequence[str], out: str) -> Rearrangement:
                     samples=(segment.samples[0] + offset, segment.samples[1] + offset),
                     views=segment.views,
                     fingerprint=segment.fingerprint or source.spec.dataset.fingerprint,
+                    views_hash=segment.views_hash,
                 )
             )
-        lines = source.manifest.views().slice(0, source.num_rows)
+        lines = source.manifest.views(source.spec)
         views.append(_with_samples(lines, lines["sample_index"].to_numpy() + offset))
     dataset = first.dataset.model_copy(
         update={
@@ -161,6 +162,7 @@ def merge(urls: Sequence[str], out: str) -> Rearrangement:
             "listing": None,  # that of one part would let a later build pass over the images of the others
             "num_samples": samples.num_rows,
             "fingerprint": dataset_fingerprint(samples),
+            "labels_hash": _labels_hash(sources, samples),
         }
     )
     spec = first.changed(dataset=dataset, segments=tuple(segments))
@@ -192,26 +194,45 @@ def subset(
     fidelity = {name: value for name, value in source.spec.fidelity.items() if name in kept}
     if keys is None and fraction is None:
         spec = source.spec.changed(teachers=kept, fidelity=fidelity)
-        target = _lay_out(out, spec, [source], source.samples, source.manifest.views())
+        target = _lay_out(out, spec, [source], source.samples, source.manifest.views(source.spec))
         return Rearrangement(target.storage.url, _whole_shards(source, target, 0))
     chosen = _chosen(source, keys, fraction, seed)
     samples = source.samples.take(pa.array(chosen))
     fingerprint = dataset_fingerprint(samples)
     segments, views = list[Segment](), list[pa.Table]()
+    all_lines = source.manifest.views(source.spec)
+    stated = all(segment.views_hash for segment in source.spec.segments)
     for part in divide_views((0, source.num_views), source.spec.rows_per_shard):
         end = segments[-1].first_row + segments[-1].num_rows if segments else 0
         first_row = -(-end // source.spec.rows_per_shard) * source.spec.rows_per_shard
-        segments.append(
-            Segment(first_row=first_row, samples=(0, len(chosen)), views=part, fingerprint=fingerprint)
-        )
         numbers = np.arange(*part)
         rows = source.index.rows(chosen[:, None], numbers[None])
-        lines = source.manifest.views().take(pa.array(source.index.locate(rows.ravel())[2]))
+        lines = all_lines.take(pa.array(source.index.locate(rows.ravel())[2]))
         views.append(_with_samples(lines, np.repeat(np.arange(len(chosen)), len(numbers))))
-    dataset = source.spec.dataset.model_copy(update={"num_samples": len(chosen), "fingerprint": fingerprint})
+        segments.append(
+            Segment(
+                first_row=first_row,
+                samples=(0, len(chosen)),
+                views=part,
+                fingerprint=fingerprint,
+                views_hash=views_hash(views[-1], 0) if stated else None,
+            )
+        )
+    dataset = source.spec.dataset.model_copy(
+        update={
+            "num_samples": len(chosen),
+            "fingerprint": fingerprint,
+            "labels_hash": _labels_hash([source], samples),
+        }
+    )
     spec = source.spec.changed(dataset=dataset, segments=tuple(segments), teachers=kept, fidelity=fidelity)
     target = _lay_out(out, spec, [source], samples, pa.concat_tables(views))
     return Rearrangement(target.storage.url, list(_packed_shards(source, target, chosen)))
+
+
+def _labels_hash(sources: Sequence[FeatureCache], samples: pa.Table) -> str | None:
+    """What could not be checked in the sources is not vouched for in what is made of them."""
+    return labels_hash(samples) if all(source.spec.dataset.labels_hash for source in sources) else None
 
 
 def _chosen(source: FeatureCache, keys: Iterable[str] | None, fraction: float | None, seed: int) -> Ints:
@@ -330,7 +351,7 @@ def _take_over_quarantine(
             entry.model_copy(update={"sample_index": entry.sample_index + first_sample})
             for entry in source.manifest.read_quarantine(shard)
         ]
-        target.manifest.write_quarantine(new_shard, entries)
+        target.manifest.write_quarantine(new_shard, entries, source.manifest.quarantine_source(shard))
 
 
 def _packed_shards(source: FeatureCache, target: FeatureCache, chosen: Ints) -> Iterator[Step]:
@@ -393,6 +414,8 @@ def _write_rows(
     source: FeatureCache, target: FeatureCache, teacher: str, shard: int, old: Ints, invalid: set[int]
 ) -> dict[str, FileRecord]:
     """Rows `old` of `source`, but for invalid ones, as a shard of `target`; encoded, as they are."""
+    for old_shard in np.unique(old // source.spec.rows_per_shard).tolist():
+        source.require_sound(teacher, old_shard)  # what is wrong would be sealed as if it were right
     layouts = source.layouts(teacher)
     row_nbytes = sum(math.prod(layout.shape) * layout.dtype.itemsize for layout in layouts.values())
     valid = np.array([place for place, row in enumerate(old.tolist()) if row not in invalid], np.int64)
@@ -421,6 +444,8 @@ def _write_images(
 def _link_or_copy(source: Storage, name: str, record: FileRecord, target: Storage, new_name: str) -> None:
     if source.size(name) != record.nbytes:
         raise _corrupt(source, f"{name} with {source.size(name)} bytes, not the {record.nbytes} committed")
+    if record.ends and source.ends([name], [record.nbytes]) != [record.ends]:
+        raise _corrupt(source, f"{name} with other first or last bytes than were committed")
     if isinstance(source, LocalStorage) and isinstance(target, LocalStorage):
         path = target.path(new_name)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -152,9 +152,10 @@ class TeacherSpec(Strict):
 
 
 class DatasetSpec(Strict):
-    """Which images. `location` is for people; only the fingerprint and the count are identity.
+    """Which images. `location` is for people; fingerprint, count and `labels_hash` are identity.
 
     `listing` is that of the source's files; while it stays the same, a build need not scan them again.
+    `labels_hash` is that of the samples' labels; None in caches that were made before it was there.
     """
 
     kind: str
@@ -162,6 +163,7 @@ class DatasetSpec(Strict):
     num_samples: int = Field(ge=0)
     fingerprint: str
     listing: str | None = None
+    labels_hash: str | None = None
 
 
 class Segment(Strict):
@@ -170,12 +172,14 @@ class Segment(Strict):
     A cache starts with one segment. Appending samples or views appends segments, so no row that is
     on disk ever changes its number. `first_row` is a multiple of `rows_per_shard`. `fingerprint` is that of
     the segment's samples; None, in a cache that has never grown, stands for that of the dataset.
+    `views_hash` is that of the segment's lines in the view table; None in caches made before it was there.
     """
 
     first_row: int = Field(ge=0)
     samples: tuple[int, int]
     views: tuple[int, int]
     fingerprint: str | None = None
+    views_hash: str | None = None
 
     @property
     def num_views(self) -> int:
@@ -291,12 +295,13 @@ class CacheSpec(Strict):
         return digest(base | {"teacher": spec})
 
     def identity(self) -> str:
-        return digest(
-            {
-                "segments": [segment.model_dump(mode="json", exclude_none=True) for segment in self.segments],
-                "contents": {name: self.content_id(name) for name in (*sorted(self.teachers), IMAGES)},
-            }
-        )
+        content = {
+            "segments": [segment.model_dump(mode="json", exclude_none=True) for segment in self.segments],
+            "contents": {name: self.content_id(name) for name in (*sorted(self.teachers), IMAGES)},
+        }
+        if self.dataset.labels_hash is not None:
+            content["labels"] = self.dataset.labels_hash
+        return digest(content)
 
     def changed(self, **changes: Any) -> CacheSpec:
         """This spec with other fields, checked again and with the `cache_id` that follows."""

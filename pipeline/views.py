@@ -24,7 +24,7 @@ from torchvision.transforms.v2 import functional as F
 
 from pipeline.errors import CacheError
 from pipeline.limits import MAX_SIDE
-from pipeline.spec import Size, ViewPolicy
+from pipeline.spec import Segment, Size, ViewPolicy
 
 VIEW_SCHEMA = pa.schema(
     [
@@ -247,6 +247,14 @@ def _draw_block(
         np.full(count, policy.size[1], np.int32),
     ]
     return pa.RecordBatch.from_arrays([pa.array(column) for column in columns], schema=VIEW_SCHEMA)
+
+
+def draw_segment(policy: ViewPolicy, segment: Segment, samples: pa.Table) -> pa.Table:
+    """The lines of a segment's rows in the view table; `samples` are those of the cache."""
+    first, end = segment.samples
+    key, width, height = (samples[name][first:end] for name in ("key", "width", "height"))
+    sizes = width.to_numpy(), height.to_numpy()
+    return draw_views(policy, key.to_pylist(), *sizes, segment.views, first)
 
 
 def _random_resized_crop(

@@ -11,8 +11,9 @@ from PIL import Image
 
 from cache_builder.recipe import BuildRecipe
 from pipeline.cache import FeatureCache
-from pipeline.manifest import CommitRecord, Manifest
-from pipeline.sources import dataset_fingerprint, open_source
+from pipeline.manifest import CommitRecord, Manifest, with_views_hashes
+from pipeline.sample_table import dataset_fingerprint, labels_hash
+from pipeline.sources import open_source
 from pipeline.spec import CacheSpec, DatasetSpec, GridSpec, Segment, StoreKind, TeacherSpec, ViewPolicy
 from pipeline.storage import Storage
 from pipeline.stores.base import teacher_layouts
@@ -75,8 +76,12 @@ def make_cache(
     invalid_samples: Collection[int] = (),
     skip_shards: Collection[int] = (),
     store: StoreKind = "zarr",
+    hashes: bool = True,
 ) -> FeatureCache:
-    """A cache over `images`, every shard committed except `skip_shards`, `invalid_samples` quarantined."""
+    """A cache over `images`, every shard committed except `skip_shards`, `invalid_samples` quarantined.
+
+    Without `hashes` of its tables and of the ends of its files, as caches were once.
+    """
     source = open_source(str(images))
     samples = source.scan(workers=1, progress=None)
     policy = ViewPolicy(num_views=num_views, size=view_size)
@@ -86,6 +91,7 @@ def make_cache(
             location=source.location,
             num_samples=samples.num_rows,
             fingerprint=dataset_fingerprint(samples),
+            labels_hash=labels_hash(samples) if hashes else None,
         ),
         views=policy,
         rows_per_shard=samples_per_shard * num_views,
@@ -104,6 +110,8 @@ def make_cache(
         (0, num_views),
     )
     manifest = Manifest(storage)
+    if hashes:
+        spec = spec.changed(segments=with_views_hashes(spec, views))
     cache = FeatureCache(storage, spec)
     for teacher in spec.teachers:
         cache.store.create(spec, teacher)
@@ -111,7 +119,7 @@ def make_cache(
     for teacher in spec.teachers:
         for shard in range(spec.num_shards):
             if shard not in skip_shards:
-                commit_shard(cache, teacher, shard, invalid_samples)
+                commit_shard(cache, teacher, shard, invalid_samples, hashes=hashes)
     return FeatureCache.open(storage.url)
 
 
@@ -121,6 +129,7 @@ def commit_shard(
     shard: int,
     invalid_samples: Collection[int] = (),
     value: float | None = None,
+    hashes: bool = True,
 ) -> None:
     """`value`: what the first channel of every first token holds (codec bf16)."""
     spec = cache.spec
@@ -136,6 +145,9 @@ def commit_shard(
             [row - rows.start for row in valid],
             {name: array[valid].numpy() for name, array in arrays.items()},
         )
+    files = writer.files()
+    if not hashes:
+        files = {name: file.model_copy(update={"ends": ""}) for name, file in files.items()}
     Manifest(cache.storage).commit(
         CommitRecord(
             teacher=teacher,
@@ -144,7 +156,7 @@ def commit_shard(
             first_row=rows.start,
             num_rows=len(rows),
             invalid_rows=tuple(invalid),
-            files=writer.files(),
+            files=files,
             source_checksum="",
             seconds={},
             host="",

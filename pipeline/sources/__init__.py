@@ -14,8 +14,8 @@ from itertools import islice
 from posixpath import splitext
 
 from pipeline.errors import RecipeError, SourceError
-from pipeline.sample_table import SAMPLE_SCHEMA
-from pipeline.sources.base import IMAGE_SUFFIXES, Source, dataset_fingerprint, no_image_error
+from pipeline.sample_table import SAMPLE_SCHEMA, dataset_fingerprint
+from pipeline.sources.base import IMAGE_SUFFIXES, Source, no_image_error
 from pipeline.sources.decode import MAX_PIXELS, decode_image
 from pipeline.sources.ilsvrc import ILSVRCSource
 from pipeline.sources.image_folder import ImageFolderSource

@@ -14,7 +14,6 @@ from multiprocessing import get_context
 from posixpath import splitext
 from typing import Any, ClassVar
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
@@ -210,23 +209,6 @@ class SampleRows:
     def _append(self, *values: object) -> None:
         for column, value in zip(self._columns.values(), values, strict=True):
             column.append(value)
-
-
-def dataset_fingerprint(samples: pa.Table) -> str:
-    """xxh3-128, in hex, of what the samples are: key, nbytes, width, height, head_hash.
-
-    `samples` is sorted by key, as `scan` gives it. Where the images lie, how they were listed and by
-    how many workers, on which machine and when does not matter.
-    """
-    digest = xxhash.xxh3_128()
-    keys = samples["key"].cast(pa.large_binary()).combine_chunks()
-    _, offsets, text = keys.buffers()
-    ends = np.frombuffer(offsets, np.int64)[keys.offset : keys.offset + len(keys) + 1]
-    digest.update(np.diff(ends).tobytes())
-    digest.update(memoryview(text)[ends[0] : ends[-1]])
-    for name in ("nbytes", "width", "height", "head_hash"):
-        digest.update(samples[name].to_numpy().tobytes())
-    return digest.hexdigest()
 
 
 def is_image_name(name: str) -> bool:

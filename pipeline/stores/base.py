@@ -85,6 +85,10 @@ class FeatureStore(ABC):
     def shard_files(self, spec: CacheSpec, teacher: str, shard: int) -> list[str]:
         """The names of a shard's files, in one order for all shards. No file's bytes depend on its name."""
 
+    def is_as_written(self, spec: CacheSpec, teacher: str) -> bool:
+        """Whether the layout of a teacher's arrays is ours still: others may have compressed them since."""
+        return True
+
     def create(self, spec: CacheSpec, teacher: str) -> None:
         """Lay out a teacher's arrays; where they are, those that the growth of the cache has changed."""
         for name, data in self.layout_files(spec, teacher).items():

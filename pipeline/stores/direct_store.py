@@ -32,7 +32,7 @@ class ShardFile:
 
     def __init__(self, storage: LocalStorage, name: str, num_rows: int, row_nbytes: int) -> None:
         self._name = name
-        self._descriptor = os.open(storage.path(name), os.O_RDONLY)
+        self._descriptor = storage.open_descriptor(name)
         weakref.finalize(self, os.close, self._descriptor)
         file_nbytes = os.fstat(self._descriptor).st_size
         start = max(0, file_nbytes - index_nbytes(num_rows))

@@ -44,4 +44,4 @@ class ImageTarWriter:
         self._file.write(image + b"\0" * (-len(image) % tarfile.BLOCKSIZE))
 
     def files(self) -> dict[str, FileRecord]:
-        return {self._name: FileRecord(nbytes=self._file.nbytes, checksum=self._file.checksum)}
+        return {self._name: FileRecord.of(self._file)}

@@ -89,7 +89,7 @@ class TarShardWriter(ShardWriter):
         return start
 
     def files(self) -> dict[str, FileRecord]:
-        return {self._name: FileRecord(nbytes=self._file.nbytes, checksum=self._file.checksum)}
+        return {self._name: FileRecord.of(self._file)}
 
 
 class WebDatasetStore(FeatureStore):

@@ -77,10 +77,7 @@ class ZarrShardWriter(ShardWriter):
             _write_checked(self._files[array], index.tobytes())
 
     def files(self) -> dict[str, FileRecord]:
-        return {
-            self._names[array]: FileRecord(nbytes=file.nbytes, checksum=file.checksum)
-            for array, file in self._files.items()
-        }
+        return {self._names[array]: FileRecord.of(file) for array, file in self._files.items()}
 
 
 def _write_checked(file: ChecksumWriter, data: bytes) -> None:
@@ -180,6 +177,15 @@ class ZarrStore(FeatureStore):
             starts[here] = chunks[:, 0]
         return starts
 
+    def is_as_written(self, spec: CacheSpec, teacher: str) -> bool:
+        try:
+            return all(
+                self.is_plain(spec, teacher, name, np.empty((0, *layout.shape), numpy_dtype(layout)))
+                for name, layout in teacher_layouts(spec.teachers[teacher]).items()
+            )
+        except (ValueError, FileNotFoundError) as error:
+            raise unreadable(self.storage, teacher, error) from error
+
     def is_plain(self, spec: CacheSpec, teacher: str, name: str, values: NDArray) -> bool:
         """Whether a chunk's bytes are a row's in memory, as `create` lays them out."""
         if (teacher, name) not in self._plain:
@@ -200,6 +206,8 @@ class ZarrStore(FeatureStore):
     def _array(self, teacher: str, name: str) -> zarr.Array:
         if (teacher, name) not in self._arrays:
             folder = array_folder(teacher, name)
+            if not self.storage.exists(f"{folder}/zarr.json"):  # zarr would read a device for ever
+                raise FileNotFoundError(f"{folder}/zarr.json")
             with _as_value_errors(f"{folder}/zarr.json"):
                 self._arrays[teacher, name] = zarr.open_array(self._zarr_store(), path=folder, mode="r")
         return self._arrays[teacher, name]

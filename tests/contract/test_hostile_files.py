@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import shutil
 import time
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cache_builder.verify import strays, verify
+from jobs.inspection.summary import summarize
 from pipeline import FeatureCache, render_view
 from pipeline.codecs import get_codec
 from pipeline.errors import CacheError, CorruptShardError, TeacherCacheError
@@ -104,7 +107,9 @@ def test_unpickling_would_be_seen(code: str) -> None:
 def make_victim(root: Path, store: StoreKind) -> Path:
     teachers = {"alpha": teacher_spec(codec="f16", cls_token=True)}
     images = make_images(root / "images", 6)
-    cache = make_cache(root / "cache", images, teachers=teachers, invalid_samples=[2], store=store)
+    cache = make_cache(
+        root / "cache", images, teachers=teachers, invalid_samples=[2], store=store, hashes=False
+    )
     entry = QuarantineEntry(sample_index=2, key="image_002", location="image_002.jpg", reason="cut")
     cache.manifest.write_quarantine(0, [entry])
     assert verify(cache, full=True) == []
@@ -133,8 +138,8 @@ def use(folder: Path) -> None:
     strays(cache)
 
 
-def read_all(folder: Path) -> FeatureCache:
-    for direct in (True, False):
+def read_all(folder: Path, roads: Sequence[bool] = (True, False)) -> FeatureCache:
+    for direct in roads:
         cache = FeatureCache.open(folder, direct=direct, checksums=True)
         cache.valid_samples()
         for teacher in cache.teachers:
@@ -378,7 +383,7 @@ def test_codec_tables_of_any_tensors_give_our_errors(folder: Path, data: st.Data
 @settings(max_examples=80, deadline=None)
 @given(data=st.data())
 def test_views_of_any_numbers_give_our_errors(folder: Path, data: st.DataObject) -> None:
-    views = Manifest(Storage.at(folder)).views()
+    views = Manifest(Storage.at(folder)).views(FeatureCache.open(folder).spec)
     for _ in range(data.draw(st.integers(1, 3))):
         place = data.draw(st.integers(0, views.num_columns - 1))
         field, values = views.schema.field(place), views.column(place).to_pylist()
@@ -468,7 +473,8 @@ def test_a_record_of_a_gigabyte_is_not_read(original: Path, tmp_path: Path, name
 def test_a_table_of_more_rows_than_bytes_is_not_unpacked(original: Path, tmp_path: Path) -> None:
     """Run lengths: 20 million equal lines in 120 kB."""
     folder = Path(shutil.copytree(original, tmp_path / "cache"))
-    path, views = folder / "views.parquet", Manifest(Storage.at(folder)).views()
+    path, cache = folder / "views.parquet", FeatureCache.open(folder)
+    views = cache.manifest.views(cache.spec)
     block = views.take(np.zeros(1_000_000, np.int64))
     with pq.ParquetWriter(path, views.schema, compression="zstd", max_rows_per_page=10**6) as writer:
         for _ in range(20):
@@ -480,12 +486,67 @@ def test_a_table_of_more_rows_than_bytes_is_not_unpacked(original: Path, tmp_pat
     assert_refused(lambda: FeatureCache.open(folder).views)
 
 
+def test_a_table_of_one_long_text_in_every_line_is_not_unfolded(original: Path, tmp_path: Path) -> None:
+    """A dictionary: 2,000 lines of one key of 1 MiB in 3 kB."""
+    folder = Path(shutil.copytree(original, tmp_path / "cache"))
+    samples = FeatureCache.open(folder).samples.take(np.zeros(2000, np.int64))
+    path, keys = (
+        folder / "samples.parquet",
+        pa.DictionaryArray.from_arrays(np.zeros(2000, np.int32), ["k" * 2**20]),
+    )
+    table = samples.set_column(0, "key", keys)
+    with pq.ParquetWriter(path, table.schema, compression="zstd", store_schema=False) as writer:
+        writer.write_table(table)
+        writer.add_key_value_metadata({"checksum": UNSEALED})
+    path.write_bytes(seal(path.read_bytes()))
+    assert path.stat().st_size < 10_000
+    pool = pa.default_memory_pool()
+    before = pool.max_memory()
+    with pytest.raises(CacheError, match="2,000 lines with 2,097,152,000 bytes of key"):
+        FeatureCache.open(folder).key(0)
+    assert pool.max_memory() - before < 100e6
+
+
+IRREGULAR = [
+    "cache.json",
+    "samples.parquet",
+    "views.parquet",
+    RECORDS[1],
+    "quarantine/00000.jsonl",
+    "teachers/alpha/codes/zarr.json",
+    "teachers/alpha/codes/c/0/0/0/0/0",
+]
+
+
+@pytest.mark.parametrize("what", ["/dev/zero", "a pipe", "a folder"])
+@pytest.mark.parametrize("name", IRREGULAR)
+def test_what_is_no_file_is_neither_waited_for_nor_read(
+    original: Path, tmp_path: Path, name: str, what: str
+) -> None:
+    folder = Path(shutil.copytree(original, tmp_path / "cache"))
+    (folder / name).unlink()
+    if what == "a pipe":
+        os.mkfifo(folder / name)
+    elif what == "a folder":
+        (folder / name).mkdir()
+    else:
+        (folder / name).symlink_to(what)
+    for road in (True, False):
+        assert_refused(partial(read_all, folder, [road]))
+    if name != "cache.json":
+        cache = FeatureCache.open(folder)
+        assert verify(cache, full=True)
+        assert summarize(cache)["problems"]
+        with suppress(TeacherCacheError):
+            strays(cache)
+
+
 @pytest.mark.parametrize("value", [b"\xdf\xff", None])
 def test_a_table_with_values_that_cannot_be_is_refused(
     original: Path, tmp_path: Path, value: bytes | None
 ) -> None:
     folder = Path(shutil.copytree(original, tmp_path / "cache"))
-    samples = Manifest(Storage.at(folder)).samples()
+    samples = FeatureCache.open(folder).samples
     keys = pa.array([value] * samples.num_rows, pa.binary())
     text = pa.Array.from_buffers(pa.string(), len(keys), keys.buffers(), keys.null_count)
     table = samples.set_column(0, "key", text)

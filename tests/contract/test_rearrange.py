@@ -170,7 +170,9 @@ def test_merge_links_the_shards_of_disjoint_parts(tmp_path: Path, store: StoreKi
 
 
 def test_merge_copies_where_it_cannot_link(tmp_path: Path) -> None:
-    caches = [make_cache(tmp_path / f"cache{i}", folder) for i, folder in enumerate(parts(tmp_path))]
+    caches = [
+        make_cache(tmp_path / f"cache{i}", folder, hashes=False) for i, folder in enumerate(parts(tmp_path))
+    ]
     urls = [cache.storage.url for cache in caches]
     merged = merge(urls, f"memory://{tmp_path.name}/merged").run()
     assert_sound(merged)
@@ -281,10 +283,10 @@ def test_damaged_copies_of_images_are_found_and_not_copied(tmp_path: Path) -> No
     tar.write_bytes(data)
     careful = FeatureCache.open(tmp_path / "cache", checksums=True)
     for sample in (0, 1):
-        with pytest.raises(CorruptShardError, match=r"images/00000.tar was damaged(.|\n)*repair"):
+        with pytest.raises(CorruptShardError, match=r"images/00000.tar is not the file(.|\n)*repair"):
             careful.image_bytes(sample)
     assert careful.image_bytes(3) == (images / "image_003.jpg").read_bytes()
-    with pytest.raises(CorruptShardError, match=r"images/00000\.tar was damaged"):
+    with pytest.raises(CorruptShardError, match=r"images/00000\.tar is not the file"):
         subset(str(tmp_path / "cache"), str(tmp_path / "small"), keys=["image_001", "image_004"]).run()
     assert not (tmp_path / "small" / "commits" / "images").exists()
     tar.unlink()

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pipeline import FeatureCache, render_view
-from pipeline.errors import CorruptShardError
+from pipeline.errors import CacheMismatchError, CorruptShardError
 from pipeline.loader import Batch, FeatureLoader
 from pipeline.sampler import ShardShuffleSampler
 from pipeline.stores.zarr_store import shard_file
@@ -44,6 +44,23 @@ def test_batches_are_what_the_sampler_says(cache: FeatureCache) -> None:
             for size, pixels in batch.renders.items():
                 assert torch.equal(pixels[i], render_view(cache.image(sample), cache.view(row), size))
         assert batch.seconds.keys() == {"read", "decode", "wait"}
+
+
+def test_pixels_of_other_images_than_the_cached_ones_are_refused(tmp_path: Path) -> None:
+    """Other pictures under the same names, padded to the same sizes: nothing else would tell."""
+    images = make_images(tmp_path / "images", 4)
+    cache = make_cache(tmp_path / "cache", images)
+    others = make_images(tmp_path / "others", 4, seed=1)
+    for path in images.iterdir():
+        nbytes = path.stat().st_size
+        data = (others / path.name).read_bytes()
+        path.write_bytes(data.ljust(nbytes, b"\0")[:nbytes])
+    sampler = ShardShuffleSampler(cache, batch_size_per_process=2)
+    with (
+        FeatureLoader(cache, sampler) as loader,
+        pytest.raises(CacheMismatchError, match="has changed since"),
+    ):
+        next(iter(loader))
 
 
 def test_without_features_only_images_are_read(cache: FeatureCache) -> None:

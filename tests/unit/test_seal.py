@@ -9,8 +9,8 @@ import pytest
 
 from pipeline.manifest import Manifest, QuarantineEntry
 from pipeline.seal import UNSEALED, is_intact, seal
-from pipeline.sources import SAMPLE_SCHEMA
 from pipeline.storage import Storage
+from tests.make_cache import make_cache, make_images
 
 FILE = f'{{"name": "value", "checksum": "{UNSEALED}"}}\n'.encode()
 
@@ -41,11 +41,7 @@ def test_people_may_use_the_words_of_a_seal(tmp_path: Path, text: str) -> None:
     entry = QuarantineEntry(sample_index=0, key=text, location=text, reason=text)
     manifest.write_quarantine(0, [entry])
     assert manifest.quarantine() == [entry]
-    row = {name: text if kind == pa.string() else 1 for name, kind in zip(*_columns(), strict=True)}
-    samples = pa.Table.from_pylist([row], SAMPLE_SCHEMA)
-    manifest.write_samples(samples)
-    assert manifest.samples().equals(samples)
-
-
-def _columns() -> tuple[list[str], list[pa.DataType]]:
-    return SAMPLE_SCHEMA.names, SAMPLE_SCHEMA.types
+    cache = make_cache(tmp_path / "cache", make_images(tmp_path / "images", 2))
+    samples = cache.samples.set_column(1, "path", pa.array([text, text]))
+    cache.manifest.write_samples(samples)
+    assert cache.manifest.samples(cache.spec).equals(samples)
