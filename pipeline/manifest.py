@@ -376,6 +376,20 @@ class Manifest:
             )
         return record
 
+    def exchanged(self, records: Iterable[CommitRecord]) -> list[str]:
+        """Files of these records whose first and last bytes are not those that were committed.
+
+        Without the statistics, which are read whole. Raises `FileNotFoundError`.
+        """
+        files = {
+            name: file
+            for record in records
+            for name, file in record.files.items()
+            if file.ends and not name.startswith("stats/")
+        }
+        found = self.storage.ends(list(files), [file.nbytes for file in files.values()])
+        return [name for (name, file), ends in zip(files.items(), found, strict=True) if ends != file.ends]
+
     def write_quarantine(
         self, shard: int, entries: list[QuarantineEntry], source_checksum: str | None = None
     ) -> None:

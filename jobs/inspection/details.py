@@ -118,6 +118,7 @@ def _shard_state(manifest: Manifest, spec: CacheSpec, teacher: str, shard: int) 
         return {"state": record}
     mismatch = record.mismatch(spec)
     problems = [mismatch] if mismatch else file_problems(manifest.storage.size, record)
+    problems = problems or _exchanged(manifest, record)
     return {
         "state": f"broken: {problems[0]}" if problems else "committed",
         "nbytes": record.nbytes,
@@ -162,6 +163,8 @@ def _row_state(manifest: Manifest, spec: CacheSpec, teacher: str, shard: int, pl
     if shard * spec.rows_per_shard + place in record.invalid_rows:
         return {"state": "invalid: its image could not be decoded"}
     try:
+        if problems := _exchanged(manifest, record):
+            raise ValueError(problems[0])
         metadata = array_metadata(manifest.storage, spec, teacher)
         if spec.store == "webdataset":
             arrays = _tar_row(manifest.storage, spec, teacher, shard, place, metadata)
@@ -180,6 +183,10 @@ def _row_state(manifest: Manifest, spec: CacheSpec, teacher: str, shard: int, pl
         },
         "token_norms": _token_norms(arrays["codes"]) if "codes" in arrays else None,
     }
+
+
+def _exchanged(manifest: Manifest, record: CommitRecord) -> Problems:
+    return [f"{name} is not the file that was committed" for name in manifest.exchanged([record])]
 
 
 def _record(manifest: Manifest, teacher: str, shard: int) -> CommitRecord | str:

@@ -174,7 +174,8 @@ def test_one_row_is_read_without_torch_as_with_it(cache: FeatureCache, tmp_path:
 
 @pytest.mark.parametrize("codec", ["bf16", "f16"])
 def test_values_that_are_not_finite_are_counted(tmp_path: Path, images: Path, codec: str) -> None:
-    cache = make_cache(tmp_path / "cache", images, teachers={"alpha": teacher_spec(codec=codec)})
+    teachers = {"alpha": teacher_spec(codec=codec)}
+    cache = make_cache(tmp_path / "cache", images, teachers=teachers, hashes=False)
     first_token = cache.read([7])["alpha"].arrays["codes"][0, 0, 0, 0].numpy()
     infinity = {"bf16": b"\x80\x7f", "f16": b"\x00\x7c"}[codec]
     shard = tmp_path / "cache" / SHARD
@@ -189,7 +190,8 @@ def test_values_that_are_not_finite_are_counted(tmp_path: Path, images: Path, co
     assert [level["not_finite"] for level in levels] == [1, 0, 0, 0]
 
 
-def test_a_flipped_bit_of_a_row_is_found(cache: FeatureCache, tmp_path: Path) -> None:
+def test_a_flipped_bit_of_a_row_is_found(images: Path, tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "cache", images, invalid_samples=[4], hashes=False)
     shard = tmp_path / "cache" / SHARD
     data = bytearray(shard.read_bytes())
     data[20] ^= 1
@@ -198,6 +200,15 @@ def test_a_flipped_bit_of_a_row_is_found(cache: FeatureCache, tmp_path: Path) ->
     assert "checksum of this row is wrong" in states[0]
     assert states[1] == "sound"
     assert "could not be decoded" in states[2]
+
+
+def test_a_shard_in_the_place_of_another_is_found(cache: FeatureCache, tmp_path: Path) -> None:
+    shard = tmp_path / "cache" / SHARD
+    shutil.copy(tmp_path / "cache" / SHARD.replace("c/1/", "c/0/"), shard)
+    shard.write_bytes(shard.read_bytes().ljust(cache.commits("alpha")[1].files[SHARD].nbytes, b"\0"))
+    assert "is not the file" in row_details(cache.manifest, 6)["teachers"]["alpha"]["state"]
+    assert "broken" in shard_details(cache.manifest, 1)["teachers"]["alpha"]["state"]
+    assert row_details(cache.manifest, 6)["teachers"]["beta"]["state"] == "sound"
 
 
 def test_one_sample_by_its_key(tmp_path: Path) -> None:
