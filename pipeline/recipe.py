@@ -53,7 +53,7 @@ def _load(model: type[Model], text: bytes, overrides: Sequence[str], origin: str
         content = OmegaConf.to_container(config, resolve=True)
     except RecipeError:
         raise
-    except (yaml.YAMLError, OmegaConfBaseException, TypeError, ValueError) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, TypeError, ValueError, RecursionError) as error:
         raise RecipeError(
             f"Recipe {origin} cannot be read.",
             got=_first_line(error),
@@ -134,13 +134,14 @@ def _keep_text(node: yaml.Node, model: type[BaseModel], location: tuple[str, ...
         for key, value in node.value:
             if key.tag == _MERGE:
                 _keep_text(value, model, location)
-            else:
+                continue
+            if isinstance(key, yaml.ScalarNode):
                 key.tag, key.style = _STR, "'"
-                _keep_text(value, model, (*location, str(key.value)))
+            _keep_text(value, model, (*location, str(key.value)))
     elif isinstance(node, yaml.SequenceNode):
         for item in node.value:
             _keep_text(item, model, (*location, "0"))
-    elif node.tag != _NULL and node.style is None:
+    elif isinstance(node, yaml.ScalarNode) and node.tag != _NULL and node.style is None:
         kinds = set(_annotations(model, location))
         is_number = bool({int, float} & kinds) and bool not in kinds
         if (kinds and _may_be_text(kinds)) or (

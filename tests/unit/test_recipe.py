@@ -183,6 +183,8 @@ def test_a_file_still_reads_its_own_keys_and_the_environment(
         ("cache: /w/a: b", r"mapping values are not allowed here, line 1(.|\n)*stands in quotes"),
         ("cache: [a]", r'cache: .*string.*stands in quotes, cache: "…" \(got \[\'a\'\]\)'),
         ("cache: null", 'cache: .*string.*stands in quotes, cache: "…"'),
+        ("cache: c\nplan: &x {x: *x}", "recursion"),
+        ("cache: c\n? [a]\n: b", "cannot be read"),
         ("cache: c\ncache: d", "found duplicate key cache, line 2"),
         ("cache: c\nrunner: {batch_size: yes}", "runner.batch_size: .*integer.*'yes'"),
     ],
