@@ -72,7 +72,12 @@ _WITHOUT_METADATA: dict[type[ImageFile], Callable[[bytes], bytes]] = {
     PngImageFile: png_without_metadata,
     TiffImageFile: tiff_without_metadata,
 }
-_PROBED_BY_HEAD = (_JpegFile, PngImageFile)  # the others may keep what we need behind the pixels
+_PROBED_BY_HEAD = (
+    _JpegFile,
+    PngImageFile,
+    GifImageFile,
+    BmpImageFile,
+)  # the others may keep what we need behind the pixels
 
 
 def probe_size(head: bytes, nbytes: int, read_all: Callable[[], bytes]) -> tuple[int, int]:
