@@ -16,9 +16,10 @@ from posixpath import basename, splitext
 from pipeline.errors import RecipeError, SourceError
 from pipeline.sample_table import SAMPLE_SCHEMA
 from pipeline.sources.base import (
-    IMAGE_SUFFIXES,
+    PHOTO_SUFFIXES,
     Source,
     dataset_fingerprint,
+    is_image_name,
     left_out_line,
     no_image_error,
 )
@@ -33,7 +34,7 @@ from pipeline.sources.webdataset import WebDatasetSource
 _SOURCES: dict[str, type[Source]] = {
     source.kind: source for source in (ImageFolderSource, WebDatasetSource, ParquetSource, ILSVRCSource)
 }
-_KIND_OF_SUFFIX = dict.fromkeys(IMAGE_SUFFIXES, ImageFolderSource.kind) | {
+_KIND_OF_SUFFIX = dict.fromkeys(PHOTO_SUFFIXES, ImageFolderSource.kind) | {
     ".tar": WebDatasetSource.kind,
     ".parquet": ParquetSource.kind,
 }
@@ -68,6 +69,8 @@ def _look(place: Place) -> str:
     ]
     known = {splitext(name)[1].lower() for name, _ in files} & set(_KIND_OF_SUFFIX)
     kinds = {_KIND_OF_SUFFIX[suffix] for suffix in known}
+    if not kinds and any(is_image_name(name) for name, _ in files):
+        kinds = {ImageFolderSource.kind}
     if kinds == {WebDatasetSource.kind}:
         tars = (file for file in files if splitext(file[0])[1].lower() == ".tar")
         kinds = {_look_into_tar(place, *tar) for tar in islice(tars, _TARS_LOOKED_AT)}

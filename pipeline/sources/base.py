@@ -26,10 +26,8 @@ from pipeline.sources.decode import HEAD_BYTES, probe_size
 from pipeline.sources.keys import OK, name_problem, printable, with_unique_keys
 from pipeline.sources.place import Place
 
-# What `decode.py` reads, by the suffixes that it is known by.
-IMAGE_SUFFIXES = (
-    *(".jpg", ".jpeg", ".png", ".webp", ".jpe", ".jfif", ".apng", ".gif", ".bmp", ".tif", ".tiff"),
-)
+PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".jpe", ".jfif")
+IMAGE_SUFFIXES = (*PHOTO_SUFFIXES, ".apng", ".gif", ".bmp", ".tif", ".tiff")  # all that `decode.py` reads
 
 _UNIT_SCHEMA = SAMPLE_SCHEMA.append(pa.field("qualified_key", pa.string()))
 

@@ -17,8 +17,10 @@ _ANCILLARY = 0x20  # the bit of a chunk's first letter: no decoder needs to know
 
 # Of TIFF 6.0 and libtiff: what says how pixels are stored, compressed, coloured and turned. Dates, texts,
 # resolutions, profiles, GeoTIFF and the directories of EXIF and GPS are left.
-_TIFF_READ = {256, 257, 258, 259, 262, 266, 273, 274, 277, 278, 279, 284, 292, 293, 317, 320, 322, 323, 324}
+_TIFF_READ = {256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 284, 292, 293, 317, 320, 322, 323, 324}
 _TIFF_READ |= {325, 332, 334, 338, 339, 347, *range(512, 522), 529, 530, 531, 532}
+
+_TIFF_ORIENTATIONS = {(274, 3, 1), (274, 4, 1)}  # tag, type (SHORT or LONG) and count
 
 
 def jpeg_without_metadata(data: bytes) -> bytes:
@@ -72,11 +74,15 @@ def tiff_without_metadata(data: bytes) -> bytes:
     try:
         (start,) = struct.unpack_from(order + "I", data, 4)
         (count,) = struct.unpack_from(order + "H", data, start)
-        tags = [struct.unpack_from(order + "H", data, start + 2 + 12 * i)[0] for i in range(count)]
+        tags = [struct.unpack_from(order + "HHI", data, start + 2 + 12 * i) for i in range(count)]
         struct.unpack_from("I", data, start + 2 + 12 * count)
     except struct.error:
         return data
     first = start + 2
-    kept = [data[first + 12 * i : first + 12 * i + 12] for i, tag in enumerate(tags) if tag in _TIFF_READ]
+    kept = [
+        data[first + 12 * i : first + 12 * i + 12]
+        for i, tag in enumerate(tags)
+        if tag[0] in _TIFF_READ or tag in _TIFF_ORIENTATIONS
+    ]
     directory = struct.pack(order + "H", len(kept)) + b"".join(kept)
     return data[:start] + directory.ljust(2 + 12 * count + 4, b"\0") + data[first + 12 * count + 4 :]

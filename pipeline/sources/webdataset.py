@@ -13,7 +13,7 @@ from typing import IO, NamedTuple
 
 import pyarrow as pa
 
-from pipeline.sources.base import IMAGE_SUFFIXES, SampleRows, is_image_name, kind_of
+from pipeline.sources.base import IMAGE_SUFFIXES, PHOTO_SUFFIXES, SampleRows, is_image_name, kind_of
 from pipeline.sources.keys import printable
 from pipeline.sources.tar import TarMember, TarSource, read_range, tar_members
 
@@ -32,7 +32,8 @@ class WebDatasetSource(TarSource):
 
     As webdataset has it, a member's key ends and its field begins at the first dot of its base name, and
     the members of one sample lie together: beside `a.jpg`, `a.seg.png` is the field `seg.png` of sample
-    `a`. Only in a sample without a plain image field are such members images, named without suffix.
+    `a`, and so is a `tif` beside a `jpg`. Only in a sample without a plain image field are members such as
+    `a.1.jpg` images, named without suffix.
     The label is the text of `cls`, or else `label` in `json`: of the member named as the image but for its
     suffix, wherever in the tar that is, or else of the sample. A key that occurs in several tars becomes
     `<tar without suffix>/<key>` in each; of those in one tar, the first sample has it so, and the
@@ -87,8 +88,10 @@ def _fields(members: Iterable[TarMember], rows: SampleRows) -> Iterator[_Field]:
 
 def _images(sample: list[_Field]) -> list[TarMember]:
     whole = [field for field in sample if field.key and field.member.problem is None]
-    plain = [member for _, name, member in whole if f".{name}" in IMAGE_SUFFIXES]
-    return plain or [member for _, _, member in whole if is_image_name(member.name)]
+    for suffixes in (PHOTO_SUFFIXES, IMAGE_SUFFIXES):
+        if plain := [member for _, name, member in whole if f".{name}" in suffixes]:
+            return plain
+    return [member for _, _, member in whole if is_image_name(member.name)]
 
 
 def _labels(file: IO[bytes], sample: list[_Field]) -> dict[str, str | None]:

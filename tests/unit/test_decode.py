@@ -5,6 +5,7 @@ import struct
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
@@ -268,6 +269,15 @@ def test_the_head_is_enough_for_jpeg_and_png() -> None:
         assert probe_size(data[:HEAD_BYTES], len(data), must_not_read) == (300, 200)
 
 
+def test_the_head_is_enough_for_gif_and_bmp() -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 300, 3), np.uint8))
+    for format in ("GIF", "BMP"):
+        data = encode(noise, format)
+        assert probe_size(data[:HEAD_BYTES], len(data), must_not_read) == (300, 200)
+        for cut in range(6, 3000, 7):
+            assert probe_size(data[:cut], len(data), partial(bytes, data)) == (300, 200)
+
+
 @pytest.mark.parametrize("behind_the_head", [False, True])
 def test_long_metadata_before_the_size_is_read_through(behind_the_head: bool) -> None:
     padding = [jpeg_segment(0xE5, bytes(60_000))] * 3
@@ -374,6 +384,15 @@ def test_metadata_never_costs_a_tiff(name: str, order: str, compression: str) ->
     struct.pack_into(order + "HHII", data, places[305], *TIFF_METADATA[name])
     assert np.array_equal(pixels(bytes(data)), pixels(plain))
     assert probe(bytes(data)) == (30, 40)
+
+
+@pytest.mark.parametrize("tag", [(274, 2, 1 << 30, 1 << 20), (274, 3, 2, 6), (274, 3, 0, 6), (274, 5, 1, 8)])
+def test_an_orientation_that_is_none_leaves_a_tiff_upright(tag: tuple[int, int, int, int]) -> None:
+    data = bytearray(encode(photo(), "TIFF", tiffinfo={274: 6}))
+    assert probe(bytes(data)) == (30, 40)
+    struct.pack_into("<HHII", data, data.index(struct.pack("<HHI", 274, 3, 1)), *tag)
+    assert np.array_equal(pixels(bytes(data)), pixels(encode(photo(), "TIFF")))
+    assert probe(bytes(data)) == (40, 30)
 
 
 @pytest.mark.parametrize("kind", ["icc_profile", "exif", "xmp"])

@@ -408,3 +408,11 @@ def test_many_kinds_are_one_line() -> None:
     assert line is not None
     assert line.startswith("Images in the source: 1,234. Left out: 19,955 (2,000 × .00, 1,999 × .01, ")
     assert line.endswith(", 1,993 × .07, 3,983 of other kinds).")
+
+
+def test_a_picture_of_a_page_does_not_hide_what_a_folder_holds(tmp_path: Path) -> None:
+    gif = encode(photo(), "GIF")
+    write_folder(tmp_path, {"assets/demo.gif": gif, "._a.jpg": b"left by macOS"})
+    assert open_source(tmp_path).kind == "image_folder"
+    write_parquet(tmp_path / "data" / "train.parquet", [IMAGES["n00000000_0"]])
+    assert open_source(tmp_path).kind == "parquet"

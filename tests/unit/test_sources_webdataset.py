@@ -275,3 +275,22 @@ def test_links_are_images_with_labels_of_their_own(tmp_path: Path) -> None:
     for row in found.values():
         expected = (folder / f"{row['key']}.jpg").read_bytes()
         assert source.read(row["path"], row["offset"], row["nbytes"]) == expected
+
+
+def test_a_photograph_goes_before_other_formats(tmp_path: Path) -> None:
+    tif, gif = encode(photo(seed=1), "TIFF"), encode(photo(), "GIF")
+    members = [
+        ("a.jpg", JPEG),
+        ("a.tif", tif),
+        ("a.cls", b"1"),
+        ("b.tif", tif),
+        ("b.cls", b"2"),
+        ("c.1.gif", gif),
+    ]
+    found, left_out = scan_and_count(write_folder(tmp_path, {"set.tar": tar_bytes(members)}))
+    assert {key: (row["nbytes"], row["label"], row["status"]) for key, row in found.items()} == {
+        "a": (len(JPEG), "1", "ok"),
+        "b": (len(tif), "2", "ok"),
+        "c.1": (len(gif), None, "ok"),
+    }
+    assert left_out == {".tif beside an image": 1}
