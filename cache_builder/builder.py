@@ -26,6 +26,7 @@ from cache_builder.stages import bottleneck
 from pipeline.cache import FeatureCache
 from pipeline.errors import BuildError, CacheError
 from pipeline.manifest import SPEC_NAME, Manifest, with_views_hashes
+from pipeline.sources import left_out_line
 from pipeline.spec import CacheSpec, TeacherSpec
 from pipeline.storage import Storage
 
@@ -60,6 +61,8 @@ def prepare(recipe: BuildRecipe, console: Console) -> tuple[Draft, CacheSpec, Pl
             status.update(f"scanning the images: {counter['samples']:,}")
 
         drafted = draft(recipe, show)
+    if (line := left_out_line(drafted.samples.num_rows, drafted.left_out)) is not None:
+        console.print(line, soft_wrap=True, markup=False)
     if manifest.exists():
         drafted = extend(recipe, drafted, manifest)
         if drafted.growth:

@@ -7,6 +7,7 @@ samples that are new in the source. What it holds stays as it is, and what canno
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
@@ -39,7 +40,7 @@ class Draft:
 
     `stored`, for a cache that exists: its spec, and where its view table is. Both specs look for weights
     where the recipe says they are; `moved` are the teachers for which `cache.json` says otherwise, and what
-    it says.
+    it says. `left_out` counts what a scan found in the source beside images.
     """
 
     spec: CacheSpec
@@ -47,6 +48,7 @@ class Draft:
     source: Source
     stored: tuple[CacheSpec, Manifest] | None = None
     moved: Mapping[str, str | None] = dataclass_field(default_factory=dict)
+    left_out: Counter[str] = dataclass_field(default_factory=Counter)
 
     @cached_property
     def views(self) -> pa.Table:
@@ -81,7 +83,8 @@ def draft(recipe: BuildRecipe, progress: Callable[[int], None] | None = None) ->
         for name, teacher in recipe.teachers.items()
     }
     source = open_source(recipe.source.path, recipe.source.kind)
-    samples, listing = _samples(recipe, source, progress)
+    left_out = Counter[str]()
+    samples, listing = _samples(recipe, source, progress, left_out)
     num_views = recipe.views.num_views
     spec = CacheSpec(
         dataset=DatasetSpec(
@@ -102,17 +105,17 @@ def draft(recipe: BuildRecipe, progress: Callable[[int], None] | None = None) ->
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         versions=versions(),
     )
-    return Draft(spec, samples, source)
+    return Draft(spec, samples, source, left_out=left_out)
 
 
 def _samples(
-    recipe: BuildRecipe, source: Source, progress: Callable[[int], None] | None
+    recipe: BuildRecipe, source: Source, progress: Callable[[int], None] | None, left_out: Counter[str]
 ) -> tuple[pa.Table, str]:
     """The sample table and the source's listing; scanned, unless the cache knows this very listing."""
     manifest, listing = Manifest(Storage.at(recipe.cache)), source.listing()
     if manifest.exists() and (stored := manifest.spec()).dataset.listing == listing:
         return manifest.samples(stored), listing
-    return source.scan(workers=os.cpu_count() or 1, progress=progress), listing
+    return source.scan(workers=os.cpu_count() or 1, progress=progress, left_out=left_out), listing
 
 
 def _whole_samples(rows_per_shard: int, num_views: int) -> int:
@@ -194,7 +197,9 @@ def _sample_differences(stored: pa.Table, scanned: pa.Table) -> Iterator[str]:
     kept, there = stored.filter(pa.array(~gone)), scanned.take(places.drop_null())
     changed = np.zeros(kept.num_rows, bool)
     for name in ("nbytes", "width", "height", "head_hash"):
-        changed |= kept[name].to_numpy() != there[name].to_numpy()
+        known = kept[name].to_numpy()
+        unread = known == 0 if name in ("width", "height") else False  # a later version may read it
+        changed |= (known != there[name].to_numpy()) & ~np.asarray(unread)
     for what, keys in (
         ("are gone from the source", stored["key"].filter(pa.array(gone))),
         ("are other images now", kept["key"].filter(pa.array(changed))),

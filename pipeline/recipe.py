@@ -2,46 +2,65 @@
 
 `load_recipe(BuildRecipe, "imagenet.yaml", ["views.num_views=4"])` → `BuildRecipe`. An unknown key is
 an error that names the nearest known one.
+
+YAML takes `on`, `1e3`, `0x10`, `010` or `a: b` for something else than text. The model knows what a key
+holds, so text stays text: in a file every plain scalar, in an override all that stands behind the `=`.
 """
 
 from __future__ import annotations
 
 import difflib
+import re
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
-from yaml import YAMLError
 
 from pipeline.errors import RecipeError
 
 Model = TypeVar("Model", bound=BaseModel)
 SHIPPED = Path(__file__).parent.parent / "jobs" / "recipes"
+_NULL, _BOOL, _STR, _MERGE = (f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "str", "merge"))
+_NOT_DECIMAL = re.compile(r"[-+]?0[0-9xb_]|.*:")  # octal, hexadecimal, binary or of base 60 to YAML
 
 
 def load_recipe(model: type[Model], path: str | Path, overrides: Sequence[str] = ()) -> Model:
     """The recipe at `path` (or a shipped one, by name) with overrides applied. Raises `RecipeError`."""
     file = _find(Path(path))
+    return _load(model, file.read_bytes(), overrides, str(file))
+
+
+def load_overrides(model: type[Model], overrides: Sequence[str], origin: str) -> Model:
+    """A `model` of nothing but overrides. Raises `RecipeError`."""
+    return _load(model, b"", overrides, origin)
+
+
+def _load(model: type[Model], text: bytes, overrides: Sequence[str], origin: str) -> Model:
     try:
-        config = OmegaConf.load(file)
-        for key, value in _parse(overrides):
+        node = yaml.compose(text, yaml.SafeLoader)
+        if node is not None:
+            _keep_text(node, model, ())
+        config = OmegaConf.create(_yaml(node) if node else {})
+        for override in overrides:
+            key, value = _parse(model, override)
             _name_the_items(config, key)
             OmegaConf.update(config, key, value, merge=False, force_add=True)
         content = OmegaConf.to_container(config, resolve=True)
     except RecipeError:
         raise
-    except (YAMLError, OmegaConfBaseException, TypeError, ValueError) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, TypeError, ValueError, RecursionError) as error:
         raise RecipeError(
-            f"Recipe {file} cannot be read.",
-            got=str(error).splitlines()[0],
+            f"Recipe {origin} cannot be read.",
+            got=_first_line(error),
             expected="YAML of `key: value` lines, and overrides such as views.num_views=4",
-            do="mend that line",
+            do="mend that line; text that YAML reads otherwise stands in quotes",
         ) from error
-    return check_recipe(model, content, str(file))
+    return check_recipe(model, content, origin)
 
 
 def check_recipe(model: type[Model], content: Any, origin: str) -> Model:
@@ -73,17 +92,73 @@ def _find(path: Path) -> Path:
     )
 
 
-def _parse(overrides: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    """(dotted key, value read as YAML) of each override; the value replaces what the recipe has there."""
-    for text in overrides:
-        key, equals, _ = text.partition("=")
-        if not equals or not key.strip():
-            raise RecipeError(
-                "An override must have the form key=value.",
-                got=repr(text),
-                expected="for example views.num_views=4",
-            )
-        yield key, OmegaConf.select(OmegaConf.from_dotlist([text]), key)
+def _parse(model: type[BaseModel], override: str) -> tuple[str, Any]:
+    """(dotted key, value) of an override; the value replaces what the recipe has there."""
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip() or not text.strip():
+        raise RecipeError(
+            "An override must have the form key=value.",
+            got=repr(override),
+            expected="for example views.num_views=4",
+            do="write key=null to leave a key unset",
+        )
+    location = tuple(re.split(r"\.|\[|\]\.?", key.removesuffix("]")))
+    kinds = set(_annotations(model, location))
+    is_text = all(map(_is_text, kinds))
+    if text == "null" and (types.NoneType in kinds or not is_text):
+        return key, None
+    literal = is_text or (_may_be_text(kinds) and text[0] not in "{[" and text != "~")
+    node = None if literal else _compose(text)
+    if node is None:
+        return key, re.sub(r"(\\*)\$\{", r"\1\1\\${", text)  # to OmegaConf, a `${` that is no interpolation
+    _keep_text(node, model, location)
+    return key, OmegaConf.create(_yaml(yaml.SequenceNode("tag:yaml.org,2002:seq", [node])))[0]
+
+
+def _compose(text: str) -> yaml.Node | None:
+    """The YAML that all of `text` is: what is none, or has a comment, is left for the model to refuse."""
+    try:
+        node = yaml.compose(text, yaml.SafeLoader)
+    except yaml.YAMLError:
+        return None
+    return node if node is not None and node.end_mark.index == len(text.rstrip()) else None
+
+
+def _yaml(node: yaml.Node) -> str:
+    return yaml.serialize(node, Dumper=yaml.SafeDumper, width=float("inf"))
+
+
+def _keep_text(node: yaml.Node, model: type[BaseModel], location: tuple[str, ...]) -> None:
+    """Make text to YAML what is text to `model`, and what is a number to YAML but to nobody else."""
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            if key.tag == _MERGE:
+                _keep_text(value, model, location)
+                continue
+            if isinstance(key, yaml.ScalarNode):
+                key.tag, key.style = _STR, "'"
+            _keep_text(value, model, (*location, str(key.value)))
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _keep_text(item, model, (*location, "0"))
+    elif isinstance(node, yaml.ScalarNode) and node.tag != _NULL and node.style is None:
+        kinds = set(_annotations(model, location))
+        is_number = bool({int, float} & kinds) and bool not in kinds
+        if (kinds and _may_be_text(kinds)) or (
+            is_number and (node.tag == _BOOL or _NOT_DECIMAL.match(node.value))
+        ):
+            node.tag, node.style = _STR, "'"
+
+
+def _is_text(kind: Any) -> bool:
+    return kind in (str, types.NoneType) or (
+        get_origin(kind) is Literal and all(isinstance(choice, str) for choice in get_args(kind))
+    )
+
+
+def _may_be_text(kinds: Iterable[Any]) -> bool:
+    """Whether a scalar can only be text here: in the place of a model or a mapping it names one."""
+    return all(_is_text(kind) or _is_model(kind) or _is_mapping(kind) for kind in kinds)
 
 
 def _name_the_items(config: Any, key: str) -> None:
@@ -96,31 +171,51 @@ def _name_the_items(config: Any, key: str) -> None:
             OmegaConf.update(config, above, {name: {} for name in names}, merge=False)
 
 
+def _first_line(error: Exception) -> str:
+    mark = getattr(error, "problem_mark", None)
+    return f"{error.problem}, line {mark.line + 1}" if mark else str(error).splitlines()[0]  # type: ignore[attr-defined]
+
+
 def _describe(model: type[BaseModel], problem: Any) -> str:
     location = problem["loc"]
     key = ".".join(str(part) for part in location)
     if problem["type"] == "extra_forbidden":
-        known = sorted(set(_keys(model, location[:-1])))
+        models = filter(_is_model, _annotations(model, location[:-1]))
+        known = sorted({name for kind in models for name in kind.model_fields})
         near = difflib.get_close_matches(str(location[-1]), known, 1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"known keys here: {', '.join(known)}"
         return f"{key}: unknown key; {hint}"
     if problem["type"] == "missing":
         return f"{key}: this key is needed and is not there"
-    return f"{key or 'recipe'}: {problem['msg'].removeprefix('Value error, ')} (got {problem['input']!r})"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "string_type":
+        message += f'; in a file, text that YAML reads otherwise stands in quotes, {location[-1]}: "…"'
+    return f"{key or 'recipe'}: {message} (got {problem['input']!r})"
 
 
-def _keys(annotation: Any, location: Sequence[int | str]) -> Iterator[str]:
-    """Field names of the models that `annotation` holds at `location`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        if not location:
-            yield from annotation.model_fields
-        elif (field := annotation.model_fields.get(str(location[0]))) is not None:
-            yield from _keys(field.annotation, location[1:])
-    elif get_origin(annotation) in (Union, types.UnionType):
+def _annotations(annotation: Any, location: Sequence[int | str]) -> Iterator[Any]:
+    """What `annotation` says of the value at `location`: one type for each option of a union."""
+    if get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
+    if get_origin(annotation) in (Union, types.UnionType):
         for option in get_args(annotation):  # pydantic names the chosen option in the location
             named = bool(location) and location[0] == getattr(option, "__name__", None)
-            yield from _keys(option, location[1:] if named else location)
-    elif (
-        isinstance(get_origin(annotation), type) and issubclass(get_origin(annotation), Mapping) and location
-    ):
-        yield from _keys(get_args(annotation)[1], location[1:])
+            yield from _annotations(option, location[1:] if named else location)
+    elif not location:
+        yield annotation
+    elif _is_model(annotation):
+        if (field := annotation.model_fields.get(str(location[0]))) is not None:
+            yield from _annotations(field.annotation, location[1:])
+    elif _is_mapping(annotation):
+        yield from _annotations(get_args(annotation)[1], location[1:])
+    elif get_origin(annotation) is tuple:
+        yield from _annotations(get_args(annotation)[0], location[1:])
+
+
+def _is_model(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _is_mapping(annotation: Any) -> bool:
+    origin = get_origin(annotation)
+    return isinstance(origin, type) and issubclass(origin, Mapping)

@@ -12,7 +12,6 @@ from jobs.launch import EXIT_FAILED
 
 if TYPE_CHECKING:
     from pipeline.cache import FeatureCache
-    from pipeline.recipe import Model
 
 
 def verify(
@@ -37,8 +36,9 @@ def verify(
     from cache_builder.verify import verify as verify_cache
     from pipeline.cache import FeatureCache
     from pipeline.errors import RecipeError
+    from pipeline.recipe import load_overrides
 
-    moved = _overrides(MovedRecipe, overrides, "overrides of this comparison")
+    moved = load_overrides(MovedRecipe, overrides or [], "overrides of this comparison")
     if overrides and not against_teacher:
         raise RecipeError(
             "Only --against-teacher loads teachers.",
@@ -69,14 +69,6 @@ def verify(
         )
     if against_teacher and not _against_teacher(opened, against_teacher, moved.checkpoints):
         raise typer.Exit(EXIT_FAILED)
-
-
-def _overrides(model: type[Model], overrides: list[str] | None, origin: str) -> Model:
-    from omegaconf import OmegaConf
-
-    from pipeline.recipe import check_recipe
-
-    return check_recipe(model, OmegaConf.to_container(OmegaConf.from_dotlist(overrides or [])), origin)
 
 
 def _progress(shards: int) -> Callable[[], None]:
@@ -122,8 +114,9 @@ def repair(cache: CacheArgument, overrides: Overrides = None, images: Images = N
     from cache_builder.repair import repair as repair_cache
     from cache_builder.verify import teachers_and_images
     from pipeline.cache import FeatureCache
+    from pipeline.recipe import load_overrides
 
-    recipe = _overrides(RepairRecipe, overrides, "runner of this repair")
+    recipe = load_overrides(RepairRecipe, overrides or [], "runner of this repair")
     opened = FeatureCache.open(cache, images)
     shards = sum(len(opened.manifest.committed(name)) for name in teachers_and_images(opened))
     done = repair_cache(opened, recipe, _progress(shards), recipe.checkpoints)

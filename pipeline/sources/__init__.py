@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import os
 from itertools import islice
-from posixpath import splitext
+from posixpath import basename, splitext
 
 from pipeline.errors import RecipeError, SourceError
 from pipeline.sample_table import SAMPLE_SCHEMA, dataset_fingerprint
-from pipeline.sources.base import IMAGE_SUFFIXES, Source, no_image_error
+from pipeline.sources.base import PHOTO_SUFFIXES, Source, is_image_name, left_out_line, no_image_error
 from pipeline.sources.decode import MAX_PIXELS, decode_image
 from pipeline.sources.ilsvrc import ILSVRCSource
 from pipeline.sources.image_folder import ImageFolderSource
@@ -27,7 +27,7 @@ from pipeline.sources.webdataset import WebDatasetSource
 _SOURCES: dict[str, type[Source]] = {
     source.kind: source for source in (ImageFolderSource, WebDatasetSource, ParquetSource, ILSVRCSource)
 }
-_KIND_OF_SUFFIX = dict.fromkeys(IMAGE_SUFFIXES, ImageFolderSource.kind) | {
+_KIND_OF_SUFFIX = dict.fromkeys(PHOTO_SUFFIXES, ImageFolderSource.kind) | {
     ".tar": WebDatasetSource.kind,
     ".parquet": ParquetSource.kind,
 }
@@ -57,9 +57,13 @@ def open_source(location: str | os.PathLike[str], kind: str = "auto") -> Source:
 
 def _look(place: Place) -> str:
     """The kind that all of the first files of a place have: images, tars or Parquet files."""
-    files = list(islice(place.files(), _FILES_LOOKED_AT))
+    files = [
+        file for file in islice(place.files(), _FILES_LOOKED_AT) if not basename(file[0]).startswith("._")
+    ]
     known = {splitext(name)[1].lower() for name, _ in files} & set(_KIND_OF_SUFFIX)
     kinds = {_KIND_OF_SUFFIX[suffix] for suffix in known}
+    if not kinds and any(is_image_name(name) for name, _ in files):
+        kinds = {ImageFolderSource.kind}
     if kinds == {WebDatasetSource.kind}:
         tars = (file for file in files if splitext(file[0])[1].lower() == ".tar")
         kinds = {_look_into_tar(place, *tar) for tar in islice(tars, _TARS_LOOKED_AT)}
@@ -77,8 +81,8 @@ def _look(place: Place) -> str:
 
 def _look_into_tar(place: Place, path: str, nbytes: int) -> str:
     with place.storage.open_read(path) as file:
-        first = next(tar_members(file, 0, nbytes), None)
-    holds_tars = first is not None and splitext(first.name)[1].lower() == ".tar"
+        shown = (m.name for m in tar_members(file, 0, nbytes) if not basename(m.name).startswith("."))
+        holds_tars = splitext(next(shown, ""))[1].lower() == ".tar"
     return ILSVRCSource.kind if holds_tars else WebDatasetSource.kind
 
 
@@ -88,6 +92,7 @@ __all__ = [
     "Source",
     "dataset_fingerprint",
     "decode_image",
+    "left_out_line",
     "open_source",
     "source_kinds",
 ]

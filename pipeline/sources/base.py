@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import time
 from abc import ABC, abstractmethod
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from itertools import islice
 from multiprocessing import get_context
-from posixpath import splitext
+from posixpath import basename, splitext
 from typing import Any, ClassVar
 
 import pyarrow as pa
@@ -24,7 +25,8 @@ from pipeline.sources.decode import HEAD_BYTES, probe_size
 from pipeline.sources.keys import OK, name_problem, printable, with_unique_keys
 from pipeline.sources.place import Place
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".jpe", ".jfif")
+IMAGE_SUFFIXES = (*PHOTO_SUFFIXES, ".apng", ".gif", ".bmp", ".tif", ".tiff")  # all that `decode.py` reads
 
 _UNIT_SCHEMA = SAMPLE_SCHEMA.append(pa.field("qualified_key", pa.string()))
 
@@ -32,6 +34,8 @@ _SECONDS_ALONE = 2.0  # what starting processes costs
 _REMOTE_THREADS = 32
 _UNITS_AHEAD_PER_WORKER = 4
 _NAMES_LOOKED_AT = 10_000
+_LEFT_OUT = b"left_out"  # in the metadata of a unit's rows: JSON of what the unit left out
+_KINDS_NAMED = 8
 
 
 class Source(ABC):
@@ -55,6 +59,10 @@ class Source(ABC):
         """The names in which images are looked for, to say what was found when none is one."""
         return (name for name, _ in self.place.files())
 
+    def _other_files(self) -> Iterable[str]:
+        """What a scan leaves out before it comes to units, a kind for each file."""
+        return ()
+
     def listing(self) -> str:
         """xxh3-128, in hex, of the names and sizes of this source's files: no file is opened."""
         digest = xxhash.xxh3_128()
@@ -62,20 +70,30 @@ class Source(ABC):
             digest.update(f"{nbytes} {name}\n".encode(errors="surrogateescape"))
         return digest.hexdigest()
 
-    def scan(self, workers: int = 1, progress: Callable[[int], None] | None = None) -> pa.Table:
+    def scan(
+        self,
+        workers: int = 1,
+        progress: Callable[[int], None] | None = None,
+        left_out: Counter[str] | None = None,
+    ) -> pa.Table:
         """The table of all samples, `SAMPLE_SCHEMA`, sorted by key (which is unique).
 
         Every image that is there has a row; what cannot be used (an unreadable header, an unsafe name,
         the place where a tar is cut) has a `status` that says why. `progress` is called with the number
         of rows since its last call. Local files are read by `workers` processes, remote ones by threads.
+        `left_out` counts, by kind, what is no image and belongs to none (`left_out_line` says it in words).
         Raises `EmptySourceError`, `SourceNotFoundError`, `SourceError`.
         """
         tables = []
         try:
             for table in self._scan_units(workers):
                 tables.append(table)
+                if left_out is not None:
+                    left_out.update(json.loads((table.schema.metadata or {}).get(_LEFT_OUT, b"{}")))
                 if progress is not None:
                     progress(table.num_rows)
+            if left_out is not None:
+                left_out.update(self._other_files())
         except (FileNotFoundError, PermissionError) as error:
             failure = SourceNotFoundError if isinstance(error, FileNotFoundError) else SourceError
             raise failure(
@@ -134,10 +152,13 @@ class Source(ABC):
     def _containers(self, suffix: str) -> Iterator[tuple[str, int]]:
         """(path, bytes) of the tars or Parquet files of this place."""
         for path, nbytes in self.place.files():
-            if splitext(path)[1].lower() == suffix:
+            if _is_container(path, suffix):
                 if problem := name_problem(path):
                     raise SourceError(f"{printable(path)} cannot be read.", got=problem, do="rename the file")
                 yield path, nbytes
+
+    def _no_containers(self, suffix: str) -> Iterator[str]:
+        return (kind_of(path) for path, _ in self.place.files() if not _is_container(path, suffix))
 
     def _unchanged(self, data: bytes | None, path: str, nbytes: int) -> bytes:
         if data is None or len(data) != nbytes:
@@ -159,7 +180,7 @@ class Source(ABC):
             return EmptySourceError(
                 f"None of the {samples.num_rows:,} images can be read.",
                 got=f"{key} in {path}: {status}",
-                expected="at least one JPEG, PNG or WebP image",
+                expected="at least one JPEG, PNG, WebP, GIF, BMP or TIFF image",
                 do="open some of them with an image viewer",
             )
         names = list(islice(self._names(), _NAMES_LOOKED_AT))
@@ -167,9 +188,10 @@ class Source(ABC):
 
 
 class SampleRows:
-    """Collects the rows of one unit."""
+    """Collects the rows of one unit, and counts what it leaves out by kind."""
 
     def __init__(self) -> None:
+        self.left_out = Counter[str]()
         self._columns: dict[str, list[Any]] = {name: [] for name in _UNIT_SCHEMA.names}
 
     def add(
@@ -203,8 +225,17 @@ class SampleRows:
         key = (printable(name) if name_problem(name) else name) or f"{path}#{offset}"
         self._append(key, path, offset, nbytes, 0, 0, None, status, _hash(b""), key)
 
+    def label(self, labels: Mapping[str, str | None]) -> int:
+        """Give images without a label those of `labels`, by key; returns how many `labels` have an image."""
+        keys, known = self._columns["key"], self._columns["label"]
+        known[:] = [
+            labels.get(key) if label is None else label for key, label in zip(keys, known, strict=True)
+        ]
+        return len(labels.keys() & set(keys))
+
     def table(self) -> pa.Table:
-        return pa.table(self._columns, schema=_UNIT_SCHEMA)
+        left_out = {_LEFT_OUT: json.dumps(found)} if (found := +self.left_out) else None
+        return pa.table(self._columns, schema=_UNIT_SCHEMA.with_metadata(left_out))
 
     def _append(self, *values: object) -> None:
         for column, value in zip(self._columns.values(), values, strict=True):
@@ -212,7 +243,27 @@ class SampleRows:
 
 
 def is_image_name(name: str) -> bool:
-    return splitext(name)[1].lower() in IMAGE_SUFFIXES
+    """By its suffix; macOS leaves a hidden `._a.jpg` beside `a.jpg`, and that is none."""
+    return splitext(name)[1].lower() in IMAGE_SUFFIXES and not basename(name).startswith(".")
+
+
+def kind_of(name: str) -> str:
+    return "hidden" if "/." in f"/{name}" else printable(splitext(name)[1].lower()) or "without suffix"
+
+
+def left_out_line(num_images: int, left_out: Counter[str]) -> str | None:
+    """What a scan counted, in one line; None where nothing was left out."""
+    if not left_out:
+        return None
+    named = left_out.most_common(_KINDS_NAMED)
+    kinds = [f"{count:,} × {kind}" for kind, count in named]
+    if rest := left_out.total() - sum(count for _, count in named):
+        kinds.append(f"{rest:,} of other kinds")
+    return f"Images in the source: {num_images:,}. Left out: {left_out.total():,} ({', '.join(kinds)})."
+
+
+def _is_container(path: str, suffix: str) -> bool:
+    return splitext(path)[1].lower() == suffix and not basename(path).startswith("._")
 
 
 def no_image_error(location: str, names: Iterable[str], problem: str) -> EmptySourceError:

@@ -7,7 +7,8 @@ The format is told by the first bytes, never by the name. Rules that decide pixe
 - Transparency is laid over white, as a page shows it: the colours behind it are arbitrary.
 - 16-bit gray is divided by 257, so that 65535 becomes 255. Pillow itself reduces 16-bit RGB (high byte).
 - CMYK of a JPEG is inverted as its Adobe marker says; a JPEG without the marker is not inverted.
-- Of an animation, the first frame.
+- Of an animation, the first frame; of a PNG the image that a viewer without animations shows.
+- No metadata costs an image, however long or damaged (`metadata.py`).
 
 Pillow's plugins are opened directly: `Image.open` would warn about large images before we can refuse
 them, and its EXIF parser warns about damaged tags through process-wide state that threads cannot guard.
@@ -31,6 +32,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from pipeline.errors import ImageDecodeError
+from pipeline.sources.metadata import jpeg_without_metadata, png_without_metadata, tiff_without_metadata
 
 MAX_PIXELS = 178_956_970  # where Pillow itself refuses: 512 MiB of RGB
 MAX_FILE_BYTES = 8 * MAX_PIXELS  # 16-bit RGBA of that many pixels, not compressed
@@ -65,7 +67,17 @@ _READERS: dict[bytes, type[ImageFile]] = {
     b"II*\0": TiffImageFile,
     b"MM\0*": TiffImageFile,
 }
-_PROBED_BY_HEAD = (_JpegFile, PngImageFile)  # the others may keep what we need behind the pixels
+_WITHOUT_METADATA: dict[type[ImageFile], Callable[[bytes], bytes]] = {
+    _JpegFile: jpeg_without_metadata,
+    PngImageFile: png_without_metadata,
+    TiffImageFile: tiff_without_metadata,
+}
+_PROBED_BY_HEAD = (
+    _JpegFile,
+    PngImageFile,
+    GifImageFile,
+    BmpImageFile,
+)  # the others may keep what we need behind the pixels
 
 
 def probe_size(head: bytes, nbytes: int, read_all: Callable[[], bytes]) -> tuple[int, int]:
@@ -135,8 +147,9 @@ def _reader(data: bytes) -> type[ImageFile]:
 
 def _open(data: bytes) -> ImageFile:
     reader = _reader(data)
+    strip = _WITHOUT_METADATA.get(reader, bytes)
     try:
-        image = reader(BytesIO(data))
+        image = reader(BytesIO(strip(data)))
     except Exception as error:  # as in decode_image
         raise ImageDecodeError(f"the header cannot be read: {_describe(error)}") from error
     if reader is _JpegFile and not image.tile:

@@ -10,16 +10,16 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from pipeline.errors import SourceError
-from pipeline.sources.base import SampleRows, is_image_name
+from pipeline.sources.base import SampleRows, is_image_name, kind_of
 from pipeline.sources.keys import printable
 from pipeline.sources.tar import TarSource, read_range, tar_members
 
 
 class _ClassTar(NamedTuple):
-    """The tar of one class in bytes [start, end) of the outer one, or what is wrong there."""
+    """A member of the outer tar, in bytes [start, end): mostly a class, or what is wrong there."""
 
     path: str
-    wnid: str
+    name: str
     start: int
     end: int
     problem: str | None
@@ -37,32 +37,41 @@ class ILSVRCSource(TarSource):
         for path, nbytes in self._tars():
             with self.place.storage.open_read(path) as file:
                 for member in tar_members(file, 0, nbytes):
-                    wnid, suffix = splitext(basename(member.name))
                     end = member.offset + member.nbytes
-                    if suffix.lower() == ".tar":
-                        yield _ClassTar(path, wnid, member.offset, end, None)
-                    elif is_image_name(member.name):
+                    if is_image_name(member.name):
                         raise SourceError(
                             f"{path} is not a tar of class tars.",
                             got=f"an image in it, {printable(member.name)}",
                             expected="one tar for each class, as in ILSVRC2012_img_train.tar",
                             do="give the path of that tar alone, or kind: webdataset for a flat one",
                         )
+                    if member.problem is None or is_class_tar(member.name):
+                        yield _ClassTar(path, member.name, member.offset, end, None)
                     if member.problem is not None:
                         yield _ClassTar(path, member.name, member.offset, end, member.problem)
 
     def _scan_unit(self, unit: _ClassTar) -> pa.Table:
-        path, wnid, start, end, problem = unit
+        path, name, start, end, problem = unit
         rows = SampleRows()
         if problem is not None:
-            rows.reject(path, start, end - start, problem, wnid)
+            rows.reject(path, start, end - start, problem, name)
             return rows.table()
+        if not is_class_tar(name):
+            rows.left_out[kind_of(name)] += 1
+            return rows.table()
+        wnid = splitext(basename(name))[0]
         with self.place.storage.open_read(path) as file:
-            for member in tar_members(file, start, end):
+            for member in tar_members(file, start, end, rows.left_out):
                 key = splitext(member.name)[0]
                 if member.problem is not None:
                     rows.reject(path, member.offset, member.nbytes, member.problem, key)
                 elif is_image_name(member.name):
                     read_first = partial(read_range, file, member.offset)
                     rows.add(key, f"{wnid}/{key}", path, member.offset, member.nbytes, wnid, read_first)
+                else:
+                    rows.left_out[kind_of(member.name)] += 1
         return rows.table()
+
+
+def is_class_tar(name: str) -> bool:
+    return splitext(name)[1].lower() == ".tar" and not basename(name).startswith(".")

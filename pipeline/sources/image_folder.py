@@ -10,7 +10,7 @@ from posixpath import splitext
 
 import pyarrow as pa
 
-from pipeline.sources.base import SampleRows, Source, is_image_name
+from pipeline.sources.base import SampleRows, Source, is_image_name, kind_of
 from pipeline.storage import LocalStorage
 
 _FILES_PER_UNIT = 1024
@@ -20,7 +20,7 @@ Files = list[tuple[str, int]]
 
 
 class ImageFolderSource(Source):
-    """JPEG, PNG and WebP files below a folder, by suffix in any case; hidden ones (.name) are left out.
+    """Images below a folder, by suffix in any case; hidden files and folders (.name) are left out.
 
     The key is the path without its suffix (with it, where two files differ in nothing else), the label
     the name of the folder that holds the file.
@@ -29,14 +29,17 @@ class ImageFolderSource(Source):
     kind = "image_folder"
 
     def _units(self) -> Iterator[Files]:
-        images = (file for file in self.place.files() if is_image_name(file[0]) and "/." not in f"/{file[0]}")
+        files = iter(self.place.files())
         size = _FILES_PER_UNIT if self.place.is_local else _REMOTE_FILES_PER_UNIT
-        while unit := list(islice(images, size)):
+        while unit := list(islice(files, size)):
             yield unit
 
     def _scan_unit(self, unit: Files) -> pa.Table:
         rows = SampleRows()
         for path, nbytes in unit:
+            if "/." in f"/{path}" or not is_image_name(path):
+                rows.left_out[kind_of(path)] += 1
+                continue
             label = path.rpartition("/")[0].rpartition("/")[2] or None
             rows.add(splitext(path)[0], path, path, 0, nbytes, label, partial(self._read_first, path))
         return rows.table()

@@ -7,7 +7,7 @@ holds integers or names.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from posixpath import splitext
 from threading import Lock
@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import ImageDecodeError, SourceError
 from pipeline.sources.base import SampleRows, Source
+from pipeline.sources.keys import printable
 from pipeline.storage import LocalStorage, Storage
 
 _ROWS_PER_BATCH = 256
@@ -62,6 +63,9 @@ class ParquetSource(Source):
                 yield _RowGroup(path, group, first_row, num_rows)
                 first_row += num_rows
 
+    def _other_files(self) -> Iterable[str]:
+        return self._no_containers(".parquet")
+
     def _scan_unit(self, unit: _RowGroup) -> pa.Table:
         rows = SampleRows()
         if unit.problem is not None:
@@ -70,6 +74,9 @@ class ParquetSource(Source):
         row = unit.first_row
         try:
             with _open(self.place.storage.url, unit.path) as file:
+                for field in file.schema_arrow:
+                    if field.name != "image" and _holds_images(field.type):
+                        rows.left_out[f"image in column {printable(field.name)}"] += unit.num_rows
                 for batch in _batches(file, unit.group, ["image.bytes", "label"]):
                     for data, label in zip(_images(batch), _labels(batch), strict=True):
                         _add(rows, unit.path, row, data, label)
@@ -125,17 +132,21 @@ def _labels(batch: pa.RecordBatch) -> list[object]:
 
 
 def _check_layout(path: str, schema: pa.Schema) -> None:
-    image = schema.field("image").type if "image" in schema.names else None
-    if image is not None and pa.types.is_struct(image) and image.get_field_index("bytes") >= 0:
-        kind = image.field("bytes").type
-        if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
-            return
+    if "image" in schema.names and _holds_images(schema.field("image").type):
+        return
     raise SourceError(
         f"{path} is not in the Hub's image layout.",
         got=", ".join(f"{field.name}: {field.type}" for field in schema),
         expected="a column image: struct<bytes: binary, …>, and maybe a column label",
         do="save it with `datasets` and a column of type Image(), or choose other files with a pattern",
     )
+
+
+def _holds_images(kind: pa.DataType) -> bool:
+    if not pa.types.is_struct(kind) or kind.get_field_index("bytes") < 0:
+        return False
+    content = kind.field("bytes").type
+    return bool(pa.types.is_binary(content) or pa.types.is_large_binary(content))
 
 
 def _open(url: str, path: str) -> pq.ParquetFile:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import tarfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from posixpath import dirname, normpath
+from posixpath import join as join_path
 from typing import IO, NamedTuple, Self
 
 from pipeline.sources.base import Source
 
 _PLAIN_KINDS = (tarfile.REGTYPE, tarfile.XHDTYPE)
+_LONGEST_CHAIN = 40  # of links to links, as in Linux
 
 
 class TarMember(NamedTuple):
@@ -18,6 +23,15 @@ class TarMember(NamedTuple):
     offset: int
     nbytes: int
     problem: str | None = None
+
+
+class _Link(NamedTuple):
+    """A link with its header at `offset`. A hard one leads to the last file of that name before it."""
+
+    name: str
+    offset: int
+    target: str
+    is_hard: bool
 
 
 class _Header(tarfile.TarInfo):
@@ -37,13 +51,50 @@ class _Header(tarfile.TarInfo):
         return header
 
 
-def tar_members(file: IO[bytes], start: int, end: int) -> Iterator[TarMember]:
+def tar_members(
+    file: IO[bytes], start: int, end: int, left_out: Counter[str] | None = None
+) -> Iterator[TarMember]:
     """The regular files of the tar that lies in bytes [start, end) of `file`, lazily, in order.
+
+    A link to one of them is a member at the place of its header, with the bytes of the other. Links that
+    lead to no file of the tar, and sparse files, are counted in `left_out`. A tar with links is read twice.
 
     A tar that is cut or damaged gives all members before the damage, and then the damage itself: the
     last item has a `problem` (and the name of the member that was cut, if it had one). A tar without
     the zero block that ends every tar counts as cut. `file` may be read from between two items.
     """
+    entries: dict[str, list[TarMember | _Link]] = {}
+    for entry in _entries(file, start, end, left_out):
+        if isinstance(entry, TarMember):
+            yield entry
+            continue
+        if not entries:
+            for other in _entries(file, start, end):
+                entries.setdefault(other.name, []).append(other)
+        if entry.is_hard and entry.target == entry.name:
+            continue  # GNU tar's second mention of one file
+        if (found := _follow(entry, entries)) is not None:
+            yield TarMember(entry.name, found.offset, found.nbytes)
+        elif left_out is not None:
+            left_out["link that leads to no file"] += 1
+
+
+def _follow(entry: TarMember | _Link, entries: dict[str, list[TarMember | _Link]]) -> TarMember | None:
+    """The file that a link leads to, over other links."""
+    for _ in range(_LONGEST_CHAIN):
+        if isinstance(entry, TarMember):
+            return entry if entry.problem is None else None
+        at = entry.offset if entry.is_hard else math.inf
+        before = [other for other in entries.get(entry.target, ()) if other.offset < at]
+        if not before:
+            return None
+        entry = before[-1]
+    return None
+
+
+def _entries(
+    file: IO[bytes], start: int, end: int, left_out: Counter[str] | None = None
+) -> Iterator[TarMember | _Link]:
     position = start
     file.seek(start)
     try:
@@ -53,8 +104,15 @@ def tar_members(file: IO[bytes], start: int, end: int) -> Iterator[TarMember]:
             if tar.offset <= position or info.size < 0:
                 raise tarfile.ReadError("a header points backwards")
             stop = info.offset_data + info.size
-            if info.isreg() and not info.issparse():
-                name = info.name.removeprefix("./")
+            name = info.name.removeprefix("./")
+            if info.islnk():
+                yield _Link(name, info.offset, info.linkname.removeprefix("./"), True)
+            elif info.issym():
+                yield _Link(name, info.offset, normpath(join_path(dirname(name), info.linkname)), False)
+            elif info.issparse():
+                if left_out is not None:
+                    left_out["sparse file"] += 1
+            elif info.isreg():
                 if stop > end:
                     problem = f"the tar is cut: this member ends at byte {stop:,}, the tar at {end:,}"
                     yield TarMember(name, info.offset_data, max(end - info.offset_data, 0), problem)
@@ -81,6 +139,9 @@ class TarSource(Source):
 
     def _tars(self) -> Iterator[tuple[str, int]]:
         return self._containers(".tar")
+
+    def _other_files(self) -> Iterable[str]:
+        return self._no_containers(".tar")
 
     def _names(self) -> Iterator[str]:
         yield from super()._names()

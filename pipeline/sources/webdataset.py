@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import groupby
 from operator import attrgetter
@@ -13,11 +13,12 @@ from typing import IO, NamedTuple
 
 import pyarrow as pa
 
-from pipeline.sources.base import IMAGE_SUFFIXES, SampleRows, is_image_name
+from pipeline.sources.base import IMAGE_SUFFIXES, PHOTO_SUFFIXES, SampleRows, is_image_name, kind_of
+from pipeline.sources.keys import printable
 from pipeline.sources.tar import TarMember, TarSource, read_range, tar_members
 
 _NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
-_LONGEST_LABEL_BYTES = 1 << 16
+_LONGEST_LABEL_BYTES = 1 << 20
 
 
 class _Field(NamedTuple):
@@ -31,8 +32,10 @@ class WebDatasetSource(TarSource):
 
     As webdataset has it, a member's key ends and its field begins at the first dot of its base name, and
     the members of one sample lie together: beside `a.jpg`, `a.seg.png` is the field `seg.png` of sample
-    `a`. Only in a sample without a plain image field are such members images, named without suffix.
-    The label is the text of `cls`, or else `label` in `json`. A key that occurs in several tars becomes
+    `a`, and so is a `tif` beside a `jpg`. Only in a sample without a plain image field are members such as
+    `a.1.jpg` images, named without suffix.
+    The label is the text of `cls`, or else `label` in `json`: of the member named as the image but for its
+    suffix, wherever in the tar that is, or else of the sample. A key that occurs in several tars becomes
     `<tar without suffix>/<key>` in each; of those in one tar, the first sample has it so, and the
     later ones get the status "duplicate key" under `<tar without suffix>/<key>#<offset>`.
     """
@@ -44,45 +47,79 @@ class WebDatasetSource(TarSource):
 
     def _scan_unit(self, unit: tuple[str, int]) -> pa.Table:
         path, tar_nbytes = unit
-        rows = SampleRows()
+        rows, apart = SampleRows(), dict[str, str | None]()
         with self.place.storage.open_read(path) as file:
-            fields = (_Field(*_split(member.name), member) for member in tar_members(file, 0, tar_nbytes))
-            for key, group in groupby(fields, attrgetter("key")):
+            members = tar_members(file, 0, tar_nbytes, rows.left_out)
+            for key, group in groupby(_fields(members, rows), attrgetter("key")):
                 sample = list(group)
-                label = _label(file, sample)
-                for name, offset, nbytes, _ in _images(sample):
+                labels, images = _labels(file, sample), _images(sample)
+                for name, offset, nbytes, _ in images:
                     own_key = splitext(name)[0]
                     qualified_key = f"{splitext(path)[0]}/{own_key}"
+                    label = labels.get(own_key, labels.get(key))
                     read_first = partial(read_range, file, offset)
                     rows.add(own_key, qualified_key, path, offset, nbytes, label, read_first)
-                for _, _, (name, offset, nbytes, problem) in sample:
+                named = {key, *(splitext(image.name)[0] for image in images)} if images else set()
+                apart |= {name: label for name, label in labels.items() if label and name not in named}
+                rows.left_out["unreadable label"] += list(labels.values()).count(None)
+                for _, field, member in sample:
+                    name, offset, nbytes, problem = member
                     if problem is not None:
                         rows.reject(path, offset, nbytes, problem, key or name)
+                    elif images and is_image_name(name) and member not in images:
+                        rows.left_out[printable(f".{field}") + " beside an image"] += 1
+                    elif not images and splitext(name)[0] not in labels:
+                        rows.left_out[kind_of(name)] += 1
+        rows.left_out["label without an image"] += len(apart) - rows.label(apart)
         return rows.table()
 
 
-def _split(name: str) -> tuple[str, str]:
-    match = _NAME.fullmatch(name)
-    return (match[1], match[2].lower()) if match else ("", "")
+def _fields(members: Iterable[TarMember], rows: SampleRows) -> Iterator[_Field]:
+    """All but the names that webdataset passes over: those do not part a sample."""
+    for member in members:
+        match = _NAME.fullmatch(member.name)
+        if match:
+            yield _Field(match[1], match[2].lower(), member)
+        elif member.problem is not None:
+            yield _Field("", "", member)
+        else:
+            rows.left_out[kind_of(member.name)] += 1
 
 
 def _images(sample: list[_Field]) -> list[TarMember]:
     whole = [field for field in sample if field.key and field.member.problem is None]
-    plain = [member for _, name, member in whole if f".{name}" in IMAGE_SUFFIXES]
-    return plain or [member for _, _, member in whole if is_image_name(member.name)]
+    for suffixes in (PHOTO_SUFFIXES, IMAGE_SUFFIXES):
+        if plain := [member for _, name, member in whole if f".{name}" in suffixes]:
+            return plain
+    return [member for _, _, member in whole if is_image_name(member.name)]
 
 
-def _label(file: IO[bytes], sample: list[_Field]) -> str | None:
-    texts = {
-        name: read_range(file, member.offset, member.nbytes).decode(errors="replace")
-        for _, name, member in sample
-        if name in ("cls", "json") and member.nbytes <= _LONGEST_LABEL_BYTES
-    }
-    if "cls" in texts:
-        return texts["cls"].strip()
-    try:
-        content = json.loads(texts.get("json", "null"))
-    except (ValueError, RecursionError):
-        return None
+def _labels(file: IO[bytes], sample: list[_Field]) -> dict[str, str | None]:
+    """The labels of a sample, None where one is unreadable, by the name without suffix of what holds it."""
+    labels: dict[str, str | None] = {}
+    for _, _, member in sample:
+        name, suffix = splitext(member.name)
+        if suffix.lower() not in (".cls", ".json") or member.problem is not None:
+            continue
+        is_text = suffix.lower() == ".cls"
+        try:
+            label = _label(read_range(file, member.offset, min(member.nbytes, _LONGEST_LABEL_BYTES)), is_text)
+        except (ValueError, RecursionError):
+            labels.setdefault(name, None)
+            continue
+        if label is not None and (is_text or labels.get(name) is None):
+            labels[name] = label
+    return labels
+
+
+def _label(data: bytes, is_text: bool) -> str | None:
+    """Raises `ValueError` for a label that is neither a word nor a whole number."""
+    if len(data) >= _LONGEST_LABEL_BYTES:
+        raise ValueError(f"{len(data):,} bytes")
+    if is_text:
+        return data.decode().strip()
+    content = json.loads(data)
     label = content.get("label") if isinstance(content, dict) else None
-    return str(label) if isinstance(label, int | str) else None
+    if label is not None and not isinstance(label, int | str):
+        raise ValueError("no label")
+    return None if label is None else str(label)

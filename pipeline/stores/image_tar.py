@@ -11,6 +11,7 @@ from pipeline.storage import ChecksumWriter, Storage
 from pipeline.stores.tar_index import member_key
 
 _SUFFIXES = {b"\xff\xd8": ".jpg", b"\x89P": ".png", b"RI": ".webp"}
+_SUFFIXES |= {b"GI": ".gif", b"BM": ".bmp", b"II": ".tif", b"MM": ".tif"}
 
 
 def image_tar_name(shard: int) -> str:

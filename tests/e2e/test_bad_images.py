@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import struct
 import zlib
@@ -14,10 +15,12 @@ from PIL import Image
 from rich.console import Console
 
 from cache_builder import build
+from cache_builder.builder import prepare
 from cache_builder.verify import verify
 from jobs.inspection.summary import summarize
 from pipeline import FeatureCache
 from pipeline.sampler import ShardShuffleSampler
+from pipeline.sources import decode
 from tests.images import encode, exif, photo, png_chunk, tar_bytes, write_folder, write_parquet
 from tests.make_cache import build_recipe
 
@@ -128,3 +131,30 @@ def test_a_parquet_row_without_bytes(tmp_path: Path) -> None:
     assert (entry.sample_index, entry.location) == (1, "train.parquet at 1")
     assert entry.reason == "the row has null bytes"
     assert cache.valid_samples().tolist() == [0, 2]
+
+
+def test_what_is_left_out_is_said_before_anything_runs(tmp_path: Path) -> None:
+    others = {"a.avif": b"", "[b].avif": b"", "._plain.jpg": b"", "plain.cls": b"3"}
+    recipe = build_recipe(tmp_path / "cache", write_folder(tmp_path / "images", GOOD | others))
+    for _ in range(2):
+        printed = io.StringIO()
+        prepare(recipe, Console(file=printed, width=40))
+        line = "Images in the source: 7. Left out: 4 (2 × .avif, 1 × hidden, 1 × .cls).\n"
+        assert line in printed.getvalue().replace("1 × .cls, 1 × hidden", "1 × hidden, 1 × .cls")
+
+
+def test_a_cache_grows_though_an_image_can_be_read_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = png_chunk(b"zTXt", b"workflow\0\0" + zlib.compress(bytes(2_000_000)))
+    png = encode(photo(seed=1), "PNG")
+    images = write_folder(tmp_path / "images", {"comfy.png": png[:33] + text + png[33:], "plain.jpg": JPEG})
+    recipe = build_recipe(tmp_path / "cache", images)
+    with monkeypatch.context() as patched:
+        patched.setattr(decode, "_WITHOUT_METADATA", {})  # as it once was
+        cache = build(recipe, QUIET).cache
+    assert [entry.key for entry in cache.manifest.quarantine()] == ["comfy"]
+    write_folder(images, {"z.jpg": encode(photo(seed=2))})
+    grown = build(recipe, QUIET).cache
+    assert {grown.key(sample) for sample in grown.valid_samples().tolist()} == {"plain", "z"}
+    assert verify(grown, full=True) == []

@@ -5,6 +5,7 @@ import struct
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
@@ -268,6 +269,15 @@ def test_the_head_is_enough_for_jpeg_and_png() -> None:
         assert probe_size(data[:HEAD_BYTES], len(data), must_not_read) == (300, 200)
 
 
+def test_the_head_is_enough_for_gif_and_bmp() -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 300, 3), np.uint8))
+    for format in ("GIF", "BMP"):
+        data = encode(noise, format)
+        assert probe_size(data[:HEAD_BYTES], len(data), must_not_read) == (300, 200)
+        for cut in range(6, 3000, 7):
+            assert probe_size(data[:cut], len(data), partial(bytes, data)) == (300, 200)
+
+
 @pytest.mark.parametrize("behind_the_head", [False, True])
 def test_long_metadata_before_the_size_is_read_through(behind_the_head: bool) -> None:
     padding = [jpeg_segment(0xE5, bytes(60_000))] * 3
@@ -275,6 +285,140 @@ def test_long_metadata_before_the_size_is_read_through(behind_the_head: bool) ->
     segments = [*padding, turned] if behind_the_head else [turned, *padding]
     data = insert_segment(encode(photo()), b"".join(segments))
     assert probe(data) == decode_image(data).size == (30, 40)
+
+
+WORKFLOW = zlib.compress(b"{'workflow': 1}" * 150_000)  # 2.2 MB, as image generators embed
+ICC = b"ICC_PROFILE\0"
+PNG_METADATA = {
+    "compressed text": png_chunk(b"zTXt", b"workflow\0\0" + WORKFLOW),
+    "compressed international text": png_chunk(b"iTXt", b"workflow\0\1\0en\0\0" + WORKFLOW),
+    "much text": png_chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(1_000_000))) * 70,
+    "text of an unknown compression": png_chunk(b"zTXt", b"a\0\7" + WORKFLOW),
+    "text with a wrong checksum": png_chunk(b"tEXt", b"a\0b")[:-1] + b"!",
+    "a profile of an unknown compression": png_chunk(b"iCCP", b"a\0\7b"),
+    "an empty profile": png_chunk(b"iCCP", b""),
+    "a large profile": png_chunk(b"iCCP", b"a\0\0" + WORKFLOW),
+    "a short resolution": png_chunk(b"pHYs", b"ab"),
+    "an empty rendering intent": png_chunk(b"sRGB", b""),
+    "a short gamma": png_chunk(b"gAMA", b"a"),
+    "short chromaticities": png_chunk(b"cHRM", b"abc"),
+    "an animation of no frames": png_chunk(b"acTL", bytes(8)),
+    "frames out of order": png_chunk(b"fcTL", struct.pack(">5I2H2B", 7, 40, 30, 0, 0, 1, 1, 0, 0)),
+    "EXIF with a wrong checksum": png_chunk(b"eXIf", exif(6)[6:])[:-1] + b"!",
+    "EXIF of nothing": png_chunk(b"eXIf", b"garbage"),
+    "a chunk of a strange name": png_chunk(b"t\xffX\0", b"a"),
+    "an unknown chunk": png_chunk(b"prVt", bytes(100_000)),
+}
+JPEG_METADATA = {
+    "no profile": jpeg_segment(0xE2, ICC),
+    "half of a profile": jpeg_segment(0xE2, ICC + b"\1\2half"),
+    "a short JFIF": jpeg_segment(0xE0, b"JFIF\0"),
+    "a short Adobe marker": jpeg_segment(0xEE, b"Adobe"),
+    "damaged EXIF": jpeg_segment(0xE1, exif(6)[:12] + b"\xff" * 9),
+    "10 MB of segments": jpeg_segment(0xE5, bytes(65_000)) * 160,
+    "XMP": jpeg_segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0" + bytes(60_000)),
+    "a damaged Photoshop block": jpeg_segment(0xED, b"Photoshop 3.0\x008BIM\x03\xed\xff"),
+    "a comment": jpeg_segment(0xFE, b"\xff" * 60_000),
+    "padding and junk": b"\xff" * 9 + jpeg_segment(0xE2, ICC) + b"junk\xff\0" + jpeg_segment(0xE2, ICC),
+}
+
+
+def with_chunk(png: bytes, chunk: bytes, behind: bool) -> bytes:
+    place = len(png) - 12 if behind else 33
+    return png[:place] + chunk + png[place:]
+
+
+@pytest.mark.parametrize("behind", [False, True], ids=["before the pixels", "behind the pixels"])
+@pytest.mark.parametrize("name", PNG_METADATA)
+def test_metadata_never_costs_a_png(name: str, behind: bool) -> None:
+    plain = encode(photo(), "PNG")
+    data = with_chunk(plain, PNG_METADATA[name], behind)
+    assert np.array_equal(pixels(data), pixels(plain))
+    assert probe(data) == (40, 30)
+    clear = Image.new("RGBA", (40, 30), (9, 9, 9, 0))
+    clear.putpixel((3, 4), (9, 9, 9, 255))
+    data = with_chunk(encode(clear.convert("P"), "PNG", transparency=0), PNG_METADATA[name], behind)
+    assert np.array_equal(pixels(data), pixels(encode(clear.convert("P"), "PNG", transparency=0)))
+
+
+@pytest.mark.parametrize("name", JPEG_METADATA)
+def test_metadata_never_costs_a_jpeg(name: str) -> None:
+    plain = insert_segment(encode(photo()), jpeg_segment(0xE1, exif(6)))
+    behind = plain.index(b"\xff\xdb")
+    for place in (2, behind):
+        data = plain[:place] + JPEG_METADATA[name] + plain[place:]
+        if name == "damaged EXIF" and place == 2:
+            assert probe(data) == decode_image(data).size == (40, 30)
+            continue
+        assert np.array_equal(pixels(data), pixels(plain))
+        assert probe(data) == (30, 40)
+
+
+TIFF_METADATA = {
+    "a text that ends outside": (270, 2, 1 << 30, 1 << 20),
+    "an unknown type": (305, 77, 1, 0),
+    "too many resolutions": (282, 5, 9, 8),
+    "a profile that ends outside": (34675, 7, 1 << 30, 0),
+    "a directory outside": (34665, 4, 1, 1 << 30),
+    "a directory in itself": (34853, 4, 1, 8),
+    "XMP": (700, 1, 1 << 29, 0),
+    "a private tag": (65_000, 2, 1 << 31, 0),
+}
+
+
+@pytest.mark.parametrize("compression", ["raw", "tiff_lzw"])
+@pytest.mark.parametrize("order", ["II", "MM"])
+@pytest.mark.parametrize("name", TIFF_METADATA)
+def test_metadata_never_costs_a_tiff(name: str, order: str, compression: str) -> None:
+    image = Image.fromarray(
+        np.arange(1200, dtype=np.uint16).reshape(30, 40).astype(f"{'<>'[order == 'MM']}u2")
+    )
+    plain = encode(image, "TIFF", compression=compression, tiffinfo={305: "x" * 20, 274: 6})
+    data, order = bytearray(plain), "<" if plain[:2] == b"II" else ">"
+    (start,) = struct.unpack_from(order + "I", data, 4)
+    (count,) = struct.unpack_from(order + "H", data, start)
+    places = {
+        struct.unpack_from(order + "H", data, at)[0]: at
+        for at in range(start + 2, start + 2 + 12 * count, 12)
+    }
+    struct.pack_into(order + "HHII", data, places[305], *TIFF_METADATA[name])
+    assert np.array_equal(pixels(bytes(data)), pixels(plain))
+    assert probe(bytes(data)) == (30, 40)
+
+
+@pytest.mark.parametrize("tag", [(274, 2, 1 << 30, 1 << 20), (274, 3, 2, 6), (274, 3, 0, 6), (274, 5, 1, 8)])
+def test_an_orientation_that_is_none_leaves_a_tiff_upright(tag: tuple[int, int, int, int]) -> None:
+    data = bytearray(encode(photo(), "TIFF", tiffinfo={274: 6}))
+    assert probe(bytes(data)) == (30, 40)
+    struct.pack_into("<HHII", data, data.index(struct.pack("<HHI", 274, 3, 1)), *tag)
+    assert np.array_equal(pixels(bytes(data)), pixels(encode(photo(), "TIFF")))
+    assert probe(bytes(data)) == (40, 30)
+
+
+@pytest.mark.parametrize("kind", ["icc_profile", "exif", "xmp"])
+@pytest.mark.parametrize("content", [b"garbage", bytes(2_000_000)], ids=["short", "long"])
+def test_metadata_never_costs_a_webp(kind: str, content: bytes) -> None:
+    plain = encode(photo(), "WEBP", lossless=True)
+    data = encode(photo(), "WEBP", lossless=True, **{kind: content})
+    assert content in data
+    assert np.array_equal(pixels(data), pixels(plain))
+    assert probe(data) == (40, 30)
+
+
+def test_metadata_never_costs_a_gif() -> None:
+    plain = encode(photo(), "GIF")
+    assert np.array_equal(pixels(encode(photo(), "GIF", comment=bytes(2_000_000))), pixels(plain))
+
+
+def test_damage_of_what_decides_pixels_is_still_refused() -> None:
+    image = Image.fromarray(np.array([[0, 1]], np.uint8), "P")
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    data = encode(image, "PNG", transparency=0)
+    for kind in (b"IHDR", b"PLTE", b"tRNS"):
+        damaged = bytearray(data)
+        damaged[data.index(kind) + 4] ^= 1
+        with pytest.raises(ImageDecodeError):
+            decode_image(bytes(damaged))
 
 
 def test_errors_name_a_reason_on_one_line() -> None:

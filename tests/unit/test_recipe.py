@@ -6,11 +6,14 @@ import re
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from cache_builder.moved import RepairRecipe
 from cache_builder.recipe import BuildRecipe
 from cache_builder.teachers.recipe import TeacherRecipe
 from pipeline.errors import RecipeError
-from pipeline.recipe import SHIPPED, check_recipe, load_recipe
+from pipeline.recipe import SHIPPED, check_recipe, load_overrides, load_recipe
 from student.recipe import TrainRecipe
 
 TEXT = "cache: c\nsource: images\nteachers: [dinov2_small]\nviews: {num_views: 2}\n"
@@ -54,6 +57,14 @@ def test_null_removes_a_teacher(tmp_path: Path) -> None:
         ("runner.kind=slurm", "runner.kind: .*'local' or 'ray'"),
         ("views.policy=imagenet_eval", "one fixed view"),
         ("noequals", r"must have the form key=value(.|\n)*got: +'noequals'"),
+        ("views.num_views=on", "views.num_views: .*integer.*'on'"),
+        ("views.num_views=0x10", "views.num_views: .*integer.*'0x10'"),
+        ("views.num_views=1:30", "views.num_views: .*integer.*'1:30'"),
+        ("views.num_views=3 # of 4", "views.num_views: .*integer.*'3 # of 4'"),
+        ("views.num_views=[1", r"views.num_views: .*integer.*'\[1'"),
+        ("source.pth=/a: b: c", r"source.pth: unknown key; did you mean path\?"),
+        ("cache=", r"must have the form key=value(.|\n)*got: +'cache='(.|\n)*key=null"),
+        ("cache= ", r"must have the form key=value(.|\n)*got: +'cache= '"),
         ("views.size=0", "views: size must be two positive numbers"),
         ("views.scale=[0.5,0.1]", "low <= high"),
     ],
@@ -62,6 +73,134 @@ def test_what_cannot_be_meant_is_named(recipe: Path, override: str, message: str
     overrides = ["teachers={x: {model: vit_tiny_patch16_224}}", override]
     with pytest.raises(RecipeError, match=message):
         load_recipe(BuildRecipe, recipe, overrides)
+
+
+ODD_TEXT = [
+    *(
+        "/w/a: b",
+        "~",
+        "~/x",
+        "1e3",
+        "0x10",
+        "010",
+        "1:30",
+        "on",
+        "no",
+        "2024-01-01",
+        "[a,b]",
+        "{x}",
+        "a #b",
+        "a,b",
+    ),
+    *("a=b", "=", " a", "a ", "'q'", '"q"', "@x", "%x", "&a b", "*a", "!x y", "- a", "?", "|", "???", "a\\"),
+    *("${cache}", r"\${x}", r"\\${x} \ \\", "${oc.env:HOME}", "a: b: c", "a\tb"),
+]
+
+
+@pytest.mark.parametrize("text", [*ODD_TEXT, "null"])
+def test_text_is_taken_as_it_is_typed(recipe: Path, text: str) -> None:
+    keys = ["cache", "source.path", "teachers.dinov2_small.codec", "runner.device"]
+    loaded = load_recipe(BuildRecipe, recipe, [f"{key}={text}" for key in keys])
+    found = loaded.cache, loaded.source.path, loaded.teachers["dinov2_small"].codec, loaded.runner.device
+    assert found == (text,) * 4
+
+
+@pytest.mark.parametrize("text", ODD_TEXT)
+def test_optional_text_is_taken_as_it_is_typed(text: str) -> None:
+    overrides = [f"{key}={text}" for key in ("cache", "output", "images", "student.init_from")]
+    loaded = load_recipe(TrainRecipe, "sak_stage1_base", overrides)
+    assert (loaded.cache, loaded.output, loaded.images, loaded.student.init_from) == (text,) * 4
+
+
+@pytest.mark.parametrize("text", [text for text in ODD_TEXT if text[0] not in "{[" and text != "~"])
+def test_a_source_may_be_its_path_alone(recipe: Path, text: str) -> None:
+    assert load_recipe(BuildRecipe, recipe, [f"source={text}"]).source.path == text
+
+
+@given(text=st.text(st.characters(codec="utf-8", exclude_characters="\n"), min_size=1).filter(str.strip))
+def test_any_text_is_taken_as_it_is_typed(text: str) -> None:
+    overrides = [f"cache={text}", "source.path=/x"]
+    assert load_recipe(BuildRecipe, "demo", overrides).cache == text
+    moved = load_overrides(RepairRecipe, [f"teachers.x.checkpoint=/{text}"], "test")
+    assert moved.checkpoints == {"x": f"/{text}"}
+
+
+def test_null_unsets_what_may_be_unset() -> None:
+    overrides = ["cache=/c", "output=/o", "images=/i", "student.init_from=/s", "teachers=[a]"]
+    unset = [f"{key}=null" for key in ("images", "student.init_from", "teachers", "distillation.cosine")]
+    loaded = load_recipe(TrainRecipe, "sak_stage1_base", [*overrides, *unset])
+    assert (loaded.images, loaded.student.init_from, loaded.teachers) == (None, None, None)
+    assert loaded.distillation.cosine is None
+    with pytest.raises(RecipeError, match="one of epochs and max_steps is needed"):
+        load_recipe(TrainRecipe, "sak_stage1_base", [*overrides, "schedule.epochs=null"])
+
+
+def test_lists_and_mappings_of_text_are_written_in_brackets(recipe: Path) -> None:
+    overrides = ["teachers={on: {preset: no, pretrained: no}, b: {model: 1e3}}", "source={path: 0x10}"]
+    loaded = load_recipe(BuildRecipe, recipe, overrides)
+    assert loaded.source.path == "0x10"
+    assert (loaded.teachers["on"].preset, loaded.teachers["on"].pretrained) == ("no", False)
+    assert loaded.teachers["b"].model == "1e3"
+    overrides = ["cache=/c", "output=/o", "teachers=[on,1e3]", 'student.freeze=[stem, "a, b"]']
+    loaded_run = load_recipe(TrainRecipe, "sak_stage1_base", [*overrides, "mixed_precision=no"])
+    assert loaded_run.teachers == ("on", "1e3")
+    assert (loaded_run.student.freeze, loaded_run.mixed_precision) == (("stem", "a, b"), "no")
+
+
+def test_plain_text_of_a_file_stays_text(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "cache: 1e3\nsource: {path: 2024-01-01}\n"
+        "teachers: {on: &on {model: 0x10, checkpoint: ~}, c: {<<: *on, codec: off}}\n"
+        "runner: {device: 1:30, compile: on}\n"
+    )
+    loaded = load_recipe(BuildRecipe, path)
+    assert (loaded.cache, loaded.source.path, loaded.runner.device) == ("1e3", "2024-01-01", "1:30")
+    assert loaded.runner.compile is True
+    assert {(name, one.model, one.codec) for name, one in loaded.teachers.items()} == {
+        ("on", "0x10", "f16"),
+        ("c", "0x10", "off"),
+    }
+    assert loaded.teachers["on"].checkpoint is None
+    path.write_text("cache: 0x10\nsource: no\nteachers: [on, 1e3]\n")
+    loaded = load_recipe(BuildRecipe, path)
+    assert (loaded.cache, loaded.source.path, list(loaded.teachers)) == ("0x10", "no", ["on", "1e3"])
+
+
+def test_a_file_still_reads_its_own_keys_and_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("cache: ${oc.env:SCRATCH}/c\nsource: ${cache}/images\nteachers: [a]\n")
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    assert load_recipe(BuildRecipe, path).source.path == "/scratch/c/images"
+    assert load_recipe(BuildRecipe, path, ["cache=/x"]).source.path == "/x/images"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("cache: /w/a: b", r"mapping values are not allowed here, line 1(.|\n)*stands in quotes"),
+        ("cache: [a]", r'cache: .*string.*stands in quotes, cache: "…" \(got \[\'a\'\]\)'),
+        ("cache: null", 'cache: .*string.*stands in quotes, cache: "…"'),
+        ("cache: c\nplan: &x {x: *x}", "recursion"),
+        ("cache: c\n? [a]\n: b", "cannot be read"),
+        ("cache: c\ncache: d", "found duplicate key cache, line 2"),
+        ("cache: c\nrunner: {batch_size: yes}", "runner.batch_size: .*integer.*'yes'"),
+    ],
+)
+def test_what_a_file_cannot_mean_is_named(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"{line}\nsource: s\nteachers: [a]\n")
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(BuildRecipe, path)
+
+
+def test_a_number_is_what_it_says(recipe: Path) -> None:
+    overrides = ["views.seed=010", "views.num_views=1e0", "calibration_rows=1_000", "budget=6TB"]
+    loaded = load_recipe(BuildRecipe, recipe, [*overrides, "runner.compile=yes", "views.size=[64,0064]"])
+    assert (loaded.views.seed, loaded.views.num_views, loaded.calibration_rows) == (10, 1, 1000)
+    assert (loaded.budget, loaded.runner.compile, loaded.views.size) == (6 * 10**12, True, (64, 64))
 
 
 def test_a_missing_key_is_named(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import os
 import pickle
 import threading
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +26,7 @@ from pipeline.sources import (
     dataset_fingerprint,
     decode_image,
     image_folder,
+    left_out_line,
     open_source,
     parquet,
     source_kinds,
@@ -371,3 +373,46 @@ def test_an_object_store_out_of_reach_is_our_error(monkeypatch: pytest.MonkeyPat
     with pytest.raises(SourceError, match=r"got: +s3://bucket/train(.|\n)*do: .*AWS_ACCESS_KEY_ID"):
         open_source("s3://bucket/train")
     s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.mark.parametrize(
+    ("where", "kind"),
+    [
+        ("in other processes", "image_folder"),
+        *((w, k) for w in ("here", "in an object store") for k in KINDS),
+    ],
+)
+def test_what_is_left_out_is_counted_wherever_it_is_scanned(
+    where: str, kind: str, location: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = location if location.is_dir() else location.parent
+    write_folder(folder, {"a/b.avif": b"", "c.avif": b"", ".DS_Store": b"", "README": b""})
+    url = str(folder)
+    if where == "in an object store":
+        url = f"memory://left-out/{kind}"
+        fsspec.filesystem("memory").put(str(folder), f"/left-out/{kind}", recursive=True)
+    elif where == "in other processes":
+        monkeypatch.setattr(base, "_SECONDS_ALONE", 0.0)
+        monkeypatch.setattr(image_folder, "_FILES_PER_UNIT", 8)
+    left_out = Counter[str]()
+    samples = open_source(url).scan(workers=2, left_out=left_out)
+    assert samples.schema.metadata is None
+    assert left_out == {".avif": 2, "hidden": 1, "without suffix": 1}
+    line = left_out_line(samples.num_rows, left_out)
+    assert str(line).startswith("Images in the source: 24. Left out: 4 (2 × .avif, 1 × ")
+
+
+def test_many_kinds_are_one_line() -> None:
+    assert left_out_line(5, Counter()) is None
+    line = left_out_line(1234, Counter({f".{i:02d}": 2000 - i for i in range(10)}))
+    assert line is not None
+    assert line.startswith("Images in the source: 1,234. Left out: 19,955 (2,000 × .00, 1,999 × .01, ")
+    assert line.endswith(", 1,993 × .07, 3,983 of other kinds).")
+
+
+def test_a_picture_of_a_page_does_not_hide_what_a_folder_holds(tmp_path: Path) -> None:
+    gif = encode(photo(), "GIF")
+    write_folder(tmp_path, {"assets/demo.gif": gif, "._a.jpg": b"left by macOS"})
+    assert open_source(tmp_path).kind == "image_folder"
+    write_parquet(tmp_path / "data" / "train.parquet", [IMAGES["n00000000_0"]])
+    assert open_source(tmp_path).kind == "parquet"

@@ -1,3 +1,4 @@
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -81,3 +82,22 @@ def test_a_key_in_two_classes_is_qualified_by_the_class(tmp_path: Path) -> None:
     classes = [(f"n{i}.tar", tar_bytes([("same.JPEG", JPEG)])) for i in range(2)]
     found = scan(write_folder(tmp_path, {"t.tar": tar_bytes(classes)}))
     assert {key: row["status"] for key, row in found.items()} == {"n0/same": "ok", "n1/same": "ok"}
+
+
+def test_what_is_no_image_of_a_class_is_counted(tmp_path: Path) -> None:
+    members = [("._n1_0.JPEG", b"left by macOS"), ("n1.0.JPEG", JPEG), ("n1.0.xml", b""), ("x.tar", b"")]
+    outer = [
+        ("._n1.tar", b"x"),
+        ("n1.tar", tar_bytes(members)),
+        ("README", b""),
+        ("n2.TAR", tar_bytes([("n2_0.jpe", JPEG)])),
+    ]
+    write_folder(tmp_path, {"t.tar": tar_bytes(outer), "meta.mat": b"", "._t.tar": b"x"})
+    source, left_out = open_source(tmp_path), Counter[str]()
+    assert source.kind == "ilsvrc"
+    rows = source.scan(left_out=left_out).to_pylist()
+    assert [(row["key"], row["label"], row["status"]) for row in rows] == [
+        ("n1.0", "n1", "ok"),
+        ("n2_0", "n2", "ok"),
+    ]
+    assert left_out == {"hidden": 3, ".xml": 1, ".tar": 1, "without suffix": 1, ".mat": 1}

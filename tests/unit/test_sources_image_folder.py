@@ -1,3 +1,5 @@
+import zlib
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -6,7 +8,7 @@ import pytest
 from pipeline.errors import SourceNotFoundError
 from pipeline.sources import decode_image, open_source
 from pipeline.storage import Storage
-from tests.images import encode, photo, write_folder
+from tests.images import encode, photo, png_chunk, write_folder
 
 JPEG, PNG, WEBP = (encode(photo(), format) for format in ("JPEG", "PNG", "WEBP"))
 
@@ -136,3 +138,39 @@ def test_a_vanished_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "source").rename(tmp_path / "moved")
     with pytest.raises(SourceNotFoundError, match="cannot be read"):
         source.scan()
+
+
+def test_all_formats_that_are_read_are_taken_and_the_rest_is_counted(tmp_path: Path) -> None:
+    image = photo()
+    files = {
+        **{f"{i}.{suffix}": JPEG for i, suffix in enumerate(("jpg", "JPEG", "jfif", "JPE"))},
+        **{"png.png": PNG, "apng.apng": PNG, "webp.webp": WEBP, "gif.gif": encode(image, "GIF")},
+        **{f"{suffix}.{suffix}": encode(image, "TIFF") for suffix in ("tif", "tiff")},
+        "bmp.BMP": encode(image, "BMP"),
+    }
+    others = [
+        *["a.avif", "b.AVIF", "c.heic", "notes.txt", "0.cls", "Makefile", "a.jpg.txt", "a.tar"],
+        *["._0.jpg", ".DS_Store", ".thumbnails/x.jpg"],
+    ]
+    write_folder(tmp_path, files | dict.fromkeys(others, b"other"))
+    source, left_out = open_source(tmp_path, "image_folder"), Counter[str]()
+    samples = source.scan(left_out=left_out)
+    assert samples["path"].to_pylist() == sorted(files)
+    assert set(samples["status"].to_pylist()) == {"ok"}
+    for row in samples.to_pylist():
+        assert decode_image(source.read(row["path"], row["offset"], row["nbytes"])).size == (40, 30)
+    assert left_out == {
+        ".avif": 2,
+        ".heic": 1,
+        ".txt": 2,
+        ".cls": 1,
+        "without suffix": 1,
+        ".tar": 1,
+        "hidden": 3,
+    }
+
+
+def test_a_png_with_an_embedded_workflow_is_an_image(tmp_path: Path) -> None:
+    text = png_chunk(b"zTXt", b"workflow\0\0" + zlib.compress(bytes(2_000_000)))
+    write_folder(tmp_path, {"comfy.png": PNG[:33] + text + PNG[33:]})
+    assert scan(tmp_path)["comfy"]["status"] == "ok"

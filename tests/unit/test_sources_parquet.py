@@ -2,6 +2,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -168,3 +169,14 @@ def test_a_damaged_row_group_is_reported_and_the_others_read(tmp_path: Path) -> 
     with pytest.raises(ImageDecodeError, match=r"row 4 of a\.parquet cannot be read"):
         open_source(tmp_path).read("a.parquet", 4, len(JPEGS[4]))
     assert str(bad["status"]).startswith("rows 3 to 5 cannot be read: ")
+
+
+def test_other_columns_of_images_and_other_files_are_counted(tmp_path: Path) -> None:
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    rows = pa.array([{"bytes": data, "path": None} for data in JPEGS[:3]], kind)
+    pq.write_table(pa.table({"image": rows, "mask": rows, "text": ["a", "b", "c"]}), tmp_path / "a.parquet")
+    write_folder(tmp_path, {"._a.parquet": b"left by macOS", "README.md": b"", "b.jsonl.gz": b""})
+    left_out = Counter[str]()
+    samples = open_source(tmp_path).scan(left_out=left_out)
+    assert samples["status"].to_pylist() == ["ok"] * 3
+    assert left_out == {"image in column mask": 3, "hidden": 1, ".md": 1, ".gz": 1}

@@ -1,6 +1,7 @@
 import io
 import random
 import tarfile
+from collections import Counter
 
 import pytest
 from hypothesis import given, settings
@@ -114,3 +115,68 @@ def test_hostile_headers_end(seed: int, flips: int, fix_checksum: bool) -> None:
     for member in found:
         assert 0 <= member.offset <= member.offset + member.nbytes
         assert member.problem is not None or member.offset + member.nbytes <= len(data)
+
+
+def link(kind: bytes, name: str, target: str) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    return info
+
+
+def plain(name: str, nbytes: int) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.size = nbytes
+    return info
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_links_have_the_bytes_of_what_they_lead_to(format: int) -> None:
+    hard, soft, long = (
+        tarfile.LNKTYPE,
+        tarfile.SYMTYPE,
+        "far/" * (20 if format == tarfile.USTAR_FORMAT else 60),
+    )
+    headers = [
+        *[link(soft, "early.jpg", "d/a.jpg"), plain("./d/a.jpg", 3), link(hard, "d/b.jpg", "./d/a.jpg")],
+        *[link(soft, "d/c.jpg", "b.jpg"), link(soft, "e/d.jpg", "../d/c.jpg"), plain("d/a.jpg", 5)],
+        *[
+            link(hard, "f.jpg", "d/a.jpg"),
+            link(soft, "g.jpg", "/etc/passwd"),
+            link(soft, "up.jpg", "../up.jpg"),
+        ],
+        *[link(soft, "h.jpg", "i.jpg"), link(soft, "i.jpg", "h.jpg"), link(hard, "late.jpg", "z.jpg")],
+        *[plain("z.jpg", 7), link(hard, "z.jpg", "z.jpg"), plain(f"{long}x.jpg", 9)],
+        *[link(hard, "x.jpg", f"{long}x.jpg"), link(soft, "folder", "d"), link(soft, "cut.jpg", "end.jpg")],
+        plain("end.jpg", 600),
+    ]
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=format) as tar:
+        for header in headers:
+            tar.addfile(header, io.BytesIO(bytes(header.size)) if header.isreg() else None)
+    end = file.getvalue().index(b"end.jpg", file.getvalue().rindex(b"ustar") - 257) + 512 + 100
+    left_out = Counter[str]()
+    found = list(tar_members(io.BytesIO(file.getvalue()[:end]), 0, end, left_out))
+    (cut,) = (member for member in found if member.problem is not None)
+    assert cut.name == "end.jpg"
+    assert [(m.name, m.nbytes) for m in found if m.problem is None] == [
+        *[("early.jpg", 5), ("d/a.jpg", 3), ("d/b.jpg", 3), ("d/c.jpg", 3), ("e/d.jpg", 3), ("d/a.jpg", 5)],
+        *[("f.jpg", 5), ("z.jpg", 7), (f"{long}x.jpg", 9), ("x.jpg", 9)],
+    ]
+    assert left_out == {"link that leads to no file": 7}
+    inner = 5 * b"outer" + file.getvalue()
+    moved = list(tar_members(io.BytesIO(inner), 25, 25 + end))
+    assert [(m.name, m.offset - 25, m.nbytes) for m in moved] == [(m.name, m.offset, m.nbytes) for m in found]
+
+
+def test_a_sparse_file_is_counted() -> None:
+    info = tarfile.TarInfo("holes.jpg")
+    info.pax_headers = {"GNU.sparse.major": "0", "GNU.sparse.minor": "1", "GNU.sparse.map": "0,1"}
+    info.pax_headers |= {"GNU.sparse.size": "4096", "GNU.sparse.numblocks": "1"}
+    info.size = 1
+    file, left_out = io.BytesIO(), Counter[str]()
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        tar.addfile(info, io.BytesIO(b"x"))
+        tar.addfile(plain("a.jpg", 1), io.BytesIO(b"y"))
+    found = list(tar_members(file, 0, len(file.getvalue()), left_out))
+    assert [member.name for member in found] == ["a.jpg"]
+    assert left_out == {"sparse file": 1}

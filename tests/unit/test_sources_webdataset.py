@@ -1,4 +1,6 @@
 import json
+import tarfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -171,3 +173,124 @@ def test_bad_images_in_a_tar(tmp_path: Path) -> None:
 def test_a_member_without_room_for_its_header_does_not_read_its_neighbour(tmp_path: Path) -> None:
     found = scan_tar(tmp_path, ("short.jpg", JPEG[:20]), ("good.jpg", JPEG))
     assert str(found["short"]["status"]).startswith("the header cannot be read")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["scan_1.0", "scan_1.5"],
+        ["a.b.c", "a.b.d", "a.x"],
+        ["v1.0/scan", "v1.1/scan", "v1.1/x.y"],
+        ["2020.01.05_a", "IMG_1.HDR"],
+    ],
+    ids=lambda names: str(names[0]),
+)
+@pytest.mark.parametrize(
+    "suffixes", [(".jpg", ".cls"), (".JPG", ".CLS"), (".jpeg", ".json"), (".png", ".Json")]
+)
+@pytest.mark.parametrize("order", ["beside", "label first", "apart"])
+def test_an_image_and_its_label_are_joined_by_one_rule(
+    tmp_path: Path, names: list[str], suffixes: tuple[str, str], order: str
+) -> None:
+    image, label = suffixes
+    images = [(f"{name}{image}", JPEG) for name in names]
+    labels = [
+        (f"{name}{label}", str(i).encode() if label.lower() == ".cls" else json.dumps({"label": i}).encode())
+        for i, name in enumerate(names)
+    ]
+    pairs = [member for pair in zip(images, labels, strict=True) for member in pair]
+    members = {"beside": pairs, "label first": pairs[::-1], "apart": images + labels}[order]
+    found, left_out = scan_and_count(write_folder(tmp_path, {"set.tar": tar_bytes(members)}))
+    assert {key: row["label"] for key, row in found.items()} == {name: str(i) for i, name in enumerate(names)}
+    assert not left_out
+
+
+def scan_and_count(root: Path) -> tuple[dict[str, dict[str, Any]], Counter[str]]:
+    left_out = Counter[str]()
+    rows = open_source(root, "webdataset").scan(left_out=left_out).to_pylist()
+    return {row["key"]: row for row in rows}, left_out
+
+
+def test_the_label_of_a_sample_is_that_of_its_images_that_have_none_of_their_own(tmp_path: Path) -> None:
+    found = scan_tar(
+        tmp_path,
+        ("a.cls", b"1"),
+        ("a.left.jpg", JPEG),
+        ("a.right.jpg", JPEG),
+        ("a.right.json", b'{"label": 2}'),
+    )
+    assert {key: row["label"] for key, row in found.items()} == {"a.left": "1", "a.right": "2"}
+
+
+def test_names_that_webdataset_passes_over_do_not_part_a_sample(tmp_path: Path) -> None:
+    names = ["._a.jpg", "a.jpg", "._a.cls", "README", "a.cls", ".DS_Store"]
+    contents = {"a.jpg": JPEG, "a.cls": b"5"}
+    members = [(name, contents.get(name, b"left by macOS")) for name in names]
+    found, left_out = scan_and_count(write_folder(tmp_path, {"set.tar": tar_bytes(members)}))
+    assert {key: row["label"] for key, row in found.items()} == {"a": "5"}
+    assert left_out == {"hidden": 3, "without suffix": 1}
+
+
+def test_what_cannot_be_joined_is_counted(tmp_path: Path) -> None:
+    members = [
+        *[("a.jpg", JPEG), ("a.seg.png", PNG), ("a.txt", b"a caption"), ("a.0.cls", b"1")],
+        *[("b.cls", b"2"), ("c.json", b'{"caption": "none"}'), ("d.npy", b"")],
+        *[("e.jpg", JPEG), ("e.cls", b"\xff\xfe"), ("f.jpg", JPEG), ("f.json", b"{broken")],
+        *[("g.jpg", JPEG), ("g.json", b'{"label": [1]}'), ("h.jpg", JPEG), ("h.cls", b"1" * (1 << 20))],
+    ]
+    found, left_out = scan_and_count(write_folder(tmp_path, {"set.tar": tar_bytes(members), "b.tgz": b""}))
+    assert {key: row["label"] for key, row in found.items()} == dict.fromkeys("aefgh")
+    assert left_out == {
+        ".seg.png beside an image": 1,
+        "label without an image": 2,
+        "unreadable label": 4,
+        ".json": 1,
+        ".npy": 1,
+        ".tgz": 1,
+    }
+
+
+def test_links_are_images_with_labels_of_their_own(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "root", {"c1/im0.jpg": JPEG, "c1/im0.cls": b"1", "c1/im1.jpg": PNG})
+    (folder / "c2").mkdir()
+    (folder / "c2/same0.jpg").hardlink_to(folder / "c1/im0.jpg")
+    (folder / "c2/same0.cls").write_bytes(b"2")
+    (folder / "c2/same1.jpg").symlink_to("../c1/im1.jpg")
+    (folder / "c0.jpg").symlink_to("c2/same1.jpg")
+    (folder / "c0.cls").symlink_to("c1/im0.cls")
+    (folder / "gone.jpg").symlink_to("nowhere.jpg")
+    with tarfile.open(tmp_path / "set.tar", "w") as tar:
+        for path in sorted(folder.rglob("*")):
+            tar.add(path, path.relative_to(folder).as_posix(), recursive=False)
+    found, left_out = scan_and_count(tmp_path / "set.tar")
+    assert {key: (row["label"], row["nbytes"], row["status"]) for key, row in found.items()} == {
+        "c0": ("1", len(PNG), "ok"),
+        "c1/im0": ("1", len(JPEG), "ok"),
+        "c1/im1": (None, len(PNG), "ok"),
+        "c2/same0": ("2", len(JPEG), "ok"),
+        "c2/same1": (None, len(PNG), "ok"),
+    }
+    assert left_out == {"link that leads to no file": 1}
+    source = open_source(tmp_path / "set.tar")
+    for row in found.values():
+        expected = (folder / f"{row['key']}.jpg").read_bytes()
+        assert source.read(row["path"], row["offset"], row["nbytes"]) == expected
+
+
+def test_a_photograph_goes_before_other_formats(tmp_path: Path) -> None:
+    tif, gif = encode(photo(seed=1), "TIFF"), encode(photo(), "GIF")
+    members = [
+        ("a.jpg", JPEG),
+        ("a.tif", tif),
+        ("a.cls", b"1"),
+        ("b.tif", tif),
+        ("b.cls", b"2"),
+        ("c.1.gif", gif),
+    ]
+    found, left_out = scan_and_count(write_folder(tmp_path, {"set.tar": tar_bytes(members)}))
+    assert {key: (row["nbytes"], row["label"], row["status"]) for key, row in found.items()} == {
+        "a": (len(JPEG), "1", "ok"),
+        "b": (len(tif), "2", "ok"),
+        "c.1": (len(gif), None, "ok"),
+    }
+    assert left_out == {".tif beside an image": 1}
