@@ -29,6 +29,8 @@ A message says what was got, what was expected and what to do: `explain()` gives
 
 from __future__ import annotations
 
+import errno
+
 
 def explain(problem: str, *, got: object = None, expected: object = None, do: str | None = None) -> str:
     """One message in the house form: problem, then `got`, `expected` and `do`, each on its own line."""
@@ -133,8 +135,20 @@ class DiskSpaceError(TeacherCacheError, OSError):
 class StorageError(TeacherCacheError, OSError):
     """A file could not be read, or a store did not answer, at several attempts; it may be sound all the same.
 
-    `errno` is that of the last attempt, where it had one.
+    `errno` is that of the last attempt, or EIO: never that of a file that does not exist.
     """
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        got: object = None,
+        expected: object = None,
+        do: str | None = None,
+        number: int | None = None,
+    ) -> None:
+        super().__init__(problem, got=got, expected=expected, do=do)
+        self.errno = number or errno.EIO
 
 
 class BuildError(TeacherCacheError):
