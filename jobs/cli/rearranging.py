@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.progress import Progress
 
-from jobs.cli.terminal import CacheArgument, console
+from jobs.cli.terminal import CacheArgument, Images, console
 
 if TYPE_CHECKING:
     from pipeline.rearrange import Rearrangement
@@ -58,6 +58,7 @@ def convert(
     level: Annotated[int, typer.Option(help="theia: which stored level; -1 is the last.")] = -1,
     dataset: Annotated[str, typer.Option(help="theia: the name of the data set.")] = "imagenet",
     split: Annotated[str, typer.Option(help="theia: train, val or test.")] = "train",
+    images: Images = None,
 ) -> None:
     """Write the rows of a cache in the other kind of store, or as Theia's training code reads them.
 
@@ -74,7 +75,7 @@ def convert(
     if to in ("webdataset", "zarr"):
         _rearrange(convert_cache(cache, output, to), "converting")  # type: ignore[arg-type]
     elif to == "theia":
-        opened = FeatureCache.open(cache)
+        opened = FeatureCache.open(cache, images)
         total = opened.valid_samples().size * opened.num_views * (len(opened.teachers) + 1)
         with Progress(console=console, transient=True) as bar:
             task = bar.add_task("exporting", total=total)

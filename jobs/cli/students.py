@@ -13,6 +13,7 @@ import typer
 
 from jobs.cli.terminal import (
     CacheArgument,
+    Images,
     Json,
     Overrides,
     RecipeArgument,
@@ -130,6 +131,7 @@ def repsim(
         bool, typer.Option("--stem", help="Of the bare stem too, where the widths agree: Table 17, row 1.")
     ] = False,
     max_samples: Annotated[int, typer.Option(min=1, help="Samples to average over.")] = 1000,
+    images: Images = None,
     as_json: Json = False,
 ) -> None:
     """Cosine similarity of a student's representations to its teachers' (SAK, Tables 3 and 17).
@@ -143,7 +145,7 @@ def repsim(
 
     found = representation_similarity(
         load_student(student),
-        FeatureCache.open(cache),
+        FeatureCache.open(cache, images),
         [name.strip() for name in teachers.split(",")] if teachers else None,
         stem=stem,
         max_samples=max_samples,
