@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 import signal
 from contextlib import nullcontext
 from pathlib import Path
@@ -53,9 +54,7 @@ def train(
     result = train_student(checked)
     if result.interrupted:
         raise typer.Exit(128 + signal.SIGTERM)
-    console.print(
-        f"{result.steps} steps, {result.images_per_s:.1f} img/s; student: {result.student}", soft_wrap=True
-    )
+    console.print(f"{result.steps} steps, {result.images_per_s:.1f} img/s; student: {result.student}")
 
 
 def evaluate(
@@ -256,7 +255,7 @@ def push(
     """
     from student import push_to_hub
 
-    console.print(push_to_hub(student, repository, private=private), soft_wrap=True)
+    console.print(push_to_hub(student, repository, private=private))
 
 
 def import_reference(
@@ -316,6 +315,7 @@ def datasets(
     console.print(findings_table(findings))
     if link is not None:
         for split in dataset_class(kind).LISTS:
-            console.print(f"source.path={open_dataset(kind, root, split).link_images(link)}", soft_wrap=True)
+            folder = open_dataset(kind, root, split).link_images(link)
+            console.print(shlex.quote(f"source.path={folder}"))
     if any(finding.found < finding.expected for finding in findings):
         raise typer.Exit(EXIT_FAILED)
