@@ -32,6 +32,7 @@ from jobs.inspection.summary import summarize
 from jobs.inspection.tables import summary_table
 from jobs.launch import run
 from pipeline import FeatureCache
+from pipeline.durable import rename
 from pipeline.errors import TeacherCacheError, WeightsNotFoundError
 from pipeline.recipe import load_recipe
 from pipeline.sources import open_source
@@ -125,7 +126,7 @@ def collect_images(images: list[Path], folder: Path) -> Path:
     partial.mkdir(parents=True)
     for number, path in enumerate(images):
         shutil.copyfile(path, partial / f"{number:03d}_{path.name}")
-    partial.rename(folder)
+    rename(partial, folder)
     return folder
 
 

@@ -23,7 +23,7 @@ _SAY_SO_AFTER_S = 5.0
 log = logging.getLogger(__name__)
 
 
-class PatientSession(AIOHTTPSession):  # type: ignore[misc]
+class PatientSession(AIOHTTPSession):
     """Counts the time in which a request, with all its repetitions (they are of one task), got no answer."""
 
     def __init__(self, *arguments: Any, timeout: Any, **options: Any) -> None:

@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from cache_builder import build, builder
+from cache_builder import build
+from cache_builder.calibrate import CalibrationSample
 from cache_builder.verify import verify
 from pipeline import FeatureCache, retries
 from pipeline.errors import StorageError
@@ -133,13 +134,13 @@ def test_a_calibration_reads_again_and_else_names_the_image(
     recipe = build_recipe(tmp_path / "cache", images, teachers=INT4)
 
     def fails(count: int) -> None:
-        draw = builder.CalibrationSample.draw
+        draw = CalibrationSample.draw
 
         def drawn(*arguments: Any) -> Any:
             mount.fail(images, failures=count)
             return draw(*arguments)
 
-        monkeypatch.setattr(builder.CalibrationSample, "draw", drawn)
+        monkeypatch.setattr(CalibrationSample, "draw", drawn)
 
     fails(1_000_000)
     with pytest.raises(StorageError, match=rf"{images}/image_00\d.jpg cannot be read"):
