@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -36,6 +37,7 @@ class Mount:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.folder, self.failures, self.failed = Path("/nowhere"), 0, 0
         self._names: dict[int, str] = {}
+        self._lock = threading.Lock()
         open_file, open_handle, preadv = LocalStorage._open, os.open, os.preadv
 
         def storage_open(storage: LocalStorage, name: str) -> IO[bytes]:
@@ -62,10 +64,14 @@ class Mount:
         self.folder, self.failures, self.failed = folder, failures, 0
 
     def _may_fail(self, path: str) -> None:
-        if self.failures and Path(path).is_relative_to(self.folder) and not Path(path).is_dir():
+        if not Path(path).is_relative_to(self.folder) or Path(path).is_dir():
+            return
+        with self._lock:  # several threads read
+            if not self.failures:
+                return
             self.failures -= 1
             self.failed += 1
-            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))  # as the kernel says it of a read: no name
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))  # as the kernel says it of a read: no name
 
 
 @pytest.fixture
