@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
+from pipeline.environment import named_variables
 from pipeline.errors import RecipeError
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -32,7 +33,8 @@ _NOT_DECIMAL = re.compile(r"[-+]?0[0-9xb_]|.*:")  # octal, hexadecimal, binary o
 def load_recipe(model: type[Model], path: str | Path, overrides: Sequence[str] = ()) -> Model:
     """The recipe at `path` (or a shipped one, by name) with overrides applied. Raises `RecipeError`."""
     file = _find(Path(path))
-    return _load(model, file.read_bytes(), overrides, str(file))
+    with named_variables(path):
+        return _load(model, file.read_bytes(), overrides, str(file))
 
 
 def load_overrides(model: type[Model], overrides: Sequence[str], origin: str) -> Model:
