@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from cache_builder.calibrate import CalibrationSample
 from cache_builder.moved import with_checkpoints
 from cache_builder.recipe import BuildRecipe
 from cache_builder.teachers import resolve_teacher
@@ -61,6 +62,10 @@ class Draft:
             sizes = width.to_numpy(), height.to_numpy()
             tables.append(draw_views(self.spec.views, key.to_pylist(), *sizes, segment.views, first))
         return pa.concat_tables(tables)
+
+    def calibration_sample(self, num_rows: int) -> CalibrationSample:
+        photometric = self.spec.views.photometric
+        return CalibrationSample.draw(self.source, self.samples, self.views, photometric, num_rows)
 
     @property
     def growth(self) -> list[str]:

@@ -125,7 +125,7 @@ class FeatureCache:
 
     @cached_property
     def views(self) -> ViewTable:
-        return ViewTable(self.manifest.views())
+        return ViewTable(self.manifest.views(), self.spec.views.photometric)
 
     @cached_property
     def source(self) -> Source:
