@@ -20,6 +20,7 @@ import xxhash
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import interpolate, pad
 from torchvision.transforms.v2 import functional as F
 
 from pipeline.errors import CacheError
@@ -117,6 +118,16 @@ def render_view(image: Image.Image, view: View, size: Size | None = None) -> Ten
     if view.flip:
         crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return torch.from_numpy(np.array(crop)).permute(2, 0, 1).contiguous()
+
+
+def enlarge_and_pad(pixels_B3HW: Tensor, size: Size) -> Tensor:
+    """Normalised pixels, bicubically enlarged until they touch `size`, zeros on the right or below: how SAK's
+    authors feed SAM (the paper, B.1, says "pad and resize")."""
+    height, width = size
+    scale = min(height / pixels_B3HW.shape[2], width / pixels_B3HW.shape[3])
+    fitted = (int(pixels_B3HW.shape[2] * scale + 0.5), int(pixels_B3HW.shape[3] * scale + 0.5))
+    pixels_B3HW = interpolate(pixels_B3HW, size=fitted, mode="bicubic", align_corners=False)
+    return pad(pixels_B3HW, (0, width - fitted[1], 0, height - fitted[0]))
 
 
 def _jittered(image: Image.Image, view: View) -> Image.Image:

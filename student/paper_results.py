@@ -127,6 +127,8 @@ PAPER_ROWS: dict[str, tuple[PaperRow, ...]] = {
 
 ABLATION_ROWS: dict[str, tuple[PaperRow, ...]] = {
     "pascal_context": (
+        _ablation(2, "Oracle of teachers", 81.18, 74.38, 81.48, 16.21, 75.89, gain=None),
+        _ablation(2, "Student without biases", 80.18, 69.13, 82.72, 16.00, 71.16, gain=None),
         _ablation(3, "no adapter paths, no routers", 80.97, 69.71, 84.64, 14.11, 72.82, gain=-1.21),
         _ablation(3, "adapter paths, summed", 81.26, 69.92, 84.31, 14.45, 71.41, gain=-2.03),
         _ablation(3, "adapter paths and routers", 81.65, 72.38, 84.87, 14.05, 73.23, gain=-0.03),

@@ -32,6 +32,9 @@ def train(
         int | None, typer.Option(min=1, help="Of a dry run: images of a cache that is yet to be built.")
     ] = None,
     tflops_per_gpu: Annotated[float, typer.Option(min=0.001, help="Of a dry run: the rate assumed.")] = 200,
+    costs: Annotated[
+        bool, typer.Option("--costs", help="Of a dry run: what teachers and student cost (SAK, Table 21).")
+    ] = False,
 ) -> None:
     """Train a student in this one process; use `accelerate launch jobs/train_student.py` for several.
 
@@ -42,10 +45,12 @@ def train(
 
     checked = load_recipe(TrainRecipe, recipe, overrides or [])
     if dry_run:
-        from jobs.train_plan import plan_training, train_plan_table
+        from jobs.train_plan import costs_table, plan_training, train_plan_table
 
         plan = plan_training(checked, processes=processes, tflops_per_gpu=tflops_per_gpu, num_samples=samples)
         console.print(train_plan_table(plan))
+        if costs:
+            console.print(costs_table(checked, plan))
         return
     from student.train import train as train_student
 

@@ -23,7 +23,7 @@ STUDENTS = sorted(path.stem for path in FOLDER.glob("sak_stage*.yaml"))
 
 def teachers(name: str, overrides: Sequence[str] = ()) -> list[TeacherSpec]:
     recipe = load_recipe(BuildRecipe, name, overrides)
-    return [resolve_teacher(*item, recipe.views.size) for item in recipe.teachers.items()]
+    return [resolve_teacher(*item, recipe.views.size, recipe.sak_compat) for item in recipe.teachers.items()]
 
 
 def mb(specs: Sequence[TeacherSpec]) -> str:
