@@ -20,7 +20,7 @@ for verb in (
     *(trust.verify, trust.repair),
     *(looking.inspect, looking.report, looking.view),
     *(students.train, students.evaluate, students.repsim, students.probe),
-    *(students.remove_teacher, students.push, students.import_reference),
+    *(students.figure, students.remove_teacher, students.push, students.import_reference),
     *(looking.norms, students.datasets),
     *(rearranging.merge, rearranging.subset, rearranging.convert),
 ):

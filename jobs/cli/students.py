@@ -244,6 +244,28 @@ def remove_teacher(
     typer.echo(f"{output}: teachers: {', '.join(loaded.teachers)}; {before:,} → {after:,} parameters")
 
 
+def figure(
+    number: Annotated[int, typer.Argument(metavar="NUMBER", help="1 (its left half), 3 or 5.")],
+    scores: Annotated[
+        list[str] | None, typer.Argument(metavar="NAME=FILE…", help="scores.json of your own evaluations.")
+    ] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The PNG to write.")] = Path("figure.png"),
+    as_json: Json = False,
+) -> None:
+    """Draw a figure of SAK that compares models, of the paper's tables and your own scores beside them.
+
+    Example: `teachercache figure 5 "mine, 25% of the data=runs/quarter/scores/scores.json" -o figure_5.png`
+    """
+    from student.comparison_figures import comparison, comparison_figure, read_scores
+
+    own = [read_scores(named) for named in scores or []]
+    if as_json:
+        print_json([dataclasses.asdict(panel) for panel in comparison(number, own)])
+        return
+    comparison_figure(number, own).savefig(output)
+    console.print(output, soft_wrap=True, markup=False)
+
+
 def push(
     student: StudentArgument,
     repository: Annotated[
