@@ -181,7 +181,12 @@ def _bars(axes: Axes, panel: Panel) -> None:
         again, colour = divmod(number, len(_COLOURS))
         left = np.arange(len(tasks)) + (number - (len(panel.models) - 1) / 2) * width
         heights = [gains[task] for task in tasks]
-        style: dict[str, Any] = {"color": _COLOURS[colour], "hatch": "///" * again, "edgecolor": "white", "linewidth": 0}
+        style: dict[str, Any] = {
+            "color": _COLOURS[colour],
+            "hatch": "///" * again,
+            "edgecolor": "white",
+            "linewidth": 0,
+        }
         axes.bar(left, heights, width, label=model, **style)
     axes.set_xticks(range(len(tasks)), [TASK_OUTPUTS[task].title for task in tasks])
 

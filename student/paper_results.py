@@ -219,3 +219,17 @@ LINEAR_PROBES = {
     "SAK, ViT-B/16": 79.1,
 }
 """Top-1 accuracy on ImageNet-1k's validation set, of linear classifiers at 224 pixels (SAK, Table 26)."""
+
+DEPTH_PROBES = {
+    "ViT, ViT-B/16": (1.118, 1.117),
+    "SAM, ViT-B/16": (0.678, 0.652),
+    "Theia, ViT-B/16": (0.644, 0.629),
+    "OpenCLIP, ViT-G/14": (0.541, 0.510),
+    "MAE, ViT-H/14": (0.517, 0.483),
+    "DINO, ViT-B/8": (0.555, 0.539),
+    "DINOv2 (teacher upper bound), ViT-B/14": (0.399, 0.362),
+    "DINOv2 (reproduced), ViT-B/14": (0.406, 0.366),
+    "SAK of DINOv2, ViT-B/16": (0.482, 0.463),
+    "SAK of 3 teachers, ViT-B/16": (0.450, 0.436),
+}
+"""RMSE in metres on NYUd's test images, of a linear layer on the last level and on four (SAK, Table 27)."""

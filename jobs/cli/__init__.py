@@ -19,7 +19,7 @@ for verb in (
     *(building.plan, building.build, building.calibrate),
     *(trust.verify, trust.repair),
     *(looking.inspect, looking.report, looking.view),
-    *(students.train, students.evaluate, students.repsim, students.probe),
+    *(students.train, students.evaluate, students.repsim, students.probe, students.depth_probe),
     *(students.figure, students.remove_teacher, students.push, students.import_reference),
     *(looking.norms, students.datasets),
     *(rearranging.merge, rearranging.subset, rearranging.convert),

@@ -220,6 +220,63 @@ def probe(
         console.print(Markdown(probe_table(found)))
 
 
+def depth_probe(
+    source: Annotated[
+        str, typer.Argument(metavar="STUDENT", help="A student of kind sak, or the name of a timm ViT.")
+    ],
+    dataset: Annotated[str, typer.Argument(metavar="DATASET", help="nyud or scenes.")],
+    root: Annotated[Path, typer.Argument(metavar="ROOT", help="Its folder (docs/datasets.md).")],
+    expert: Annotated[str, typer.Option(help="Of a student: the stem, or a teacher's path.")] = "stem",
+    size: Annotated[tuple[int, int], typer.Option(metavar="HEIGHT WIDTH", help="Pixels that it sees.")] = (
+        448,
+        576,
+    ),
+    steps: Annotated[int, typer.Option(min=1, help="Of the linear layer.")] = 38_400,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images of a step.")] = 16,
+    threads: Annotated[int, typer.Option(min=1, help="Threads that read and render.")] = 2,
+    random_weights: Annotated[bool, typer.Option("--random", help="Of a timm ViT: for a trial.")] = False,
+    as_json: Json = False,
+) -> None:
+    """RMSE of depth that a linear layer reads from frozen maps, of one level and of four (SAK, Table 27).
+
+    Example: `teachercache depth-probe runs/base/student nyud /data/NYUDv2 --expert dinov2`
+    """
+    from student import load_student
+    from student.datasets import open_dataset
+    from student.depth_probe import FrozenMaps, depth_table
+    from student.depth_probe import depth_probe as probe_depth
+    from student.sak.stem import Stem
+
+    train, test = (open_dataset(dataset, root, split) for split in ("train", "val"))
+    loaded = (
+        load_student(source)
+        if Path(source).is_dir()
+        else Stem(source, size, pretrained=not random_weights, sak_compat=True)
+    )
+    maps = FrozenMaps(loaded, size, expert)
+    with console.status("") as status:
+        found = [
+            probe_depth(
+                maps,
+                train,
+                test,
+                levels=levels,
+                name=source if expert == "stem" else f"{source}, {expert}",
+                steps=steps,
+                batch_size=batch_size,
+                threads=threads,
+                progress=status.update,
+            )
+            for levels in (1, 4)
+        ]
+    if as_json:
+        print_json([dataclasses.asdict(one) for one in found])
+    else:
+        from rich.markdown import Markdown
+
+        console.print(Markdown(depth_table(found)))
+
+
 def remove_teacher(
     student: StudentArgument,
     teachers: Annotated[list[str], typer.Argument(metavar="TEACHER…", help="Those that go.")],
