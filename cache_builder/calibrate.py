@@ -33,7 +33,12 @@ class CalibrationSample:
 
     @classmethod
     def draw(
-        cls, source: Source, samples: pa.Table, views: pa.Table, photometric: Photometric, num_rows: int
+        cls,
+        source: Source,
+        samples: pa.Table,
+        views: pa.Table,
+        num_rows: int,
+        photometric: Photometric = "color_jitter",
     ) -> CalibrationSample:
         usable = np.flatnonzero(np.asarray(samples["status"]) == "ok")
         count = min(int(num_rows * _SPARE), usable.size)

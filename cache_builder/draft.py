@@ -65,7 +65,7 @@ class Draft:
 
     def calibration_sample(self, num_rows: int) -> CalibrationSample:
         photometric = self.spec.views.photometric
-        return CalibrationSample.draw(self.source, self.samples, self.views, photometric, num_rows)
+        return CalibrationSample.draw(self.source, self.samples, self.views, num_rows, photometric)
 
     @property
     def growth(self) -> list[str]:
