@@ -4,9 +4,10 @@
 
 Images are 481×321 with 5 annotators and 99 thresholds: drawn (regions, outlined by annotators who disagree,
 and a soft prediction of them), or with --bsds from a folder of BSDS500 images and ground truth (*.jpg and
-*.mat), where an edge detector predicts and every human is also scored against the others. Where pyEdgeEval
-is installed (pip install pyEdgeEval; it needs a C++ compiler), which compiles BSDS's matching, that scores
-the same predictions, which takes minutes. Prints a table, then the same as one line of JSON.
+*.mat), where an edge detector predicts, every human is also scored against the others, and outlines of BSDS's
+segmentations are compared with BSDS's own boundaries, which MATLAB thinned. Where pyEdgeEval is installed
+(pip install pyEdgeEval; it needs a C++ compiler), which compiles BSDS's matching, that scores the same
+predictions, which takes minutes. Prints a table, then the same as one line of JSON.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from scipy.io import loadmat
 from skimage.io import imread
 from skimage.morphology import thin
 
+from student.datasets.boundaries import partition_boundaries
 from student.metrics import BoundaryBenchmark
 from student.metrics.boundary import BoundaryScores, scores_of
 from student.metrics.edge_nms import edge_nms
@@ -79,6 +81,15 @@ def bsds_image(path: Path) -> Image:
     slopes = [ndimage.gaussian_filter(image_HW3, (2, 2, 0), order=order) for order in ((0, 1, 0), (1, 0, 0))]
     gradient_HW = np.hypot(*slopes).max(axis=2)
     return np.clip(gradient_HW / np.quantile(gradient_HW, 0.995), 0, 1), targets_AHW
+
+
+def unlike_outlines(folder: Path) -> int:
+    """Pixels by which our outlines of all segmentations differ from BSDS's own boundaries."""
+    humans = [human for path in folder.glob("*.mat") for human in loadmat(path)["groundTruth"][0]]
+    return sum(
+        int(np.count_nonzero(partition_boundaries(human["Segmentation"][0, 0]) != human["Boundaries"][0, 0]))
+        for human in humans
+    )
 
 
 def timed(images: list[Image], executor: ProcessPoolExecutor | None) -> tuple[float, BoundaryScores]:
@@ -170,6 +181,7 @@ def main() -> None:
             "human against the others, F": human.ods_f,
             "human against the others, precision": human.ods_precision,
             "human against the others, recall": human.ods_recall,
+            "outlines of segmentations, pixels unlike BSDS's own": unlike_outlines(arguments.bsds),
         }
 
     table = Table("figure", "value", title=f"{len(images)} images")

@@ -237,7 +237,7 @@ class Study:
                 teacher: {"model": MINI_VIT, "checkpoint": str(self._checkpoint(teacher))}
                 for teacher in TEACHERS
             },
-            "views": views.model_dump(),
+            "views": views,
             "rows_per_shard": 128,
             "runner": {"batch_size": 64, "decode_threads": 1},
         }
@@ -325,6 +325,7 @@ class Study:
             size=IMAGE_SIZE,
             seed=self.seed,
             scale=SCALE,
+            photometric="color_jitter",
         )
 
     def _checkpoint(self, teacher: str) -> Path:

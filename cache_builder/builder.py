@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.text import Text
 
-from cache_builder.calibrate import Calibration, CalibrationSample
+from cache_builder.calibrate import Calibration
 from cache_builder.draft import Draft, draft, extend
 from cache_builder.moved import with_checkpoints
 from cache_builder.plan import Plan, make_plan, pending
@@ -152,9 +152,7 @@ def _establish(recipe: BuildRecipe, manifest: Manifest, drafted: Draft, runner: 
     if grows or drafted.moved:
         hashes = runner.weights_hashes()
     if grows and (unknown := _without_weights(drafted.spec)):
-        sample = CalibrationSample.draw(
-            drafted.source, drafted.samples, drafted.views, recipe.calibration_rows
-        )
+        sample = drafted.calibration_sample(recipe.calibration_rows)
         calibrations = runner.calibrate(sample, unknown)
     with manifest.storage.exclusive(SPEC_NAME):
         if grows:

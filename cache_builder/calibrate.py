@@ -16,7 +16,7 @@ from pipeline.codecs.fidelity import measure_fidelity
 from pipeline.errors import EmptySourceError, ImageDecodeError
 from pipeline.grids import stored_form
 from pipeline.sources import Source, decode_image
-from pipeline.spec import GridSpec
+from pipeline.spec import GridSpec, Photometric
 from pipeline.views import View, ViewTable, render_view
 
 _SPARE = 2.0  # more samples than rows are wanted, since some may not decode
@@ -32,13 +32,20 @@ class CalibrationSample:
     num_rows: int
 
     @classmethod
-    def draw(cls, source: Source, samples: pa.Table, views: pa.Table, num_rows: int) -> CalibrationSample:
+    def draw(
+        cls,
+        source: Source,
+        samples: pa.Table,
+        views: pa.Table,
+        num_rows: int,
+        photometric: Photometric = "color_jitter",
+    ) -> CalibrationSample:
         usable = np.flatnonzero(np.asarray(samples["status"]) == "ok")
         count = min(int(num_rows * _SPARE), usable.size)
         chosen = usable[np.linspace(0, usable.size - 1, count).astype(int)]
         num_views = views.num_rows // samples.num_rows
         lines = np.argsort(views["sample_index"].to_numpy(), kind="stable")  # those of a sample together
-        table = ViewTable(views)
+        table = ViewTable(views, photometric)
         columns = [samples[name].to_numpy()[chosen].tolist() for name in ("path", "offset", "nbytes")]
         drawn = tuple(
             table.view(int(lines[sample * num_views + i % num_views])) for i, sample in enumerate(chosen)

@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from cache_builder.calibrate import CalibrationSample
 from cache_builder.moved import with_checkpoints
 from cache_builder.recipe import BuildRecipe
 from cache_builder.teachers import resolve_teacher
@@ -61,6 +62,10 @@ class Draft:
         for segment in self.spec.segments[known:]:
             tables.append(draw_segment(self.spec.views, segment, self.samples))
         return pa.concat_tables(tables)
+
+    def calibration_sample(self, num_rows: int) -> CalibrationSample:
+        photometric = self.spec.views.photometric
+        return CalibrationSample.draw(self.source, self.samples, self.views, num_rows, photometric)
 
     @property
     def growth(self) -> list[str]:

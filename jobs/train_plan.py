@@ -10,7 +10,8 @@ from rich.console import RenderableType
 from cache_builder.plan import bytes_per_row
 from cache_builder.recipe import BuildRecipe
 from cache_builder.teachers import resolve_teacher
-from jobs.inspection.tables import lines
+from cache_builder.teachers.flops import teacher_gmacs, teacher_parameters
+from jobs.inspection.tables import columns_table, lines
 from pipeline.cache import FeatureCache
 from pipeline.errors import CacheNotFoundError, RecipeError
 from pipeline.recipe import load_recipe
@@ -71,6 +72,33 @@ def _cache_facts(recipe: TrainRecipe) -> tuple[Size, dict[str, TeacherSpec], int
             None,
         )
     return spec.views.size, dict(spec.teachers), spec.dataset.num_samples
+
+
+def costs_table(recipe: TrainRecipe, plan: TrainPlan) -> RenderableType:
+    """Parameters and arithmetic of the teachers and the student, as fvcore counts it (SAK, Table 21)."""
+    _, specs, _ = _cache_facts(recipe)
+    names = specs if recipe.teachers is None else recipe.teachers
+    costs = {
+        name: (specs[name].image_size, teacher_parameters(specs[name]), teacher_gmacs(specs[name]))
+        for name in names
+    }
+    size = plan.size
+    costs["student"] = plan.image_size, size.num_parameters, size.gmacs - size.attention_gmacs
+    columns = {
+        name: {
+            "input": f"{image_size[0]}×{image_size[1]}",
+            "#Param": f"{parameters / 1e6:,.0f}M",
+            "GMACs, without attention's own": f"{gmacs:,.0f}",
+        }
+        for name, (image_size, parameters, gmacs) in costs.items()
+    }
+    _, parameters, gmacs = zip(*costs.values(), strict=True)
+    columns["all"] = {
+        "input": "",
+        "#Param": f"{sum(parameters) / 1e6:,.0f}M",
+        "GMACs, without attention's own": f"{sum(gmacs):,.0f}",
+    }
+    return columns_table("Table 21", columns)
 
 
 def train_plan_table(plan: TrainPlan) -> RenderableType:

@@ -135,7 +135,7 @@ class FeatureCache:
 
     @cached_property
     def views(self) -> ViewTable:
-        return ViewTable(self.manifest.views(self.spec))
+        return ViewTable(self.manifest.views(self.spec), self.spec.views.photometric)
 
     @cached_property
     def source(self) -> Source:

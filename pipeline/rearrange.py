@@ -39,7 +39,7 @@ from pipeline.rows import divide_views
 from pipeline.sample_table import dataset_fingerprint, labels_hash, views_hash
 from pipeline.sampler import random_samples
 from pipeline.sources.place import Place
-from pipeline.spec import IMAGES, CacheSpec, Segment, StoreKind
+from pipeline.spec import IMAGES, CacheSpec, Segment, StoreKind, ViewPolicy
 from pipeline.storage import LocalStorage, Storage
 from pipeline.stores.base import Arrays, numpy_dtype
 from pipeline.stores.image_tar import ImageTarWriter, image_tar_name
@@ -489,8 +489,8 @@ def _differences(one: CacheSpec, other: CacheSpec) -> Iterator[str]:
         "source.kind": (one.dataset.kind, other.dataset.kind),
         "teachers": (sorted(one.teachers), sorted(other.teachers)),
     }
-    old, new = one.views.model_dump(), other.views.model_dump()
-    pairs |= {f"views.{field}": (old[field], new[field]) for field in old}
+    for field in ViewPolicy.model_fields:
+        pairs[f"views.{field}"] = getattr(one.views, field), getattr(other.views, field)
     for name in one.teachers.keys() & other.teachers.keys():
         before, after = (spec.teachers[name].model_dump(exclude={"checkpoint"}) for spec in (one, other))
         pairs |= {f"teachers.{name}.{field}": (before[field], after[field]) for field in before}

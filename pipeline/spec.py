@@ -32,6 +32,7 @@ MAX_TEACHERS = 1 << 8
 Size = tuple[int, int]  # (height, width)
 GridKind = Literal["native", "adjoint", "bilinear"]
 PolicyName = Literal["imagenet_train", "imagenet_eval", "multitask_train", "multitask_eval"]
+Photometric = Literal["color_jitter", "distortion"]
 Precision = Literal["float32", "bfloat16"]
 StoreKind = Literal["zarr", "webdataset"]
 
@@ -47,7 +48,8 @@ class ViewPolicy(Strict):
 
     `scale`: of imagenet_train the share of the image's area; of multitask_train how much the image is
     magnified, 0.5 to 2 where nothing is said. `jitter_probability`: of multitask_train, for each of
-    brightness, contrast, saturation and hue.
+    brightness, contrast, saturation and hue. `photometric`: what these do to pixels, see `View`; "distortion"
+    where a new multitask_train says nothing, and "color_jitter" where a cache says nothing.
     """
 
     policy: PolicyName = "imagenet_train"
@@ -59,6 +61,7 @@ class ViewPolicy(Strict):
     flip_probability: float = Field(0.5, ge=0, le=1)
     crop_fraction: float = Field(0.875, gt=0, le=1)
     jitter_probability: float = Field(0.5, ge=0, le=1)
+    photometric: Photometric = "color_jitter"
 
     @field_validator("size", mode="before")
     @classmethod
@@ -67,9 +70,9 @@ class ViewPolicy(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _magnification(cls, value: Any) -> Any:
+    def _defaults_of_multitask(cls, value: Any) -> Any:
         is_multitask = isinstance(value, dict) and value.get("policy") == "multitask_train"
-        return {"scale": (0.5, 2.0)} | value if is_multitask else value
+        return {"scale": (0.5, 2.0), "photometric": "distortion"} | value if is_multitask else value
 
     @model_serializer(mode="wrap")
     def _content(self, content: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -77,6 +80,8 @@ class ViewPolicy(Strict):
         fields: dict[str, Any] = content(self)
         if self.policy != "multitask_train":
             fields.pop("jitter_probability", None)
+        if self.policy != "multitask_train" or self.photometric == "color_jitter":
+            fields.pop("photometric", None)
         return fields
 
     @model_validator(mode="after")
@@ -210,6 +215,11 @@ class CacheSpec(Strict):
     fidelity: dict[str, dict[str, float]] = {}
     cache_id: str = ""
     _content_ids: dict[str, list[str]] = PrivateAttr(default_factory=dict)  # by teacher, one a segment
+
+    @field_validator("views", mode="before")
+    @classmethod
+    def _photometric_of_older_caches(cls, value: Any) -> Any:
+        return {"photometric": "color_jitter"} | value if isinstance(value, dict) else value
 
     @model_validator(mode="after")
     def _check(self) -> Self:

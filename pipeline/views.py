@@ -20,11 +20,12 @@ import xxhash
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import interpolate, pad
 from torchvision.transforms.v2 import functional as F
 
 from pipeline.errors import CacheError
 from pipeline.limits import MAX_SIDE
-from pipeline.spec import Segment, Size, ViewPolicy
+from pipeline.spec import Photometric, Segment, Size, ViewPolicy
 
 VIEW_SCHEMA = pa.schema(
     [
@@ -67,7 +68,10 @@ class View:
 
     `box` is (left, top, right, bottom) in pixels of the decoded source image, EXIF orientation
     applied; what it holds outside the image is padding. `size` is (height, width) of the student's input.
-    Jitter factors as in torchvision: 1 keeps brightness, contrast and saturation, 0 keeps the hue.
+    1 keeps brightness, contrast and saturation, 0 keeps the hue. As "color_jitter" they are torchvision's
+    factors, whose contrast keeps the image's mean. As "distortion" they are those of the multi-task
+    community's PhotoMetricDistortion: brightness adds 128 · (brightness - 1), contrast multiplies pixels, so
+    that the mean moves too, and saturation multiplies that of HSV.
     """
 
     box: tuple[float, float, float, float]
@@ -77,6 +81,7 @@ class View:
     contrast: float = 1.0
     saturation: float = 1.0
     hue: float = 0.0
+    photometric: Photometric = "color_jitter"
 
     @property
     def magnification(self) -> float:
@@ -105,14 +110,7 @@ def render_view(image: Image.Image, view: View, size: Size | None = None) -> Ten
         return torch.tensor(PADDING, dtype=torch.uint8)[:, None, None].expand(3, height, width).contiguous()
     box = columns.start, rows.start, columns.end, rows.end
     crop = image.resize((columns.pixels, rows.pixels), Image.Resampling.BICUBIC, box=box)
-    if view.brightness != 1:
-        crop = F.adjust_brightness(crop, view.brightness)
-    if view.contrast != 1:
-        crop = F.adjust_contrast(crop, view.contrast)
-    if view.saturation != 1:
-        crop = F.adjust_saturation(crop, view.saturation)
-    if view.hue != 0:
-        crop = F.adjust_hue(crop, view.hue)
+    crop = (_distorted if view.photometric == "distortion" else _jittered)(crop, view)
     if crop.size != (width, height):
         canvas = Image.new("RGB", (width, height), PADDING)
         canvas.paste(crop, (columns.first, rows.first))
@@ -120,6 +118,47 @@ def render_view(image: Image.Image, view: View, size: Size | None = None) -> Ten
     if view.flip:
         crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return torch.from_numpy(np.array(crop)).permute(2, 0, 1).contiguous()
+
+
+def enlarge_and_pad(pixels_B3HW: Tensor, size: Size) -> Tensor:
+    """Normalised pixels, bicubically enlarged until they touch `size`, zeros on the right or below: how SAK's
+    authors feed SAM (the paper, B.1, says "pad and resize")."""
+    height, width = size
+    scale = min(height / pixels_B3HW.shape[2], width / pixels_B3HW.shape[3])
+    fitted = (int(pixels_B3HW.shape[2] * scale + 0.5), int(pixels_B3HW.shape[3] * scale + 0.5))
+    pixels_B3HW = interpolate(pixels_B3HW, size=fitted, mode="bicubic", align_corners=False)
+    return pad(pixels_B3HW, (0, width - fitted[1], 0, height - fitted[0]))
+
+
+def _jittered(image: Image.Image, view: View) -> Image.Image:
+    if view.brightness != 1:
+        image = F.adjust_brightness(image, view.brightness)
+    if view.contrast != 1:
+        image = F.adjust_contrast(image, view.contrast)
+    if view.saturation != 1:
+        image = F.adjust_saturation(image, view.saturation)
+    if view.hue != 0:
+        image = F.adjust_hue(image, view.hue)
+    return image
+
+
+def _distorted(image: Image.Image, view: View) -> Image.Image:
+    if view.brightness != 1:
+        image = _mapped(image, 1, 128 * (view.brightness - 1))
+    if view.contrast != 1:
+        image = _mapped(image, view.contrast)
+    if view.saturation != 1:
+        hue, saturation, value = image.convert("HSV").split()
+        image = Image.merge("HSV", (hue, _mapped(saturation, view.saturation), value)).convert("RGB")
+    if view.hue != 0:
+        image = F.adjust_hue(image, view.hue)
+    return image
+
+
+def _mapped(image: Image.Image, factor: float, offset: float = 0) -> Image.Image:
+    """factor · value + offset in every channel, clipped and cut to whole numbers."""
+    levels = np.clip(np.arange(256) * factor + offset, 0, 255).astype(np.uint8)
+    return image.point(levels.tolist() * len(image.getbands()))
 
 
 def source_pixels(view: View, image_size: Size, size: Size | None = None) -> tuple[Indices, Indices]:
@@ -180,7 +219,7 @@ def draw_view(policy: ViewPolicy, sample_key: str, width: int, height: int, view
     table = draw_views(
         policy, [sample_key], np.array([width]), np.array([height]), (view_index, view_index + 1)
     )
-    return ViewTable(table).view(0)
+    return ViewTable(table, policy.photometric).view(0)
 
 
 def draw_views(
@@ -355,9 +394,10 @@ def _uniforms(seed: int, sample_keys: Sequence[str], views: NDArray[np.int64]) -
 
 
 class ViewTable:
-    """Views by row, on top of an Arrow table of `VIEW_SCHEMA`."""
+    """Views by row, on top of an Arrow table of `VIEW_SCHEMA`; `photometric` is that of the policy."""
 
-    def __init__(self, table: pa.Table) -> None:
+    def __init__(self, table: pa.Table, photometric: Photometric = "color_jitter") -> None:
+        self._photometric: Photometric = photometric
         self._columns = {name: table[name].to_numpy() for name in VIEW_SCHEMA.names}
 
     def __len__(self) -> int:
@@ -374,4 +414,5 @@ class ViewTable:
             contrast=value["contrast"],
             saturation=value["saturation"],
             hue=value["hue"],
+            photometric=self._photometric,
         )

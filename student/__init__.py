@@ -37,6 +37,7 @@ def build_student(
     fusion: str = "mor",
     decoder: str = "simple",
     adapter_paths: bool = True,
+    sak_compat: bool = False,
     teacher_grids: Mapping[str, Size] | None = None,
     class_tokens: Collection[str] = (),
     preservation: bool = True,
@@ -48,7 +49,8 @@ def build_student(
     `stem`: name of a timm ViT, `pretrained` its weights; None for an amalgam without one.
     `teacher_dims`: name → channels of each teacher.
     `image_size`: (height, width) in pixels. `reduction`: width of the stem / width inside an adapter.
-    `adapter_paths`: False for the baseline with linear aligners only.
+    `adapter_paths`: False for the baseline with linear aligners only. `sak_compat`: feed the stem as SAK's
+    authors do, see `Stem`.
     `tasks`: name → output channels; none for stage 1. `fusion`: how a task makes one of the stem's and the
     paths' representations, "mor", "sum" or "concat". `decoder`: the heads, "simple" or "upernet".
     Of a KPU alone: `teacher_grids`, (rows, columns) of each teacher's map, `class_tokens`, the teachers that
@@ -63,7 +65,7 @@ def build_student(
         arguments |= {"preservation": preservation, "unification": unification}
         arguments |= {"reconstruction": reconstruction}
     else:
-        arguments |= {"fusion": fusion, "decoder": decoder}
+        arguments |= {"fusion": fusion, "decoder": decoder, "sak_compat": sak_compat}
     if kind == SAK.kind:
         arguments |= {"reduction": reduction, "adapter_paths": adapter_paths}
     student: Student = _KINDS[kind](stem, teacher_dims, image_size, tasks=tasks or {}, **arguments)

@@ -47,8 +47,9 @@ class Amalgam(Student):
         pretrained: bool = False,
         fusion: str = "mor",
         decoder: str = "simple",
+        sak_compat: bool = False,
     ) -> None:
-        module = Stem(stem, image_size, pretrained) if stem else None
+        module = Stem(stem, image_size, pretrained, sak_compat) if stem else None
         config = {
             "stem": stem,
             "teacher_dims": dict(teacher_dims),
@@ -56,6 +57,7 @@ class Amalgam(Student):
             "tasks": dict(tasks),
             "fusion": fusion,
             "decoder": decoder,
+            "sak_compat": sak_compat,
         }
         super().__init__(config, *((module.mean, module.std) if module else _IMAGENET))
         self.stem = module

@@ -33,7 +33,7 @@ def set_learning(student: Student, wanted: StudentRecipe, num_levels: Mapping[st
 
 def require_kept(wanted: StudentRecipe, student: Student) -> None:
     """Raises `RecipeError` where the recipe says otherwise what a student that goes on keeps."""
-    own = {key: student.config[key] for key in ("stem", "reduction", "adapter_paths")}
+    own = {key: student.config[key] for key in ("stem", "reduction", "adapter_paths", "sak_compat")}
     said = {key: getattr(wanted, key) for key in own if key in wanted.model_fields_set}
     if others := [key for key in said if said[key] != own[key]]:
         raise RecipeError(

@@ -127,6 +127,8 @@ PAPER_ROWS: dict[str, tuple[PaperRow, ...]] = {
 
 ABLATION_ROWS: dict[str, tuple[PaperRow, ...]] = {
     "pascal_context": (
+        _ablation(2, "Oracle of teachers", 81.18, 74.38, 81.48, 16.21, 75.89, gain=None),
+        _ablation(2, "Student without biases", 80.18, 69.13, 82.72, 16.00, 71.16, gain=None),
         _ablation(3, "no adapter paths, no routers", 80.97, 69.71, 84.64, 14.11, 72.82, gain=-1.21),
         _ablation(3, "adapter paths, summed", 81.26, 69.92, 84.31, 14.45, 71.41, gain=-2.03),
         _ablation(3, "adapter paths and routers", 81.65, 72.38, 84.87, 14.05, 73.23, gain=-0.03),
@@ -217,3 +219,17 @@ LINEAR_PROBES = {
     "SAK, ViT-B/16": 79.1,
 }
 """Top-1 accuracy on ImageNet-1k's validation set, of linear classifiers at 224 pixels (SAK, Table 26)."""
+
+DEPTH_PROBES = {
+    "ViT, ViT-B/16": (1.118, 1.117),
+    "SAM, ViT-B/16": (0.678, 0.652),
+    "Theia, ViT-B/16": (0.644, 0.629),
+    "OpenCLIP, ViT-G/14": (0.541, 0.510),
+    "MAE, ViT-H/14": (0.517, 0.483),
+    "DINO, ViT-B/8": (0.555, 0.539),
+    "DINOv2 (teacher upper bound), ViT-B/14": (0.399, 0.362),
+    "DINOv2 (reproduced), ViT-B/14": (0.406, 0.366),
+    "SAK of DINOv2, ViT-B/16": (0.482, 0.463),
+    "SAK of 3 teachers, ViT-B/16": (0.450, 0.436),
+}
+"""RMSE in metres on NYUd's test images, of a linear layer on the last level and on four (SAK, Table 27)."""

@@ -21,6 +21,7 @@ _WHOLE_STEM = {"stem", "stem.vit"}
 _KINDS_WITH = {
     "reduction": {"sak"},
     "adapter_paths": {"sak"},
+    "sak_compat": {"sak", "amalgam"},
     "fusion": {"sak", "amalgam"},
     "decoder": {"sak", "amalgam"},
     "preservation": {"kpu"},
@@ -39,6 +40,8 @@ class StudentRecipe(Strict):
     itself, with a new path for each teacher of the cache that it does not have (SAK, D.4), and keeps its
     own `stem`, `reduction` and `adapter_paths`.
     `freeze`: parts that are not trained, such as `stem` and `paths` ("Freeze" of Table 12).
+    `sak_compat`: feed the stem as SAK's authors do, with ImageNet's statistics, whatever the model's own are;
+    of a cache's recipe the same key does it for the teachers.
     `lora_rank`: train the stem by updates of this rank, itself frozen.
     `preservation`, `unification` and `reconstruction` are those of a KPU (its Table 2), whose `stem` is the
     sentinel.
@@ -49,6 +52,7 @@ class StudentRecipe(Strict):
     pretrained: bool = True
     reduction: int = Field(4, ge=1)
     adapter_paths: bool = True
+    sak_compat: bool = False
     fusion: Fusion = "mor"
     decoder: Literal["simple", "upernet"] = "simple"
     init_from: str | None = None

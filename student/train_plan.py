@@ -49,6 +49,7 @@ class TrainPlan:
     steps: int
     images_per_step: int
     size: StudentSize
+    image_size: Size
     row_bytes: int
     processes: int
     tflops_per_gpu: float
@@ -109,6 +110,7 @@ def make_train_plan(
             class_tokens,
             {name: (num_levels or {}).get(name, NUM_LEVELS) * recipe.distills for name in teacher_dims},
         ),
+        image_size=image_size,
         row_bytes=row_bytes if reads and recipe.features != "online" else 0,
         processes=processes,
         tflops_per_gpu=tflops_per_gpu,

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 import xxhash
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from pipeline.errors import TeacherInputError
 from pipeline.spec import Size, TeacherSpec
+from pipeline.views import enlarge_and_pad
 
 RGB = tuple[float, float, float]
 
@@ -98,9 +98,7 @@ class Teacher(nn.Module, ABC):
 def preprocess(pixels_B3HW: Tensor, spec: TeacherSpec) -> Tensor:
     """uint8 views at `render_size` → normalised float32 at `image_size`.
 
-    The two sizes differ only under `sak_compat`. The view is then enlarged bicubically until it
-    touches `image_size` and padded with zeros on the right or below, as the authors' code does (the
-    paper, B.1, says "pad and resize").
+    The two sizes differ only under `sak_compat`, see `enlarge_and_pad`.
     """
     if pixels_B3HW.dtype != torch.uint8 or pixels_B3HW.shape[1:] != (3, *spec.render_size):
         raise TeacherInputError(
@@ -115,11 +113,7 @@ def preprocess(pixels_B3HW: Tensor, spec: TeacherSpec) -> Tensor:
     x: Tensor = (pixels_B3HW.float() / 255 - mean) / std
     if spec.render_size == spec.image_size:
         return x
-    height, width = spec.image_size
-    scale = min(height / x.shape[2], width / x.shape[3])
-    fitted = (int(x.shape[2] * scale + 0.5), int(x.shape[3] * scale + 0.5))
-    x = F.interpolate(x, size=fitted, mode="bicubic", align_corners=False)
-    return F.pad(x, (0, width - fitted[1], 0, height - fitted[0]))
+    return enlarge_and_pad(x, spec.image_size)
 
 
 def autocast(spec: TeacherSpec, device: torch.device) -> Any:

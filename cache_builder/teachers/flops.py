@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from cache_builder.teachers.base import Teacher
 from cache_builder.teachers.registry import kind_of
 from pipeline.spec import TeacherSpec
 
@@ -20,8 +22,24 @@ def teacher_gmacs(spec: TeacherSpec) -> float:
     is tapped. Left out, as fvcore leaves them out, are the products of fused attention; they add 12%
     to DINOv2-L at 378² (221 → 247) and 14% to SAM-L at 1024² (1308 → 1489).
     """
-    blank = spec.model_copy(update={"pretrained": False, "checkpoint": None, "precision": "float32"})
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        kind_of(spec.model)(blank)(torch.empty(1, 3, *spec.render_size, dtype=torch.uint8))
+        _blank(spec)(torch.empty(1, 3, *spec.render_size, dtype=torch.uint8))
     flops: dict[Any, int] = counter.get_flop_counts()["Global"]
     return sum(flops.get(product, 0) for product in _WEIGHT_PRODUCTS) / 2e9
+
+
+def teacher_parameters(spec: TeacherSpec) -> int:
+    """Of all that runs, up to the last block that is tapped: no final norm, neck or classifier (Table 21)."""
+    with torch.device("meta"):
+        teacher = _blank(spec)
+        ran = set[nn.Module](module for module in teacher.children())  # asked by name, they call no hook
+        for module in teacher.modules():
+            module.register_forward_hook(lambda module, *_: ran.add(module))
+        teacher(torch.empty(1, 3, *spec.render_size, dtype=torch.uint8))
+    return sum(parameter.numel() for module in ran for parameter in module.parameters(recurse=False))
+
+
+def _blank(spec: TeacherSpec) -> Teacher:
+    return kind_of(spec.model)(
+        spec.model_copy(update={"pretrained": False, "checkpoint": None, "precision": "float32"})
+    )

@@ -19,8 +19,8 @@ for verb in (
     *(building.plan, building.build, building.calibrate),
     *(trust.verify, trust.repair),
     *(looking.inspect, looking.report, looking.view),
-    *(students.train, students.evaluate, students.repsim, students.probe),
-    *(students.remove_teacher, students.push, students.import_reference),
+    *(students.train, students.evaluate, students.repsim, students.probe, students.depth_probe),
+    *(students.figure, students.remove_teacher, students.push, students.import_reference),
     *(looking.norms, students.datasets),
     *(rearranging.merge, rearranging.subset, rearranging.convert),
 ):

@@ -126,9 +126,8 @@ def _measure(
     recipe: BuildRecipe, drafted: Draft, specs: Mapping[str, list[TeacherSpec]]
 ) -> dict[str, list[Option]]:
     from cache_builder.budget import measure
-    from cache_builder.calibrate import CalibrationSample
 
-    sample = CalibrationSample.draw(drafted.source, drafted.samples, drafted.views, recipe.calibration_rows)
+    sample = drafted.calibration_sample(recipe.calibration_rows)
     found: dict[str, list[Option]] = {}
     with console.status("calibrating") as status:
         for name, available in measure(specs, sample, recipe.runner.batch_size):

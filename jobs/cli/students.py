@@ -34,6 +34,9 @@ def train(
         int | None, typer.Option(min=1, help="Of a dry run: images of a cache that is yet to be built.")
     ] = None,
     tflops_per_gpu: Annotated[float, typer.Option(min=0.001, help="Of a dry run: the rate assumed.")] = 200,
+    costs: Annotated[
+        bool, typer.Option("--costs", help="Of a dry run: what teachers and student cost (SAK, Table 21).")
+    ] = False,
 ) -> None:
     """Train a student in this one process; use `accelerate launch jobs/train_student.py` for several.
 
@@ -44,10 +47,12 @@ def train(
 
     checked = load_recipe(TrainRecipe, recipe, overrides or [])
     if dry_run:
-        from jobs.train_plan import plan_training, train_plan_table
+        from jobs.train_plan import costs_table, plan_training, train_plan_table
 
         plan = plan_training(checked, processes=processes, tflops_per_gpu=tflops_per_gpu, num_samples=samples)
         console.print(train_plan_table(plan))
+        if costs:
+            console.print(costs_table(checked, plan))
         return
     from student.train import train as train_student
 
@@ -216,6 +221,63 @@ def probe(
         console.print(Markdown(probe_table(found)))
 
 
+def depth_probe(
+    source: Annotated[
+        str, typer.Argument(metavar="STUDENT", help="A student of kind sak, or the name of a timm ViT.")
+    ],
+    dataset: Annotated[str, typer.Argument(metavar="DATASET", help="nyud or scenes.")],
+    root: Annotated[Path, typer.Argument(metavar="ROOT", help="Its folder (docs/datasets.md).")],
+    expert: Annotated[str, typer.Option(help="Of a student: the stem, or a teacher's path.")] = "stem",
+    size: Annotated[tuple[int, int], typer.Option(metavar="HEIGHT WIDTH", help="Pixels that it sees.")] = (
+        448,
+        576,
+    ),
+    steps: Annotated[int, typer.Option(min=1, help="Of the linear layer.")] = 38_400,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images of a step.")] = 16,
+    threads: Annotated[int, typer.Option(min=1, help="Threads that read and render.")] = 2,
+    random_weights: Annotated[bool, typer.Option("--random", help="Of a timm ViT: for a trial.")] = False,
+    as_json: Json = False,
+) -> None:
+    """RMSE of depth that a linear layer reads from frozen maps, of one level and of four (SAK, Table 27).
+
+    Example: `teachercache depth-probe runs/base/student nyud /data/NYUDv2 --expert dinov2`
+    """
+    from student import load_student
+    from student.datasets import open_dataset
+    from student.depth_probe import FrozenMaps, depth_table
+    from student.depth_probe import depth_probe as probe_depth
+    from student.sak.stem import Stem
+
+    train, test = (open_dataset(dataset, root, split) for split in ("train", "val"))
+    loaded = (
+        load_student(source)
+        if Path(source).is_dir()
+        else Stem(source, size, pretrained=not random_weights, sak_compat=True)
+    )
+    maps = FrozenMaps(loaded, size, expert)
+    with console.status("") as status:
+        found = [
+            probe_depth(
+                maps,
+                train,
+                test,
+                levels=levels,
+                name=source if expert == "stem" else f"{source}, {expert}",
+                steps=steps,
+                batch_size=batch_size,
+                threads=threads,
+                progress=status.update,
+            )
+            for levels in (1, 4)
+        ]
+    if as_json:
+        print_json([dataclasses.asdict(one) for one in found])
+    else:
+        from rich.markdown import Markdown
+
+        console.print(Markdown(depth_table(found)))
+
+
 def remove_teacher(
     student: StudentArgument,
     teachers: Annotated[list[str], typer.Argument(metavar="TEACHER…", help="Those that go.")],
@@ -238,6 +300,28 @@ def remove_teacher(
     loaded.save_pretrained(output)
     after = sum(loaded.parameters_by_part().values())
     typer.echo(f"{output}: teachers: {', '.join(loaded.teachers)}; {before:,} → {after:,} parameters")
+
+
+def figure(
+    number: Annotated[int, typer.Argument(metavar="NUMBER", help="1 (its left half), 3 or 5.")],
+    scores: Annotated[
+        list[str] | None, typer.Argument(metavar="NAME=FILE…", help="scores.json of your own evaluations.")
+    ] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The PNG to write.")] = Path("figure.png"),
+    as_json: Json = False,
+) -> None:
+    """Draw a figure of SAK that compares models, of the paper's tables and your own scores beside them.
+
+    Example: `teachercache figure 5 "mine, 25% of the data=runs/quarter/scores/scores.json" -o figure_5.png`
+    """
+    from student.comparison_figures import comparison, comparison_figure, read_scores
+
+    own = [read_scores(named) for named in scores or []]
+    if as_json:
+        print_json([dataclasses.asdict(panel) for panel in comparison(number, own)])
+        return
+    comparison_figure(number, own).savefig(output)
+    console.print(output, soft_wrap=True, markup=False)
 
 
 def push(

@@ -8,11 +8,10 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 from scipy.io import loadmat
-from scipy.ndimage import laplace
-from skimage.morphology import thin
 
 from pipeline.spec import Size
 from student.datasets.base import LabelledDataset, read_array, unit_normals
+from student.datasets.boundaries import label_boundaries, partition_boundaries
 from student.datasets.labels import ignored_without_parts
 
 _PERSON = 15  # among the classes of PASCAL-Part
@@ -48,8 +47,8 @@ class PascalContext(LabelledDataset):
 
     semseg: the 21 classes of PASCAL VOC. parts: head, torso, upper and lower arms, upper and lower legs;
     ignored in images without a person whose parts are annotated. saliency and normals: distilled, by
-    ASTMT's authors. boundary: where the classes of PASCAL-Context change, thinned; predictions are measured
-    against all pixels where they change, as SEISM does.
+    ASTMT's authors. boundary: where the classes of PASCAL-Context change, found by a Laplacian to learn from,
+    and as SEISM does to be measured against; thinned in both.
     """
 
     name = "pascal_context"
@@ -86,21 +85,6 @@ class PascalContext(LabelledDataset):
         if task == "boundary":
             return partition_boundaries(read_array(self._path(task, key), "LabelMap"))
         return self._label(task, key, size)
-
-
-def partition_boundaries(classes_HW: NDArray) -> NDArray[np.uint8]:
-    """1 where the pixel below, on the right, or below on the right is of another class (`seg2bmap` of SEISM
-    and BSDS)."""
-    padded = np.pad(classes_HW, (0, 1), mode="edge")
-    others = padded[1:, :-1], padded[:-1, 1:], padded[1:, 1:]
-    edges_HW: NDArray[np.bool_] = np.logical_or.reduce([classes_HW != other for other in others])
-    return edges_HW.astype(np.uint8)
-
-
-def label_boundaries(classes_HW: NDArray) -> NDArray[np.uint8]:
-    """1 where the Laplacian of the class numbers is not zero, thinned, as ASTMT and its successors do."""
-    edges_HW: NDArray[np.bool_] = thin(laplace(classes_HW.astype(np.float64), mode="mirror") != 0)
-    return edges_HW.astype(np.uint8)
 
 
 def _parts(annotation: dict[str, Any], size: Size) -> NDArray[np.uint8]:

@@ -67,13 +67,14 @@ class SAK(Student):
         fusion: str = "mor",
         decoder: str = "simple",
         adapter_paths: bool = True,
+        sak_compat: bool = False,
     ) -> None:
         tasks = dict(tasks or {})
         check_names("teacher", teacher_dims)
         check_names("task", tasks)
         if not tasks:
             require_teachers(teacher_dims)
-        module = Stem(stem, image_size, pretrained)
+        module = Stem(stem, image_size, pretrained, sak_compat)
         config = {
             "stem": stem,
             "teacher_dims": dict(teacher_dims),
@@ -83,6 +84,7 @@ class SAK(Student):
             "fusion": fusion,
             "decoder": decoder,
             "adapter_paths": adapter_paths,
+            "sak_compat": sak_compat,
         }
         super().__init__(config, module.mean, module.std)
         self.stem = module

@@ -159,6 +159,7 @@ def load_reference(student: SAK, tensors: Mapping[str, Tensor]) -> list[Unmatche
             do="build the student with the checkpoint's stem, teachers, tasks and image size",
         )
     student.load_state_dict(normalisation | agreeing, strict=False)
+    student.config["sak_compat"] = True
     return [Unmatched(name, shape, None) for name, shape in left.items()] + unmatched
 
 

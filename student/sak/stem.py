@@ -16,14 +16,17 @@ from typing import Any
 
 import timm
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.vision_transformer_sam import VisionTransformerSAM
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.errors import RecipeError, WeightsNotFoundError, explain
 from pipeline.spec import Size
+from pipeline.views import enlarge_and_pad
 from student.base import NUM_LEVELS
 
+SAM_SIDE = 1024  # pixels, of which it was trained on squares
 Between = Callable[[int, Tensor], Tensor]  # (l, Z_l) → Z_l
 
 
@@ -31,15 +34,19 @@ class Stem(nn.Module):
     """Any plain ViT of timm, or SAM's, without final norm, neck and classifier; all its tokens are kept.
 
     Images whose sides are no multiples of the patch are resampled to the nearest ones: 512² → 518² where it
-    is of 14 pixels, as for a teacher.
+    is of 14 pixels, as for a teacher. With `sak_compat` it is fed as teachers are with that key: ImageNet's
+    statistics for every model, pixels that fill no patch dropped (512² → 36×36 tokens), SAM at 1024².
     Raises `RecipeError` for a name that cannot be a stem, `WeightsNotFoundError` when `pretrained` weights
     cannot be had.
     """
 
     vit: Any  # timm does not type its models
 
-    def __init__(self, name: str, image_size: Size, pretrained: bool = False) -> None:
+    def __init__(
+        self, name: str, image_size: Size, pretrained: bool = False, sak_compat: bool = False
+    ) -> None:
         super().__init__()
+        self._sak_compat = sak_compat
         self.patch, self._resamples_itself = _require_vit(name)
         self._fit(image_size)
         self.vit = _create(name, None if self._resamples_itself else self._input_size, pretrained)
@@ -47,8 +54,10 @@ class Stem(nn.Module):
         self.depth = len(self.vit.blocks)
         self.num_prefix_tokens: int = getattr(self.vit, "num_prefix_tokens", 0)
         self.has_class_token = getattr(self.vit, "cls_token", None) is not None
-        self.mean: tuple[float, ...] = self.vit.pretrained_cfg["mean"]
-        self.std: tuple[float, ...] = self.vit.pretrained_cfg["std"]
+        own = self.vit.pretrained_cfg["mean"], self.vit.pretrained_cfg["std"]
+        self.mean: tuple[float, ...]
+        self.std: tuple[float, ...]
+        self.mean, self.std = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD) if sak_compat else own
         self.level_blocks = level_blocks(self.depth)
 
     def forward(self, pixels_B3HW: Tensor, between: Between | None = None) -> list[Tensor]:
@@ -58,7 +67,9 @@ class Stem(nn.Module):
         and extra tokens are handled differently by each family of timm.
         """
         self._require_size(pixels_B3HW)
-        if self._input_size != self._image_size:
+        if self._sak_compat and self._resamples_itself:
+            pixels_B3HW = enlarge_and_pad(pixels_B3HW, self._input_size)
+        elif self._input_size != self._image_size:
             pixels_B3HW = F.interpolate(pixels_B3HW, self._input_size, mode="bilinear", antialias=True)
         tokens_BND: list[Tensor] = []
 
@@ -93,8 +104,10 @@ class Stem(nn.Module):
         height, width = image_size
         rows, columns = max(1, round(height / self.patch[0])), max(1, round(width / self.patch[1]))
         self._image_size: Size = height, width
-        self.grid: Size = rows, columns
         self._input_size: Size = rows * self.patch[0], columns * self.patch[1]
+        if self._sak_compat:
+            self._input_size = (SAM_SIDE, SAM_SIDE) if self._resamples_itself else self._image_size
+        self.grid: Size = self._input_size[0] // self.patch[0], self._input_size[1] // self.patch[1]
 
     def _require_size(self, pixels_B3HW: Tensor) -> None:
         if pixels_B3HW.shape[1:] != (3, *self._image_size):

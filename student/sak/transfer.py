@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from pipeline.errors import CheckpointError, RecipeError
@@ -17,9 +18,20 @@ def load_stage_1(student: SAK, source: str | os.PathLike[str], revision: str | N
 
     The position embeddings are resampled to the image size of `student`, and it takes over the
     normalisation of pixels. Only routers and heads may be missing from `source`, and stay as they are.
-    Raises `CheckpointError`, naming the tensors, where there is any other difference.
+    Raises `CheckpointError`, naming the tensors, where there is any other difference, and `RecipeError` where
+    one of the two is fed as SAK's authors do, and the other as its stem was trained.
     """
     stage_1 = SAK.from_pretrained(source, revision)
+    told, wanted = (one.config["sak_compat"] for one in (stage_1, student))
+    if told != wanted and not (
+        torch.equal(stage_1.mean, student.mean) and torch.equal(stage_1.std, student.std)
+    ):
+        raise RecipeError(
+            f"The student in {os.fspath(source)} saw pixels of another normalisation.",
+            got=f"student.sak_compat: {wanted}, mean {student.mean.flatten().tolist()}",
+            expected=f"student.sak_compat: {told}, mean {stage_1.mean.flatten().tolist()}, as it was trained",
+            do=f"set student.sak_compat={str(told).lower()}, or train stage 1 with the other",
+        )
     stage_1.stem.resize(student.image_size)
     load_tensors(student, stage_1.state_dict(), f"The student in {os.fspath(source)}")
 

@@ -12,6 +12,7 @@ from typer.testing import CliRunner, Result
 from cache_builder import build, build_teacher
 from jobs import cli
 from pipeline import FeatureCache, render_view
+from pipeline.errors import CacheMismatchError
 from student.datasets import open_dataset
 from student.datasets.labels import render_labels
 from student.datasets.scenes import write_scenes
@@ -69,3 +70,9 @@ def test_a_cache_of_multitask_views_joins_the_labels(scenes: Path, monkeypatch: 
         assert all(tensor.shape[-2:] == SIZE for tensor in labels.values())
     live = build_teacher(cache.spec.teachers["tiny"])(torch.stack(renders)).feature_maps_BSHWC
     torch.testing.assert_close(cache.read(rows)["tiny"].decode(), live, rtol=1e-4, atol=1e-4)
+
+    assert {cache.view(row).photometric for row in rows} == {"distortion"}
+    older = build_recipe(scenes.parent / "cache", source, views=views | {"photometric": "color_jitter"})
+    message = "views.photometric: the cache has 'distortion', the recipe asks for 'color_jitter'"
+    with pytest.raises(CacheMismatchError, match=message):
+        build(older, Console(quiet=True))

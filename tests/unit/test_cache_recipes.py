@@ -10,7 +10,7 @@ import pytest
 
 from cache_builder.plan import bytes_per_row
 from cache_builder.recipe import BuildRecipe
-from cache_builder.teachers.recipe import resolve_teacher, student_grid
+from cache_builder.teachers.recipe import IMAGENET_MEAN, IMAGENET_STD, resolve_teacher, student_grid
 from pipeline.recipe import load_recipe
 from pipeline.spec import GridSpec, TeacherSpec
 from pipeline.units import human_bytes
@@ -23,7 +23,7 @@ STUDENTS = sorted(path.stem for path in FOLDER.glob("sak_stage*.yaml"))
 
 def teachers(name: str, overrides: Sequence[str] = ()) -> list[TeacherSpec]:
     recipe = load_recipe(BuildRecipe, name, overrides)
-    return [resolve_teacher(*item, recipe.views.size) for item in recipe.teachers.items()]
+    return [resolve_teacher(*item, recipe.views.size, recipe.sak_compat) for item in recipe.teachers.items()]
 
 
 def mb(specs: Sequence[TeacherSpec]) -> str:
@@ -62,6 +62,21 @@ def test_a_student_fits_its_cache(name: str) -> None:
     assert recipe.student.stem is not None
     assert "patch16" in recipe.student.stem  # an adjoint holds for the grid of patches of 16 alone
     assert recipe.distillation.cosine == "flattened"  # exact
+
+
+@pytest.mark.parametrize("name", [*CACHES, *STUDENTS])
+def test_a_recipe_of_sak_feeds_its_models_as_the_authors_do_and_says_what_differs(name: str) -> None:
+    if name in STUDENTS:
+        assert load_recipe(TrainRecipe, name).student.sak_compat
+    else:
+        dinov2, clip, sam = teachers(name)
+        assert {(spec.mean, spec.std) for spec in (dinov2, clip, sam)} == {(IMAGENET_MEAN, IMAGENET_STD)}
+        size = load_recipe(BuildRecipe, name).views.size
+        assert dinov2.image_size == clip.image_size == size
+        assert dinov2.native_grid == {384: (27, 27), 512: (36, 36), 448: (32, 41)}[size[0]]
+        assert (sam.image_size, sam.native_grid) == ((1024, 1024), (64, 64))
+    header, _, _ = (FOLDER / f"{name}.yaml").read_text().partition("\ncache:")
+    assert "# Differs   from the paper: " in header
 
 
 def test_a_kpu_s_cache_holds_the_last_level_and_class_tokens() -> None:

@@ -15,8 +15,9 @@ from skimage.morphology import thin
 from pipeline.errors import RecipeError, SourceError, SourceNotFoundError
 from pipeline.sources import open_source
 from student.datasets import DATASETS, dataset_class, open_dataset
+from student.datasets.boundaries import label_boundaries, partition_boundaries
 from student.datasets.labels import IGNORE
-from student.datasets.pascal_context import label_boundaries, partition_boundaries
+from student.metrics import BoundaryBenchmark
 from student.task_losses import TASK_LOSSES
 
 HEIGHT, WIDTH = 20, 30
@@ -211,20 +212,69 @@ def test_boundaries_are_those_of_a_laplacian_by_hand() -> None:
     assert np.array_equal(label_boundaries(classes), thin(edges))
 
 
-def test_predictions_are_measured_against_every_pixel_where_the_class_changes(pascal: Path) -> None:
-    classes = RNG.integers(0, 3, (6, 8)).repeat(4, 0).repeat(4, 1)
+def seg2bmap(classes: NDArray) -> NDArray[np.bool_]:
+    """By loops: a pixel whose neighbour below, on the right, or both, is of another class."""
     height, width = classes.shape
-    edges = np.zeros(classes.shape, np.uint8)
-    for y in range(height):  # seg2bmap, as SEISM and BSDS have it
+    edges = np.zeros(classes.shape, bool)
+    for y in range(height):
         for x in range(width):
             after = [(y + dy, x + dx) for dy, dx in ((0, 1), (1, 0), (1, 1))]
             edges[y, x] = any(
                 classes[place] != classes[y, x] for place in after if place[0] < height and place[1] < width
             )
-    assert np.array_equal(partition_boundaries(classes), edges)
+    return edges
+
+
+def bwmorph_thin(image: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """By loops: Guo and Hall's two subiterations, as MATLAB's manual has them for bwmorph(…, 'thin', Inf)."""
+    image = np.pad(image, 1)
+    before = ~image
+    while not np.array_equal(image, before):
+        before = image
+        for second in (False, True):
+            deleted = np.zeros_like(image)
+            for y, x in zip(*np.nonzero(image), strict=True):
+                around = ((0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, -1), (1, 0), (1, 1), (0, 1))
+                x1, x2, x3, x4, x5, x6, x7, x8, x9 = (bool(image[y + dy, x + dx]) for dy, dx in around)
+                crossings = sum(
+                    not one and (two or three)
+                    for one, two, three in ((x1, x2, x3), (x3, x4, x5), (x5, x6, x7), (x7, x8, x9))
+                )
+                pairs = (
+                    (x1 or x2) + (x3 or x4) + (x5 or x6) + (x7 or x8),
+                    (x2 or x3) + (x4 or x5) + (x6 or x7) + (x8 or x9),
+                )
+                kept_side = (x6 or x7 or not x4) and x5 if second else (x2 or x3 or not x8) and x1
+                deleted[y, x] = crossings == 1 and min(pairs) in (2, 3) and not kept_side
+            image = image & ~deleted
+    return image[1:-1, 1:-1]
+
+
+def test_predictions_are_measured_against_seism_s_boundaries(pascal: Path) -> None:
+    for scale in (1, 4):  # single pixels, and squares
+        classes = RNG.integers(0, 3, (20 // scale, 28 // scale)).repeat(scale, 0).repeat(scale, 1)
+        assert np.array_equal(partition_boundaries(classes), bwmorph_thin(seg2bmap(classes)))
     dataset = open_dataset("pascal_context", pascal, "val")
     learnt, measured = (dataset.labels(0, measured=flag) for flag in (False, True))
-    assert measured["boundary"].sum() > learnt["boundary"].sum() > 0
+    assert np.array_equal(np.nonzero(measured["boundary"]), (range(HEIGHT), [11] * HEIGHT))
+    assert not np.array_equal(measured["boundary"], learnt["boundary"])
+    assert all(np.array_equal(learnt[task], measured[task]) for task in learnt if task != "boundary")
+
+
+def test_a_perfect_thin_prediction_scores_100() -> None:
+    stairs = np.tri(40, 40)
+    assert (seg2bmap(stairs).sum(), partition_boundaries(stairs).sum()) == (78, 40)
+    benchmark = BoundaryBenchmark(nms_radius=None)
+    target = partition_boundaries(stairs)
+    benchmark.update(target.astype(float), target)
+    assert benchmark.compute().ods_f == 1
+
+
+def test_nyud_is_measured_against_the_thinned_outline_of_its_lines(nyud: Path) -> None:
+    """SEISM reads the boundaries of NYUD-v2 and treats them as it does a partition."""
+    learnt, measured = (open_dataset("nyud", nyud).labels(0, measured=flag) for flag in (False, True))
+    assert np.array_equal(measured["boundary"], bwmorph_thin(seg2bmap(learnt["boundary"])))
+    assert measured["boundary"].sum(1).tolist() == [*[0] * 5, WIDTH - 1, *[0] * 14]
     assert all(np.array_equal(learnt[task], measured[task]) for task in learnt if task != "boundary")
 
 

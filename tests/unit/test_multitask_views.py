@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image
+from torchvision.transforms.v2 import functional as F
 
-from pipeline.spec import ViewPolicy
+from pipeline.spec import CacheSpec, ViewPolicy
 from pipeline.views import PADDING, View, ViewTable, draw_view, draw_views, render_view, source_pixels
 from tests.images import photo
 
@@ -16,7 +21,8 @@ SIZE = (96, 128)
 
 def drawn(policy: ViewPolicy, count: int, width: int, height: int) -> list[View]:
     keys = [f"image_{i}" for i in range(count)]
-    table = ViewTable(draw_views(policy, keys, np.full(count, width), np.full(count, height), (0, 1)))
+    views = draw_views(policy, keys, np.full(count, width), np.full(count, height), (0, 1))
+    table = ViewTable(views, policy.photometric)
     return [table.view(i) for i in range(count)]
 
 
@@ -39,6 +45,69 @@ def test_specs_of_other_policies_did_not_change() -> None:
     train = ViewPolicy(policy="multitask_train")
     assert train.scale == (0.5, 2.0)
     assert ViewPolicy.model_validate(train.model_dump(mode="json")) == train
+
+
+OLDER_CACHE: dict[str, Any] = {  # of version 2, from before there was views.photometric
+    "dataset": {"kind": "folder", "location": "/x", "num_samples": 4, "fingerprint": "f" * 32},
+    "views": {"policy": "multitask_train", "num_views": 2, "size": [24, 32], "seed": 3},
+    "rows_per_shard": 8,
+    "segments": [{"first_row": 0, "samples": [0, 4], "views": [0, 2]}],
+    "teachers": {},
+    "created": "then",
+    "versions": {},
+    "cache_id": "fcded588495593b5c0eda95c2f91c681",
+}
+
+
+def test_an_older_cache_is_what_it_was() -> None:
+    """Its features were made of torchvision's jitter, and its identity does not say so."""
+    spec = CacheSpec.model_validate(OLDER_CACHE)
+    assert spec.views.photometric == "color_jitter"
+    assert "photometric" not in spec.model_dump(mode="json")["views"]
+    assert spec.changed(created="now").views == spec.views
+    assert spec.changed(views=ViewPolicy(**OLDER_CACHE["views"])).cache_id != spec.cache_id
+    view = View((0, 0, 60, 40), False, (40, 60), 1.2, 0.7, 1.3, 0.05)
+    image = F.adjust_contrast(F.adjust_brightness(photo(60, 40), 1.2), 0.7)
+    image = F.adjust_hue(F.adjust_saturation(image, 1.3), 0.05)
+    assert torch.equal(render_view(photo(60, 40), view), torch.from_numpy(np.array(image)).permute(2, 0, 1))
+
+
+def convert(pixels: NDArray, factor: float = 1, offset: float = 0) -> NDArray[np.uint8]:
+    """PhotoMetricDistortion's own arithmetic."""
+    return np.clip(pixels * np.float64(factor) + offset, 0, 255).astype(np.uint8)
+
+
+def test_distortion_adds_to_brightness_and_multiplies_pixels() -> None:
+    pixels = np.array(photo(60, 40))
+    plain = View((0, 0, 60, 40), False, (40, 60), photometric="distortion")
+
+    def rendered(**factors: Any) -> NDArray[np.uint8]:
+        return render_view(photo(60, 40), replace(plain, **factors)).permute(1, 2, 0).numpy()
+
+    assert np.array_equal(rendered(), pixels)
+    assert np.array_equal(rendered(brightness=0.75), convert(pixels, offset=-32))
+    assert np.array_equal(rendered(contrast=1.5), convert(pixels, 1.5))
+    both = convert(convert(pixels, offset=16), 0.625)
+    assert np.array_equal(rendered(brightness=1.125, contrast=0.625), both)
+    hsv, less = (np.array(Image.fromarray(p).convert("HSV")) for p in (pixels, rendered(saturation=0.5)))
+    assert np.abs(less[..., 1] - hsv[..., 1] / 2).max() <= 3
+    assert np.abs(less[..., 2].astype(int) - hsv[..., 2]).max() <= 1
+
+
+def test_the_mean_of_a_picture_varies_as_with_the_authors_distortion() -> None:
+    """Contrast around the mean left half of it."""
+    rng, pixels = np.random.default_rng(0), np.array(photo(16, 12, seed=4)).astype(float)
+    expected = []
+    for _ in range(1000):
+        image = convert(pixels, offset=rng.uniform(-32, 32)) if rng.random() < 0.5 else pixels
+        expected.append((convert(image, rng.uniform(0.5, 1.5)) if rng.random() < 0.5 else image).mean())
+    found = {}
+    for photometric in ("distortion", "color_jitter"):
+        policy = ViewPolicy(policy="multitask_train", size=SIZE, photometric=photometric)
+        views = [replace(view, box=(0, 0, 16, 12), size=(12, 16)) for view in drawn(policy, 1000, 16, 12)]
+        found[photometric] = np.std([render_view(photo(16, 12, 4), view).double().mean() for view in views])
+    assert found["distortion"] == pytest.approx(np.std(expected), rel=0.06)
+    assert found["color_jitter"] < 0.55 * found["distortion"]
 
 
 def test_scales_are_uniform_and_keep_the_ratio_of_the_sides() -> None:

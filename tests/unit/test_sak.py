@@ -12,11 +12,15 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
+from cache_builder.teachers import resolve_teacher
+from cache_builder.teachers.recipe import TeacherRecipe
+from cache_builder.teachers.timm_teacher import TimmTeacher
 from pipeline.errors import CheckpointError, RecipeError, WeightsNotFoundError
 from student import SAK, Student, build_student, load_student
-from student.sak.stem import level_blocks
+from student.sak.stem import Stem, level_blocks
 
 TEACHERS = ("dinov2", "clip", "sam")
 TINY = "vit_tiny_patch16_224"
@@ -210,6 +214,47 @@ def test_normalize_uses_the_statistics_of_the_stem() -> None:
     config = timm.get_pretrained_cfg(TINY)
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (config.mean, config.std))
     torch.testing.assert_close(student.normalize(images_B3HW), (images_B3HW / 255 - mean) / std)
+
+
+def test_sak_compat_feeds_the_stem_as_the_teacher_of_its_name() -> None:
+    """By ImageNet's statistics, without the pixels that fill no patch: 104 is 7 patches of 14 and 6 more."""
+    name, size = "vit_small_patch14_dinov2", (104, 90)
+    recipe = TeacherRecipe(model=name, pretrained=False)
+    teacher = TimmTeacher(resolve_teacher("t", recipe, size, sak_compat=True))
+    student = SAK(name, {"t": 384}, size, sak_compat=True).eval()
+    assert student.stem.grid == (7, 6)
+    student.stem.vit.load_state_dict(teacher.model.state_dict(), strict=False)
+    images_B3HW = torch.randint(0, 256, (1, 3, *size), dtype=torch.uint8)
+    expected_SnC = teacher(images_B3HW).feature_maps_BSHWC[0].flatten(1, 2)
+    with torch.no_grad():
+        levels = student.representations(student.normalize(images_B3HW)).stem
+    torch.testing.assert_close(torch.cat(levels), expected_SnC)
+
+
+def test_sak_compat_shows_sam_1024_pixels() -> None:
+    with torch.device("meta"):
+        stem = Stem("samvit_base_patch16", (448, 576), sak_compat=True)
+        tokens_BND = stem(torch.empty(1, 3, 448, 576))[-1]
+    assert stem.grid == (64, 64)
+    assert tokens_BND.shape == (1, 64 * 64, 768)
+    assert (stem.mean, stem.std) == (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    stem.resize((512, 512))
+    assert stem.grid == (64, 64)
+
+
+def test_sak_compat_is_kept_in_the_config(tmp_path: Path) -> None:
+    """ImageNet's statistics, where timm has .5 and .5 for ViTs; configs from before the key stay readable."""
+    student = SAK(TINY, {"a": 192}, (64, 96), sak_compat=True)
+    student.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["sak_compat"] is True
+    torch.testing.assert_close(student.mean.flatten(), torch.tensor(IMAGENET_DEFAULT_MEAN))
+    assert torch.equal(SAK.from_pretrained(tmp_path).std, student.std)
+    tiny().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["sak_compat"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert SAK.from_pretrained(tmp_path).mean.flatten().tolist() == [0.5] * 3
 
 
 @pytest.fixture(scope="module")

@@ -101,6 +101,13 @@ def test_stage_1_is_loaded_into_stage_2(tmp_path: Path) -> None:
     assert all(torch.equal(loaded[name], tensor) for name, tensor in heads.items())
 
 
+@pytest.mark.parametrize("compat", [False, True])
+def test_stage_2_does_not_see_other_pixels_than_its_recipe_says(tmp_path: Path, compat: bool) -> None:
+    tiny(sak_compat=not compat).save_pretrained(tmp_path)
+    with pytest.raises(RecipeError, match=f"(?s)sak_compat: {compat}.*sak_compat={str(not compat).lower()}"):
+        load_stage_1(tiny(tasks=TASKS, sak_compat=compat), tmp_path)
+
+
 def test_position_embeddings_are_resampled(tmp_path: Path) -> None:
     stage_1 = tiny(seed=1, image_size=(48, 48))
     stage_1.save_pretrained(tmp_path)

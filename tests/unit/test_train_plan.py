@@ -52,7 +52,7 @@ def test_the_header_says_the_hours_that_plan_gives(name: str) -> None:
     assert stated
     recipe = load_recipe(BuildRecipe, name)
     assert int(stated[3]) == recipe.views.num_views
-    specs = (resolve_teacher(n, t, recipe.views.size) for n, t in recipe.teachers.items())
+    specs = (resolve_teacher(n, t, recipe.views.size, recipe.sak_compat) for n, t in recipe.teachers.items())
     flops = 2e9 * sum(map(teacher_gmacs, specs)) * int(stated[2].replace(",", "")) * recipe.views.num_views
     hours = flops / (recipe.plan.teacher_tflops_per_gpu * 1e12) / 3600
     assert float(stated[1]) == pytest.approx(hours, rel=0.05)
@@ -128,6 +128,20 @@ def test_the_parts_are_those_of_table_22() -> None:
     assert size.trained == size.num_parameters + 9_449_472
 
 
+def test_one_command_prints_table_21() -> None:
+    """The paper has 198 and 1,948 in the last two places of MACs."""
+    command = "train sak_stage1_large --dry-run --costs --processes 8 --samples 1281167"
+    done = CliRunner().invoke(app, command.split(), env={"COLUMNS": "160"})
+    assert done.exit_code == 0, done.output
+    _, table = done.output.split("Table 21")
+    rows = [re.findall(r"\d[\d,×M]*", line) for line in table.splitlines()]
+    assert [row for row in rows if row] == [
+        ["384×384", "384×384", "1024×1024", "384×384"],
+        ["304M", "304M", "307M", "343M", "1,258M"],
+        ["221", "221", "1,308", "197", "1,947"],
+    ]
+
+
 def test_what_is_frozen_has_no_backward() -> None:
     """SAK, Table 12, "Freeze": 36M trained. Only routers and heads have gradients, and none leaves them."""
     whole, frozen = size_of(), size_of("student.freeze=[stem,paths]", "distillation.weight=0")
@@ -142,7 +156,7 @@ def test_a_student_that_grows_learns_one_path(tmp_path: Path) -> None:
     with torch.device("meta"):
         dims = dict.fromkeys(("dinov2", "clip", "sam"), 768)
         config = build_student(
-            "sak", stem="vit_base_patch16_384", teacher_dims=dims, image_size=(384, 384)
+            "sak", stem="vit_base_patch16_384", teacher_dims=dims, image_size=(384, 384), sak_compat=True
         ).config
     (tmp_path / "config.json").write_text(json.dumps({"kind": "sak", **config}))
     grown = size_of("teachers=[siglip]", f"student.init_from={tmp_path}", tasks=None)
