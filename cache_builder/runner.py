@@ -93,7 +93,7 @@ class Queue:
 
 class Runner(ABC):
     """Loads the teachers on entering, gives them back on leaving. `num_shards`: how many will be asked of it,
-    where that is known."""
+    where that is known. `orphans`: tasks that a process had when it died, and its name in commit records."""
 
     worker: ClassVar[type[Worker]] = Worker
 
@@ -101,6 +101,7 @@ class Runner(ABC):
         self, recipe: RunnerRecipe, teachers: Mapping[str, TeacherSpec], num_shards: int | None = None
     ) -> None:
         self.recipe, self.teachers, self.num_shards = recipe, teachers, num_shards
+        self.orphans: list[tuple[Task, str]] = []
 
     def __enter__(self) -> Self:
         return self
