@@ -18,6 +18,7 @@
     │   └── CorruptShardError                 a commit record whose files differ
     ├── CodecError (ValueError)
     ├── DiskSpaceError (OSError)
+    ├── StorageError (OSError)                a file or a store that failed at every attempt
     ├── BuildError                            shards failed; everything else is committed
     │   └── BuildInterruptedError             a signal or a hang ended the build; the same command continues
     ├── TrainingError (FloatingPointError)    a loss that is no longer finite
@@ -27,6 +28,8 @@ A message says what was got, what was expected and what to do: `explain()` gives
 """
 
 from __future__ import annotations
+
+import errno
 
 
 def explain(problem: str, *, got: object = None, expected: object = None, do: str | None = None) -> str:
@@ -127,6 +130,25 @@ class CodecError(TeacherCacheError, ValueError):
 
 class DiskSpaceError(TeacherCacheError, OSError):
     """The plan does not fit the disk."""
+
+
+class StorageError(TeacherCacheError, OSError):
+    """A file could not be read, or a store did not answer, at several attempts; it may be sound all the same.
+
+    `errno` is that of the last attempt, or EIO: never that of a file that does not exist.
+    """
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        got: object = None,
+        expected: object = None,
+        do: str | None = None,
+        number: int | None = None,
+    ) -> None:
+        super().__init__(problem, got=got, expected=expected, do=do)
+        self.errno = number or errno.EIO
 
 
 class BuildError(TeacherCacheError):
