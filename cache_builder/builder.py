@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -23,15 +23,16 @@ from cache_builder.plan import Plan, make_plan, pending
 from cache_builder.progress import BuildProgress
 from cache_builder.recipe import BuildRecipe
 from cache_builder.recover import recovered
-from cache_builder.runner import FailedShard, LocalRunner, Runner, Task
+from cache_builder.runner import FailedShard, LocalRunner, Runner, Task, require_place
 from cache_builder.stages import bottleneck
 from pipeline.cache import FeatureCache
-from pipeline.errors import BuildError, CacheError, CacheMismatchError
-from pipeline.manifest import SPEC_NAME, Manifest
+from pipeline.errors import BuildError, CacheError, CacheMismatchError, place_error
+from pipeline.manifest import SAMPLES_NAME, SPEC_NAME, VIEWS_NAME, Manifest, tables_name
 from pipeline.spec import IMAGES, CacheSpec, TeacherSpec
 from pipeline.storage import Storage
+from pipeline.whole_or_nothing import whole_or_nothing
 
-_PROBE_NAME = "write_probe.partial"
+_PROBE_NAME, _PROBE_NBYTES = "write_probe.partial", 1 << 14
 
 
 @dataclass(frozen=True)
@@ -86,15 +87,19 @@ def build(recipe: BuildRecipe, console: Console | None = None) -> BuildResult:
     if planned or _without_weights(spec):  # also where all that is missing is cache.json
         _require_writable(storage)
         storage.sweep()
-        with _runner(recipe, {name: spec.teachers[name] for name in names}, planned) as runner:
-            spec = _establish(recipe, manifest, drafted, runner)
-            tasks = [Task(shard, missing) for shard, missing in pending(manifest, spec, names).items()]
-            random.Random().shuffle(tasks)  # its own order, or jobs that meet would go on side by side
-            runner.num_shards = len(tasks)
-            with progress.of(len(tasks)):
-                failed = runner.run(storage.url, drafted.source.location, tasks, progress.on_commit)
-            left = pending(manifest, spec, names)
-            _count_untold(manifest, runner, left, progress)
+        try:
+            with _runner(recipe, {name: spec.teachers[name] for name in names}, planned) as runner:
+                spec = _establish(recipe, manifest, drafted, runner)
+                tasks = [Task(shard, missing) for shard, missing in pending(manifest, spec, names).items()]
+                random.Random().shuffle(tasks)  # its own order, or jobs that meet would go on side by side
+                runner.num_shards = len(tasks)
+                with progress.of(len(tasks)):
+                    failed = runner.run(storage.url, drafted.source.location, tasks, progress.on_commit)
+                left = pending(manifest, spec, names)
+                _count_untold(manifest, runner, left, progress)
+        except OSError as error:
+            require_place(error, storage.url)
+            raise
         storage.sweep()  # what processes that died on the way left behind
         if progress.shards:
             console.print(
@@ -120,15 +125,15 @@ def build(recipe: BuildRecipe, console: Console | None = None) -> BuildResult:
 def _require_writable(storage: Storage) -> None:
     """Raises `CacheError` before the teachers are loaded, instead of after."""
     try:
-        storage.write(_PROBE_NAME, b"")
+        storage.write(_PROBE_NAME, bytes(_PROBE_NBYTES))  # a full disk takes empty files
         storage.remove(_PROBE_NAME)
     except OSError as error:
-        raise CacheError(
-            "The cache cannot be written here.",
-            got=f"{storage.url}: {error.strerror or error}",
-            expected="a place where this user can make and delete files",
-            do="mend the mount, the permissions or the credentials, or choose another place (cache=…)",
-        ) from error
+        words = place_error(error, storage.url) or {
+            "got": f"{storage.url}: {error.strerror or error}",
+            "expected": "a place where this user can make and delete files",
+            "do": "mend the mount, the permissions or the credentials, or choose another place (cache=…)",
+        }
+        raise CacheError("The cache cannot be written here.", **words) from error
 
 
 def _runner(recipe: BuildRecipe, teachers: Mapping[str, TeacherSpec], num_shards: int) -> Runner:
@@ -160,14 +165,27 @@ def _establish(recipe: BuildRecipe, manifest: Manifest, drafted: Draft, runner: 
         if grows:
             if manifest.exists():
                 drafted = extend(recipe, drafted, manifest)
-            wanted = _with_findings(manifest, drafted.spec, hashes, calibrations)
-            _write(manifest, drafted, wanted)
+            with whole_or_nothing(manifest.storage, _new_files(manifest, drafted)):
+                wanted = _with_findings(manifest, drafted.spec, hashes, calibrations)
+                _lay_out(manifest, wanted, _without_weights(drafted.spec))
+                _write(manifest, drafted, wanted)
         spec = manifest.spec()
         _require_same_rows(manifest, spec, wanted)
-        store = FeatureCache(manifest.storage, spec).store
-        for name in spec.teachers:
-            store.create(spec, name)
+        _lay_out(manifest, spec, spec.teachers)
     return wanted
+
+
+def _lay_out(manifest: Manifest, spec: CacheSpec, names: Iterable[str]) -> None:
+    store = FeatureCache(manifest.storage, spec).store
+    for name in names:
+        store.create(spec, name)
+
+
+def _new_files(manifest: Manifest, drafted: Draft) -> list[str]:
+    """What is written before there is a cache, or before it has its new teachers."""
+    store, new = FeatureCache(manifest.storage, drafted.spec).store, _without_weights(drafted.spec)
+    layouts = [name for teacher in new for name in store.layout_files(drafted.spec, teacher)]
+    return [SPEC_NAME, SAMPLES_NAME, VIEWS_NAME, *map(tables_name, new), *layouts]
 
 
 def _require_same_rows(manifest: Manifest, found: CacheSpec, wanted: CacheSpec) -> None:

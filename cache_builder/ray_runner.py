@@ -231,7 +231,8 @@ class RayRunner(Runner):
                 actor.leaving = True
                 queue.give_back(task)
                 return
-            require_place(cause)
+            assert self._place is not None
+            require_place(cause, self._place[0])
             queue.retry_or_fail(task, describe(cause))
         except RayError as error:  # its answer went with a node; what it committed stays
             self._lose(actor, f"its answer was lost: {error}", queue)

@@ -64,6 +64,7 @@ def export_theia(
     if split not in _SPLITS:
         raise CacheError("There is no such split.", got=split, expected=", ".join(_SPLITS))
     storage = Storage.at(out)
+    Storage.at(f"{storage.url}/{dataset}").sweep()
     samples = cache.valid_samples()
     rows = cache.index.rows(samples[:, None], np.arange(cache.num_views)).ravel()
     keys = _keys(cache, rows)
