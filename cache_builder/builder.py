@@ -19,6 +19,7 @@ from rich.console import Console
 from cache_builder.calibrate import Calibration, CalibrationSample
 from cache_builder.draft import Draft, draft, extend, growth
 from cache_builder.moved import with_checkpoints
+from cache_builder.other_tables import other_tables
 from cache_builder.plan import Plan, make_plan, pending
 from cache_builder.progress import BuildProgress
 from cache_builder.recipe import BuildRecipe
@@ -63,6 +64,7 @@ def prepare(recipe: BuildRecipe, console: Console) -> tuple[Draft, CacheSpec, Pl
         drafted = extend(recipe, drafted, manifest)
         if drafted.growth:
             console.print(f"The cache at {storage.url} grows by {', '.join(drafted.growth)}.", soft_wrap=True)
+    _require_other_tables(recipe, drafted)  # before the teachers are loaded
     return drafted, drafted.spec, make_plan(recipe, drafted.spec, storage, drafted.samples)
 
 
@@ -155,16 +157,14 @@ def _establish(recipe: BuildRecipe, manifest: Manifest, drafted: Draft, runner: 
     hashes, calibrations = dict[str, str](), dict[str, Calibration]()
     if grows or drafted.moved:
         hashes = runner.weights_hashes()
-    if grows and (unknown := _without_weights(drafted.spec)):
-        sample = CalibrationSample.draw(
-            drafted.source, drafted.samples, drafted.views, recipe.calibration_rows
-        )
-        calibrations = runner.calibrate(sample, unknown)
+    if grows:
+        calibrations = _calibrations(recipe, drafted, runner, hashes)
     with manifest.storage.exclusive(SPEC_NAME):
         wanted = drafted.spec
         if grows:
             if manifest.exists():
                 drafted = extend(recipe, drafted, manifest)
+                _require_other_tables(recipe, drafted)
             with whole_or_nothing(manifest.storage, _new_files(manifest, drafted)):
                 wanted = _with_findings(manifest, drafted.spec, hashes, calibrations)
                 _lay_out(manifest, wanted, _without_weights(drafted.spec))
@@ -173,6 +173,29 @@ def _establish(recipe: BuildRecipe, manifest: Manifest, drafted: Draft, runner: 
         _require_same_rows(manifest, spec, wanted)
         _lay_out(manifest, spec, spec.teachers)
     return wanted
+
+
+def _calibrations(
+    recipe: BuildRecipe, drafted: Draft, runner: Runner, hashes: Mapping[str, str]
+) -> dict[str, Calibration]:
+    """Of the new teachers: those of another cache where the recipe says so, else what a sample gives."""
+    unknown = _without_weights(drafted.spec)
+    loaded = {
+        name: drafted.spec.teachers[name].model_copy(update={"weights_hash": hashes[name]})
+        for name in unknown
+    }
+    calibrations = other_tables(recipe.tables_from, loaded)
+    if rest := [name for name in unknown if name not in calibrations]:
+        sample = CalibrationSample.draw(
+            drafted.source, drafted.samples, drafted.views, recipe.calibration_rows
+        )
+        calibrations |= runner.calibrate(sample, rest)
+    return calibrations
+
+
+def _require_other_tables(recipe: BuildRecipe, drafted: Draft) -> None:
+    """Raises `CacheMismatchError` where the cache cannot have, or has not, the tables of `tables_from`."""
+    other_tables(recipe.tables_from, {name: drafted.spec.teachers[name] for name in recipe.teachers})
 
 
 def _lay_out(manifest: Manifest, spec: CacheSpec, names: Iterable[str]) -> None:

@@ -171,7 +171,8 @@ def merge(urls: Sequence[str], out: str) -> Rearrangement:
         raise CacheMismatchError(
             "These caches cannot be merged:\n  - " + "\n  - ".join(differences),
             expected="caches of disjoint samples with the same views, shards, images and teachers",
-            do="build what differs again with one recipe, or take disjoint parts with `teachercache subset`",
+            do="build what differs again with one recipe, parts with codecs that learn tables with "
+            "tables_from=FIRST; or take disjoint parts with `teachercache subset`",
         )
     location, tables = _one_location(sources)
     samples = pa.concat_tables(tables)
