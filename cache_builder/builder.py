@@ -13,6 +13,7 @@ import random
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.console import Console
 
@@ -29,11 +30,12 @@ from cache_builder.stages import bottleneck
 from pipeline.cache import FeatureCache
 from pipeline.errors import BuildError, CacheError, CacheMismatchError, place_error
 from pipeline.manifest import SAMPLES_NAME, SPEC_NAME, VIEWS_NAME, Manifest, tables_name
+from pipeline.processes import temporary_of
 from pipeline.spec import IMAGES, CacheSpec, TeacherSpec
 from pipeline.storage import Storage
 from pipeline.whole_or_nothing import whole_or_nothing
 
-_PROBE_NAME, _PROBE_NBYTES = "write_probe.partial", 1 << 14
+_PROBE_NBYTES = 1 << 14  # a full disk takes empty files
 
 
 @dataclass(frozen=True)
@@ -126,9 +128,10 @@ def build(recipe: BuildRecipe, console: Console | None = None) -> BuildResult:
 
 def _require_writable(storage: Storage) -> None:
     """Raises `CacheError` before the teachers are loaded, instead of after."""
+    probe = temporary_of(Path("write_probe")).name
     try:
-        storage.write(_PROBE_NAME, bytes(_PROBE_NBYTES))  # a full disk takes empty files
-        storage.remove(_PROBE_NAME)
+        storage.write(probe, bytes(_PROBE_NBYTES))
+        storage.remove(probe)
     except OSError as error:
         words = place_error(error, storage.url) or {
             "got": f"{storage.url}: {error.strerror or error}",
@@ -159,6 +162,8 @@ def _establish(recipe: BuildRecipe, manifest: Manifest, drafted: Draft, runner: 
         hashes = runner.weights_hashes()
     if grows:
         calibrations = _calibrations(recipe, drafted, runner, hashes)
+        if _is_overtaken(manifest, drafted):
+            drafted = draft(recipe)  # the other job may have seen images that came after ours were listed
     with manifest.storage.exclusive(SPEC_NAME):
         wanted = drafted.spec
         if grows:
@@ -209,6 +214,11 @@ def _new_files(manifest: Manifest, drafted: Draft) -> list[str]:
     store, new = FeatureCache(manifest.storage, drafted.spec).store, _without_weights(drafted.spec)
     layouts = [name for teacher in new for name in store.layout_files(drafted.spec, teacher)]
     return [SPEC_NAME, SAMPLES_NAME, VIEWS_NAME, *map(tables_name, new), *layouts]
+
+
+def _is_overtaken(manifest: Manifest, drafted: Draft) -> bool:
+    known = drafted.stored[0].cache_id if drafted.stored else None
+    return manifest.exists() and manifest.spec().cache_id != known
 
 
 def _require_same_rows(manifest: Manifest, found: CacheSpec, wanted: CacheSpec) -> None:

@@ -70,6 +70,9 @@ class BuildProgress:
             return
         record = next(iter(records.values()))
         self.told.add(record.shard)
+        self._total = max(
+            self._total, self.shards
+        )  # one may be told of late, after it was taken for another's
         self.views += record.num_rows
         for stage, value in record.seconds.items():
             self.seconds[stage] += value

@@ -425,6 +425,21 @@ def test_a_job_that_is_overtaken_from_nothing_is_complete_or_refused(
         cache.require_complete()
 
 
+def test_a_job_that_is_overtaken_with_newer_images_takes_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own list of images is older than the cache; none of them is gone."""
+    images, path = make_images(tmp_path / "images", 4), tmp_path / "cache"
+
+    def add_an_image_and_build() -> None:
+        (images / "more.jpg").write_bytes((images / "image_001.jpg").read_bytes() + b"\0")
+        build(recipe(path, images), QUIET)
+
+    cache = build_overtaken(recipe(path, images), monkeypatch, add_an_image_and_build).cache
+    assert cache.num_samples == 5
+    assert_usable(cache)
+
+
 def test_a_cache_that_another_replaces_is_no_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images, path = make_images(tmp_path / "images", 4), tmp_path / "cache"
     build(recipe(path, images), QUIET).cache.storage.remove("commits/tiny/00000.json")
