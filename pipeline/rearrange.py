@@ -12,7 +12,7 @@ import math
 import os
 import platform
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -30,8 +30,6 @@ from pipeline.errors import (
     CacheError,
     CacheMismatchError,
     CorruptShardError,
-    DiskSpaceError,
-    place_error,
 )
 from pipeline.manifest import (
     SAMPLES_NAME,
@@ -53,7 +51,7 @@ from pipeline.spec import IMAGES, CacheSpec, Segment, StoreKind
 from pipeline.storage import LocalStorage, Storage
 from pipeline.stores.base import Arrays, numpy_dtype
 from pipeline.stores.image_tar import ImageTarWriter, image_tar_name
-from pipeline.whole_or_nothing import whole_or_nothing
+from pipeline.whole_or_nothing import room_at, whole_or_nothing
 
 _BATCH_NBYTES = 1 << 26
 _BLOCK_NBYTES = 1 << 22
@@ -85,7 +83,7 @@ class Rearrangement:
         """
         storage = Storage.at(self.url)
         storage.sweep()
-        with _room(self.url):
+        with room_at(self.url):
             for step in self.steps:
                 with (
                     suppress(AlreadyCommittedError),
@@ -95,18 +93,6 @@ class Rearrangement:
                 progress()
         storage.sweep()  # what processes that died on the way left behind
         return FeatureCache.open(self.url)
-
-
-@contextmanager
-def _room(url: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if (words := place_error(error, url)) is None:
-            raise
-        raise DiskSpaceError(
-            "The new cache cannot be written on; every shard that is committed stays.", **words
-        ) from error
 
 
 def convert(url: str, out: str, store: StoreKind) -> Rearrangement:
@@ -285,7 +271,7 @@ def _lay_out(
 ) -> FeatureCache:
     """The new cache, empty or as far as it got."""
     storage = Storage.at(out)
-    with _room(storage.url), storage.exclusive(SPEC_NAME):
+    with room_at(storage.url), storage.exclusive(SPEC_NAME):
         return _begin(storage, spec, sources, samples, views)
 
 

@@ -1,11 +1,23 @@
-"""A new cache is begun as a whole: where that fails, such as on a full disk, none of its files stays."""
+"""Full disks: said in words, and a new cache is begun as a whole or not at all."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+from pipeline.errors import DiskSpaceError, place_error
 from pipeline.storage import Storage
+
+
+@contextmanager
+def room_at(url: str) -> Iterator[None]:
+    """Raises `DiskSpaceError` when the place takes no more files."""
+    try:
+        yield
+    except OSError as error:
+        if (words := place_error(error, url)) is None:
+            raise
+        raise DiskSpaceError("This place takes no more files; what is whole there stays.", **words) from error
 
 
 @contextmanager

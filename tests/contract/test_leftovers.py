@@ -185,6 +185,16 @@ def test_a_full_disk_leaves_no_half_of_a_new_cache(
     assert (verify(cache, full=True), strays(cache)) == ([], [])
 
 
+@pytest.mark.parametrize("part", ["imagenet_train.json", "-train.tar", "splits.json"])
+def test_a_full_disk_ends_an_export_with_words(
+    tmp_path: Path, source: FeatureCache, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    with disk_is_full_at(part, monkeypatch), pytest.raises(DiskSpaceError, match="free some space"):
+        export_theia(source, str(tmp_path / "out"))
+    assert not list((tmp_path / "out").rglob("*.partial"))
+    assert export_theia(source, str(tmp_path / "out")) == 8
+
+
 def test_a_full_disk_is_a_reason_of_repair(source: FeatureCache, monkeypatch: pytest.MonkeyPatch) -> None:
     source.storage.remove("views.parquet")
     with disk_is_full_at("views.parquet", monkeypatch):

@@ -126,20 +126,12 @@ def test_tables_of_other_teachers_are_refused(
 
 def test_tables_of_other_weights_are_refused(tmp_path: Path, images: Path) -> None:
     """The same model, whose weights are known once it is loaded."""
-    teachers = [
-        {
-            "t": {
-                "model": "test_vit.r160_in1k",
-                "image_size": 32,
-                "codec": "int4-hadamard",
-                "checkpoint": str(path),
-            }
-        }
-        for path in (tmp_path / "one.pth", tmp_path / "other.pth")
-    ]
-    for seed, one in enumerate(teachers):
+    teachers = []
+    for seed in (0, 1):
         torch.manual_seed(seed)
-        torch.save(timm.create_model("test_vit.r160_in1k").state_dict(), one["t"]["checkpoint"])
+        torch.save(timm.create_model("test_vit.r160_in1k").state_dict(), tmp_path / f"{seed}.pth")
+        teacher = {"model": "test_vit.r160_in1k", "image_size": 32, "codec": "int4-hadamard"}
+        teachers.append({"t": teacher | {"checkpoint": str(tmp_path / f"{seed}.pth")}})
     first = build(build_recipe(tmp_path / "first", images, teachers=teachers[0]), QUIET).cache
     other = build_recipe(tmp_path / "second", images, teachers=teachers[1], tables_from=first.storage.url)
     with pytest.raises(CacheMismatchError, match=r"teachers\.t\.weights_hash"):

@@ -132,6 +132,6 @@ def test_ray_sends_the_code_and_nothing_else(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     create_package(str(tmp_path), tmp_path.parent / f"{tmp_path.name}.zip", include_gitignore=True)
-    with ZipFile(tmp_path.parent / f"{tmp_path.name}.zip") as package:
-        sent = {name for name in package.namelist() if not name.endswith("/")}
+    with ZipFile(tmp_path.parent / f"{tmp_path.name}.zip") as packed:
+        sent = {name for name in packed.namelist() if not name.endswith("/")}
     assert sent == code
