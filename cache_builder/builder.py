@@ -167,7 +167,7 @@ def _establish(recipe: BuildRecipe, manifest: Manifest, drafted: Draft, runner: 
     with manifest.storage.exclusive(SPEC_NAME):
         wanted = drafted.spec
         if grows:
-            if manifest.exists():
+            if drafted.stored or manifest.exists():  # one that has vanished is not made anew from its end
                 drafted = extend(recipe, drafted, manifest)
                 _require_other_tables(recipe, drafted)
             with whole_or_nothing(manifest.storage, _new_files(manifest, drafted)):

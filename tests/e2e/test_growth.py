@@ -35,6 +35,7 @@ from pipeline.errors import (
     BuildInterruptedError,
     CacheError,
     CacheMismatchError,
+    CacheNotFoundError,
 )
 from pipeline.loader import FeatureLoader
 from pipeline.manifest import CommitRecord, Manifest
@@ -451,6 +452,9 @@ def test_a_cache_that_another_replaces_is_no_success(tmp_path: Path, monkeypatch
     with pytest.raises(CacheMismatchError, match="Another cache has taken the place of this one"):
         build_overtaken(recipe(path, images), monkeypatch, replace)
     assert_usable(FeatureCache.open(path))
+    grown = recipe(path, images, rows_per_shard=2, teachers={"tiny": TINY, "late": TINY})
+    with pytest.raises(CacheNotFoundError):
+        build_overtaken(grown, monkeypatch, lambda: shutil.rmtree(path))
 
 
 def test_a_build_ends_well_only_with_all_it_was_asked_for(
