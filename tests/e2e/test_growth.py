@@ -452,7 +452,7 @@ def test_a_cache_that_another_replaces_is_no_success(tmp_path: Path, monkeypatch
     with pytest.raises(CacheMismatchError, match="Another cache has taken the place of this one"):
         build_overtaken(recipe(path, images), monkeypatch, replace)
     assert_usable(FeatureCache.open(path))
-    grown = recipe(path, images, rows_per_shard=2, teachers={"tiny": TINY, "late": TINY})
+    grown = recipe(path, images, 4, rows_per_shard=2)
     with pytest.raises(CacheNotFoundError):
         build_overtaken(grown, monkeypatch, lambda: shutil.rmtree(path))
 
