@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
+from rich.text import Text
 
 from cache_builder.calibrate import Calibration, CalibrationSample
 from cache_builder.draft import Draft, draft, extend, growth
@@ -33,6 +34,7 @@ from pipeline.manifest import SAMPLES_NAME, SPEC_NAME, VIEWS_NAME, Manifest, tab
 from pipeline.processes import temporary_of
 from pipeline.spec import IMAGES, CacheSpec, TeacherSpec
 from pipeline.storage import Storage
+from pipeline.terminal import Terminal
 from pipeline.whole_or_nothing import whole_or_nothing
 
 _PROBE_NBYTES = 1 << 14  # a full disk takes empty files
@@ -65,7 +67,8 @@ def prepare(recipe: BuildRecipe, console: Console) -> tuple[Draft, CacheSpec, Pl
     if manifest.exists():
         drafted = extend(recipe, drafted, manifest)
         if drafted.growth:
-            console.print(f"The cache at {storage.url} grows by {', '.join(drafted.growth)}.", soft_wrap=True)
+            grown = f"The cache at {storage.url} grows by {', '.join(drafted.growth)}."
+            console.print(Text(grown), soft_wrap=True)
     _require_other_tables(recipe, drafted)  # before the teachers are loaded
     return drafted, drafted.spec, make_plan(recipe, drafted.spec, storage, drafted.samples)
 
@@ -78,7 +81,7 @@ def build(recipe: BuildRecipe, console: Console | None = None) -> BuildResult:
     `DiskSpaceError` when the plan does not fit, and `BuildError`, after everything else is committed, when
     shards failed for good.
     """
-    console = console or Console(stderr=True)
+    console = console or Terminal(stderr=True)
     storage = Storage.at(recipe.cache)
     manifest = Manifest(storage)
     drafted, spec, plan = prepare(recipe, console)

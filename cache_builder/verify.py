@@ -95,7 +95,7 @@ def problems_of_shards(
             for shard in sorted(cache.manifest.committed(teacher))
             if shards is None or shard in shards
         ]
-        for found, record in pool.map(lambda one: _check_shard(cache, *one, full), wanted):
+        for found, record in pool.map(lambda one: _check_shard(cache, one[0], one[1], full), wanted):
             problems += found
             if record is not None:
                 if record.invalid_rows:

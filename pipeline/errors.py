@@ -155,20 +155,14 @@ class DiskSpaceError(TeacherCacheError, OSError):
 class StorageError(TeacherCacheError, OSError):
     """A file could not be read, or a store did not answer, at several attempts; it may be sound all the same.
 
-    `errno` is that of the last attempt, or EIO: never that of a file that does not exist.
+    Its `errno` is EIO, whatever the attempts met: an error of the system, not of what a file holds.
     """
 
     def __init__(
-        self,
-        problem: str,
-        *,
-        got: object = None,
-        expected: object = None,
-        do: str | None = None,
-        number: int | None = None,
+        self, problem: str, *, got: object = None, expected: object = None, do: str | None = None
     ) -> None:
         super().__init__(problem, got=got, expected=expected, do=do)
-        self.errno = number or errno.EIO
+        self.errno = errno.EIO
 
 
 class BuildError(TeacherCacheError):

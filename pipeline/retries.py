@@ -72,5 +72,4 @@ def _given_up(error: Exception, what: str, attempts: int, spent_s: float) -> Sto
         expected="a disk, mount or store that gives the file",
         do="look at the disk, the mount or the connection (dmesg names failing disks), then run the same "
         "command again",
-        number=getattr(error, "errno", None),
     )

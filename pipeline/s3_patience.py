@@ -7,7 +7,6 @@ and says nothing would be waited for 25 times. Answers that are errors (500, 503
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import time
 from typing import Any
@@ -24,7 +23,7 @@ _SAY_SO_AFTER_S = 5.0
 log = logging.getLogger(__name__)
 
 
-class PatientSession(AIOHTTPSession):  # type: ignore[misc]
+class PatientSession(AIOHTTPSession):
     """Counts the time in which a request, with all its repetitions (they are of one task), got no answer."""
 
     def __init__(self, *arguments: Any, timeout: Any, **options: Any) -> None:
@@ -63,5 +62,4 @@ class PatientSession(AIOHTTPSession):  # type: ignore[misc]
             expected=f"an answer within the read_timeout of {self._read_timeout_s:g} s at some attempt",
             do="check AWS_ENDPOINT_URL, the proxy and the network; for longer patience: "
             """FSSPEC_S3='{"config_kwargs": {"read_timeout": 60}}'""",
-            number=errno.ETIMEDOUT,
         )

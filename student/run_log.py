@@ -9,10 +9,10 @@ from typing import IO
 
 from accelerate import Accelerator
 from numpy.typing import NDArray
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pipeline.processes import TEMPORARY_SUFFIX
+from pipeline.terminal import Terminal
 from student.timing import bottleneck
 
 METRICS_FILE = "metrics.jsonl"
@@ -47,9 +47,9 @@ class RunLog:
         self._picture_every_steps = picture_every_steps
         self._recent: list[Mapping[str, float]] = []
         self._file: IO[str] | None = None
-        self._console = Console(stderr=True)
+        self._console = Terminal(stderr=True)
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
