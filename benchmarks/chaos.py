@@ -1,6 +1,6 @@
 """Kill processes of real builds on a real Ray cluster, and see whether anything is lost.
 
-    python -m benchmarks.chaos [--kills 50] [--seed 0] [--samples 192] [--nodes 3]
+    python -m benchmarks.chaos [--kills 50] [--seed 0] [--samples 192] [--raylets 3] [--kinds raylet,actor]
 
 A cluster of a head and several raylets on this machine builds a cache again and again; whenever a few more
 shards are committed, something gets SIGKILL: an actor, a raylet (a new node joins in its place), the driver,
@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,10 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--samples", type=int, default=192, help="images; two views each, 16 views a shard")
-    parser.add_argument("--nodes", type=int, default=3, help="raylets beside the head, one actor each")
+    parser.add_argument("--raylets", type=int, default=3, help="nodes beside the head, one actor each")
+    parser.add_argument(
+        "--kinds", type=lambda text: text.split(","), default=list(KINDS), help="what is killed, by commas"
+    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(
         prefix="chaos"
@@ -89,15 +92,17 @@ class Results:
         return not broken and self.repeated <= self.at_risk
 
 
-def chaos(folder: Path, *, kills: int, seed: int, samples: int, nodes: int) -> Results:
+def chaos(
+    folder: Path, *, kills: int, seed: int, samples: int, raylets: int, kinds: Sequence[str] = tuple(KINDS)
+) -> Results:
     """Build and kill below `folder` until `kills` processes were killed and the last cache is whole."""
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # before ray is imported; or it leaves one
     start = time.monotonic()
     images = make_images(folder / "images", samples, seed)
     found = Results(seed)
     generator = random.Random(seed)
-    plan = schedule(generator, kills)
-    cluster = ChaosCluster(folder, nodes)
+    plan = schedule(generator, kills, kinds)
+    cluster = ChaosCluster(folder, raylets)
     try:
         reference = build_once(cluster, recipe_for(folder / "reference", images))
         while plan:
@@ -111,10 +116,10 @@ def chaos(folder: Path, *, kills: int, seed: int, samples: int, nodes: int) -> R
     return found
 
 
-def schedule(generator: random.Random, kills: int) -> list[str]:
+def schedule(generator: random.Random, kills: int, kinds: Sequence[str]) -> list[str]:
     """Every kind once, if there are so many, and the rest by their weights."""
-    first = generator.sample(list(KINDS), min(len(KINDS), kills))
-    return first + generator.choices(list(KINDS), list(KINDS.values()), k=kills - len(first))
+    first = generator.sample(kinds, min(len(kinds), kills))
+    return first + generator.choices(kinds, [KINDS[kind] for kind in kinds], k=kills - len(first))
 
 
 def recipe_for(cache: Path, images: Path) -> BuildRecipe:
@@ -151,8 +156,8 @@ def make_images(folder: Path, count: int, seed: int) -> Path:
 class ChaosCluster:
     """A head without CPUs and nodes of one CPU each, as processes of this machine; none else is touched."""
 
-    def __init__(self, folder: Path, nodes: int) -> None:
-        self._folder, self._nodes, self._starts = folder, nodes, 0
+    def __init__(self, folder: Path, raylets: int) -> None:
+        self._folder, self._nodes, self._starts = folder, raylets, 0
         self._start()
 
     def _start(self) -> None:

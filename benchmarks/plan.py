@@ -192,7 +192,8 @@ class IdleWorker(Worker):
     def __init__(self, teachers: Mapping[str, TeacherSpec], runner: RunnerRecipe) -> None:
         self._extractor = None
 
-    def open(self, url: str, images: str | None = None) -> None: ...
+    def open(self, url: str, images: str | None = None) -> str:
+        return ""
 
     def extract(self, shard: int, names: Collection[str]) -> dict[str, CommitRecord]:
         return {}

@@ -2,46 +2,48 @@
 
 Several jobs may build one cache at the same time, on one machine or many. Each takes the shards in an order
 of its own and skips what is committed already; a shard that two have computed is published by the first
-(`extract.py`), and `cache.json` is changed by one job at a time.
+(`extract.py`), and `cache.json` is changed by one job at a time. While teachers load, another job may change
+it: what a job computes follows from the spec that it has then established, and what is committed is compared
+with that before it ends.
 """
 
 from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
 
 from cache_builder.calibrate import Calibration
-from cache_builder.draft import Draft, draft, extend
+from cache_builder.draft import Draft, draft, extend, growth
 from cache_builder.moved import with_checkpoints
+from cache_builder.other_tables import other_tables
 from cache_builder.plan import Plan, make_plan, pending
 from cache_builder.progress import BuildProgress
 from cache_builder.recipe import BuildRecipe
 from cache_builder.recover import recovered
-from cache_builder.runner import FailedShard, LocalRunner, Runner, Task
+from cache_builder.runner import FailedShard, LocalRunner, Runner, Task, require_place
 from cache_builder.stages import bottleneck
 from pipeline.cache import FeatureCache
-from pipeline.errors import BuildError, CacheError
-from pipeline.manifest import SPEC_NAME, Manifest, with_views_hashes
+from pipeline.errors import BuildError, CacheError, CacheMismatchError, place_error
+from pipeline.manifest import SAMPLES_NAME, SPEC_NAME, VIEWS_NAME, Manifest, tables_name, with_views_hashes
+from pipeline.processes import temporary_of
 from pipeline.sources import left_out_line
-from pipeline.spec import CacheSpec, TeacherSpec
+from pipeline.spec import IMAGES, CacheSpec, TeacherSpec
 from pipeline.storage import Storage
 from pipeline.terminal import Terminal
+from pipeline.whole_or_nothing import whole_or_nothing
 
-_PROBE_NAME = "write_probe.partial"
+_PROBE_NBYTES = 1 << 14  # a full disk takes empty files
 
 
 @dataclass(frozen=True)
 class BuildResult:
-    """What one run of `build` did, and the state of the whole.
-
-    `shards` and `views` are those that its processes told of: one that dies between the commit of a shard
-    and its answer tells nobody.
-    """
+    """What one run of `build` committed, and the state of the whole."""
 
     cache: FeatureCache
     shards: int
@@ -70,15 +72,17 @@ def prepare(recipe: BuildRecipe, console: Console) -> tuple[Draft, CacheSpec, Pl
         if drafted.growth:
             grown = f"The cache at {storage.url} grows by {', '.join(drafted.growth)}."
             console.print(Text(grown), soft_wrap=True)
+    _require_other_tables(recipe, drafted)  # before the teachers are loaded
     return drafted, drafted.spec, make_plan(recipe, drafted.spec, storage, drafted.samples)
 
 
 def build(recipe: BuildRecipe, console: Console | None = None) -> BuildResult:
     """Build, continue, or extend by samples, views and teachers the cache that the recipe states.
 
-    Raises `CacheMismatchError` when another cache is at the path, or other weights than its own are in a
-    checkpoint, `DiskSpaceError` when the plan does not fit, and `BuildError`, after everything else is
-    committed, when shards failed for good.
+    It returns when all that the recipe asks for is committed, by this job or another. Raises
+    `CacheMismatchError` when another cache is at the path, or other weights than its own are in a checkpoint,
+    `DiskSpaceError` when the plan does not fit, and `BuildError`, after everything else is committed, when
+    shards failed for good.
     """
     console = console or Terminal(stderr=True)
     storage = Storage.at(recipe.cache)
@@ -88,23 +92,31 @@ def build(recipe: BuildRecipe, console: Console | None = None) -> BuildResult:
     if recipe.budget is not None:
         plan.require_budget(recipe.budget)
     names = list(recipe.teachers)
-    tasks = [Task(shard, missing) for shard, missing in pending(manifest, spec, names).items()]
-    random.Random().shuffle(tasks)  # its own order, or jobs that meet would go on side by side
-    progress = BuildProgress(console, len(tasks))
-    if tasks or _without_weights(spec):  # also where all that is missing is cache.json
+    planned = len(pending(manifest, spec, names))
+    progress = BuildProgress(console)
+    if planned or _without_weights(spec):  # also where all that is missing is cache.json
         _require_writable(storage)
         storage.sweep()
-        with _runner(recipe, {name: spec.teachers[name] for name in names}, len(tasks)) as runner:
-            _establish(recipe, manifest, drafted, runner)
-            with progress:
-                failed = runner.run(storage.url, drafted.source.location, tasks, progress.on_commit)
+        try:
+            with _runner(recipe, {name: spec.teachers[name] for name in names}, planned) as runner:
+                spec = _establish(recipe, manifest, drafted, runner)
+                tasks = [Task(shard, missing) for shard, missing in pending(manifest, spec, names).items()]
+                random.Random().shuffle(tasks)  # its own order, or jobs that meet would go on side by side
+                runner.num_shards = len(tasks)
+                with progress.of(len(tasks)):
+                    failed = runner.run(storage.url, drafted.source.location, tasks, progress.on_commit)
+                left = pending(manifest, spec, names)
+                _count_untold(manifest, runner, left, progress)
+        except OSError as error:
+            require_place(error, storage.url)
+            raise
         storage.sweep()  # what processes that died on the way left behind
         if progress.shards:
             console.print(
                 bottleneck(progress.seconds, progress.seconds["wall"] / recipe.runner.shards_in_flight)
             )
-        if failed:
-            raise _build_error(failed, len(tasks))
+        _require_committed(left, failed, len(tasks))
+        _say_what_others_added(manifest, spec, console)
     else:
         if drafted.moved:
             with _runner(recipe, {name: spec.teachers[name] for name in drafted.moved}, 1) as runner:
@@ -122,16 +134,17 @@ def build(recipe: BuildRecipe, console: Console | None = None) -> BuildResult:
 
 def _require_writable(storage: Storage) -> None:
     """Raises `CacheError` before the teachers are loaded, instead of after."""
+    probe = temporary_of(Path("write_probe")).name
     try:
-        storage.write(_PROBE_NAME, b"")
-        storage.remove(_PROBE_NAME)
+        storage.write(probe, bytes(_PROBE_NBYTES))
+        storage.remove(probe)
     except OSError as error:
-        raise CacheError(
-            "The cache cannot be written here.",
-            got=f"{storage.url}: {error.strerror or error}",
-            expected="a place where this user can make and delete files",
-            do="mend the mount, the permissions or the credentials, or choose another place (cache=…)",
-        ) from error
+        words = place_error(error, storage.url) or {
+            "got": f"{storage.url}: {error.strerror or error}",
+            "expected": "a place where this user can make and delete files",
+            "do": "mend the mount, the permissions or the credentials, or choose another place (cache=…)",
+        }
+        raise CacheError("The cache cannot be written here.", **words) from error
 
 
 def _runner(recipe: BuildRecipe, teachers: Mapping[str, TeacherSpec], num_shards: int) -> Runner:
@@ -142,27 +155,95 @@ def _runner(recipe: BuildRecipe, teachers: Mapping[str, TeacherSpec], num_shards
     return RayRunner(recipe.runner, teachers, num_shards)
 
 
-def _establish(recipe: BuildRecipe, manifest: Manifest, drafted: Draft, runner: Runner) -> None:
+def _establish(recipe: BuildRecipe, manifest: Manifest, drafted: Draft, runner: Runner) -> CacheSpec:
     """Make the cache on disk the one that was drafted, with what only loaded teachers tell.
 
-    That takes time, in which another job may have done the same, or something else; its word stands.
+    That takes time, in which another job may have done the same, or something else; its word stands. Returns
+    the spec of what this recipe asks for; the cache on disk may have more. Raises `CacheMismatchError` where
+    it has other rows by now.
     """
     grows = drafted.stored is None or drafted.spec != drafted.stored[0]
     hashes, calibrations = dict[str, str](), dict[str, Calibration]()
     if grows or drafted.moved:
         hashes = runner.weights_hashes()
-    if grows and (unknown := _without_weights(drafted.spec)):
-        sample = drafted.calibration_sample(recipe.calibration_rows)
-        calibrations = runner.calibrate(sample, unknown)
+    if grows:
+        calibrations = _calibrations(recipe, drafted, runner, hashes)
+        if _is_overtaken(manifest, drafted):
+            drafted = draft(recipe)  # the other job may have seen images that came after ours were listed
     with manifest.storage.exclusive(SPEC_NAME):
+        wanted = drafted.spec
         if grows:
-            if manifest.exists():
+            if drafted.stored or manifest.exists():  # one that has vanished is not made anew from its end
                 drafted = extend(recipe, drafted, manifest)
-            _write(manifest, drafted, _with_findings(manifest, drafted.spec, hashes, calibrations))
+                _require_other_tables(recipe, drafted)
+            with whole_or_nothing(manifest.storage, _new_files(manifest, drafted)):
+                wanted = _with_findings(manifest, drafted.spec, hashes, calibrations)
+                _lay_out(manifest, wanted, _without_weights(drafted.spec))
+                _write(manifest, drafted, wanted)
         spec = manifest.spec()
-        store = FeatureCache(manifest.storage, spec).store
-        for name in spec.teachers:
-            store.create(spec, name)
+        _require_same_rows(manifest, spec, wanted)
+        _lay_out(manifest, spec, spec.teachers)
+    return wanted
+
+
+def _calibrations(
+    recipe: BuildRecipe, drafted: Draft, runner: Runner, hashes: Mapping[str, str]
+) -> dict[str, Calibration]:
+    """Of the new teachers: those of another cache where the recipe says so, else what a sample gives."""
+    unknown = _without_weights(drafted.spec)
+    loaded = {
+        name: drafted.spec.teachers[name].model_copy(update={"weights_hash": hashes[name]})
+        for name in unknown
+    }
+    calibrations = other_tables(recipe.tables_from, loaded)
+    if rest := [name for name in unknown if name not in calibrations]:
+        calibrations |= runner.calibrate(drafted.calibration_sample(recipe.calibration_rows), rest)
+    return calibrations
+
+
+def _require_other_tables(recipe: BuildRecipe, drafted: Draft) -> None:
+    """Raises `CacheMismatchError` where the cache cannot have, or has not, the tables of `tables_from`."""
+    other_tables(recipe.tables_from, {name: drafted.spec.teachers[name] for name in recipe.teachers})
+
+
+def _lay_out(manifest: Manifest, spec: CacheSpec, names: Iterable[str]) -> None:
+    store = FeatureCache(manifest.storage, spec).store
+    for name in names:
+        store.create(spec, name)
+
+
+def _new_files(manifest: Manifest, drafted: Draft) -> list[str]:
+    """What is written before there is a cache, or before it has its new teachers."""
+    store, new = FeatureCache(manifest.storage, drafted.spec).store, _without_weights(drafted.spec)
+    layouts = [name for teacher in new for name in store.layout_files(drafted.spec, teacher)]
+    return [SPEC_NAME, SAMPLES_NAME, VIEWS_NAME, *map(tables_name, new), *layouts]
+
+
+def _is_overtaken(manifest: Manifest, drafted: Draft) -> bool:
+    known = drafted.stored[0].cache_id if drafted.stored else None
+    return manifest.exists() and manifest.spec().cache_id != known
+
+
+def _require_same_rows(manifest: Manifest, found: CacheSpec, wanted: CacheSpec) -> None:
+    """Raises `CacheMismatchError` unless `found` has the rows of `wanted`, under the same numbers."""
+    if _rows(wanted, wanted) != _rows(found, wanted):
+        raise CacheMismatchError(
+            "Another cache has taken the place of this one while it was built.",
+            got=f"{manifest.storage.url} with cache_id {found.cache_id}",
+            expected=f"the rows of cache_id {wanted.cache_id}, and what other jobs added behind them",
+            do="end the other job, or give this one another path (cache=…); then run the same command again",
+        )
+
+
+def _rows(spec: CacheSpec, wanted: CacheSpec) -> list[object]:
+    """What the rows of the segments of `wanted` are in `spec`."""
+    names = [name for name in (*wanted.teachers, IMAGES) if name == IMAGES or name in spec.teachers]
+    return [
+        (segment.first_row, segment.samples, name, spec.shard_content_id(name, shard))
+        for segment in spec.segments[: len(wanted.segments)]
+        for shard in [segment.first_row // spec.rows_per_shard]
+        for name in names
+    ]
 
 
 def _with_findings(
@@ -203,9 +284,36 @@ def _calibrated(
     return teacher.model_copy(update={"weights_hash": weights_hash, "tables_hash": tables_hash})
 
 
-def _build_error(failed: Sequence[FailedShard], total: int) -> BuildError:
-    reasons = "\n  - ".join(f"shard {shard.shard}: {shard.reason}" for shard in failed)
-    return BuildError(
-        f"{len(failed)} of {total} shards failed; every other one is committed:\n  - {reasons}",
-        do="mend the reason and run the same command again; it computes only what is missing",
-    )
+def _count_untold(manifest: Manifest, runner: Runner, left: Collection[int], progress: BuildProgress) -> None:
+    """Count what processes of this job committed and, because they died, told nobody."""
+    for task, worker in runner.orphans:
+        if task.shard not in left and task.shard not in progress.told:
+            records = {name: manifest.read_commit(name, task.shard) for name in task.names}
+            progress.on_commit({name: one for name, one in records.items() if one.worker == worker})
+
+
+def _require_committed(
+    left: Mapping[int, Collection[str]], failed: Sequence[FailedShard], total: int
+) -> None:
+    """Raises `BuildError` for what is not committed; a process may fail after it has committed a shard."""
+    if left:
+        reasons = dict.fromkeys(left, "its commit record is gone") | {
+            shard.shard: shard.reason for shard in failed if shard.shard in left
+        }
+        lines = "\n  - ".join(f"shard {shard}: {reason}" for shard, reason in reasons.items())
+        raise BuildError(
+            f"{len(left)} of {total} shards failed; every other one is committed:\n  - {lines}",
+            do="mend the reason and run the same command again; it computes only what is missing",
+        )
+
+
+def _say_what_others_added(manifest: Manifest, established: CacheSpec, console: Console) -> None:
+    """Raises `CacheMismatchError` where the rows that were built are no longer those of the cache."""
+    now = manifest.spec()
+    _require_same_rows(manifest, now, established)
+    if added := growth(established, now):
+        console.print(
+            f"Another job has let the cache grow meanwhile by {', '.join(added)}; "
+            f"{len(pending(manifest, now, list(now.teachers)))} shards are not committed yet.",
+            soft_wrap=True,
+        )

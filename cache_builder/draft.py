@@ -70,15 +70,17 @@ class Draft:
     @property
     def growth(self) -> list[str]:
         """What the recipe adds to the cache that is there, in words."""
-        if self.stored is None:
-            return []
-        old, new = self.stored[0], self.spec
-        counts = {
-            "samples": new.dataset.num_samples - old.dataset.num_samples,
-            "views of each sample": new.views.num_views - old.views.num_views,
-        }
-        grown = [f"{count:,} {what}" for what, count in counts.items() if count]
-        return grown + [f"teacher {name}" for name in new.teachers if name not in old.teachers]
+        return [] if self.stored is None else growth(self.stored[0], self.spec)
+
+
+def growth(old: CacheSpec, new: CacheSpec) -> list[str]:
+    """What `new` has and `old` has not, in words."""
+    counts = {
+        "samples": new.dataset.num_samples - old.dataset.num_samples,
+        "views of each sample": new.views.num_views - old.views.num_views,
+    }
+    grown = [f"{count:,} {what}" for what, count in counts.items() if count]
+    return grown + [f"teacher {name}" for name in new.teachers if name not in old.teachers]
 
 
 def draft(recipe: BuildRecipe, progress: Callable[[int], None] | None = None) -> Draft:

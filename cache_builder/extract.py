@@ -48,6 +48,11 @@ _WRITES_IN_FLIGHT = 4
 Renders = dict[Size, Tensor]  # uint8 (3, h, w) by (h, w)
 
 
+def worker_name() -> str:
+    """Of this process, as commit records have it."""
+    return f"{platform.node()}:{os.getpid()}"
+
+
 def extract_shard(
     cache: FeatureCache,
     shard: int,
@@ -209,7 +214,7 @@ class ShardExtractor:
                 members=members if name == IMAGES else (),
                 seconds={stage: round(value, 4) for stage, value in seconds.totals.items()},
                 host=platform.node(),
-                worker=f"{platform.node()}:{os.getpid()}",
+                worker=worker_name(),
                 versions=versions(),
                 finished=datetime.now(UTC).isoformat(timespec="seconds"),
             )

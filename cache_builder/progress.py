@@ -14,13 +14,17 @@ from pipeline.manifest import CommitRecord
 
 
 class BuildProgress:
-    """Counts committed shards and views; `seconds` are the stages' sums over all shards so far."""
+    """Counts committed shards and views; `seconds` are the stages' sums over all shards so far.
 
-    def __init__(self, console: Console, shards: int) -> None:
+    `told`: the shards that are counted.
+    """
+
+    def __init__(self, console: Console) -> None:
         self._console = console
-        self._total = shards
+        self._total = 0
         self._start = time.monotonic()
-        self.shards = self.views = 0
+        self.told = set[int]()
+        self.views = 0
         self.seconds = dict.fromkeys((*STAGES, "wall"), 0.0)
         self._bar = Progress(
             TextColumn("building"),
@@ -32,7 +36,13 @@ class BuildProgress:
             console=console,
             disable=not console.is_terminal,
         )
-        self._task = self._bar.add_task("", total=shards, rate=0.0, stages="")
+        self._task = self._bar.add_task("", rate=0.0, stages="")
+
+    def of(self, shards: int) -> Self:
+        """For so many shards."""
+        self._total = shards
+        self._bar.update(self._task, total=shards)
+        return self
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -40,6 +50,10 @@ class BuildProgress:
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
+
+    @property
+    def shards(self) -> int:
+        return len(self.told)
 
     @property
     def wall_s(self) -> float:
@@ -55,7 +69,10 @@ class BuildProgress:
             self._bar.update(self._task, total=self._total)
             return
         record = next(iter(records.values()))
-        self.shards += 1
+        self.told.add(record.shard)
+        self._total = max(
+            self._total, self.shards
+        )  # one may be told of late, after it was taken for another's
         self.views += record.num_rows
         for stage, value in record.seconds.items():
             self.seconds[stage] += value

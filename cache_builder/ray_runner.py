@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import platform
 import secrets
 import signal
 import socket
@@ -25,6 +24,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.metrics import Counter, Gauge
 
 from cache_builder.calibrate import Calibration, CalibrationSample
+from cache_builder.extract import worker_name
 from cache_builder.recipe import RunnerRecipe
 from cache_builder.runner import (
     ABANDON_S,
@@ -100,7 +100,7 @@ class _Metrics:
         self._shards = Counter("teachercache_shards", "Shards committed.", keys)
         self._views = Counter("teachercache_views", "Views computed.", keys)
         self._rate = Gauge("teachercache_views_per_second", "Views a second since the first shard.", keys)
-        self._tags = {"actor": f"{platform.node()}:{os.getpid()}"}
+        self._tags = {"actor": worker_name()}
         self._started: float | None = None
         self._total = 0
         self._lock = threading.Lock()
@@ -124,10 +124,14 @@ class _Metrics:
 
 @dataclass(eq=False)
 class _Actor:
-    """An actor of the pool, and what it was asked: `opening` comes before any shard, `ping` is its pulse."""
+    """An actor of the pool, and what it was asked: `opening` comes before any shard, `ping` is its pulse.
+
+    `name` is the answer to `opening`.
+    """
 
     handle: Any
     opening: Any = None
+    name: str = ""
     running: dict[Any, Task] = field(default_factory=dict)
     ping: Any = None
     asked: float = field(default_factory=time.monotonic)
@@ -227,13 +231,14 @@ class RayRunner(Runner):
                 actor.leaving = True
                 queue.give_back(task)
                 return
-            require_place(cause)
+            assert self._place is not None
+            require_place(cause, self._place[0])
             queue.retry_or_fail(task, describe(cause))
         except RayError as error:  # its answer went with a node; what it committed stays
             self._lose(actor, f"its answer was lost: {error}", queue)
         else:
             if call is actor.opening:
-                actor.opening = None
+                actor.opening, actor.name = None, answer
             else:
                 del actor.running[call]
                 on_commit(answer)
@@ -241,6 +246,7 @@ class RayRunner(Runner):
     def _lose(self, actor: _Actor, reason: str, queue: Queue) -> None:
         log.warning("an actor with %d shards is replaced: %s", len(actor.running), reason)
         for task in actor.running.values():
+            self.orphans.append((task, actor.name))
             queue.retry_or_fail(task, reason, died=True)
         self._replace(actor)
 

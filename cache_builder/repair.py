@@ -54,6 +54,7 @@ def repair(
     """
     checkpoints = checkpoints or {}
     with_checkpoints(cache.spec, checkpoints)  # a wrong name is told before all is read
+    cache.storage.sweep()
     problems = verify(cache, full=True, progress=progress)
     reasons: dict[Problem, str] = {}
     for problem in _in_order(problems):
@@ -61,11 +62,12 @@ def repair(
             continue
         try:
             _rebuild(cache, problem)
-        except TeacherCacheError as error:
-            reasons[problem] = str(error)
+        except (TeacherCacheError, OSError) as error:
+            reasons[problem] = describe(error)
     broken = [problem for problem in problems if problem.shard is not None]
     failed = _extract(cache, broken, runner or RunnerRecipe(), checkpoints)
     reasons |= {problem: failed[problem.shard] for problem in broken if problem.shard in failed}
+    cache.storage.sweep()  # what processes that died on the way left behind
     return Repaired(
         mended=[problem for problem in problems if problem not in reasons],
         left=[replace(problem, reason=reason) for problem, reason in reasons.items()],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import signal
 import threading
@@ -18,7 +17,14 @@ from typing import ClassVar, Self
 from cache_builder.calibrate import Calibration, CalibrationSample
 from cache_builder.recipe import RunnerRecipe
 from cache_builder.worker import Worker
-from pipeline.errors import BuildError, BuildInterruptedError, CacheNotFoundError, TeacherCacheError
+from pipeline.errors import (
+    BuildError,
+    BuildInterruptedError,
+    CacheNotFoundError,
+    TeacherCacheError,
+    explain,
+    place_error,
+)
 from pipeline.manifest import CommitRecord
 from pipeline.spec import TeacherSpec
 from pipeline.stop_request import StopRequest
@@ -26,11 +32,6 @@ from pipeline.stop_request import StopRequest
 FINISH_S = 12.0  # for shards in flight after SIGTERM; schedulers give 30 s, preempted machines often less
 ABANDON_S = 3.0
 TICK_S = 1.0
-_PLACE_ERRORS = {
-    errno.ENOSPC: "free some space there, or move the cache to a larger disk",
-    errno.EDQUOT: "raise the quota, or move the cache",
-    errno.EROFS: "mount the place writable",
-}
 
 OnCommit = Callable[[Mapping[str, CommitRecord]], None]
 log = logging.getLogger(__name__)
@@ -93,7 +94,7 @@ class Queue:
 
 class Runner(ABC):
     """Loads the teachers on entering, gives them back on leaving. `num_shards`: how many will be asked of it,
-    where that is known."""
+    where that is known. `orphans`: tasks that a process had when it died, and its name in commit records."""
 
     worker: ClassVar[type[Worker]] = Worker
 
@@ -101,6 +102,7 @@ class Runner(ABC):
         self, recipe: RunnerRecipe, teachers: Mapping[str, TeacherSpec], num_shards: int | None = None
     ) -> None:
         self.recipe, self.teachers, self.num_shards = recipe, teachers, num_shards
+        self.orphans: list[tuple[Task, str]] = []
 
     def __enter__(self) -> Self:
         return self
@@ -153,12 +155,12 @@ class LocalRunner(Runner):
                 while (queue or running) and not stop.requested:
                     while (task := queue.take(running.values(), self.recipe.shards_in_flight)) is not None:
                         running[self._start(task)] = task
-                    self._collect(running, queue, on_commit)
+                    self._collect(running, queue, on_commit, url)
                     self._end_if_hung(url)
                 if stop.signal is not None and (queue or running):
                     deadline = time.monotonic() + FINISH_S
                     while running and time.monotonic() < deadline:
-                        self._collect(running, queue, on_commit)
+                        self._collect(running, queue, on_commit, url)
                     raise interrupted(stop.signal)
         finally:
             self._worker.abandon()
@@ -179,7 +181,11 @@ class LocalRunner(Runner):
         return future
 
     def _collect(
-        self, running: dict[Future[dict[str, CommitRecord]], Task], queue: Queue, on_commit: OnCommit
+        self,
+        running: dict[Future[dict[str, CommitRecord]], Task],
+        queue: Queue,
+        on_commit: OnCommit,
+        url: str,
     ) -> None:
         done, _ = wait(running, timeout=TICK_S, return_when=FIRST_COMPLETED)
         for future in done:
@@ -189,7 +195,7 @@ class LocalRunner(Runner):
             elif not isinstance(error, Exception):
                 raise error
             else:
-                require_place(error)
+                require_place(error, url)
                 queue.retry_or_fail(task, describe(error))
 
     def _end_if_hung(self, url: str) -> None:
@@ -213,20 +219,20 @@ def interrupted(number: signal.Signals) -> BuildInterruptedError:
     return error
 
 
-def require_place(error: Exception) -> None:
+def require_place(error: Exception, url: str) -> None:
     """Raise for an error of the cache's place, which the next shard would meet as well."""
     if isinstance(error, CacheNotFoundError):
         raise error
-    if isinstance(error, OSError) and error.errno in _PLACE_ERRORS:
+    if (words := place_error(error, url)) is not None:
         raise BuildError(
-            "The place of the cache takes no more files; everything committed stays.",
-            got=f"{error.strerror}: {error.filename or ''}".rstrip(": "),
-            do=f"{_PLACE_ERRORS[error.errno]}; then run the same command again",
+            "The place of the cache takes no more files; everything committed stays.", **words
         ) from error
 
 
 def describe(error: BaseException) -> str:
     """A reason for people: our errors speak for themselves, others need the place they came from."""
+    if (words := place_error(error, "")) is not None:
+        return explain("Its place takes no more files.", **words)
     if isinstance(error, TeacherCacheError):
         return str(error)
     place = traceback.extract_tb(error.__traceback__)[-1] if error.__traceback__ else None

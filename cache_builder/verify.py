@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
@@ -33,9 +34,9 @@ from pipeline.manifest import (
     segment_lines,
     tables_name,
 )
-from pipeline.processes import TEMPORARY_SUFFIX
+from pipeline.processes import TEMPORARY_SUFFIX, is_abandoned, is_stale
 from pipeline.spec import IMAGES
-from pipeline.storage import LOCK_SUFFIX
+from pipeline.storage import LOCK_SUFFIX, Storage
 from pipeline.stores.image_tar import image_tar_name
 from pipeline.views import draw_segment
 
@@ -249,12 +250,24 @@ def _check_codec_tables(cache: FeatureCache, teacher: str) -> None:
     cache.load_codec(teacher)
 
 
+def _in_use(storage: Storage, name: str) -> bool:
+    """Whether this is a temporary file or a lock of a process that may be alive."""
+    if name.endswith(TEMPORARY_SUFFIX):
+        return not is_abandoned(Path(name), 0.0)
+    try:
+        return name.endswith(LOCK_SUFFIX) and not is_stale(storage.read(name), 0.0)
+    except FileNotFoundError:
+        return True
+
+
 def strays(cache: FeatureCache) -> list[str]:
-    """Files that nothing names: of shards without a record, say. Those still being written are left out.
+    """Files that nothing names: of shards without a record, of processes that died, of other programs.
+
+    Those still being written are left out.
 
     They are listed first, so that what a build names meanwhile is none.
     """
-    found = [name for name, _ in cache.storage.walk() if not name.endswith((TEMPORARY_SUFFIX, LOCK_SUFFIX))]
+    found = [name for name, _ in cache.storage.walk() if not _in_use(cache.storage, name)]
     cache = cache.reopened()
     known = {SPEC_NAME, SAMPLES_NAME, VIEWS_NAME}
     for teacher in cache.teachers:

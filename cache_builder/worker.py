@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 import torch
 
 from cache_builder.calibrate import Calibration, CalibrationSample, calibrate
-from cache_builder.extract import ShardExtractor
+from cache_builder.extract import ShardExtractor, worker_name
 from cache_builder.recipe import RunnerRecipe
 from cache_builder.teachers import Teacher, build_teacher
 from pipeline.cache import FeatureCache
@@ -37,10 +37,11 @@ class Worker:
         """Tables and fidelity of the codecs of the named teachers."""
         return calibrate({name: self._teachers[name] for name in names}, sample, self._runner.batch_size)
 
-    def open(self, url: str, images: str | None = None) -> None:
+    def open(self, url: str, images: str | None = None) -> str:
         """Open the cache to fill; `images`: where the source images are, if not where `cache.json` says.
 
-        Raises `CacheMismatchError` if its rows come from other weights.
+        Returns the name of this process in commit records. Raises `CacheMismatchError` if its rows come
+        from other weights.
         """
         cache = FeatureCache.open(url, images)
         for name, found in self.weights_hashes().items():
@@ -58,6 +59,7 @@ class Worker:
             batch_size=self._runner.batch_size,
             decode_threads=self._runner.decode_threads,
         )
+        return worker_name()
 
     def extract(self, shard: int, names: Collection[str]) -> dict[str, CommitRecord]:
         """Raises what `ShardExtractor.extract` does."""

@@ -32,6 +32,17 @@ from __future__ import annotations
 
 import errno
 
+_ROOM = "a place with room for what is still to be written"
+_PLACE_ERRORS = {  # what is expected, and what to do
+    errno.ENOSPC: (_ROOM, "free some space there, or choose a larger disk"),
+    errno.EDQUOT: (_ROOM, "raise the quota, or choose another place"),
+    errno.EROFS: ("a place where this user can make and delete files", "mount the place writable"),
+    errno.EFBIG: (
+        "a place that takes files of this size",
+        "raise the limit (ulimit -f), or choose another place",
+    ),
+}
+
 
 def explain(problem: str, *, got: object = None, expected: object = None, do: str | None = None) -> str:
     """One message in the house form: problem, then `got`, `expected` and `do`, each on its own line."""
@@ -40,6 +51,15 @@ def explain(problem: str, *, got: object = None, expected: object = None, do: st
         if value is not None:
             lines.append(f"  {label + ':':<10}{value}")
     return "\n".join(lines)
+
+
+def place_error(error: BaseException, url: str) -> dict[str, str] | None:
+    """`got`, `expected` and `do` for an error of the place that is written to (a full disk), else None."""
+    if not isinstance(error, OSError) or error.errno not in _PLACE_ERRORS:
+        return None
+    expected, do = _PLACE_ERRORS[error.errno]
+    got = f"{error.strerror}: {error.filename or url}".rstrip(": ")
+    return {"got": got, "expected": expected, "do": f"{do}; then run the same command again"}
 
 
 class TeacherCacheError(Exception):

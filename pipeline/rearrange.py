@@ -12,6 +12,7 @@ import math
 import os
 import platform
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -24,9 +25,16 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipeline.cache import FeatureCache
-from pipeline.errors import CacheError, CacheMismatchError, CorruptShardError
+from pipeline.errors import (
+    AlreadyCommittedError,
+    CacheError,
+    CacheMismatchError,
+    CorruptShardError,
+)
 from pipeline.manifest import (
+    SAMPLES_NAME,
     SPEC_NAME,
+    VIEWS_NAME,
     CommitRecord,
     FileRecord,
     Manifest,
@@ -43,6 +51,7 @@ from pipeline.spec import IMAGES, CacheSpec, Segment, StoreKind, ViewPolicy
 from pipeline.storage import LocalStorage, Storage
 from pipeline.stores.base import Arrays, numpy_dtype
 from pipeline.stores.image_tar import ImageTarWriter, image_tar_name
+from pipeline.whole_or_nothing import room_at, whole_or_nothing
 
 _BATCH_NBYTES = 1 << 26
 _BLOCK_NBYTES = 1 << 22
@@ -52,7 +61,7 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Step:
-    """One shard of one teacher (or of "images") that the new cache shall have."""
+    """One shard of one teacher (or of "images") that the new cache shall have, by its number there."""
 
     teacher: str
     shard: int
@@ -67,10 +76,22 @@ class Rearrangement:
     steps: list[Step]
 
     def run(self, progress: Callable[[], None] = lambda: None) -> FeatureCache:
-        """Fill the cache; `progress` is called after each step."""
-        for step in self.steps:
-            step.make()
-            progress()
+        """Fill the cache; `progress` is called after each step.
+
+        What a build into the same place, or the same command, has committed meanwhile stays. Raises
+        `DiskSpaceError` when the place takes no more files.
+        """
+        storage = Storage.at(self.url)
+        storage.sweep()
+        with room_at(self.url):
+            for step in self.steps:
+                with (
+                    suppress(AlreadyCommittedError),
+                    Manifest(storage).publishing(step.shard, [step.teacher]),
+                ):
+                    step.make()
+                progress()
+        storage.sweep()  # what processes that died on the way left behind
         return FeatureCache.open(self.url)
 
 
@@ -136,7 +157,8 @@ def merge(urls: Sequence[str], out: str) -> Rearrangement:
         raise CacheMismatchError(
             "These caches cannot be merged:\n  - " + "\n  - ".join(differences),
             expected="caches of disjoint samples with the same views, shards, images and teachers",
-            do="build what differs again with one recipe, or take disjoint parts with `teachercache subset`",
+            do="build what differs again with one recipe, parts with codecs that learn tables with "
+            "tables_from=FIRST; or take disjoint parts with `teachercache subset`",
         )
     location, tables = _one_location(sources)
     samples = pa.concat_tables(tables)
@@ -270,6 +292,13 @@ def _lay_out(
 ) -> FeatureCache:
     """The new cache, empty or as far as it got."""
     storage = Storage.at(out)
+    with room_at(storage.url), storage.exclusive(SPEC_NAME):
+        return _begin(storage, spec, sources, samples, views)
+
+
+def _begin(
+    storage: Storage, spec: CacheSpec, sources: Sequence[FeatureCache], samples: pa.Table, views: pa.Table
+) -> FeatureCache:
     manifest = Manifest(storage)
     if manifest.exists():
         found = manifest.spec()
@@ -290,12 +319,15 @@ def _lay_out(
                 expected="nothing, or the beginning of this very cache",
                 do="choose another place (-o …)",
             )
-    for name in spec.teachers:
-        tables = tables_name(name)
-        if sources[0].storage.exists(tables):
-            storage.write(tables, sources[0].storage.read(tables))
-        target.store.create(spec, name)
-    manifest.create(spec, samples.slice(0, spec.dataset.num_samples), views.slice(0, spec.num_rows))
+    layouts = [file for name in spec.teachers for file in target.store.layout_files(spec, name)]
+    new = [SPEC_NAME, SAMPLES_NAME, VIEWS_NAME, *map(tables_name, spec.teachers), *layouts]
+    with whole_or_nothing(storage, new):
+        for name in spec.teachers:
+            tables = tables_name(name)
+            if sources[0].storage.exists(tables):
+                storage.write(tables, sources[0].storage.read(tables))
+            target.store.create(spec, name)
+        manifest.create(spec, samples.slice(0, spec.dataset.num_samples), views.slice(0, spec.num_rows))
     return target
 
 
@@ -339,7 +371,8 @@ def _whole_shards(
         )
 
     return [
-        Step(name, shard, partial(take_over, name, shard)) for name, shard in _missing(source, target, shift)
+        Step(name, shard + shift, partial(take_over, name, shard))
+        for name, shard in _missing(source, target, shift)
     ]
 
 

@@ -32,6 +32,7 @@ from pipeline.errors import CacheError, CacheMismatchError
 from pipeline.storage import ChecksumWriter, Storage
 from pipeline.stores.base import CLS_TOKEN
 from pipeline.views import render_view
+from pipeline.whole_or_nothing import room_at
 
 _ROWS_AT_ONCE = 16
 _SPLITS = ("train", "val", "test")
@@ -64,36 +65,38 @@ def export_theia(
     if split not in _SPLITS:
         raise CacheError("There is no such split.", got=split, expected=", ".join(_SPLITS))
     storage = Storage.at(out)
+    Storage.at(f"{storage.url}/{dataset}").sweep()
     samples = cache.valid_samples()
     rows = cache.index.rows(samples[:, None], np.arange(cache.num_views)).ravel()
     keys = _keys(cache, rows)
-    _claim(
-        storage,
-        f"{dataset}/{dataset}_{split}.json",
-        {
-            "cache_id": cache.spec.cache_id,
-            "levels": {name: level % teacher.num_levels for name, teacher in cache.spec.teachers.items()},
-            "samples_per_shard": samples_per_shard,
-            "samples": len(keys),
-            "keys": xxhash.xxh3_128_hexdigest("\n".join(keys).encode()),
-        },
-    )
-    for shard, start in enumerate(range(0, len(rows), samples_per_shard)):
-        part = slice(start, start + samples_per_shard)
-        file = f"{dataset}_{split}-{shard:06d}-{split}.tar"
-        columns: dict[str, Iterator[bytes]] = {"images": _images(cache, rows[part])}
-        columns |= {name: _features(cache, name, rows[part], level) for name in cache.teachers}
-        for column, members in columns.items():
-            suffix = "image" if column == "images" else f"{column}.safetensors"
-            name = f"{dataset}/{column}/{file}"
-            if not storage.exists(name):
-                with storage.open_write(name) as tar:
-                    for key, data in zip(keys[part], members, strict=True):
-                        _add(tar, f"{key}.{suffix}", data)
-                    tar.write(bytes(2 * tarfile.BLOCKSIZE))
-            progress(len(rows[part]))
-    splits = dict.fromkeys(_SPLITS, 0) | _splits(storage, dataset) | {split: len(rows)}
-    storage.write(f"{dataset}/splits.json", (json.dumps(splits, indent=2) + "\n").encode())
+    with room_at(storage.url):
+        _claim(
+            storage,
+            f"{dataset}/{dataset}_{split}.json",
+            {
+                "cache_id": cache.spec.cache_id,
+                "levels": {name: level % teacher.num_levels for name, teacher in cache.spec.teachers.items()},
+                "samples_per_shard": samples_per_shard,
+                "samples": len(keys),
+                "keys": xxhash.xxh3_128_hexdigest("\n".join(keys).encode()),
+            },
+        )
+        for shard, start in enumerate(range(0, len(rows), samples_per_shard)):
+            part = slice(start, start + samples_per_shard)
+            file = f"{dataset}_{split}-{shard:06d}-{split}.tar"
+            columns: dict[str, Iterator[bytes]] = {"images": _images(cache, rows[part])}
+            columns |= {name: _features(cache, name, rows[part], level) for name in cache.teachers}
+            for column, members in columns.items():
+                suffix = "image" if column == "images" else f"{column}.safetensors"
+                name = f"{dataset}/{column}/{file}"
+                if not storage.exists(name):
+                    with storage.open_write(name) as tar:
+                        for key, data in zip(keys[part], members, strict=True):
+                            _add(tar, f"{key}.{suffix}", data)
+                        tar.write(bytes(2 * tarfile.BLOCKSIZE))
+                progress(len(rows[part]))
+        splits = dict.fromkeys(_SPLITS, 0) | _splits(storage, dataset) | {split: len(rows)}
+        storage.write(f"{dataset}/splits.json", (json.dumps(splits, indent=2) + "\n").encode())
     return len(rows)
 
 

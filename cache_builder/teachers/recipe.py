@@ -27,7 +27,8 @@ class TeacherRecipe(Strict):
     `image_size` is one number or (height, width) in pixels. `block_indices` are 0-based positions, by
     default the ends of the four quarters of the network; of one whose blocks differ in shape (ConvNeXt,
     Swin, ResNet) those among the blocks that are shaped as the last is. `grid_size` is (height, width) in
-    tokens. `checkpoint` is a local file: safetensors, or for timm a .pth that holds nothing but tensors.
+    tokens. `checkpoint` is a local file: safetensors, or for timm a .pth of tensors and plain values, such as
+    what a training code saves (`teacher`, behind `backbone.`).
     """
 
     preset: str | None = None

@@ -19,10 +19,17 @@ from typing import Any
 import timm
 import torch
 from timm.models import get_model_input_config
-from torch import nn
+from torch import Tensor, nn
 
-from cache_builder.teachers.weights import differing, require_file, require_hub, seeded, weights_not_found
-from pipeline.errors import TeacherInputError
+from cache_builder.teachers.weights import (
+    differing,
+    inner_weights,
+    require_file,
+    require_hub,
+    seeded,
+    weights_not_found,
+)
+from pipeline.errors import TeacherInputError, WeightsNotFoundError
 from pipeline.spec import Size, TeacherSpec
 
 _EXPECTED = "every weight but the classifier's"
@@ -55,17 +62,40 @@ def size_argument(model: str, image_size: Size) -> dict[str, Size]:
 
 def create_model(spec: TeacherSpec) -> Any:
     """The model of `spec`, on the CPU. Raises `WeightsNotFoundError`."""
-    size = size_argument(spec.model, spec.image_size)
-    with seeded(spec.random_seed):
-        if not spec.pretrained:
+    if not spec.pretrained:
+        with seeded(spec.random_seed):
+            size = size_argument(spec.model, spec.image_size)
             return timm.create_model(spec.model, pretrained=False, **size)
-        overlay = {"file": spec.checkpoint} if spec.checkpoint else None
-        with _recorded_keys(type(blank_model(spec.model))) as wrong_keys:
-            try:
-                _require_source(spec)
-                model = timm.create_model(spec.model, pretrained=True, pretrained_cfg_overlay=overlay, **size)
-            except Exception as reason:  # from the hub, the file system, safetensors or load_state_dict
-                raise weights_not_found(spec, f"{type(reason).__name__}: {reason}", _EXPECTED) from reason
+    if not spec.checkpoint:
+        return _load(spec, None)
+    try:
+        return _load(spec, {"file": spec.checkpoint})
+    except WeightsNotFoundError:
+        weights = _inner_weights(spec)
+        if weights is None:
+            raise
+    model = _load(spec, {"state_dict": weights})
+    del model.pretrained_cfg["state_dict"]
+    return model
+
+
+def _inner_weights(spec: TeacherSpec) -> dict[str, Tensor] | None:
+    assert spec.checkpoint is not None
+    try:
+        return inner_weights(spec.checkpoint, blank_model(spec.model).state_dict())
+    except Exception:  # as timm has met it, and said
+        return None
+
+
+def _load(spec: TeacherSpec, overlay: dict[str, Any] | None) -> Any:
+    """The model with the weights that `overlay` names to timm, or those of the hub."""
+    size = size_argument(spec.model, spec.image_size)
+    with seeded(spec.random_seed), _recorded_keys(type(blank_model(spec.model))) as wrong_keys:
+        try:
+            _require_source(spec)
+            model = timm.create_model(spec.model, pretrained=True, pretrained_cfg_overlay=overlay, **size)
+        except Exception as reason:  # from the hub, the file system, safetensors or load_state_dict
+            raise weights_not_found(spec, f"{type(reason).__name__}: {reason}", _EXPECTED) from reason
     if spec.global_width is None:  # then nothing that is kept passes through the classifier
         heads = model.pretrained_cfg.get("classifier") or ()
         prefixes = tuple(f"{head}." for head in ((heads,) if isinstance(heads, str) else heads))

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import torch
 from huggingface_hub.errors import EntryNotFoundError
+from timm.models import clean_state_dict, load_state_dict
+from torch import Tensor
 
 from pipeline.errors import WeightsNotFoundError
 from pipeline.spec import TeacherSpec
 
 WEIGHTS_NAME = "model.safetensors"
+
+_ENTRIES = ("teacher", "student", "model", "module", "encoder", "backbone")  # the first that fits is taken
+_CHUNK = re.compile(r"\bblocks\.\d+(?=\.\d+\.)")  # DINOv2 trains blocks in chunks; a block keeps its number
 
 _ONE_AT_A_TIME = threading.Lock()  # torch's generator, and the libraries' classes, all threads share
 
@@ -48,8 +56,58 @@ def differing(keys: Sequence[tuple[str, str]]) -> str:
     return f"{len(keys)} keys that differ: {first}"
 
 
+def inner_weights(path: str | Path, names: Collection[str]) -> dict[str, Tensor] | None:
+    """The weights of a model with these parameters in what a training code saved, or None.
+
+    They are in an entry of the file, such as the `teacher` of DINO, iBOT and DINOv2, and behind one prefix,
+    such as `backbone.`; heads and whatever else is beside them are left out. Nothing is unpickled but tensors
+    and plain values. Raises what reading the file does.
+    """
+    content = load_state_dict(str(path))
+    entries = (content, *(content.get(entry) for entry in _ENTRIES))
+    found = (_behind_prefix(entry, names) for entry in entries if isinstance(entry, Mapping))
+    return next((weights for weights in found if weights is not None), None)
+
+
+def _behind_prefix(entry: Mapping[str, Any], names: Collection[str]) -> dict[str, Tensor] | None:
+    """The tensors behind the prefix that gives most of the names, if one does."""
+    weights = {
+        key: value for key, value in clean_state_dict(dict(entry)).items() if isinstance(value, Tensor)
+    }
+    if not any(_CHUNK.search(name) for name in names):
+        weights = {_CHUNK.sub("blocks", key): value for key, value in weights.items()}
+    parts = ((key.split("."), value) for key, value in weights.items())
+    known, prefixes = set(names), Counter[str]()
+    for path, _ in parts:
+        prefixes.update(".".join(path[:i]) for i in range(len(path)) if ".".join(path[i:]) in known)
+    (prefix, most), (_, next_most) = [*prefixes.most_common(2), ("", 0), ("", 0)][:2]
+    if 2 * most < len(known) or most == next_most:
+        return None
+    start = f"{prefix}." if prefix else ""
+    return {key.removeprefix(start): value for key, value in weights.items() if key.startswith(start)}
+
+
+def _content(path: Path) -> str:
+    """What a file of weights holds, in words."""
+    try:
+        content = load_state_dict(str(path))
+    except Exception as reason:  # from torch, safetensors or the file system
+        return f"cannot be read as weights ({type(reason).__name__})"
+    entries = {name: value for name, value in content.items() if isinstance(value, Mapping)}
+    groups = [f"{name}: {_tensors(value)}" for name, value in entries.items()] or [_tensors(content)]
+    return f"holds {'; '.join(groups[:6])}"
+
+
+def _tensors(entry: Mapping[str, Any]) -> str:
+    names = [str(name) for name, value in entry.items() if isinstance(value, Tensor)]
+    first = ", ".join([*names[:3], "…"] if len(names) > 3 else names)
+    return f"{len(names)} tensors ({first})" if names else "no tensor"
+
+
 def weights_not_found(spec: TeacherSpec, got: str, expected: str) -> WeightsNotFoundError:
     source = spec.checkpoint or "the Hugging Face hub"
+    if spec.checkpoint and (path := Path(spec.checkpoint)).is_file():
+        got = f"{got}; the file {_content(path)}"
     return WeightsNotFoundError(
         f"The pretrained weights of {spec.model} could not be had from {source}.",
         got=got,

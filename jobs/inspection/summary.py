@@ -223,7 +223,7 @@ def array_metadata(storage: Storage, spec: CacheSpec, teacher: str) -> dict[str,
             }
             for name, array in described.items()
         }
-    arrays = [name for name in storage.names(folder) if name != "zarr.json"]
+    arrays = [name for name in storage.names(folder) if name.isidentifier()]  # no file that others leave
     if not arrays:
         raise FileNotFoundError(f"{folder} holds no array")
     return {array: json.loads(storage.read(f"{folder}/{array}/zarr.json")) for array in arrays}

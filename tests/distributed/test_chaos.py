@@ -39,9 +39,17 @@ def folder() -> Iterator[Path]:
 
 
 def test_one_kill_of_each_kind_changes_no_byte(folder: Path) -> None:
-    found = chaos(folder, kills=4, seed=3, samples=48, nodes=2)
+    found = chaos(folder, kills=4, seed=3, samples=48, raylets=2)
     assert set(found.kills.values()) == {1}
     assert len(found.kills) == 4
+    assert (found.rows_lost, found.duplicated, found.problems, found.differing_files) == (0, 0, [], [])
+    assert found.repeated <= found.at_risk
+
+
+def test_whole_nodes_of_several_are_killed_and_no_byte_changes(folder: Path) -> None:
+    """A raylet goes with its actor and what that has in flight; the build itself goes on, and ends once."""
+    found = chaos(folder, kills=2, seed=0, samples=48, raylets=3, kinds=["raylet"])
+    assert found.kills == {"raylet": 2}
     assert (found.rows_lost, found.duplicated, found.problems, found.differing_files) == (0, 0, [], [])
     assert found.repeated <= found.at_risk
 
@@ -71,7 +79,7 @@ def test_a_late_node_is_used_and_every_actor_is_measured(folder: Path) -> None:
         worker = Patient
 
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    cluster = ChaosCluster(folder, nodes=1)
+    cluster = ChaosCluster(folder, raylets=1)
     seconds = Counter[str]()
 
     def collect(records: Mapping[str, CommitRecord]) -> None:
@@ -99,7 +107,7 @@ def test_a_late_node_is_used_and_every_actor_is_measured(folder: Path) -> None:
 def test_an_actor_needs_one_node_with_all_it_takes(folder: Path) -> None:
     recipe = recipe_for(folder / "cache", folder / "images")
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    cluster = ChaosCluster(folder, nodes=2)
+    cluster = ChaosCluster(folder, raylets=2)
     try:
         ray.init(address=cluster.address, logging_level="error", log_to_driver=False)
         with pytest.raises(BuildError, match=r"has room for one actor(.|\n)*1 CPUs(.|\n)*one with 2 CPUs"):

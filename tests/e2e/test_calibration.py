@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
+import timm
 import torch
 from rich.console import Console
 
@@ -16,13 +19,16 @@ from cache_builder.calibrate import CalibrationSample
 from cache_builder.extract import _tokens
 from cache_builder.plan import Plan
 from cache_builder.recipe import BuildRecipe
+from cache_builder.teachers import TeacherRecipe, resolve_teacher
+from cache_builder.verify import verify
 from pipeline import FeatureCache, render_view
 from pipeline.codecs import get_codec
 from pipeline.codecs.fidelity import measure_fidelity
-from pipeline.errors import CacheError, CodecError, DiskSpaceError, RecipeError
+from pipeline.errors import CacheError, CacheMismatchError, CodecError, DiskSpaceError, RecipeError
 from pipeline.grids import stored_form
+from pipeline.rearrange import merge
 from pipeline.units import parse_bytes
-from tests.make_cache import build_recipe, make_images
+from tests.make_cache import build_recipe, make_cache, make_images
 
 QUIET = Console(quiet=True)
 TEACHER = {"model": "vit_tiny_patch16_224", "pretrained": False, "image_size": 96}
@@ -57,6 +63,80 @@ def test_tables_are_part_of_what_a_row_is(tmp_path: Path, images: Path) -> None:
     tables.write_bytes(data)
     with pytest.raises(CacheError, match="is not what the features of t were encoded with"):
         FeatureCache.open(cache.storage.url).read([0])
+
+
+def test_parts_with_the_tables_of_one_can_be_merged(tmp_path: Path, images: Path) -> None:
+    more = tmp_path / "more"
+    more.mkdir()
+    for path in make_images(tmp_path / "plain", 5, seed=1).iterdir():
+        path.rename(more / f"more_{path.name}")
+    teachers = {"t": TEACHER | {"codec": "int4-hadamard"}, "plain": TEACHER | {"random_seed": 2}}
+    first, apart = (
+        build(build_recipe(tmp_path / name, source, teachers=teachers), QUIET).cache
+        for name, source in (("first", images), ("apart", more))
+    )
+    with pytest.raises(CacheMismatchError, match=r"teachers\.t\.tables_hash(.|\n)*tables_from=FIRST"):
+        merge([first.storage.url, apart.storage.url], str(tmp_path / "merged"))
+    for name in ("cache.json", "stats/t.safetensors"):  # all that another machine needs of it
+        (tmp_path / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(tmp_path / "first" / name, tmp_path / "copy" / name)
+    recipe = build_recipe(tmp_path / "second", more, teachers=teachers, tables_from=str(tmp_path / "copy"))
+    second = build(recipe, QUIET).cache
+    assert second.spec.teachers == first.spec.teachers
+    assert second.spec.fidelity["t"] == first.spec.fidelity["t"]
+    assert build(recipe, QUIET).shards == 0
+    merged = merge([first.storage.url, second.storage.url], str(tmp_path / "merged")).run()
+    assert verify(merged, full=True) == []
+    live = build_teacher(second.spec.teachers["t"])(
+        render_view(second.image(2), second.view(5), second.spec.teachers["t"].render_size)[None]
+    )
+    codes = second.codec("t").encode(live.feature_maps_BSHWC).decode()
+    torch.testing.assert_close(second.read([5])["t"].decode(), codes, rtol=1e-3, atol=1e-3)
+    with pytest.raises(CacheMismatchError, match=r"teachers\.t\.tables_hash: '\w+' there, '\w+' here"):
+        build(recipe.model_copy(update={"cache": apart.storage.url}), QUIET)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"codec": "int8-hadamard"}, r"t\.codec: 'int4-hadamard' there, 'int8-hadamard' here"),
+        ({"block_indices": [2, 5]}, r"t\.block_indices"),
+        ({"grid": "bilinear", "grid_size": [2, 2]}, r"t\.grid"),
+        ({"model": "vit_tiny_patch16_384"}, r"t\.model"),
+        ({"random_seed": 1}, r"t\.random_seed"),
+        ({"name": "u"}, r"teachers\.u: that cache has t"),
+    ],
+)
+def test_tables_of_other_teachers_are_refused(
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
+) -> None:
+    """Before anything is loaded."""
+    teacher = TEACHER | {"codec": "int4-hadamard"}
+    specs = {"t": resolve_teacher("t", TeacherRecipe.model_validate(teacher), (32, 32))}
+    first = make_cache(tmp_path / "first", images, teachers=specs, skip_shards=range(100))
+    monkeypatch.setattr("cache_builder.builder._runner", None)
+    name = changes.pop("name", "t")
+    recipe = build_recipe(
+        tmp_path / "second", images, teachers={name: teacher | changes}, tables_from=first.storage.url
+    )
+    with pytest.raises(CacheMismatchError, match=message):
+        build(recipe, QUIET)
+    assert not (tmp_path / "second").exists()
+
+
+def test_tables_of_other_weights_are_refused(tmp_path: Path, images: Path) -> None:
+    """The same model, whose weights are known once it is loaded."""
+    teachers = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        torch.save(timm.create_model("test_vit.r160_in1k").state_dict(), tmp_path / f"{seed}.pth")
+        teacher = {"model": "test_vit.r160_in1k", "image_size": 32, "codec": "int4-hadamard"}
+        teachers.append({"t": teacher | {"checkpoint": str(tmp_path / f"{seed}.pth")}})
+    first = build(build_recipe(tmp_path / "first", images, teachers=teachers[0]), QUIET).cache
+    other = build_recipe(tmp_path / "second", images, teachers=teachers[1], tables_from=first.storage.url)
+    with pytest.raises(CacheMismatchError, match=r"teachers\.t\.weights_hash"):
+        build(other, QUIET)
+    assert not [path for path in (tmp_path / "second").rglob("*") if path.is_file()]
 
 
 def test_the_adjoint_grid_stores_what_the_loss_needs(tmp_path: Path, images: Path) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
+import shutil
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from rich.console import Console
 from cache_builder import build, builder
 from cache_builder.extract import ShardExtractor
 from cache_builder.recipe import BuildRecipe
-from cache_builder.runner import Runner
+from cache_builder.runner import LocalRunner, Runner
 from cache_builder.teachers import build_teacher
 from cache_builder.verify import strays, verify
 from jobs.inspection import details
@@ -33,6 +35,7 @@ from pipeline.errors import (
     BuildInterruptedError,
     CacheError,
     CacheMismatchError,
+    CacheNotFoundError,
 )
 from pipeline.loader import FeatureLoader
 from pipeline.manifest import CommitRecord, Manifest
@@ -232,6 +235,70 @@ def test_two_jobs_build_one_cache(tmp_path: Path) -> None:
     assert_same_features(cache, build(recipe(tmp_path / "whole", images, rows_per_shard=2), QUIET).cache)
 
 
+IN_TURN = """
+import sys, time
+from pathlib import Path
+from cache_builder import build, builder
+from cache_builder.recipe import BuildRecipe
+from jobs.launch import run
+establish, folder, turn = builder._establish, Path(sys.argv[2]), int(sys.argv[3])
+def in_turn(*arguments):
+    (folder / f"drafted{turn}").touch()
+    while len(list(folder.glob("drafted*"))) < 2 or (turn and not (folder / "established").exists()):
+        time.sleep(0.02)
+    try:
+        return establish(*arguments)
+    finally:
+        (folder / "established").touch()
+builder._establish = in_turn
+run(lambda: print(build(BuildRecipe.model_validate_json(sys.argv[1])).shards))
+"""
+
+
+def build_in_turn(folder: Path, contents: Sequence[BuildRecipe]) -> list[tuple[int, str]]:
+    """Two builds, each in a process: both draft, the first establishes, then the second, and both compute.
+
+    Returns their exit statuses and all they print.
+    """
+    jobs = [
+        subprocess.Popen(
+            [sys.executable, "-c", IN_TURN, content.model_dump_json(), str(folder), str(turn)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for turn, content in enumerate(contents)
+    ]
+    printed = [job.communicate(timeout=200)[0] for job in jobs]
+    return [(job.returncode, text) for job, text in zip(jobs, printed, strict=True)]
+
+
+@pytest.mark.parametrize("rows_per_shard", [4, 6])
+def test_two_jobs_from_nothing_that_differ_in_views(tmp_path: Path, rows_per_shard: int) -> None:
+    """The second draft has 5 shards of 4 rows; what it establishes behind the first has 6, or 4 of 6 rows."""
+    images, path = make_images(tmp_path / "images", 5), tmp_path / "cache"
+    few, more = (recipe(path, images, views, rows_per_shard=rows_per_shard) for views in (2, 4))
+    (first, told), (second, grown) = build_in_turn(tmp_path, [few, more])
+    assert (first, second) == (0, 0), told + grown
+    cache = FeatureCache.open(path)
+    assert [segment.views for segment in cache.spec.segments] == [(0, 2), (2, 4)]
+    cache.require_complete()
+    assert_usable(cache)
+    assert cache.spec.num_shards == {4: 6, 6: 4}[rows_per_shard]
+    whole = build(recipe(tmp_path / "whole", images, 4), QUIET).cache
+    assert_same_features(cache, whole)
+
+
+def test_the_job_with_fewer_views_comes_second(tmp_path: Path) -> None:
+    """Shards of the two drafts have other rows: 6 of 2 views, 4 of 4."""
+    images, path = make_images(tmp_path / "images", 6), tmp_path / "cache"
+    more, few = (recipe(path, images, views) for views in (4, 2))
+    (first, told), (second, refused) = build_in_turn(tmp_path, [more, few])
+    assert (first, second) == (0, 1), told + refused
+    assert "views.num_views: the cache has 4, the recipe asks for 2" in refused
+    assert_usable(FeatureCache.open(path))
+
+
 def test_two_jobs_add_a_teacher_each(tmp_path: Path) -> None:
     images, path = make_images(tmp_path / "images", 6), tmp_path / "cache"
     build(recipe(path, images), QUIET)
@@ -302,22 +369,135 @@ def test_jobs_seldom_compute_the_same_shard(tmp_path: Path, monkeypatch: pytest.
     assert len(computed) <= 24 + 10  # 3 are expected: a draw among n that are left hits the other's in 1/n
 
 
+def build_overtaken(
+    content: BuildRecipe, monkeypatch: pytest.MonkeyPatch, meanwhile: Callable[[], object]
+) -> builder.BuildResult:
+    """A build, while whose teachers load something else happens."""
+    load = builder._runner
+
+    def load_meanwhile(*arguments: Any) -> Runner:
+        loaded = load(*arguments)
+        monkeypatch.setattr(builder, "_runner", load)
+        meanwhile()
+        return loaded
+
+    monkeypatch.setattr(builder, "_runner", load_meanwhile)
+    return build(content, QUIET)
+
+
 def test_a_slower_job_keeps_what_another_has_grown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images, path = make_images(tmp_path / "images", 6), tmp_path / "cache"
     build(recipe(path, images), QUIET)
     (path / "commits" / "tiny" / "00000.json").unlink()
-    load = builder._runner
-
-    def load_while_another_grows_it(*arguments: Any) -> Runner:
-        loaded = load(*arguments)
-        monkeypatch.setattr(builder, "_runner", load)
-        build(recipe(path, images, 4), QUIET)
-        return loaded
-
-    monkeypatch.setattr(builder, "_runner", load_while_another_grows_it)
-    cache = build(recipe(path, images), QUIET).cache
+    grown = recipe(path, images, 4)
+    cache = build_overtaken(recipe(path, images), monkeypatch, lambda: build(grown, QUIET)).cache
     assert cache.num_views == 4
     assert_usable(cache)
+
+
+@pytest.mark.parametrize(
+    ("changes", "refusal"),
+    [
+        pytest.param({"teachers": {"late": TINY | {"random_seed": 1}}}, None, id="teachers"),
+        pytest.param({"one_more": True}, None, id="one more image"),
+        pytest.param({"views": {"num_views": 2, "size": [32, 32], "seed": 1}}, "views.seed", id="seed"),
+        pytest.param({"teachers": {"tiny": TINY | {"codec": "f16"}}}, "teachers.tiny.codec", id="codec"),
+        pytest.param({"rows_per_shard": 4}, "rows_per_shard: the cache has 6", id="rows_per_shard"),
+        pytest.param({"images": "copy"}, "images: the cache has 'reference'", id="images"),
+    ],
+)
+def test_a_job_that_is_overtaken_from_nothing_is_complete_or_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], refusal: str | None
+) -> None:
+    """Two recipes whose drafts were made before there was a cache; the other one is then established."""
+    images, path = make_images(tmp_path / "images", 4), tmp_path / "cache"
+    other = recipe(path, images)
+    source = make_images(tmp_path / "more", 5) if "one_more" in changes else images
+    changes.pop("one_more", None)
+    content = build_recipe(path, source, **{"teachers": {"tiny": TINY}} | changes)
+    if refusal:
+        with pytest.raises(CacheMismatchError, match=refusal):
+            build_overtaken(content, monkeypatch, lambda: build(other, QUIET))
+        assert_usable(FeatureCache.open(path))
+    else:
+        cache = build_overtaken(content, monkeypatch, lambda: build(other, QUIET)).cache
+        assert set(cache.teachers) == {"tiny", *content.teachers}
+        assert_usable(cache)
+        cache.require_complete()
+
+
+def test_a_job_that_is_overtaken_with_newer_images_takes_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own list of images is older than the cache; none of them is gone."""
+    images, path = make_images(tmp_path / "images", 4), tmp_path / "cache"
+
+    def add_an_image_and_build() -> None:
+        (images / "more.jpg").write_bytes((images / "image_001.jpg").read_bytes() + b"\0")
+        build(recipe(path, images), QUIET)
+
+    cache = build_overtaken(recipe(path, images), monkeypatch, add_an_image_and_build).cache
+    assert cache.num_samples == 5
+    assert_usable(cache)
+
+
+def test_a_cache_that_another_replaces_is_no_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images, path = make_images(tmp_path / "images", 4), tmp_path / "cache"
+    build(recipe(path, images), QUIET).cache.storage.remove("commits/tiny/00000.json")
+
+    def replace() -> None:
+        shutil.rmtree(path)
+        build(recipe(path, images, rows_per_shard=2), QUIET)
+
+    with pytest.raises(CacheMismatchError, match="Another cache has taken the place of this one"):
+        build_overtaken(recipe(path, images), monkeypatch, replace)
+    assert_usable(FeatureCache.open(path))
+    grown = recipe(path, images, 4, rows_per_shard=2)
+    with pytest.raises(CacheNotFoundError):
+        build_overtaken(grown, monkeypatch, lambda: shutil.rmtree(path))
+
+
+def test_a_build_ends_well_only_with_all_it_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Status 0 means complete: a record that somebody removed while the job ran is not passed over."""
+    images, path = make_images(tmp_path / "images", 4), tmp_path / "cache"
+    commit = Manifest.commit
+
+    def commit_and_lose(self: Manifest, record: CommitRecord) -> None:
+        commit(self, record)
+        if record.shard == 1:
+            self.storage.remove("commits/tiny/00001.json")
+
+    monkeypatch.setattr(Manifest, "commit", commit_and_lose)
+    with pytest.raises(BuildError, match=r"1 of 2 shards failed(.|\n)*shard 1: its commit record is gone"):
+        build(recipe(path, images), QUIET)
+    monkeypatch.undo()
+    assert build(recipe(path, images), QUIET).shards == 1
+
+
+def test_a_job_says_what_another_has_added_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is done with what its own recipe asks for, whatever is missing of the rest."""
+    images, path = make_images(tmp_path / "images", 4), tmp_path / "cache"
+    extract, told = ShardExtractor.extract, io.StringIO()
+
+    def die(*_: object) -> None:
+        raise BuildInterruptedError("killed")
+
+    def grow_and_die(self: ShardExtractor, *arguments: Any) -> Any:
+        monkeypatch.setattr(ShardExtractor, "extract", extract)
+        with monkeypatch.context() as patched:
+            patched.setattr(LocalRunner, "run", die)
+            with pytest.raises(BuildInterruptedError):
+                build(recipe(path, images, 4), QUIET)
+        return extract(self, *arguments)
+
+    monkeypatch.setattr(ShardExtractor, "extract", grow_and_die)
+    settings = {"batch_size": 4, "shards_in_flight": 1}
+    result = build(recipe(path, images, runner=settings), Console(file=told, width=200))
+    assert result.shards == 2
+    assert "grow meanwhile by 2 views of each sample; 2 shards are not committed yet" in told.getvalue()
+    assert_usable(build(recipe(path, images, 4), QUIET).cache)
 
 
 def test_waiting_for_a_lock_is_no_hanging_and_can_be_ended(

@@ -63,16 +63,16 @@ class OneFileChanged(LocalStorage):
         super().__init__(root)
         self._name, self._data = name, data
 
-    def open_read(self, name: str) -> IO[bytes]:
+    def _open(self, name: str) -> IO[bytes]:
         if name != self._name:
-            return super().open_read(name)
+            return super()._open(name)
         handle = os.memfd_create("changed")
         os.write(handle, self._data)
         os.lseek(handle, 0, os.SEEK_SET)
         return os.fdopen(handle, "rb")
 
-    def size(self, name: str) -> int | None:
-        return len(self._data) if name == self._name else super().size(name)
+    def _size(self, name: str) -> int | None:
+        return len(self._data) if name == self._name else super()._size(name)
 
 
 def changes_found(folder: Path, name: str, data: bytes) -> bool:

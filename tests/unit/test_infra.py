@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import tomllib
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from ray._private.runtime_env.packaging import create_package
 from ray.autoscaler._private import commands
 from ray.autoscaler._private.util import prepare_config, validate_config
 
@@ -102,3 +105,33 @@ def test_the_nodes_of_ray_get_what_they_install(cluster: dict[str, Any]) -> None
     assert all(there == f"~/teachercache/{here}" for there, here in mounts.items())
     (setup,) = cluster["setup_commands"]
     assert setup.startswith("cd ~/teachercache && ")
+
+
+PRIVATE = """
+.env .env.local .envrc .aws/credentials .aws/config .ssh/id_rsa .netrc .git/config .kube/config
+.config/gcloud/application_default_credentials.json .huggingface/token .venv/lib/site.py id_rsa
+id_ed25519.pub server.pem tls.key credentials credentials.json credentials.yaml secrets.yaml
+my-service-account.json token.txt jobs/.env jobs/id_rsa jobs/server.pem pipeline/credentials.yaml
+student/.aws/credentials jobs/recipes/secret.yaml data/train/image.jpg train/image.jpg labels.parquet
+train-00000.tar weights.pth runs/one/model.safetensors caches/one/cache.json
+one.cache/teachers/t/codes/c/0/0 imagenet/cache.json imagenet/teachers/t/zarr.json core.12345 notes.txt
+build.log wandb/run.yaml student/checkpoint.pt pipeline/__pycache__/a.pyc
+"""
+
+
+def test_ray_sends_the_code_and_nothing_else(tmp_path: Path) -> None:
+    """By Ray's own function of `ray job submit --working-dir .`; keys and data may lie anywhere."""
+    packages = [ROOT / name for name in ("cache_builder", "jobs", "pipeline", "student", "benchmarks")]
+    for package in packages:
+        shutil.copytree(package, tmp_path / package.name, ignore=shutil.ignore_patterns("__pycache__"))
+    code = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    for name in (".rayignore", ".gitignore"):
+        shutil.copy(ROOT / name, tmp_path)
+    code |= {"pyproject.toml", "my_recipe.yaml", "my_job.py"}
+    for name in {*PRIVATE.split(), *code}:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    create_package(str(tmp_path), tmp_path.parent / f"{tmp_path.name}.zip", include_gitignore=True)
+    with ZipFile(tmp_path.parent / f"{tmp_path.name}.zip") as packed:
+        sent = {name for name in packed.namelist() if not name.endswith("/")}
+    assert sent == code

@@ -6,10 +6,13 @@ change that is meant to move them: `python tests/unit/test_teachers.py` writes t
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -446,6 +449,89 @@ def test_a_checkpoint_file_is_not_unpickled(tmp_path: Path) -> None:
     assert plain.weights_hash == weights_hash_of(tiny_weights(tmp_path / "same.safetensors"))
     with pytest.raises(WeightsNotFoundError, match="weights_only"):
         build_teacher(TINY, checkpoint=str(tmp_path / "harmful.pth"), image_size=64)
+
+
+def _behind(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}{name}": tensor for name, tensor in weights.items()}
+
+
+@pytest.mark.parametrize(
+    "saved",
+    [
+        pytest.param(
+            lambda good, bad: {
+                "teacher": _behind("backbone.", good) | {"dino_head.mlp.0.weight": bad["norm.bias"]}
+            },
+            id="DINOv2",
+        ),
+        pytest.param(
+            lambda good, _: {
+                "teacher": {
+                    re.sub(
+                        r"blocks\.(\d+)", lambda block: f"blocks.{int(block[1]) // 3}.{block[1]}", name
+                    ): tensor
+                    for name, tensor in _behind("backbone.", good).items()
+                }
+            },
+            id="DINOv2 with blocks in chunks",
+        ),
+        pytest.param(
+            lambda good, bad: {
+                "student": _behind("module.backbone.", bad),
+                "teacher": _behind("backbone.", good) | {"head.last_layer.weight_v": bad["norm.bias"]},
+                "optimizer": {"state": {0: {"exp_avg": bad["norm.bias"]}}, "param_groups": [{"lr": 0.1}]},
+                "epoch": 3,
+                "args": argparse.Namespace(arch="vit_tiny"),
+            },
+            id="DINO and iBOT",
+        ),
+        pytest.param(lambda good, _: {"student": _behind("module.backbone.", good)}, id="a student alone"),
+        pytest.param(lambda good, bad: {"model": bad, "model_ema": good}, id="model_ema"),
+        pytest.param(lambda good, bad: {"state_dict": bad, "state_dict_ema": good}, id="timm's own"),
+        pytest.param(lambda good, _: {"state_dict": _behind("module.", good)}, id="DDP"),
+        pytest.param(lambda good, _: {"model": _behind("module.", good)}, id="model of DDP"),
+        pytest.param(lambda good, _: {"state_dict": _behind("model.encoder.", good)}, id="Lightning"),
+        pytest.param(lambda good, _: _behind("backbone.", good), id="backbone"),
+    ],
+)
+def test_what_training_codes_save_is_loaded(tmp_path: Path, saved: Callable[..., object]) -> None:
+    good, bad = (timm.create_model(TINY).state_dict() for _ in range(2))
+    torch.save(good, tmp_path / "plain.pth")
+    torch.save(saved(good, bad), tmp_path / "teacher_checkpoint.pth")
+    plain, loaded = (
+        build_teacher(TINY, checkpoint=str(tmp_path / name), image_size=32)
+        for name in ("plain.pth", "teacher_checkpoint.pth")
+    )
+    assert loaded.weights_hash == plain.weights_hash
+    model: Any = loaded.model
+    assert "state_dict" not in model.pretrained_cfg, "nor are they kept twice"
+
+
+@pytest.mark.parametrize(
+    ("saved", "told"),
+    [
+        (
+            {"teacher": {"backbone.a": torch.zeros(2), "backbone.b": torch.zeros(2)}, "epoch": 3},
+            r"the file holds teacher: 2 tensors \(backbone.a, backbone.b\)",
+        ),
+        ({f"layer{i}.weight": torch.zeros(2) for i in range(5)}, r"holds 5 tensors \(layer0.weight, .*, …\)"),
+        ({"epoch": 3}, "the file holds no tensor"),
+    ],
+)
+def test_a_checkpoint_of_another_model_says_what_it_holds(
+    tmp_path: Path, saved: dict[str, object], told: str
+) -> None:
+    torch.save(saved, tmp_path / "other.pth")
+    with pytest.raises(WeightsNotFoundError, match=told):
+        build_teacher(TINY, checkpoint=str(tmp_path / "other.pth"), image_size=32)
+
+
+def test_two_models_in_one_entry_are_not_guessed(tmp_path: Path) -> None:
+    one, other = (timm.create_model(TINY).state_dict() for _ in range(2))
+    both = _behind("base_encoder.", one) | _behind("momentum_encoder.", other)
+    torch.save({"state_dict": both}, tmp_path / "moco.pth")
+    with pytest.raises(WeightsNotFoundError, match=r"tensors \(base_encoder\.cls_token"):
+        build_teacher(TINY, checkpoint=str(tmp_path / "moco.pth"), image_size=32)
 
 
 def test_a_missing_or_damaged_checkpoint_is_named(tmp_path: Path) -> None:

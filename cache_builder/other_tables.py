@@ -1,0 +1,59 @@
+"""The codec tables of another cache (`tables_from`): what was encoded with the same tables can be merged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+from cache_builder.calibrate import Calibration
+from pipeline.codecs import get_codec
+from pipeline.errors import CacheMismatchError
+from pipeline.manifest import Manifest
+from pipeline.spec import CacheSpec, TeacherSpec
+from pipeline.storage import Storage
+
+
+def other_tables(url: str | None, teachers: Mapping[str, TeacherSpec]) -> dict[str, Calibration]:
+    """Tables and fidelity that the cache at `url` has for those of these teachers whose codecs take tables.
+
+    Hashes that a teacher does not have yet are not compared. Raises `CacheMismatchError` with every reason
+    why features that are encoded with them could not be merged with that cache, and `CacheError` where it
+    cannot be read.
+    """
+    if url is None:
+        return {}
+    manifest = Manifest(Storage.at(url))
+    other = manifest.spec()
+    calibrated = {
+        name: teacher for name, teacher in teachers.items() if get_codec(teacher.codec).needs_tables
+    }
+    if differences := list(_differences(other, calibrated)):
+        raise CacheMismatchError(
+            "The codec tables of that cache are not for these teachers:\n  - " + "\n  - ".join(differences),
+            got=f"tables_from={url}",
+            expected="a cache whose teachers of the same names have the same settings and weights",
+            do="take the settings of that cache, or leave tables_from out: the codecs then learn tables of "
+            "their own, and the two caches cannot be merged",
+        )
+    return {
+        name: Calibration(
+            manifest.tables(name, other.teachers[name].tables_hash), dict(other.fidelity.get(name, {}))
+        )
+        for name in calibrated
+    }
+
+
+def _differences(other: CacheSpec, teachers: Mapping[str, TeacherSpec]) -> Iterator[str]:
+    for name, ours in teachers.items():
+        theirs = other.teachers.get(name)
+        if theirs is None:
+            yield f"teachers.{name}: that cache has {_listed(other.teachers)}"
+            continue
+        for field in TeacherSpec.model_fields.keys() - {"checkpoint"}:
+            here, there = getattr(ours, field), getattr(theirs, field)
+            unknown = here is None and field in ("weights_hash", "tables_hash")
+            if here != there and not unknown:
+                yield f"teachers.{name}.{field}: {there!r} there, {here!r} here"
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(names) or "no teacher"
