@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import ProjectConfiguration
+from accelerate import Accelerator
 from torch import nn
 from torch.optim import AdamW
 
@@ -31,6 +30,7 @@ from pipeline.sampler import ShardShuffleSampler
 from student import SAK, Student, build_student, load_stage_1
 from student.base import NUM_LEVELS, teacher_facts
 from student.checkpoint import load_checkpoint, newest_checkpoint
+from student.environment import accelerator_for, overruled
 from student.kpu.objective import AlignmentLoss, KPUObjective
 from student.learning import require_kept, set_learning
 from student.loop import TrainingLoop
@@ -94,7 +94,8 @@ def train(recipe: TrainRecipe) -> TrainResult:
     images_per_step = recipe.images_per_step(accelerator.num_processes)
     _require_fit(recipe, cache, teachers, images_per_step, sampler.num_samples)
     _require_folder(output)
-    for notice in notices(recipe, cache.spec, [] if recipe.features == "online" else held):
+    read = [] if recipe.features == "online" else held
+    for notice in (*overruled(recipe), *notices(recipe, cache.spec, read)):
         accelerator.print(notice)
     total_steps, warmup_steps = recipe.schedule.steps(sampler.num_samples / images_per_step)
 
@@ -187,19 +188,6 @@ def _require_folder(output: Path) -> None:
             expected="a folder, or a place where this user can make one",
             do="choose another output",
         ) from error
-
-
-def accelerator_for(recipe: TrainRecipe) -> Accelerator:
-    return Accelerator(
-        cpu=not torch.accelerator.is_available(),  # unless told so, it runs one process on CPUs, silently
-        mixed_precision=recipe.mixed_precision,
-        gradient_accumulation_steps=recipe.gradient_accumulation_steps,
-        log_with="tensorboard",
-        project_config=ProjectConfiguration(project_dir=recipe.output),
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-        ],
-    )
 
 
 def _build(
