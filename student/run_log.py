@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pipeline.processes import TEMPORARY_SUFFIX
+from student.durable import replacing, saving
 from student.timing import bottleneck
 
 METRICS_FILE = "metrics.jsonl"
@@ -62,23 +62,29 @@ class RunLog:
             "tensorboard", init_kwargs={"tensorboard": {"purge_step": self._first_step}}
         )
         if self._accelerator.is_main_process:
-            self._file = self._reopen()
+            with saving(METRICS_FILE, self._file_path):
+                self._file = self._reopen()
         self._progress.start()
         self._task = self._progress.add_task("train", total=self._total_steps, completed=self._first_step)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
-        if self._file is not None:
-            self._file.close()
-        for tracker in self._accelerator.trackers:
-            tracker.finish()
+        with saving("What the run logs", self._file_path.parent):
+            if self._file is not None:
+                self._file.close()
+            for tracker in self._accelerator.trackers:
+                tracker.finish()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         if self._file is None:
             return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        with saving("What the run logs", self._file_path.parent):
+            self._write(self._file, step, values)
+
+    def _write(self, file: IO[str], step: int, values: Mapping[str, float]) -> None:
+        file.write(json.dumps({"step": step, **values}) + "\n")
+        file.flush()
         self._recent.append(values)
         line = f"loss {values['loss']:.4f} · {values['images_per_s']:.1f} img/s"
         self._progress.update(self._task, completed=step + 1, description=line)
@@ -97,12 +103,24 @@ class RunLog:
         return every_steps > 0 and ((step + 1) % every_steps == 0 or step + 1 == self._total_steps)
 
     def _reopen(self) -> IO[str]:
-        kept: list[str] = []
-        if self._file_path.exists():
-            whole = [line for line in self._file_path.read_text().splitlines(True) if line.endswith("\n")]
-            kept = [line for line in whole if json.loads(line)["step"] < self._first_step]
-        temporary = self._file_path.with_suffix(TEMPORARY_SUFFIX)
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text("".join(kept))
-        temporary.replace(self._file_path)
+        lines = self._file_path.read_bytes().split(b"\n") if self._file_path.exists() else [b""]
+        steps = [_step_of(line) for line in lines]
+        kept = [line for line, step in zip(lines, steps, strict=True) if -1 < step < self._first_step]
+        again = sum(step >= self._first_step for step in steps)
+        garbage = steps[:-1].count(-1)  # what is behind the last line break was torn by the end of a process
+        if again:
+            self._console.print(f"{again} steps that no checkpoint holds are taken again", highlight=False)
+        if garbage:
+            self._console.print(f"{garbage} lines of {METRICS_FILE} cannot be read and go", highlight=False)
+        with replacing(self._file_path) as file:
+            file.write_bytes(b"".join(line + b"\n" for line in kept))
         return self._file_path.open("a")
+
+
+def _step_of(line: bytes) -> int:
+    """-1 for what is no line that was written here."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return -1
+    return step if type(step) is int else -1

@@ -29,7 +29,8 @@ from pipeline.loader import FeatureLoader
 from pipeline.sampler import ShardShuffleSampler
 from student import SAK, Student, build_student, load_stage_1
 from student.base import NUM_LEVELS, teacher_facts
-from student.checkpoint import load_checkpoint, newest_checkpoint
+from student.checkpoint import DAMAGED_SUFFIX, load_newest, misnamed, newest_checkpoint, set_aside
+from student.durable import make_folder, saving
 from student.environment import accelerator_for, overruled
 from student.kpu.objective import AlignmentLoss, KPUObjective
 from student.learning import require_kept, set_learning
@@ -164,8 +165,9 @@ def train(recipe: TrainRecipe) -> TrainResult:
     verdict = bottleneck(done.seconds, done.steps)
     accelerator.print(verdict)
     if not done.interrupted and accelerator.is_main_process:
-        student.save_pretrained(output / "student")
-        write_model_card(output / "student", student, recipe, cache, done.next_step, done.last_loss)
+        with saving("The finished student", output / "student"):
+            student.save_pretrained(output / "student")
+            write_model_card(output / "student", student, recipe, cache, done.next_step, done.last_loss)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return TrainResult(
@@ -180,7 +182,7 @@ def train(recipe: TrainRecipe) -> TrainResult:
 
 def _require_folder(output: Path) -> None:
     try:
-        output.mkdir(parents=True, exist_ok=True)
+        make_folder(output)
     except OSError as error:
         raise RecipeError(
             "The output folder cannot be made.",
@@ -317,7 +319,14 @@ def _resume(
             expected="a folder without checkpoints",
             do="choose another output, delete that run, or set resume=true to continue it",
         )
-    first_step = 0 if newest is None else load_checkpoint(newest, student, optimizer, run)
+    if newest is None and (finished := Path(recipe.output) / "student").exists():
+        raise CheckpointError(
+            "The output folder holds a finished student, and no checkpoint to continue from.",
+            got=finished,
+            expected="the checkpoints of its run, or a folder without a student",
+            do="choose another output, or move that student away to train again",
+        )
+    first_step, damaged = load_newest(recipe.checkpoint_folder, student, optimizer, run)
     steps = accelerator.gather(torch.tensor([first_step], device=accelerator.device)).tolist()
     if len(set(steps)) > 1:
         raise CheckpointError(
@@ -326,4 +335,10 @@ def _resume(
             expected="one output folder that all machines share",
             do="put `output` on a shared file system",
         )
+    if accelerator.is_main_process:
+        for path, error in damaged.items():
+            aside = set_aside(path).name
+            print(f"{error}\n{path.name} is set aside as {aside}: going on from {first_step} steps.")
+        if others := [name for name in misnamed(recipe.checkpoint_folder) if DAMAGED_SUFFIX not in name]:
+            print(f"Left out of {recipe.checkpoint_folder}: {', '.join(others)}, no names of checkpoints.")
     return first_step
