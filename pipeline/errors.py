@@ -18,6 +18,7 @@
     │   └── CorruptShardError                 a commit record whose files differ
     ├── CodecError (ValueError)
     ├── DiskSpaceError (OSError)
+    ├── StorageError (OSError)                a file or a store that failed at every attempt
     ├── BuildError                            shards failed; everything else is committed
     │   └── BuildInterruptedError             a signal or a hang ended the build; the same command continues
     ├── TrainingError (FloatingPointError)    a loss that is no longer finite
@@ -127,6 +128,13 @@ class CodecError(TeacherCacheError, ValueError):
 
 class DiskSpaceError(TeacherCacheError, OSError):
     """The plan does not fit the disk."""
+
+
+class StorageError(TeacherCacheError, OSError):
+    """A file could not be read, or a store did not answer, at several attempts; it may be sound all the same.
+
+    `errno` is that of the last attempt, where it had one.
+    """
 
 
 class BuildError(TeacherCacheError):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import platform
-import time
 import uuid
 from dataclasses import dataclass
 from functools import cache
@@ -18,7 +17,7 @@ from typing import Self
 import xxhash
 
 TEMPORARY_SUFFIX = ".partial"
-_LOCK_TIMEOUT_S = 600.0
+_LOCK_TIMEOUT_S = 600.0  # of a holder elsewhere, from when its lock was first seen here
 _LOCK_IS_WRITTEN_WITHIN_S = 10.0
 _REMOTE_WRITER_TIMEOUT_S = 24 * 3600.0
 
@@ -79,12 +78,12 @@ def temporary_of(target: Path) -> Path:
 def is_stale(holder: bytes, unchanged_s: float) -> bool:
     """Whether the process that noted itself here has died, or been silent elsewhere for too long.
 
-    `unchanged_s`: for how long the lock has been seen like this. It may still be being written.
+    `unchanged_s`: for how long the lock has been seen like this, by the clock of who asks. What the lock says
+    of time is by another clock. It may still be being written.
     """
     try:
-        tag, _, since = holder.decode().rpartition("~")
-        alive = Process.of(tag).is_alive()
-        return time.time() - float(since) > _LOCK_TIMEOUT_S if alive is None else not alive
+        alive = Process.of(holder.decode().rpartition("~")[0]).is_alive()
+        return unchanged_s > _LOCK_TIMEOUT_S if alive is None else not alive
     except ValueError:
         return unchanged_s > _LOCK_IS_WRITTEN_WITHIN_S
 
@@ -97,14 +96,13 @@ def describe_holder(holder: bytes | None) -> str:
     return f"process {process.pid} on {process.node}"
 
 
-def may_be_alive(temporary: Path) -> bool:
-    """Whether the process that writes this file may still run: it does here, or wrote elsewhere lately."""
-    name = temporary.name.removesuffix(TEMPORARY_SUFFIX)
+def is_abandoned(temporary: Path, unchanged_s: float) -> bool:
+    """Whether the process that wrote this file has died, or writes elsewhere and has not for a day.
+
+    `unchanged_s`: for how long the file has been seen like this, by the clock of who asks.
+    """
     try:
-        alive = Process.of(name).is_alive()
+        alive = Process.of(temporary.name.removesuffix(TEMPORARY_SUFFIX)).is_alive()
     except ValueError:
         alive = None
-    try:
-        return time.time() - temporary.stat().st_mtime < _REMOTE_WRITER_TIMEOUT_S if alive is None else alive
-    except FileNotFoundError:
-        return False
+    return unchanged_s > _REMOTE_WRITER_TIMEOUT_S if alive is None else not alive

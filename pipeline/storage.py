@@ -8,6 +8,7 @@ rename → fsync of the folder; on an object store it is a single PUT (or a comp
 from __future__ import annotations
 
 import errno
+import io
 import logging
 import os
 import posixpath
@@ -18,8 +19,8 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from functools import cached_property
+from contextlib import contextmanager, suppress
+from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, TypeVar
 
@@ -28,15 +29,17 @@ import xxhash
 from fsspec.spec import AbstractBufferedFile
 from typing_extensions import Buffer
 
-from pipeline.errors import CacheError
+from pipeline.durable import fsync, link, make_folder, rename
+from pipeline.errors import CacheError, StorageError
 from pipeline.processes import (
     TEMPORARY_SUFFIX,
     Process,
     describe_holder,
+    is_abandoned,
     is_stale,
-    may_be_alive,
     temporary_of,
 )
+from pipeline.retries import is_passing, retrying
 
 LOCK_SUFFIX = ".lock"
 _READ_BLOCK = 1 << 22
@@ -71,7 +74,11 @@ class ChecksumWriter:
 
 
 class Storage(ABC):
-    """A folder of whole files. Names are relative POSIX paths and cannot leave the folder."""
+    """A folder of whole files. Names are relative POSIX paths and cannot leave the folder.
+
+    Whatever is read is read again where it fails for the moment (`retrying`), and raises `StorageError`, with
+    the file's name, where it fails for longer.
+    """
 
     url: str
 
@@ -83,20 +90,30 @@ class Storage(ABC):
             return RemoteStorage(text)
         return LocalStorage(text.removeprefix("file://"))
 
+    def open_read(self, name: str) -> IO[bytes]:
+        return io.BufferedReader(_RereadFile(lambda: self._open(name), f"{self.url}/{name}"))
+
     @abstractmethod
-    def open_read(self, name: str) -> IO[bytes]: ...
+    def _open(self, name: str) -> IO[bytes]:
+        """A file whose reads are not repeated."""
 
     @abstractmethod
     def open_write(self, name: str) -> Any:
         """Context manager yielding a `ChecksumWriter`; the name appears, whole, when it exits cleanly."""
 
-    @abstractmethod
     def size(self, name: str) -> int | None:
         """Bytes of a file, or None when it does not exist."""
+        return self._retrying(self._size, name)
 
     @abstractmethod
+    def _size(self, name: str) -> int | None: ...
+
     def names(self, folder: str) -> list[str]:
         """Sorted base names of the finished files directly in `folder` (empty when it is missing)."""
+        return self._retrying(self._names, folder)
+
+    @abstractmethod
+    def _names(self, folder: str) -> list[str]: ...
 
     @abstractmethod
     def walk(self, folder: str = "") -> Iterator[tuple[str, int]]:
@@ -120,12 +137,22 @@ class Storage(ABC):
         """Delete the temporary files and the locks that dead processes left behind; returns their names."""
 
     def read(self, name: str) -> bytes:
-        with self.open_read(name) as file:
-            return file.read()
+        return self._retrying(self._read, name)
+
+    def _retrying(self, read: Callable[..., Result], name: str, *rest: int) -> Result:
+        return retrying(lambda: read(name, *rest), f"{self.url}/{name}")
 
     @abstractmethod
+    def _read(self, name: str) -> bytes: ...
+
     def read_range(self, name: str, offset: int, nbytes: int) -> bytes:
         """`nbytes` bytes from `offset`: fewer where the file ends, and no memory taken for the rest."""
+        if offset < 0 or nbytes < 0:  # offsets, too, come from files we read
+            raise CacheError(f"{nbytes} bytes from {offset} are no bytes of {name}.")
+        return self._retrying(self._read_range, name, offset, nbytes)
+
+    @abstractmethod
+    def _read_range(self, name: str, offset: int, nbytes: int) -> bytes: ...
 
     def read_ranges(self, names: Sequence[str], offsets: Sequence[int], nbytes: Sequence[int]) -> list[bytes]:
         """`read_range` of several files, at once where that is faster."""
@@ -148,8 +175,9 @@ class Storage(ABC):
         """One holder of this name at a time, over all processes and machines; the others wait.
 
         The holder's process is noted in `<name>.lock`. Of one that died here the lock is taken over at once,
-        of one on another machine after ten minutes, so what is held for has to be shorter. `waiting` is
-        called again and again by those who wait, and ends it by raising.
+        of one on another machine once it has been seen unchanged for ten minutes, by the clock of who waits;
+        so what is held for has to be shorter. `waiting` is called again and again by those who wait, and ends
+        it by raising. The time in the lock is for people: no clock but one's own tells how old it is.
         """
         lock, own = f"{name}{LOCK_SUFFIX}", f"{Process.this().tag()}~{time.time():.0f}".encode()
         try:
@@ -167,8 +195,10 @@ class Storage(ABC):
         began, told = time.monotonic(), False
         seen, since = None, began
         while True:
-            self.write_new(lock, own)
             holder = self._read_if_there(lock)
+            if holder is None:
+                self.write_new(lock, own)
+                holder = self._read_if_there(lock)
             if holder == own:
                 return
             now = time.monotonic()
@@ -210,6 +240,57 @@ class Storage(ABC):
         return digest.hexdigest()
 
 
+class _RereadFile(io.RawIOBase):
+    """A file to read that is opened anew, at the same place, where a read of it fails for the moment."""
+
+    def __init__(self, open_file: Callable[[], IO[bytes]], what: str) -> None:
+        self._open_file, self._what = open_file, what
+        self._place = 0
+        self._file: IO[bytes] | None = None
+        retrying(self._opened, what)
+
+    def _opened(self) -> IO[bytes]:
+        if self._file is None:
+            self._file = self._open_file()
+        return self._file
+
+    def _forget(self) -> None:
+        with suppress(OSError):  # it is given up because it fails
+            self._opened().close()
+        self._file = None
+
+    def _read_at_place(self, buffer: Any) -> int:
+        file: Any = self._opened()
+        file.seek(self._place)
+        return file.readinto(buffer) or 0
+
+    def readinto(self, buffer: Any) -> int:
+        nbytes = retrying(lambda: self._read_at_place(buffer), self._what, again=self._forget)
+        self._place += nbytes
+        return nbytes
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        if whence == os.SEEK_END:
+            offset += retrying(lambda: self._opened().seek(0, os.SEEK_END), self._what, again=self._forget)
+        self._place = offset + self._place if whence == os.SEEK_CUR else offset
+        return self._place
+
+    def tell(self) -> int:
+        return self._place
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        super().close()
+
+
 def safe_name(name: str) -> str:
     """`name`, if it is a relative path that stays inside its folder; names come from files we read."""
     if not name or name.startswith("/") or ".." in name.split("/") or "\\" in name or "\0" in name:
@@ -228,6 +309,7 @@ class LocalStorage(Storage):
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = Path(root).expanduser().absolute()
         self.url = str(self.root)
+        self._seen: dict[Path, tuple[tuple[int, int, int], float]] = {}
 
     def path(self, name: str) -> Path:
         return Path(self._path(name))
@@ -236,12 +318,15 @@ class LocalStorage(Storage):
         """`path` without the cost of one, which counts where thousands of records are read."""
         return f"{self.url}/{safe_name(name)}"
 
-    def open_read(self, name: str) -> IO[bytes]:
+    def _open(self, name: str) -> IO[bytes]:
         return open(self._path(name), "rb")  # noqa: PTH123
 
-    def read_range(self, name: str, offset: int, nbytes: int) -> bytes:
-        _require_range(name, offset, nbytes)
-        with self.open_read(name) as file:
+    def _read(self, name: str) -> bytes:
+        with self._open(name) as file:
+            return file.read()
+
+    def _read_range(self, name: str, offset: int, nbytes: int) -> bytes:
+        with self._open(name) as file:
             rest = os.fstat(file.fileno()).st_size - offset
             if rest <= 0:
                 return b""
@@ -252,26 +337,26 @@ class LocalStorage(Storage):
     @contextmanager
     def open_write(self, name: str) -> Iterator[ChecksumWriter]:
         target = self.path(name)
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(target.parent)
         temporary = temporary_of(target)
         try:
             with temporary.open("xb") as file:
                 yield ChecksumWriter(file)
                 file.flush()
                 os.fsync(file.fileno())
-            temporary.replace(target)
+            rename(temporary, target)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        _fsync_folder(target.parent)
 
     def write_new(self, name: str, data: bytes) -> bool:
         target = self.path(name)
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(target.parent)
         temporary = temporary_of(target)
         try:
             temporary.write_bytes(data)
-            target.hardlink_to(temporary)
+            fsync(temporary)
+            link(temporary, target)
         except FileExistsError:
             return False
         except OSError as error:
@@ -308,6 +393,7 @@ class LocalStorage(Storage):
         except BaseException:
             target.unlink(missing_ok=True)
             raise
+        fsync(target.parent)
         return True
 
     def _break(self, lock: str, holder: bytes) -> None:
@@ -321,14 +407,14 @@ class LocalStorage(Storage):
             self.write_new(lock, moved)
         aside.unlink()
 
-    def size(self, name: str) -> int | None:
+    def _size(self, name: str) -> int | None:
         try:
             status = os.stat(self._path(name))  # noqa: PTH116
         except (FileNotFoundError, NotADirectoryError):
             return None
         return status.st_size if stat.S_ISREG(status.st_mode) else None
 
-    def names(self, folder: str) -> list[str]:
+    def _names(self, folder: str) -> list[str]:
         try:
             entries = os.scandir(self.path(folder))
         except (FileNotFoundError, NotADirectoryError):
@@ -340,17 +426,22 @@ class LocalStorage(Storage):
         pending = [(f"{safe_name(folder)}/" if folder else "", frozenset[tuple[int, int]]())]
         while pending:
             prefix, above = pending.pop()
-            status = (self.root / prefix).stat()
-            identity = (status.st_dev, status.st_ino)
-            if identity in above:
-                continue
-            with os.scandir(self.root / prefix) as entries:
-                listed = sorted(entries, key=lambda entry: entry.name)
-            for entry in listed:
-                if entry.is_file() or (entry.is_symlink() and not entry.is_dir()):
-                    yield prefix + entry.name, entry.stat(follow_symlinks=entry.is_file()).st_size
-            folders = [f"{prefix}{entry.name}/" for entry in listed if entry.is_dir()]
-            pending += [(name, above | {identity}) for name in reversed(folders)]
+            identity, files, folders = self._retrying(self._list, prefix)
+            if identity not in above:
+                yield from files
+                pending += [(name, above | {identity}) for name in reversed(folders)]
+
+    def _list(self, prefix: str) -> tuple[tuple[int, int], list[tuple[str, int]], list[str]]:
+        """(device and inode, files with their sizes, subfolders) of one folder, sorted."""
+        status = (self.root / prefix).stat()
+        with os.scandir(self.root / prefix) as entries:
+            listed = sorted(entries, key=lambda entry: entry.name)
+        files = [
+            (prefix + entry.name, entry.stat(follow_symlinks=entry.is_file()).st_size)
+            for entry in listed
+            if entry.is_file() or (entry.is_symlink() and not entry.is_dir())
+        ]
+        return (status.st_dev, status.st_ino), files, [f"{prefix}{e.name}/" for e in listed if e.is_dir()]
 
     def remove(self, name: str) -> None:
         self.path(name).unlink(missing_ok=True)
@@ -362,45 +453,41 @@ class LocalStorage(Storage):
         return shutil.disk_usage(existing).free
 
     def sweep(self) -> list[str]:
-        stale = [path for path in self.root.rglob(f"*{TEMPORARY_SUFFIX}") if not may_be_alive(path)]
-        for path in stale:
-            path.unlink(missing_ok=True)
+        """What processes of other machines left goes once it was seen unchanged for long (`_unchanged_s`)."""
+        gone = []
+        for path in self.root.rglob(f"*{TEMPORARY_SUFFIX}"):
+            if is_abandoned(path, self._unchanged_s(path)):
+                path.unlink(missing_ok=True)
+                gone.append(path)
         for path in self.root.rglob(f"*{LOCK_SUFFIX}"):
             name = str(path.relative_to(self.root))
             holder = self._read_if_there(name)
-            if holder is None or not is_stale(holder, _age_s(path)):
+            if holder is None or not is_stale(holder, self._unchanged_s(path)):
                 continue
             if self._read_if_there(name) == holder:  # nobody has taken it over
                 path.unlink(missing_ok=True)
-                stale.append(path)
-        return sorted(str(path.relative_to(self.root)) for path in stale)
+                gone.append(path)
+        return sorted(str(path.relative_to(self.root)) for path in gone)
 
-
-def _age_s(path: Path) -> float:
-    try:
-        return time.time() - path.stat().st_mtime
-    except FileNotFoundError:
-        return 0.0
-
-
-def _require_range(name: str, offset: int, nbytes: int) -> None:
-    if offset < 0 or nbytes < 0:  # offsets, too, come from files we read
-        raise CacheError(f"{nbytes} bytes from {offset} are no bytes of {name}.")
-
-
-def _fsync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    def _unchanged_s(self, path: Path) -> float:
+        """For how long this object has seen the file as it is, by the clock of this machine: file systems
+        and other machines have clocks of their own, which may be off by any time."""
+        try:
+            status = path.stat()
+        except FileNotFoundError:
+            return 0.0
+        state, now = (status.st_ino, status.st_size, status.st_mtime_ns), time.monotonic()
+        if path not in self._seen or self._seen[path][0] != state:
+            self._seen[path] = state, now
+        return now - self._seen[path][1]
 
 
 class RemoteStorage(Storage):
     """A prefix on an object store, through fsspec. A file appears when its upload completes.
 
     Nothing is remembered of listings, because other machines write to the same place. Requests that fail
-    for the moment (5xx, throttling, timeouts) are repeated by the client library, s3fs for S3.
+    for the moment (5xx, throttling, timeouts) are repeated by the client library, s3fs for S3, and reads
+    once more here.
     """
 
     def __init__(self, url: str) -> None:
@@ -410,21 +497,22 @@ class RemoteStorage(Storage):
     def _path(self, name: str) -> str:
         return f"{self._root}/{safe_name(name)}"
 
-    def open_read(self, name: str) -> IO[bytes]:
+    def _open(self, name: str) -> IO[bytes]:
         file: IO[bytes] = self.filesystem.open(self._path(name), "rb")
         return file
 
-    def read(self, name: str) -> bytes:
+    def _read(self, name: str) -> bytes:
         data: bytes = self.filesystem.cat_file(self._path(name))
         return data
 
-    def read_range(self, name: str, offset: int, nbytes: int) -> bytes:
-        _require_range(name, offset, nbytes)
+    def _read_range(self, name: str, offset: int, nbytes: int) -> bytes:
         if not nbytes:
             return b""
         try:
             data: bytes = self.filesystem.cat_file(self._path(name), start=offset, end=offset + nbytes)
-        except OSError:
+        except OSError as error:
+            if is_passing(error) or isinstance(error, StorageError):
+                raise
             size = self.size(name)
             if size is not None and size <= offset:  # object stores refuse a range without a byte
                 return b""
@@ -434,7 +522,10 @@ class RemoteStorage(Storage):
     def read_ranges(self, names: Sequence[str], offsets: Sequence[int], nbytes: Sequence[int]) -> list[bytes]:
         paths = [self._path(name) for name in names]
         ends = [offset + length for offset, length in zip(offsets, nbytes, strict=True)]
-        data: list[bytes] = self.filesystem.cat_ranges(paths, list(offsets), ends, on_error="raise")
+        data: list[bytes] = retrying(
+            lambda: self.filesystem.cat_ranges(paths, list(offsets), ends, on_error="raise"),
+            f"{self.url}/{names[0]}" if len(set(names)) == 1 else f"one of {len(names)} files in {self.url}",
+        )
         return data
 
     def each(self, read: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
@@ -467,14 +558,14 @@ class RemoteStorage(Storage):
             raise
         file.commit()
 
-    def size(self, name: str) -> int | None:
+    def _size(self, name: str) -> int | None:
         try:
             entry = self.filesystem.info(self._path(name))
         except FileNotFoundError:
             return None
         return entry["size"] if entry["type"] == "file" else None
 
-    def names(self, folder: str) -> list[str]:
+    def _names(self, folder: str) -> list[str]:
         try:
             entries = self.filesystem.ls(self._path(folder), detail=False)
         except FileNotFoundError:
@@ -485,7 +576,8 @@ class RemoteStorage(Storage):
         pending = [self._path(folder) if folder else self._root]
         while pending:
             path = pending.pop()
-            listed = sorted(self.filesystem.ls(path, detail=True), key=lambda entry: entry["name"])
+            found = retrying(partial(self.filesystem.ls, path, detail=True), path)
+            listed = sorted(found, key=lambda entry: entry["name"])
             for entry in listed:
                 if entry["type"] == "file" and entry["name"] != path:
                     yield entry["name"].removeprefix(f"{self._root}/"), entry["size"]
@@ -493,7 +585,7 @@ class RemoteStorage(Storage):
 
     def sizes(self, folder: str) -> dict[str, int]:
         """Bytes of every file below `folder` by name, in few requests where the store lists deep folders."""
-        found = self.filesystem.find(self._path(folder), detail=True)
+        found = self._retrying(lambda name: self.filesystem.find(self._path(name), detail=True), folder)
         return {path.removeprefix(f"{self._root}/"): int(entry["size"]) for path, entry in found.items()}
 
     def remove(self, name: str) -> None:

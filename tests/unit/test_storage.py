@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import subprocess
 import sys
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import IO, Any, NoReturn
 
 import pytest
 import xxhash
 
-from pipeline import processes
+from pipeline import processes, retries
 from pipeline import storage as module
-from pipeline.errors import CacheError
+from pipeline.durable import link
+from pipeline.errors import CacheError, StorageError
 from pipeline.processes import TEMPORARY_SUFFIX
 from pipeline.storage import LocalStorage, RemoteStorage, Storage
 
@@ -172,13 +175,46 @@ def test_what_dead_processes_left_is_told_from_what_may_be_alive(tmp_path: Path)
         assert bool(LocalStorage(folder).sweep()) == gone, label
 
 
-def test_what_cannot_be_told_is_judged_by_its_age(tmp_path: Path) -> None:
+FAR = "0" * 16  # another machine, or container
+WRONG_CLOCKS = {"eleven minutes behind": -660.0, "a day behind": -90_000.0, "an hour ahead": 3600.0}
+
+
+@pytest.mark.parametrize("off_s", WRONG_CLOCKS.values(), ids=WRONG_CLOCKS)
+def test_no_clock_but_ones_own_tells_how_old_a_lock_of_another_machine_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, off_s: float
+) -> None:
+    """Neither the holder's, which is in the lock, nor the file system's."""
     take_and_die(tmp_path)
-    change_tags(tmp_path, machine="0" * 16, since=f"{time.time() - 601:.0f}")
-    assert is_taken_over(tmp_path)
+    change_tags(tmp_path, machine=FAR, since=f"{time.time() + off_s:.0f}")
+    os.utime(tmp_path / "x.lock", (0, time.time() + off_s))
+    assert not is_taken_over(tmp_path)
+    assert LocalStorage(tmp_path).sweep() == []
+    monkeypatch.setattr(processes, "_LOCK_TIMEOUT_S", 0.3)
+    began = time.monotonic()
+    with LocalStorage(tmp_path).exclusive("x"):
+        assert time.monotonic() - began > 0.3
+    assert not (tmp_path / "x.lock").exists()
+
+
+@pytest.mark.parametrize("off_s", WRONG_CLOCKS.values(), ids=WRONG_CLOCKS)
+def test_a_sweep_takes_what_other_machines_left_once_it_saw_it_unchanged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, off_s: float
+) -> None:
+    """By its own clock; a file that another machine still writes changes meanwhile."""
+    take_and_die(tmp_path)
+    change_tags(tmp_path, machine=FAR)
     (left,) = tmp_path.glob(f"*{TEMPORARY_SUFFIX}")
-    os.utime(left, (0, time.time() - 25 * 3600))
-    assert LocalStorage(tmp_path).sweep() == [left.name]
+    for path in (left, tmp_path / "x.lock"):
+        os.utime(path, (0, time.time() + off_s))
+    storage, now = LocalStorage(tmp_path), time.monotonic()
+    assert storage.sweep() == []
+    monkeypatch.setattr(module.time, "monotonic", lambda: now + 25 * 3600)
+    assert LocalStorage(tmp_path).sweep() == [], "another process has just come"
+    with left.open("ab") as file:
+        file.write(b"more")
+    assert storage.sweep() == ["x.lock"]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now + 50 * 3600)
+    assert storage.sweep() == [left.name]
 
 
 def test_a_process_that_nobody_has_waited_for_is_dead() -> None:
@@ -308,3 +344,170 @@ def test_reads_that_wait_for_answers_are_made_side_by_side(tmp_path: Path) -> No
     all_here = threading.Barrier(4)
     assert Storage.at("memory://side-by-side").each(lambda _: all_here.wait(20) >= 0, range(4)) == [True] * 4
     assert Storage.at(str(tmp_path)).each(str, range(3)) == ["0", "1", "2"]
+
+
+# --- reads that fail for the moment ----------------------------------------------------------------------
+
+
+class Flaky(LocalStorage):
+    """A mount whose next `failures` reads of each kind fail with `number`; `tried` counts all of them."""
+
+    def __init__(self, root: Path, number: int, failures: int) -> None:
+        super().__init__(root)
+        self.number, self.left, self.tried = number, failures, 0
+
+    def _may_fail(self, name: str) -> None:
+        self.tried += 1
+        if self.left:
+            self.left -= 1
+            raise OSError(self.number, os.strerror(self.number), f"{self.url}/{name}")
+
+    def _open(self, name: str) -> IO[bytes]:
+        self._may_fail(name)
+        return FlakyFile(super()._open(name), lambda: self._may_fail(name))
+
+    def _size(self, name: str) -> int | None:
+        self._may_fail(name)
+        return super()._size(name)
+
+    def _names(self, folder: str) -> list[str]:
+        self._may_fail(folder)
+        return super()._names(folder)
+
+    def _list(self, prefix: str) -> tuple[tuple[int, int], list[tuple[str, int]], list[str]]:
+        self._may_fail(prefix)
+        return super()._list(prefix)
+
+
+class FlakyFile(io.BytesIO):
+    def __init__(self, file: IO[bytes], may_fail: Callable[[], None]) -> None:
+        with file:
+            super().__init__(file.read())
+        self._may_fail = may_fail
+
+    def readinto(self, buffer: Any) -> int:
+        self._may_fail()
+        return super().readinto(buffer)
+
+    def read(self, size: int | None = -1) -> bytes:
+        self._may_fail()
+        return super().read(size)
+
+    def fileno(self) -> int:
+        return os.open(os.devnull, os.O_RDONLY)
+
+
+DATA = bytes(range(256)) * 100
+READS: dict[str, tuple[Callable[[Storage], object], object]] = {
+    "read": (lambda storage: storage.read("a/file"), DATA),
+    "open_read": (lambda storage: open_and_read(storage), DATA[-300:] + DATA[:20_000]),
+    "checksum": (lambda storage: storage.checksum("a/file"), xxhash.xxh3_128_hexdigest(DATA)),
+    "size": (lambda storage: storage.size("a/file"), len(DATA)),
+    "exists": (lambda storage: storage.exists("a/file"), True),
+    "names": (lambda storage: storage.names("a"), ["file"]),
+    "walk": (lambda storage: list(storage.walk()), [("a/file", len(DATA))]),
+}
+PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.ECONNRESET)
+
+
+def open_and_read(storage: Storage) -> bytes:
+    with storage.open_read("a/file") as file:
+        assert file.seek(-300, os.SEEK_END) == len(DATA) - 300
+        end = file.read()
+        file.seek(0)
+        return end + file.read(20_000)
+
+
+@pytest.fixture
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retries, "_PAUSES_S", (0.0,) * 4)
+
+
+@pytest.mark.parametrize("name", READS)
+@pytest.mark.parametrize("number", PASSING, ids=errno.errorcode.get)
+def test_reads_that_fail_for_the_moment_are_repeated(
+    tmp_path: Path, no_pauses: None, name: str, number: int
+) -> None:
+    LocalStorage(tmp_path).write("a/file", DATA)
+    read, expected = READS[name]
+    storage = Flaky(tmp_path, number, failures=3)
+    assert read(storage) == expected
+    assert storage.left == 0
+
+
+@pytest.mark.parametrize("name", READS)
+def test_reads_that_go_on_failing_name_the_file(tmp_path: Path, no_pauses: None, name: str) -> None:
+    LocalStorage(tmp_path).write("a/file", DATA)
+    storage = Flaky(tmp_path, errno.ESTALE, failures=1000)
+    with pytest.raises(
+        StorageError, match=rf"{tmp_path}(/a/file|/a|/) cannot be read(.|\n)*5 times(.|\n)*mount"
+    ):
+        READS[name][0](storage)
+    assert storage.tried == 5
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.EACCES, errno.ENOSPC], ids=errno.errorcode.get)
+def test_what_will_not_change_is_not_tried_again(tmp_path: Path, number: int) -> None:
+    LocalStorage(tmp_path).write("a/file", DATA)
+    storage = Flaky(tmp_path, number, failures=1000)
+    with pytest.raises(OSError, match=os.strerror(number)) as caught:
+        storage.read("a/file")
+    assert (storage.tried, isinstance(caught.value, StorageError)) == (1, False)
+
+
+def test_a_client_that_was_patient_itself_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retries, "_NO_MORE_AFTER_S", -1.0)
+    tried: list[int] = []
+
+    def read() -> NoReturn:
+        tried.append(1)
+        raise TimeoutError
+
+    with pytest.raises(StorageError, match="s3://bucket/x cannot be read"):
+        retries.retrying(read, "s3://bucket/x")
+    assert len(tried) == 1
+
+
+# --- names that survive a crash --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """What is synced, in order."""
+    found: list[Path] = []
+    fsync = os.fsync
+
+    def noted(handle: int) -> None:
+        found.append(Path(f"/proc/self/fd/{handle}").readlink())
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    return found
+
+
+def test_every_new_folder_is_synced_in_the_one_above(tmp_path: Path, synced: list[Path]) -> None:
+    storage = LocalStorage(tmp_path / "new" / "cache")
+    storage.write("a/b/file", b"x")
+    above = [tmp_path, tmp_path / "new", storage.root, storage.root / "a"]
+    assert [path for path in synced if path.is_dir()] == [*above, storage.root / "a/b"]
+    synced.clear()
+    storage.write("a/b/other", b"x")
+    assert [path for path in synced if path.is_dir()] == [storage.root / "a/b"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_new_file_is_synced_with_its_bytes(
+    tmp_path: Path, synced: list[Path], monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    if not links:
+        without_hard_links(monkeypatch)
+    assert LocalStorage(tmp_path).write_new("a/file", b"x")
+    assert synced[0] == tmp_path
+    assert synced[1].name.startswith("file")
+    assert synced[-1] == tmp_path / "a"
+
+
+def test_a_link_is_synced_with_its_folder(tmp_path: Path, synced: list[Path]) -> None:
+    (tmp_path / "file").write_bytes(b"x")
+    link(tmp_path / "file", tmp_path / "a/file")
+    assert synced == [tmp_path, tmp_path / "a"]
