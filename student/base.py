@@ -21,10 +21,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from pipeline.durable import make_folder
 from pipeline.errors import CheckpointError, RecipeError, TeacherCacheError, explain
 from pipeline.spec import Size, TeacherSpec
-from student.durable import make_folder, replacing
 from student.lora import merged_state_dict
+from student.saving import replacing
 
 NUM_LEVELS = 4  # the ends of the four quarters of a network, for students and teachers alike
 CONFIG_FILE = "config.json"

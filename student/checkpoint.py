@@ -20,10 +20,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from pipeline.durable import fsync, make_folder, rename
 from pipeline.errors import CheckpointError
 from pipeline.processes import TEMPORARY_SUFFIX
 from pipeline.storage import LocalStorage
-from student.durable import make_folder, saving, sync
+from student.saving import saving
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 DAMAGED_SUFFIX = ".damaged"
@@ -51,12 +52,12 @@ def save_checkpoint(
             checksums = {name: files.checksum(name) for name in (MODEL, OPTIMIZER)}
             state = {"step": step, "checksums": checksums, "run": dict(run)}
             (temporary / STATE).write_text(json.dumps(state, indent=2) + "\n")
-            sync(*temporary.iterdir(), temporary)
-            temporary.rename(target)
+            for path in (*temporary.iterdir(), temporary):
+                fsync(path)
+            rename(temporary, target)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        sync(folder)
         for old in _checkpoints(folder)[:-keep]:
             shutil.rmtree(old)
     return target

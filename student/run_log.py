@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from student.durable import replacing, saving
+from student.saving import replacing, saving
 from student.timing import bottleneck
 
 METRICS_FILE = "metrics.jsonl"
@@ -24,7 +24,7 @@ class RunLog:
 
     `pictures`, by tag, are asked for and go to TensorBoard every `picture_every_steps`, where that is not 0,
     and after the last step. Steps that a resumed run takes again are removed from what was written before.
-    Only the main process writes.
+    Only the main process writes, each time after `before_writing`, which ends the run by raising.
     """
 
     def __init__(
@@ -37,6 +37,7 @@ class RunLog:
         every_steps: int,
         pictures: Callable[[], Mapping[str, NDArray]] = dict,
         picture_every_steps: int = 0,
+        before_writing: Callable[[], None] = lambda: None,
     ) -> None:
         self._accelerator = accelerator
         self._file_path = output / METRICS_FILE
@@ -45,6 +46,7 @@ class RunLog:
         self._every_steps = every_steps
         self._pictures = pictures
         self._picture_every_steps = picture_every_steps
+        self._before_writing = before_writing
         self._recent: list[Mapping[str, float]] = []
         self._file: IO[str] | None = None
         self._console = Console(stderr=True)
@@ -79,6 +81,7 @@ class RunLog:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         if self._file is None:
             return
+        self._before_writing()
         with saving("What the run logs", self._file_path.parent):
             self._write(self._file, step, values)
 

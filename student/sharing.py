@@ -11,7 +11,7 @@ from huggingface_hub import HfApi
 
 from pipeline.errors import CheckpointError
 from student.base import CONFIG_FILE, WEIGHTS_FILE, Student, find_saved, read_config
-from student.durable import replacing
+from student.saving import replacing
 
 if TYPE_CHECKING:
     from pipeline.cache import FeatureCache

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import difflib
 import warnings
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,13 +25,13 @@ from torch import nn
 from torch.optim import AdamW
 
 from pipeline.cache import FeatureCache
+from pipeline.durable import make_folder
 from pipeline.errors import CheckpointError, RecipeError
 from pipeline.loader import FeatureLoader
 from pipeline.sampler import ShardShuffleSampler
 from student import SAK, Student, build_student, load_stage_1
 from student.base import NUM_LEVELS, teacher_facts
 from student.checkpoint import DAMAGED_SUFFIX, load_newest, misnamed, newest_checkpoint, set_aside
-from student.durable import make_folder, saving
 from student.environment import accelerator_for, overruled
 from student.kpu.objective import AlignmentLoss, KPUObjective
 from student.learning import require_kept, set_learning
@@ -39,9 +40,11 @@ from student.losses import DistillationLoss
 from student.notices import notices
 from student.objectives import Objective
 from student.recipe import OF_KPU, TrainRecipe, run_identity
+from student.run_lock import only_trainer
 from student.run_log import RunLog
 from student.run_pictures import RunPictures
 from student.sak.transfer import grown_student
+from student.saving import saving
 from student.schedule import SCHEDULES
 from student.sharing import write_model_card
 from student.targets import TARGET_SOURCES, TargetSource, held_whole, require_experts, require_maps
@@ -74,9 +77,15 @@ def train(recipe: TrainRecipe) -> TrainResult:
     """Train, or continue, the run that `recipe` states; returns when it is finished or SIGTERM came.
 
     Raises `CacheError` where the cache is missing, incomplete or without one of the teachers,
-    `RecipeError` for what cannot work with this cache, `CheckpointError` when the output folder holds
-    another run or a damaged checkpoint.
+    `RecipeError` for what cannot work with this cache or under this launcher, `CheckpointError` when the
+    output folder holds another run, one that lives, or no sound checkpoint of this one.
     """
+    with ExitStack() as stack:
+        return _train(recipe, stack)
+
+
+def _train(recipe: TrainRecipe, stack: ExitStack) -> TrainResult:
+    """`stack` holds the output folder until the run has ended."""
     output = Path(recipe.output)
     accelerator = accelerator_for(recipe)
     cache = FeatureCache.open(recipe.cache, images=recipe.images)
@@ -95,6 +104,7 @@ def train(recipe: TrainRecipe) -> TrainResult:
     images_per_step = recipe.images_per_step(accelerator.num_processes)
     _require_fit(recipe, cache, teachers, images_per_step, sampler.num_samples)
     _require_folder(output)
+    require_held = stack.enter_context(only_trainer(accelerator, output))
     read = [] if recipe.features == "online" else held
     for notice in (*overruled(recipe), *notices(recipe, cache.spec, read)):
         accelerator.print(notice)
@@ -148,6 +158,7 @@ def train(recipe: TrainRecipe) -> TrainResult:
         every_steps=recipe.log_every_steps,
         pictures=RunPictures(cache, held if recipe.distills else [], student).draw,
         picture_every_steps=recipe.picture_every_steps,
+        before_writing=require_held,
     )
     loader = FeatureLoader(
         cache,

@@ -11,27 +11,11 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from pipeline.durable import fsync, rename
 from pipeline.errors import CheckpointError, DiskSpaceError
 from pipeline.processes import temporary_of
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-
-
-def sync(*paths: Path) -> None:
-    """Wait until the files, or the entries of the folders, are on the disk."""
-    for path in paths:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def make_folder(folder: Path) -> None:
-    """The folder with its parents; those that are new outlast a power cut."""
-    new = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    sync(*(path.parent for path in new))
 
 
 @contextmanager
@@ -40,12 +24,11 @@ def replacing(target: Path) -> Iterator[Path]:
     temporary = temporary_of(target)
     try:
         yield temporary
-        sync(temporary)
-        temporary.replace(target)
+        fsync(temporary)
+        rename(temporary, target)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync(target.parent)
 
 
 @contextmanager
