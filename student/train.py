@@ -37,6 +37,7 @@ from student.kpu.objective import AlignmentLoss, KPUObjective
 from student.learning import require_kept, set_learning
 from student.loop import TrainingLoop
 from student.losses import DistillationLoss
+from student.not_finite import not_finite
 from student.notices import notices
 from student.objectives import Objective
 from student.recipe import OF_KPU, TrainRecipe, run_identity
@@ -149,6 +150,7 @@ def _train(recipe: TrainRecipe, stack: ExitStack) -> TrainResult:
             total_steps=total_steps,
         ),
         run,
+        partial(not_finite, cache, targets.reads if recipe.distills else [], tasks),
     )
     log = RunLog(
         accelerator,
