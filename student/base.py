@@ -30,6 +30,7 @@ from student.saving import replacing
 NUM_LEVELS = 4  # the ends of the four quarters of a network, for students and teachers alike
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+_OF_A_CONFIG = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError)  # that somebody edited
 
 
 class StudentOutput(NamedTuple):
@@ -170,15 +171,7 @@ class Student(nn.Module, ABC):
             student.load_state_dict(load_file(folder / WEIGHTS_FILE))
         except TeacherCacheError:
             raise
-        except (
-            OSError,
-            SafetensorError,
-            TypeError,
-            ValueError,
-            AttributeError,
-            LookupError,
-            RuntimeError,
-        ) as error:
+        except (OSError, SafetensorError, RuntimeError, *_OF_A_CONFIG) as error:
             raise CheckpointError(
                 f"The student in {folder} cannot be loaded.",
                 got=error,
