@@ -58,8 +58,8 @@ def save_checkpoint(
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        for old in _checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
+        for old in _checkpoints(folder)[:-keep]:  # by another name first: half of it would look whole
+            shutil.rmtree(old.rename(old.with_name(old.name + TEMPORARY_SUFFIX)))
     return target
 
 

@@ -82,18 +82,24 @@ class RunLog:
         if self._file is None:
             return
         self._before_writing()
+        pictures = self._pictures() if self._is_due(step, self._picture_every_steps) else None
         with saving("What the run logs", self._file_path.parent):
-            self._write(self._file, step, values)
+            self._write(self._file, step, values, pictures)
 
-    def _write(self, file: IO[str], step: int, values: Mapping[str, float]) -> None:
+    def _write(
+        self,
+        file: IO[str],
+        step: int,
+        values: Mapping[str, float],
+        pictures: Mapping[str, NDArray] | None,
+    ) -> None:
         file.write(json.dumps({"step": step, **values}) + "\n")
         file.flush()
         self._recent.append(values)
         line = f"loss {values['loss']:.4f} · {values['images_per_s']:.1f} img/s"
         self._progress.update(self._task, completed=step + 1, description=line)
-        if self._is_due(step, self._picture_every_steps):
-            for tracker in self._accelerator.trackers:
-                tracker.log_images(self._pictures(), step, dataformats="NHWC")
+        for tracker in self._accelerator.trackers if pictures is not None else ():
+            tracker.log_images(pictures, step, dataformats="NHWC")
         if self._is_due(step, self._every_steps):
             means = {key: sum(row[key] for row in self._recent) / len(self._recent) for key in values}
             seconds = {key.removeprefix("seconds/"): mean for key, mean in means.items()}

@@ -12,7 +12,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from pipeline.durable import fsync, rename
-from pipeline.errors import CheckpointError, DiskSpaceError
+from pipeline.errors import CheckpointError, DiskSpaceError, TeacherCacheError
 from pipeline.processes import temporary_of
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -31,11 +31,16 @@ def replacing(target: Path) -> Iterator[Path]:
         raise
 
 
+_GOES_ON = "it goes on from the newest checkpoint, and those that were written before are whole"
+
+
 @contextmanager
-def saving(what: str, place: Path) -> Iterator[None]:
+def saving(what: str, place: Path, then: str = _GOES_ON) -> Iterator[None]:
     """Raises `DiskSpaceError` where a disk or a quota is full, `CheckpointError` where it fails otherwise."""
     try:
         yield
+    except TeacherCacheError:
+        raise
     except (OSError, SafetensorError) as error:
         number = error.errno if isinstance(error, OSError) else _number_in(error)
         if number is None and isinstance(error, SafetensorError):
@@ -45,8 +50,7 @@ def saving(what: str, place: Path) -> Iterator[None]:
             f"{what} cannot be written.",
             got=f"{place}: {os.strerror(number) if number else error}",
             expected="room for it, in a folder that this user may write to",
-            do="make room (or lower keep_checkpoints), and run the same command again: it goes on from the "
-            "newest checkpoint, and those that were written before are whole",
+            do=f"make room or choose another place, and run the same command again: {then}",
         ) from error
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import resource
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from pipeline.errors import CheckpointError, DiskSpaceError
 from pipeline.storage import LocalStorage
 from student import build_student
 from student.checkpoint import load_newest, misnamed, newest_checkpoint, save_checkpoint, set_aside
+from tests.train_recipes import room_for
 
 RUN: dict[str, Any] = {"optimizer.lr": 1e-3, "seed": 0}
 
@@ -247,23 +246,14 @@ def test_what_cannot_be_read_now_is_not_passed_over(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("full_in", ["weights", "optimizer"])
 def test_a_full_disk_leaves_what_was_there(tmp_path: Path, full_in: str) -> None:
-    """A limit on the size of files stands for it: EFBIG."""
     path = saved(tmp_path)
     before = sorted(path.parent.iterdir())
     model, optimizer = make(0)
     steps(model, optimizer, range(4))
     room = 100 if full_in == "weights" else (path / "model.safetensors").stat().st_size
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
-    try:
-        with pytest.raises(
-            DiskSpaceError, match=r"step 4 cannot be written(.|\n)*run the same command again"
-        ):
-            save_checkpoint(path.parent, 4, model, optimizer, RUN, keep=1)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, ignored)
+    message = r"step 4 cannot be written(.|\n)*run the same command again"
+    with room_for(room), pytest.raises(DiskSpaceError, match=message):
+        save_checkpoint(path.parent, 4, model, optimizer, RUN, keep=1)
     assert sorted(path.parent.iterdir()) == before
     assert load_newest(path.parent, *make(0), RUN) == (3, {})
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from huggingface_hub import HfApi
 from rich.console import Console
 from safetensors.torch import load_file
@@ -27,6 +28,7 @@ from pipeline.errors import (
     CacheError,
     CacheNotFoundError,
     CheckpointError,
+    DiskSpaceError,
     IncompleteCacheError,
     RecipeError,
     TeacherCacheError,
@@ -37,6 +39,7 @@ from pipeline.spec import GridSpec
 from pipeline.views import View
 from student import load_student, sharing
 from student.base import StudentOutput
+from student.checkpoint import newest_checkpoint
 from student.not_finite import not_finite
 from student.recipe import TrainRecipe
 from student.repsim import representation_similarity
@@ -44,7 +47,7 @@ from student.run_pictures import NUM_ROWS, RunPictures
 from student.sak.model import SAK
 from student.train import _require_folder, train
 from tests.make_cache import build_recipe, commit_shard, make_cache, make_images, teacher_spec
-from tests.train_recipes import CONTENT, logged, train_recipe
+from tests.train_recipes import CONTENT, logged, room_for, train_recipe
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -265,6 +268,23 @@ def test_features_that_are_not_finite_are_found(images: Path, tmp_path: Path) ->
     assert f"teachercache repair {tmp_path / 'cache'}" in str(error.value)
     assert "beta" not in str(error.value)
     assert "lr" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("room", "message"),
+    [(10, "The lock of this run"), (2_000, "What the run logs"), (20_000, "The checkpoint of step 3")],
+)
+def test_a_full_disk_is_one_message(cache: Path, tmp_path: Path, room: int, message: str) -> None:
+    recipe = train_recipe(cache, tmp_path)
+    if room == 2_000:
+        recipe = recipe.model_copy(update={"checkpoint_every_steps": 100})
+    with room_for(room), pytest.raises(DiskSpaceError, match=f"{message} cannot be written"):
+        train(recipe)
+    assert newest_checkpoint(recipe.checkpoint_folder) is None
+    assert not list(tmp_path.rglob("*.partial"))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train(train_recipe(cache, tmp_path))
+    assert len(logged(tmp_path)) == 8
 
 
 def test_labels_that_are_not_finite_are_found(images: Path, cache: Path) -> None:
@@ -535,3 +555,9 @@ def test_an_output_that_is_no_folder_is_one_message(tmp_path: Path) -> None:
     for output in (tmp_path / "file", tmp_path / "file" / "run"):
         with pytest.raises(RecipeError, match=r"output folder cannot be made(.|\n)*choose another output"):
             _require_folder(output)
+
+
+def test_ctrl_c_is_no_traceback() -> None:
+    code = "from jobs.launch import run\ndef main():\n    raise KeyboardInterrupt\nrun(main)"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr.count("\n")) == (130, 1)
