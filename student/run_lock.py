@@ -57,8 +57,9 @@ def only_trainer(accelerator: Accelerator, output: Path) -> Iterator[Callable[[]
         stack.enter_context(_touching(path))
 
         def require_held() -> None:
-            if (holder := _read(path)) != own:
-                raise _taken_over(path, holder)
+            with suppress(OSError):  # of the moment: the next step looks again
+                if (holder := _read(path)) != own:
+                    raise _taken_over(path, holder)
 
         yield require_held
 
@@ -79,10 +80,10 @@ class _Wait:
             return
         self._looked = now
         _broadcast(_WAITING)
-        holder = _read(self._path)
-        if not holder:
+        try:
+            holder, touched = self._path.read_bytes(), self._path.stat().st_mtime_ns
+        except FileNotFoundError:
             return
-        touched = self._path.stat().st_mtime_ns if self._path.exists() else 0
         if holder != self._holder:
             self._holder, self._touched, self._since = holder, touched, now
             print(f"{self._path} is held by {_describe(holder)}: waiting for that run to end.", flush=True)

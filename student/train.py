@@ -106,8 +106,9 @@ def _train(recipe: TrainRecipe, stack: ExitStack) -> TrainResult:
     _require_fit(recipe, cache, teachers, images_per_step, sampler.num_samples)
     _require_folder(output)
     require_held = stack.enter_context(only_trainer(accelerator, output))
-    read = [] if recipe.features == "online" else held
-    for notice in (*overruled(recipe), *notices(recipe, cache.spec, read)):
+    for notice in overruled(recipe) + notices(
+        recipe, cache.spec, [] if recipe.features == "online" else held
+    ):
         accelerator.print(notice)
     total_steps, warmup_steps = recipe.schedule.steps(sampler.num_samples / images_per_step)
 
@@ -117,6 +118,7 @@ def _train(recipe: TrainRecipe, stack: ExitStack) -> TrainResult:
     if accelerator.device.type == "cuda" and accelerator.num_processes > 1:
         student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
     targets = TARGET_SOURCES[recipe.features](cache, teachers, accelerator.device)
+    reads = targets.reads if recipe.distills or student.reads_features else []
     optimizer = AdamW(
         [parameter for parameter in student.parameters() if parameter.requires_grad],
         lr=recipe.optimizer.lr,
@@ -150,7 +152,7 @@ def _train(recipe: TrainRecipe, stack: ExitStack) -> TrainResult:
             total_steps=total_steps,
         ),
         run,
-        partial(not_finite, cache, targets.reads if recipe.distills else [], tasks),
+        partial(not_finite, cache, reads, tasks),
     )
     log = RunLog(
         accelerator,
@@ -165,7 +167,7 @@ def _train(recipe: TrainRecipe, stack: ExitStack) -> TrainResult:
     loader = FeatureLoader(
         cache,
         sampler,
-        targets.reads if recipe.distills or student.reads_features else [],
+        reads,
         labels=tasks,
         extra_sizes=targets.extra_sizes,
         start_step=first_step * recipe.gradient_accumulation_steps,
