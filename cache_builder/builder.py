@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
+from rich.text import Text
 
 from cache_builder.calibrate import Calibration, CalibrationSample
 from cache_builder.draft import Draft, draft, extend
@@ -28,6 +29,7 @@ from pipeline.errors import BuildError, CacheError
 from pipeline.manifest import SPEC_NAME, Manifest
 from pipeline.spec import CacheSpec, TeacherSpec
 from pipeline.storage import Storage
+from pipeline.terminal import Terminal
 
 _PROBE_NAME = "write_probe.partial"
 
@@ -63,7 +65,8 @@ def prepare(recipe: BuildRecipe, console: Console) -> tuple[Draft, CacheSpec, Pl
     if manifest.exists():
         drafted = extend(recipe, drafted, manifest)
         if drafted.growth:
-            console.print(f"The cache at {storage.url} grows by {', '.join(drafted.growth)}.", soft_wrap=True)
+            grown = f"The cache at {storage.url} grows by {', '.join(drafted.growth)}."
+            console.print(Text(grown), soft_wrap=True)
     return drafted, drafted.spec, make_plan(recipe, drafted.spec, storage, drafted.samples)
 
 
@@ -74,7 +77,7 @@ def build(recipe: BuildRecipe, console: Console | None = None) -> BuildResult:
     checkpoint, `DiskSpaceError` when the plan does not fit, and `BuildError`, after everything else is
     committed, when shards failed for good.
     """
-    console = console or Console(stderr=True)
+    console = console or Terminal(stderr=True)
     storage = Storage.at(recipe.cache)
     manifest = Manifest(storage)
     drafted, spec, plan = prepare(recipe, console)

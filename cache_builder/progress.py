@@ -28,7 +28,7 @@ class BuildProgress:
             MofNCompleteColumn(),
             TextColumn("shards · {task.fields[rate]:.2f} img/s · ETA"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[stages]}"),
+            TextColumn("{task.fields[stages]}", markup=False),
             console=console,
             disable=not console.is_terminal,
         )

@@ -88,14 +88,13 @@ def problems_of_shards(
         shard: set() for shard in cache.manifest.quarantined() if shards is None or shard in shards
     }
     with ThreadPoolExecutor(_THREADS) as pool:
-        checks = [
-            pool.submit(_check_shard, cache, teacher, shard, full)
+        wanted = [
+            (teacher, shard)
             for teacher in teachers_and_images(cache)
             for shard in sorted(cache.manifest.committed(teacher))
             if shards is None or shard in shards
         ]
-        for check in checks:
-            found, record = check.result()
+        for found, record in pool.map(lambda one: _check_shard(cache, one[0], one[1], full), wanted):
             problems += found
             if record is not None:
                 if record.invalid_rows:

@@ -22,12 +22,11 @@ from pathlib import Path
 sys.path.pop(0)
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from rich.console import Console
-
 from cache_builder.builder import build
 from cache_builder.recipe import BuildRecipe
 from jobs.launch import recipe_and_overrides, require_absolute_in_job, run
 from pipeline.recipe import load_recipe
+from pipeline.terminal import Terminal
 
 
 def main() -> None:
@@ -35,7 +34,7 @@ def main() -> None:
     recipe = load_recipe(BuildRecipe, path, ["runner.kind=ray", *overrides])
     require_absolute_in_job("cache", recipe.cache)
     require_absolute_in_job("source.path", recipe.source.path)
-    result = build(recipe, Console())
+    result = build(recipe, Terminal())
     print(f"cache {result.cache.storage.url}: {result.views} views in {result.wall_s:.1f} s")
 
 

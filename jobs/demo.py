@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -31,10 +32,12 @@ from jobs.inspection.summary import summarize
 from jobs.inspection.tables import summary_table
 from jobs.launch import run
 from pipeline import FeatureCache
+from pipeline.durable import rename
 from pipeline.errors import TeacherCacheError, WeightsNotFoundError
 from pipeline.recipe import load_recipe
 from pipeline.sources import open_source
 from pipeline.sources.keys import OK
+from pipeline.terminal import Terminal
 from pipeline.units import human_bytes
 from student import build_student, load_student
 from student.repsim import Similarity, representation_similarity
@@ -52,7 +55,7 @@ def main() -> None:
     parser.add_argument("--images", type=Path, help=f"a folder of images; {MAX_IMAGES} of them are used")
     parser.add_argument("--pretrained", action="store_true", help="real weights, where they can be had")
     arguments = parser.parse_args()
-    console = Console()
+    console = Terminal()
     started = time.monotonic()
     chosen = choose_images(arguments.images)
     name = f"{arguments.images.resolve().name}_{fingerprint(chosen)}" if arguments.images else "photographs"
@@ -90,10 +93,10 @@ def main() -> None:
         console.print(
             "The teachers' weights are random: these figures show that the parts fit, nothing else."
         )
-    console.print(f"Pictures: {folder / 'pca_maps.png'} and {folder / 'loss.png'}", soft_wrap=True)
+    console.print(f"Pictures: {folder / 'pca_maps.png'} and {folder / 'loss.png'}")
     console.print(f"All of it in {time.monotonic() - started:.0f} s.")
-    look = f"{activation()}teachercache inspect {folder / 'cache'}"
-    console.print(f"Look further: {look}", soft_wrap=True, markup=False)
+    look = f"{activation()}teachercache inspect {shlex.quote(str(folder / 'cache'))}"
+    console.print(f"Look further: {look}")
 
 
 def choose_images(folder: Path | None = None) -> list[Path]:
@@ -123,7 +126,7 @@ def collect_images(images: list[Path], folder: Path) -> Path:
     partial.mkdir(parents=True)
     for number, path in enumerate(images):
         shutil.copyfile(path, partial / f"{number:03d}_{path.name}")
-    partial.rename(folder)
+    rename(partial, folder)
     return folder
 
 
@@ -138,9 +141,7 @@ def build_recipe(folder: Path, images: Path, pretrained: bool, console: Console)
         for teacher in recipe.teachers.values():
             build_teacher(str(teacher.preset), pretrained=True)
     except WeightsNotFoundError as error:
-        console.print(
-            f"Real weights cannot be had, so they are random:\n{error}", style="yellow", markup=False
-        )
+        console.print(f"Real weights cannot be had, so they are random:\n{error}", style="yellow")
         return recipe
     console.print("Teachers with their real weights.")
     return load_recipe(BuildRecipe, "demo", [*overrides, *real])

@@ -9,9 +9,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from rich.console import Console
-
 from pipeline.errors import BuildError, BuildInterruptedError, RecipeError, TeacherCacheError
+from pipeline.terminal import Terminal
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
 
@@ -26,9 +25,9 @@ def run(main: Callable[[], None]) -> None:
         main()
     except TeacherCacheError as error:
         kind = "Incomplete" if isinstance(error, BuildError) else "Error"
-        console = Console(stderr=True, soft_wrap=True)
-        console.print(f"[bold red]{kind}:[/] ", end="")
-        console.print(str(error), markup=False, highlight=False)
+        console = Terminal(stderr=True)
+        console.print(f"{kind}:", style="bold red", end=" ")
+        console.print(str(error))
         if isinstance(error, BuildInterruptedError):
             sys.stdout.flush()
             os._exit(error.exit_status)

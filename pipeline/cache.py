@@ -25,6 +25,7 @@ from pipeline.codecs import ArrayLayout, Codec, Encoded, get_codec
 from pipeline.errors import CacheError, CorruptShardError, IncompleteCacheError, SourceNotFoundError, explain
 from pipeline.feature_stats import FeatureMoments
 from pipeline.manifest import CommitRecord, Manifest, tables_name
+from pipeline.own_places import NAME_IMAGES, require_followed
 from pipeline.rows import RowIndex
 from pipeline.sources import Source, decode_image, open_source
 from pipeline.spec import IMAGES, CacheSpec, TeacherSpec
@@ -129,7 +130,12 @@ class FeatureCache:
 
     @cached_property
     def source(self) -> Source:
-        """The images that the cache was built from, or where they are now."""
+        """The images that the cache was built from, or where they are now.
+
+        Raises `SourceError` where only `cache.json` names a place that is followed by nobody (`own_places`).
+        """
+        if self._images is None:
+            require_followed(self.spec.dataset.location, self.storage.url)
         try:
             return open_source(self._images or self.spec.dataset.location, self.spec.dataset.kind)
         except SourceNotFoundError as error:
@@ -469,8 +475,7 @@ class FeatureCache:
             "The images are not where the cache was built from them.",
             got=f"no {path} in {location}" if path else f"nothing at {location}",
             expected="the images that the cache was built from",
-            do="check the mount, or name their new place: images=PATH for `teachercache train`, "
-            "--images PATH for verbs that have it, FeatureCache.open(…, images=PATH) in Python",
+            do=f"check the mount, or name their new place: {NAME_IMAGES}",
         )
 
     def _copy(self, sample_index: int) -> tuple[int, int, int]:

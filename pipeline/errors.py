@@ -29,6 +29,8 @@ A message says what was got, what was expected and what to do: `explain()` gives
 
 from __future__ import annotations
 
+import errno
+
 
 def explain(problem: str, *, got: object = None, expected: object = None, do: str | None = None) -> str:
     """One message in the house form: problem, then `got`, `expected` and `do`, each on its own line."""
@@ -133,8 +135,14 @@ class DiskSpaceError(TeacherCacheError, OSError):
 class StorageError(TeacherCacheError, OSError):
     """A file could not be read, or a store did not answer, at several attempts; it may be sound all the same.
 
-    `errno` is that of the last attempt, where it had one.
+    Its `errno` is EIO, whatever the attempts met: an error of the system, not of what a file holds.
     """
+
+    def __init__(
+        self, problem: str, *, got: object = None, expected: object = None, do: str | None = None
+    ) -> None:
+        super().__init__(problem, got=got, expected=expected, do=do)
+        self.errno = errno.EIO
 
 
 class BuildError(TeacherCacheError):

@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 from yaml import YAMLError
 
+from pipeline.environment import named_variables
 from pipeline.errors import RecipeError
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -25,7 +26,11 @@ SHIPPED = Path(__file__).parent.parent / "jobs" / "recipes"
 
 def load_recipe(model: type[Model], path: str | Path, overrides: Sequence[str] = ()) -> Model:
     """The recipe at `path` (or a shipped one, by name) with overrides applied. Raises `RecipeError`."""
-    file = _find(Path(path))
+    with named_variables(path):
+        return _load(model, _find(Path(path)), overrides)
+
+
+def _load(model: type[Model], file: Path, overrides: Sequence[str]) -> Model:
     try:
         config = OmegaConf.load(file)
         for key, value in _parse(overrides):

@@ -66,12 +66,10 @@ def retrying(read: Callable[[], Result], what: str, again: Callable[[], object] 
 
 def _given_up(error: Exception, what: str, attempts: int, spent_s: float) -> StorageError:
     reason = getattr(error, "strerror", None) or error
-    found = StorageError(
+    return StorageError(
         f"{what} cannot be read for the moment.",
         got=f"{type(error).__name__}: {reason}, {attempts} times within {spent_s:.0f} s",
         expected="a disk, mount or store that gives the file",
         do="look at the disk, the mount or the connection (dmesg names failing disks), then run the same "
         "command again",
     )
-    found.errno = getattr(error, "errno", None)
-    return found

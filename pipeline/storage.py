@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cached_property, partial
+from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, TypeVar
 
@@ -482,6 +483,16 @@ class LocalStorage(Storage):
         return now - self._seen[path][1]
 
 
+def client_options(url: str) -> dict[str, Any]:
+    """What fsspec is told for a URL, beside what the user tells it (FSSPEC_S3): when to give up on S3."""
+    if url.partition("://")[0] not in ("s3", "s3a") or find_spec("s3fs") is None:
+        return {}
+    from pipeline.s3_patience import PatientSession
+
+    stated = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
+    return {"config_kwargs": {"http_session_cls": PatientSession, **stated}}
+
+
 class RemoteStorage(Storage):
     """A prefix on an object store, through fsspec. A file appears when its upload completes.
 
@@ -492,7 +503,8 @@ class RemoteStorage(Storage):
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
-        self.filesystem, self._root = fsspec.core.url_to_fs(self.url, use_listings_cache=False)
+        options = client_options(self.url)
+        self.filesystem, self._root = fsspec.core.url_to_fs(self.url, use_listings_cache=False, **options)
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{safe_name(name)}"

@@ -29,13 +29,13 @@ from accelerate import PartialState
 from accelerate.utils import gather_object, reduce
 from numpy.typing import NDArray
 from PIL import Image
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from torch import Tensor
 
 from pipeline.cache import FeatureCache
 from pipeline.errors import RecipeError
 from pipeline.spec import Size, ViewPolicy
+from pipeline.terminal import Terminal, in_markdown, progress_bar
 from pipeline.views import draw_view, render_view
 from student.base import Student, StudentOutput
 from student.datasets import LabelledDataset
@@ -96,7 +96,7 @@ class Evaluation:
         heads.append(f"Δm %, yours against {against}" if baseline or single else "Δm %")
         compared = baseline or single or {}
         own_gain = self.gain(compared) if all(task in compared for task in tasks) else None
-        title = f"{self.student} ({self.parameters / 1e6:.0f}M parameters)"
+        title = f"{in_markdown(self.student)} ({self.parameters / 1e6:.0f}M parameters)"
         lines = [
             f"| on {self.dataset}, {self.split} ({self.num_images} images) | {' | '.join(heads)} |",
             "|---" * (len(tasks) + 2) + "|",
@@ -382,6 +382,5 @@ def _processes(count: int) -> ProcessPoolExecutor:
 
 
 def _progress(enabled: bool) -> Progress:
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    console = Console(stderr=True)
-    return Progress(*columns, console=console, disable=not (enabled and console.is_terminal))
+    console = Terminal(stderr=True)
+    return progress_bar(console, disable=not (enabled and console.is_terminal))

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.errors import RecipeError
+from pipeline.terminal import in_markdown
 from student.evaluate import process_state
 from student.image_features import ImageFeatures
 from student.metrics import Top1
@@ -58,7 +59,7 @@ def probe_table(probes: Sequence[Probe]) -> str:
     first = probes[0]
     data = f"{first.classes} classes, {first.train_images:,} images to train, {first.test_images:,} to test"
     lines = [f"| {data} | top-1 (% ↑) | features | L2 |", "|---|---|---|---|"]
-    lines += [f"| {one.name} | {one.top1:.2f} | {one.features} | {one.l2:g} |" for one in probes]
+    lines += [f"| {in_markdown(one.name)} | {one.top1:.2f} | {one.features} | {one.l2:g} |" for one in probes]
     if first.classes == _IMAGENET_CLASSES:
         lines += [f"| *{name} (SAK, Table 26)* | {top1} | – | – |" for name, top1 in LINEAR_PROBES.items()]
     return "\n".join(lines) + "\n"

@@ -9,9 +9,9 @@ from typing import IO
 
 from accelerate import Accelerator
 from numpy.typing import NDArray
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from pipeline.terminal import Terminal
 from student.saving import replacing, saving
 from student.timing import bottleneck
 
@@ -49,9 +49,9 @@ class RunLog:
         self._before_writing = before_writing
         self._recent: list[Mapping[str, float]] = []
         self._file: IO[str] | None = None
-        self._console = Console(stderr=True)
+        self._console = Terminal(stderr=True)
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
@@ -118,9 +118,9 @@ class RunLog:
         again = sum(step >= self._first_step for step in steps)
         garbage = steps[:-1].count(-1)  # what is behind the last line break was torn by the end of a process
         if again:
-            self._console.print(f"{again} steps that no checkpoint holds are taken again", highlight=False)
+            self._console.print(f"{again} steps that no checkpoint holds are taken again")
         if garbage:
-            self._console.print(f"{garbage} lines of {METRICS_FILE} cannot be read and go", highlight=False)
+            self._console.print(f"{garbage} lines of {METRICS_FILE} cannot be read and go")
         with replacing(self._file_path) as file:
             file.write_bytes(b"".join(line + b"\n" for line in kept))
         return self._file_path.open("a")

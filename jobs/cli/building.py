@@ -45,7 +45,7 @@ def plan(recipe: RecipeArgument, overrides: Overrides = None) -> None:
             options_table({name: [option] for name, option in chosen.items()}, result.spec.num_rows)
         )
         console.print(f"Within {human_bytes(checked.budget)}, on the calibration sample. Add to the command:")
-        console.print(" ".join(option.overrides(name) for name, option in chosen.items()), soft_wrap=True)
+        console.print(" ".join(option.overrides(name) for name, option in chosen.items()))
     result.require_space()
 
 
@@ -76,7 +76,6 @@ def build(
         f" ({result.views / result.wall_s:.2f} img/s)"
         if result.views
         else f"{result.cache.storage.url}: complete",
-        soft_wrap=True,
     )
     if result.quarantined:
         console.print(f"{result.quarantined} samples are quarantined; `teachercache inspect` names them.")

@@ -67,7 +67,7 @@ def inspect(
         from pipeline.cache import FeatureCache
 
         pca_maps(FeatureCache.open(cache, images), pictures, num_samples=samples)
-        console.print(f"PCA maps: {pictures}", soft_wrap=True)
+        console.print(f"PCA maps: {pictures}")
 
 
 def report(
@@ -89,7 +89,7 @@ def report(
             FeatureCache.open(cache, images), num_samples=samples, seed=seed, progress=status.update
         )
     output.write_text(html)
-    console.print(f"{output} ({len(html.encode()) / 1e6:.1f} MB)", soft_wrap=True)
+    console.print(f"{output} ({len(html.encode()) / 1e6:.1f} MB)")
 
 
 def view(
@@ -118,7 +118,7 @@ def view(
         student=load_student(student) if student else None,
         server_name=server_name,
         port=port,
-        on_ready=lambda url: console.print(f"{url} (Ctrl-C ends it)", soft_wrap=True),
+        on_ready=lambda url: console.print(f"{url} (Ctrl-C ends it)"),
     )
 
 
@@ -144,4 +144,4 @@ def norms(
     opened = FeatureCache.open(cache, images)
     loaded = load_student(student) if student else None
     norm_figure(opened, (first, second), loaded, level).savefig(output)
-    console.print(f"{output}", soft_wrap=True)
+    console.print(f"{output}")

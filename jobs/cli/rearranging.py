@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.progress import Progress
 
-from jobs.cli.terminal import CacheArgument, console
+from jobs.cli.terminal import CacheArgument, Images, console
+from pipeline.terminal import progress_bar
 
 if TYPE_CHECKING:
     from pipeline.rearrange import Rearrangement
@@ -58,6 +58,7 @@ def convert(
     level: Annotated[int, typer.Option(help="theia: which stored level; -1 is the last.")] = -1,
     dataset: Annotated[str, typer.Option(help="theia: the name of the data set.")] = "imagenet",
     split: Annotated[str, typer.Option(help="theia: train, val or test.")] = "train",
+    images: Images = None,
 ) -> None:
     """Write the rows of a cache in the other kind of store, or as Theia's training code reads them.
 
@@ -74,9 +75,9 @@ def convert(
     if to in ("webdataset", "zarr"):
         _rearrange(convert_cache(cache, output, to), "converting")  # type: ignore[arg-type]
     elif to == "theia":
-        opened = FeatureCache.open(cache)
+        opened = FeatureCache.open(cache, images)
         total = opened.valid_samples().size * opened.num_views * (len(opened.teachers) + 1)
-        with Progress(console=console, transient=True) as bar:
+        with progress_bar(console, transient=True) as bar:
             task = bar.add_task("exporting", total=total)
             count = export_theia(
                 opened,
@@ -86,7 +87,7 @@ def convert(
                 level=level,
                 progress=lambda done: bar.advance(task, done),
             )
-        console.print(f"{output}/{dataset}: {count} samples of {', '.join(opened.teachers)}", soft_wrap=True)
+        console.print(f"{output}/{dataset}: {count} samples of {', '.join(opened.teachers)}")
     else:
         raise RecipeError(
             "There is no such form.", got=to, expected="webdataset, zarr or theia", do="choose one with --to"
@@ -94,11 +95,10 @@ def convert(
 
 
 def _rearrange(steps: Rearrangement, doing: str) -> None:
-    with Progress(console=console, transient=True) as bar:
+    with progress_bar(console, transient=True) as bar:
         task = bar.add_task(doing, total=len(steps.steps))
         cache = steps.run(lambda: bar.advance(task))
     console.print(
         f"{cache.storage.url}: {cache.num_samples} samples, {cache.num_rows} rows of "
         f"{', '.join(cache.teachers)}; {len(steps.steps)} shards written",
-        soft_wrap=True,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 import signal
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,6 +14,7 @@ import typer
 
 from jobs.cli.terminal import (
     CacheArgument,
+    Images,
     Json,
     Overrides,
     RecipeArgument,
@@ -52,9 +54,7 @@ def train(
     result = train_student(checked)
     if result.interrupted:
         raise typer.Exit(128 + signal.SIGTERM)
-    console.print(
-        f"{result.steps} steps, {result.images_per_s:.1f} img/s; student: {result.student}", soft_wrap=True
-    )
+    console.print(f"{result.steps} steps, {result.images_per_s:.1f} img/s; student: {result.student}")
 
 
 def evaluate(
@@ -130,6 +130,7 @@ def repsim(
         bool, typer.Option("--stem", help="Of the bare stem too, where the widths agree: Table 17, row 1.")
     ] = False,
     max_samples: Annotated[int, typer.Option(min=1, help="Samples to average over.")] = 1000,
+    images: Images = None,
     as_json: Json = False,
 ) -> None:
     """Cosine similarity of a student's representations to its teachers' (SAK, Tables 3 and 17).
@@ -143,7 +144,7 @@ def repsim(
 
     found = representation_similarity(
         load_student(student),
-        FeatureCache.open(cache),
+        FeatureCache.open(cache, images),
         [name.strip() for name in teachers.split(",")] if teachers else None,
         stem=stem,
         max_samples=max_samples,
@@ -254,7 +255,7 @@ def push(
     """
     from student import push_to_hub
 
-    console.print(push_to_hub(student, repository, private=private), soft_wrap=True)
+    console.print(push_to_hub(student, repository, private=private))
 
 
 def import_reference(
@@ -314,6 +315,7 @@ def datasets(
     console.print(findings_table(findings))
     if link is not None:
         for split in dataset_class(kind).LISTS:
-            console.print(f"source.path={open_dataset(kind, root, split).link_images(link)}", soft_wrap=True)
+            folder = open_dataset(kind, root, split).link_images(link)
+            console.print(shlex.quote(f"source.path={folder}"))
     if any(finding.found < finding.expected for finding in findings):
         raise typer.Exit(EXIT_FAILED)

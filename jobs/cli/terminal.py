@@ -6,9 +6,10 @@ import json
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-console = Console()
+from pipeline.terminal import Terminal
+
+console = Terminal()
 
 RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A YAML file, or a recipe of jobs/recipes by name.")
@@ -20,7 +21,7 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides, such as views.num_views=4.")
 ]
 Images = Annotated[
-    str | None, typer.Option(help="Where the source images are now, if they moved since the build.")
+    str | None, typer.Option(help="Where the source images are, if they moved, or are at another URL.")
 ]
 StudentArgument = Annotated[
     str, typer.Argument(metavar="STUDENT", help="A folder that `train` wrote (…/student).")

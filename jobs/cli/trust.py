@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import shlex
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from jobs.cli.terminal import CacheArgument, Images, Overrides, console
 from jobs.launch import EXIT_FAILED
+from pipeline.terminal import progress_bar
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
     from pipeline.cache import FeatureCache
     from pipeline.recipe import Model
 
@@ -51,22 +55,19 @@ def verify(
     shards = sum(len(opened.manifest.committed(name)) for name in names)
     problems = verify_cache(opened, full=full, progress=_progress(shards))
     for problem in problems:
-        console.print(problem.reason, style="red", markup=False, soft_wrap=True)
+        console.print(problem.reason, style="red")
     if problems:
         console.print(
             f"{len(problems)} problems among {shards} shards and their records. `teachercache repair "
-            f"{opened.storage.url}` makes these files again and no other.",
-            soft_wrap=True,
+            f"{shlex.quote(opened.storage.url)}` makes these files again and no other.",
         )
         raise typer.Exit(EXIT_FAILED)
     depth = "every byte" if full else "records and sizes; --full reads every byte"
-    console.print(f"{shards} shards of {', '.join(names)} are sound ({depth}).", soft_wrap=True)
+    console.print(f"{shards} shards of {', '.join(names)} are sound ({depth}).")
     if missing := sum(len(opened.spec.shards(name)) for name in names) - shards:
         console.print(f"{missing} further shards are not committed; `teachercache build` computes them.")
     if full and (unknown := strays(opened)):
-        console.print(
-            f"{len(unknown)} files are not of this cache: {', '.join(unknown[:3])}, …", soft_wrap=True
-        )
+        console.print(f"{len(unknown)} files are not of this cache: {', '.join(unknown[:3])}, …")
     if against_teacher and not _against_teacher(opened, against_teacher, moved.checkpoints):
         raise typer.Exit(EXIT_FAILED)
 
@@ -80,10 +81,14 @@ def _overrides(model: type[Model], overrides: list[str] | None, origin: str) -> 
 
 
 def _progress(shards: int) -> Callable[[], None]:
-    from rich.progress import track
-
-    steps = iter(track(range(shards), "verifying", console=console, transient=True))
+    bar = progress_bar(console, transient=True)
+    steps = iter(_while_shown(bar, shards))
     return lambda: (next(steps, None), None)[1]
+
+
+def _while_shown(bar: Progress, shards: int) -> Iterator[int]:
+    with bar:
+        yield from bar.track(range(shards), description="verifying")
 
 
 def _against_teacher(cache: FeatureCache, num_rows: int, checkpoints: Mapping[str, str]) -> bool:
@@ -100,7 +105,6 @@ def _against_teacher(cache: FeatureCache, num_rows: int, checkpoints: Mapping[st
             f"{one.teacher} {one.what}: cosine {one.cosine:.6f}, greatest error {one.max_error:.3g}, "
             f"{cache.spec.teachers[one.teacher].codec} allows {one.allowed_error:.3g}: {verdict}",
             style=None if one.kept else "red",
-            soft_wrap=True,
         )
     compared = {one.teacher for one in found}
     for name in cache.teachers:
@@ -128,9 +132,9 @@ def repair(cache: CacheArgument, overrides: Overrides = None, images: Images = N
     shards = sum(len(opened.manifest.committed(name)) for name in teachers_and_images(opened))
     done = repair_cache(opened, recipe, _progress(shards), recipe.checkpoints)
     for problem in done.mended:
-        console.print(f"mended: {problem.file}", soft_wrap=True)
+        console.print(f"mended: {problem.file}")
     for problem in done.left:
-        console.print(f"{problem.file}: {problem.reason}", style="red", markup=False, soft_wrap=True)
+        console.print(f"{problem.file}: {problem.reason}", style="red")
     if done.left:
         raise typer.Exit(EXIT_FAILED)
-    console.print(f"{opened.storage.url} is sound; {len(done.mended)} files were mended.", soft_wrap=True)
+    console.print(f"{opened.storage.url} is sound; {len(done.mended)} files were mended.")

@@ -165,7 +165,9 @@ def _cosines(mean: float, p1: float) -> str:
 
 def findings_table(findings: Sequence[Finding]) -> RenderableType:
     """What each split of a data set has of each kind of file."""
-    table = Table("split", "files", "found", "expected", "missing", box=box.SIMPLE)
+    table = Table(box=box.SIMPLE)
+    for title in ("split", "files", "found", "expected", "missing"):
+        table.add_column(title, overflow="fold")
     for finding in findings:
         missing = ", ".join(finding.missing)
         if finding.expected - finding.found > len(finding.missing) > 0:
@@ -262,11 +264,10 @@ def columns_table(corner: str, columns: Mapping[str, Mapping[str, str | Text]]) 
     return table
 
 
-def lines(values: Mapping[str, str]) -> Table:
-    grid = Table.grid(padding=(0, 2))
-    for name, value in values.items():
-        grid.add_row(Text(name, style="bold"), Text(value, overflow="fold"))
-    return grid
+def lines(values: Mapping[str, str]) -> RenderableType:
+    """One line each and no table, which would break long paths."""
+    width = max(map(len, values), default=0)
+    return Group(*(Text.assemble((name.ljust(width), "bold"), "  ", value) for name, value in values.items()))
 
 
 def _done(done: int, planned: int) -> Text:

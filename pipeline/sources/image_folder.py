@@ -10,6 +10,7 @@ from posixpath import splitext
 
 import pyarrow as pa
 
+from pipeline.retries import retrying
 from pipeline.sources.base import SampleRows, Source, is_image_name
 from pipeline.storage import LocalStorage
 
@@ -45,8 +46,13 @@ class ImageFolderSource(Source):
         storage = self.place.storage
         if not isinstance(storage, LocalStorage):
             return storage.read_range(path, 0, nbytes) if nbytes else b""
-        handle = os.open(f"{storage.root}/{path}", os.O_RDONLY)  # a fifth of what a file object costs
-        try:
-            return os.read(handle, nbytes)
-        finally:
-            os.close(handle)
+        name = f"{storage.root}/{path}"
+        return retrying(partial(_read_head, name, nbytes), name)
+
+
+def _read_head(name: str, nbytes: int) -> bytes:
+    handle = os.open(name, os.O_RDONLY)  # a fifth of what a file object costs
+    try:
+        return os.read(handle, nbytes)
+    finally:
+        os.close(handle)

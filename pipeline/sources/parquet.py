@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import ImageDecodeError, SourceError
 from pipeline.sources.base import SampleRows, Source
-from pipeline.storage import LocalStorage, Storage
+from pipeline.storage import Storage
 
 _ROWS_PER_BATCH = 256
 _ROW_GROUPS_KEPT = 4
@@ -139,10 +139,7 @@ def _check_layout(path: str, schema: pa.Schema) -> None:
 
 
 def _open(url: str, path: str) -> pq.ParquetFile:
-    storage = Storage.at(url)
-    return pq.ParquetFile(
-        storage.path(path) if isinstance(storage, LocalStorage) else storage.open_read(path)
-    )
+    return pq.ParquetFile(Storage.at(url).open_read(path))
 
 
 def _batches(file: pq.ParquetFile, group: int, columns: list[str]) -> Iterator[pa.RecordBatch]:

@@ -7,11 +7,12 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import fsspec
 
-from pipeline.errors import SourceError, SourceNotFoundError
-from pipeline.storage import LocalStorage, Storage
+from pipeline.errors import SourceError, SourceNotFoundError, TeacherCacheError
+from pipeline.storage import LocalStorage, Storage, client_options
 
 _MAGIC = re.compile(r"[*?[]")
 
@@ -36,8 +37,10 @@ class Place:
         if "://" not in text:
             text = str(Path(text).expanduser().absolute())
         try:
-            filesystem, path = fsspec.core.url_to_fs(text)
-            is_folder, is_file = filesystem.isdir(path), filesystem.isfile(path)
+            filesystem, path = fsspec.core.url_to_fs(text, **client_options(text))
+            is_folder, is_file = _is_folder_or_file(filesystem, path)
+        except TeacherCacheError:
+            raise
         except Exception as error:  # every object store has its own, for hosts, buckets and credentials
             raise SourceError(
                 "This place cannot be opened.",
@@ -87,7 +90,20 @@ class Place:
                 if path.is_file():
                     yield path.relative_to(root).as_posix(), path.stat().st_size
         else:
-            filesystem, root_path = fsspec.core.url_to_fs(self.storage.url)
+            filesystem, root_path = fsspec.core.url_to_fs(
+                self.storage.url, **client_options(self.storage.url)
+            )
             for name, entry in sorted(filesystem.glob(f"{root_path}/{self.selection}", detail=True).items()):
                 if entry["type"] == "file":
                     yield name.removeprefix(f"{root_path}/"), entry["size"]
+
+
+def _is_folder_or_file(filesystem: Any, path: str) -> tuple[bool, bool]:
+    """`isdir` and `isfile` would say no where a store does not answer."""
+    try:
+        kind = filesystem.info(path)["type"]
+    except (FileNotFoundError, NotADirectoryError):
+        return False, False
+    if kind == "file" and "http" in filesystem.protocol:  # there every page is one, a listing too
+        return filesystem.isdir(path), True
+    return kind == "directory", kind == "file"

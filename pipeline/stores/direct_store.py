@@ -14,6 +14,7 @@ from functools import lru_cache, partial
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.retries import retrying
 from pipeline.spec import CacheSpec
 from pipeline.storage import LocalStorage
 from pipeline.stores.shard_format import ABSENT, CHECKSUM_NBYTES, checksum, index_nbytes, parse_index
@@ -78,4 +79,11 @@ class DirectStore(ZarrStore):
         for value, shard, place in zip(values, shards.tolist(), places.tolist(), strict=True):
             file = shard_file(teacher, name, shard, value.ndim)
             chunk = value.reshape(-1).view(np.uint8).data
-            self._open(file, spec.rows_per_shard, chunk.nbytes).read(place, chunk, self.checksums)
+            retrying(
+                partial(self._read_row, file, spec.rows_per_shard, place, chunk),
+                f"{self.storage.url}/{file}",
+                again=self._open.cache_clear,  # a descriptor that went stale stays so
+            )
+
+    def _read_row(self, file: str, num_rows: int, place: int, out: memoryview) -> None:
+        self._open(file, num_rows, out.nbytes).read(place, out, self.checksums)

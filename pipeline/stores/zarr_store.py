@@ -23,9 +23,11 @@ from zarr.core.sync import sync
 from zarr.storage import FsspecStore, LocalStore, MemoryStore
 
 from pipeline.codecs import ArrayLayout
+from pipeline.errors import StorageError
 from pipeline.manifest import FileRecord
+from pipeline.retries import retrying
 from pipeline.spec import CacheSpec
-from pipeline.storage import ChecksumWriter, LocalStorage, Storage
+from pipeline.storage import ChecksumWriter, LocalStorage, Storage, client_options
 from pipeline.stores.base import (
     Arrays,
     FeatureStore,
@@ -156,7 +158,11 @@ class ZarrStore(FeatureStore):
 
             def read(number: int) -> None:  # one row after another: zarr gathers a list of rows by value
                 row = int(rows[number])
-                array.get_basic_selection(slice(row, row + 1), out=as_buffer(values[number : number + 1]))
+                rows_of = partial(array.get_basic_selection, out=as_buffer(values[number : number + 1]))
+                retrying(
+                    partial(rows_of, slice(row, row + 1)),
+                    f"{self.storage.url}/{array_folder(teacher, name)}",
+                )
 
             self.storage.each(read, range(len(rows)))
 
@@ -201,13 +207,17 @@ class ZarrStore(FeatureStore):
         if (teacher, name) not in self._arrays:
             folder = array_folder(teacher, name)
             with _as_value_errors(f"{folder}/zarr.json"):
-                self._arrays[teacher, name] = zarr.open_array(self._zarr_store(), path=folder, mode="r")
+                self._arrays[teacher, name] = retrying(
+                    lambda: zarr.open_array(self._zarr_store(), path=folder, mode="r"),
+                    f"{self.storage.url}/{folder}/zarr.json",
+                )
         return self._arrays[teacher, name]
 
     def _zarr_store(self) -> Store:
         if isinstance(self.storage, LocalStorage):
             return LocalStore(self.storage.root, read_only=True)
-        return FsspecStore.from_url(self.storage.url, read_only=True)
+        options = client_options(self.storage.url)
+        return FsspecStore.from_url(self.storage.url, storage_options=options, read_only=True)
 
 
 @contextmanager
@@ -215,6 +225,8 @@ def _as_value_errors(what: str) -> Iterator[None]:
     """Of what zarr meets in damaged or hostile files, every kind of error comes out."""
     try:
         yield
+    except StorageError:
+        raise
     except Exception as error:
         raise ValueError(f"{what}: {type(error).__name__}: {error}") from error
 

@@ -208,12 +208,12 @@ def test_a_sweep_takes_what_other_machines_left_once_it_saw_it_unchanged(
         os.utime(path, (0, time.time() + off_s))
     storage, now = LocalStorage(tmp_path), time.monotonic()
     assert storage.sweep() == []
-    monkeypatch.setattr(module.time, "monotonic", lambda: now + 25 * 3600)
+    monkeypatch.setattr(time, "monotonic", lambda: now + 25 * 3600)
     assert LocalStorage(tmp_path).sweep() == [], "another process has just come"
     with left.open("ab") as file:
         file.write(b"more")
     assert storage.sweep() == ["x.lock"]
-    monkeypatch.setattr(module.time, "monotonic", lambda: now + 50 * 3600)
+    monkeypatch.setattr(time, "monotonic", lambda: now + 50 * 3600)
     assert storage.sweep() == [left.name]
 
 
