@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,8 @@ EXIT_FAILED, EXIT_USAGE = 1, 2
 def run(main: Callable[[], None]) -> None:
     """Call `main`; end with a message and exit status 1 on our errors (2 when the recipe is wrong).
 
-    A build that was interrupted ends at once, with threads that may hang in it: 143 after SIGTERM.
+    A build that was interrupted ends at once, with threads that may hang in it: 143 after SIGTERM. Whatever
+    else is interrupted ends with 130.
     """
     try:
         main()
@@ -30,6 +32,9 @@ def run(main: Callable[[], None]) -> None:
             sys.stdout.flush()
             os._exit(error.exit_status)
         raise SystemExit(EXIT_USAGE if isinstance(error, RecipeError) else EXIT_FAILED) from None
+    except KeyboardInterrupt:
+        print("Interrupted. The same command goes on from what was saved.", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from None
     finally:
         if "torch" not in sys.modules:  # whose bindings want to be collected
             gc.freeze()  # else Python looks for cycles in every module as it ends, a tenth of `inspect`

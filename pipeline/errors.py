@@ -154,7 +154,7 @@ class CodecError(TeacherCacheError, ValueError):
 
 
 class DiskSpaceError(TeacherCacheError, OSError):
-    """The plan does not fit the disk."""
+    """The plan does not fit the disk, or the disk is full."""
 
 
 class StorageError(TeacherCacheError, OSError):
@@ -188,4 +188,4 @@ class TrainingError(TeacherCacheError, FloatingPointError):
 
 
 class CheckpointError(TeacherCacheError):
-    """A checkpoint that is missing, incomplete, or of another run."""
+    """A checkpoint that is missing, damaged or of another run, or a folder that another run writes into."""

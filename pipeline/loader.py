@@ -24,7 +24,7 @@ from torch import Tensor
 from pipeline.batch_memory import BatchMemory, TensorLayout
 from pipeline.cache import FeatureCache
 from pipeline.codecs import Encoded
-from pipeline.errors import explain
+from pipeline.errors import CacheError, ImageDecodeError, SourceError, TeacherCacheError, explain
 from pipeline.spec import Size
 from pipeline.stores.base import CLS_TOKEN, GLOBAL_FEATURE
 from pipeline.views import View, render_view
@@ -198,22 +198,51 @@ class FeatureLoader:
 
     def _read(self, batch: Batch, teacher: str, part: slice) -> float:
         start = time.perf_counter()
+        try:
+            self._read_features(batch, teacher, part)
+        except TeacherCacheError:
+            raise
+        except Exception as error:  # a thread's own traceback says nothing of what it was at
+            shards = np.unique(batch.rows[part] // self._cache.spec.rows_per_shard).tolist()
+            raise CacheError(
+                f"Features of teacher {teacher} cannot be read.",
+                got=f"{type(error).__name__}: {error}, in shard {', '.join(map(str, shards))}",
+                expected="shards as they were committed",
+                do=f"run: teachercache verify {self._cache.storage.url} --full",
+            ) from error
+        return time.perf_counter() - start
+
+    def _read_features(self, batch: Batch, teacher: str, part: slice) -> None:
         rows, encoded = batch.rows[part], batch.features[teacher]
         into = Encoded(encoded.codec, {name: tensor[part] for name, tensor in encoded.arrays.items()})
         self._cache.read(rows, [teacher], out={teacher: into})
         if teacher in batch.cls_tokens:
             self._cache.read_tokens(rows, teacher, CLS_TOKEN, out=batch.cls_tokens[teacher][part])
-        return time.perf_counter() - start
 
     def _render(self, batch: Batch, i: int, sample: int, line: int) -> float:
         start = time.perf_counter()
+        try:
+            self._render_sample(batch, i, sample, line)
+        except Exception as error:
+            if isinstance(error, TeacherCacheError) and not isinstance(error, ImageDecodeError):
+                raise
+            kind = ImageDecodeError if isinstance(error, ImageDecodeError) else SourceError
+            raise kind(
+                f"Sample {batch.sample_keys[i]} cannot be trained on.",
+                got=f"{type(error).__name__}: {error}",
+                expected=f"the image {self._cache.samples['path'][sample]} as the cache was built from it"
+                + (", and its labels" if self._labels else ""),
+                do="put back what was changed since, and run the same command again",
+            ) from error
+        return time.perf_counter() - start
+
+    def _render_sample(self, batch: Batch, i: int, sample: int, line: int) -> None:
         image, view = self._cache.image(sample), self._cache.views.view(line)
         for size, pixels in batch.renders.items():
             pixels[i] = render_view(image, view, size)
         if self._labels:
             for task, values in self._labels.read(batch.sample_keys[i], view).items():
                 batch.labels[task][i] = values
-        return time.perf_counter() - start
 
     def _collect(self, pending: _Pending) -> Batch:
         start = time.perf_counter()

@@ -21,13 +21,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pipeline.errors import CheckpointError, RecipeError, explain
+from pipeline.durable import make_folder
+from pipeline.errors import CheckpointError, RecipeError, TeacherCacheError, explain
 from pipeline.spec import Size, TeacherSpec
 from student.lora import merged_state_dict
+from student.saving import replacing
 
 NUM_LEVELS = 4  # the ends of the four quarters of a network, for students and teachers alike
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+_OF_A_CONFIG = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError)  # that somebody edited
 
 
 class StudentOutput(NamedTuple):
@@ -138,12 +141,14 @@ class Student(nn.Module, ABC):
         return sum(count for part, count in parts.items() if part not in self.for_distillation)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write the two files, each whole or not at all; a power cut after this returns costs nothing."""
         target = Path(folder)
-        target.mkdir(parents=True, exist_ok=True)
+        make_folder(target)
         weights = {name: tensor.contiguous() for name, tensor in merged_state_dict(self).items()}
-        save_file(weights, target / WEIGHTS_FILE)
-        config = {"kind": self.kind, **self.config}
-        (target / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+        with replacing(target / WEIGHTS_FILE) as file:
+            save_file(weights, file)
+        with replacing(target / CONFIG_FILE) as file:
+            file.write_text(json.dumps({"kind": self.kind, **self.config}, indent=2) + "\n")
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str], revision: str | None = None) -> Self:
@@ -164,7 +169,9 @@ class Student(nn.Module, ABC):
         try:
             student = cls(**config)
             student.load_state_dict(load_file(folder / WEIGHTS_FILE))
-        except (OSError, SafetensorError, TypeError, RuntimeError) as error:
+        except TeacherCacheError:
+            raise
+        except (OSError, SafetensorError, RuntimeError, *_OF_A_CONFIG) as error:
             raise CheckpointError(
                 f"The student in {folder} cannot be loaded.",
                 got=error,

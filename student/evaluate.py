@@ -44,10 +44,12 @@ from student.figures import gate_figure, prediction_figure
 from student.in_threads import in_threads
 from student.metrics import mtl_gain
 from student.paper_results import backbone_of, paper_rows, single_task_scores
+from student.saving import replacing, saving
 from student.targets import require_experts
 from student.task_outputs import TASK_OUTPUTS, further, update, value
 
 PANEL_IMAGES = 4
+_MEASURES_AGAIN = "it measures again, from the start"
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,8 @@ def evaluate(
     `baseline`: single-task scores to state gains against (`read_baseline`), instead of the paper's.
     `table`: show the rows of this table of the paper, instead of those of its comparisons.
     Every process gets the same result; the main one writes `output`.
-    Raises `RecipeError` where there is no common task, no image, or no such table.
+    Raises `RecipeError` where there is no common task, no image, or no such table, `DiskSpaceError` or
+    `CheckpointError` where `output` cannot be written.
     """
     tasks = [task for task in student.tasks if task in dataset.tasks]
     if not tasks:
@@ -205,7 +208,8 @@ def evaluate(
             shown = {task: values.cpu().numpy() for task, values in estimates.items()}
             panel.add(items, shown)
             if output:
-                _save_predictions(Path(output) / "predictions", items, shown)
+                with saving("The predictions", Path(output), _MEASURES_AGAIN):
+                    _save_predictions(Path(output) / "predictions", items, shown)
             progress.advance(bar, len(items))
         for metric in (*metrics.values(), *second_metrics.values()):
             metric.reduce(lambda sums: reduce(sums.to(state.device), "sum").cpu())
@@ -224,7 +228,8 @@ def evaluate(
         further={t: more for t in tasks if (more := further(t, metrics[t], second_metrics.get(t)))},
     )
     if output and state.is_main_process:
-        _write(evaluation, Path(output), student.experts, panel, evaluation.markdown(baseline, table))
+        with saving("What was measured", Path(output), _MEASURES_AGAIN):
+            _write(evaluation, Path(output), student.experts, panel, evaluation.markdown(baseline, table))
     return evaluation
 
 
@@ -362,8 +367,10 @@ def _write(
     markdown: str,
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "scores.json").write_text(json.dumps(evaluation.record(), indent=2, allow_nan=False) + "\n")
-    (folder / "scores.md").write_text(markdown)
+    record = json.dumps(evaluation.record(), indent=2, allow_nan=False)
+    for name, text in (("scores.json", f"{record}\n"), ("scores.md", markdown)):
+        with replacing(folder / name) as file:
+            file.write_text(text)
     prediction_figure(panel.images, panel.labels, panel.estimates).savefig(folder / "predictions.png")
     if evaluation.gates:
         gates = {task: np.array(gates_SE) for task, gates_SE in evaluation.gates.items()}

@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -28,6 +30,7 @@ from student.recipe import TrainRecipe
 from student.run_log import RunLog
 from student.timing import StageTimer
 
+_NAMED = 5
 Objective = Callable[[Batch, StageTimer], tuple[Tensor, dict[str, Tensor]]]
 
 
@@ -44,7 +47,10 @@ class LoopResult:
 
 
 class TrainingLoop:
-    """Minimises `objective(batch, timer) -> (loss, terms to log)` on every process of `accelerator`."""
+    """Minimises `objective(batch, timer) -> (loss, terms to log)` on every process of `accelerator`.
+
+    `not_finite` says what of the data of some rows is not finite.
+    """
 
     def __init__(
         self,
@@ -55,6 +61,7 @@ class TrainingLoop:
         objective: Objective,
         learning_rate: Callable[[int], float],
         run: Mapping[str, Any],
+        not_finite: Callable[[NDArray], list[str]],
     ) -> None:
         self._accelerator = accelerator
         self._recipe = recipe
@@ -63,6 +70,8 @@ class TrainingLoop:
         self._objective = objective
         self._learning_rate = learning_rate
         self._run = run
+        self._not_finite = not_finite
+        self._rows: list[NDArray] = []
         self._timer = StageTimer(accelerator.device)
 
     def run(self, batches: Iterator[Batch], first_step: int, total_steps: int, log: RunLog) -> LoopResult:
@@ -80,7 +89,8 @@ class TrainingLoop:
                 seconds = self._timer.take()
                 duration = time.perf_counter() - started
                 result.interrupted = values.pop("stop") > 0
-                _require_finite(step, values["loss"])
+                if not math.isfinite(values["loss"]):
+                    raise self._error(step, values["loss"])
                 values["images_per_s"] = images_per_step / duration
                 log.write(step, values | {f"seconds/{stage}": spent for stage, spent in seconds.items()})
                 for stage, spent in seconds.items():
@@ -101,8 +111,10 @@ class TrainingLoop:
             group["lr"] = rate
         clip_norm = self._recipe.clip_norm or math.inf  # which clips nothing; the norm is still measured
         logged: list[dict[str, Tensor]] = []
+        self._rows = []
         for micro_step in range(self._accelerator.gradient_accumulation_steps):
             batch = next(batches)
+            self._rows.append(batch.rows)
             for stage, seconds in batch.seconds.items():
                 self._timer.add(stage, seconds)
             torch.manual_seed(step_seed(self._recipe.seed, step, micro_step, self._accelerator.process_index))
@@ -131,17 +143,26 @@ class TrainingLoop:
             save_checkpoint(folder, step, model, self._optimizer, self._run, keep)
         self._accelerator.wait_for_everyone()
 
+    def _error(self, step: int, loss: float) -> TrainingError:
+        """Every process comes here in the same step, and each knows only its own rows."""
+        found: list[str] = gather_object(self._not_finite(np.concatenate(self._rows)))
+        if not found:
+            return TrainingError(
+                f"The loss is no longer finite at step {step}.",
+                got=loss,
+                expected="a finite number",
+                do="lower optimizer.lr, set clip_norm or lengthen the warm-up, in a new output folder",
+            )
+        more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+        return TrainingError(
+            f"The loss is not finite at step {step}, since the data are not.",
+            got="; ".join(found[:_NAMED]) + more,
+            expected="finite features and labels: no codec writes others, so these were changed since",
+            do=f"of features: teachercache verify {self._recipe.cache} --full, then teachercache repair "
+            f"{self._recipe.cache}; labels: put the files back. Then run the same command again",
+        )
+
 
 def step_seed(*position: int) -> int:
     """A seed for (run's seed, step, micro-step, process), well mixed, so that no two share a stream."""
     return int(np.random.SeedSequence(position).generate_state(1, np.uint64)[0])
-
-
-def _require_finite(step: int, loss: float) -> None:
-    if not math.isfinite(loss):
-        raise TrainingError(
-            f"The loss is no longer finite at step {step}.",
-            got=loss,
-            expected="a finite number",
-            do="lower optimizer.lr, set clip_norm or lengthen the warm-up, in a new output folder",
-        )

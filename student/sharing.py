@@ -11,6 +11,7 @@ from huggingface_hub import HfApi
 
 from pipeline.errors import CheckpointError
 from student.base import CONFIG_FILE, WEIGHTS_FILE, Student, find_saved, read_config
+from student.saving import replacing
 
 if TYPE_CHECKING:
     from pipeline.cache import FeatureCache
@@ -69,7 +70,8 @@ output = student(student.normalize(images))  # uint8 (B, 3, {height}, {width}) â
 
 The licences of the teachers' weights apply to what was distilled from them: see their model cards.
 """
-    (folder / CARD_FILE).write_text(text)
+    with replacing(folder / CARD_FILE) as file:
+        file.write_text(text)
 
 
 def push_to_hub(folder: str | os.PathLike[str], repository: str, *, private: bool = False) -> str:

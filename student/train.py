@@ -13,34 +13,39 @@ from __future__ import annotations
 
 import difflib
 import warnings
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import ProjectConfiguration
+from accelerate import Accelerator
 from torch import nn
 from torch.optim import AdamW
 
 from pipeline.cache import FeatureCache
+from pipeline.durable import make_folder
 from pipeline.errors import CheckpointError, RecipeError
 from pipeline.loader import FeatureLoader
 from pipeline.sampler import ShardShuffleSampler
 from student import SAK, Student, build_student, load_stage_1
 from student.base import NUM_LEVELS, teacher_facts
-from student.checkpoint import load_checkpoint, newest_checkpoint
+from student.checkpoint import DAMAGED_SUFFIX, load_newest, misnamed, newest_checkpoint, set_aside
+from student.environment import accelerator_for, overruled
 from student.kpu.objective import AlignmentLoss, KPUObjective
 from student.learning import require_kept, set_learning
 from student.loop import TrainingLoop
 from student.losses import DistillationLoss
+from student.not_finite import not_finite
 from student.notices import notices
 from student.objectives import Objective
 from student.recipe import OF_KPU, TrainRecipe, run_identity
+from student.run_lock import only_trainer
 from student.run_log import RunLog
 from student.run_pictures import RunPictures
 from student.sak.transfer import grown_student
+from student.saving import saving
 from student.schedule import SCHEDULES
 from student.sharing import write_model_card
 from student.targets import TARGET_SOURCES, TargetSource, held_whole, require_experts, require_maps
@@ -73,9 +78,15 @@ def train(recipe: TrainRecipe) -> TrainResult:
     """Train, or continue, the run that `recipe` states; returns when it is finished or SIGTERM came.
 
     Raises `CacheError` where the cache is missing, incomplete or without one of the teachers,
-    `RecipeError` for what cannot work with this cache, `CheckpointError` when the output folder holds
-    another run or a damaged checkpoint.
+    `RecipeError` for what cannot work with this cache or under this launcher, `CheckpointError` when the
+    output folder holds another run, one that lives, or no sound checkpoint of this one.
     """
+    with ExitStack() as stack:
+        return _train(recipe, stack)
+
+
+def _train(recipe: TrainRecipe, stack: ExitStack) -> TrainResult:
+    """`stack` holds the output folder until the run has ended."""
     output = Path(recipe.output)
     accelerator = accelerator_for(recipe)
     cache = FeatureCache.open(recipe.cache, images=recipe.images)
@@ -94,7 +105,10 @@ def train(recipe: TrainRecipe) -> TrainResult:
     images_per_step = recipe.images_per_step(accelerator.num_processes)
     _require_fit(recipe, cache, teachers, images_per_step, sampler.num_samples)
     _require_folder(output)
-    for notice in notices(recipe, cache.spec, [] if recipe.features == "online" else held):
+    require_held = stack.enter_context(only_trainer(accelerator, output))
+    for notice in overruled(recipe) + notices(
+        recipe, cache.spec, [] if recipe.features == "online" else held
+    ):
         accelerator.print(notice)
     total_steps, warmup_steps = recipe.schedule.steps(sampler.num_samples / images_per_step)
 
@@ -104,6 +118,7 @@ def train(recipe: TrainRecipe) -> TrainResult:
     if accelerator.device.type == "cuda" and accelerator.num_processes > 1:
         student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
     targets = TARGET_SOURCES[recipe.features](cache, teachers, accelerator.device)
+    reads = targets.reads if recipe.distills or student.reads_features else []
     optimizer = AdamW(
         [parameter for parameter in student.parameters() if parameter.requires_grad],
         lr=recipe.optimizer.lr,
@@ -137,6 +152,7 @@ def train(recipe: TrainRecipe) -> TrainResult:
             total_steps=total_steps,
         ),
         run,
+        partial(not_finite, cache, reads, tasks),
     )
     log = RunLog(
         accelerator,
@@ -146,11 +162,12 @@ def train(recipe: TrainRecipe) -> TrainResult:
         every_steps=recipe.log_every_steps,
         pictures=RunPictures(cache, held if recipe.distills else [], student).draw,
         picture_every_steps=recipe.picture_every_steps,
+        before_writing=require_held,
     )
     loader = FeatureLoader(
         cache,
         sampler,
-        targets.reads if recipe.distills or student.reads_features else [],
+        reads,
         labels=tasks,
         extra_sizes=targets.extra_sizes,
         start_step=first_step * recipe.gradient_accumulation_steps,
@@ -163,8 +180,9 @@ def train(recipe: TrainRecipe) -> TrainResult:
     verdict = bottleneck(done.seconds, done.steps)
     accelerator.print(verdict)
     if not done.interrupted and accelerator.is_main_process:
-        student.save_pretrained(output / "student")
-        write_model_card(output / "student", student, recipe, cache, done.next_step, done.last_loss)
+        with saving("The finished student", output / "student"):
+            student.save_pretrained(output / "student")
+            write_model_card(output / "student", student, recipe, cache, done.next_step, done.last_loss)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return TrainResult(
@@ -179,7 +197,7 @@ def train(recipe: TrainRecipe) -> TrainResult:
 
 def _require_folder(output: Path) -> None:
     try:
-        output.mkdir(parents=True, exist_ok=True)
+        make_folder(output)
     except OSError as error:
         raise RecipeError(
             "The output folder cannot be made.",
@@ -187,19 +205,6 @@ def _require_folder(output: Path) -> None:
             expected="a folder, or a place where this user can make one",
             do="choose another output",
         ) from error
-
-
-def accelerator_for(recipe: TrainRecipe) -> Accelerator:
-    return Accelerator(
-        cpu=not torch.accelerator.is_available(),  # unless told so, it runs one process on CPUs, silently
-        mixed_precision=recipe.mixed_precision,
-        gradient_accumulation_steps=recipe.gradient_accumulation_steps,
-        log_with="tensorboard",
-        project_config=ProjectConfiguration(project_dir=recipe.output),
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-        ],
-    )
 
 
 def _build(
@@ -329,7 +334,14 @@ def _resume(
             expected="a folder without checkpoints",
             do="choose another output, delete that run, or set resume=true to continue it",
         )
-    first_step = 0 if newest is None else load_checkpoint(newest, student, optimizer, run)
+    if newest is None and (finished := Path(recipe.output) / "student").exists():
+        raise CheckpointError(
+            "The output folder holds a finished student, and no checkpoint to continue from.",
+            got=finished,
+            expected="the checkpoints of its run, or a folder without a student",
+            do="choose another output, or move that student away to train again",
+        )
+    first_step, damaged = load_newest(recipe.checkpoint_folder, student, optimizer, run)
     steps = accelerator.gather(torch.tensor([first_step], device=accelerator.device)).tolist()
     if len(set(steps)) > 1:
         raise CheckpointError(
@@ -338,4 +350,10 @@ def _resume(
             expected="one output folder that all machines share",
             do="put `output` on a shared file system",
         )
+    if accelerator.is_main_process:
+        for path, error in damaged.items():
+            aside = set_aside(path).name
+            print(f"{error}\n{path.name} is set aside as {aside}: going on from {first_step} steps.")
+        if others := [name for name in misnamed(recipe.checkpoint_folder) if DAMAGED_SUFFIX not in name]:
+            print(f"Left out of {recipe.checkpoint_folder}: {', '.join(others)}, no names of checkpoints.")
     return first_step

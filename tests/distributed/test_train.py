@@ -31,7 +31,14 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(
-    cache: Path, output: Path, *, processes: int = 1, batch_size: int, steps: int = STEPS, **changes: Any
+    cache: Path,
+    output: Path,
+    *,
+    processes: int = 1,
+    batch_size: int,
+    steps: int = STEPS,
+    stdout: int | None = None,
+    **changes: Any,
 ) -> subprocess.Popen[bytes]:
     output.mkdir(parents=True, exist_ok=True)
     recipe = CONTENT | {
@@ -48,7 +55,7 @@ def start(
         launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     script = Path(__file__).parents[2] / "jobs" / "train_student.py"
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*launch, script, output / "recipe.yaml"], env=environment)
+    return subprocess.Popen([*launch, script, output / "recipe.yaml"], env=environment, stdout=stdout)
 
 
 def run(cache: Path, output: Path, **arguments: Any) -> list[float]:
@@ -114,6 +121,26 @@ def test_sigterm_saves_and_the_same_command_goes_on(cache: Path, tmp_path: Path,
         process.send_signal(signal.SIGTERM)
         process.wait(timeout=120)
     assert logged(tmp_path)[: len(before)] == before
+
+
+def test_a_run_that_is_queued_again_follows_the_one_that_still_ends(cache: Path, tmp_path: Path) -> None:
+    """With another number of processes, of which the main one waits for the folder."""
+    with start(cache, tmp_path, batch_size=4, steps=100_000) as first:
+        await_steps(tmp_path, 3)
+        with start(
+            cache, tmp_path, batch_size=2, processes=2, steps=100_000, stdout=subprocess.PIPE
+        ) as second:
+            assert second.stdout is not None
+            told = next(line for line in second.stdout if b"waiting for that run to end" in line)
+            assert f"process {first.pid} on ".encode() in told
+            first.send_signal(signal.SIGTERM)
+            assert first.wait(timeout=120) == 143
+            before = logged(tmp_path)
+            await_steps(tmp_path, len(before) + 3)
+            second.send_signal(signal.SIGTERM)
+            second.communicate(timeout=120)
+    assert logged(tmp_path)[: len(before)] == before
+    assert not (tmp_path / "run.lock").exists()
 
 
 def await_steps(output: Path, count: int) -> None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from pipeline.errors import RecipeError
+from pipeline.errors import CheckpointError, RecipeError
 from pipeline.spec import Size
 from student import SAK
 from student.base import Student, StudentOutput
@@ -63,6 +63,8 @@ def test_depth_is_measured_in_metres_of_the_room(tmp_path: Path) -> None:
     assert found.scores["depth"] == pytest.approx(0, abs=1e-5)
     with Image.open(tmp_path / "out/predictions/depth/a.png") as image:
         assert (np.array(image) == 1000 * METRES).all()
+    with pytest.raises(CheckpointError, match=r"predictions cannot be written(.|\n)*Not a directory"):
+        evaluate(student, FlatRooms(tmp_path, "val"), output=tmp_path / "val.txt")
 
 
 def test_a_split_without_images_has_no_scores(tmp_path: Path) -> None:

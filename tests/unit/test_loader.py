@@ -5,16 +5,18 @@ from __future__ import annotations
 import threading
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
 from pipeline import FeatureCache, render_view
-from pipeline.errors import CacheMismatchError, CorruptShardError
+from pipeline.batch_memory import TensorLayout
+from pipeline.errors import CacheError, CacheMismatchError, CorruptShardError, SourceError, TeacherCacheError
 from pipeline.loader import Batch, FeatureLoader
 from pipeline.sampler import ShardShuffleSampler
 from pipeline.stores.zarr_store import shard_file
+from pipeline.views import View
 from tests.make_cache import features, make_cache, make_images, teacher_spec
 
 
@@ -151,3 +153,44 @@ def test_threads_end_with_the_context_and_errors_reach_the_consumer(tmp_path: Pa
     with FeatureLoader(cache, sampler) as loader, pytest.raises(FileNotFoundError, match="images=PATH"):
         next(iter(loader))
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("loader")]
+
+
+def test_an_image_that_no_longer_decodes_is_named(tmp_path: Path) -> None:
+    images = make_images(tmp_path / "images", 3)
+    cache = make_cache(tmp_path / "cache", images)
+    path = sorted(images.iterdir())[1]
+    path.write_bytes(path.read_bytes()[:4] * 500)
+    sampler = ShardShuffleSampler(cache, batch_size_per_process=3)
+    with FeatureLoader(cache, sampler) as loader, pytest.raises(TeacherCacheError, match=path.stem):
+        next(iter(loader))
+
+
+def test_labels_that_fail_are_named_with_their_sample(cache: FeatureCache) -> None:
+    class Broken:
+        layouts: ClassVar[dict[str, TensorLayout]] = {"depth": ((32, 32), torch.float32)}
+
+        def read(self, sample_key: str, view: View) -> dict[str, torch.Tensor]:
+            return {"depth": torch.zeros(31, 32)}
+
+    sampler = ShardShuffleSampler(cache, batch_size_per_process=1)
+    key = cache.key(int(cache.index.locate(sampler.batch(0))[0][0]))
+    with (
+        FeatureLoader(cache, sampler, labels=Broken()) as loader,
+        pytest.raises(SourceError, match=rf"Sample {key} (.|\n)*size of the tensor(.|\n)*and its labels"),
+    ):
+        next(iter(loader))
+
+
+def test_features_that_fail_are_named_with_teacher_and_shard(
+    cache: FeatureCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(*_: Any) -> None:
+        raise MemoryError("Unable to allocate 3 GiB")
+
+    monkeypatch.setattr(cache.store, "read", read)
+    sampler = ShardShuffleSampler(cache, batch_size_per_process=2)
+    with (
+        FeatureLoader(cache, sampler, ["b"], images=False, threads=1) as loader,
+        pytest.raises(CacheError, match=r"teacher b (.|\n)*MemoryError: Unable .*, in shard \d(.|\n)*--full"),
+    ):
+        next(iter(loader))

@@ -2,43 +2,52 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from huggingface_hub import HfApi
 from rich.console import Console
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cache_builder import build
+from pipeline.batch_memory import TensorLayout
 from pipeline.cache import FeatureCache
 from pipeline.errors import (
     CacheError,
     CacheNotFoundError,
     CheckpointError,
+    DiskSpaceError,
     IncompleteCacheError,
     RecipeError,
+    TeacherCacheError,
 )
 from pipeline.map_reader import MapReader
 from pipeline.recipe import load_recipe
 from pipeline.spec import GridSpec
+from pipeline.views import View
 from student import load_student, sharing
 from student.base import StudentOutput
+from student.checkpoint import newest_checkpoint
+from student.not_finite import not_finite
 from student.recipe import TrainRecipe
 from student.repsim import representation_similarity
 from student.run_pictures import NUM_ROWS, RunPictures
 from student.sak.model import SAK
 from student.train import _require_folder, train
-from tests.make_cache import build_recipe, make_cache, make_images, teacher_spec
-from tests.train_recipes import CONTENT, logged, train_recipe
+from tests.make_cache import build_recipe, commit_shard, make_cache, make_images, teacher_spec
+from tests.train_recipes import CONTENT, logged, room_for, train_recipe
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -247,6 +256,119 @@ def test_a_loss_that_is_not_finite_ends_the_run(cache: Path, tmp_path: Path) -> 
     assert not (tmp_path / "checkpoints").exists()
 
 
+def test_features_that_are_not_finite_are_found(images: Path, tmp_path: Path) -> None:
+    """Not blamed on the learning rate."""
+    teachers = {"alpha": teacher_spec(codec="bf16"), "beta": teacher_spec()}
+    cache = make_cache(tmp_path / "cache", images, teachers=teachers, skip_shards=[1])
+    commit_shard(cache, "beta", 1)
+    commit_shard(cache, "alpha", 1, value=float("nan"))
+    with pytest.raises(FloatingPointError, match=r"since the data are not") as error:
+        train(train_recipe(tmp_path / "cache", tmp_path / "run", gradient_accumulation_steps=2))
+    assert re.search(r"features of alpha in shard 1, row \d+ \(sample image_00[3-5]\)", str(error.value))
+    assert f"teachercache repair {tmp_path / 'cache'}" in str(error.value)
+    assert "beta" not in str(error.value)
+    assert "lr" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("room", "message"),
+    [(10, "The lock of this run"), (2_000, "What the run logs"), (20_000, "The checkpoint of step 3")],
+)
+def test_a_full_disk_is_one_message(cache: Path, tmp_path: Path, room: int, message: str) -> None:
+    recipe = train_recipe(cache, tmp_path)
+    if room == 2_000:
+        recipe = recipe.model_copy(update={"checkpoint_every_steps": 100})
+    with room_for(room), pytest.raises(DiskSpaceError, match=f"{message} cannot be written"):
+        train(recipe)
+    assert newest_checkpoint(recipe.checkpoint_folder) is None
+    assert not list(tmp_path.rglob("*.partial"))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train(train_recipe(cache, tmp_path))
+    assert len(logged(tmp_path)) == 8
+
+
+def test_labels_that_are_not_finite_are_found(images: Path, cache: Path) -> None:
+    opened = FeatureCache.open(cache)
+
+    class Labels:
+        layouts: ClassVar[dict[str, TensorLayout]] = {}
+
+        def read(self, sample_key: str, view: View) -> dict[str, torch.Tensor]:
+            return {"depth": torch.full((1, 1), float("inf" if sample_key == "image_001" else "1"))}
+
+    rows = opened.index.rows([0, 1], 0)
+    assert not_finite(opened, opened.teachers, Labels(), rows) == ["depth of sample image_001"]
+
+
+@pytest.mark.parametrize(
+    "garbage", [b"\x00\xff\xfe\n", b"{}\n", b"[1]\n", b'{"step": "2"}\n', b'{"step": 1, "lo\n', b"\n\n"]
+)
+def test_lines_that_cannot_be_read_do_not_keep_a_run_from_going_on(
+    cache: Path, finished: Path, tmp_path: Path, garbage: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = start_from(finished, 6, tmp_path)
+    lines = (output / "metrics.jsonl").read_bytes().splitlines(True)
+    lines.insert(2, garbage)
+    (output / "metrics.jsonl").write_bytes(b"".join(lines) + b'{"step": 8, "lo\x00')
+    train(train_recipe(cache, output))
+    assert logged(output) == logged(finished)
+    told = capsys.readouterr().err
+    assert f"{garbage.count(10)} lines of metrics.jsonl cannot be read" in told
+    assert "2 steps that no checkpoint holds are taken again" in told
+
+
+def test_a_damaged_newest_checkpoint_costs_its_own_steps(
+    cache: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    newest = tmp_path / "checkpoints/step_00000008"
+    with (newest / "model.safetensors").open("r+b") as file:
+        file.truncate(1000)
+    (tmp_path / "checkpoints/step_00000006").rename(tmp_path / "checkpoints/best")
+    train(train_recipe(cache, tmp_path))
+    assert logged(tmp_path) == logged(finished)
+    told = capsys.readouterr().out
+    assert f"{newest}/model.safetensors is damaged" in told
+    assert "step_00000008 is set aside as step_00000008.damaged: going on from 3 steps" in told
+    assert "best, no names of checkpoints" in told
+    assert {path.name for path in newest.parent.iterdir()} == {
+        *("best", "step_00000003", "step_00000006", "step_00000008", "step_00000008.damaged")
+    }
+
+
+def test_a_finished_student_without_checkpoints_is_not_trained_over(
+    cache: Path, finished: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(finished / "student", tmp_path / "student")
+    with pytest.raises(CheckpointError, match=r"finished student, and no checkpoint(.|\n)*another output"):
+        train(train_recipe(cache, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("teacher_dims", ["alpha"]),
+        ("teacher_dims", {"alpha": "8"}),
+        ("teacher_dims", {"alpha": 9}),
+        ("image_size", 32),
+        ("image_size", [32, 32, 32]),
+        ("reduction", 0),
+        ("of_a_later_version", 1),
+        ("tasks", ["semseg"]),
+        ("kind", "other"),
+        ("kind", ["sak"]),
+    ],
+)
+def test_a_saved_student_with_another_config_is_one_message(
+    finished: Path, tmp_path: Path, key: str, value: Any
+) -> None:
+    shutil.copytree(finished / "student", tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {key: value}))
+    with pytest.raises(TeacherCacheError):
+        load_student(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -433,3 +555,9 @@ def test_an_output_that_is_no_folder_is_one_message(tmp_path: Path) -> None:
     for output in (tmp_path / "file", tmp_path / "file" / "run"):
         with pytest.raises(RecipeError, match=r"output folder cannot be made(.|\n)*choose another output"):
             _require_folder(output)
+
+
+def test_ctrl_c_is_no_traceback() -> None:
+    code = "from jobs.launch import run\ndef main():\n    raise KeyboardInterrupt\nrun(main)"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr.count("\n")) == (130, 1)

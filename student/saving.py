@@ -1,0 +1,60 @@
+"""Files of a run that are there whole or not at all, after a power cut too, or else an error in words."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from pipeline.durable import fsync, rename
+from pipeline.errors import CheckpointError, DiskSpaceError, TeacherCacheError
+from pipeline.processes import temporary_of
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """A name to write a file to, which becomes `target` when the block ends, and goes when it fails."""
+    temporary = temporary_of(target)
+    try:
+        yield temporary
+        fsync(temporary)
+        rename(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+_GOES_ON = "it goes on from the newest checkpoint, and those that were written before are whole"
+
+
+@contextmanager
+def saving(what: str, place: Path, then: str = _GOES_ON) -> Iterator[None]:
+    """Raises `DiskSpaceError` where a disk or a quota is full, `CheckpointError` where it fails otherwise."""
+    try:
+        yield
+    except TeacherCacheError:
+        raise
+    except (OSError, SafetensorError) as error:
+        number = error.errno if isinstance(error, OSError) else _number_in(error)
+        if number is None and isinstance(error, SafetensorError):
+            raise
+        kind = DiskSpaceError if number in _FULL else CheckpointError
+        raise kind(
+            f"{what} cannot be written.",
+            got=f"{place}: {os.strerror(number) if number else error}",
+            expected="room for it, in a folder that this user may write to",
+            do=f"make room or choose another place, and run the same command again: {then}",
+        ) from error
+
+
+def _number_in(error: SafetensorError) -> int | None:
+    """safetensors writes files itself, and says why it cannot in its text alone."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else None
