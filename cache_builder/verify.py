@@ -23,7 +23,7 @@ import numpy as np
 
 from pipeline.cache import FeatureCache
 from pipeline.codecs import get_codec
-from pipeline.errors import CacheError
+from pipeline.errors import CacheError, StorageError
 from pipeline.manifest import (
     SAMPLES_NAME,
     SPEC_NAME,
@@ -36,7 +36,7 @@ from pipeline.manifest import (
 )
 from pipeline.processes import TEMPORARY_SUFFIX, is_abandoned, is_stale
 from pipeline.spec import IMAGES
-from pipeline.storage import LOCK_SUFFIX, Storage
+from pipeline.storage import LOCK_SUFFIX, LocalStorage, Storage
 from pipeline.stores.image_tar import image_tar_name
 from pipeline.views import draw_segment
 
@@ -132,7 +132,9 @@ def _check_shard(
         if missing := _shard_files(cache, teacher, shard).difference(record.files):
             return [problem(name, f"{name} does not name {', '.join(sorted(missing))}")], None
         wrong = [(file, f"{name}: {file} {reason}") for file, reason in _wrong_files(cache, record, full)]
-    except (CacheError, FileNotFoundError) as error:
+    except (CacheError, FileNotFoundError, StorageError) as error:
+        if isinstance(error, StorageError) and not isinstance(cache.storage, LocalStorage):
+            raise  # a store that does not answer does not answer for any file; a disk has bad places
         return [problem(name, str(error))], None
     return [problem(*pair) for pair in wrong], record
 

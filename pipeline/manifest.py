@@ -30,6 +30,7 @@ from pipeline.errors import (
     CacheMismatchError,
     CacheNotFoundError,
     CorruptShardError,
+    StorageError,
     TeacherCacheError,
 )
 from pipeline.limits import (
@@ -465,6 +466,8 @@ class Manifest:
                     if table[column].null_count:
                         raise pa.ArrowInvalid(f"{column} has lines without a value")
                 return table.slice(0, num_rows)
+        except StorageError:
+            raise
         except (FileNotFoundError, pa.ArrowException, OSError, ValueError) as error:
             raise CacheError(
                 f"{name} of this cache cannot be read.",

@@ -25,6 +25,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipeline.cache import FeatureCache
+from pipeline.durable import link
 from pipeline.errors import (
     AlreadyCommittedError,
     CacheError,
@@ -481,10 +482,9 @@ def _link_or_copy(source: Storage, name: str, record: FileRecord, target: Storag
         raise _corrupt(source, f"{name} with other first or last bytes than were committed")
     if isinstance(source, LocalStorage) and isinstance(target, LocalStorage):
         path = target.path(new_name)
-        path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)  # without a record it does not exist
         try:
-            path.hardlink_to(source.path(name))
+            link(source.path(name), path)
         except OSError:
             _copy(source, name, record, target, new_name)  # another file system, or one without links
     else:

@@ -124,6 +124,14 @@ def test_a_mount_that_is_gone_is_said_with_the_file(mount: Mount, cache: Feature
         LOOKS[name](cache.storage.url)
 
 
+def test_a_bad_place_on_a_disk_is_a_problem_of_its_shard(mount: Mount, cache: FeatureCache) -> None:
+    """And ends no verification: what else is wrong is found in the same run."""
+    mount.fail(Path(cache.storage.url) / "teachers/alpha/codes/c/1", failures=1_000_000)
+    (problem,) = verify(cache, full=True)
+    assert (problem.teacher, problem.shard) == ("alpha", 1)
+    assert "codes/c/1/0/0/0/0 cannot be read" in problem.reason
+
+
 def test_images_that_training_reads_by_reference_are_named(
     mount: Mount, cache: FeatureCache, images: Path
 ) -> None:
