@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -61,6 +62,11 @@ class StudentRecipe(Strict):
     preservation: bool = True
     unification: bool = True
     reconstruction: bool = True
+
+    @field_validator("init_from")
+    @classmethod
+    def _at_home(cls, value: str | None) -> str | None:
+        return value and os.path.expanduser(value)  # noqa: PTH111  may be a name on the Hub
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -210,10 +216,10 @@ class TrainRecipe(Strict):
     picture_every_steps: int = Field(1000, ge=0)
     loader: LoaderRecipe = LoaderRecipe()
 
-    @field_validator("mixed_precision", mode="before")
+    @field_validator("output")
     @classmethod
-    def _no_is_false_in_yaml(cls, value: Any) -> Any:
-        return "no" if value is False else value
+    def _at_home(cls, value: str) -> str:
+        return os.path.expanduser(value)  # noqa: PTH111  the rest stays as it was typed
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -261,3 +261,12 @@ def test_a_key_of_a_listed_teacher_can_be_overridden() -> None:
     overrides = ["teachers=[dinov2_small]", "teachers.dinov2_small.pretrained=false"]
     recipe = load_recipe(BuildRecipe, "demo", ["source.path=/x", "cache=/y", *overrides])
     assert recipe.teachers["dinov2_small"].pretrained is False
+
+
+def test_a_student_may_lie_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    said = ["cache=c", "output=~/runs/a", "student.init_from=~/runs/b/student"]
+    recipe = load_recipe(TrainRecipe, "sak_stage2_pascal_base", said)
+    assert (recipe.output, recipe.student.init_from) == ("/home/me/runs/a", "/home/me/runs/b/student")
+    hub = load_recipe(TrainRecipe, "sak_stage2_pascal_base", [*said[:2], "student.init_from=me/student"])
+    assert hub.student.init_from == "me/student"
