@@ -117,7 +117,9 @@ def test_online_teachers_give_the_losses_of_the_cache(cache: Path, scenes: Path,
         train(recipe)
         losses.append(logged(tmp_path / features))
     assert len(losses[0]) == 20
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[1][:2] == losses[0][:2]
+    assert losses[1][:10] == pytest.approx(losses[0][:10], rel=1e-5)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4), "the rounding of a batch of another size grows"
 
 
 def test_labels_alone_leave_the_features_unread(cache: Path, scenes: Path, tmp_path: Path) -> None:
