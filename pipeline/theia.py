@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import io
 import json
-import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -29,8 +28,9 @@ from numpy.typing import NDArray
 
 from pipeline.cache import FeatureCache
 from pipeline.errors import CacheError, CacheMismatchError
-from pipeline.storage import ChecksumWriter, Storage
+from pipeline.storage import Storage
 from pipeline.stores.base import CLS_TOKEN
+from pipeline.stores.tar_index import TAR_END, add_member
 from pipeline.views import render_view
 from pipeline.whole_or_nothing import room_at
 
@@ -92,8 +92,8 @@ def export_theia(
                 if not storage.exists(name):
                     with storage.open_write(name) as tar:
                         for key, data in zip(keys[part], members, strict=True):
-                            _add(tar, f"{key}.{suffix}", data)
-                        tar.write(bytes(2 * tarfile.BLOCKSIZE))
+                            add_member(tar, f"{key}.{suffix}", data)
+                        tar.write(TAR_END)
                 progress(len(rows[part]))
         splits = dict.fromkeys(_SPLITS, 0) | _splits(storage, dataset) | {split: len(rows)}
         storage.write(f"{dataset}/splits.json", (json.dumps(splits, indent=2) + "\n").encode())
@@ -162,11 +162,3 @@ def _features(cache: FeatureCache, name: str, rows: Sequence[int] | NDArray, lev
             tensors["cls_token"] = cache.read_tokens(batch, name, CLS_TOKEN)[:, level].to(torch.bfloat16)
         for place in range(len(batch)):
             yield safetensors.torch.save({key: value[place].contiguous() for key, value in tensors.items()})
-
-
-def _add(tar: ChecksumWriter, name: str, data: bytes) -> None:
-    header = tarfile.TarInfo(name)
-    header.size = len(data)
-    tar.write(header.tobuf(tarfile.PAX_FORMAT))
-    tar.write(data)
-    tar.write(bytes(-len(data) % tarfile.BLOCKSIZE))

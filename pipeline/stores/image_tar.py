@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from pipeline.manifest import FileRecord
 from pipeline.storage import ChecksumWriter, Storage
-from pipeline.stores.tar_index import member_key
+from pipeline.stores.tar_index import TAR_END, add_member, member_key
 
 _SUFFIXES = {b"\xff\xd8": ".jpg", b"\x89P": ".png", b"RI": ".webp"}
 _SUFFIXES |= {b"GI": ".gif", b"BM": ".bmp", b"II": ".tif", b"MM": ".tif"}
@@ -31,18 +30,15 @@ class ImageTarWriter:
         name = image_tar_name(shard)
         with storage.open_write(name) as file:
             yield cls(name, file)
-            file.write(b"\0" * 2 * tarfile.BLOCKSIZE)
+            file.write(TAR_END)
 
     def add(self, key: str, image: bytes | None) -> None:
         """The next sample of the shard; None keeps the place of one that cannot be decoded."""
         if image is None:
             self.members.append((0, 0))
             return
-        header = tarfile.TarInfo(member_key(key) + _SUFFIXES.get(image[:2], ".img"))
-        header.size = len(image)
-        self._file.write(header.tobuf(tarfile.PAX_FORMAT))
-        self.members.append((self._file.nbytes, len(image)))
-        self._file.write(image + b"\0" * (-len(image) % tarfile.BLOCKSIZE))
+        start = add_member(self._file, member_key(key) + _SUFFIXES.get(image[:2], ".img"), image)
+        self.members.append((start, len(image)))
 
     def files(self) -> dict[str, FileRecord]:
         return {self._name: FileRecord.of(self._file)}

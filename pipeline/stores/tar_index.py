@@ -1,4 +1,4 @@
-"""Where the rows of a tar of features are: the member `__index__`, which is its last.
+"""The tars that we write, and where the rows of a tar of features are: the member `__index__`, its last.
 
 A little-endian (offset, nbytes, crc32c) of uint64 for each row of the shard, zeros for an absent one; then
 the crc32c of all that. `webdataset` passes over members with names of this kind. No torch here: `inspect`
@@ -14,12 +14,12 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.storage import Storage
+from pipeline.storage import ChecksumWriter, Storage
 from pipeline.stores.shard_format import CHECKSUM_NBYTES, checksum
 
 INDEX_NAME = "__index__"
 _COLUMNS = 3
-_END_NBYTES = 2 * tarfile.BLOCKSIZE  # zeros that end every tar
+TAR_END = bytes(2 * tarfile.BLOCKSIZE)
 
 TarIndex = NDArray[np.uint64]  # (rows, 3)
 
@@ -39,6 +39,20 @@ def member_key(key: str) -> str:
     return f"%5F{member[1:]}" if member.startswith("__") else member
 
 
+def add_member(tar: ChecksumWriter, name: str, data: bytes) -> int:
+    """Append a file to a tar; returns where its bytes begin. `TAR_END` comes behind the last one.
+
+    `tarfile` would seek, and objects of a store are written in one go.
+    """
+    header = tarfile.TarInfo(name)
+    header.size = len(data)
+    tar.write(header.tobuf(tarfile.PAX_FORMAT))
+    start = tar.nbytes
+    tar.write(data)
+    tar.write(bytes(-len(data) % tarfile.BLOCKSIZE))
+    return start
+
+
 def empty_index(num_rows: int) -> TarIndex:
     return np.zeros((num_rows, _COLUMNS), "<u8")
 
@@ -54,7 +68,7 @@ def read_index(storage: Storage, name: str, num_rows: int) -> TarIndex:
     file_nbytes = storage.size(name)
     if file_nbytes is None:
         raise FileNotFoundError(name)
-    start = file_nbytes - _END_NBYTES - nbytes - (-nbytes % tarfile.BLOCKSIZE)
+    start = file_nbytes - len(TAR_END) - nbytes - (-nbytes % tarfile.BLOCKSIZE)
     data = storage.read_range(name, start, nbytes) if start > 0 else b""
     table, stored = data[:-CHECKSUM_NBYTES], data[-CHECKSUM_NBYTES:]
     if len(data) != nbytes or checksum(table) != stored:

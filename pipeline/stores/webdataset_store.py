@@ -12,7 +12,6 @@ By the index (`tar_index`) a row is one read at its place; its checksum is alway
 from __future__ import annotations
 
 import json
-import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
@@ -38,6 +37,8 @@ from pipeline.stores.base import (
 )
 from pipeline.stores.tar_index import (
     INDEX_NAME,
+    TAR_END,
+    add_member,
     empty_index,
     index_bytes,
     member_key,
@@ -72,21 +73,12 @@ class TarShardWriter(ShardWriter):
         }
         for place, offset in enumerate(offsets):
             row = safetensors.numpy.save({name: values[place] for name, values in data.items()})
-            start = self._add(self._members[offset], row)
+            start = add_member(self._file, self._members[offset], row)
             self._index[offset] = start, len(row), google_crc32c.value(row)
 
     def finish(self) -> None:
-        self._add(INDEX_NAME, index_bytes(self._index))
-        self._file.write(bytes(2 * tarfile.BLOCKSIZE))
-
-    def _add(self, name: str, data: bytes) -> int:
-        header = tarfile.TarInfo(name)
-        header.size = len(data)
-        self._file.write(header.tobuf(tarfile.PAX_FORMAT))
-        start = self._file.nbytes
-        self._file.write(data)
-        self._file.write(bytes(-len(data) % tarfile.BLOCKSIZE))
-        return start
+        add_member(self._file, INDEX_NAME, index_bytes(self._index))
+        self._file.write(TAR_END)
 
     def files(self) -> dict[str, FileRecord]:
         return {self._name: FileRecord.of(self._file)}
