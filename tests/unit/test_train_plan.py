@@ -134,12 +134,10 @@ def test_one_command_prints_table_21() -> None:
     done = CliRunner().invoke(app, command.split(), env={"COLUMNS": "160"})
     assert done.exit_code == 0, done.output
     _, table = done.output.split("Table 21")
-    rows = [re.findall(r"\d[\d,×M]*", line) for line in table.splitlines()]
-    assert [row for row in rows if row] == [
-        ["384×384", "384×384", "1024×1024", "384×384"],
-        ["304M", "304M", "307M", "343M", "1,258M"],
-        ["221", "221", "1,308", "197", "1,947"],
-    ]
+    rows = [line.split() for line in table.splitlines() if re.search("input|#Param|GMACs", line)]
+    assert rows[0][1:] == ["384×384", "384×384", "1024×1024", "384×384"]
+    assert rows[1][1:] == ["304M", "304M", "307M", "343M", "1,258M"]
+    assert rows[2][-5:] == ["221", "221", "1,308", "197", "1,947"]
 
 
 def test_what_is_frozen_has_no_backward() -> None:
