@@ -9,8 +9,8 @@ help:
 	@echo "make demo                 images → teacher cache → student, in a few minutes"
 	@echo "make demo IMAGES=/folder  the same on your own images"
 	@echo "make demo PRETRAINED=1    the same with the teachers' real weights, where they can be had"
-	@echo "make test                 linter, types and the whole test suite"
-	@echo "make check                linter and types alone"
+	@echo "make test                 linter, types, imports and the whole test suite"
+	@echo "make check                linter, types and imports alone"
 	@echo "make clean                remove the environment and what the demo made"
 
 .venv/installed: pyproject.toml constraints.txt
@@ -20,12 +20,13 @@ help:
 	touch $@
 
 demo: .venv/installed
-	$(BIN)/python -m jobs.demo $(if $(IMAGES),--images "$(IMAGES)") $(if $(filter 1,$(PRETRAINED)),--pretrained)
+	$(BIN)/python -m teachercache.jobs.demo $(if $(IMAGES),--images "$(IMAGES)") $(if $(filter 1,$(PRETRAINED)),--pretrained)
 
 check: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 # Tests of real processes and servers wait for each other. One that a busy machine broke passes alone; a defect fails
 # again. Status 1 is "some failed"; anything else (a crash, an interrupt) is final.

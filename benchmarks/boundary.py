@@ -29,11 +29,11 @@ from scipy.io import loadmat
 from skimage.io import imread
 from skimage.morphology import thin
 
-from student.datasets.boundaries import partition_boundaries
-from student.metrics import BoundaryBenchmark
-from student.metrics.boundary import BoundaryScores, scores_of
-from student.metrics.edge_nms import edge_nms
-from student.metrics.matching import Bools
+from teachercache.student.datasets.boundaries import partition_boundaries
+from teachercache.student.metrics import BoundaryBenchmark
+from teachercache.student.metrics.boundary import BoundaryScores, scores_of
+from teachercache.student.metrics.edge_nms import edge_nms
+from teachercache.student.metrics.matching import Bools
 
 Image = tuple[npt.NDArray[np.float64], Bools]  # a prediction (H, W) and the maps of its annotators (A, H, W)
 

@@ -32,15 +32,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from cache_builder import build
-from cache_builder.extract import ShardExtractor
-from cache_builder.recipe import BuildRecipe
-from cache_builder.stages import STAGES
-from cache_builder.teachers import Teacher, build_teacher, presets, teacher_gmacs
-from jobs.demo import choose_images, collect_images
-from pipeline import FeatureCache, render_view
-from pipeline.manifest import commit_name
-from pipeline.spec import Precision, Size
+from teachercache import FeatureCache, build, render_view
+from teachercache.cache_builder.extract import ShardExtractor
+from teachercache.cache_builder.recipe import BuildRecipe
+from teachercache.cache_builder.stages import STAGES
+from teachercache.cache_builder.teachers import Teacher, build_teacher, presets, teacher_gmacs
+from teachercache.jobs.demo import choose_images, collect_images
+from teachercache.pipeline.records.manifest import commit_name
+from teachercache.pipeline.records.spec import Precision, Size
 
 
 def main() -> None:

@@ -34,12 +34,11 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from cache_builder import build
-from cache_builder.recipe import BuildRecipe
-from cache_builder.verify import strays, verify
-from jobs.launch import run
-from pipeline import FeatureCache
-from pipeline.storage import Storage
+from teachercache import FeatureCache, build
+from teachercache.cache_builder.recipe import BuildRecipe
+from teachercache.jobs.launch import run
+from teachercache.pipeline.places.storage import Storage
+from teachercache.pipeline.verify import strays, verify
 
 KINDS = {"actor": 0.4, "raylet": 0.2, "driver": 0.3, "head": 0.1}
 SHARDS_IN_FLIGHT = 2
@@ -263,7 +262,7 @@ class Driver:
 
 def drive(recipe: str, log: str) -> None:
     logging.basicConfig(filename=log, level=logging.WARNING, format="%(asctime)s %(message)s")
-    logging.getLogger("cache_builder.runner").setLevel(logging.DEBUG)
+    logging.getLogger("teachercache.cache_builder.runner").setLevel(logging.DEBUG)
     with Path(f"{log}.console").open("a") as file:
         run(lambda: (build(BuildRecipe.model_validate_json(recipe), Console(file=file)), None)[1])
 

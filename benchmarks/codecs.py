@@ -29,8 +29,8 @@ from torch import Tensor
 
 from benchmarks import signals
 from benchmarks.codec_ideas import IDEAS
-from pipeline.codecs import Encoded, codec_names, get_codec
-from pipeline.codecs.fidelity import compare, measure_fidelity
+from teachercache.pipeline.codecs import Encoded, codec_names, get_codec
+from teachercache.pipeline.codecs.fidelity import compare, measure_fidelity
 
 LEVELS, GRID = 4, (24, 24)
 COLUMNS = {  # key: (head, format)

@@ -78,7 +78,7 @@ def _fuzz(target: str, scratch: Path, corpus: Path, seconds: int) -> None:
     """Never returns: libFuzzer ends the process."""
     import atheris
 
-    with atheris.instrument_imports(include=["pipeline", "cache_builder.verify", "jobs.inspection"]):
+    with atheris.instrument_imports(include=["teachercache.pipeline", "teachercache.jobs.inspection"]):
         one_input, original = _prepare(target, scratch)
     corpus.mkdir(parents=True, exist_ok=True)
     (corpus / "original").write_bytes(original)
@@ -93,8 +93,8 @@ def _fuzz(target: str, scratch: Path, corpus: Path, seconds: int) -> None:
 
 
 def _prepare(target: str, scratch: Path) -> tuple[Callable[[bytes], None], bytes]:
-    from pipeline.errors import TeacherCacheError
-    from pipeline.sources import open_source
+    from teachercache.pipeline.errors import TeacherCacheError
+    from teachercache.pipeline.sources import open_source
     from tests.contract.test_hostile_files import make_victim, read_all, use
     from tests.images import tar_bytes
 
@@ -126,7 +126,7 @@ def _prepare(target: str, scratch: Path) -> tuple[Callable[[bytes], None], bytes
 
 
 def _sealed_record(data: bytes) -> bytes:
-    from pipeline.seal import UNSEALED, seal
+    from teachercache.pipeline.records.seal import UNSEALED, seal
     from tests.contract.test_hostile_files import sealed
 
     try:
@@ -138,7 +138,7 @@ def _sealed_record(data: bytes) -> bytes:
 
 def _sealed_again(data: bytes) -> bytes:
     """A file whose seal is somewhere in it."""
-    from pipeline.seal import UNSEALED, seal
+    from teachercache.pipeline.records.seal import UNSEALED, seal
 
     mark = UNSEALED.encode()[:9]
     start = data.rfind(mark) + len(mark)
@@ -148,7 +148,7 @@ def _sealed_again(data: bytes) -> bytes:
 
 def _with_index_checksum(data: bytes) -> bytes:
     """The crc32c of a shard's index, made right."""
-    from pipeline.stores.shard_format import checksum
+    from teachercache.pipeline.stores.shard_format import checksum
 
     start = len(data) - 16 * ROWS_PER_SHARD - 4
     return data[:-4] + checksum(data[start:-4]) if start > 0 else data
@@ -158,7 +158,7 @@ def _with_tar_checksums(data: bytes) -> bytes:
     """Of a tar shard: the crc32c of every row that its index names, and of the index."""
     import numpy as np
 
-    from pipeline.stores.tar_index import index_bytes
+    from teachercache.pipeline.stores.tar_index import index_bytes
 
     size = 24 * ROWS_PER_SHARD + 4
     start = len(data) - 1024 - size - (-size % 512)

@@ -25,10 +25,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks import signals
-from pipeline.codecs import get_codec
-from pipeline.grids import adjoint, least_squares, nearest, pool, upsample
-from pipeline.spec import GridSpec, Size
-from student.adjoint_loss import (
+from teachercache.pipeline.codecs import get_codec
+from teachercache.pipeline.grids import adjoint, least_squares, nearest, pool, upsample
+from teachercache.pipeline.records.spec import GridSpec, Size
+from teachercache.student.losses.adjoint import (
     flattened_cosine_from_adjoint,
     smooth_l1_from_adjoint,
     token_cosine_from_adjoint,

@@ -29,16 +29,16 @@ import pyarrow as pa
 from rich.console import Console
 from rich.table import Table
 
-from jobs.inspection.summary import summarize
-from pipeline.cache import FeatureCache
-from pipeline.manifest import CommitRecord, FileRecord, Manifest
-from pipeline.sources import SAMPLE_SCHEMA
-from pipeline.spec import CacheSpec, DatasetSpec, Segment, TeacherSpec, ViewPolicy
-from pipeline.storage import Storage
-from pipeline.stores.base import teacher_layouts
-from pipeline.stores.shard_format import CHECKSUM_NBYTES, index_nbytes
-from pipeline.stores.zarr_store import shard_file
-from pipeline.views import draw_views
+from teachercache.jobs.inspection.summary import summarize
+from teachercache.pipeline.cache import FeatureCache
+from teachercache.pipeline.places.storage import Storage
+from teachercache.pipeline.records.manifest import CommitRecord, FileRecord, Manifest
+from teachercache.pipeline.records.spec import CacheSpec, DatasetSpec, Segment, TeacherSpec, ViewPolicy
+from teachercache.pipeline.sources import SAMPLE_SCHEMA
+from teachercache.pipeline.stores.base import teacher_layouts
+from teachercache.pipeline.stores.shard_format import CHECKSUM_NBYTES, index_nbytes
+from teachercache.pipeline.stores.zarr_store import shard_file
+from teachercache.pipeline.views import draw_views
 from tests.make_cache import make_cache, make_images, teacher_spec
 
 ROWS_PER_SHARD = 256
@@ -88,7 +88,7 @@ def measure_inspect(cache: Path, shards: int, repeats: int) -> dict[str, float]:
         for name, options in questions.items():
             start = time.perf_counter()
             subprocess.run(
-                [sys.executable, "-m", "jobs.cli", "inspect", str(cache), *options],
+                [sys.executable, "-m", "teachercache.jobs.cli", "inspect", str(cache), *options],
                 check=True,
                 stdout=subprocess.DEVNULL,
             )
@@ -98,7 +98,7 @@ def measure_inspect(cache: Path, shards: int, repeats: int) -> dict[str, float]:
 
 def measure_report(cache: Path, page: Path) -> dict[str, float]:
     start = time.perf_counter()
-    command = [sys.executable, "-m", "jobs.cli", "report", str(cache), "-o", str(page)]
+    command = [sys.executable, "-m", "teachercache.jobs.cli", "report", str(cache), "-o", str(page)]
     subprocess.run([*command, "--samples", str(SAMPLES)], check=True, stdout=subprocess.DEVNULL)
     return {"report, s": time.perf_counter() - start, "report, MB": page.stat().st_size / 1e6}
 
@@ -111,7 +111,7 @@ def measure_clicks(cache: Path) -> dict[str, float]:
         return {}
     from playwright.sync_api import sync_playwright
 
-    command = [sys.executable, "-m", "jobs.cli", "view", str(cache)]
+    command = [sys.executable, "-m", "teachercache.jobs.cli", "view", str(cache)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server, sync_playwright() as driver:
         try:
             assert server.stdout is not None

@@ -43,18 +43,17 @@ from rich.table import Table
 from torch import nn
 
 from benchmarks.mini_teachers import IMAGE_SIZE, MINI_VIT, TEACHERS, MiniScenes, alikeness, train_teacher
-from cache_builder import build
-from cache_builder.recipe import BuildRecipe
-from pipeline.cache import FeatureCache
-from pipeline.spec import ViewPolicy
-from student import load_student
-from student.datasets.scenes import write_scenes
-from student.evaluate import evaluate
-from student.metrics import mtl_gain
-from student.recipe import TrainRecipe
-from student.repsim import representation_similarity
-from student.task_outputs import TASK_OUTPUTS
-from student.train import train
+from teachercache import build, load_student
+from teachercache.cache_builder.recipe import BuildRecipe
+from teachercache.pipeline.cache import FeatureCache
+from teachercache.pipeline.records.spec import ViewPolicy
+from teachercache.student.datasets.scenes import write_scenes
+from teachercache.student.measuring.evaluate import evaluate
+from teachercache.student.measuring.repsim import representation_similarity
+from teachercache.student.measuring.task_outputs import TASK_OUTPUTS
+from teachercache.student.metrics import mtl_gain
+from teachercache.student.training.recipe import TrainRecipe
+from teachercache.student.training.train import train
 
 TASKS = ("semseg", "saliency", "normals", "depth", "boundary")  # parts of people are too small to be learnt
 SCALE = (1.0, 1.5)  # of the views: a magnified window, never padding

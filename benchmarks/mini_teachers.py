@@ -25,14 +25,14 @@ from timm.models import build_model_with_cfg, register_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from pipeline.spec import ViewPolicy
-from pipeline.views import draw_view, render_view
-from student import SAK
-from student.datasets.labels import render_labels
-from student.datasets.scenes import Scenes
-from student.evaluate import evaluate
-from student.task_losses import MultiTaskLoss
-from student.task_outputs import TASK_OUTPUTS, update, value
+from teachercache.pipeline.records.spec import ViewPolicy
+from teachercache.pipeline.views import draw_view, render_view
+from teachercache.student import SAK
+from teachercache.student.datasets.labels import render_labels
+from teachercache.student.datasets.scenes import Scenes
+from teachercache.student.losses.tasks import MultiTaskLoss
+from teachercache.student.measuring.evaluate import evaluate
+from teachercache.student.measuring.task_outputs import TASK_OUTPUTS, update, value
 
 MINI_VIT = "mini_vit"
 IMAGE_SIZE = (64, 64)

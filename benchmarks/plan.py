@@ -29,18 +29,18 @@ import ray
 from rich.console import Console
 from rich.table import Table
 
-from cache_builder import builder
-from cache_builder.plan import pending
-from cache_builder.ray_runner import RayRunner
-from cache_builder.recipe import BuildRecipe, RunnerRecipe
-from cache_builder.runner import LocalRunner, Runner, Task
-from cache_builder.worker import Worker
-from pipeline import FeatureCache
-from pipeline.manifest import CommitRecord, FileRecord, Manifest
-from pipeline.sources.image_folder import ImageFolderSource
-from pipeline.sources.keys import OK, with_unique_keys
-from pipeline.spec import CacheSpec, TeacherSpec
-from pipeline.storage import Storage
+from teachercache import FeatureCache
+from teachercache.cache_builder import builder
+from teachercache.cache_builder.plan import pending
+from teachercache.cache_builder.ray_runner import RayRunner
+from teachercache.cache_builder.recipe import BuildRecipe, RunnerRecipe
+from teachercache.cache_builder.runner import LocalRunner, Runner, Task
+from teachercache.cache_builder.worker import Worker
+from teachercache.pipeline.places.storage import Storage
+from teachercache.pipeline.records.manifest import CommitRecord, FileRecord, Manifest
+from teachercache.pipeline.records.spec import CacheSpec, TeacherSpec
+from teachercache.pipeline.sources.image_folder import ImageFolderSource
+from teachercache.pipeline.sources.keys import OK, with_unique_keys
 
 TEACHER = "teacher"
 

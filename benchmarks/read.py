@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.readers import LOADERS, READERS, TAR, Arrays, Workload
-from pipeline.cache import FeatureCache
+from teachercache.pipeline.cache import FeatureCache
 from tests.make_cache import make_cache, make_images, teacher_spec
 
 GOALS = {  # (ours, the peer, at least)

@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from pipeline.cache import FeatureCache
-from pipeline.codecs import Encoded
-from pipeline.loader import FeatureLoader
-from pipeline.stores.shard_format import index_nbytes, parse_index
-from pipeline.stores.zarr_store import array_folder, shard_file
+from teachercache.pipeline.cache import FeatureCache
+from teachercache.pipeline.codecs import Encoded
+from teachercache.pipeline.loading.loader import FeatureLoader
+from teachercache.pipeline.stores.shard_format import index_nbytes, parse_index
+from teachercache.pipeline.stores.zarr_store import array_folder, shard_file
 
 TAR = "Theia-style tar (in order)"
 COPY_NBYTES = 1 << 26  # of each file of a copy

@@ -12,7 +12,7 @@ from skimage import data
 from skimage.transform import resize
 from torch import Tensor
 
-from pipeline.spec import Size
+from teachercache.pipeline.records.spec import Size
 
 PHOTOGRAPHS = ("astronaut", "coffee", "chelsea", "rocket")
 
@@ -86,7 +86,7 @@ def _crops(count: int, size: Size, seed: int) -> Tensor:
 
 def of_cache(path: str, teacher: str | None, rows: int, seed: int) -> dict[str, Tensor]:
     """Rows drawn from a cache, by teacher."""
-    from pipeline.cache import FeatureCache
+    from teachercache.pipeline.cache import FeatureCache
 
     cache = FeatureCache.open(path)
     order = np.random.default_rng(seed).permutation(cache.num_rows)[:rows]

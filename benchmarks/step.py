@@ -3,10 +3,10 @@
     python -m benchmarks.step                    a ViT-S student at 224², three ViT-B teachers, random weights
     python -m benchmarks.step --cache PATH       the teachers and views of your own cache
 
-Student and loss are those of `student.train`. "In memory" takes the same images and decoded targets at
-every step: nothing is read, decoded or rendered. The three take turns of some steps; the first of each turn,
-which find batches made in another's time, do not count. Medians over steps and over turns.
-Prints a table and, last, one line of JSON.
+Student and loss are those of `teachercache.student.training.train`. "In memory" takes the same images and
+decoded targets at every step: nothing is read, decoded or rendered. The three take turns of some steps; the
+first of each turn, which find batches made in another's time, do not count. Medians over steps and over
+turns. Prints a table and, last, one line of JSON.
 
 The goals: cached at most 1.05 of the time in memory; online over cached at least 0.9 of what their FLOPs say.
 """
@@ -32,17 +32,16 @@ from rich.table import Table
 from torch.optim import AdamW
 from torch.utils.flop_counter import FlopCounterMode
 
-from cache_builder import build
-from cache_builder.recipe import BuildRecipe
-from jobs.demo import choose_images, collect_images
-from pipeline.cache import FeatureCache
-from pipeline.loader import Batch, FeatureLoader
-from pipeline.sampler import ShardShuffleSampler
-from student import build_student
-from student.losses import DistillationLoss, Target
-from student.objectives import Objective
-from student.targets import CachedTargets, OnlineTargets, TargetSource
-from student.timing import StageTimer
+from teachercache import build, build_student
+from teachercache.cache_builder.recipe import BuildRecipe
+from teachercache.jobs.demo import choose_images, collect_images
+from teachercache.pipeline.cache import FeatureCache
+from teachercache.pipeline.loading.loader import Batch, FeatureLoader
+from teachercache.pipeline.loading.sampler import ShardShuffleSampler
+from teachercache.student.losses.distillation import DistillationLoss, Target
+from teachercache.student.timing import StageTimer
+from teachercache.student.training.objectives import Objective
+from teachercache.student.training.targets import CachedTargets, OnlineTargets, TargetSource
 
 MEMORY, CACHED, ONLINE = "in memory", "cached", "online"
 PREFETCH = 1

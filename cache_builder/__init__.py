@@ -1,4 +1,4 @@
-"""The producer: teachers, extraction, runners, plan and verification.
+"""The producer: teachers, extraction, runners, plan and repair.
 
 Names are imported on first use, so that a teacher can be built where zarr is not installed.
 """
@@ -8,16 +8,19 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+if __name__ == "cache_builder":
+    raise ImportError("`cache_builder` is imported as `teachercache.cache_builder`")
+
 if TYPE_CHECKING:
-    from cache_builder.builder import BuildResult, build
-    from cache_builder.extract import extract_shard
-    from cache_builder.teachers import build_teacher
+    from teachercache.cache_builder.builder import BuildResult, build
+    from teachercache.cache_builder.extract import extract_shard
+    from teachercache.cache_builder.teachers import build_teacher
 
 _HOMES = {
-    "BuildResult": "cache_builder.builder",
-    "build": "cache_builder.builder",
-    "build_teacher": "cache_builder.teachers",
-    "extract_shard": "cache_builder.extract",
+    "BuildResult": "teachercache.cache_builder.builder",
+    "build": "teachercache.cache_builder.builder",
+    "build_teacher": "teachercache.cache_builder.teachers",
+    "extract_shard": "teachercache.cache_builder.extract",
 }
 
 

@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from cache_builder.moved import with_checkpoints
-from cache_builder.teachers import Teacher, build_teacher
-from pipeline.cache import FeatureCache
-from pipeline.codecs import Encoded
-from pipeline.grids import stored_form
-from pipeline.stores.base import CLS_TOKEN, GLOBAL_FEATURE, NORMS
-from pipeline.views import render_view
+from teachercache.cache_builder.moved import with_checkpoints
+from teachercache.cache_builder.teachers import Teacher, build_teacher
+from teachercache.pipeline.cache import FeatureCache
+from teachercache.pipeline.codecs import Encoded
+from teachercache.pipeline.grids import stored_form
+from teachercache.pipeline.stores.base import CLS_TOKEN, GLOBAL_FEATURE, NORMS
+from teachercache.pipeline.views import render_view
 
 RELATIVE_NOISE = {"float32": 1e-5, "bfloat16": 2**-7}
 _ROWS_AT_ONCE = 4  # SAM's features of one row are 67 MB, and three copies are compared

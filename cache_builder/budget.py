@@ -8,15 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cache_builder.calibrate import CalibrationSample, sample_features
-from cache_builder.plan import Plan, bytes_per_row
-from cache_builder.teachers import build_teacher
-from pipeline.codecs import get_codec
-from pipeline.codecs.fidelity import Fidelity, compare, measure_fidelity
-from pipeline.errors import DiskSpaceError
-from pipeline.grids import stored_form, upsample
-from pipeline.spec import GridSpec, Size, TeacherSpec
-from pipeline.units import human_bytes
+from teachercache.cache_builder.calibrate import CalibrationSample, sample_features
+from teachercache.cache_builder.plan import Plan, bytes_per_row
+from teachercache.cache_builder.teachers import build_teacher
+from teachercache.pipeline.codecs import get_codec
+from teachercache.pipeline.codecs.fidelity import Fidelity, compare, measure_fidelity
+from teachercache.pipeline.errors import DiskSpaceError
+from teachercache.pipeline.grids import stored_form, upsample
+from teachercache.pipeline.records.spec import GridSpec, Size, TeacherSpec
+from teachercache.pipeline.units import human_bytes
 
 CODECS = (
     *("f16", "int8-hadamard", "int6-hadamard", "int5-hadamard"),

@@ -18,25 +18,32 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from cache_builder.calibrate import Calibration
-from cache_builder.draft import Draft, draft, extend, growth
-from cache_builder.moved import with_checkpoints
-from cache_builder.other_tables import other_tables
-from cache_builder.plan import Plan, make_plan, pending
-from cache_builder.progress import BuildProgress
-from cache_builder.recipe import BuildRecipe
-from cache_builder.recover import recovered
-from cache_builder.runner import FailedShard, LocalRunner, Runner, Task, require_place
-from cache_builder.stages import bottleneck
-from pipeline.cache import FeatureCache
-from pipeline.errors import BuildError, CacheError, CacheMismatchError, place_error
-from pipeline.manifest import SAMPLES_NAME, SPEC_NAME, VIEWS_NAME, Manifest, tables_name, with_views_hashes
-from pipeline.processes import temporary_of
-from pipeline.sources import left_out_line
-from pipeline.spec import IMAGES, CacheSpec, TeacherSpec
-from pipeline.storage import Storage
-from pipeline.terminal import Terminal
-from pipeline.whole_or_nothing import whole_or_nothing
+from teachercache.cache_builder.calibrate import Calibration
+from teachercache.cache_builder.draft import Draft, draft, extend, growth
+from teachercache.cache_builder.moved import with_checkpoints
+from teachercache.cache_builder.other_tables import other_tables
+from teachercache.cache_builder.plan import Plan, make_plan, pending
+from teachercache.cache_builder.progress import BuildProgress
+from teachercache.cache_builder.recipe import BuildRecipe
+from teachercache.cache_builder.recover import recovered
+from teachercache.cache_builder.runner import FailedShard, LocalRunner, Runner, Task, require_place
+from teachercache.cache_builder.stages import bottleneck
+from teachercache.pipeline.cache import FeatureCache
+from teachercache.pipeline.errors import BuildError, CacheError, CacheMismatchError, place_error
+from teachercache.pipeline.places.processes import temporary_of
+from teachercache.pipeline.places.storage import Storage
+from teachercache.pipeline.places.whole_or_nothing import whole_or_nothing
+from teachercache.pipeline.records.manifest import (
+    SAMPLES_NAME,
+    SPEC_NAME,
+    VIEWS_NAME,
+    Manifest,
+    tables_name,
+    with_views_hashes,
+)
+from teachercache.pipeline.records.spec import IMAGES, CacheSpec, TeacherSpec
+from teachercache.pipeline.sources import left_out_line
+from teachercache.pipeline.terminal import Terminal
 
 _PROBE_NBYTES = 1 << 14  # a full disk takes empty files
 
@@ -150,7 +157,7 @@ def _require_writable(storage: Storage) -> None:
 def _runner(recipe: BuildRecipe, teachers: Mapping[str, TeacherSpec], num_shards: int) -> Runner:
     if recipe.runner.kind == "local":
         return LocalRunner(recipe.runner, teachers, num_shards)
-    from cache_builder.ray_runner import RayRunner  # a local build starts without ray
+    from teachercache.cache_builder.ray_runner import RayRunner  # a local build starts without ray
 
     return RayRunner(recipe.runner, teachers, num_shards)
 

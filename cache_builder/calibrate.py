@@ -10,14 +10,14 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from cache_builder.teachers import Teacher
-from pipeline.codecs import get_codec
-from pipeline.codecs.fidelity import measure_fidelity
-from pipeline.errors import EmptySourceError, ImageDecodeError
-from pipeline.grids import stored_form
-from pipeline.sources import Source, decode_image
-from pipeline.spec import GridSpec, Photometric
-from pipeline.views import View, ViewTable, render_view
+from teachercache.cache_builder.teachers import Teacher
+from teachercache.pipeline.codecs import get_codec
+from teachercache.pipeline.codecs.fidelity import measure_fidelity
+from teachercache.pipeline.errors import EmptySourceError, ImageDecodeError
+from teachercache.pipeline.grids import stored_form
+from teachercache.pipeline.records.spec import GridSpec, Photometric
+from teachercache.pipeline.sources import Source, decode_image
+from teachercache.pipeline.views import View, ViewTable, render_view
 
 _SPARE = 2.0  # more samples than rows are wanted, since some may not decode
 

@@ -18,19 +18,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cache_builder.calibrate import CalibrationSample
-from cache_builder.moved import with_checkpoints
-from cache_builder.recipe import BuildRecipe
-from cache_builder.teachers import resolve_teacher
-from cache_builder.versions import versions
-from pipeline.errors import CacheMismatchError
-from pipeline.manifest import Manifest
-from pipeline.rows import divide_views
-from pipeline.sample_table import dataset_fingerprint, labels_hash
-from pipeline.sources import Source, open_source
-from pipeline.spec import CacheSpec, DatasetSpec, Segment, TeacherSpec, ViewPolicy
-from pipeline.storage import Storage
-from pipeline.views import draw_segment
+from teachercache.cache_builder.calibrate import CalibrationSample
+from teachercache.cache_builder.moved import with_checkpoints
+from teachercache.cache_builder.recipe import BuildRecipe
+from teachercache.cache_builder.teachers import resolve_teacher
+from teachercache.cache_builder.versions import versions
+from teachercache.pipeline.errors import CacheMismatchError
+from teachercache.pipeline.places.storage import Storage
+from teachercache.pipeline.records.manifest import Manifest
+from teachercache.pipeline.records.rows import divide_views
+from teachercache.pipeline.records.spec import CacheSpec, DatasetSpec, Segment, TeacherSpec, ViewPolicy
+from teachercache.pipeline.records.tables import dataset_fingerprint, labels_hash
+from teachercache.pipeline.sources import Source, open_source
+from teachercache.pipeline.views import draw_segment
 
 _FOUND_OUT = {"checkpoint", "weights_hash", "tables_hash"}  # weights are compared by their hash, once loaded
 

@@ -22,26 +22,26 @@ import torch
 import xxhash
 from torch import Tensor
 
-from cache_builder.device_copies import DeviceCopies
-from cache_builder.stages import StageSeconds
-from cache_builder.teachers import Teacher
-from cache_builder.versions import versions
-from pipeline.cache import FeatureCache
-from pipeline.errors import (
+from teachercache.cache_builder.device_copies import DeviceCopies
+from teachercache.cache_builder.stages import StageSeconds
+from teachercache.cache_builder.teachers import Teacher
+from teachercache.cache_builder.versions import versions
+from teachercache.pipeline.cache import FeatureCache
+from teachercache.pipeline.errors import (
     AlreadyCommittedError,
     BuildInterruptedError,
     CacheNotFoundError,
     CodecError,
     ImageDecodeError,
 )
-from pipeline.feature_stats import FeatureMoments
-from pipeline.grids import stored_form
-from pipeline.manifest import CommitRecord, QuarantineEntry, quarantine_name
-from pipeline.sources import decode_image
-from pipeline.spec import IMAGES, Size, TeacherSpec
-from pipeline.stores.base import CLS_TOKEN, GLOBAL_FEATURE, NORMS, ShardWriter, teacher_layouts
-from pipeline.stores.image_tar import ImageTarWriter
-from pipeline.views import render_view
+from teachercache.pipeline.grids import stored_form
+from teachercache.pipeline.records.feature_stats import FeatureMoments
+from teachercache.pipeline.records.manifest import CommitRecord, QuarantineEntry, quarantine_name
+from teachercache.pipeline.records.spec import IMAGES, Size, TeacherSpec
+from teachercache.pipeline.sources import decode_image
+from teachercache.pipeline.stores.base import CLS_TOKEN, GLOBAL_FEATURE, NORMS, ShardWriter, teacher_layouts
+from teachercache.pipeline.stores.image_tar import ImageTarWriter
+from teachercache.pipeline.views import render_view
 
 _WRITES_IN_FLIGHT = 4
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 from pydantic import Field
 
-from cache_builder.recipe import RunnerRecipe
-from pipeline.errors import CacheError
-from pipeline.spec import CacheSpec, Strict
+from teachercache.cache_builder.recipe import RunnerRecipe
+from teachercache.pipeline.errors import CacheError
+from teachercache.pipeline.records.spec import CacheSpec, Strict
 
 
 class MovedTeacher(Strict):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
-from cache_builder.calibrate import Calibration
-from pipeline.codecs import get_codec
-from pipeline.errors import CacheMismatchError
-from pipeline.manifest import Manifest
-from pipeline.spec import CacheSpec, TeacherSpec
-from pipeline.storage import Storage
+from teachercache.cache_builder.calibrate import Calibration
+from teachercache.pipeline.codecs import get_codec
+from teachercache.pipeline.errors import CacheMismatchError
+from teachercache.pipeline.places.storage import Storage
+from teachercache.pipeline.records.manifest import Manifest
+from teachercache.pipeline.records.spec import CacheSpec, TeacherSpec
 
 
 def other_tables(url: str | None, teachers: Mapping[str, TeacherSpec]) -> dict[str, Calibration]:

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 import pyarrow as pa
 import torch
 
-from cache_builder.recipe import BuildRecipe
-from cache_builder.teachers.flops import teacher_gmacs
-from pipeline.errors import DiskSpaceError
-from pipeline.feature_stats import FeatureMoments
-from pipeline.manifest import Manifest
-from pipeline.spec import IMAGES, CacheSpec, TeacherSpec
-from pipeline.storage import Storage
-from pipeline.stores.base import teacher_layouts
-from pipeline.units import human_bytes
+from teachercache.cache_builder.recipe import BuildRecipe
+from teachercache.cache_builder.teachers.flops import teacher_gmacs
+from teachercache.pipeline.errors import DiskSpaceError
+from teachercache.pipeline.places.storage import Storage
+from teachercache.pipeline.records.feature_stats import FeatureMoments
+from teachercache.pipeline.records.manifest import Manifest
+from teachercache.pipeline.records.spec import IMAGES, CacheSpec, TeacherSpec
+from teachercache.pipeline.stores.base import teacher_layouts
+from teachercache.pipeline.units import human_bytes
 
 _CHECKSUM_BYTES, _INDEX_BYTES = 4, 16  # crc32c behind every chunk; offset and size in the shard's index
 _HEADER_BYTES = 512  # of a file of statistics, at most

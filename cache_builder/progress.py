@@ -9,8 +9,8 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from cache_builder.stages import STAGES
-from pipeline.manifest import CommitRecord
+from teachercache.cache_builder.stages import STAGES
+from teachercache.pipeline.records.manifest import CommitRecord
 
 
 class BuildProgress:

@@ -23,10 +23,10 @@ from ray._private.utils import read_ray_address
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.metrics import Counter, Gauge
 
-from cache_builder.calibrate import Calibration, CalibrationSample
-from cache_builder.extract import worker_name
-from cache_builder.recipe import RunnerRecipe
-from cache_builder.runner import (
+from teachercache.cache_builder.calibrate import Calibration, CalibrationSample
+from teachercache.cache_builder.extract import worker_name
+from teachercache.cache_builder.recipe import RunnerRecipe
+from teachercache.cache_builder.runner import (
     ABANDON_S,
     FINISH_S,
     TICK_S,
@@ -40,12 +40,12 @@ from cache_builder.runner import (
     log,
     require_place,
 )
-from cache_builder.stages import STAGES
-from cache_builder.worker import Worker
-from pipeline.errors import BuildError, BuildInterruptedError, TeacherCacheError
-from pipeline.manifest import CommitRecord
-from pipeline.spec import TeacherSpec
-from pipeline.stop_request import StopRequest
+from teachercache.cache_builder.stages import STAGES
+from teachercache.cache_builder.worker import Worker
+from teachercache.pipeline.errors import BuildError, BuildInterruptedError, TeacherCacheError
+from teachercache.pipeline.records.manifest import CommitRecord
+from teachercache.pipeline.records.spec import TeacherSpec
+from teachercache.pipeline.stop_request import StopRequest
 
 _LOOK_AROUND_EVERY_S = 5.0
 _HEAD_TIMEOUT_S = 30.0  # a head with a Redis behind it may come back; Ray ends the process after 60 s

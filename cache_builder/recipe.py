@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from cache_builder.teachers.recipe import TeacherRecipe
-from pipeline.spec import IMAGES, StoreKind, Strict, ViewPolicy
-from pipeline.units import parse_bytes
+from teachercache.cache_builder.teachers.recipe import TeacherRecipe
+from teachercache.pipeline.records.spec import IMAGES, StoreKind, Strict, ViewPolicy
+from teachercache.pipeline.units import parse_bytes
 
 
 class SourceRecipe(Strict):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pipeline.cache import FeatureCache
-from pipeline.codecs import get_codec
-from pipeline.errors import CacheMismatchError
-from pipeline.manifest import SPEC_NAME, Manifest, commit_name, moments_name, tables_name
-from pipeline.spec import CacheSpec, TeacherSpec
+from teachercache.pipeline.cache import FeatureCache
+from teachercache.pipeline.codecs import get_codec
+from teachercache.pipeline.errors import CacheMismatchError
+from teachercache.pipeline.records.manifest import SPEC_NAME, Manifest, commit_name, moments_name, tables_name
+from teachercache.pipeline.records.spec import CacheSpec, TeacherSpec
 
 
 def recovered(manifest: Manifest, spec: CacheSpec, name: str, weights_hash: str) -> TeacherSpec | None:

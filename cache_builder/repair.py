@@ -14,22 +14,22 @@ from dataclasses import dataclass, replace
 
 import pyarrow as pa
 
-from cache_builder.moved import with_checkpoints
-from cache_builder.recipe import RunnerRecipe
-from cache_builder.runner import describe
-from cache_builder.verify import Problem, problems_of_shards, verify
-from cache_builder.worker import Worker
-from pipeline.cache import FeatureCache
-from pipeline.errors import CacheMismatchError, TeacherCacheError
-from pipeline.manifest import (
+from teachercache.cache_builder.moved import with_checkpoints
+from teachercache.cache_builder.recipe import RunnerRecipe
+from teachercache.cache_builder.runner import describe
+from teachercache.cache_builder.worker import Worker
+from teachercache.pipeline.cache import FeatureCache
+from teachercache.pipeline.errors import CacheMismatchError, TeacherCacheError
+from teachercache.pipeline.records.manifest import (
     SAMPLES_NAME,
     SPEC_NAME,
     VIEWS_NAME,
     commit_name,
 )
-from pipeline.sample_table import dataset_fingerprint, labels_hash, views_hash
-from pipeline.spec import IMAGES
-from pipeline.views import draw_segment
+from teachercache.pipeline.records.spec import IMAGES
+from teachercache.pipeline.records.tables import dataset_fingerprint, labels_hash, views_hash
+from teachercache.pipeline.verify import Problem, problems_of_shards, verify
+from teachercache.pipeline.views import draw_segment
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
-from cache_builder.calibrate import Calibration, CalibrationSample
-from cache_builder.recipe import RunnerRecipe
-from cache_builder.worker import Worker
-from pipeline.errors import (
+from teachercache.cache_builder.calibrate import Calibration, CalibrationSample
+from teachercache.cache_builder.recipe import RunnerRecipe
+from teachercache.cache_builder.worker import Worker
+from teachercache.pipeline.errors import (
     BuildError,
     BuildInterruptedError,
     CacheNotFoundError,
@@ -25,9 +25,9 @@ from pipeline.errors import (
     explain,
     place_error,
 )
-from pipeline.manifest import CommitRecord
-from pipeline.spec import TeacherSpec
-from pipeline.stop_request import StopRequest
+from teachercache.pipeline.records.manifest import CommitRecord
+from teachercache.pipeline.records.spec import TeacherSpec
+from teachercache.pipeline.stop_request import StopRequest
 
 FINISH_S = 12.0  # for shards in flight after SIGTERM; schedulers give 30 s, preempted machines often less
 ABANDON_S = 3.0

@@ -6,14 +6,14 @@ from collections.abc import Collection, Mapping
 
 import torch
 
-from cache_builder.calibrate import Calibration, CalibrationSample, calibrate
-from cache_builder.extract import ShardExtractor, worker_name
-from cache_builder.recipe import RunnerRecipe
-from cache_builder.teachers import Teacher, build_teacher
-from pipeline.cache import FeatureCache
-from pipeline.errors import BuildError, CacheMismatchError
-from pipeline.manifest import CommitRecord
-from pipeline.spec import IMAGES, TeacherSpec
+from teachercache.cache_builder.calibrate import Calibration, CalibrationSample, calibrate
+from teachercache.cache_builder.extract import ShardExtractor, worker_name
+from teachercache.cache_builder.recipe import RunnerRecipe
+from teachercache.cache_builder.teachers import Teacher, build_teacher
+from teachercache.pipeline.cache import FeatureCache
+from teachercache.pipeline.errors import BuildError, CacheMismatchError
+from teachercache.pipeline.records.manifest import CommitRecord
+from teachercache.pipeline.records.spec import IMAGES, TeacherSpec
 
 
 class Worker:

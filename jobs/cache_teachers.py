@@ -15,18 +15,23 @@ Run the same command again after any failure: it computes only what is missing.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
-# The checkout instead of this folder: it also runs where teachercache is not installed.
-sys.path.pop(0)
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # run as a script: it sees the packages from where they lie, installed or not
+    sys.path[0] = next(
+        str(folder) for folder in Path(__file__).resolve().parents if (folder / "teachercache").is_dir()
+    )
+    # So do the workers of a cluster that starts here.
+    path = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = f"{sys.path[0]}{os.pathsep}{path}" if path else sys.path[0]
 
-from cache_builder.builder import build
-from cache_builder.recipe import BuildRecipe
-from jobs.launch import recipe_and_overrides, require_absolute_in_job, run
-from pipeline.recipe import load_recipe
-from pipeline.terminal import Terminal
+from teachercache.cache_builder.builder import build
+from teachercache.cache_builder.recipe import BuildRecipe
+from teachercache.jobs.launch import recipe_and_overrides, require_absolute_in_job, run
+from teachercache.pipeline.recipe import load_recipe
+from teachercache.pipeline.terminal import Terminal
 
 
 def main() -> None:

@@ -22,25 +22,25 @@ import xxhash
 from rich.console import Console
 from rich.table import Table
 
-from cache_builder.builder import BuildResult, build
-from cache_builder.plan import bytes_per_row
-from cache_builder.recipe import BuildRecipe
-from cache_builder.teachers import build_teacher
-from cache_builder.verify import verify
-from jobs.inspection.pictures import loss_curve, pca_maps
-from jobs.inspection.summary import summarize
-from jobs.inspection.tables import summary_table
-from jobs.launch import run
-from pipeline import FeatureCache
-from pipeline.durable import rename
-from pipeline.errors import TeacherCacheError, WeightsNotFoundError
-from pipeline.recipe import load_recipe
-from pipeline.sources import open_source
-from pipeline.sources.keys import OK
-from pipeline.terminal import Terminal
-from pipeline.units import human_bytes
-from student import build_student, load_student
-from student.repsim import Similarity, representation_similarity
+from teachercache.cache_builder.builder import BuildResult, build
+from teachercache.cache_builder.plan import bytes_per_row
+from teachercache.cache_builder.recipe import BuildRecipe
+from teachercache.cache_builder.teachers import build_teacher
+from teachercache.jobs.inspection.pictures import loss_curve, pca_maps
+from teachercache.jobs.inspection.summary import summarize
+from teachercache.jobs.inspection.tables import summary_table
+from teachercache.jobs.launch import run
+from teachercache.pipeline import FeatureCache
+from teachercache.pipeline.errors import TeacherCacheError, WeightsNotFoundError
+from teachercache.pipeline.places.durable import rename
+from teachercache.pipeline.recipe import load_recipe
+from teachercache.pipeline.sources import open_source
+from teachercache.pipeline.sources.keys import OK
+from teachercache.pipeline.terminal import Terminal
+from teachercache.pipeline.units import human_bytes
+from teachercache.pipeline.verify import verify
+from teachercache.student import build_student, load_student
+from teachercache.student.measuring.repsim import Similarity, representation_similarity
 
 PHOTOGRAPHS = {
     *("astronaut", "brick", "camera", "chelsea", "coffee", "coins", "grass", "gravel", "hubble_deep_field"),

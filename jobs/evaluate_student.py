@@ -11,9 +11,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also runs from a checkout, not installed
+if not __package__:  # run as a script: it sees the packages from where they lie, installed or not
+    sys.path[0] = next(
+        str(folder) for folder in Path(__file__).resolve().parents if (folder / "teachercache").is_dir()
+    )
 
-from jobs.cli import main
+from teachercache.jobs.cli import main
 
 if __name__ == "__main__":
     sys.argv.insert(1, "evaluate")

@@ -9,8 +9,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.errors import BuildError, BuildInterruptedError, RecipeError, TeacherCacheError
-from pipeline.terminal import Terminal
+from teachercache.pipeline.errors import BuildError, BuildInterruptedError, RecipeError, TeacherCacheError
+from teachercache.pipeline.terminal import Terminal
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
 

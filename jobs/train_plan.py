@@ -7,20 +7,20 @@ from pathlib import Path
 
 from rich.console import RenderableType
 
-from cache_builder.plan import bytes_per_row
-from cache_builder.recipe import BuildRecipe
-from cache_builder.teachers import resolve_teacher
-from cache_builder.teachers.flops import teacher_gmacs, teacher_parameters
-from jobs.inspection.tables import columns_table, lines
-from pipeline.cache import FeatureCache
-from pipeline.errors import CacheNotFoundError, RecipeError
-from pipeline.recipe import load_recipe
-from pipeline.spec import Size, TeacherSpec
-from pipeline.units import human_bytes
-from student.base import require_known, teacher_facts
-from student.datasets import dataset_class
-from student.recipe import TrainRecipe
-from student.train_plan import TrainPlan, make_train_plan
+from teachercache.cache_builder.plan import bytes_per_row
+from teachercache.cache_builder.recipe import BuildRecipe
+from teachercache.cache_builder.teachers import resolve_teacher
+from teachercache.cache_builder.teachers.flops import teacher_gmacs, teacher_parameters
+from teachercache.jobs.inspection.tables import columns_table, lines
+from teachercache.pipeline.cache import FeatureCache
+from teachercache.pipeline.errors import CacheNotFoundError, RecipeError
+from teachercache.pipeline.recipe import load_recipe
+from teachercache.pipeline.records.spec import Size, TeacherSpec
+from teachercache.pipeline.units import human_bytes
+from teachercache.student.datasets import dataset_class
+from teachercache.student.models.base import require_known, teacher_facts
+from teachercache.student.training.recipe import TrainRecipe
+from teachercache.student.training.train_plan import TrainPlan, make_train_plan
 
 
 def plan_training(

@@ -21,12 +21,15 @@ import signal
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also runs from a checkout, not installed
+if not __package__:  # run as a script: it sees the packages from where they lie, installed or not
+    sys.path[0] = next(
+        str(folder) for folder in Path(__file__).resolve().parents if (folder / "teachercache").is_dir()
+    )
 
-from jobs.launch import recipe_and_overrides, run
-from pipeline.recipe import load_recipe
-from student.recipe import TrainRecipe
-from student.train import train
+from teachercache.jobs.launch import recipe_and_overrides, run
+from teachercache.pipeline.recipe import load_recipe
+from teachercache.student.training.recipe import TrainRecipe
+from teachercache.student.training.train import train
 
 
 def main() -> None:

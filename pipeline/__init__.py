@@ -9,16 +9,19 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+if __name__ == "pipeline":
+    raise ImportError("`pipeline` is imported as `teachercache.pipeline`")
+
 if TYPE_CHECKING:
-    from pipeline.cache import FeatureCache
-    from pipeline.spec import ViewPolicy
-    from pipeline.views import View, render_view
+    from teachercache.pipeline.cache import FeatureCache
+    from teachercache.pipeline.records.spec import ViewPolicy
+    from teachercache.pipeline.views import View, render_view
 
 _HOMES = {
-    "FeatureCache": "pipeline.cache",
-    "View": "pipeline.views",
-    "ViewPolicy": "pipeline.spec",
-    "render_view": "pipeline.views",
+    "FeatureCache": "teachercache.pipeline.cache",
+    "View": "teachercache.pipeline.views",
+    "ViewPolicy": "teachercache.pipeline.records.spec",
+    "render_view": "teachercache.pipeline.views",
 }
 
 

@@ -22,8 +22,8 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 from torch import Tensor
 
-from pipeline.codecs import ArrayLayout, Codec, Encoded, get_codec
-from pipeline.errors import (
+from teachercache.pipeline.codecs import ArrayLayout, Codec, Encoded, get_codec
+from teachercache.pipeline.errors import (
     CacheError,
     CacheMismatchError,
     CorruptShardError,
@@ -31,26 +31,26 @@ from pipeline.errors import (
     SourceNotFoundError,
     explain,
 )
-from pipeline.feature_stats import FeatureMoments
-from pipeline.manifest import SAMPLES_NAME, CommitRecord, Manifest, tables_name
-from pipeline.own_places import NAME_IMAGES, require_followed
-from pipeline.rows import RowIndex
-from pipeline.sources import Source, decode_image, open_source
-from pipeline.sources.decode import HEAD_BYTES
-from pipeline.spec import IMAGES, CacheSpec, TeacherSpec
-from pipeline.storage import LocalStorage, Storage
-from pipeline.stores.base import FeatureStore, feature_arrays, teacher_layouts
-from pipeline.stores.direct_store import DirectStore
-from pipeline.stores.image_tar import image_tar_name
-from pipeline.stores.range_store import RangeStore
-from pipeline.stores.webdataset_store import WebDatasetStore
-from pipeline.stores.zarr_store import ZarrStore
-from pipeline.views import View, ViewTable
+from teachercache.pipeline.places.own_places import NAME_IMAGES, require_followed
+from teachercache.pipeline.places.storage import LocalStorage, Storage
+from teachercache.pipeline.records.feature_stats import FeatureMoments
+from teachercache.pipeline.records.manifest import SAMPLES_NAME, CommitRecord, Manifest, tables_name
+from teachercache.pipeline.records.rows import RowIndex
+from teachercache.pipeline.records.spec import IMAGES, CacheSpec, TeacherSpec
+from teachercache.pipeline.sources import Source, decode_image, open_source
+from teachercache.pipeline.sources.decode import HEAD_BYTES
+from teachercache.pipeline.stores.base import FeatureStore, feature_arrays, teacher_layouts
+from teachercache.pipeline.stores.direct_store import DirectStore
+from teachercache.pipeline.stores.image_tar import image_tar_name
+from teachercache.pipeline.stores.range_store import RangeStore
+from teachercache.pipeline.stores.webdataset_store import WebDatasetStore
+from teachercache.pipeline.stores.zarr_store import ZarrStore
+from teachercache.pipeline.views import View, ViewTable
 
 if TYPE_CHECKING:
     from xarray import DataTree
 
-    from pipeline.sample_view import SampleView
+    from teachercache.pipeline.looking.sample_view import SampleView
 
 
 class FeatureCache:
@@ -130,7 +130,7 @@ class FeatureCache:
 
     @cached_property
     def samples(self) -> pa.Table:
-        """One line a sample, `pipeline.sources.SAMPLE_SCHEMA`."""
+        """One line a sample, `teachercache.pipeline.sources.SAMPLE_SCHEMA`."""
         return self.manifest.samples(self.spec)
 
     @cached_property
@@ -275,6 +275,19 @@ class FeatureCache:
                 places[record.first_row : record.first_row + record.num_rows] = held
         return places[rows]
 
+    def readable_rows(self, teacher: str, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """As `readable`, but a shard whose record is damaged holds no row, instead of an error."""
+        try:
+            return self.readable(teacher, rows)
+        except CacheError:
+            shards = rows // self.spec.rows_per_shard
+            found, known = np.zeros(rows.size, bool), np.unique(shards)
+            if known.size > 1:
+                lower = shards < known[known.size // 2]
+                for half in (lower, ~lower):
+                    found[half] = self.readable_rows(teacher, rows[half])
+            return found
+
     def _readable_places(self, teacher: str) -> NDArray[np.bool_]:
         """The places of a teacher's shards that are known to hold a row; a look into it costs nothing."""
         if teacher not in self._places:
@@ -308,6 +321,10 @@ class FeatureCache:
                 self.codec(name), self._read(rows, name, self.feature_layouts(name), buffers)
             )
         return encoded
+
+    def feature_maps(self, teacher: str, rows: NDArray[np.int64]) -> Tensor:
+        """Features (rows, levels, H, W, C) float32. Raises as `read` does."""
+        return self.read(rows, [teacher])[teacher].decode()
 
     def read_tokens(self, rows: ArrayLike, teacher: str, name: str, out: Tensor | None = None) -> Tensor:
         """`cls` (rows, levels, C) or `global` (rows, D) of a teacher that stores it; `out` as in `read`."""
@@ -462,14 +479,14 @@ class FeatureCache:
 
         Raises `KeyError` naming the nearest keys, or `IndexError`.
         """
-        from pipeline.sample_view import SampleView
+        from teachercache.pipeline.looking.sample_view import SampleView
 
         index = self.find(sample) if isinstance(sample, str) else range(self.num_samples)[sample]
         return SampleView(self, index)
 
     def to_xarray(self, teachers: Sequence[str] | None = None) -> DataTree:
         """The decoded features as labelled arrays that are read when they are used; see `labelled_arrays`."""
-        from pipeline.labelled_arrays import to_xarray
+        from teachercache.pipeline.looking.labelled_arrays import to_xarray
 
         return to_xarray(self, teachers)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.spec import GridSpec, Size
+from teachercache.pipeline.records.spec import GridSpec, Size
 
 
 def upsample(s_BChw: Tensor, grid: Size) -> Tensor:

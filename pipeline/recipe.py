@@ -21,8 +21,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
-from pipeline.environment import named_variables
-from pipeline.errors import RecipeError
+from teachercache.pipeline.environment import named_variables
+from teachercache.pipeline.errors import RecipeError
 
 Model = TypeVar("Model", bound=BaseModel)
 SHIPPED = Path(__file__).parent.parent / "jobs" / "recipes"

@@ -23,27 +23,10 @@ from torch import Tensor
 from torch.nn.functional import interpolate, pad
 from torchvision.transforms.v2 import functional as F
 
-from pipeline.errors import CacheError
-from pipeline.limits import MAX_SIDE
-from pipeline.spec import Photometric, Segment, Size, ViewPolicy
-
-VIEW_SCHEMA = pa.schema(
-    [
-        ("sample_index", pa.int64()),
-        ("view_index", pa.int32()),
-        ("left", pa.float32()),
-        ("top", pa.float32()),
-        ("right", pa.float32()),
-        ("bottom", pa.float32()),
-        ("flip", pa.bool_()),
-        ("brightness", pa.float32()),
-        ("contrast", pa.float32()),
-        ("saturation", pa.float32()),
-        ("hue", pa.float32()),
-        ("height", pa.int32()),
-        ("width", pa.int32()),
-    ]
-)
+from teachercache.pipeline.errors import CacheError
+from teachercache.pipeline.records.limits import MAX_SIDE
+from teachercache.pipeline.records.spec import Photometric, Segment, Size, ViewPolicy
+from teachercache.pipeline.records.tables import VIEW_SCHEMA
 
 _CROP_ATTEMPTS = 10  # as torchvision's RandomResizedCrop, before it falls back to a centre crop
 _DRAWS_PER_VIEW = 2 * _CROP_ATTEMPTS + 3

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from pipeline.durable import fsync, rename
-from pipeline.errors import CheckpointError, DiskSpaceError, TeacherCacheError
-from pipeline.processes import temporary_of
+from teachercache.pipeline.errors import CheckpointError, DiskSpaceError, TeacherCacheError
+from teachercache.pipeline.places.durable import fsync, rename
+from teachercache.pipeline.places.processes import temporary_of
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 

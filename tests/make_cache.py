@@ -9,15 +9,23 @@ import numpy as np
 import torch
 from PIL import Image
 
-from cache_builder.recipe import BuildRecipe
-from pipeline.cache import FeatureCache
-from pipeline.manifest import CommitRecord, Manifest, with_views_hashes
-from pipeline.sample_table import dataset_fingerprint, labels_hash
-from pipeline.sources import open_source
-from pipeline.spec import CacheSpec, DatasetSpec, GridSpec, Segment, StoreKind, TeacherSpec, ViewPolicy
-from pipeline.storage import Storage
-from pipeline.stores.base import teacher_layouts
-from pipeline.views import draw_views
+from teachercache.cache_builder.recipe import BuildRecipe
+from teachercache.pipeline.cache import FeatureCache
+from teachercache.pipeline.places.storage import Storage
+from teachercache.pipeline.records.manifest import CommitRecord, Manifest, with_views_hashes
+from teachercache.pipeline.records.spec import (
+    CacheSpec,
+    DatasetSpec,
+    GridSpec,
+    Segment,
+    StoreKind,
+    TeacherSpec,
+    ViewPolicy,
+)
+from teachercache.pipeline.records.tables import dataset_fingerprint, labels_hash
+from teachercache.pipeline.sources import open_source
+from teachercache.pipeline.stores.base import teacher_layouts
+from teachercache.pipeline.views import draw_views
 
 
 def make_images(folder: Path, count: int, size: tuple[int, int] = (64, 48), seed: int = 0) -> Path:

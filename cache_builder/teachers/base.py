@@ -12,9 +12,9 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
-from pipeline.errors import TeacherInputError
-from pipeline.spec import Size, TeacherSpec
-from pipeline.views import enlarge_and_pad
+from teachercache.pipeline.errors import TeacherInputError
+from teachercache.pipeline.records.spec import Size, TeacherSpec
+from teachercache.pipeline.views import enlarge_and_pad
 
 RGB = tuple[float, float, float]
 

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from cache_builder.teachers.base import Teacher
-from cache_builder.teachers.registry import kind_of
-from pipeline.spec import TeacherSpec
+from teachercache.cache_builder.teachers.base import Teacher
+from teachercache.cache_builder.teachers.registry import kind_of
+from teachercache.pipeline.records.spec import TeacherSpec
 
 _WEIGHT_PRODUCTS = (torch.ops.aten.convolution, torch.ops.aten.mm, torch.ops.aten.addmm)
 

@@ -33,8 +33,15 @@ from safetensors import safe_open
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
-from cache_builder.teachers.base import Architecture, Outputs, Teacher, TeacherFeatures, autocast, preprocess
-from cache_builder.teachers.weights import (
+from teachercache.cache_builder.teachers.base import (
+    Architecture,
+    Outputs,
+    Teacher,
+    TeacherFeatures,
+    autocast,
+    preprocess,
+)
+from teachercache.cache_builder.teachers.weights import (
     WEIGHTS_NAME,
     differing,
     require_file,
@@ -42,8 +49,8 @@ from cache_builder.teachers.weights import (
     seeded,
     weights_not_found,
 )
-from pipeline.errors import TeacherError, TeacherInputError
-from pipeline.spec import Size, TeacherSpec
+from teachercache.pipeline.errors import TeacherError, TeacherInputError
+from teachercache.pipeline.records.spec import Size, TeacherSpec
 
 _OWNER = "IDEA-Research"
 _SWINS: dict[str, dict[str, Any]] = {

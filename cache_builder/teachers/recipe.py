@@ -7,10 +7,24 @@ from typing import Annotated, Any, Self
 import torch
 from pydantic import Field, model_validator
 
-from cache_builder.teachers.base import RGB, Architecture, Outputs, Teacher, weights_hash
-from cache_builder.teachers.registry import Preset, find_model, find_preset, find_teacher, kind_of
-from pipeline.errors import CacheMismatchError, TeacherInputError
-from pipeline.spec import GridKind, GridSpec, Precision, Size, Strict, TeacherSpec, ViewPolicy
+from teachercache.cache_builder.teachers.base import RGB, Architecture, Outputs, Teacher, weights_hash
+from teachercache.cache_builder.teachers.registry import (
+    Preset,
+    find_model,
+    find_preset,
+    find_teacher,
+    kind_of,
+)
+from teachercache.pipeline.errors import CacheMismatchError, TeacherInputError
+from teachercache.pipeline.records.spec import (
+    GridKind,
+    GridSpec,
+    Precision,
+    Size,
+    Strict,
+    TeacherSpec,
+    ViewPolicy,
+)
 
 IMAGENET_MEAN: RGB = (0.485, 0.456, 0.406)
 IMAGENET_STD: RGB = (0.229, 0.224, 0.225)

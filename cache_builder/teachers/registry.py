@@ -8,11 +8,11 @@ from importlib.resources import files
 
 import yaml
 
-from cache_builder.teachers.base import Teacher
-from cache_builder.teachers.grounding_dino import GroundingDinoTeacher
-from cache_builder.teachers.timm_teacher import TimmTeacher
-from pipeline.errors import UnknownTeacherError
-from pipeline.spec import Strict
+from teachercache.cache_builder.teachers.base import Teacher
+from teachercache.cache_builder.teachers.grounding_dino import GroundingDinoTeacher
+from teachercache.cache_builder.teachers.timm_teacher import TimmTeacher
+from teachercache.pipeline.errors import UnknownTeacherError
+from teachercache.pipeline.records.spec import Strict
 
 _KINDS: tuple[type[Teacher], ...] = (TimmTeacher, GroundingDinoTeacher)
 
@@ -31,7 +31,9 @@ class Preset(Strict):
 
 @cache
 def presets() -> dict[str, Preset]:
-    rows = yaml.safe_load(files("cache_builder.teachers").joinpath("presets.yaml").read_text("utf-8"))
+    rows = yaml.safe_load(
+        files("teachercache.cache_builder.teachers").joinpath("presets.yaml").read_text("utf-8")
+    )
     return {name: Preset.model_validate(row) for name, row in rows.items()}
 
 

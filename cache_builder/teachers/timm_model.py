@@ -21,7 +21,7 @@ import torch
 from timm.models import get_model_input_config
 from torch import Tensor, nn
 
-from cache_builder.teachers.weights import (
+from teachercache.cache_builder.teachers.weights import (
     differing,
     inner_weights,
     require_file,
@@ -29,8 +29,8 @@ from cache_builder.teachers.weights import (
     seeded,
     weights_not_found,
 )
-from pipeline.errors import TeacherInputError, WeightsNotFoundError
-from pipeline.spec import Size, TeacherSpec
+from teachercache.pipeline.errors import TeacherInputError, WeightsNotFoundError
+from teachercache.pipeline.records.spec import Size, TeacherSpec
 
 _EXPECTED = "every weight but the classifier's"
 

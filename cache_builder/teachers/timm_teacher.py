@@ -13,10 +13,22 @@ from timm.layers import PatchEmbed
 from timm.models.vision_transformer_sam import VisionTransformerSAM
 from torch import Tensor
 
-from cache_builder.teachers.base import Architecture, Outputs, Teacher, TeacherFeatures, autocast, preprocess
-from cache_builder.teachers.timm_model import blank_model, create_model, native_size, size_argument
-from pipeline.errors import TeacherInputError
-from pipeline.spec import Size, TeacherSpec
+from teachercache.cache_builder.teachers.base import (
+    Architecture,
+    Outputs,
+    Teacher,
+    TeacherFeatures,
+    autocast,
+    preprocess,
+)
+from teachercache.cache_builder.teachers.timm_model import (
+    blank_model,
+    create_model,
+    native_size,
+    size_argument,
+)
+from teachercache.pipeline.errors import TeacherInputError
+from teachercache.pipeline.records.spec import Size, TeacherSpec
 
 
 class TimmTeacher(Teacher):

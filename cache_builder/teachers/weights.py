@@ -16,8 +16,8 @@ from huggingface_hub.errors import EntryNotFoundError
 from timm.models import clean_state_dict, load_state_dict
 from torch import Tensor
 
-from pipeline.errors import WeightsNotFoundError
-from pipeline.spec import TeacherSpec
+from teachercache.pipeline.errors import WeightsNotFoundError
+from teachercache.pipeline.records.spec import TeacherSpec
 
 WEIGHTS_NAME = "model.safetensors"
 

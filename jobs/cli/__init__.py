@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import typer
 
-from jobs.cli import building, looking, rearranging, students, trust
-from jobs.launch import run
+from teachercache.jobs.cli import building, looking, rearranging, students, trust
+from teachercache.jobs.launch import run
 
 app = typer.Typer(
     help="Run frozen vision teachers once, cache their features, train students from the cache.",

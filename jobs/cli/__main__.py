@@ -1,5 +1,5 @@
-"""`python -m jobs.cli`, where the command itself is not on the path."""
+"""`python -m teachercache.jobs.cli`, where the command itself is not on the path."""
 
-from jobs.cli import main
+from teachercache.jobs.cli import main
 
 main()

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jobs.cli.terminal import Overrides, RecipeArgument, console
+from teachercache.jobs.cli.terminal import Overrides, RecipeArgument, console
 
 if TYPE_CHECKING:
-    from cache_builder.budget import Option
-    from cache_builder.draft import Draft
-    from cache_builder.recipe import BuildRecipe
-    from pipeline.spec import TeacherSpec
+    from teachercache.cache_builder.budget import Option
+    from teachercache.cache_builder.draft import Draft
+    from teachercache.cache_builder.recipe import BuildRecipe
+    from teachercache.pipeline.records.spec import TeacherSpec
 
 
 def plan(recipe: RecipeArgument, overrides: Overrides = None) -> None:
@@ -26,17 +26,17 @@ def plan(recipe: RecipeArgument, overrides: Overrides = None) -> None:
 
     Example: `teachercache plan imagenet1k_vitl source.path=/data/train cache=/data/cache budget=6TB`
     """
-    from cache_builder.builder import prepare
-    from cache_builder.recipe import BuildRecipe
-    from jobs.inspection.tables import options_table, plan_table
-    from pipeline.recipe import load_recipe
-    from pipeline.units import human_bytes
+    from teachercache.cache_builder.builder import prepare
+    from teachercache.cache_builder.recipe import BuildRecipe
+    from teachercache.jobs.inspection.tables import options_table, plan_table
+    from teachercache.pipeline.recipe import load_recipe
+    from teachercache.pipeline.units import human_bytes
 
     checked = load_recipe(BuildRecipe, recipe, overrides or [])
     drafted, _, result = prepare(checked, console)
     console.print(plan_table(result))
     if checked.budget is not None:
-        from cache_builder.budget import choose, require_possible
+        from teachercache.cache_builder.budget import choose, require_possible
 
         specs = _candidates(checked, drafted)
         require_possible(specs, result, checked.budget)
@@ -60,11 +60,11 @@ def build(
 
     Example: `teachercache build demo source.path=~/photos cache=/tmp/cache "teachers=[dinov2_small]"`
     """
-    from cache_builder.builder import build as build_cache
-    from cache_builder.builder import prepare
-    from cache_builder.recipe import BuildRecipe
-    from jobs.inspection.tables import plan_table
-    from pipeline.recipe import load_recipe
+    from teachercache.cache_builder.builder import build as build_cache
+    from teachercache.cache_builder.builder import prepare
+    from teachercache.cache_builder.recipe import BuildRecipe
+    from teachercache.jobs.inspection.tables import plan_table
+    from teachercache.pipeline.recipe import load_recipe
 
     checked = load_recipe(BuildRecipe, recipe, overrides or [])
     if dry_run:
@@ -92,10 +92,10 @@ def calibrate(
 
     Example: `teachercache calibrate imagenet1k_vitl source.path=/data/train calibration_rows=32`
     """
-    from cache_builder.builder import prepare
-    from cache_builder.recipe import BuildRecipe
-    from jobs.inspection.tables import options_table
-    from pipeline.recipe import load_recipe
+    from teachercache.cache_builder.builder import prepare
+    from teachercache.cache_builder.recipe import BuildRecipe
+    from teachercache.jobs.inspection.tables import options_table
+    from teachercache.pipeline.recipe import load_recipe
 
     checked = load_recipe(BuildRecipe, recipe, overrides or [])
     drafted, spec, _ = prepare(checked, console)
@@ -108,8 +108,8 @@ def _candidates(
     recipe: BuildRecipe, drafted: Draft, codecs: list[str] | None = None
 ) -> dict[str, list[TeacherSpec]]:
     """What each teacher of the recipe could be stored as; what a cache has already stays as it is."""
-    from cache_builder.budget import candidates
-    from cache_builder.teachers.recipe import student_grid
+    from teachercache.cache_builder.budget import candidates
+    from teachercache.cache_builder.teachers.recipe import student_grid
 
     grid = student_grid(recipe.views.size)
     stored = drafted.stored[0].teachers if drafted.stored else {}
@@ -125,7 +125,7 @@ def _candidates(
 def _measure(
     recipe: BuildRecipe, drafted: Draft, specs: Mapping[str, list[TeacherSpec]]
 ) -> dict[str, list[Option]]:
-    from cache_builder.budget import measure
+    from teachercache.cache_builder.budget import measure
 
     sample = drafted.calibration_sample(recipe.calibration_rows)
     found: dict[str, list[Option]] = {}

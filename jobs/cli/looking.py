@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import RenderableType
 
-from jobs.cli.terminal import CacheArgument, Images, Json, console, print_json
+from teachercache.jobs.cli.terminal import CacheArgument, Images, Json, console, print_json
 
 _MAX_INDEX = 2**63 - 1
 
@@ -30,9 +30,9 @@ def inspect(
 
     Example: `teachercache inspect /data/cache --key n01440764_10026`
     """
-    from pipeline.errors import RecipeError
-    from pipeline.manifest import Manifest
-    from pipeline.storage import Storage
+    from teachercache.pipeline.errors import RecipeError
+    from teachercache.pipeline.places.storage import Storage
+    from teachercache.pipeline.records.manifest import Manifest
 
     asked = [name for name, value in (("shard", shard), ("row", row), ("key", key)) if value is not None]
     if len(asked) > 1:
@@ -46,10 +46,10 @@ def inspect(
     found: dict[str, Any]
     table: Callable[[Mapping[str, Any]], RenderableType]
     if asked:
-        from jobs.inspection import detail_tables, details
+        from teachercache.jobs.inspection import detail_tables, details
     else:
-        from jobs.inspection.summary import summarize
-        from jobs.inspection.tables import summary_table
+        from teachercache.jobs.inspection.summary import summarize
+        from teachercache.jobs.inspection.tables import summary_table
     if shard is not None:
         found, table = details.shard_details(manifest, shard), detail_tables.shard_table
     elif row is not None:
@@ -63,8 +63,8 @@ def inspect(
     else:
         console.print(table(found))
     if pictures is not None:
-        from jobs.inspection.pictures import pca_maps
-        from pipeline.cache import FeatureCache
+        from teachercache.jobs.inspection.pictures import pca_maps
+        from teachercache.pipeline.cache import FeatureCache
 
         pca_maps(FeatureCache.open(cache, images), pictures, num_samples=samples)
         console.print(f"PCA maps: {pictures}")
@@ -81,8 +81,8 @@ def report(
 
     Example: `teachercache report /data/cache -o report.html --samples 24`
     """
-    from jobs.inspection.report import write_report
-    from pipeline.cache import FeatureCache
+    from teachercache.jobs.inspection.report import write_report
+    from teachercache.pipeline.cache import FeatureCache
 
     with console.status("") as status:
         html = write_report(
@@ -109,9 +109,9 @@ def view(
 
     Example: `teachercache view /data/cache --student runs/base/student`
     """
-    from jobs.inspection.viewer import serve
-    from pipeline.cache import FeatureCache
-    from student import load_student
+    from teachercache.jobs.inspection.viewer import serve
+    from teachercache.pipeline.cache import FeatureCache
+    from teachercache.student import load_student
 
     serve(
         FeatureCache.open(cache, images),
@@ -137,9 +137,9 @@ def norms(
 
     Example: `teachercache norms /data/pair cats dogs --student runs/base/student -o norms.png`
     """
-    from pipeline.cache import FeatureCache
-    from student import load_student
-    from student.figures import norm_figure
+    from teachercache.pipeline.cache import FeatureCache
+    from teachercache.student import load_student
+    from teachercache.student.measuring.figures import norm_figure
 
     opened = FeatureCache.open(cache, images)
     loaded = load_student(student) if student else None

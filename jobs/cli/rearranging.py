@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jobs.cli.terminal import CacheArgument, Images, console
-from pipeline.terminal import progress_bar
+from teachercache.jobs.cli.terminal import CacheArgument, Images, console
+from teachercache.pipeline.terminal import progress_bar
 
 if TYPE_CHECKING:
-    from pipeline.rearrange import Rearrangement
+    from teachercache.pipeline.rearranging.rearrange import Rearrangement
 
 Output = Annotated[str, typer.Option("-o", "--output", metavar="PLACE", help="A folder or URL.")]
 
@@ -26,7 +26,7 @@ def merge(
 
     Example: `teachercache merge /data/part0 /data/part1 -o /data/cache`
     """
-    from pipeline.rearrange import merge as merge_caches
+    from teachercache.pipeline.rearranging.rearrange import merge as merge_caches
 
     _rearrange(merge_caches(caches, output), "merging")
 
@@ -43,7 +43,7 @@ def subset(
 
     Example: `teachercache subset /data/cache -o /data/tenth --fraction 0.1 --teachers dinov2,sam`
     """
-    from pipeline.rearrange import subset as take_subset
+    from teachercache.pipeline.rearranging.rearrange import subset as take_subset
 
     names = [name.strip() for name in teachers.split(",")] if teachers else None
     wanted = None if keys is None else [line for line in keys.read_text().splitlines() if line]
@@ -67,10 +67,10 @@ def convert(
 
     Example: `teachercache convert /data/cache -o /data/tars --to webdataset`
     """
-    from pipeline.cache import FeatureCache
-    from pipeline.errors import RecipeError
-    from pipeline.rearrange import convert as convert_cache
-    from pipeline.theia import export_theia
+    from teachercache.pipeline.cache import FeatureCache
+    from teachercache.pipeline.errors import RecipeError
+    from teachercache.pipeline.rearranging.rearrange import convert as convert_cache
+    from teachercache.pipeline.rearranging.theia import export_theia
 
     if to in ("webdataset", "zarr"):
         _rearrange(convert_cache(cache, output, to), "converting")  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from jobs.cli.terminal import (
+from teachercache.jobs.cli.terminal import (
     CacheArgument,
     Images,
     Json,
@@ -22,7 +22,7 @@ from jobs.cli.terminal import (
     console,
     print_json,
 )
-from jobs.launch import EXIT_FAILED
+from teachercache.jobs.launch import EXIT_FAILED
 
 
 def train(
@@ -42,19 +42,19 @@ def train(
 
     Example: `teachercache train sak_stage1_base cache=/data/cache output=runs/base`
     """
-    from pipeline.recipe import load_recipe
-    from student.recipe import TrainRecipe
+    from teachercache.pipeline.recipe import load_recipe
+    from teachercache.student.training.recipe import TrainRecipe
 
     checked = load_recipe(TrainRecipe, recipe, overrides or [])
     if dry_run:
-        from jobs.train_plan import costs_table, plan_training, train_plan_table
+        from teachercache.jobs.train_plan import costs_table, plan_training, train_plan_table
 
         plan = plan_training(checked, processes=processes, tflops_per_gpu=tflops_per_gpu, num_samples=samples)
         console.print(train_plan_table(plan))
         if costs:
             console.print(costs_table(checked, plan))
         return
-    from student.train import train as train_student
+    from teachercache.student.training.train import train as train_student
 
     result = train_student(checked)
     if result.interrupted:
@@ -94,11 +94,11 @@ def evaluate(
 
     Example: `teachercache evaluate runs/stage2/student nyud /data/NYUDv2 -o runs/stage2/scores`
     """
-    from pipeline.cache import FeatureCache
-    from student import load_student
-    from student.datasets import open_dataset
-    from student.evaluate import evaluate as evaluate_student
-    from student.evaluate import read_baseline
+    from teachercache.pipeline.cache import FeatureCache
+    from teachercache.student import load_student
+    from teachercache.student.datasets import open_dataset
+    from teachercache.student.measuring.evaluate import evaluate as evaluate_student
+    from teachercache.student.measuring.evaluate import read_baseline
 
     opened = open_dataset(dataset, root, split)
     single = read_baseline(baseline or [], opened.name)
@@ -142,10 +142,10 @@ def repsim(
 
     Example: `teachercache repsim runs/base/student /data/cache --max-samples 50000`
     """
-    from jobs.inspection.tables import similarity_table
-    from pipeline.cache import FeatureCache
-    from student import load_student
-    from student.repsim import representation_similarity
+    from teachercache.jobs.inspection.tables import similarity_table
+    from teachercache.pipeline.cache import FeatureCache
+    from teachercache.student import load_student
+    from teachercache.student.measuring.repsim import representation_similarity
 
     found = representation_similarity(
         load_student(student),
@@ -178,16 +178,20 @@ def probe(
     """Top-1 accuracy of a linear classifier on frozen features (SAK, Table 26).
 
     On a teacher's features straight from two caches, or with `--student` on two places with labelled images.
-    `accelerate launch -m jobs.cli probe …` does the same with several processes.
+    `accelerate launch -m teachercache.jobs.cli probe …` does the same with several processes.
 
     Example: `teachercache probe /data/train /data/val --student runs/base/student --size 224`
     """
-    from pipeline.cache import FeatureCache
-    from pipeline.sources import open_source
-    from student import load_student
-    from student.evaluate import process_state
-    from student.image_features import CachedTeacherFeatures, StudentFeatures, require_same_teacher
-    from student.linear_probe import linear_probe, probe_table
+    from teachercache.pipeline.cache import FeatureCache
+    from teachercache.pipeline.sources import open_source
+    from teachercache.student import load_student
+    from teachercache.student.measuring.evaluate import process_state
+    from teachercache.student.measuring.image_features import (
+        CachedTeacherFeatures,
+        StudentFeatures,
+        require_same_teacher,
+    )
+    from teachercache.student.measuring.linear_probe import linear_probe, probe_table
 
     device, is_first = process_state().device, os.environ.get("RANK", "0") == "0"
     found = []
@@ -242,11 +246,11 @@ def depth_probe(
 
     Example: `teachercache depth-probe runs/base/student nyud /data/NYUDv2 --expert dinov2`
     """
-    from student import load_student
-    from student.datasets import open_dataset
-    from student.depth_probe import FrozenMaps, depth_table
-    from student.depth_probe import depth_probe as probe_depth
-    from student.sak.stem import Stem
+    from teachercache.student import load_student
+    from teachercache.student.datasets import open_dataset
+    from teachercache.student.measuring.depth_probe import FrozenMaps, depth_table
+    from teachercache.student.measuring.depth_probe import depth_probe as probe_depth
+    from teachercache.student.models.stem import Stem
 
     train, test = (open_dataset(dataset, root, split) for split in ("train", "val"))
     loaded = (
@@ -291,7 +295,7 @@ def remove_teacher(
 
     Example: `teachercache remove-teacher runs/base/student sam -o runs/base_without_sam/student`
     """
-    from student import SAK
+    from teachercache.student import SAK
 
     loaded = SAK.from_pretrained(student)
     before = sum(loaded.parameters_by_part().values())
@@ -314,7 +318,7 @@ def figure(
 
     Example: `teachercache figure 5 "mine, 25% of the data=runs/quarter/scores/scores.json" -o figure_5.png`
     """
-    from student.comparison_figures import comparison, comparison_figure, read_scores
+    from teachercache.student.measuring.comparison_figures import comparison, comparison_figure, read_scores
 
     own = [read_scores(named) for named in scores or []]
     if as_json:
@@ -337,7 +341,7 @@ def push(
 
     Example: `teachercache push runs/base/student user/sak-base --private`
     """
-    from student import push_to_hub
+    from teachercache.student import push_to_hub
 
     console.print(push_to_hub(student, repository, private=private))
 
@@ -359,8 +363,8 @@ def import_reference(
 
     Example: `teachercache import-reference checkpoint.pth -o runs/authors/student --size 448 576`
     """
-    from student import SAK, build_student, load_reference, read_reference
-    from student.sak.reference import reference_arguments
+    from teachercache.student import SAK, build_student, load_reference, read_reference
+    from teachercache.student.sak.reference import reference_arguments
 
     tensors = read_reference(checkpoint)
     student = build_student("sak", **reference_arguments(tensors, size))
@@ -392,8 +396,8 @@ def datasets(
 
     Example: `teachercache datasets pascal_context /data/PASCALContext --link /data/pascal_images`
     """
-    from jobs.inspection.tables import findings_table
-    from student.datasets import check_folder, dataset_class, open_dataset
+    from teachercache.jobs.inspection.tables import findings_table
+    from teachercache.student.datasets import check_folder, dataset_class, open_dataset
 
     findings = check_folder(dataset_class(kind), root)
     console.print(findings_table(findings))

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.terminal import Terminal
+from teachercache.pipeline.terminal import Terminal
 
 console = Terminal()
 

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jobs.cli.terminal import CacheArgument, Images, Overrides, console
-from jobs.launch import EXIT_FAILED
-from pipeline.terminal import progress_bar
+from teachercache.jobs.cli.terminal import CacheArgument, Images, Overrides, console
+from teachercache.jobs.launch import EXIT_FAILED
+from teachercache.pipeline.terminal import progress_bar
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from pipeline.cache import FeatureCache
+    from teachercache.pipeline.cache import FeatureCache
 
 
 def verify(
@@ -35,12 +35,12 @@ def verify(
 
     Example: `teachercache verify /data/cache --full --against-teacher 32`
     """
-    from cache_builder.moved import MovedRecipe
-    from cache_builder.verify import strays, teachers_and_images
-    from cache_builder.verify import verify as verify_cache
-    from pipeline.cache import FeatureCache
-    from pipeline.errors import RecipeError
-    from pipeline.recipe import load_overrides
+    from teachercache.cache_builder.moved import MovedRecipe
+    from teachercache.pipeline.cache import FeatureCache
+    from teachercache.pipeline.errors import RecipeError
+    from teachercache.pipeline.recipe import load_overrides
+    from teachercache.pipeline.verify import strays, teachers_and_images
+    from teachercache.pipeline.verify import verify as verify_cache
 
     moved = load_overrides(MovedRecipe, overrides or [], "overrides of this comparison")
     if overrides and not against_teacher:
@@ -86,7 +86,7 @@ def _while_shown(bar: Progress, shards: int) -> Iterator[int]:
 def _against_teacher(cache: FeatureCache, num_rows: int, checkpoints: Mapping[str, str]) -> bool:
     import torch
 
-    from cache_builder.against_teacher import compare_with_teachers
+    from teachercache.cache_builder.against_teacher import compare_with_teachers
 
     with console.status(f"recomputing {num_rows} rows"):
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -114,11 +114,11 @@ def repair(cache: CacheArgument, overrides: Overrides = None, images: Images = N
 
     Example: `teachercache repair /data/cache batch_size=64`
     """
-    from cache_builder.moved import RepairRecipe
-    from cache_builder.repair import repair as repair_cache
-    from cache_builder.verify import teachers_and_images
-    from pipeline.cache import FeatureCache
-    from pipeline.recipe import load_overrides
+    from teachercache.cache_builder.moved import RepairRecipe
+    from teachercache.cache_builder.repair import repair as repair_cache
+    from teachercache.pipeline.cache import FeatureCache
+    from teachercache.pipeline.recipe import load_overrides
+    from teachercache.pipeline.verify import teachers_and_images
 
     recipe = load_overrides(RepairRecipe, overrides or [], "runner of this repair")
     opened = FeatureCache.open(cache, images)

@@ -1,0 +1,1 @@
+"""A cache as text, as a page and as a viewer."""

@@ -13,15 +13,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from jobs.inspection.feature_facts import CodecTrial, cosine_error, finite, rows_to_learn_from, try_codec
-from pipeline.cache import FeatureCache
-from pipeline.errors import CacheError
-from pipeline.feature_pictures import heat, png_uri
-from pipeline.grids import upsample
-from pipeline.map_reader import MapReader
-from pipeline.units import human_bytes
-from pipeline.views import render_view
-from student.base import Student
+from teachercache.jobs.inspection.feature_facts import (
+    CodecTrial,
+    cosine_error,
+    finite,
+    rows_to_learn_from,
+    try_codec,
+)
+from teachercache.pipeline.cache import FeatureCache
+from teachercache.pipeline.errors import CacheError
+from teachercache.pipeline.grids import upsample
+from teachercache.pipeline.looking.feature_pictures import heat, png_uri
+from teachercache.pipeline.looking.map_reader import MapReader
+from teachercache.pipeline.units import human_bytes
+from teachercache.pipeline.views import render_view
+from teachercache.student.models.base import Student
 
 _KEPT_ROWS = 4
 _KEPT_DRAWINGS = 256

@@ -8,8 +8,8 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from jobs.inspection.tables import columns_table, lines, problem_lines, quarantine_line
-from pipeline.units import human_bytes
+from teachercache.jobs.inspection.tables import columns_table, lines, problem_lines, quarantine_line
+from teachercache.pipeline.units import human_bytes
 
 _GOOD = ("committed", "sound")
 _ABSENT = "not committed"

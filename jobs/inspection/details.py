@@ -18,7 +18,7 @@ import xxhash
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
-from jobs.inspection.summary import (
+from teachercache.jobs.inspection.summary import (
     Problems,
     array_metadata,
     copied,
@@ -26,13 +26,19 @@ from jobs.inspection.summary import (
     file_problems,
     quarantined,
 )
-from pipeline.errors import CacheError
-from pipeline.manifest import SAMPLES_NAME, VIEWS_NAME, CommitRecord, Manifest
-from pipeline.rows import RowIndex
-from pipeline.spec import CacheSpec
-from pipeline.storage import Storage
-from pipeline.stores.shard_format import ABSENT, CHECKSUM_NBYTES, checksum, index_nbytes, parse_index
-from pipeline.stores.tar_index import read_index, read_rows, tar_name
+from teachercache.pipeline.errors import CacheError
+from teachercache.pipeline.places.storage import Storage
+from teachercache.pipeline.records.manifest import SAMPLES_NAME, VIEWS_NAME, CommitRecord, Manifest
+from teachercache.pipeline.records.rows import RowIndex
+from teachercache.pipeline.records.spec import CacheSpec
+from teachercache.pipeline.stores.shard_format import (
+    ABSENT,
+    CHECKSUM_NBYTES,
+    checksum,
+    index_nbytes,
+    parse_index,
+)
+from teachercache.pipeline.stores.tar_index import read_index, read_rows, tar_name
 
 _MAX_CHUNK_NBYTES = 1 << 30  # a chunk is one row; larger ones are not ours
 _NEAR_KEYS = 5

@@ -13,13 +13,13 @@ import numpy as np
 import pyarrow.compute as pc
 from PIL import Image
 
-from jobs.inspection.comparisons import Comparisons, Drawing
-from jobs.inspection.summary import describe, summarize
-from pipeline.cache import FeatureCache
-from pipeline.errors import CacheError, TeacherCacheError
-from pipeline.feature_pictures import jpeg_uri
-from pipeline.map_reader import level_name
-from student.base import Student
+from teachercache.jobs.inspection.comparisons import Comparisons, Drawing
+from teachercache.jobs.inspection.summary import describe, summarize
+from teachercache.pipeline.cache import FeatureCache
+from teachercache.pipeline.errors import CacheError, TeacherCacheError
+from teachercache.pipeline.looking.feature_pictures import jpeg_uri
+from teachercache.pipeline.looking.map_reader import level_name
+from teachercache.student.models.base import Student
 
 PAGE_SIZE = 12
 _THUMBNAIL = (96, 96)

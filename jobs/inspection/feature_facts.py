@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.codecs import get_codec
-from pipeline.codecs.fidelity import Fidelity, compare
-from pipeline.errors import CodecError
-from pipeline.feature_stats import FeatureMoments
-from pipeline.grids import pool
-from pipeline.spec import GridSpec
+from teachercache.pipeline.codecs import get_codec
+from teachercache.pipeline.codecs.fidelity import Fidelity, compare
+from teachercache.pipeline.errors import CodecError
+from teachercache.pipeline.grids import pool
+from teachercache.pipeline.records.feature_stats import FeatureMoments
+from teachercache.pipeline.records.spec import GridSpec
 
 # Without int4-trellis: two rows of SAM-L alone would take a third of the minute that a report may take.
 TRIED_CODECS = ("f16", "int8-hadamard", "int4-hadamard", "int4-dct", "int3-hadamard")

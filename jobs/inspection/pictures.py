@@ -9,10 +9,10 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-from pipeline.cache import FeatureCache
-from pipeline.errors import CacheError
-from pipeline.feature_pictures import Picture, picture_grid
-from pipeline.map_reader import MapReader, level_name
+from teachercache.pipeline.cache import FeatureCache
+from teachercache.pipeline.errors import CacheError
+from teachercache.pipeline.looking.feature_pictures import Picture, picture_grid
+from teachercache.pipeline.looking.map_reader import MapReader, level_name
 
 matplotlib.use("agg")
 

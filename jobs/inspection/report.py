@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jobs.inspection.charts import channel_curve, error_curve, matrix, norm_histogram, number
-from jobs.inspection.feature_facts import (
+from teachercache.jobs.inspection.charts import channel_curve, error_curve, matrix, norm_histogram, number
+from teachercache.jobs.inspection.feature_facts import (
     TRIED_CODECS,
     CodecTrial,
     LevelFacts,
@@ -19,7 +19,7 @@ from jobs.inspection.feature_facts import (
     rows_to_learn_from,
     try_codec,
 )
-from jobs.inspection.page import (
+from teachercache.jobs.inspection.page import (
     bullets,
     facts,
     figure,
@@ -34,16 +34,16 @@ from jobs.inspection.page import (
     table,
     timeline_rows,
 )
-from jobs.inspection.summary import copied, records, summarize
-from jobs.inspection.tables import quarantine_line, summary_facts, warnings, what_was_checked
-from jobs.inspection.teacher_maps import TeacherMaps
-from jobs.inspection.timeline import timeline
-from pipeline.cache import FeatureCache
-from pipeline.errors import CodecError, TeacherCacheError
-from pipeline.feature_pictures import heat, jpeg_uri, png_uri
-from pipeline.manifest import CommitRecord
-from pipeline.map_reader import MapReader
-from pipeline.units import human_bytes, human_seconds
+from teachercache.jobs.inspection.summary import copied, records, summarize
+from teachercache.jobs.inspection.tables import quarantine_line, summary_facts, warnings, what_was_checked
+from teachercache.jobs.inspection.teacher_maps import TeacherMaps
+from teachercache.jobs.inspection.timeline import timeline
+from teachercache.pipeline.cache import FeatureCache
+from teachercache.pipeline.errors import CodecError, TeacherCacheError
+from teachercache.pipeline.looking.feature_pictures import heat, jpeg_uri, png_uri
+from teachercache.pipeline.looking.map_reader import MapReader
+from teachercache.pipeline.records.manifest import CommitRecord
+from teachercache.pipeline.units import human_bytes, human_seconds
 
 _TRIAL_ROWS = 2  # others are what the tables are learnt from
 _LEAST_ERROR, _LARGEST_ERROR = 1e-7, 1e-1

@@ -21,8 +21,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.errors import CacheError
-from pipeline.manifest import (
+from teachercache.pipeline.errors import CacheError
+from teachercache.pipeline.places.storage import LocalStorage, RemoteStorage, Storage
+from teachercache.pipeline.records.manifest import (
     SAMPLES_NAME,
     VIEWS_NAME,
     CommitRecord,
@@ -30,9 +31,8 @@ from pipeline.manifest import (
     QuarantineEntry,
     tables_name,
 )
-from pipeline.spec import IMAGES, CacheSpec
-from pipeline.storage import LocalStorage, RemoteStorage, Storage
-from pipeline.stores.shard_format import CHECKSUM_NBYTES
+from teachercache.pipeline.records.spec import IMAGES, CacheSpec
+from teachercache.pipeline.stores.shard_format import CHECKSUM_NBYTES
 
 _REMOTE_THREADS = 32
 _INDEX_ENTRY_NBYTES = 16

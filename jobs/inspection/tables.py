@@ -11,14 +11,14 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.units import human_bytes, human_seconds
+from teachercache.pipeline.units import human_bytes, human_seconds
 
 if TYPE_CHECKING:  # they bring torch, which `inspect` has no time for
-    from cache_builder.budget import Option
-    from cache_builder.plan import Plan
-    from pipeline.spec import GridSpec
-    from student.datasets import Finding
-    from student.repsim import Similarity
+    from teachercache.cache_builder.budget import Option
+    from teachercache.cache_builder.plan import Plan
+    from teachercache.pipeline.records.spec import GridSpec
+    from teachercache.student.datasets import Finding
+    from teachercache.student.measuring.repsim import Similarity
 
 _SHOWN = 8
 
@@ -124,7 +124,7 @@ def options_table(options: Mapping[str, Sequence[Option]], num_rows: int) -> Ren
 
     Cosines of tokens are means and 1st percentiles, of standardised features and of raw ones.
     """
-    from cache_builder.budget import GRID_COSTS
+    from teachercache.cache_builder.budget import GRID_COSTS
 
     by_grid: dict[tuple[str, GridSpec], list[Option]] = {}
     for name, available in options.items():

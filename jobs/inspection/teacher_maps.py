@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from jobs.inspection.feature_facts import FactCollector, LevelFacts, common_grid, finite
-from pipeline.errors import CacheError
-from pipeline.feature_pictures import heat, png_uri, token_norms
-from pipeline.map_reader import MapReader, level_name
+from teachercache.jobs.inspection.feature_facts import FactCollector, LevelFacts, common_grid, finite
+from teachercache.pipeline.errors import CacheError
+from teachercache.pipeline.looking.feature_pictures import heat, png_uri, token_norms
+from teachercache.pipeline.looking.map_reader import MapReader, level_name
 
 _COMMON_TOKENS = 2048
 

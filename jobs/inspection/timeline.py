@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from jobs.inspection.summary import shard_span
-from pipeline.manifest import CommitRecord
+from teachercache.jobs.inspection.summary import shard_span
+from teachercache.pipeline.records.manifest import CommitRecord
 
 _COLUMNS = 720
 _MAX_LANES = 48

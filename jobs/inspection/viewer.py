@@ -25,11 +25,11 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from jobs.inspection.explorer import Explorer, Selection
-from pipeline.cache import FeatureCache
-from pipeline.codecs import codec_names
-from pipeline.errors import CacheError, TeacherCacheError
-from student.base import Student
+from teachercache.jobs.inspection.explorer import Explorer, Selection
+from teachercache.pipeline.cache import FeatureCache
+from teachercache.pipeline.codecs import codec_names
+from teachercache.pipeline.errors import CacheError, TeacherCacheError
+from teachercache.student.models.base import Student
 
 STYLE = Path(__file__).with_name("viewer.css").read_text()
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")

@@ -13,11 +13,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from pipeline.codecs.base import ArrayLayout, Codec, Encoded
-from pipeline.codecs.dct import GridDctCodec
-from pipeline.codecs.quantized import SCHEMES, QuantizedCodec
-from pipeline.codecs.scalar import BFloat16Codec, Float16Codec, Float32Codec
-from pipeline.errors import CodecError
+from teachercache.pipeline.codecs.base import ArrayLayout, Codec, Encoded
+from teachercache.pipeline.codecs.dct import GridDctCodec
+from teachercache.pipeline.codecs.quantized import SCHEMES, QuantizedCodec
+from teachercache.pipeline.codecs.scalar import BFloat16Codec, Float16Codec, Float32Codec
+from teachercache.pipeline.errors import CodecError
 
 _CODECS: dict[str, Callable[[], Codec]] = {
     codec.name: codec for codec in (Float32Codec, Float16Codec, BFloat16Codec)

@@ -9,9 +9,9 @@ from typing import Generic, Self, TypeVar
 import torch
 from torch import Tensor
 
-from pipeline.codecs.base import ArrayLayout, Codec, may_arrive_late
-from pipeline.codecs.outliers import num_slots
-from pipeline.errors import CodecError
+from teachercache.pipeline.codecs.base import ArrayLayout, Codec, may_arrive_late
+from teachercache.pipeline.codecs.outliers import num_slots
+from teachercache.pipeline.errors import CodecError
 
 Coder = TypeVar("Coder")
 OUTLIER_ARRAYS = ("outlier_places", "outlier_values")

@@ -23,12 +23,17 @@ from numpy.typing import NDArray
 from scipy.fft import dct
 from torch import Tensor
 
-from pipeline.codecs.base import ArrayLayout, Encoded
-from pipeline.codecs.calibrated import OUTLIER_ARRAYS, CalibratedCodec, row_blocks
-from pipeline.codecs.lloyd_max import gaussian_distortion, gaussian_levels
-from pipeline.codecs.normalisation import Hadamard
-from pipeline.codecs.quantizer import ScalarQuantizer, divide_by_scales, finite_half, root_mean_square
-from pipeline.errors import CodecError
+from teachercache.pipeline.codecs.base import ArrayLayout, Encoded
+from teachercache.pipeline.codecs.calibrated import OUTLIER_ARRAYS, CalibratedCodec, row_blocks
+from teachercache.pipeline.codecs.lloyd_max import gaussian_distortion, gaussian_levels
+from teachercache.pipeline.codecs.normalisation import Hadamard
+from teachercache.pipeline.codecs.quantizer import (
+    ScalarQuantizer,
+    divide_by_scales,
+    finite_half,
+    root_mean_square,
+)
+from teachercache.pipeline.errors import CodecError
 
 MOST_BITS = 8
 

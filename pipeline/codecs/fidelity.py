@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.codecs.base import Codec
-from pipeline.codecs.normalisation import floored_std
-from pipeline.codecs.outliers import usual_moments
+from teachercache.pipeline.codecs.base import Codec
+from teachercache.pipeline.codecs.normalisation import floored_std
+from teachercache.pipeline.codecs.outliers import usual_moments
 
 ROWS_AT_ONCE = 4
 

@@ -20,10 +20,10 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from pipeline.codecs.hadamard import hadamard_factors, rotate
-from pipeline.codecs.outliers import put_back, take_out, usual_moments
-from pipeline.codecs.quantizer import take
-from pipeline.errors import CodecError
+from teachercache.pipeline.codecs.hadamard import hadamard_factors, rotate
+from teachercache.pipeline.codecs.outliers import put_back, take_out, usual_moments
+from teachercache.pipeline.codecs.quantizer import take
+from teachercache.pipeline.errors import CodecError
 
 SIGN_SEED = 0
 SMALLEST_STD = 1e-12

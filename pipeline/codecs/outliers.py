@@ -14,8 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipeline.codecs.quantizer import finite_half
-from pipeline.feature_stats import FeatureMoments
+from teachercache.pipeline.codecs.quantizer import finite_half
+from teachercache.pipeline.records.feature_stats import FeatureMoments
 
 TOKENS_PER_SLOT = 8
 # Outliers are further from the median than so many deviations, are no more than there are slots for, and

@@ -6,7 +6,7 @@
     int4-trellis    as int4-hadamard, but a code and the one before it choose among 256 levels
 
 Shapes: R rows, S levels, H×W grid, C channels. docs/codecs.md states the bytes, and
-`pipeline.codecs.reference` decodes them with numpy alone.
+`teachercache.pipeline.codecs.reference` decodes them with numpy alone.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.codecs.base import ArrayLayout, Encoded
-from pipeline.codecs.calibrated import OUTLIER_ARRAYS, CalibratedCodec, row_blocks
-from pipeline.codecs.lloyd_max import gaussian_levels
-from pipeline.codecs.normalisation import Hadamard, Normalisation, PhiS, Standardise
-from pipeline.codecs.packing import packed_width
-from pipeline.codecs.quantizer import ScalarQuantizer, TokenQuantizer, largest_magnitude
-from pipeline.codecs.trellis import TrellisQuantizer, trellis_levels
+from teachercache.pipeline.codecs.base import ArrayLayout, Encoded
+from teachercache.pipeline.codecs.calibrated import OUTLIER_ARRAYS, CalibratedCodec, row_blocks
+from teachercache.pipeline.codecs.lloyd_max import gaussian_levels
+from teachercache.pipeline.codecs.normalisation import Hadamard, Normalisation, PhiS, Standardise
+from teachercache.pipeline.codecs.packing import packed_width
+from teachercache.pipeline.codecs.quantizer import ScalarQuantizer, TokenQuantizer, largest_magnitude
+from teachercache.pipeline.codecs.trellis import TrellisQuantizer, trellis_levels
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pipeline.codecs.packing import pack, unpack
-from pipeline.errors import CodecError
+from teachercache.pipeline.codecs.packing import pack, unpack
+from teachercache.pipeline.errors import CodecError
 
 # A token is scaled by the best of these multiples of its root mean square: rotated tokens are nearly
 # Gaussian, not quite. The choice takes 3% off the error at 4 bits and costs nothing to decode.

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from pipeline.codecs.base import ArrayLayout, Codec, Encoded, may_arrive_late
-from pipeline.errors import CodecError
+from teachercache.pipeline.codecs.base import ArrayLayout, Codec, Encoded, may_arrive_late
+from teachercache.pipeline.errors import CodecError
 
 CODE_AXES = ("level", "height", "width", "channel")
 

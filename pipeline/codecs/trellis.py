@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.codecs.packing import pack, unpack
-from pipeline.codecs.quantizer import (
+from teachercache.pipeline.codecs.packing import pack, unpack
+from teachercache.pipeline.codecs.quantizer import (
     TokenQuantizer,
     divide_by_scales,
     finite_half,

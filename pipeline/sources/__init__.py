@@ -13,16 +13,22 @@ import os
 from itertools import islice
 from posixpath import basename, splitext
 
-from pipeline.errors import RecipeError, SourceError
-from pipeline.sample_table import SAMPLE_SCHEMA, dataset_fingerprint
-from pipeline.sources.base import PHOTO_SUFFIXES, Source, is_image_name, left_out_line, no_image_error
-from pipeline.sources.decode import MAX_PIXELS, decode_image
-from pipeline.sources.ilsvrc import ILSVRCSource
-from pipeline.sources.image_folder import ImageFolderSource
-from pipeline.sources.parquet import ParquetSource
-from pipeline.sources.place import Place
-from pipeline.sources.tar import tar_members
-from pipeline.sources.webdataset import WebDatasetSource
+from teachercache.pipeline.errors import RecipeError, SourceError
+from teachercache.pipeline.records.tables import SAMPLE_SCHEMA, dataset_fingerprint
+from teachercache.pipeline.sources.base import (
+    PHOTO_SUFFIXES,
+    Source,
+    is_image_name,
+    left_out_line,
+    no_image_error,
+)
+from teachercache.pipeline.sources.decode import MAX_PIXELS, decode_image
+from teachercache.pipeline.sources.ilsvrc import ILSVRCSource
+from teachercache.pipeline.sources.image_folder import ImageFolderSource
+from teachercache.pipeline.sources.parquet import ParquetSource
+from teachercache.pipeline.sources.place import Place
+from teachercache.pipeline.sources.tar import tar_members
+from teachercache.pipeline.sources.webdataset import WebDatasetSource
 
 _SOURCES: dict[str, type[Source]] = {
     source.kind: source for source in (ImageFolderSource, WebDatasetSource, ParquetSource, ILSVRCSource)

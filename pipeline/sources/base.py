@@ -19,11 +19,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-from pipeline.errors import EmptySourceError, ImageDecodeError, SourceError, SourceNotFoundError
-from pipeline.sample_table import SAMPLE_SCHEMA
-from pipeline.sources.decode import HEAD_BYTES, probe_size
-from pipeline.sources.keys import OK, name_problem, printable, with_unique_keys
-from pipeline.sources.place import Place
+from teachercache.pipeline.errors import EmptySourceError, ImageDecodeError, SourceError, SourceNotFoundError
+from teachercache.pipeline.records.tables import SAMPLE_SCHEMA
+from teachercache.pipeline.sources.decode import HEAD_BYTES, probe_size
+from teachercache.pipeline.sources.keys import OK, name_problem, printable, with_unique_keys
+from teachercache.pipeline.sources.place import Place
 
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".jpe", ".jfif")
 IMAGE_SUFFIXES = (*PHOTO_SUFFIXES, ".apng", ".gif", ".bmp", ".tif", ".tiff")  # all that `decode.py` reads

@@ -31,8 +31,12 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from pipeline.errors import ImageDecodeError
-from pipeline.sources.metadata import jpeg_without_metadata, png_without_metadata, tiff_without_metadata
+from teachercache.pipeline.errors import ImageDecodeError
+from teachercache.pipeline.sources.metadata import (
+    jpeg_without_metadata,
+    png_without_metadata,
+    tiff_without_metadata,
+)
 
 MAX_PIXELS = 178_956_970  # where Pillow itself refuses: 512 MiB of RGB
 MAX_FILE_BYTES = 8 * MAX_PIXELS  # 16-bit RGBA of that many pixels, not compressed

@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
-from pipeline.errors import SourceError
-from pipeline.sources.base import SampleRows, is_image_name, kind_of
-from pipeline.sources.keys import printable
-from pipeline.sources.tar import TarSource, read_range, tar_members
+from teachercache.pipeline.errors import SourceError
+from teachercache.pipeline.sources.base import SampleRows, is_image_name, kind_of
+from teachercache.pipeline.sources.keys import printable
+from teachercache.pipeline.sources.tar import TarSource, read_range, tar_members
 
 
 class _ClassTar(NamedTuple):

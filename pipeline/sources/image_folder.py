@@ -10,9 +10,9 @@ from posixpath import splitext
 
 import pyarrow as pa
 
-from pipeline.retries import retrying
-from pipeline.sources.base import SampleRows, Source, is_image_name, kind_of
-from pipeline.storage import LocalStorage
+from teachercache.pipeline.places.retries import retrying
+from teachercache.pipeline.places.storage import LocalStorage
+from teachercache.pipeline.sources.base import SampleRows, Source, is_image_name, kind_of
 
 _FILES_PER_UNIT = 1024
 _REMOTE_FILES_PER_UNIT = 16  # one request each, and the units of a source run side by side

@@ -18,10 +18,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.errors import ImageDecodeError, SourceError
-from pipeline.sources.base import SampleRows, Source
-from pipeline.sources.keys import printable
-from pipeline.storage import Storage
+from teachercache.pipeline.errors import ImageDecodeError, SourceError
+from teachercache.pipeline.places.storage import Storage
+from teachercache.pipeline.sources.base import SampleRows, Source
+from teachercache.pipeline.sources.keys import printable
 
 _ROWS_PER_BATCH = 256
 _ROW_GROUPS_KEPT = 4

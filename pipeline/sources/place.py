@@ -11,8 +11,8 @@ from typing import Any
 
 import fsspec
 
-from pipeline.errors import SourceError, SourceNotFoundError, TeacherCacheError
-from pipeline.storage import LocalStorage, Storage, client_options
+from teachercache.pipeline.errors import SourceError, SourceNotFoundError, TeacherCacheError
+from teachercache.pipeline.places.storage import LocalStorage, Storage, client_options
 
 _MAGIC = re.compile(r"[*?[]")
 

@@ -13,9 +13,15 @@ from typing import IO, NamedTuple
 
 import pyarrow as pa
 
-from pipeline.sources.base import IMAGE_SUFFIXES, PHOTO_SUFFIXES, SampleRows, is_image_name, kind_of
-from pipeline.sources.keys import printable
-from pipeline.sources.tar import TarMember, TarSource, read_range, tar_members
+from teachercache.pipeline.sources.base import (
+    IMAGE_SUFFIXES,
+    PHOTO_SUFFIXES,
+    SampleRows,
+    is_image_name,
+    kind_of,
+)
+from teachercache.pipeline.sources.keys import printable
+from teachercache.pipeline.sources.tar import TarMember, TarSource, read_range, tar_members
 
 _NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
 _LONGEST_LABEL_BYTES = 1 << 20

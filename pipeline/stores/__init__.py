@@ -1,0 +1,1 @@
+"""Shards of features: how they are written, and who reads them from where they lie."""

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.codecs import ArrayLayout, get_codec
-from pipeline.errors import CorruptShardError
-from pipeline.manifest import FileRecord
-from pipeline.spec import CacheSpec, TeacherSpec
-from pipeline.storage import Storage
+from teachercache.pipeline.codecs import ArrayLayout, get_codec
+from teachercache.pipeline.errors import CorruptShardError
+from teachercache.pipeline.places.storage import Storage
+from teachercache.pipeline.records.manifest import FileRecord
+from teachercache.pipeline.records.spec import CacheSpec, TeacherSpec
 
 Arrays = dict[str, NDArray]
 

@@ -14,11 +14,17 @@ from functools import lru_cache, partial
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.retries import retrying
-from pipeline.spec import CacheSpec
-from pipeline.storage import LocalStorage
-from pipeline.stores.shard_format import ABSENT, CHECKSUM_NBYTES, checksum, index_nbytes, parse_index
-from pipeline.stores.zarr_store import Ints, ZarrStore, shard_file
+from teachercache.pipeline.places.retries import retrying
+from teachercache.pipeline.places.storage import LocalStorage
+from teachercache.pipeline.records.spec import CacheSpec
+from teachercache.pipeline.stores.shard_format import (
+    ABSENT,
+    CHECKSUM_NBYTES,
+    checksum,
+    index_nbytes,
+    parse_index,
+)
+from teachercache.pipeline.stores.zarr_store import Ints, ZarrStore, shard_file
 
 OPEN_SHARDS = 256  # file descriptors; a shuffling window of 16 shards of three teachers needs some 150
 

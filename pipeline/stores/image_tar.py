@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from pipeline.manifest import FileRecord
-from pipeline.storage import ChecksumWriter, Storage
-from pipeline.stores.tar_index import TAR_END, add_member, member_key
+from teachercache.pipeline.places.storage import ChecksumWriter, Storage
+from teachercache.pipeline.records.manifest import FileRecord
+from teachercache.pipeline.stores.tar_index import TAR_END, add_member, member_key
 
 _SUFFIXES = {b"\xff\xd8": ".jpg", b"\x89P": ".png", b"RI": ".webp"}
 _SUFFIXES |= {b"GI": ".gif", b"BM": ".bmp", b"II": ".tif", b"MM": ".tif"}

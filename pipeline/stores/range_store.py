@@ -9,9 +9,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.spec import CacheSpec
-from pipeline.stores.shard_format import CHECKSUM_NBYTES, checksum
-from pipeline.stores.zarr_store import Ints, ZarrStore, shard_file
+from teachercache.pipeline.records.spec import CacheSpec
+from teachercache.pipeline.stores.shard_format import CHECKSUM_NBYTES, checksum
+from teachercache.pipeline.stores.zarr_store import Ints, ZarrStore, shard_file
 
 
 class RangeStore(ZarrStore):

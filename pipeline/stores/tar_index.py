@@ -14,8 +14,8 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.storage import ChecksumWriter, Storage
-from pipeline.stores.shard_format import CHECKSUM_NBYTES, checksum
+from teachercache.pipeline.places.storage import ChecksumWriter, Storage
+from teachercache.pipeline.stores.shard_format import CHECKSUM_NBYTES, checksum
 
 INDEX_NAME = "__index__"
 _COLUMNS = 3

@@ -22,12 +22,12 @@ import safetensors.numpy
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
-from pipeline.codecs import ArrayLayout
-from pipeline.manifest import FileRecord
-from pipeline.rows import RowIndex
-from pipeline.spec import CacheSpec
-from pipeline.storage import ChecksumWriter, Storage
-from pipeline.stores.base import (
+from teachercache.pipeline.codecs import ArrayLayout
+from teachercache.pipeline.places.storage import ChecksumWriter, Storage
+from teachercache.pipeline.records.manifest import FileRecord
+from teachercache.pipeline.records.rows import RowIndex
+from teachercache.pipeline.records.spec import CacheSpec
+from teachercache.pipeline.stores.base import (
     Arrays,
     FeatureStore,
     ShardWriter,
@@ -35,7 +35,7 @@ from pipeline.stores.base import (
     teacher_layouts,
     unreadable,
 )
-from pipeline.stores.tar_index import (
+from teachercache.pipeline.stores.tar_index import (
     INDEX_NAME,
     TAR_END,
     add_member,

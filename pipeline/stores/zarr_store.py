@@ -22,13 +22,13 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import FsspecStore, LocalStore, MemoryStore
 
-from pipeline.codecs import ArrayLayout
-from pipeline.errors import StorageError
-from pipeline.manifest import FileRecord
-from pipeline.retries import retrying
-from pipeline.spec import CacheSpec
-from pipeline.storage import ChecksumWriter, LocalStorage, Storage, client_options
-from pipeline.stores.base import (
+from teachercache.pipeline.codecs import ArrayLayout
+from teachercache.pipeline.errors import StorageError
+from teachercache.pipeline.places.retries import retrying
+from teachercache.pipeline.places.storage import ChecksumWriter, LocalStorage, Storage, client_options
+from teachercache.pipeline.records.manifest import FileRecord
+from teachercache.pipeline.records.spec import CacheSpec
+from teachercache.pipeline.stores.base import (
     Arrays,
     FeatureStore,
     ShardWriter,
@@ -36,7 +36,14 @@ from pipeline.stores.base import (
     teacher_layouts,
     unreadable,
 )
-from pipeline.stores.shard_format import ABSENT, Index, checksum, empty_index, index_nbytes, parse_index
+from teachercache.pipeline.stores.shard_format import (
+    ABSENT,
+    Index,
+    checksum,
+    empty_index,
+    index_nbytes,
+    parse_index,
+)
 
 _KEPT_INDEXES = 1024
 

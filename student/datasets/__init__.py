@@ -11,13 +11,13 @@ from __future__ import annotations
 import os
 from importlib import import_module
 
-from student.base import require_known
-from student.datasets.base import Finding, LabelledDataset, check_folder
+from teachercache.student.datasets.base import Finding, LabelledDataset, check_folder
+from teachercache.student.models.base import require_known
 
 _CLASSES = {
-    "pascal_context": ("student.datasets.pascal_context", "PascalContext"),
-    "nyud": ("student.datasets.nyud", "NYUD"),
-    "scenes": ("student.datasets.scenes", "Scenes"),
+    "pascal_context": ("teachercache.student.datasets.pascal_context", "PascalContext"),
+    "nyud": ("teachercache.student.datasets.nyud", "NYUD"),
+    "scenes": ("teachercache.student.datasets.scenes", "Scenes"),
 }
 DATASETS = tuple(_CLASSES)
 

@@ -18,10 +18,10 @@ from safetensors import SafetensorError
 from scipy.io import loadmat
 from scipy.io.matlab import MatReadError
 
-from pipeline.errors import SourceError, SourceNotFoundError
-from pipeline.sources import decode_image
-from pipeline.sources.keys import name_problem, printable
-from pipeline.spec import Size
+from teachercache.pipeline.errors import SourceError, SourceNotFoundError
+from teachercache.pipeline.records.spec import Size
+from teachercache.pipeline.sources import decode_image
+from teachercache.pipeline.sources.keys import name_problem, printable
 
 _SHOWN_FILES = 3
 _DAMAGE = (  # what the readers of all these formats raise over files that are not what they should be
@@ -89,7 +89,8 @@ class LabelledDataset(ABC):
     def labels(
         self, index: int, tasks: Iterable[str] | None = None, measured: bool = False
     ) -> dict[str, NDArray]:
-        """The labels of an image, of all tasks or of some, as `student.datasets.labels.IGNORE` says.
+        """The labels of an image, of all tasks or of some, as `teachercache.student.datasets.labels.IGNORE`
+        says.
 
         `measured`: those that predictions are measured against, where they are not those to learn from.
         Raises `SourceNotFoundError` for a file that is gone, `SourceError` for one that cannot be read or

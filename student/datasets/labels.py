@@ -12,10 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.errors import explain
-from pipeline.spec import Size
-from pipeline.views import View, source_pixels
-from student.metrics.dense import IGNORE_INDEX
+from teachercache.pipeline.errors import explain
+from teachercache.pipeline.records.spec import Size
+from teachercache.pipeline.views import View, source_pixels
+from teachercache.student.metrics.dense import IGNORE_INDEX
 
 Labels = Mapping[str, NDArray]
 

@@ -7,9 +7,9 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.spec import Size
-from student.datasets.base import LabelledDataset, read_array, unit_normals
-from student.datasets.boundaries import partition_boundaries
+from teachercache.pipeline.records.spec import Size
+from teachercache.student.datasets.base import LabelledDataset, read_array, unit_normals
+from teachercache.student.datasets.boundaries import partition_boundaries
 
 
 class NYUD(LabelledDataset):

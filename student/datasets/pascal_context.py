@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.io import loadmat
 
-from pipeline.spec import Size
-from student.datasets.base import LabelledDataset, read_array, unit_normals
-from student.datasets.boundaries import label_boundaries, partition_boundaries
-from student.datasets.labels import ignored_without_parts
+from teachercache.pipeline.records.spec import Size
+from teachercache.student.datasets.base import LabelledDataset, read_array, unit_normals
+from teachercache.student.datasets.boundaries import label_boundaries, partition_boundaries
+from teachercache.student.datasets.labels import ignored_without_parts
 
 _PERSON = 15  # among the classes of PASCAL-Part
 _PART_NAMES = (

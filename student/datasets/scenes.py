@@ -1,6 +1,6 @@
 """The synthetic scenes as a data set in a folder: what stage 2 runs on where the real sets are not at hand.
 
-python -m student.datasets.scenes OUT --train 200 --val 50 --size 128 128
+python -m teachercache.student.datasets.scenes OUT --train 200 --val 50 --size 128 128
 teachercache build RECIPE source.path=OUT/images/train …
 open_dataset("scenes", "OUT", "train")
 """
@@ -16,11 +16,11 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from pipeline.errors import RecipeError
-from pipeline.spec import Size
-from student.datasets.base import LabelledDataset
-from student.datasets.person import PARTS
-from student.datasets.scene_renderer import CLASSES, render_scene
+from teachercache.pipeline.errors import RecipeError
+from teachercache.pipeline.records.spec import Size
+from teachercache.student.datasets.base import LabelledDataset
+from teachercache.student.datasets.synthetic.person import PARTS
+from teachercache.student.datasets.synthetic.scene_renderer import CLASSES, render_scene
 
 
 class Scenes(LabelledDataset):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.spec import Size
+from teachercache.pipeline.records.spec import Size
 
 Grids = tuple[Size, ...]  # of several maps, whose tokens stand one map behind the other
 

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from pipeline.grids import upsample
-from pipeline.spec import Size
+from teachercache.pipeline.grids import upsample
+from teachercache.pipeline.records.spec import Size
 
 
 class Features(NamedTuple):

@@ -14,12 +14,18 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from pipeline.errors import RecipeError
-from pipeline.spec import Size
-from student.base import Student, StudentOutput, check_names, count_by_part, require_teachers
-from student.kpu.latent_space import Features, LatentSpace
-from student.kpu.vit_adapter import STRIDES, ViTAdapter
-from student.sak.stem import Stem
+from teachercache.pipeline.errors import RecipeError
+from teachercache.pipeline.records.spec import Size
+from teachercache.student.kpu.latent_space import Features, LatentSpace
+from teachercache.student.kpu.vit_adapter import STRIDES, ViTAdapter
+from teachercache.student.models.base import (
+    Student,
+    StudentOutput,
+    check_names,
+    count_by_part,
+    require_teachers,
+)
+from teachercache.student.models.stem import Stem
 
 
 class ImageRepresentation(NamedTuple):

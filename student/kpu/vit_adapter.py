@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.grids import upsample
-from student.kpu.deformable_attention import DeformableAttention, Grids
-from student.sak.stem import Stem
+from teachercache.pipeline.grids import upsample
+from teachercache.student.kpu.deformable_attention import DeformableAttention, Grids
+from teachercache.student.models.stem import Stem
 
 STRIDES = (4, 8, 16, 32)
 _HEAD_WIDTH = 64

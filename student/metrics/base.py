@@ -7,7 +7,7 @@ from typing import Self
 
 from torch import Tensor
 
-from pipeline.errors import explain
+from teachercache.pipeline.errors import explain
 
 
 class SumMetric:

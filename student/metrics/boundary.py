@@ -20,10 +20,10 @@ import torch
 from skimage.morphology import thin
 from torch import Tensor
 
-from pipeline.errors import explain
-from student.metrics.base import SumMetric, check_same_shape
-from student.metrics.edge_nms import edge_nms
-from student.metrics.matching import Bools, find_candidates, match
+from teachercache.pipeline.errors import explain
+from teachercache.student.metrics.base import SumMetric, check_same_shape
+from teachercache.student.metrics.edge_nms import edge_nms
+from teachercache.student.metrics.matching import Bools, find_candidates, match
 
 Floats = npt.NDArray[np.floating]
 Counts = npt.NDArray[np.int64]

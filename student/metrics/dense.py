@@ -11,8 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pipeline.errors import explain
-from student.metrics.base import SumMetric, check_same_shape
+from teachercache.pipeline.errors import explain
+from teachercache.student.metrics.base import SumMetric, check_same_shape
 
 IGNORE_INDEX = 255
 """The label of pixels that nobody annotated, in every data set of the multi-task community."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from pipeline.errors import explain
+from teachercache.pipeline.errors import explain
 
 
 def mtl_gain(

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.errors import RecipeError
-from pipeline.spec import Size
-from student.base import (
+from teachercache.pipeline.errors import RecipeError
+from teachercache.pipeline.records.spec import Size
+from teachercache.student.models.base import (
     NUM_LEVELS,
     Student,
     StudentOutput,
@@ -27,9 +27,9 @@ from student.base import (
     require_known,
     require_teachers,
 )
-from student.sak.adapter_path import AdapterPath, AlignerPath, align
-from student.sak.stem import Stem
-from student.sak.task_decoder import TaskDecoder
+from teachercache.student.models.stem import Stem
+from teachercache.student.models.task_decoder import TaskDecoder
+from teachercache.student.sak.adapter_path import AdapterPath, AlignerPath, align
 
 
 @dataclass

@@ -13,9 +13,9 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
-from pipeline.errors import CheckpointError
-from pipeline.spec import Size
-from student.sak.model import SAK
+from teachercache.pipeline.errors import CheckpointError
+from teachercache.pipeline.records.spec import Size
+from teachercache.student.sak.model import SAK
 
 _BLOCK, _TEACHER, _TASK, _REST = r"(?P<block>\d+)", r"(?P<teacher>[^.]+)", r"(?P<task>[^.]+)", r"(?P<rest>.+)"
 _NAMES = {
@@ -101,7 +101,7 @@ def reference_arguments(tensors: Mapping[str, Tensor], image_size: Size | None =
             "The checkpoint is of no stem that the authors use.",
             got=f"vit.pos_embed {positions}" if positions else _listed(tensors),
             expected=f"vit.pos_embed (1, 1 + patches, {' or '.join(map(str, _STEMS))})",
-            do="build the student in Python, and call student.load_reference()",
+            do="build the student in Python, and call teachercache.student.load_reference()",
         )
     _, num_tokens, width = positions
     side = math.isqrt(max(num_tokens - 1, 0))

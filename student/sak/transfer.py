@@ -8,9 +8,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from pipeline.errors import CheckpointError, RecipeError
-from pipeline.spec import Size
-from student.sak.model import SAK
+from teachercache.pipeline.errors import CheckpointError, RecipeError
+from teachercache.pipeline.records.spec import Size
+from teachercache.student.sak.model import SAK
 
 
 def load_stage_1(student: SAK, source: str | os.PathLike[str], revision: str | None = None) -> None:

@@ -16,15 +16,16 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from cache_builder import build
-from cache_builder.calibrate import CalibrationSample
-from cache_builder.verify import verify
-from pipeline import FeatureCache, retries
-from pipeline.errors import StorageError
-from pipeline.loader import FeatureLoader
-from pipeline.sampler import ShardShuffleSampler
-from pipeline.sources import open_source
-from pipeline.storage import LocalStorage
+from teachercache import build
+from teachercache.cache_builder.calibrate import CalibrationSample
+from teachercache.pipeline import FeatureCache
+from teachercache.pipeline.errors import StorageError
+from teachercache.pipeline.loading.loader import FeatureLoader
+from teachercache.pipeline.loading.sampler import ShardShuffleSampler
+from teachercache.pipeline.places import retries
+from teachercache.pipeline.places.storage import LocalStorage
+from teachercache.pipeline.sources import open_source
+from teachercache.pipeline.verify import verify
 from tests.make_cache import build_recipe, make_cache, make_images
 
 QUIET = Console(quiet=True)

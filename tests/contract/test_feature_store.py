@@ -19,13 +19,18 @@ import torch
 import webdataset
 import zarr
 
-from pipeline import FeatureCache
-from pipeline.codecs import codec_names, get_codec
-from pipeline.errors import CacheError, CacheNotFoundError, CorruptShardError, IncompleteCacheError
-from pipeline.manifest import FileRecord
-from pipeline.spec import StoreKind
-from pipeline.stores import tar_index
-from pipeline.stores.shard_format import ABSENT, checksum, index_nbytes, parse_index
+from teachercache import FeatureCache
+from teachercache.pipeline.codecs import codec_names, get_codec
+from teachercache.pipeline.errors import (
+    CacheError,
+    CacheNotFoundError,
+    CorruptShardError,
+    IncompleteCacheError,
+)
+from teachercache.pipeline.records.manifest import FileRecord
+from teachercache.pipeline.records.spec import StoreKind
+from teachercache.pipeline.stores import tar_index
+from teachercache.pipeline.stores.shard_format import ABSENT, checksum, index_nbytes, parse_index
 from tests.make_cache import commit_shard, features, make_cache, make_images, teacher_spec
 
 ROADS = ("direct", "zarr", "memory", "webdataset", "webdataset memory")

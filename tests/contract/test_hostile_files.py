@@ -29,20 +29,20 @@ import xxhash
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from cache_builder.verify import strays, verify
-from jobs.inspection.summary import summarize
-from pipeline import FeatureCache, render_view
-from pipeline.codecs import get_codec
-from pipeline.errors import CacheError, CorruptShardError, TeacherCacheError
-from pipeline.feature_stats import FeatureMoments
-from pipeline.manifest import Manifest, QuarantineEntry, moments_name, tables_name
-from pipeline.seal import UNSEALED, seal
-from pipeline.sources import open_source
-from pipeline.sources.keys import name_problem
-from pipeline.spec import StoreKind
-from pipeline.storage import LocalStorage, Storage
-from pipeline.stores.shard_format import CHECKSUM_NBYTES, checksum
-from pipeline.stores.tar_index import index_bytes, read_index
+from teachercache import FeatureCache, render_view
+from teachercache.jobs.inspection.summary import summarize
+from teachercache.pipeline.codecs import get_codec
+from teachercache.pipeline.errors import CacheError, CorruptShardError, TeacherCacheError
+from teachercache.pipeline.places.storage import LocalStorage, Storage
+from teachercache.pipeline.records.feature_stats import FeatureMoments
+from teachercache.pipeline.records.manifest import Manifest, QuarantineEntry, moments_name, tables_name
+from teachercache.pipeline.records.seal import UNSEALED, seal
+from teachercache.pipeline.records.spec import StoreKind
+from teachercache.pipeline.sources import open_source
+from teachercache.pipeline.sources.keys import name_problem
+from teachercache.pipeline.stores.shard_format import CHECKSUM_NBYTES, checksum
+from teachercache.pipeline.stores.tar_index import index_bytes, read_index
+from teachercache.pipeline.verify import strays, verify
 from tests.images import tar_bytes
 from tests.make_cache import make_cache, make_images, teacher_spec
 

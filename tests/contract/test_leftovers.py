@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 import torch
 
-from cache_builder.repair import repair
-from cache_builder.verify import strays, verify
-from jobs.inspection.details import sample_details
-from jobs.inspection.summary import summarize
-from pipeline import FeatureCache
-from pipeline.errors import CacheNotFoundError, DiskSpaceError
-from pipeline.rearrange import Rearrangement, convert, merge, subset
-from pipeline.spec import StoreKind
-from pipeline.storage import LocalStorage
-from pipeline.theia import export_theia
+from teachercache import FeatureCache
+from teachercache.cache_builder.repair import repair
+from teachercache.jobs.inspection.details import sample_details
+from teachercache.jobs.inspection.summary import summarize
+from teachercache.pipeline.errors import CacheNotFoundError, DiskSpaceError
+from teachercache.pipeline.places.storage import LocalStorage
+from teachercache.pipeline.rearranging.rearrange import Rearrangement, convert, merge, subset
+from teachercache.pipeline.rearranging.theia import export_theia
+from teachercache.pipeline.records.spec import StoreKind
+from teachercache.pipeline.verify import strays, verify
 from tests.make_cache import make_cache, make_images, teacher_spec
 
 TEACHERS = {"t": teacher_spec(codec="f16"), "u": teacher_spec(width=4, grid=3, codec="bf16")}

@@ -20,13 +20,12 @@ from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_ba
 from rich.console import Console
 from werkzeug.serving import WSGIRequestHandler, make_server
 
-from cache_builder import build
-from cache_builder.recipe import RunnerRecipe
-from cache_builder.repair import repair
-from cache_builder.verify import verify
-from pipeline import FeatureCache
-from pipeline.errors import BuildError, CacheError, CacheNotFoundError, CorruptShardError
-from pipeline.storage import Storage
+from teachercache import FeatureCache, build
+from teachercache.cache_builder.recipe import RunnerRecipe
+from teachercache.cache_builder.repair import repair
+from teachercache.pipeline.errors import BuildError, CacheError, CacheNotFoundError, CorruptShardError
+from teachercache.pipeline.places.storage import Storage
+from teachercache.pipeline.verify import verify
 from tests.make_cache import build_recipe, make_images
 
 QUIET = Console(quiet=True)

@@ -13,9 +13,8 @@ import pytest
 import xxhash
 from rich.console import Console
 
-from cache_builder import build
-from cache_builder.verify import strays, verify
-from pipeline import FeatureCache
+from teachercache import FeatureCache, build
+from teachercache.pipeline.verify import strays, verify
 from tests.make_cache import build_recipe
 
 GOLDEN = Path(__file__).parents[1] / "goldens" / "cache_v2.tar.gz"

@@ -18,15 +18,14 @@ import torch
 import webdataset
 from rich.console import Console
 
-from cache_builder import build
-from cache_builder.verify import strays, verify
-from pipeline import FeatureCache, render_view
-from pipeline.errors import CacheError, CacheMismatchError, CorruptShardError
-from pipeline.manifest import QuarantineEntry
-from pipeline.rearrange import Rearrangement, convert, merge, subset
-from pipeline.sources.place import Place
-from pipeline.spec import StoreKind
-from pipeline.theia import export_theia
+from teachercache import FeatureCache, build, render_view
+from teachercache.pipeline.errors import CacheError, CacheMismatchError, CorruptShardError
+from teachercache.pipeline.rearranging.rearrange import Rearrangement, convert, merge, subset
+from teachercache.pipeline.rearranging.theia import export_theia
+from teachercache.pipeline.records.manifest import QuarantineEntry
+from teachercache.pipeline.records.spec import StoreKind
+from teachercache.pipeline.sources.place import Place
+from teachercache.pipeline.verify import strays, verify
 from tests.images import write_folder
 from tests.make_cache import build_recipe, features, make_cache, make_images, teacher_spec
 

@@ -18,12 +18,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from cache_builder import build
-from cache_builder.verify import verify
-from pipeline import FeatureCache
-from pipeline.errors import CacheError, TeacherCacheError
-from pipeline.rearrange import convert, subset
-from pipeline.spec import StoreKind
+from teachercache import FeatureCache, build
+from teachercache.pipeline.errors import CacheError, TeacherCacheError
+from teachercache.pipeline.rearranging.rearrange import convert, subset
+from teachercache.pipeline.records.spec import StoreKind
+from teachercache.pipeline.verify import verify
 from tests.images import encode, photo, tar_bytes, write_folder
 from tests.make_cache import build_recipe
 

@@ -13,10 +13,10 @@ import pytest
 import s3fs
 from typer.testing import CliRunner
 
-from jobs.cli import app
-from pipeline import s3_patience
-from pipeline.errors import StorageError
-from pipeline.storage import Storage
+from teachercache.jobs.cli import app
+from teachercache.pipeline.errors import StorageError
+from teachercache.pipeline.places import s3_patience
+from teachercache.pipeline.places.storage import Storage
 from tests.make_cache import make_cache, make_images
 
 READ_TIMEOUT_S = 0.3

@@ -14,17 +14,17 @@ import pytest
 import s3fs
 from typer.testing import CliRunner
 
-from cache_builder.recipe import BuildRecipe
-from cache_builder.repair import repair
-from jobs.cli import app
-from jobs.inspection.explorer import Explorer
-from jobs.inspection.report import write_report
-from pipeline import FeatureCache
-from pipeline.errors import SourceError
-from pipeline.manifest import Manifest
-from pipeline.own_places import is_followed
-from pipeline.recipe import load_recipe
-from pipeline.storage import Storage
+from teachercache import FeatureCache
+from teachercache.cache_builder.recipe import BuildRecipe
+from teachercache.cache_builder.repair import repair
+from teachercache.jobs.cli import app
+from teachercache.jobs.inspection.explorer import Explorer
+from teachercache.jobs.inspection.report import write_report
+from teachercache.pipeline.errors import SourceError
+from teachercache.pipeline.places.own_places import is_followed
+from teachercache.pipeline.places.storage import Storage
+from teachercache.pipeline.recipe import load_recipe
+from teachercache.pipeline.records.manifest import Manifest
 from tests.make_cache import make_cache, make_images
 from tests.train_recipes import train_recipe
 
@@ -131,7 +131,7 @@ def test_what_only_looks_asks_nobody(host: str, original: Path, tmp_path: Path, 
 
 
 def test_training_asks_for_images(host: str, original: Path, tmp_path: Path) -> None:
-    from student.train import train
+    from teachercache.student.training.train import train
 
     Counting.requests.clear()
     url = strange(original, tmp_path / "cache", f"http://{host}/")

@@ -18,14 +18,14 @@ import ray
 from rich.console import Console
 
 from benchmarks.chaos import TIMEOUT_S, ChaosCluster, chaos, make_images, recipe_for
-from cache_builder import build
-from cache_builder.ray_runner import RayRunner, RayWorker
-from cache_builder.recipe import RunnerRecipe
-from cache_builder.runner import Task
-from cache_builder.stages import STAGES
-from pipeline.errors import BuildError
-from pipeline.manifest import CommitRecord
-from pipeline.spec import TeacherSpec
+from teachercache import build
+from teachercache.cache_builder.ray_runner import RayRunner, RayWorker
+from teachercache.cache_builder.recipe import RunnerRecipe
+from teachercache.cache_builder.runner import Task
+from teachercache.cache_builder.stages import STAGES
+from teachercache.pipeline.errors import BuildError
+from teachercache.pipeline.records.manifest import CommitRecord
+from teachercache.pipeline.records.spec import TeacherSpec
 
 METRICS_TIMEOUT_S = 90
 REPORT_INTERVAL_S = 10  # Ray's own

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from student import build_student, load_student
-from student.datasets import open_dataset
-from student.datasets.scenes import write_scenes
-from student.evaluate import evaluate
+from teachercache import build_student, load_student
+from teachercache.student.datasets import open_dataset
+from teachercache.student.datasets.scenes import write_scenes
+from teachercache.student.measuring.evaluate import evaluate
 
 NUM_IMAGES = 5  # no multiple of two
 

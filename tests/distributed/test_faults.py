@@ -18,15 +18,14 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from cache_builder import build
-from cache_builder.builder import BuildResult
-from cache_builder.extract import ShardExtractor
-from cache_builder.ray_runner import RayRunner, RayWorker
-from cache_builder.recipe import BuildRecipe
-from cache_builder.verify import strays, verify
-from pipeline import FeatureCache
-from pipeline.errors import BuildError, CacheError, CacheNotFoundError
-from pipeline.manifest import CommitRecord
+from teachercache import FeatureCache, build
+from teachercache.cache_builder.builder import BuildResult
+from teachercache.cache_builder.extract import ShardExtractor
+from teachercache.cache_builder.ray_runner import RayRunner, RayWorker
+from teachercache.cache_builder.recipe import BuildRecipe
+from teachercache.pipeline.errors import BuildError, CacheError, CacheNotFoundError
+from teachercache.pipeline.records.manifest import CommitRecord
+from teachercache.pipeline.verify import strays, verify
 from tests.make_cache import build_recipe, make_images
 from tests.ray_actors import await_actor
 
@@ -63,7 +62,7 @@ def start(recipe: BuildRecipe, tmp_path: Path, prelude: str = "") -> subprocess.
     """`teachercache build` in a process of its own, after `prelude`."""
     file = tmp_path / "recipe.json"
     file.write_text(recipe.model_dump_json())
-    script = f"{prelude}\nfrom jobs.cli import main\nmain()"
+    script = f"{prelude}\nfrom teachercache.jobs.cli import main\nmain()"
     return subprocess.Popen(
         [sys.executable, "-c", script, "build", str(file)],
         cwd=ROOT,
@@ -109,7 +108,7 @@ def test_a_signal_ends_a_build_cleanly_and_the_same_command_goes_on(
 
 HANG = """
 import time
-from cache_builder.extract import ShardExtractor
+from teachercache.cache_builder.extract import ShardExtractor
 encode, begun = ShardExtractor._encode, set()
 def hang(self, *arguments):
     begun.update(self.idle_s())
@@ -167,7 +166,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 @pytest.fixture
 def no_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let builds begin that `plan` would refuse: somebody else fills the disk while they run."""
-    monkeypatch.setattr("cache_builder.plan.Plan.require_space", lambda self: None)
+    monkeypatch.setattr("teachercache.cache_builder.plan.Plan.require_space", lambda self: None)
 
 
 def test_a_full_disk_ends_the_build_and_it_goes_on_when_there_is_room(
@@ -246,7 +245,7 @@ def test_a_read_only_folder_is_refused_before_the_teachers_are_loaded(
     first = build(recipe, QUIET).cache
     first.storage.remove("commits/tiny/00003.json")
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-    monkeypatch.setattr("cache_builder.builder._runner", None)
+    monkeypatch.setattr("teachercache.cache_builder.builder._runner", None)
     with pytest.raises(CacheError, match=r"cannot be written here(.|\n)*Read-only file system"):
         build(recipe, QUIET)
 

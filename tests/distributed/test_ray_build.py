@@ -11,12 +11,12 @@ import ray
 import torch
 from rich.console import Console
 
-from cache_builder import build
-from cache_builder.ray_runner import RayRunner, _connect, _Metrics
-from cache_builder.recipe import RunnerRecipe
-from cache_builder.stages import STAGES
-from cache_builder.verify import verify
-from pipeline.errors import BuildError, TeacherCacheError
+from teachercache import build
+from teachercache.cache_builder.ray_runner import RayRunner, _connect, _Metrics
+from teachercache.cache_builder.recipe import RunnerRecipe
+from teachercache.cache_builder.stages import STAGES
+from teachercache.pipeline.errors import BuildError, TeacherCacheError
+from teachercache.pipeline.verify import verify
 from tests.make_cache import build_recipe, make_cache, make_images
 from tests.ray_actors import await_actor
 

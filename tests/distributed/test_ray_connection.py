@@ -9,8 +9,8 @@ import pytest
 import ray
 from rich.console import Console
 
-from cache_builder import build, ray_runner
-from pipeline.errors import BuildError
+from teachercache.cache_builder import build, ray_runner
+from teachercache.pipeline.errors import BuildError
 from tests.make_cache import build_recipe, make_images
 
 RUNNER = {"kind": "ray", "batch_size": 4, "decode_threads": 1, "gpus_per_actor": 0, "num_actors": 1}

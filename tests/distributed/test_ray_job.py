@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from cache_builder.verify import verify
-from pipeline import FeatureCache
+from teachercache import FeatureCache
+from teachercache.pipeline.verify import verify
 from tests.make_cache import build_recipe, make_images
 
 ROOT = Path(__file__).parents[2]

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from cache_builder import build
-from student.checkpoint import newest_checkpoint
-from student.train import train
+from teachercache import build
+from teachercache.student.training.checkpoint import newest_checkpoint
+from teachercache.student.training.train import train
 from tests.make_cache import build_recipe, make_images
 from tests.train_recipes import CONTENT, logged, train_recipe
 

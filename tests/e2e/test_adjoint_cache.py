@@ -9,10 +9,10 @@ import pytest
 from accelerate.state import AcceleratorState
 from rich.console import Console
 
-from cache_builder import build
-from pipeline.errors import RecipeError
-from student.datasets.scenes import write_scenes
-from student.train import train
+from teachercache import build
+from teachercache.pipeline.errors import RecipeError
+from teachercache.student.datasets.scenes import write_scenes
+from teachercache.student.training.train import train
 from tests.make_cache import build_recipe
 from tests.train_recipes import CONTENT, logged, train_recipe
 

@@ -14,13 +14,12 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from cache_builder import build
-from cache_builder.builder import prepare
-from cache_builder.verify import verify
-from jobs.inspection.summary import summarize
-from pipeline import FeatureCache
-from pipeline.sampler import ShardShuffleSampler
-from pipeline.sources import decode
+from teachercache import FeatureCache, build
+from teachercache.cache_builder.builder import prepare
+from teachercache.jobs.inspection.summary import summarize
+from teachercache.pipeline.loading.sampler import ShardShuffleSampler
+from teachercache.pipeline.sources import decode
+from teachercache.pipeline.verify import verify
 from tests.images import encode, exif, photo, png_chunk, tar_bytes, write_folder, write_parquet
 from tests.make_cache import build_recipe
 

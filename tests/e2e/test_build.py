@@ -19,14 +19,14 @@ import torch
 from rich.console import Console
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from cache_builder import build, build_teacher, extract_shard
-from cache_builder.plan import Plan
-from cache_builder.repair import repair
-from cache_builder.verify import verify
-from pipeline import FeatureCache, render_view
-from pipeline.errors import BuildError, CacheMismatchError, DiskSpaceError, SourceNotFoundError
-from pipeline.manifest import Manifest
-from pipeline.sources.image_folder import ImageFolderSource
+from teachercache import FeatureCache, render_view
+from teachercache.cache_builder import build, build_teacher, extract_shard
+from teachercache.cache_builder.plan import Plan
+from teachercache.cache_builder.repair import repair
+from teachercache.pipeline.errors import BuildError, CacheMismatchError, DiskSpaceError, SourceNotFoundError
+from teachercache.pipeline.records.manifest import Manifest
+from teachercache.pipeline.sources.image_folder import ImageFolderSource
+from teachercache.pipeline.verify import verify
 from tests.make_cache import build_recipe, make_images
 
 QUIET = Console(quiet=True)
@@ -95,7 +95,8 @@ def test_building_again_computes_nothing(tmp_path: Path, images: Path) -> None:
 def test_a_killed_build_continues_to_the_same_bytes(tmp_path: Path, images: Path) -> None:
     recipe = build_recipe(tmp_path / "killed", images, rows_per_shard=2)
     script = (
-        "import sys; from cache_builder import build; from cache_builder.recipe import BuildRecipe;"
+        "import sys; from teachercache import build; "
+        "from teachercache.cache_builder.recipe import BuildRecipe;"
         "build(BuildRecipe.model_validate_json(sys.argv[1]))"
     )
     process = subprocess.Popen(
@@ -264,7 +265,7 @@ def test_a_full_disk_is_refused_before_anything_is_written(
 
 
 def test_the_plan_states_what_the_disk_will_hold(tmp_path: Path, images: Path) -> None:
-    from cache_builder.builder import prepare
+    from teachercache.cache_builder.builder import prepare
 
     recipe = build_recipe(tmp_path / "cache", images)
     plan: Plan = prepare(recipe, QUIET)[2]
@@ -278,7 +279,7 @@ def test_the_plan_states_what_the_disk_will_hold(tmp_path: Path, images: Path) -
 
 
 def test_the_plan_counts_the_images_that_are_not_copied_yet(tmp_path: Path, images: Path) -> None:
-    from cache_builder.builder import prepare
+    from teachercache.cache_builder.builder import prepare
 
     recipe = build_recipe(tmp_path / "cache", images, images="copy")
     sizes = [path.stat().st_size for path in sorted(images.iterdir())]

@@ -12,22 +12,27 @@ import timm
 import torch
 from rich.console import Console
 
-from cache_builder import build, build_teacher
-from cache_builder.budget import CODECS, Option, candidates, choose, measure
-from cache_builder.builder import prepare
-from cache_builder.calibrate import CalibrationSample
-from cache_builder.extract import _tokens
-from cache_builder.plan import Plan
-from cache_builder.recipe import BuildRecipe
-from cache_builder.teachers import TeacherRecipe, resolve_teacher
-from cache_builder.verify import verify
-from pipeline import FeatureCache, render_view
-from pipeline.codecs import get_codec
-from pipeline.codecs.fidelity import measure_fidelity
-from pipeline.errors import CacheError, CacheMismatchError, CodecError, DiskSpaceError, RecipeError
-from pipeline.grids import stored_form
-from pipeline.rearrange import merge
-from pipeline.units import parse_bytes
+from teachercache import FeatureCache, build, build_teacher, render_view
+from teachercache.cache_builder.budget import CODECS, Option, candidates, choose, measure
+from teachercache.cache_builder.builder import prepare
+from teachercache.cache_builder.calibrate import CalibrationSample
+from teachercache.cache_builder.extract import _tokens
+from teachercache.cache_builder.plan import Plan
+from teachercache.cache_builder.recipe import BuildRecipe
+from teachercache.cache_builder.teachers import TeacherRecipe, resolve_teacher
+from teachercache.pipeline.codecs import get_codec
+from teachercache.pipeline.codecs.fidelity import measure_fidelity
+from teachercache.pipeline.errors import (
+    CacheError,
+    CacheMismatchError,
+    CodecError,
+    DiskSpaceError,
+    RecipeError,
+)
+from teachercache.pipeline.grids import stored_form
+from teachercache.pipeline.rearranging.rearrange import merge
+from teachercache.pipeline.units import parse_bytes
+from teachercache.pipeline.verify import verify
 from tests.make_cache import build_recipe, make_cache, make_images
 
 QUIET = Console(quiet=True)
@@ -114,7 +119,7 @@ def test_tables_of_other_teachers_are_refused(
     teacher = TEACHER | {"codec": "int4-hadamard"}
     specs = {"t": resolve_teacher("t", TeacherRecipe.model_validate(teacher), (32, 32))}
     first = make_cache(tmp_path / "first", images, teachers=specs, skip_shards=range(100))
-    monkeypatch.setattr("cache_builder.builder._runner", None)
+    monkeypatch.setattr("teachercache.cache_builder.builder._runner", None)
     name = changes.pop("name", "t")
     recipe = build_recipe(
         tmp_path / "second", images, teachers={name: teacher | changes}, tables_from=first.storage.url

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from cache_builder.recipe import RunnerRecipe
-from cache_builder.worker import Worker
-from jobs import cli
-from pipeline.errors import BuildError
+from teachercache.cache_builder.recipe import RunnerRecipe
+from teachercache.cache_builder.worker import Worker
+from teachercache.jobs import cli
+from teachercache.pipeline.errors import BuildError
 from tests.make_cache import build_recipe, make_cache, make_images
 
 ROOT = Path(__file__).parents[2]
@@ -99,7 +99,7 @@ def test_a_plan_within_a_budget(teachercache: Command, recipe: Path, monkeypatch
     def load(*_: object, **__: object) -> None:
         raise AssertionError("no teacher is loaded for a budget that cannot be kept")
 
-    monkeypatch.setattr("cache_builder.budget.build_teacher", load)
+    monkeypatch.setattr("teachercache.cache_builder.budget.build_teacher", load)
     assert "No grid and codec fits this budget." in teachercache("plan", recipe, "budget=2 kB")[1]
     for budget in ("much", "1e400TB"):
         assert "This is no number of bytes." in teachercache("plan", recipe, f"budget={budget}")[1]

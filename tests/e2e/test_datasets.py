@@ -9,13 +9,12 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
-from cache_builder import build, build_teacher
-from jobs import cli
-from pipeline import FeatureCache, render_view
-from pipeline.errors import CacheMismatchError
-from student.datasets import open_dataset
-from student.datasets.labels import render_labels
-from student.datasets.scenes import write_scenes
+from teachercache import FeatureCache, build, build_teacher, render_view
+from teachercache.jobs import cli
+from teachercache.pipeline.errors import CacheMismatchError
+from teachercache.student.datasets import open_dataset
+from teachercache.student.datasets.labels import render_labels
+from teachercache.student.datasets.scenes import write_scenes
 from tests.make_cache import build_recipe
 
 SIZE = (32, 48)

@@ -24,9 +24,9 @@ def environment() -> dict[str, str]:
 
 
 def demo(folder: Path) -> str:
-    """What `python -m jobs.demo --images images` prints in `folder`."""
+    """What `python -m teachercache.jobs.demo --images images` prints in `folder`."""
     ran = subprocess.run(
-        [sys.executable, "-m", "jobs.demo", "--images", "images"],
+        [sys.executable, "-m", "teachercache.jobs.demo", "--images", "images"],
         cwd=folder,
         env=environment(),
         capture_output=True,

@@ -19,17 +19,16 @@ import pytest
 import torch
 from rich.console import Console
 
-from cache_builder import build, builder
-from cache_builder.extract import ShardExtractor
-from cache_builder.recipe import BuildRecipe
-from cache_builder.runner import LocalRunner, Runner
-from cache_builder.teachers import build_teacher
-from cache_builder.verify import strays, verify
-from jobs.inspection import details
-from jobs.inspection.summary import summarize
-from jobs.inspection.tables import warnings
-from pipeline import FeatureCache, render_view
-from pipeline.errors import (
+from teachercache import FeatureCache, render_view
+from teachercache.cache_builder import build, builder
+from teachercache.cache_builder.extract import ShardExtractor
+from teachercache.cache_builder.recipe import BuildRecipe
+from teachercache.cache_builder.runner import LocalRunner, Runner
+from teachercache.cache_builder.teachers import build_teacher
+from teachercache.jobs.inspection import details
+from teachercache.jobs.inspection.summary import summarize
+from teachercache.jobs.inspection.tables import warnings
+from teachercache.pipeline.errors import (
     AlreadyCommittedError,
     BuildError,
     BuildInterruptedError,
@@ -37,11 +36,12 @@ from pipeline.errors import (
     CacheMismatchError,
     CacheNotFoundError,
 )
-from pipeline.loader import FeatureLoader
-from pipeline.manifest import CommitRecord, Manifest
-from pipeline.sampler import ShardShuffleSampler
-from pipeline.sources.decode import HEAD_BYTES
-from pipeline.storage import Storage
+from teachercache.pipeline.loading.loader import FeatureLoader
+from teachercache.pipeline.loading.sampler import ShardShuffleSampler
+from teachercache.pipeline.places.storage import Storage
+from teachercache.pipeline.records.manifest import CommitRecord, Manifest
+from teachercache.pipeline.sources.decode import HEAD_BYTES
+from teachercache.pipeline.verify import strays, verify
 from tests.contract.test_hostile_files import sealed
 from tests.make_cache import build_recipe, make_images
 
@@ -216,7 +216,8 @@ def test_an_interrupted_growth_leaves_the_cache_as_it_was_and_is_completed(
 
 def start_build(content: BuildRecipe) -> subprocess.Popen[str]:
     script = (
-        "import sys; from cache_builder import build; from cache_builder.recipe import BuildRecipe;"
+        "import sys; from teachercache import build; "
+        "from teachercache.cache_builder.recipe import BuildRecipe;"
         "result = build(BuildRecipe.model_validate_json(sys.argv[1])); print(result.shards)"
     )
     command = [sys.executable, "-c", script, content.model_dump_json()]
@@ -238,9 +239,9 @@ def test_two_jobs_build_one_cache(tmp_path: Path) -> None:
 IN_TURN = """
 import sys, time
 from pathlib import Path
-from cache_builder import build, builder
-from cache_builder.recipe import BuildRecipe
-from jobs.launch import run
+from teachercache.cache_builder import build, builder
+from teachercache.cache_builder.recipe import BuildRecipe
+from teachercache.jobs.launch import run
 establish, folder, turn = builder._establish, Path(sys.argv[2]), int(sys.argv[3])
 def in_turn(*arguments):
     (folder / f"drafted{turn}").touch()
@@ -506,7 +507,7 @@ def test_waiting_for_a_lock_is_no_hanging_and_can_be_ended(
     images, path = make_images(tmp_path / "images", 3), tmp_path / "cache"
     cache = build(recipe(path, images), QUIET).cache
     cache.storage.remove("commits/tiny/00000.json")
-    monkeypatch.setattr("pipeline.storage._SAY_SO_AFTER_S", 0.0)
+    monkeypatch.setattr("teachercache.pipeline.places.storage._SAY_SO_AFTER_S", 0.0)
     teachers = {"tiny": build_teacher(cache.spec.teachers["tiny"])}
     with (
         ShardExtractor(cache, teachers) as extractor,

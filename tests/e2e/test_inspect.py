@@ -15,14 +15,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from jobs.cli import app
-from jobs.inspection.details import row_details, sample_details, shard_details
-from jobs.inspection.summary import covered, summarize
-from jobs.inspection.timeline import timeline
-from pipeline.cache import FeatureCache
-from pipeline.errors import CacheError, RecipeError
-from pipeline.manifest import CommitRecord, Manifest
-from pipeline.storage import LocalStorage, Storage
+from teachercache.jobs.cli import app
+from teachercache.jobs.inspection.details import row_details, sample_details, shard_details
+from teachercache.jobs.inspection.summary import covered, summarize
+from teachercache.jobs.inspection.timeline import timeline
+from teachercache.pipeline.cache import FeatureCache
+from teachercache.pipeline.errors import CacheError, RecipeError
+from teachercache.pipeline.places.storage import LocalStorage, Storage
+from teachercache.pipeline.records.manifest import CommitRecord, Manifest
 from tests.contract.test_object_store import Server, running, server  # noqa: F401  (fixtures)
 from tests.make_cache import make_cache, make_images, teacher_spec
 
@@ -182,7 +182,7 @@ def test_values_that_are_not_finite_are_counted(tmp_path: Path, images: Path, co
     data = shard.read_bytes()
     place = data.index(first_token.tobytes())
     row_nbytes = cache.read([7])["alpha"].nbytes
-    from pipeline.stores.shard_format import checksum
+    from teachercache.pipeline.stores.shard_format import checksum
 
     row = infinity + data[place + 2 : place + row_nbytes]
     shard.write_bytes(data[:place] + row + checksum(row) + data[place + row_nbytes + 4 :])
@@ -276,7 +276,7 @@ def test_s3(images: Path, server: Server) -> None:  # noqa: F811
 def test_it_imports_little(cache: FeatureCache, tmp_path: Path) -> None:
     """The second that it may take is not enough to import torch."""
     code = (
-        "import sys; from jobs.cli import app; app(sys.argv[1:], standalone_mode=False);"
+        "import sys; from teachercache.jobs.cli import app; app(sys.argv[1:], standalone_mode=False);"
         "heavy = {'torch', 'torchvision', 'timm', 'ray', 'matplotlib', 'gradio', 'zarr'} & set(sys.modules);"
         "assert not heavy, heavy"
     )

@@ -12,12 +12,11 @@ from rich.console import Console
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from cache_builder import build
-from cache_builder.builder import prepare
-from cache_builder.recipe import BuildRecipe
-from jobs import cli
-from pipeline import FeatureCache
-from pipeline.errors import CacheError, CacheMismatchError, WeightsNotFoundError
+from teachercache import FeatureCache, build
+from teachercache.cache_builder.builder import prepare
+from teachercache.cache_builder.recipe import BuildRecipe
+from teachercache.jobs import cli
+from teachercache.pipeline.errors import CacheError, CacheMismatchError, WeightsNotFoundError
 from tests.make_cache import build_recipe, make_images
 
 QUIET = Console(quiet=True)

@@ -9,12 +9,12 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from jobs.cli import app
-from pipeline.cache import FeatureCache
-from pipeline.errors import RecipeError
-from pipeline.feature_pictures import heat, token_norms
-from student import build_student
-from student.figures import norm_figure
+from teachercache import build_student
+from teachercache.jobs.cli import app
+from teachercache.pipeline.cache import FeatureCache
+from teachercache.pipeline.errors import RecipeError
+from teachercache.pipeline.looking.feature_pictures import heat, token_norms
+from teachercache.student.measuring.figures import norm_figure
 from tests.make_cache import make_cache, make_images
 
 KEYS = "image_000", "image_002"

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from jobs import launch
-from jobs.cli import app
-from pipeline.errors import CacheError
-from pipeline.terminal import Terminal, in_markdown, progress_bar
-from student import build_student
-from student.datasets.scenes import write_scenes
-from student.linear_probe import Probe, probe_table
+from teachercache import build_student
+from teachercache.jobs import launch
+from teachercache.jobs.cli import app
+from teachercache.pipeline.errors import CacheError
+from teachercache.pipeline.terminal import Terminal, in_markdown, progress_bar
+from teachercache.student.datasets.scenes import write_scenes
+from teachercache.student.measuring.linear_probe import Probe, probe_table
 from tests.make_cache import make_cache, make_images
 
 ODD = Path("[b]x[/b] [/red]") / ":smile:" / "_very_long_" / ("long" * 40) / "a*b `c` [x](y)"

@@ -15,16 +15,21 @@ from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
 
-from cache_builder import build
-from jobs.cli import app
-from pipeline.cache import FeatureCache
-from pipeline.errors import CacheMismatchError, RecipeError
-from pipeline.grids import nearest
-from pipeline.sources import open_source
-from pipeline.spec import GridSpec, ViewPolicy
-from pipeline.views import draw_view, render_view
-from student import SAK, build_student, load_student
-from student.image_features import CachedTeacherFeatures, StudentFeatures, mean_token, require_same_teacher
+from teachercache import build
+from teachercache.jobs.cli import app
+from teachercache.pipeline.cache import FeatureCache
+from teachercache.pipeline.errors import CacheMismatchError, RecipeError
+from teachercache.pipeline.grids import nearest
+from teachercache.pipeline.records.spec import GridSpec, ViewPolicy
+from teachercache.pipeline.sources import open_source
+from teachercache.pipeline.views import draw_view, render_view
+from teachercache.student import SAK, build_student, load_student
+from teachercache.student.measuring.image_features import (
+    CachedTeacherFeatures,
+    StudentFeatures,
+    mean_token,
+    require_same_teacher,
+)
 from tests.make_cache import build_recipe, make_images, teacher_spec
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -153,7 +158,7 @@ def test_two_processes_find_what_one_finds(caches: Path, tmp_path: Path) -> None
     arguments = ["probe", str(caches / "train"), str(caches / "val"), "--json"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
-        [*launch, "-m", "jobs.cli", *arguments],
+        [*launch, "-m", "teachercache.jobs.cli", *arguments],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

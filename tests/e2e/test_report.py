@@ -11,14 +11,19 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from jobs.cli import app
-from jobs.inspection.charts import channel_curve, error_curve, norm_histogram
-from jobs.inspection.comparisons import Comparisons
-from jobs.inspection.feature_facts import FactCollector, cosine_error, linear_cka, rows_to_learn_from
-from jobs.inspection.report import write_report
-from pipeline.cache import FeatureCache
-from pipeline.errors import CodecError
-from pipeline.feature_pictures import PcaBasis
+from teachercache.jobs.cli import app
+from teachercache.jobs.inspection.charts import channel_curve, error_curve, norm_histogram
+from teachercache.jobs.inspection.comparisons import Comparisons
+from teachercache.jobs.inspection.feature_facts import (
+    FactCollector,
+    cosine_error,
+    linear_cka,
+    rows_to_learn_from,
+)
+from teachercache.jobs.inspection.report import write_report
+from teachercache.pipeline.cache import FeatureCache
+from teachercache.pipeline.errors import CodecError
+from teachercache.pipeline.looking.feature_pictures import PcaBasis
 from tests.browser import Browser
 from tests.make_cache import commit_shard, make_cache, make_images, teacher_spec
 

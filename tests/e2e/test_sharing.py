@@ -14,9 +14,9 @@ import torch
 from huggingface_hub import HfApi
 from typer.testing import CliRunner
 
-from jobs.cli import app
-from pipeline.errors import CheckpointError, RecipeError
-from student import build_student, load_student, push_to_hub, sharing
+from teachercache.jobs.cli import app
+from teachercache.pipeline.errors import CheckpointError, RecipeError
+from teachercache.student import build_student, load_student, push_to_hub, sharing
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +88,9 @@ def test_a_student_without_weights_is_not_pushed(
 
 def test_to_share_a_student_takes_neither_cache_nor_ray_nor_teachers() -> None:
     code = (
-        "import sys; from student import load_student, push_to_hub;"
-        "heavy = {'ray', 'zarr', 'accelerate', 'pipeline.cache', 'cache_builder'} & set(sys.modules);"
+        "import sys; from teachercache.student import load_student, push_to_hub;"
+        "heavy = {'ray', 'zarr', 'accelerate', 'teachercache.pipeline.cache', "
+        "'teachercache.cache_builder'} & set(sys.modules);"
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -18,22 +18,21 @@ from safetensors.torch import load_file
 from torch import Tensor
 from typer.testing import CliRunner
 
-from cache_builder import build
-from jobs.cli import app
-from jobs.train_plan import plan_training
-from pipeline.cache import FeatureCache
-from pipeline.errors import CheckpointError, RecipeError
-from pipeline.sampler import random_samples
-from pipeline.spec import ViewPolicy
-from pipeline.views import View, draw_view
-from student import load_student
-from student.datasets import open_dataset
-from student.datasets.labels import render_labels
-from student.datasets.scenes import write_scenes
-from student.evaluate import evaluate
-from student.metrics import MeanIoU
-from student.train import train
-from student.view_labels import ViewLabels
+from teachercache import build, load_student
+from teachercache.jobs.cli import app
+from teachercache.jobs.train_plan import plan_training
+from teachercache.pipeline.cache import FeatureCache
+from teachercache.pipeline.errors import CheckpointError, RecipeError
+from teachercache.pipeline.loading.sampler import random_samples
+from teachercache.pipeline.records.spec import ViewPolicy
+from teachercache.pipeline.views import View, draw_view
+from teachercache.student.datasets import open_dataset
+from teachercache.student.datasets.labels import render_labels
+from teachercache.student.datasets.scenes import write_scenes
+from teachercache.student.measuring.evaluate import evaluate
+from teachercache.student.metrics import MeanIoU
+from teachercache.student.training.train import train
+from teachercache.student.training.view_labels import ViewLabels
 from tests.make_cache import build_recipe
 from tests.train_recipes import CONTENT, logged, train_recipe
 

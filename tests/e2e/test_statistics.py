@@ -8,13 +8,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from cache_builder import build
-from cache_builder.repair import repair
-from cache_builder.verify import verify
-from jobs.inspection.details import shard_details
-from jobs.inspection.summary import summarize
-from pipeline import FeatureCache
-from pipeline.errors import CacheError
+from teachercache import FeatureCache, build
+from teachercache.cache_builder.repair import repair
+from teachercache.jobs.inspection.details import shard_details
+from teachercache.jobs.inspection.summary import summarize
+from teachercache.pipeline.errors import CacheError
+from teachercache.pipeline.verify import verify
 from tests.make_cache import build_recipe, make_cache, make_images
 
 QUIET = Console(quiet=True)

@@ -14,17 +14,16 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from cache_builder import build
-from cache_builder.against_teacher import compare_with_teachers
-from cache_builder.recipe import RunnerRecipe
-from cache_builder.repair import repair
-from cache_builder.verify import strays, verify
-from cache_builder.worker import Worker
-from jobs import cli
-from pipeline import FeatureCache
-from pipeline.errors import BuildError, CacheError, CacheMismatchError
-from pipeline.manifest import Manifest
-from pipeline.storage import LocalStorage
+from teachercache import FeatureCache, build
+from teachercache.cache_builder.against_teacher import compare_with_teachers
+from teachercache.cache_builder.recipe import RunnerRecipe
+from teachercache.cache_builder.repair import repair
+from teachercache.cache_builder.worker import Worker
+from teachercache.jobs import cli
+from teachercache.pipeline.errors import BuildError, CacheError, CacheMismatchError
+from teachercache.pipeline.places.storage import LocalStorage
+from teachercache.pipeline.records.manifest import Manifest
+from teachercache.pipeline.verify import strays, verify
 from tests.make_cache import build_recipe, make_images
 
 QUIET = Console(quiet=True)
@@ -191,7 +190,7 @@ def test_repair_makes_the_same_bytes_and_touches_nothing_else(built: tuple[Path,
 
 
 def test_repair_of_a_sound_cache_loads_no_teacher(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cache_builder.worker.build_teacher", None)
+    monkeypatch.setattr("teachercache.cache_builder.worker.build_teacher", None)
     before = {path: path.stat().st_mtime_ns for path in files(cache)}
     assert repair(FeatureCache.open(cache)).mended == []
     assert before == {path: path.stat().st_mtime_ns for path in files(cache)}

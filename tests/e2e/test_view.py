@@ -26,12 +26,12 @@ from matplotlib import colormaps
 from numpy.typing import NDArray
 from PIL import Image
 
-from jobs.inspection.explorer import PAGE_SIZE, Explorer
-from jobs.inspection.viewer import listen, make_server
-from pipeline.cache import FeatureCache
-from pipeline.errors import CacheError, TeacherCacheError
-from student import build_student
-from student.base import Student
+from teachercache import build_student
+from teachercache.jobs.inspection.explorer import PAGE_SIZE, Explorer
+from teachercache.jobs.inspection.viewer import listen, make_server
+from teachercache.pipeline.cache import FeatureCache
+from teachercache.pipeline.errors import CacheError, TeacherCacheError
+from teachercache.student.models.base import Student
 from tests.browser import Browser
 from tests.contract.test_object_store import Server, running, server  # noqa: F401  (fixtures)
 from tests.make_cache import make_cache, make_images, teacher_spec
@@ -450,7 +450,7 @@ def test_no_port_to_be_had() -> None:
 
 def test_the_command(cache: FeatureCache) -> None:
     """Behind a proxy that is not there: nothing but the browser asks this server, and it asks nobody."""
-    command = [sys.executable, "-m", "jobs.cli", "view", str(cache.storage.url)]
+    command = [sys.executable, "-m", "teachercache.jobs.cli", "view", str(cache.storage.url)]
     proxies = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **proxies}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pipeline.batch_memory import BatchMemory
+from teachercache.pipeline.loading.batch_memory import BatchMemory
 
 pytestmark = [
     pytest.mark.gpu,

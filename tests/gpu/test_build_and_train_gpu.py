@@ -8,14 +8,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from cache_builder import build
-from cache_builder.device_copies import DeviceCopies
-from pipeline import FeatureCache
-from pipeline.grids import adjoint, gram, least_squares
-from pipeline.loader import FeatureLoader
-from pipeline.sampler import ShardShuffleSampler
-from student.losses import DistillationLoss
-from student.targets import CachedTargets, OnlineTargets
+from teachercache import FeatureCache, build
+from teachercache.cache_builder.device_copies import DeviceCopies
+from teachercache.pipeline.grids import adjoint, gram, least_squares
+from teachercache.pipeline.loading.loader import FeatureLoader
+from teachercache.pipeline.loading.sampler import ShardShuffleSampler
+from teachercache.student.losses.distillation import DistillationLoss
+from teachercache.student.training.targets import CachedTargets, OnlineTargets
 from tests.make_cache import build_recipe, make_images
 
 pytestmark = [

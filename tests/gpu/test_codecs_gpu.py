@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pipeline.codecs import codec_names, get_codec
+from teachercache.pipeline.codecs import codec_names, get_codec
 
 pytestmark = [
     pytest.mark.gpu,

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.errors import RecipeError
-from pipeline.spec import GridSpec, Size
-from student import Amalgam, StudentOutput, load_student
-from student.targets import require_experts
+from teachercache.pipeline.errors import RecipeError
+from teachercache.pipeline.records.spec import GridSpec, Size
+from teachercache.student import Amalgam, StudentOutput, load_student
+from teachercache.student.training.targets import require_experts
 from tests.make_cache import make_cache, make_images, teacher_spec
 
 IMAGE = (64, 96)

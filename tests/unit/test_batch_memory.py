@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.batch_memory import BatchMemory, TensorLayout
+from teachercache.pipeline.loading.batch_memory import BatchMemory, TensorLayout
 
 LAYOUTS: dict[object, TensorLayout] = {
     "codes": ((2, 3), torch.float16),

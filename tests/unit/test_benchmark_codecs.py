@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from benchmarks.codecs import compiled_decode
-from pipeline.codecs import Encoded, codec_names, get_codec
+from teachercache.pipeline.codecs import Encoded, codec_names, get_codec
 
 
 def test_every_codec_compiles_to_one_graph_each_after_all_others() -> None:

@@ -8,13 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from cache_builder.plan import bytes_per_row
-from cache_builder.recipe import BuildRecipe
-from cache_builder.teachers.recipe import IMAGENET_MEAN, IMAGENET_STD, resolve_teacher, student_grid
-from pipeline.recipe import load_recipe
-from pipeline.spec import GridSpec, TeacherSpec
-from pipeline.units import human_bytes
-from student.recipe import TrainRecipe
+from teachercache.cache_builder.plan import bytes_per_row
+from teachercache.cache_builder.recipe import BuildRecipe
+from teachercache.cache_builder.teachers.recipe import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    resolve_teacher,
+    student_grid,
+)
+from teachercache.pipeline.recipe import load_recipe
+from teachercache.pipeline.records.spec import GridSpec, TeacherSpec
+from teachercache.pipeline.units import human_bytes
+from teachercache.student.training.recipe import TrainRecipe
 
 FOLDER = Path(__file__).parents[2] / "jobs/recipes"
 CACHES = sorted(path.stem for path in FOLDER.glob("*_vit[bl]*.yaml") if "kpu" not in path.stem)

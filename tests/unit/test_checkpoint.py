@@ -14,10 +14,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim import AdamW
 
-from pipeline.errors import CheckpointError, DiskSpaceError
-from pipeline.storage import LocalStorage
-from student import build_student
-from student.checkpoint import load_newest, misnamed, newest_checkpoint, save_checkpoint, set_aside
+from teachercache import build_student
+from teachercache.pipeline.errors import CheckpointError, DiskSpaceError
+from teachercache.pipeline.places.storage import LocalStorage
+from teachercache.student.training.checkpoint import (
+    load_newest,
+    misnamed,
+    newest_checkpoint,
+    save_checkpoint,
+    set_aside,
+)
 from tests.train_recipes import room_for
 
 RUN: dict[str, Any] = {"optimizer.lr": 1e-3, "seed": 0}

@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline.codecs import Codec, codec_names, get_codec
-from pipeline.codecs.dct import allocate_bits
-from pipeline.codecs.fidelity import measure_fidelity
-from pipeline.codecs.lloyd_max import gaussian_distortion, gaussian_levels
-from pipeline.codecs.reference import decode
-from pipeline.codecs.trellis import TrellisQuantizer, nearest_path, trellis_levels
-from pipeline.errors import CodecError
+from teachercache.pipeline.codecs import Codec, codec_names, get_codec
+from teachercache.pipeline.codecs.dct import allocate_bits
+from teachercache.pipeline.codecs.fidelity import measure_fidelity
+from teachercache.pipeline.codecs.lloyd_max import gaussian_distortion, gaussian_levels
+from teachercache.pipeline.codecs.reference import decode
+from teachercache.pipeline.codecs.trellis import TrellisQuantizer, nearest_path, trellis_levels
+from teachercache.pipeline.errors import CodecError
 
 INT_CODECS = [name for name in codec_names() if name.startswith("int")]
 HADAMARD_CODECS = [f"int{bits}-hadamard" for bits in (8, 6, 5, 4, 3)]

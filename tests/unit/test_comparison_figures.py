@@ -9,9 +9,14 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from jobs.cli import app
-from pipeline.errors import RecipeError
-from student.comparison_figures import Scores, comparison, comparison_figure, read_scores
+from teachercache.jobs.cli import app
+from teachercache.pipeline.errors import RecipeError
+from teachercache.student.measuring.comparison_figures import (
+    Scores,
+    comparison,
+    comparison_figure,
+    read_scores,
+)
 
 MINE = {"semseg": 80.25, "parts": 70.54, "saliency": 84.54, "normals": 13.57, "boundary": 2 * 74.22}
 

@@ -12,13 +12,13 @@ from PIL import Image
 from scipy.io import savemat
 from skimage.morphology import thin
 
-from pipeline.errors import RecipeError, SourceError, SourceNotFoundError
-from pipeline.sources import open_source
-from student.datasets import DATASETS, dataset_class, open_dataset
-from student.datasets.boundaries import label_boundaries, partition_boundaries
-from student.datasets.labels import IGNORE
-from student.metrics import BoundaryBenchmark
-from student.task_losses import TASK_LOSSES
+from teachercache.pipeline.errors import RecipeError, SourceError, SourceNotFoundError
+from teachercache.pipeline.sources import open_source
+from teachercache.student.datasets import DATASETS, dataset_class, open_dataset
+from teachercache.student.datasets.boundaries import label_boundaries, partition_boundaries
+from teachercache.student.datasets.labels import IGNORE
+from teachercache.student.losses.tasks import TASK_LOSSES
+from teachercache.student.metrics import BoundaryBenchmark
 
 HEIGHT, WIDTH = 20, 30
 SPLITS = {"train": ["2008_000002", "2008_000003"], "val": ["2008_000007"]}

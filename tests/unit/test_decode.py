@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from pipeline.errors import ImageDecodeError
-from pipeline.sources.decode import (
+from teachercache.pipeline.errors import ImageDecodeError
+from teachercache.pipeline.sources.decode import (
     HEAD_BYTES,
     MAX_FILE_BYTES,
     MAX_PIXELS,

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.spec import Size
-from student.kpu.deformable_attention import DeformableAttention, Grids, centres
+from teachercache.pipeline.records.spec import Size
+from teachercache.student.kpu.deformable_attention import DeformableAttention, Grids, centres
 
 QUERY_GRIDS = ((2, 3), (1, 2))
 FEATURE_GRIDS = ((3, 5), (2, 2))

@@ -9,13 +9,18 @@ import torch
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
-from jobs.cli import app
-from pipeline.errors import RecipeError
-from student import SAK
-from student.datasets import open_dataset
-from student.datasets.scenes import write_scenes
-from student.depth_probe import FrozenMaps, LinearDepth, depth_probe, scale_invariant_loss
-from student.sak.stem import Stem
+from teachercache.jobs.cli import app
+from teachercache.pipeline.errors import RecipeError
+from teachercache.student import SAK
+from teachercache.student.datasets import open_dataset
+from teachercache.student.datasets.scenes import write_scenes
+from teachercache.student.measuring.depth_probe import (
+    FrozenMaps,
+    LinearDepth,
+    depth_probe,
+    scale_invariant_loss,
+)
+from teachercache.student.models.stem import Stem
 
 SIZE = (48, 64)
 TINY = "vit_tiny_patch16_224"

@@ -21,13 +21,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from zarr.codecs import ZstdCodec
 
-from pipeline import FeatureCache
-from pipeline.errors import CorruptShardError
-from pipeline.storage import LocalStorage
-from pipeline.stores import direct_store
-from pipeline.stores.direct_store import DirectStore
-from pipeline.stores.shard_format import ABSENT, checksum, empty_index, index_nbytes, parse_index
-from pipeline.stores.zarr_store import ZarrStore, shard_file
+from teachercache import FeatureCache
+from teachercache.pipeline.errors import CorruptShardError
+from teachercache.pipeline.places.storage import LocalStorage
+from teachercache.pipeline.stores import direct_store
+from teachercache.pipeline.stores.direct_store import DirectStore
+from teachercache.pipeline.stores.shard_format import ABSENT, checksum, empty_index, index_nbytes, parse_index
+from teachercache.pipeline.stores.zarr_store import ZarrStore, shard_file
 from tests.make_cache import features, make_cache, make_images, teacher_spec
 
 ROOT = Path(__file__).parents[2]
@@ -198,7 +198,7 @@ def _open_files() -> int:
 FORK = """
 import sys
 from multiprocessing import get_context
-from pipeline import FeatureCache
+from teachercache import FeatureCache
 
 def codes(rows):
     return cache.read(rows, ["beta"])["beta"].tensors()["codes"].tolist()

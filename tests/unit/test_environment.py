@@ -10,8 +10,8 @@ import pytest
 import torch
 from accelerate.utils import DynamoBackend
 
-from pipeline.errors import RecipeError
-from student.environment import accelerator_for, overruled
+from teachercache.pipeline.errors import RecipeError
+from teachercache.student.training.environment import accelerator_for, overruled
 from tests.train_recipes import train_recipe
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")

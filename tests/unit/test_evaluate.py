@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from pipeline.errors import CheckpointError, RecipeError
-from pipeline.spec import Size
-from student import SAK
-from student.base import Student, StudentOutput
-from student.datasets.base import LabelledDataset
-from student.evaluate import Evaluation, evaluate, read_baseline
-from student.figures import gate_figure
+from teachercache.pipeline.errors import CheckpointError, RecipeError
+from teachercache.pipeline.records.spec import Size
+from teachercache.student import SAK
+from teachercache.student.datasets.base import LabelledDataset
+from teachercache.student.measuring.evaluate import Evaluation, evaluate, read_baseline
+from teachercache.student.measuring.figures import gate_figure
+from teachercache.student.models.base import Student, StudentOutput
 
 METRES = 3.0
 

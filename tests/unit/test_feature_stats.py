@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline.feature_stats import FeatureMoments
+from teachercache.pipeline.records.feature_stats import FeatureMoments
 
 
 def features(rows: int = 12) -> Tensor:

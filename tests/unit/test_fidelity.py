@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.signals import massive
-from pipeline.codecs import Encoded, codec_names, get_codec
-from pipeline.codecs.fidelity import ROWS_AT_ONCE, Fidelity, compare, measure_fidelity
-from pipeline.codecs.normalisation import floored_std
-from pipeline.codecs.outliers import usual_moments
+from teachercache.pipeline.codecs import Encoded, codec_names, get_codec
+from teachercache.pipeline.codecs.fidelity import ROWS_AT_ONCE, Fidelity, compare, measure_fidelity
+from teachercache.pipeline.codecs.normalisation import floored_std
+from teachercache.pipeline.codecs.outliers import usual_moments
 
 
 def at_once(x: Tensor, decoded: Tensor) -> list[float]:

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from student import build_student
-from student.kpu.latent_space import Features
-from student.kpu.objective import AlignmentLoss
+from teachercache import build_student
+from teachercache.student.kpu.latent_space import Features
+from teachercache.student.losses.alignment import AlignmentLoss
 from tests.ten_steps import ten_steps
 
 GOLDEN = Path(__file__).parents[1] / "goldens" / "kpu_losses.json"

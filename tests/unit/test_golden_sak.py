@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from student import build_student
-from student.losses import DistillationLoss, LossOutput, Target
+from teachercache import build_student
+from teachercache.student.losses.distillation import DistillationLoss, LossOutput, Target
 from tests.ten_steps import ten_steps
 
 GOLDEN = Path(__file__).parents[1] / "goldens" / "sak_stage1_losses.json"

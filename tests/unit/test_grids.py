@@ -3,9 +3,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.grids import adjoint, gram, interpolation_matrix, least_squares, nearest, pool, upsample
-from pipeline.spec import GridSpec, Size
-from student.adjoint_loss import (
+from teachercache.pipeline.grids import (
+    adjoint,
+    gram,
+    interpolation_matrix,
+    least_squares,
+    nearest,
+    pool,
+    upsample,
+)
+from teachercache.pipeline.records.spec import GridSpec, Size
+from teachercache.student.losses.adjoint import (
     flattened_cosine_from_adjoint,
     smooth_l1_from_adjoint,
     squared_error_from_adjoint,

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BertConfig, GroundingDinoConfig, GroundingDinoForObjectDetection
 
-from cache_builder import build
-from cache_builder.against_teacher import compare_with_teachers
-from cache_builder.teachers import (
+from teachercache import build
+from teachercache.cache_builder.against_teacher import compare_with_teachers
+from teachercache.cache_builder.teachers import (
     Teacher,
     TeacherRecipe,
     build_teacher,
@@ -29,9 +29,9 @@ from cache_builder.teachers import (
     resolve_teacher,
     teacher_gmacs,
 )
-from cache_builder.teachers import grounding_dino as module
-from cache_builder.verify import verify
-from pipeline.errors import TeacherError, TeacherInputError, WeightsNotFoundError
+from teachercache.cache_builder.teachers import grounding_dino as module
+from teachercache.pipeline.errors import TeacherError, TeacherInputError, WeightsNotFoundError
+from teachercache.pipeline.verify import verify
 from tests.make_cache import build_recipe, make_images
 
 TINY = "grounding-dino-of-tests"
@@ -234,8 +234,9 @@ def test_without_transformers_the_error_says_what_to_install(monkeypatch: pytest
 
 IMPORTS = """
 import sys
-import cache_builder.builder, cache_builder.verify, jobs.inspection.report, student.train
-from cache_builder.teachers import TeacherRecipe, resolve_teacher
+import teachercache.cache_builder.builder, teachercache.pipeline.verify
+import teachercache.jobs.inspection.report, teachercache.student.training.train
+from teachercache.cache_builder.teachers import TeacherRecipe, resolve_teacher
 resolve_teacher("dinov2_small", TeacherRecipe(), (98, 98))
 print(*{"transformers", "tokenizers"} & set(sys.modules))
 """

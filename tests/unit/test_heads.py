@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from student.heads import HEADS, SimpleHead, UPerHead
+from teachercache.student.models.heads import HEADS, SimpleHead, UPerHead
 
 WIDTH, SIZE = 16, (12, 20)
 

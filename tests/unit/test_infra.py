@@ -17,7 +17,7 @@ from ray._private.runtime_env.packaging import create_package
 from ray.autoscaler._private import commands
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from pipeline.recipe import SHIPPED
+from teachercache.pipeline.recipe import SHIPPED
 
 INFRA = Path(__file__).parents[2] / "infra"
 ROOT = INFRA.parent
@@ -65,6 +65,7 @@ def test_the_image_copies_every_package() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     packages = {name.rstrip("*") for name in project["tool"]["setuptools"]["packages"]["find"]["include"]}
     texts = {project["project"]["readme"], *project["project"]["license-files"]}
+    packages |= {path.name for path in (ROOT / "teachercache").iterdir() if path.is_symlink()}
     assert copied_into_the_image() == packages | texts | {"pyproject.toml", "constraints.txt"}
 
 
@@ -121,7 +122,9 @@ build.log wandb/run.yaml student/checkpoint.pt pipeline/__pycache__/a.pyc
 
 def test_ray_sends_the_code_and_nothing_else(tmp_path: Path) -> None:
     """By Ray's own function of `ray job submit --working-dir .`; keys and data may lie anywhere."""
-    packages = [ROOT / name for name in ("cache_builder", "jobs", "pipeline", "student", "benchmarks")]
+    packages = [
+        ROOT / name for name in ("teachercache", "cache_builder", "jobs", "pipeline", "student", "benchmarks")
+    ]
     for package in packages:
         shutil.copytree(package, tmp_path / package.name, ignore=shutil.ignore_patterns("__pycache__"))
     code = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.errors import RecipeError
-from pipeline.spec import Size
-from student import KPU, StudentOutput, build_student, load_student
-from student.kpu.latent_space import Alignment, Features, Projection
-from student.kpu.objective import AlignmentLoss
-from student.kpu.vit_adapter import STRIDES, ViTAdapter
-from student.sak.stem import Stem
+from teachercache.pipeline.errors import RecipeError
+from teachercache.pipeline.records.spec import Size
+from teachercache.student import KPU, StudentOutput, build_student, load_student
+from teachercache.student.kpu.latent_space import Alignment, Features, Projection
+from teachercache.student.kpu.vit_adapter import STRIDES, ViTAdapter
+from teachercache.student.losses.alignment import AlignmentLoss
+from teachercache.student.models.stem import Stem
 
 IMAGE = (64, 96)
 DIMS = {"clip": 8, "sam": 4}

@@ -15,23 +15,23 @@ from rich.console import Console
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from cache_builder import build
-from jobs.cli import app
-from jobs.inspection.comparisons import Comparisons
-from pipeline.cache import FeatureCache
-from pipeline.errors import CacheError, RecipeError
-from pipeline.loader import FeatureLoader
-from pipeline.sampler import ShardShuffleSampler
-from pipeline.sources import open_source
-from pipeline.spec import GridSpec
-from student import KPU, load_student
-from student.evaluate import evaluate
-from student.image_features import StudentFeatures
-from student.kpu.objective import last_level
-from student.notices import notices
-from student.repsim import representation_similarity
-from student.targets import CachedTargets
-from student.train import train
+from teachercache import build
+from teachercache.jobs.cli import app
+from teachercache.jobs.inspection.comparisons import Comparisons
+from teachercache.pipeline.cache import FeatureCache
+from teachercache.pipeline.errors import CacheError, RecipeError
+from teachercache.pipeline.loading.loader import FeatureLoader
+from teachercache.pipeline.loading.sampler import ShardShuffleSampler
+from teachercache.pipeline.records.spec import GridSpec
+from teachercache.pipeline.sources import open_source
+from teachercache.student import KPU, load_student
+from teachercache.student.measuring.evaluate import evaluate
+from teachercache.student.measuring.image_features import StudentFeatures
+from teachercache.student.measuring.repsim import representation_similarity
+from teachercache.student.training.notices import notices
+from teachercache.student.training.objectives import last_level
+from teachercache.student.training.targets import CachedTargets
+from teachercache.student.training.train import train
 from tests.make_cache import build_recipe, make_cache, make_images, teacher_spec
 from tests.train_recipes import CONTENT, logged, train_recipe
 from tests.unit.test_kpu import BASE_A, BASE_B, BASE_C

@@ -13,9 +13,9 @@ from scipy.optimize import minimize
 from scipy.special import logsumexp
 from torch import Tensor
 
-from pipeline.errors import RecipeError
-from student.linear_probe import STRENGTHS, Probe, fit, linear_probe, probe_table, top1
-from student.metrics import Top1
+from teachercache.pipeline.errors import RecipeError
+from teachercache.student.measuring.linear_probe import STRENGTHS, Probe, fit, linear_probe, probe_table, top1
+from teachercache.student.metrics import Top1
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 

@@ -10,13 +10,19 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from pipeline import FeatureCache, render_view
-from pipeline.batch_memory import TensorLayout
-from pipeline.errors import CacheError, CacheMismatchError, CorruptShardError, SourceError, TeacherCacheError
-from pipeline.loader import Batch, FeatureLoader
-from pipeline.sampler import ShardShuffleSampler
-from pipeline.stores.zarr_store import shard_file
-from pipeline.views import View
+from teachercache import FeatureCache, render_view
+from teachercache.pipeline.errors import (
+    CacheError,
+    CacheMismatchError,
+    CorruptShardError,
+    SourceError,
+    TeacherCacheError,
+)
+from teachercache.pipeline.loading.batch_memory import TensorLayout
+from teachercache.pipeline.loading.loader import Batch, FeatureLoader
+from teachercache.pipeline.loading.sampler import ShardShuffleSampler
+from teachercache.pipeline.stores.zarr_store import shard_file
+from teachercache.pipeline.views import View
 from tests.make_cache import features, make_cache, make_images, teacher_spec
 
 

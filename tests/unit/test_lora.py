@@ -9,8 +9,8 @@ import torch
 from timm.models.beit import Attention as BeitAttention
 from torch import nn
 
-from student import SAK, build_student, load_student
-from student.lora import add_lora, merge_lora, merged_state_dict
+from teachercache.student import SAK, build_student, load_student
+from teachercache.student.models.lora import add_lora, merge_lora, merged_state_dict
 
 SIZE = (64, 96)
 

@@ -16,10 +16,10 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import maximum_bipartite_matching
 from skimage.morphology import thin
 
-from student.metrics import BoundaryBenchmark
-from student.metrics.boundary import boundary_counts, scores_of
-from student.metrics.edge_nms import edge_nms, triangle_filter
-from student.metrics.matching import find_candidates, match
+from teachercache.student.metrics import BoundaryBenchmark
+from teachercache.student.metrics.boundary import boundary_counts, scores_of
+from teachercache.student.metrics.edge_nms import edge_nms, triangle_filter
+from teachercache.student.metrics.matching import find_candidates, match
 
 Array = npt.NDArray
 
@@ -140,7 +140,9 @@ def correspond_pixels(prediction: Array, target: Array, max_distance: float) -> 
 def test_matching_equals_the_dense_assignment(
     seed: int, max_distance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("student.metrics.matching._EDGES_PER_CALL", 50)  # several calls on a small map
+    monkeypatch.setattr(
+        "teachercache.student.metrics.matching._EDGES_PER_CALL", 50
+    )  # several calls on a small map
     prediction, target = np.asarray(thin(soft_map(seed) > 0.4)), line_map(seed)
     candidates = find_candidates(prediction, target, max_distance)
     prediction_K, target_K = match(candidates)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from student.metrics import RMSE, MaxF, MeanAngularError, MeanIoU, mtl_gain
+from teachercache.student.metrics import RMSE, MaxF, MeanAngularError, MeanIoU, mtl_gain
 
 SHAPE_BHW = (4, 6, 7)
 

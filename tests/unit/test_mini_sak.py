@@ -27,7 +27,7 @@ from benchmarks.mini_sak import (
     ignorant_teachers,
 )
 from benchmarks.mini_teachers import IMAGE_SIZE, MINI_VIT, TEACHERS, alikeness, hidden
-from pipeline.cache import FeatureCache
+from teachercache.pipeline.cache import FeatureCache
 
 
 def mini_sak(output: Path, *options: str) -> subprocess.CompletedProcess[str]:

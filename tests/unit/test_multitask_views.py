@@ -12,8 +12,16 @@ from numpy.typing import NDArray
 from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
-from pipeline.spec import CacheSpec, ViewPolicy
-from pipeline.views import PADDING, View, ViewTable, draw_view, draw_views, render_view, source_pixels
+from teachercache.pipeline.records.spec import CacheSpec, ViewPolicy
+from teachercache.pipeline.views import (
+    PADDING,
+    View,
+    ViewTable,
+    draw_view,
+    draw_views,
+    render_view,
+    source_pixels,
+)
 from tests.images import photo
 
 SIZE = (96, 128)

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline import FeatureCache, render_view
-from pipeline.errors import CacheError, CorruptShardError
-from pipeline.spec import GridSpec
+from teachercache import FeatureCache, render_view
+from teachercache.pipeline.errors import CacheError, CorruptShardError
+from teachercache.pipeline.records.spec import GridSpec
 from tests.make_cache import make_cache, make_images, teacher_spec
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.spec import CacheSpec, GridSpec, ViewPolicy
-from student.notices import notices
-from student.train import train
+from teachercache.pipeline.records.spec import CacheSpec, GridSpec, ViewPolicy
+from teachercache.student.training.notices import notices
+from teachercache.student.training.train import train
 from tests.make_cache import make_cache, make_images, teacher_spec
 from tests.train_recipes import train_recipe
 

@@ -9,12 +9,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.signals import massive
-from pipeline.codecs import Codec, codec_names, get_codec
-from pipeline.codecs.fidelity import measure_fidelity
-from pipeline.codecs.outliers import LEAST_GAIN, num_slots, put_back, take_out, usual_moments
-from pipeline.codecs.reference import decode
-from pipeline.errors import CodecError
-from pipeline.feature_stats import FeatureMoments
+from teachercache.pipeline.codecs import Codec, codec_names, get_codec
+from teachercache.pipeline.codecs.fidelity import measure_fidelity
+from teachercache.pipeline.codecs.outliers import LEAST_GAIN, num_slots, put_back, take_out, usual_moments
+from teachercache.pipeline.codecs.reference import decode
+from teachercache.pipeline.errors import CodecError
+from teachercache.pipeline.records.feature_stats import FeatureMoments
 
 INT_CODECS = [name for name in codec_names() if name.startswith("int")]
 INT4_CODECS = ["int4-hadamard", "int4-trellis", "int4-dct", "int4-phi-s"]

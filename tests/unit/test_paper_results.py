@@ -7,11 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.errors import RecipeError
-from student import build_student
-from student.evaluate import Evaluation
-from student.metrics import mtl_gain
-from student.paper_results import (
+from teachercache import build_student
+from teachercache.pipeline.errors import RecipeError
+from teachercache.student.measuring.evaluate import Evaluation
+from teachercache.student.measuring.paper_results import (
     ABLATION_ROWS,
     PAPER_ROWS,
     PaperRow,
@@ -19,7 +18,8 @@ from student.paper_results import (
     paper_rows,
     single_task_scores,
 )
-from student.task_outputs import TASK_OUTPUTS
+from teachercache.student.measuring.task_outputs import TASK_OUTPUTS
+from teachercache.student.metrics import mtl_gain
 
 ROWS = [
     pytest.param(d, row, id=f"{d}-{row.title}")

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.io import savemat
 
-from pipeline.errors import SourceError
-from student.datasets import open_dataset
+from teachercache.pipeline.errors import SourceError
+from teachercache.student.datasets import open_dataset
 
 PAGE = Path(__file__).parents[2] / "docs/recipes.md"
 HEIGHT, WIDTH = 20, 30

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cache_builder.moved import RepairRecipe
-from cache_builder.recipe import BuildRecipe
-from cache_builder.teachers.recipe import TeacherRecipe
-from pipeline.errors import RecipeError
-from pipeline.recipe import SHIPPED, check_recipe, load_overrides, load_recipe
-from student.recipe import TrainRecipe
+from teachercache.cache_builder.moved import RepairRecipe
+from teachercache.cache_builder.recipe import BuildRecipe
+from teachercache.cache_builder.teachers.recipe import TeacherRecipe
+from teachercache.pipeline.errors import RecipeError
+from teachercache.pipeline.recipe import SHIPPED, check_recipe, load_overrides, load_recipe
+from teachercache.student.training.recipe import TrainRecipe
 
 TEXT = "cache: c\nsource: images\nteachers: [dinov2_small]\nviews: {num_views: 2}\n"
 
@@ -232,7 +232,7 @@ def test_every_shipped_recipe_is_valid_and_says_how_to_run_it(path: Path) -> Non
 
 
 def test_stage_2_of_the_page_starts_from_a_student_with_the_same_paths() -> None:
-    page = (SHIPPED.parents[1] / "docs/recipes.md").read_text()
+    page = (Path(__file__).parents[2] / "docs/recipes.md").read_text()
     commands = [command.split() for command in re.findall(r"`(sak_stage\d_\w+ …[^`{]*)`", page)]
     recipes = [
         load_recipe(TrainRecipe, name, [text.rstrip(",") for text in rest]) for name, _, *rest in commands

@@ -11,16 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from cache_builder.plan import bytes_per_row
-from cache_builder.recipe import BuildRecipe
-from cache_builder.teachers import resolve_teacher
-from jobs.train_plan import plan_training
-from pipeline.recipe import SHIPPED, load_recipe
-from student import build_student
-from student.datasets import dataset_class
-from student.paper_results import paper_rows
-from student.recipe import DistillationRecipe, TrainRecipe
-from student.train_plan import make_train_plan
+from teachercache import build_student
+from teachercache.cache_builder.plan import bytes_per_row
+from teachercache.cache_builder.recipe import BuildRecipe
+from teachercache.cache_builder.teachers import resolve_teacher
+from teachercache.jobs.train_plan import plan_training
+from teachercache.pipeline.recipe import SHIPPED, load_recipe
+from teachercache.student.datasets import dataset_class
+from teachercache.student.measuring.paper_results import paper_rows
+from teachercache.student.training.recipe import DistillationRecipe, TrainRecipe
+from teachercache.student.training.train_plan import make_train_plan
 
 PAGE = Path(__file__).parents[2] / "docs/recipes.md"
 CELLS = r"\| (?P<tables>[\d, ]+) \| (?P<what>.+?) \| `(?P<command>sak_stage\d_\w+ …[^`]*)`(?P<where>.*?)"

@@ -10,10 +10,10 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.spec import ViewPolicy
-from pipeline.views import View, draw_view, render_view
-from student.datasets.labels import IGNORE, render_labels
-from student.task_losses import TASK_LOSSES
+from teachercache.pipeline.records.spec import ViewPolicy
+from teachercache.pipeline.views import View, draw_view, render_view
+from teachercache.student.datasets.labels import IGNORE, render_labels
+from teachercache.student.losses.tasks import TASK_LOSSES
 
 WIDTH, HEIGHT = 70, 50
 SIZE = (48, 64)

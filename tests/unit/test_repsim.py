@@ -12,16 +12,15 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from jobs.cli import app
-from jobs.inspection.tables import similarity_table
-from pipeline.cache import FeatureCache
-from pipeline.errors import CacheError, RecipeError
-from pipeline.grids import upsample
-from pipeline.map_reader import feature_maps
-from pipeline.spec import GridSpec
-from pipeline.views import render_view
-from student import SAK, Student, build_student
-from student.repsim import Similarity, representation_similarity, token_cosines
+from teachercache.jobs.cli import app
+from teachercache.jobs.inspection.tables import similarity_table
+from teachercache.pipeline.cache import FeatureCache
+from teachercache.pipeline.errors import CacheError, RecipeError
+from teachercache.pipeline.grids import upsample
+from teachercache.pipeline.records.spec import GridSpec
+from teachercache.pipeline.views import render_view
+from teachercache.student import SAK, Student, build_student
+from teachercache.student.measuring.repsim import Similarity, representation_similarity, token_cosines
 from tests.make_cache import make_cache, make_images, teacher_spec
 
 
@@ -162,5 +161,5 @@ def test_of_an_adjoint_it_is_that_of_what_the_grid_can_reach(student: Student, t
     )
     with torch.no_grad():
         maps = student.eval()(student.normalize(pixels))["alpha"]
-    expected = token_cosines(maps, feature_maps(cache, "alpha", rows)).mean(0)
+    expected = token_cosines(maps, cache.feature_maps("alpha", rows)).mean(0)
     assert found.levels == pytest.approx(expected.tolist(), abs=1e-5)

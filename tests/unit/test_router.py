@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.errors import RecipeError
-from student.sak.router import Router
-from student.sak.task_decoder import TaskDecoder
+from teachercache.pipeline.errors import RecipeError
+from teachercache.student.models.router import Router
+from teachercache.student.models.task_decoder import TaskDecoder
 
 EXPERTS, WIDTH, GRID, IMAGE_SIZE = 4, 16, (2, 3), (32, 48)
 TASKS = {"semseg": 5, "depth": 1}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pipeline.rows import RowIndex
-from pipeline.spec import Segment
+from teachercache.pipeline.records.rows import RowIndex
+from teachercache.pipeline.records.spec import Segment
 
 GROWN = [
     Segment(first_row=0, samples=(0, 5), views=(0, 2)),

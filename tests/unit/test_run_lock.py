@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import processes
-from pipeline.errors import CheckpointError
-from student import run_lock
-from student.checkpoint import newest_checkpoint
-from student.train import train
+from teachercache.pipeline.errors import CheckpointError
+from teachercache.pipeline.places import processes
+from teachercache.student.training import run_lock
+from teachercache.student.training.checkpoint import newest_checkpoint
+from teachercache.student.training.train import train
 from tests.make_cache import make_cache, make_images
 from tests.train_recipes import logged, train_recipe
 
@@ -45,7 +45,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def holder(output: Path, doing: str = "time.sleep(60)") -> Iterator[subprocess.Popen[str]]:
     """Another process that holds the folder and does something."""
     code = (
-        "import time\nfrom pipeline.storage import LocalStorage\n"
+        "import time\nfrom teachercache.pipeline.places.storage import LocalStorage\n"
         f"with LocalStorage({str(output)!r}).exclusive('run'):\n    print('held', flush=True)\n    {doing}"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:

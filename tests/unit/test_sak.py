@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
-from cache_builder.teachers import resolve_teacher
-from cache_builder.teachers.recipe import TeacherRecipe
-from cache_builder.teachers.timm_teacher import TimmTeacher
-from pipeline.errors import CheckpointError, RecipeError, WeightsNotFoundError
-from student import SAK, Student, build_student, load_student
-from student.sak.stem import Stem, level_blocks
+from teachercache.cache_builder.teachers import resolve_teacher
+from teachercache.cache_builder.teachers.recipe import TeacherRecipe
+from teachercache.cache_builder.teachers.timm_teacher import TimmTeacher
+from teachercache.pipeline.errors import CheckpointError, RecipeError, WeightsNotFoundError
+from teachercache.student import SAK, Student, build_student, load_student
+from teachercache.student.models.stem import Stem, level_blocks
 
 TEACHERS = ("dinov2", "clip", "sam")
 TINY = "vit_tiny_patch16_224"
@@ -279,8 +279,8 @@ def test_a_saved_student_is_the_same_student(saved: tuple[SAK, Path]) -> None:
 
 def test_a_saved_student_needs_neither_cache_nor_ray(saved: tuple[SAK, Path]) -> None:
     code = (
-        "import sys; from student import load_student; load_student(sys.argv[1])\n"
-        "loaded = {name.split('.')[0] for name in sys.modules}\n"
+        "import sys; from teachercache import load_student; load_student(sys.argv[1])\n"
+        "loaded = {name.removeprefix('teachercache.').split('.')[0] for name in sys.modules}\n"
         "assert not loaded & {'ray', 'zarr', 'webdataset', 'cache_builder'}, loaded"
     )
     subprocess.run([sys.executable, "-c", code, saved[1]], check=True)

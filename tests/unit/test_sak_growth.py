@@ -12,9 +12,16 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
-from pipeline.errors import CheckpointError, RecipeError
-from student import SAK, build_student, load_reference, load_stage_1, load_student, read_reference
-from student.sak.reference import reference_arguments
+from teachercache.pipeline.errors import CheckpointError, RecipeError
+from teachercache.student import (
+    SAK,
+    build_student,
+    load_reference,
+    load_stage_1,
+    load_student,
+    read_reference,
+)
+from teachercache.student.sak.reference import reference_arguments
 
 TASKS = {"semseg": 5, "parts": 7, "saliency": 2, "boundary": 1}
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.errors import RecipeError
-from student import SAK, StudentOutput, build_student, load_student
+from teachercache.pipeline.errors import RecipeError
+from teachercache.student import SAK, StudentOutput, build_student, load_student
 
 TEACHERS = ("dinov2", "clip", "sam")
 PASCAL = {"semseg": 21, "parts": 7, "saliency": 2, "normals": 3, "boundary": 1}

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.cache import FeatureCache
-from pipeline.errors import CacheError
-from pipeline.rearrange import subset
-from pipeline.sampler import ShardShuffleSampler
+from teachercache.pipeline.cache import FeatureCache
+from teachercache.pipeline.errors import CacheError
+from teachercache.pipeline.loading.sampler import ShardShuffleSampler
+from teachercache.pipeline.rearranging.rearrange import subset
 from tests.make_cache import make_cache, make_images, teacher_spec
 
 

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pipeline.errors import RecipeError, SourceError
-from pipeline.sources import open_source
-from student.datasets import open_dataset
-from student.datasets.person import PARTS
-from student.datasets.renderer import Canvas, Floats, Shape, Solid, Surface
-from student.datasets.scene_renderer import CLASSES, Scene, render_scene
-from student.datasets.scenes import write_scenes
-from student.datasets.textures import plain
+from teachercache.pipeline.errors import RecipeError, SourceError
+from teachercache.pipeline.sources import open_source
+from teachercache.student.datasets import open_dataset
+from teachercache.student.datasets.scenes import write_scenes
+from teachercache.student.datasets.synthetic.person import PARTS
+from teachercache.student.datasets.synthetic.renderer import Canvas, Floats, Shape, Solid, Surface
+from teachercache.student.datasets.synthetic.scene_renderer import CLASSES, Scene, render_scene
+from teachercache.student.datasets.synthetic.textures import plain
 
 SIZE = (96, 128)
 INDICES = range(16)
@@ -270,7 +270,7 @@ def test_a_damaged_label_file_is_named(tmp_path: Path) -> None:
 
 
 def test_the_command_writes_a_set_and_another_process_the_same_pixels(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "student.datasets.scenes", str(tmp_path / "set")]
+    command = [sys.executable, "-m", "teachercache.student.datasets.scenes", str(tmp_path / "set")]
     options = ["--train", "1", "--val", "1", "--size", "96", "128", "--seed", "5"]
     done = subprocess.run([*command, *options], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

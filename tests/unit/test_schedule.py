@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from student.schedule import cosine_with_warmup
+from teachercache.student.training.schedule import cosine_with_warmup
 
 
 def rates(warmup_steps: int, total_steps: int) -> list[float]:

@@ -7,9 +7,9 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from pipeline.manifest import Manifest, QuarantineEntry
-from pipeline.seal import UNSEALED, is_intact, seal
-from pipeline.storage import Storage
+from teachercache.pipeline.places.storage import Storage
+from teachercache.pipeline.records.manifest import Manifest, QuarantineEntry
+from teachercache.pipeline.records.seal import UNSEALED, is_intact, seal
 from tests.make_cache import make_cache, make_images
 
 FILE = f'{{"name": "value", "checksum": "{UNSEALED}"}}\n'.encode()

@@ -13,14 +13,14 @@ import fsspec
 import pyarrow as pa
 import pytest
 
-from pipeline.errors import (
+from teachercache.pipeline.errors import (
     EmptySourceError,
     ImageDecodeError,
     RecipeError,
     SourceError,
     SourceNotFoundError,
 )
-from pipeline.sources import (
+from teachercache.pipeline.sources import (
     SAMPLE_SCHEMA,
     base,
     dataset_fingerprint,

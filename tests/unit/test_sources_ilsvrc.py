@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import SourceError
-from pipeline.sources import open_source
+from teachercache.pipeline.errors import SourceError
+from teachercache.pipeline.sources import open_source
 from tests.images import encode, photo, tar_bytes, write_folder
 
 JPEG = encode(photo())

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import SourceNotFoundError
-from pipeline.sources import decode_image, open_source
-from pipeline.storage import Storage
+from teachercache.pipeline.errors import SourceNotFoundError
+from teachercache.pipeline.places.storage import Storage
+from teachercache.pipeline.sources import decode_image, open_source
 from tests.images import encode, photo, png_chunk, write_folder
 
 JPEG, PNG, WEBP = (encode(photo(), format) for format in ("JPEG", "PNG", "WEBP"))

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.sources.keys import name_problem, printable, with_unique_keys
+from teachercache.pipeline.sources.keys import name_problem, printable, with_unique_keys
 
 
 def table(keys: list[str], qualified: list[str]) -> pa.Table:

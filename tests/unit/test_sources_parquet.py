@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.errors import ImageDecodeError, SourceError
-from pipeline.sources import open_source, parquet
+from teachercache.pipeline.errors import ImageDecodeError, SourceError
+from teachercache.pipeline.sources import open_source, parquet
 from tests.images import encode, photo, write_folder, write_parquet
 
 ROOT = Path(__file__).parents[2]
@@ -74,7 +74,7 @@ def test_threads_that_need_the_same_row_group_decode_it_once(tmp_path: Path) -> 
 FORK = """
 import sys
 from multiprocessing import get_context
-from pipeline.sources import open_source, parquet
+from teachercache.pipeline.sources import open_source, parquet
 
 source = open_source(sys.argv[1])
 row = source.scan().to_pylist()[0]

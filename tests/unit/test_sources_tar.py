@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.sources.tar import TarMember, tar_members
+from teachercache.pipeline.sources.tar import TarMember, tar_members
 from tests.images import tar_bytes
 
 MEMBERS = [("a.jpg", b"x" * 700), ("dir/b.cls", b"3"), ("c.png", b""), ("d.jpg", b"y" * 512)]

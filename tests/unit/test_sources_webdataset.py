@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import webdataset
 
-from pipeline.sources import open_source
+from teachercache.pipeline.sources import open_source
 from tests.images import encode, photo, tar_bytes, write_folder
 
 JPEG, PNG = encode(photo(), "JPEG"), encode(photo(), "PNG")

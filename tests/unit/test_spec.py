@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from pipeline.cache import FeatureCache
-from pipeline.errors import CacheError
-from pipeline.seal import UNSEALED, seal
-from pipeline.spec import SCHEMA_VERSION, CacheSpec, DatasetSpec, Segment, ViewPolicy
+from teachercache.pipeline.cache import FeatureCache
+from teachercache.pipeline.errors import CacheError
+from teachercache.pipeline.records.seal import UNSEALED, seal
+from teachercache.pipeline.records.spec import SCHEMA_VERSION, CacheSpec, DatasetSpec, Segment, ViewPolicy
 from tests.make_cache import make_cache, make_images, teacher_spec
 
 

@@ -17,12 +17,12 @@ from typing import IO, Any, NoReturn
 import pytest
 import xxhash
 
-from pipeline import processes, retries
-from pipeline import storage as module
-from pipeline.durable import link
-from pipeline.errors import CacheError, StorageError
-from pipeline.processes import TEMPORARY_SUFFIX
-from pipeline.storage import LocalStorage, RemoteStorage, Storage
+from teachercache.pipeline.errors import CacheError, StorageError
+from teachercache.pipeline.places import processes, retries
+from teachercache.pipeline.places import storage as module
+from teachercache.pipeline.places.durable import link
+from teachercache.pipeline.places.processes import TEMPORARY_SUFFIX
+from teachercache.pipeline.places.storage import LocalStorage, RemoteStorage, Storage
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -91,7 +91,7 @@ def test_names_cannot_leave_the_folder(storage: Storage, name: str) -> None:
 def test_sweep_removes_files_of_dead_processes_only(tmp_path: Path) -> None:
     storage = LocalStorage(tmp_path)
     script = (
-        "import os; from pipeline.storage import LocalStorage\n"
+        "import os; from teachercache.pipeline.places.storage import LocalStorage\n"
         f"with LocalStorage({str(tmp_path)!r}).open_write('shard') as file:\n"
         "    file.write(b'x'); os._exit(9)"
     )
@@ -106,7 +106,7 @@ def test_sweep_removes_files_of_dead_processes_only(tmp_path: Path) -> None:
 def test_sweep_removes_locks_of_dead_processes_only(tmp_path: Path) -> None:
     storage = LocalStorage(tmp_path)
     script = (
-        "import os; from pipeline.storage import LocalStorage\n"
+        "import os; from teachercache.pipeline.places.storage import LocalStorage\n"
         f"with LocalStorage({str(tmp_path)!r}).exclusive('left'):\n"
         "    os._exit(9)"
     )
@@ -128,7 +128,7 @@ def give_up() -> NoReturn:
 def take_and_die(folder: Path) -> None:
     """Leave `x.lock` and `y….partial` of a process that is no more."""
     script = (
-        "import os; from pipeline.storage import LocalStorage\n"
+        "import os; from teachercache.pipeline.places.storage import LocalStorage\n"
         f"storage = LocalStorage({str(folder)!r})\n"
         "with storage.exclusive('x'), storage.open_write('y'): os._exit(9)"
     )

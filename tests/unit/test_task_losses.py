@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.errors import RecipeError
-from student.task_losses import TASK_LOSSES, MultiTaskLoss
+from teachercache.pipeline.errors import RecipeError
+from teachercache.student.losses.tasks import TASK_LOSSES, MultiTaskLoss
 
 B, H, W = 2, 5, 6
 CHANNELS = {"semseg": 4, "parts": 3, "saliency": 2, "normals": 3, "boundary": 1, "depth": 1}

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cache_builder.teachers import (
+from teachercache.cache_builder.teachers import (
     Teacher,
     TeacherRecipe,
     build_teacher,
@@ -33,9 +33,14 @@ from cache_builder.teachers import (
     resolve_teacher,
     teacher_gmacs,
 )
-from cache_builder.teachers.base import preprocess, weights_hash
-from pipeline.errors import CacheMismatchError, TeacherInputError, UnknownTeacherError, WeightsNotFoundError
-from pipeline.spec import TeacherSpec
+from teachercache.cache_builder.teachers.base import preprocess, weights_hash
+from teachercache.pipeline.errors import (
+    CacheMismatchError,
+    TeacherInputError,
+    UnknownTeacherError,
+    WeightsNotFoundError,
+)
+from teachercache.pipeline.records.spec import TeacherSpec
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "teachers.json"
 SMALL = {
@@ -545,7 +550,7 @@ def test_a_missing_or_damaged_checkpoint_is_named(tmp_path: Path) -> None:
 
 IMPORTS = """
 import sys
-from cache_builder.teachers import build_teacher
+from teachercache.cache_builder.teachers import build_teacher
 build_teacher("test_vit", pretrained=False, image_size=64)
 print(*{"ray", "zarr", "webdataset"} & set(sys.modules))
 """
@@ -558,8 +563,8 @@ def test_teachers_need_neither_ray_nor_zarr_nor_webdataset() -> None:
 
 OFFLINE = """
 import time
-from cache_builder.teachers import build_teacher
-from pipeline.errors import WeightsNotFoundError
+from teachercache.cache_builder.teachers import build_teacher
+from teachercache.pipeline.errors import WeightsNotFoundError
 start = time.monotonic()
 try:
     build_teacher("dinov2_small")

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from student.timing import StageTimer, bottleneck
+from teachercache.student.timing import StageTimer, bottleneck
 
 
 def test_stages_add_up_until_they_are_taken() -> None:

@@ -21,10 +21,9 @@ from rich.console import Console
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cache_builder import build
-from pipeline.batch_memory import TensorLayout
-from pipeline.cache import FeatureCache
-from pipeline.errors import (
+from teachercache import build
+from teachercache.pipeline.cache import FeatureCache
+from teachercache.pipeline.errors import (
     CacheError,
     CacheNotFoundError,
     CheckpointError,
@@ -33,19 +32,21 @@ from pipeline.errors import (
     RecipeError,
     TeacherCacheError,
 )
-from pipeline.map_reader import MapReader
-from pipeline.recipe import load_recipe
-from pipeline.spec import GridSpec
-from pipeline.views import View
-from student import load_student, sharing
-from student.base import StudentOutput
-from student.checkpoint import newest_checkpoint
-from student.not_finite import not_finite
-from student.recipe import TrainRecipe
-from student.repsim import representation_similarity
-from student.run_pictures import NUM_ROWS, RunPictures
-from student.sak.model import SAK
-from student.train import _require_folder, train
+from teachercache.pipeline.loading.batch_memory import TensorLayout
+from teachercache.pipeline.looking.map_reader import MapReader
+from teachercache.pipeline.recipe import load_recipe
+from teachercache.pipeline.records.spec import GridSpec
+from teachercache.pipeline.views import View
+from teachercache.student import load_student, sharing
+from teachercache.student.measuring.repsim import representation_similarity
+from teachercache.student.models.base import StudentOutput
+from teachercache.student.sak.model import SAK
+from teachercache.student.training.checkpoint import newest_checkpoint
+from teachercache.student.training.model_card import told_recipe
+from teachercache.student.training.not_finite import not_finite
+from teachercache.student.training.recipe import TrainRecipe
+from teachercache.student.training.run_pictures import NUM_ROWS, RunPictures
+from teachercache.student.training.train import _require_folder, train
 from tests.make_cache import build_recipe, commit_shard, make_cache, make_images, teacher_spec
 from tests.train_recipes import CONTENT, logged, room_for, train_recipe
 
@@ -122,14 +123,14 @@ def test_a_card_names_no_folder_of_the_machine() -> None:
         ["cache=/data/secret/pascal", "multitask.dataset.root=/home/me/PASCAL", "output=/home/me/runs/mine",
          "student.init_from=/home/me/runs/stage1/student", "images=s3://bucket/secret/images"],
     )  # fmt: skip
-    told = sharing.told_recipe(recipe)
+    told = told_recipe(recipe)
     assert (told["cache"], told["output"], told["images"]) == ("pascal", "mine", "images")
     assert told["multitask"]["dataset"]["root"] == "PASCAL"
     assert told["student"]["init_from"] == "stage1/student"
     assert "secret" not in str(told)
     assert "/home" not in str(told)
     hub = recipe.model_copy(update={"student": recipe.student.model_copy(update={"init_from": "user/sak"})})
-    assert sharing.told_recipe(hub)["student"]["init_from"] == "user/sak"
+    assert told_recipe(hub)["student"]["init_from"] == "user/sak"
 
 
 def test_a_student_is_pushed_with_its_card(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -546,7 +547,10 @@ def test_the_recipes_of_stage_1_are_those_of_the_paper(size: str, student: str) 
 
 
 def test_the_trainer_loads_neither_ray_nor_the_builder() -> None:
-    code = "import sys, student.train; assert not {'ray', 'cache_builder'} & set(sys.modules)"
+    code = (
+        "import sys, teachercache.student.training.train; assert not {'ray', "
+        "'teachercache.cache_builder'} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -558,6 +562,6 @@ def test_an_output_that_is_no_folder_is_one_message(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_is_no_traceback() -> None:
-    code = "from jobs.launch import run\ndef main():\n    raise KeyboardInterrupt\nrun(main)"
+    code = "from teachercache.jobs.launch import run\ndef main():\n    raise KeyboardInterrupt\nrun(main)"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (ended.returncode, ended.stderr.count("\n")) == (130, 1)

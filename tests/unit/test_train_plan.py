@@ -11,16 +11,16 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from cache_builder.recipe import BuildRecipe
-from cache_builder.teachers import resolve_teacher
-from cache_builder.teachers.flops import teacher_gmacs
-from jobs.cli import app
-from jobs.train_plan import plan_training
-from pipeline.errors import RecipeError
-from pipeline.recipe import SHIPPED, load_recipe
-from student import build_student
-from student.recipe import StudentRecipe, TrainRecipe
-from student.train_plan import StudentSize, make_train_plan, student_size
+from teachercache import build_student
+from teachercache.cache_builder.recipe import BuildRecipe
+from teachercache.cache_builder.teachers import resolve_teacher
+from teachercache.cache_builder.teachers.flops import teacher_gmacs
+from teachercache.jobs.cli import app
+from teachercache.jobs.train_plan import plan_training
+from teachercache.pipeline.errors import RecipeError
+from teachercache.pipeline.recipe import SHIPPED, load_recipe
+from teachercache.student.training.recipe import StudentRecipe, TrainRecipe
+from teachercache.student.training.train_plan import StudentSize, make_train_plan, student_size
 from tests.make_cache import make_cache, make_images
 from tests.train_recipes import train_recipe
 

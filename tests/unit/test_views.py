@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
-from pipeline.spec import ViewPolicy
-from pipeline.views import View, ViewTable, draw_view, draw_views, render_view
+from teachercache.pipeline.records.spec import ViewPolicy
+from teachercache.pipeline.views import View, ViewTable, draw_view, draw_views, render_view
 
 KEYS = [f"n0144/{i}" for i in range(500)]
 WIDTHS = np.random.default_rng(0).integers(20, 900, len(KEYS))
@@ -36,7 +36,8 @@ def test_a_view_does_not_depend_on_the_others() -> None:
 
 def test_views_are_the_same_in_another_process() -> None:
     script = (
-        "from pipeline.spec import ViewPolicy; from pipeline.views import draw_view;"
+        "from teachercache.pipeline.records.spec import ViewPolicy; "
+        "from teachercache.pipeline.views import draw_view;"
         "print(draw_view(ViewPolicy(num_views=2, seed=5), 'n0144/1', 500, 375, 1))"
     )
     there = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -1,0 +1,257 @@
+"""Batches for training, made by threads of the training process itself.
+
+Worker processes would copy every batch through shared memory, which caps any format near 1 GB/s;
+JPEG decoding, resizing and file reads all release the GIL, so threads keep up, and they read and render
+straight into the memory of the batch, which goes round.
+Do not hand the loader to `accelerator.prepare()`: the sampler has already split the rows by rank.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import count
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from teachercache.pipeline.cache import FeatureCache
+from teachercache.pipeline.codecs import Encoded
+from teachercache.pipeline.errors import CacheError, ImageDecodeError, SourceError, TeacherCacheError, explain
+from teachercache.pipeline.loading.batch_memory import BatchMemory, TensorLayout
+from teachercache.pipeline.records.spec import Size
+from teachercache.pipeline.stores.base import CLS_TOKEN, GLOBAL_FEATURE
+from teachercache.pipeline.views import View, render_view
+
+_LABELS = "labels/"  # no name of a teacher
+
+
+class Sampler(Protocol):
+    """What the loader asks of a sampler; `ShardShuffleSampler` is the one to train with."""
+
+    @property
+    def batch_size_per_process(self) -> int: ...
+
+    def batch(self, step: int) -> NDArray[np.int64]:
+        """The rows of one batch; steps are asked for in order."""
+
+
+class Labels(Protocol):
+    """What a data set says of its images; the loader moves it to the views and into the batch."""
+
+    @property
+    def layouts(self) -> Mapping[str, TensorLayout]:
+        """The labels of one row, by task."""
+
+    def read(self, sample_key: str, view: View) -> Mapping[str, Tensor]:
+        """The labels of a sample as they lie on this view of it. Called from several threads."""
+
+
+@dataclass
+class Batch:
+    """One process's part of a global batch (b rows).
+
+    `renders` are uint8 (b, 3, h, w) by (h, w); the student's own size is always there. `features` and
+    `cls_tokens` are still encoded, on the CPU. `labels` by task, where the loader was given some.
+    `seconds`: `read` and `decode` are summed over threads, `wait` is what the consumer waited for.
+
+    The loader makes a later batch in the same memory once this one and all views of its tensors are gone;
+    until then nothing writes to them.
+    """
+
+    step: int
+    rows: NDArray[np.int64]
+    sample_keys: list[str]
+    renders: dict[Size, Tensor]
+    features: dict[str, Encoded]
+    cls_tokens: dict[str, Tensor]
+    labels: dict[str, Tensor]
+    seconds: dict[str, float]
+
+
+@dataclass
+class _Pending:
+    """A batch under way: its tensors, and the tasks that fill them and return their seconds."""
+
+    batch: Batch
+    reads: list[Future[float]]
+    renders: list[Future[float]]
+
+
+class FeatureLoader:
+    """Endless iterator of `Batch`; a context manager that stops its threads.
+
+    `features=False` leaves the cached features unread (training with online teachers), `images=False`
+    the images; `extra_sizes` asks for renders at further sizes, such as the teachers' own; `labels` come
+    along with the images. Memory for `prefetch` + 2 batches goes round, while the consumer holds one.
+    """
+
+    def __init__(
+        self,
+        cache: FeatureCache,
+        sampler: Sampler,
+        teachers: Sequence[str] | None = None,
+        *,
+        features: bool = True,
+        images: bool = True,
+        extra_sizes: Collection[Size] = (),
+        labels: Labels | None = None,
+        start_step: int = 0,
+        threads: int = 2,
+        prefetch: int = 2,
+        pin_memory: bool = False,
+    ) -> None:
+        if threads < 1 or prefetch < 0:
+            raise ValueError(
+                explain(
+                    "A loader needs a thread, and cannot prepare fewer batches than none.",
+                    got=f"threads={threads}, prefetch={prefetch}",
+                    expected="threads >= 1, prefetch >= 0",
+                )
+            )
+        self._cache = cache
+        self._sampler = sampler
+        self._teachers = cache.check_teachers(teachers) if features else []
+        self._sizes = sorted({cache.spec.views.size, *extra_sizes}) if images else []
+        self._labels = labels
+        self._steps = count(start_step)
+        self._threads = threads
+        self._prefetch = prefetch
+        self._memory = BatchMemory(self._layouts(), pin_memory)
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="loader")
+        self._pending: deque[_Pending] = deque()
+
+    def __enter__(self) -> FeatureLoader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            while len(self._pending) <= self._prefetch:
+                self._pending.append(self._submit(next(self._steps)))
+            batch = self._collect(self._pending[0])
+            self._pending.popleft()  # what could not be read, or was interrupted, is not passed over
+            yield batch
+
+    def _layouts(self) -> dict[Hashable, TensorLayout]:
+        """The tensors of a batch: renders by their size, arrays by (teacher, array)."""
+        num_rows = self._sampler.batch_size_per_process
+        layouts: dict[Hashable, TensorLayout] = {
+            size: ((num_rows, 3, *size), torch.uint8) for size in self._sizes
+        }
+        for task, (shape, dtype) in self._label_layouts().items():
+            layouts[_LABELS, task] = (num_rows, *shape), dtype
+        for teacher in self._teachers:
+            for array, layout in self._cache.layouts(teacher).items():
+                if array != GLOBAL_FEATURE:
+                    layouts[teacher, array] = (num_rows, *layout.shape), layout.dtype
+        return layouts
+
+    def _label_layouts(self) -> Mapping[str, TensorLayout]:
+        return self._labels.layouts if self._labels and self._sizes else {}
+
+    def _submit(self, step: int) -> _Pending:
+        rows = self._sampler.batch(step)
+        samples, _, lines = self._cache.index.locate(rows)
+        tensors = self._memory.take()
+        batch = Batch(
+            step=step,
+            rows=rows,
+            sample_keys=[self._cache.key(sample) for sample in samples.tolist()],
+            renders={size: tensors[size] for size in self._sizes},
+            features={
+                teacher: Encoded(
+                    self._cache.codec(teacher),
+                    {array: tensors[teacher, array] for array in self._cache.feature_layouts(teacher)},
+                )
+                for teacher in self._teachers
+            },
+            cls_tokens={
+                teacher: tensors[teacher, CLS_TOKEN]
+                for teacher in self._teachers
+                if self._cache.spec.teachers[teacher].cls_token
+            },
+            labels={task: tensors[_LABELS, task] for task in self._label_layouts()},
+            seconds={},
+        )
+        step_rows = -(-len(rows) // self._threads)
+        parts = [slice(start, start + step_rows) for start in range(0, len(rows), step_rows)]
+        reads = [
+            self._pool.submit(self._read, batch, teacher, part)
+            for teacher in self._teachers
+            for part in parts
+        ]
+        renders = [
+            self._pool.submit(self._render, batch, i, sample, line)
+            for i, (sample, line) in enumerate(zip(samples.tolist(), lines.tolist(), strict=True))
+            if self._sizes
+        ]
+        return _Pending(batch, reads, renders)
+
+    def _read(self, batch: Batch, teacher: str, part: slice) -> float:
+        start = time.perf_counter()
+        try:
+            self._read_features(batch, teacher, part)
+        except TeacherCacheError:
+            raise
+        except Exception as error:  # a thread's own traceback says nothing of what it was at
+            shards = np.unique(batch.rows[part] // self._cache.spec.rows_per_shard).tolist()
+            raise CacheError(
+                f"Features of teacher {teacher} cannot be read.",
+                got=f"{type(error).__name__}: {error}, in shard {', '.join(map(str, shards))}",
+                expected="shards as they were committed",
+                do=f"run: teachercache verify {self._cache.storage.url} --full",
+            ) from error
+        return time.perf_counter() - start
+
+    def _read_features(self, batch: Batch, teacher: str, part: slice) -> None:
+        rows, encoded = batch.rows[part], batch.features[teacher]
+        into = Encoded(encoded.codec, {name: tensor[part] for name, tensor in encoded.arrays.items()})
+        self._cache.read(rows, [teacher], out={teacher: into})
+        if teacher in batch.cls_tokens:
+            self._cache.read_tokens(rows, teacher, CLS_TOKEN, out=batch.cls_tokens[teacher][part])
+
+    def _render(self, batch: Batch, i: int, sample: int, line: int) -> float:
+        start = time.perf_counter()
+        try:
+            self._render_sample(batch, i, sample, line)
+        except Exception as error:
+            if isinstance(error, TeacherCacheError) and not isinstance(error, ImageDecodeError):
+                raise
+            kind = ImageDecodeError if isinstance(error, ImageDecodeError) else SourceError
+            raise kind(
+                f"Sample {batch.sample_keys[i]} cannot be trained on.",
+                got=f"{type(error).__name__}: {error}",
+                expected=f"the image {self._cache.samples['path'][sample]} as the cache was built from it"
+                + (", and its labels" if self._labels else ""),
+                do="put back what was changed since, and run the same command again",
+            ) from error
+        return time.perf_counter() - start
+
+    def _render_sample(self, batch: Batch, i: int, sample: int, line: int) -> None:
+        image, view = self._cache.image(sample), self._cache.views.view(line)
+        for size, pixels in batch.renders.items():
+            pixels[i] = render_view(image, view, size)
+        if self._labels:
+            for task, values in self._labels.read(batch.sample_keys[i], view).items():
+                batch.labels[task][i] = values
+
+    def _collect(self, pending: _Pending) -> Batch:
+        start = time.perf_counter()
+        read_s, decode_s = (
+            sum(task.result() for task in tasks) for tasks in (pending.reads, pending.renders)
+        )
+        pending.batch.seconds = {
+            "read": read_s,
+            "decode": decode_s,
+            "wait": time.perf_counter() - start,
+        }
+        return pending.batch

@@ -1,0 +1,138 @@
+"""Which rows each process trains on, and in which order.
+
+The samples of a run form one endless stream: the epochs' permutations, one behind the other. Global
+batch g is samples [g·B, (g+1)·B) of that stream, and rank r of W takes its r-th part of B/W. So every
+epoch holds every sample exactly once, batches are always full, every rank takes the same number of
+steps, W processes of batch b see what one process of batch W·b sees, and the only state of the
+sampler is the number of the step.
+
+An epoch is shuffled in two levels, because shards lie on disks and in object stores: the order of
+the shards, then the samples within windows of `window_shards` consecutive shards of that order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from teachercache.pipeline.cache import FeatureCache
+from teachercache.pipeline.errors import CacheError
+
+Ints = NDArray[np.int64]
+
+
+def random_samples(num_samples: int, fraction: float, seed: int = 0) -> Ints:
+    """Ascending indices of a random `fraction` of the samples; a smaller one is a part of a larger one."""
+    generator = np.random.Generator(np.random.Philox(np.random.SeedSequence(seed)))
+    count = round(fraction * num_samples)
+    return np.sort(generator.permutation(num_samples)[:count]).astype(np.int64)
+
+
+class ShardShuffleSampler:
+    """Batches of rows, deterministic by (seed, epoch).
+
+    Sample s in epoch e is seen through view (e + offset(s)) % num_views, with a fixed random offset,
+    so a batch mixes views and num_views epochs see each of them once. An epoch holds a random `fraction` of
+    the samples, the one that `teachercache subset` keeps.
+
+    Raises `IncompleteCacheError` unless these teachers are complete, and `CacheError` when not one
+    sample is valid for all of them.
+    """
+
+    def __init__(
+        self,
+        cache: FeatureCache,
+        teachers: Sequence[str] | None = None,
+        *,
+        batch_size_per_process: int,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        window_shards: int = 16,
+        fraction: float = 1.0,
+    ) -> None:
+        self.cache = cache
+        self.batch_size_per_process = batch_size_per_process
+        self.global_batch_size = batch_size_per_process * world_size
+        self._first_of_rank = batch_size_per_process * rank
+        self._seed = seed
+        chosen = random_samples(cache.num_samples, fraction)
+        self._samples = np.intersect1d(cache.valid_samples(teachers), chosen, assume_unique=True)
+        if not chosen.size:
+            raise CacheError(
+                "Of so small a part of the cache no sample is left.",
+                got=f"a fraction of {fraction:g} of {cache.num_samples} samples",
+                expected="at least one",
+                do="raise multitask.dataset.fraction",
+            )
+        if not self._samples.size:
+            raise CacheError(
+                "Not one sample of this cache can be trained on.",
+                got=f"{chosen.size} of {cache.num_samples} samples, all quarantined for these teachers",
+                expected="at least one decodable image",
+                do=f"see {cache.storage.url}/quarantine for the reasons",
+            )
+        shards = cache.index.rows(self._samples, 0) // cache.spec.rows_per_shard
+        self._shard_starts = np.flatnonzero(np.diff(shards, prepend=-1))
+        self._shard_stops = np.append(self._shard_starts[1:], self._samples.size)
+        self._window_shards = window_shards
+        self._view_offset = xxhash.xxh3_64_intdigest(b"view offset", seed)
+        self._epoch_windows = lru_cache(maxsize=4)(self._draw_epoch)
+        self._window = lru_cache(maxsize=4)(self._draw_window)
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of one epoch."""
+        return int(self._samples.size)
+
+    def batches(self, start_step: int = 0) -> Iterator[Ints]:
+        """This rank's rows of global batch `start_step`, `start_step + 1`, … without end."""
+        step = start_step
+        while True:
+            yield self.batch(step)
+            step += 1
+
+    def batch(self, step: int) -> Ints:
+        """This rank's rows of one global batch, at the cost of the windows it touches."""
+        start = step * self.global_batch_size + self._first_of_rank
+        positions = np.arange(start, start + self.batch_size_per_process)
+        epochs = positions // self.num_samples
+        samples = np.concatenate(
+            [
+                self._epoch_slice(int(epoch), positions[epochs == epoch] % self.num_samples)
+                for epoch in np.unique(epochs)
+            ]
+        )
+        offsets = (
+            samples * 0x9E3779B1 + self._view_offset % 2**31
+        ) >> 15  # multiplicative hash, one a sample
+        return self.cache.index.rows(samples, (epochs + offsets) % self.cache.num_views)
+
+    def _epoch_slice(self, epoch: int, positions: Ints) -> Ints:
+        ends = self._epoch_windows(epoch)[1]
+        windows = np.searchsorted(ends, positions, side="right")
+        parts = []
+        for window in np.unique(windows):
+            begin = ends[window - 1] if window else 0
+            parts.append(self._window(epoch, int(window))[positions[windows == window] - begin])
+        return np.concatenate(parts)
+
+    def _draw_epoch(self, epoch: int) -> tuple[Ints, Ints]:
+        """The epoch's order of shards, and where each of its windows ends in the stream of samples."""
+        order = self._generator(epoch).permutation(self._shard_starts.size)
+        sizes = (self._shard_stops - self._shard_starts)[order]
+        last = np.arange(self._window_shards - 1, sizes.size + self._window_shards - 1, self._window_shards)
+        return order, np.cumsum(sizes)[np.minimum(last, sizes.size - 1)]
+
+    def _draw_window(self, epoch: int, window: int) -> Ints:
+        order = self._epoch_windows(epoch)[0]
+        shards = order[window * self._window_shards : (window + 1) * self._window_shards]
+        parts = [self._samples[self._shard_starts[shard] : self._shard_stops[shard]] for shard in shards]
+        return self._generator(epoch, window + 1).permutation(np.concatenate(parts))
+
+    def _generator(self, *key: int) -> np.random.Generator:
+        return np.random.Generator(np.random.Philox(np.random.SeedSequence((self._seed, *key))))

@@ -1,0 +1,99 @@
+"""A cache as labelled arrays, for those who think in xarray."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+if TYPE_CHECKING:
+    import xarray
+
+    from teachercache import FeatureCache
+
+_DIMENSIONS = ("sample", "view", "level", "height", "width", "channel")
+
+
+def to_xarray(cache: FeatureCache, teachers: Sequence[str] | None = None) -> xarray.DataTree:
+    """Decoded features, one group a teacher, read when they are used.
+
+    tree = cache.to_xarray()
+    tree["dinov2/features"].sel(sample="n01440764/n01440764_10026", view=0, level=4).values
+
+    `features` is float32, in the order sample, view, level, height, width, channel: what `cache[key]` gives.
+    `attrs["grid"]` is the kind of grid that they are stored on. `valid` (sample, view) says which rows the
+    teacher holds; all others are NaN: of a quarantined sample, of a shard that is not committed, or whose
+    commit record is damaged. Samples are labelled by key, levels from 1, and beside them the coordinate
+    `block`, which counts from 0 as `block_indices` does. Needs the package xarray.
+    Reading raises `CorruptShardError` for damaged features.
+    """
+    import xarray
+    from xarray.backends import BackendArray
+    from xarray.core import indexing
+
+    class Lazy(BackendArray):
+        """`read` gives the rows (rows, …) of whatever samples and views are asked for."""
+
+        def __init__(
+            self,
+            read: Callable[[NDArray[np.int64]], NDArray],
+            row_shape: tuple[int, ...],
+            dtype: DTypeLike,
+        ) -> None:
+            self.read, self.dtype = read, np.dtype(dtype)
+            self.shape = (cache.num_samples, num_views, *row_shape)
+
+        def __getitem__(self, key: indexing.ExplicitIndexer) -> Any:
+            return indexing.explicit_indexing_adapter(
+                key, self.shape, indexing.IndexingSupport.OUTER, self.chosen
+            )
+
+        def chosen(self, key: tuple[Any, ...]) -> NDArray:
+            chosen = [np.arange(size)[index] for size, index in zip(self.shape, key, strict=True)]
+            rows_SV = cache.index.rows(*np.ix_(*map(np.atleast_1d, chosen[:2])))
+            values = self.read(rows_SV.ravel()).reshape(*rows_SV.shape, *self.shape[2:])
+            block: NDArray = values[np.ix_(*map(np.arange, rows_SV.shape), *map(np.atleast_1d, chosen[2:]))]
+            return block.reshape([size for index in chosen for size in index.shape])
+
+    def lazy(dimensions: tuple[str, ...], array: Lazy) -> xarray.Variable:
+        return xarray.Variable(dimensions, indexing.LazilyIndexedArray(array))
+
+    def group(name: str) -> xarray.Dataset:
+        spec = cache.spec.teachers[name]
+        row_shape = (spec.num_levels, *spec.stored_grid, spec.width)
+
+        def valid(rows: NDArray[np.int64]) -> NDArray:
+            return cache.readable_rows(name, rows)
+
+        def features(rows: NDArray[np.int64]) -> NDArray:
+            held = valid(rows)
+            maps = np.full((rows.size, *row_shape), np.nan, np.float32)
+            if held.any():
+                maps[held] = cache.feature_maps(name, rows[held]).numpy()
+            return maps
+
+        return xarray.Dataset(
+            {
+                "features": lazy(_DIMENSIONS, Lazy(features, row_shape, np.float32)),
+                "valid": lazy(_DIMENSIONS[:2], Lazy(valid, (), np.bool_)),
+            },
+            coords={
+                "level": np.arange(1, spec.num_levels + 1),
+                "block": ("level", list(spec.block_indices)),
+            },
+            attrs={
+                "model": spec.model,
+                "codec": spec.codec,
+                "pretrained": spec.pretrained,
+                "grid": spec.grid.kind,
+            },
+        )
+
+    num_views = max(segment.views[1] for segment in cache.spec.segments)
+    groups = {
+        "/": xarray.Dataset(coords={"sample": cache.samples["key"].to_pylist(), "view": np.arange(num_views)})
+    }
+    groups |= {f"/{name}": group(name) for name in cache.check_teachers(teachers)}
+    return xarray.DataTree.from_dict(groups)

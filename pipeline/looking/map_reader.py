@@ -1,0 +1,119 @@
+"""Decoded feature maps as they are looked at: a few rows at a time, in colours that compare over images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from teachercache.pipeline.errors import CacheError
+from teachercache.pipeline.looking.feature_pictures import PcaBasis, Picture
+from teachercache.pipeline.records.spec import TeacherSpec
+from teachercache.pipeline.views import render_view
+
+if TYPE_CHECKING:
+    from teachercache import FeatureCache
+
+MAX_TOKENS = 8192  # of one teacher, for everything that is learnt from tokens
+_TRIED_RECORDS = 8
+_KEPT_ROWS = 3  # a decoded row of SAM-L is 67 MB
+
+
+def level_name(teacher: TeacherSpec, level: int) -> str:
+    """A level as pictures name it: counted from 1, with its block as `block_indices` counts, from 0."""
+    return f"level {level + 1} (block {teacher.block_indices[level]})"
+
+
+class MapReader:
+    """Maps of the teachers that can be read; `absent` says why others cannot.
+
+    `rows` are up to `num_rows` rows of one view, drawn by the seed, that every one of these teachers holds.
+    Colours are learnt over them.
+    """
+
+    def __init__(
+        self,
+        cache: FeatureCache,
+        teachers: Sequence[str] | None = None,
+        *,
+        num_rows: int = 6,
+        view: int = 0,
+        seed: int = 0,
+    ) -> None:
+        self.cache = cache
+        self.teachers: list[str] = []
+        self.absent: dict[str, str] = {}
+        for name in cache.check_teachers(teachers):
+            if reason := _why_absent(cache, name):
+                self.absent[name] = reason
+            else:
+                self.teachers.append(name)
+        self._choice = num_rows, view, seed
+        self.maps: Callable[[str, int], Tensor] = lru_cache(_KEPT_ROWS * len(cache.teachers))(self._maps)
+        self.tokens: Callable[[str], Tensor] = lru_cache(None)(self._tokens)
+        self.basis: Callable[[str, int], PcaBasis] = lru_cache(None)(self._basis)
+
+    @cached_property
+    def rows(self) -> list[int]:
+        num_rows, view, seed = self._choice
+        order = np.random.default_rng(seed).permutation(self.cache.num_samples)
+        rows = self.cache.index.rows(order, view)
+        for name in self.teachers:
+            rows = rows[self.cache.committed(name)[rows // self.cache.spec.rows_per_shard]]
+        chosen: list[int] = []
+        while len(chosen) < num_rows and rows.size and self.teachers:  # a few records, not all of them
+            tried, rows = rows[: 2 * num_rows], rows[2 * num_rows :]
+            readable = np.logical_and.reduce(
+                [self.cache.readable_rows(name, tried) for name in self.teachers]
+            )
+            chosen += tried[readable].tolist()
+        return sorted(chosen[:num_rows])
+
+    def _maps(self, teacher: str, row: int) -> Tensor:
+        """Features (levels, H, W, C) of one row; the last few are kept."""
+        return self.cache.feature_maps(teacher, np.array([row]))[0]
+
+    def _tokens(self, teacher: str) -> Tensor:
+        """(levels, N, C): at most `MAX_TOKENS` tokens, spread evenly over the chosen rows.
+
+        Rows that turn out to be damaged are left out. Raises `CacheError` when there is no other.
+        """
+        height, width = self.cache.spec.teachers[teacher].stored_grid
+        step = -(-len(self.rows) * height * width // MAX_TOKENS)
+        parts = []
+        damage = CacheError(f"Teacher {teacher} and the others have no row in common that can be read.")
+        for row in self.rows:
+            try:
+                parts.append(self.maps(teacher, row).flatten(1, 2)[:, ::step])
+            except CacheError as error:
+                damage = error
+        if not parts:
+            raise damage
+        return torch.cat(parts, 1)
+
+    def _basis(self, teacher: str, level: int) -> PcaBasis:
+        """The colours of one level of a teacher."""
+        return PcaBasis.fit(self.tokens(teacher)[level])
+
+    def view(self, row: int) -> Picture:
+        """The pixels of a row's view. Raises as `FeatureCache.image` does."""
+        sample = int(self.cache.index.locate(row)[0])
+        pixels: Picture = render_view(self.cache.image(sample), self.cache.view(row)).permute(1, 2, 0).numpy()
+        return pixels
+
+
+def _why_absent(cache: FeatureCache, teacher: str) -> str | None:
+    """Looks at a few records: where these cannot be read, there is more wrong than a shard."""
+    reason = "no shard is committed yet"
+    for shard in np.flatnonzero(cache.committed(teacher))[:_TRIED_RECORDS].tolist():
+        try:
+            cache.commits(teacher, [shard])
+        except CacheError as error:
+            reason = error.problem
+        else:
+            return None
+    return reason

@@ -1,0 +1,1 @@
+"""Where bytes lie: folders and object stores, the locks on them, and the processes that hold those."""

@@ -1,0 +1,1 @@
+"""A cache made of other caches: merged, cut down, converted, exported."""

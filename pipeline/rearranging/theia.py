@@ -1,0 +1,164 @@
+"""A cache as the data set that Theia's training code reads.
+
+Layout of github.com/bdaiinstitute/theia, `doc/dataset_format.md` and `theia/dataset/data_utils.py`:
+
+    <out>/<dataset>/images/<dataset>_<split>-000000-<split>.tar     <key>.image, a uint8 (H, W, 3) npy
+    <out>/<dataset>/<teacher>/<dataset>_<split>-000000-<split>.tar  <key>.<teacher>.safetensors
+    <out>/<dataset>/splits.json                                     samples of each split
+    <out>/<dataset>/<dataset>_<split>.json                          what the split was made from; ours alone
+
+`embedding` is (C, H, W) and `cls_token` (C,), both bfloat16, of one level: Theia learns from one map a
+teacher. Its loader zips the columns, so all tars hold the same samples in the same order, and leaves a sample
+out where a teacher has none. Each view becomes a sample, with the very pixels that the teachers saw.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+import xxhash
+from numpy.typing import NDArray
+
+from teachercache.pipeline.cache import FeatureCache
+from teachercache.pipeline.errors import CacheError, CacheMismatchError
+from teachercache.pipeline.places.storage import Storage
+from teachercache.pipeline.places.whole_or_nothing import room_at
+from teachercache.pipeline.stores.base import CLS_TOKEN
+from teachercache.pipeline.stores.tar_index import TAR_END, add_member
+from teachercache.pipeline.views import render_view
+
+_ROWS_AT_ONCE = 16
+_SPLITS = ("train", "val", "test")
+
+
+def export_theia(
+    cache: FeatureCache,
+    out: str,
+    *,
+    dataset: str = "imagenet",
+    split: str = "train",
+    level: int = -1,
+    samples_per_shard: int = 1000,
+    progress: Callable[[int], None] = lambda _: None,
+) -> int:
+    """Write the data set; returns how many samples it has. Tars that are there are kept: they are whole.
+
+    `level` counts the stored levels of each teacher, -1 is the last. `progress` is called with the number
+    of samples of each finished column of a tar. Raises `CacheError` for a level that is not stored and for
+    keys that `webdataset` would cut, `CacheMismatchError` where another export of this split is.
+    """
+    for name, teacher in cache.spec.teachers.items():
+        if not -teacher.num_levels <= level < teacher.num_levels:
+            raise CacheError(
+                f"Teacher {name} cannot be exported.",
+                got=f"level {level} of {teacher.num_levels}",
+                expected="a level that is stored",
+                do="choose another --level",
+            )
+    if split not in _SPLITS:
+        raise CacheError("There is no such split.", got=split, expected=", ".join(_SPLITS))
+    storage = Storage.at(out)
+    Storage.at(f"{storage.url}/{dataset}").sweep()
+    samples = cache.valid_samples()
+    rows = cache.index.rows(samples[:, None], np.arange(cache.num_views)).ravel()
+    keys = _keys(cache, rows)
+    with room_at(storage.url):
+        _claim(
+            storage,
+            f"{dataset}/{dataset}_{split}.json",
+            {
+                "cache_id": cache.spec.cache_id,
+                "levels": {name: level % teacher.num_levels for name, teacher in cache.spec.teachers.items()},
+                "samples_per_shard": samples_per_shard,
+                "samples": len(keys),
+                "keys": xxhash.xxh3_128_hexdigest("\n".join(keys).encode()),
+            },
+        )
+        for shard, start in enumerate(range(0, len(rows), samples_per_shard)):
+            part = slice(start, start + samples_per_shard)
+            file = f"{dataset}_{split}-{shard:06d}-{split}.tar"
+            columns: dict[str, Iterator[bytes]] = {"images": _images(cache, rows[part])}
+            columns |= {name: _features(cache, name, rows[part], level) for name in cache.teachers}
+            for column, members in columns.items():
+                suffix = "image" if column == "images" else f"{column}.safetensors"
+                name = f"{dataset}/{column}/{file}"
+                if not storage.exists(name):
+                    with storage.open_write(name) as tar:
+                        for key, data in zip(keys[part], members, strict=True):
+                            add_member(tar, f"{key}.{suffix}", data)
+                        tar.write(TAR_END)
+                progress(len(rows[part]))
+        splits = dict.fromkeys(_SPLITS, 0) | _splits(storage, dataset) | {split: len(rows)}
+        storage.write(f"{dataset}/splits.json", (json.dumps(splits, indent=2) + "\n").encode())
+    return len(rows)
+
+
+def _claim(storage: Storage, name: str, made_from: dict[str, Any]) -> None:
+    """Note what a split is made from. Raises `CacheMismatchError` where it was made from something else."""
+    data = (json.dumps(made_from, indent=2) + "\n").encode()
+    folder, _, stem = name.removesuffix(".json").rpartition("/")
+    columns = ("images", *made_from["levels"])
+    found = None
+    if storage.exists(name):
+        found = storage.read(name)
+    elif any(tar.startswith(f"{stem}-") for column in columns for tar in storage.names(f"{folder}/{column}")):
+        found = b"tars without that file"
+    if found not in (None, data):
+        raise CacheMismatchError(
+            f"Another export is at {storage.url}/{folder}.",
+            got=f"{name}: {' '.join(found.decode(errors='replace').split())}",
+            expected=f"nothing, or the beginning of this very export: {json.dumps(made_from)}",
+            do="choose another place (-o …), another --split or another --dataset",
+        )
+    storage.write(name, data)
+
+
+def _splits(storage: Storage, dataset: str) -> dict[str, int]:
+    """What another export has written: validation images are another cache."""
+    name = f"{dataset}/splits.json"
+    found = json.loads(storage.read(name)) if storage.exists(name) else {}
+    return {split: count for split, count in found.items() if split in _SPLITS}
+
+
+def _keys(cache: FeatureCache, rows: NDArray[np.int64]) -> list[str]:
+    """A key for each row, without the dots and slashes at which loaders cut."""
+    samples, views, _ = cache.index.locate(rows)
+    plain = [cache.key(sample).replace(".", "_").replace("/", "_") for sample in samples.tolist()]
+    keys = [f"{key}_v{view}" if cache.num_views > 1 else key for key, view in zip(plain, views, strict=True)]
+    twice = [key for key, count in Counter(keys).items() if count > 1]
+    if twice:
+        raise CacheError(
+            "Keys of this cache are the same without dots and slashes.",
+            got=", ".join(twice[:3]),
+            expected="names that differ in more than that",
+            do="rename the images, or export a subset",
+        )
+    return keys
+
+
+def _images(cache: FeatureCache, rows: NDArray[np.int64]) -> Iterator[bytes]:
+    for row, sample in zip(rows.tolist(), cache.index.locate(rows)[0].tolist(), strict=True):
+        pixels = render_view(cache.image(sample), cache.view(row)).permute(1, 2, 0).numpy()
+        file = io.BytesIO()
+        np.save(file, np.ascontiguousarray(pixels), allow_pickle=False)
+        yield file.getvalue()
+
+
+def _features(cache: FeatureCache, name: str, rows: Sequence[int] | NDArray, level: int) -> Iterator[bytes]:
+    for start in range(0, len(rows), _ROWS_AT_ONCE):
+        batch = rows[start : start + _ROWS_AT_ONCE]
+        for shard in np.unique(np.asarray(batch) // cache.spec.rows_per_shard).tolist():
+            cache.require_sound(name, shard)
+        maps_RCHW = cache.read(batch, [name])[name].decode()[:, level].permute(0, 3, 1, 2)
+        tensors = {"embedding": maps_RCHW.to(torch.bfloat16)}
+        if CLS_TOKEN in cache.layouts(name):
+            tensors["cls_token"] = cache.read_tokens(batch, name, CLS_TOKEN)[:, level].to(torch.bfloat16)
+        for place in range(len(batch)):
+            yield safetensors.torch.save({key: value[place].contiguous() for key, value in tensors.items()})

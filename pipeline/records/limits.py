@@ -1,0 +1,115 @@
+"""What a cache may say of itself. Sizes in `cache.json` decide what is allocated, so they are bounded first.
+
+The limits are far above any cache that makes sense, and far below what a number in a file can ask for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import combinations
+from math import prod
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from teachercache.pipeline.errors import CacheError
+from teachercache.pipeline.places.storage import safe_name
+from teachercache.pipeline.records.spec import IMAGES, CacheSpec, Segment, TeacherSpec
+
+MAX_SAMPLES = 1 << 31
+MAX_ROWS = 1 << 33
+MAX_SHARDS = 1 << 24
+MAX_ROWS_PER_SHARD = 1 << 20
+MAX_SIDE = 1 << 14  # pixels of a view, tokens of a grid
+MAX_VALUES_PER_ROW = 1 << 28
+MAX_ROWS_PER_FILE_BYTE = 64  # of the tables; run lengths could ask for terabytes from a few bytes
+MAX_TABLE_NBYTES, MAX_NBYTES_PER_LINE = 1 << 28, 1 << 10  # of a table, on disk and in memory, added up
+
+
+def check_limits(spec: CacheSpec) -> None:
+    """Raises `CacheError`, naming what is out of bounds."""
+    for what, value, most in _sizes(spec):
+        if not 1 <= value <= most:
+            raise _implausible(what, value, f"a number from 1 to {most:,}")
+    for name in spec.teachers:
+        if safe_name(name) != name or "/" in name or name in (".", IMAGES):
+            raise _implausible("a teacher's name", repr(name), f"a plain file name other than {IMAGES}")
+    end = covered = 0
+    for segment in spec.segments:
+        (start, stop), (first, last) = segment.samples, segment.views
+        whole_shards = segment.first_row % spec.rows_per_shard == 0 and segment.first_row >= end
+        if not (whole_shards and 0 <= start < stop <= spec.dataset.num_samples and 0 <= first < last):
+            raise _implausible("a segment", segment, "blocks of existing samples, one behind the other")
+        end = segment.first_row + segment.num_rows
+        covered += segment.num_rows
+    overlap = any(_overlap(one, other) for one, other in combinations(spec.segments, 2))
+    if overlap or covered != spec.dataset.num_samples * spec.views.num_views:
+        raise _implausible("its segments", covered, "every view of every sample exactly once")
+
+
+def check_table(data: bytes) -> None:
+    """Raises `ValueError` for a Parquet table whose lines would take far more memory than lines of ours.
+
+    One long text in a dictionary is as many texts as there are lines, so texts are looked at before they
+    are unfolded: all of them only where the longest could be too much in every line.
+    """
+    with pq.ParquetFile(pa.BufferReader(data)) as file:
+        num_rows, columns = file.metadata.num_rows, file.schema_arrow
+        groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
+    limit = MAX_TABLE_NBYTES + MAX_NBYTES_PER_LINE * num_rows
+    nbytes = sum(
+        group.column(i).total_uncompressed_size for group in groups for i in range(group.num_columns)
+    )
+    if num_rows > MAX_ROWS_PER_FILE_BYTE * len(data) or nbytes > limit:
+        raise ValueError(f"{num_rows:,} lines of {nbytes:,} bytes in {len(data):,} bytes")
+    texts = [field.name for field in columns if pa.types.is_string(field.type)]
+    with pq.ParquetFile(pa.BufferReader(data), read_dictionary=texts) as file:
+        for name in texts:
+            first = [next(file.iter_batches(1, [number], [name]))[0] for number in range(len(groups))]
+            longest = max(
+                (pc.max(pc.binary_length(part.dictionary)).as_py() or 0 for part in first), default=0
+            )
+            if longest * num_rows <= limit:
+                continue
+            chunks = file.read(columns=[name])[name].chunks
+            nbytes = sum(pc.sum(pc.binary_length(c.dictionary).take(c.indices)).as_py() or 0 for c in chunks)
+            if nbytes > limit:
+                raise ValueError(f"{num_rows:,} lines with {nbytes:,} bytes of {name}")
+
+
+def _overlap(one: Segment, other: Segment) -> bool:
+    return all(
+        a[0] < b[1] and b[0] < a[1] for a, b in ((one.samples, other.samples), (one.views, other.views))
+    )
+
+
+def _sizes(spec: CacheSpec) -> Iterator[tuple[str, int, int]]:
+    yield "dataset.num_samples", spec.dataset.num_samples, MAX_SAMPLES
+    yield "rows_per_shard", spec.rows_per_shard, MAX_ROWS_PER_SHARD
+    yield "the number of rows", spec.segments[-1].first_row + spec.segments[-1].num_rows, MAX_ROWS
+    yield "the number of shards", spec.num_shards, MAX_SHARDS
+    for side in spec.views.size:
+        yield "views.size", side, MAX_SIDE
+    for name, teacher in spec.teachers.items():
+        for what, value, most in _teacher_sizes(teacher):
+            yield f"teachers.{name}: {what}", value, most
+
+
+def _teacher_sizes(teacher: TeacherSpec) -> Iterator[tuple[str, int, int]]:
+    for side in (*teacher.image_size, *teacher.render_size, *teacher.native_grid, *teacher.stored_grid):
+        yield "a side of an image or a grid", side, MAX_SIDE
+    values = teacher.num_levels * teacher.width * prod(teacher.stored_grid)
+    yield "the number of values of a row", values, MAX_VALUES_PER_ROW
+    yield "width", teacher.width, MAX_VALUES_PER_ROW
+    if teacher.global_width is not None:
+        yield "global_width", teacher.global_width, MAX_VALUES_PER_ROW
+
+
+def _implausible(what: str, got: object, expected: str) -> CacheError:
+    return CacheError(
+        f"This cache states what cannot be: {what}.",
+        got=got,
+        expected=expected,
+        do="do not use this cache: it was damaged or made to do harm",
+    )

@@ -1,0 +1,560 @@
+"""The records that make a cache: `cache.json`, the sample and view tables, commits, quarantine.
+
+Commit order of a shard: its files, each whole (`Storage.open_write`); its quarantine list, if any;
+its commit record, last. A shard without a commit record does not exist.
+
+The record holds the checksums of the shard's files. What no record names carries its own (`seal`), as a
+last entry "checksum": a key of JSON objects, the last line of a quarantine list, metadata of a table.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+from pydantic import Field, ValidationError, model_validator
+from pydantic_core import from_json
+from safetensors import SafetensorError
+
+from teachercache.pipeline.errors import (
+    AlreadyCommittedError,
+    CacheError,
+    CacheMismatchError,
+    CacheNotFoundError,
+    CorruptShardError,
+    StorageError,
+    TeacherCacheError,
+)
+from teachercache.pipeline.places.storage import ChecksumWriter, Storage
+from teachercache.pipeline.records.limits import (
+    MAX_NBYTES_PER_LINE,
+    MAX_ROWS,
+    MAX_ROWS_PER_SHARD,
+    MAX_SHARDS,
+    MAX_TABLE_NBYTES,
+    check_limits,
+    check_table,
+)
+from teachercache.pipeline.records.seal import UNSEALED, is_intact, seal
+from teachercache.pipeline.records.spec import IMAGES, SCHEMA_VERSION, CacheSpec, Segment, Strict
+from teachercache.pipeline.records.tables import (
+    SAMPLE_SCHEMA,
+    VIEW_SCHEMA,
+    dataset_fingerprint,
+    labels_hash,
+    views_hash,
+)
+
+if TYPE_CHECKING:  # looking at a cache should not take the seconds that importing torch takes
+    from torch import Tensor
+
+    from teachercache.pipeline.records.feature_stats import FeatureMoments
+
+SPEC_NAME = "cache.json"
+SAMPLES_NAME = "samples.parquet"
+VIEWS_NAME = "views.parquet"
+_READ_THREADS = 16
+_MAX_RECORD_BYTES = 1 << 26  # that of a shard of a million copied images
+
+Model = TypeVar("Model", bound=Strict)
+
+
+class FileRecord(Strict):
+    """Size in bytes and xxh3-128 checksum of one committed file.
+
+    `ends` is the xxh3-64 of its first and last 4 KiB, by which a reader tells at first touch whether this is
+    the file; empty in older records.
+    """
+
+    nbytes: int = Field(ge=0)
+    checksum: str
+    ends: str = ""
+
+    @classmethod
+    def of(cls, file: ChecksumWriter) -> Self:
+        """What was written, once it is all there."""
+        return cls(nbytes=file.nbytes, checksum=file.checksum, ends=file.ends)
+
+
+class CommitRecord(Strict):
+    """What makes one shard of one teacher (or of the copied images) exist.
+
+    `invalid_rows` are absolute row numbers whose image could not be decoded; they hold no data.
+    `seconds` are summed over threads, except `wall`. `worker` names the process that computed the shard, as
+    host:pid; it is empty in older records, and where rows were copied. `members` (images only) are the byte
+    ranges (offset, nbytes) of each sample of the shard in its tar, (0, 0) for an invalid one.
+    """
+
+    teacher: str
+    shard: int = Field(ge=0, lt=MAX_SHARDS)
+    content_id: str
+    first_row: int = Field(ge=0, lt=MAX_ROWS)
+    num_rows: int = Field(ge=0, le=MAX_ROWS_PER_SHARD)
+    invalid_rows: tuple[int, ...] = ()
+    files: dict[str, FileRecord]
+    source_checksum: str
+    members: tuple[tuple[int, int], ...] = ()
+    seconds: dict[str, float]
+    host: str
+    worker: str = ""
+    versions: dict[str, str]
+    finished: str
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        rows = range(self.first_row, self.first_row + self.num_rows)
+        if any(row not in rows for row in self.invalid_rows):
+            raise ValueError(f"invalid_rows must be rows of the shard, {rows}")
+        if any(offset < 0 or nbytes < 0 or offset + nbytes > self.nbytes for offset, nbytes in self.members):
+            raise ValueError(f"members must be byte ranges of a tar of {self.nbytes} bytes")
+        return self
+
+    @property
+    def nbytes(self) -> int:
+        return sum(file.nbytes for file in self.files.values())
+
+    def mismatch(self, spec: CacheSpec) -> str | None:
+        """Why this record cannot be one of the cache `spec`, or None."""
+        if self.shard >= spec.num_shards:
+            return f"shard {self.shard} does not exist in a cache of {spec.num_shards} shards"
+        if self.teacher != IMAGES and self.teacher not in spec.teachers:
+            return f"is of {self.teacher}, a teacher that the cache does not have"
+        if self.content_id != (expected := spec.shard_content_id(self.teacher, self.shard)):
+            return f"was computed for another spec: content id {self.content_id}, expected {expected}"
+        rows = spec.shard_rows(self.shard)
+        if (self.first_row, self.num_rows) != (rows.start, len(rows)):
+            return f"holds {self.num_rows} rows from row {self.first_row}, expected {rows}"
+        if self.teacher == IMAGES and len(self.members) != len(spec.shard_samples(self.shard)):
+            return f"holds {len(self.members)} images, expected {len(spec.shard_samples(self.shard))}"
+        return None
+
+
+class QuarantineEntry(Strict):
+    """One sample that could not be decoded."""
+
+    sample_index: int
+    key: str
+    location: str
+    reason: str
+
+
+class Manifest:
+    """Reads and writes a cache's records."""
+
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
+
+    def exists(self) -> bool:
+        with self._first_contact():
+            return self.storage.exists(SPEC_NAME)
+
+    def create(self, spec: CacheSpec, samples: pa.Table, views: pa.Table) -> None:
+        """Write the tables, then `cache.json`, which makes the cache exist."""
+        self.write_samples(samples)
+        self.write_views(views)
+        self.write_spec(spec)
+
+    def write_samples(self, samples: pa.Table) -> None:
+        self.storage.write(SAMPLES_NAME, _parquet_bytes(samples))
+
+    def write_views(self, views: pa.Table) -> None:
+        self.storage.write(VIEWS_NAME, _parquet_bytes(views))
+
+    def write_spec(self, spec: CacheSpec) -> None:
+        """Raises `CacheError` for a spec that no reader would accept."""
+        check_limits(spec)
+        self.storage.write(SPEC_NAME, _json_bytes(spec, indent=1))
+
+    def spec(self) -> CacheSpec:
+        """Raises `CacheNotFoundError` where there is no cache, `CacheError` where it cannot be read."""
+        try:
+            with self._first_contact():
+                data = self._read(SPEC_NAME)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise CacheNotFoundError(
+                "There is no cache here.",
+                got=f"{self.storage.url} without a {SPEC_NAME}",
+                expected="a folder or URL that `teachercache build` has written to",
+                do="check the path, or build the cache first",
+            ) from error
+        spec = self._parse(CacheSpec, SPEC_NAME, data)
+        check_limits(spec)
+        return spec
+
+    def samples(self, spec: CacheSpec) -> pa.Table:
+        """The samples of `spec`, one line each; a growth that goes on writes further lines behind them.
+
+        Raises `CacheError` unless they are those that the spec was made with.
+        """
+        dataset = spec.dataset
+        table = self._table(SAMPLES_NAME, SAMPLE_SCHEMA, dataset.num_samples).combine_chunks()
+        found = {"fingerprint": dataset_fingerprint(table), "labels_hash": labels_hash(table)}
+        for name, stated in (("fingerprint", dataset.fingerprint), ("labels_hash", dataset.labels_hash)):
+            if stated is not None and found[name] != stated:
+                raise self._foreign(SAMPLES_NAME, f"samples with {name} {found[name]}", stated)
+        return table
+
+    def views(self, spec: CacheSpec) -> pa.Table:
+        """The views of `spec`, one line a row, segment by segment; otherwise as `samples`."""
+        table = self._table(VIEWS_NAME, VIEW_SCHEMA, spec.num_rows)
+        for segment, lines in segment_lines(spec, table):
+            found = views_hash(lines, segment.samples[0])
+            if segment.views_hash is not None and found != segment.views_hash:
+                raise self._foreign(VIEWS_NAME, f"views with hash {found}", segment.views_hash)
+        return table
+
+    def _foreign(self, name: str, got: str, stated: str) -> CacheError:
+        return CacheError(
+            f"{name} is sound, and not the table of this cache.",
+            got=got,
+            expected=f"{stated}, as in {SPEC_NAME}: the table that the features were computed with",
+            do=f"restore it from a copy of this very cache, or run: teachercache repair {self.storage.url}",
+        )
+
+    def write_tables(self, teacher: str, tables: dict[str, Tensor]) -> str:
+        """Keep a codec's calibrated tables; returns their hash, for the teacher's spec."""
+        import safetensors.torch
+
+        data = safetensors.torch.save(tables)
+        self.storage.write(tables_name(teacher), data)
+        return xxhash.xxh3_128_hexdigest(data)
+
+    def tables(self, teacher: str, tables_hash: str | None) -> dict[str, Tensor]:
+        """A codec's tables. Raises `CacheError` unless they are those of the spec."""
+        import safetensors.torch
+
+        name = tables_name(teacher)
+        try:
+            data = self.storage.read(name)
+        except FileNotFoundError:
+            data = b""
+        found = xxhash.xxh3_128_hexdigest(data)
+        if found != tables_hash:
+            raise CacheError(
+                f"{name} is not what the features of {teacher} were encoded with.",
+                got=f"checksum {found}" if data else "no such file",
+                expected=f"checksum {tables_hash}, as in {SPEC_NAME}",
+                do="restore it from a copy; the codes cannot be decoded without it",
+            )
+        try:
+            tables: dict[str, Tensor] = safetensors.torch.load(data)
+        except (SafetensorError, KeyError, RuntimeError, ValueError) as error:
+            raise CacheError(
+                f"{name} of this cache cannot be read.",
+                got=f"{type(error).__name__}: {error}",
+                expected="the codec's tables, as safetensors",
+                do="restore it from a copy; the codes cannot be decoded without it",
+            ) from error
+        return tables
+
+    @contextmanager
+    def publishing(
+        self, shard: int, teachers: Iterable[str], waiting: Callable[[], None] = lambda: None
+    ) -> Iterator[None]:
+        """Held from before a shard's files get their names until its records are written.
+
+        So of several jobs that computed the same shard one publishes it, files and records together.
+        Raises `AlreadyCommittedError` for the others, which call `waiting` until then.
+        """
+        with self.storage.exclusive(publishing_name(shard), waiting):
+            done = [teacher for teacher in teachers if self.is_committed(teacher, shard)]
+            if done:
+                raise AlreadyCommittedError(
+                    f"Shard {shard} of {', '.join(done)} was committed by another job meanwhile."
+                )
+            yield
+
+    def is_committed(self, teacher: str, shard: int) -> bool:
+        return self.storage.exists(commit_name(teacher, shard))
+
+    def write_moments(self, teacher: str, shard: int, moments: FeatureMoments) -> dict[str, FileRecord]:
+        """Keep the statistics of a shard's features beside its record, which names the returned file."""
+        import safetensors.torch
+
+        name = moments_name(teacher, shard)
+        with self.storage.open_write(name) as file:
+            file.write(safetensors.torch.save(moments.to("cpu").tensors()))
+        return {name: FileRecord.of(file)}
+
+    def moments(self, teacher: str, shards: Iterable[int], shape: tuple[int, int]) -> FeatureMoments:
+        """The statistics of these shards together, merged in their order: the same bits every time.
+
+        `shape` is (levels, channels). Shards without a valid row have none. Raises `CacheError` where others
+        do not, `CorruptShardError` for files that hold something else.
+        """
+        import safetensors.torch
+
+        from teachercache.pipeline.records.feature_stats import FeatureMoments
+
+        total: FeatureMoments | None = None
+        for record in self.commits(teacher, shards).values():
+            names = [name for name in record.files if name.startswith("stats/")]
+            if not names and len(record.invalid_rows) == record.num_rows:
+                continue
+            data = self.storage.read(names[0]) if names and self.storage.exists(names[0]) else b""
+            if xxhash.xxh3_128_hexdigest(data) != (record.files[names[0]].checksum if names else None):
+                raise CacheError(
+                    f"Shard {record.shard} of {teacher} has no statistics that can be used.",
+                    got="a damaged file" if names else "a shard that was computed without",
+                    expected=f"{moments_name(teacher, record.shard)}, as the commit record names it",
+                    do=f"run: teachercache repair {self.storage.url}"
+                    if names
+                    else "compute the cache again with this version, if you need them",
+                )
+            try:
+                moments = FeatureMoments.from_tensors(safetensors.torch.load(data))
+                if tuple(moments.mean_SC.shape) != shape:
+                    raise ValueError(f"moments of (levels, channels) {tuple(moments.mean_SC.shape)}")
+            except (SafetensorError, KeyError, RuntimeError, ValueError) as error:
+                raise CorruptShardError(
+                    f"{names[0]} holds no statistics of {teacher}.",
+                    got=f"{type(error).__name__}: {error}",
+                    expected=f"count, mean and squares of (levels, channels) {shape}",
+                    do=f"run: teachercache repair {self.storage.url}",
+                ) from error
+            total = moments if total is None else total.merge(moments)
+        if total is None:
+            raise CacheError(f"There is no committed row of {teacher} to have statistics of.")
+        return total
+
+    def require_same_images(
+        self, spec: CacheSpec, shard: int, source_checksum: str, replaced: Collection[str] = ()
+    ) -> None:
+        """Raises `CacheMismatchError` where a shard's records are of other images.
+
+        What is about to be replaced has a say only where nothing else has: it can be what is broken.
+        """
+        found: dict[str, str] = {}
+        for teacher in (*spec.teachers, IMAGES):
+            if not self.is_committed(teacher, shard):
+                continue
+            try:
+                record = self.read_commit(teacher, shard)
+            except CacheError:
+                if teacher not in replaced:
+                    raise
+                continue
+            if record.source_checksum and (teacher not in replaced or record.mismatch(spec) is None):
+                found[teacher] = record.source_checksum
+        standing = {teacher: checksum for teacher, checksum in found.items() if teacher not in replaced}
+        for teacher, checksum in standing.items() or found.items():
+            if checksum != source_checksum:
+                raise CacheMismatchError(
+                    f"The images of shard {shard} are not those that {teacher} was computed from.",
+                    got=f"images with checksum {source_checksum}",
+                    expected=f"checksum {checksum}, as in {commit_name(teacher, shard)}",
+                    do="bring the images back as they were, or delete all commit records of this shard "
+                    "to compute it again for every teacher",
+                )
+
+    def commit(self, record: CommitRecord) -> None:
+        self.storage.write(commit_name(record.teacher, record.shard), _json_bytes(record))
+
+    def committed(self, teacher: str) -> set[int]:
+        """Shards that have a commit record; a listing, no record is read."""
+        return _numbers(self.storage.names(f"commits/{teacher}"), ".json")
+
+    def commits(self, teacher: str, shards: Iterable[int] | None = None) -> dict[int, CommitRecord]:
+        """The commit records of a teacher, by shard."""
+        wanted = sorted(self.committed(teacher) if shards is None else shards)
+        with ThreadPoolExecutor(_READ_THREADS) as pool:
+            records = pool.map(lambda shard: self.read_commit(teacher, shard), wanted)
+            return dict(zip(wanted, records, strict=True))
+
+    def read_commit(self, teacher: str, shard: int) -> CommitRecord:
+        name = commit_name(teacher, shard)
+        record = self._parse(CommitRecord, name, self._read(name))
+        if (record.teacher, record.shard) != (teacher, shard):
+            raise CacheError(
+                f"{name} is the record of another shard.",
+                got=f"{record.teacher} shard {record.shard}",
+                expected=f"{teacher} shard {shard}",
+                do=f"delete {name} and run the build again",
+            )
+        return record
+
+    def exchanged(self, records: Iterable[CommitRecord]) -> list[str]:
+        """Files of these records whose first and last bytes are not those that were committed.
+
+        Without the statistics, which are read whole. Raises `FileNotFoundError`.
+        """
+        files = {
+            name: file
+            for record in records
+            for name, file in record.files.items()
+            if file.ends and not name.startswith("stats/")
+        }
+        found = self.storage.ends(list(files), [file.nbytes for file in files.values()])
+        return [name for (name, file), ends in zip(files.items(), found, strict=True) if ends != file.ends]
+
+    def write_quarantine(
+        self, shard: int, entries: list[QuarantineEntry], source_checksum: str | None = None
+    ) -> None:
+        """`source_checksum`: that of the shard's records, which says what images the list is of."""
+        end = {"source_checksum": source_checksum, "checksum": UNSEALED}
+        lines = [entry.model_dump_json() for entry in entries] + [json.dumps(end)]
+        self.storage.write(quarantine_name(shard), seal("".join(line + "\n" for line in lines).encode()))
+
+    def quarantine(self) -> list[QuarantineEntry]:
+        """Every quarantined sample, in order of shards."""
+        return [entry for shard in sorted(self.quarantined()) for entry in self.read_quarantine(shard)]
+
+    def quarantined(self) -> set[int]:
+        """Shards that have a quarantine list."""
+        return _numbers(self.storage.names("quarantine"), ".jsonl")
+
+    def read_quarantine(self, shard: int) -> list[QuarantineEntry]:
+        name = quarantine_name(shard)
+        *lines, _ = self._read(name).splitlines()
+        return [self._parse(QuarantineEntry, name, line) for line in lines]
+
+    def quarantine_source(self, shard: int) -> str | None:
+        """The `source_checksum` of a shard's quarantine list; None in older ones."""
+        checksum: str | None = from_json(self._read(quarantine_name(shard)).splitlines()[-1]).get(
+            "source_checksum"
+        )
+        return checksum
+
+    @contextmanager
+    def _first_contact(self) -> Iterator[None]:
+        try:
+            yield
+        except (TeacherCacheError, FileNotFoundError, NotADirectoryError):
+            raise
+        except Exception as error:  # every object store has its own, for hosts, buckets and credentials
+            raise CacheError(
+                "This place cannot be read.",
+                got=f"{type(error).__name__}: {error}",
+                expected=f"{self.storage.url}, reachable and readable with your credentials",
+                do="check the URL; for s3:// also AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL",
+            ) from error
+
+    def _read(self, name: str) -> bytes:
+        """A sealed file of records. Raises `CacheError` for any damage."""
+        return self._intact(name, self.storage.read_range(name, 0, _MAX_RECORD_BYTES))
+
+    def _intact(self, name: str, data: bytes) -> bytes:
+        if not is_intact(data):
+            raise CacheError(
+                f"{name} of this cache was damaged or edited.",
+                got=f"{len(data)} bytes that do not have the checksum they state",
+                expected="the file as teachercache wrote it",
+                do=f"restore {SPEC_NAME} from a copy; nothing else says what the rows are"
+                if name == SPEC_NAME
+                else f"run: teachercache repair {self.storage.url}",
+            )
+        return data
+
+    def _table(self, name: str, schema: pa.Schema, num_rows: int) -> pa.Table:
+        """The first `num_rows` lines of a table."""
+        limit = MAX_TABLE_NBYTES + MAX_NBYTES_PER_LINE * num_rows
+        try:
+            if (nbytes := self.storage.size(name) or 0) > limit:
+                raise ValueError(f"{nbytes:,} bytes for {num_rows:,} lines")
+            data = self._intact(name, self.storage.read_range(name, 0, limit))
+            check_table(data)
+            with pq.ParquetFile(pa.BufferReader(data)) as file:
+                if file.metadata.num_rows < num_rows:
+                    raise ValueError(f"{file.metadata.num_rows:,} lines, expected {num_rows:,}")
+                table = file.read().cast(schema)
+                table.validate(full=True)  # text that is not UTF-8, say
+                for column in set(schema.names) - {"label"}:
+                    if table[column].null_count:
+                        raise pa.ArrowInvalid(f"{column} has lines without a value")
+                return table.slice(0, num_rows)
+        except StorageError:
+            raise
+        except (FileNotFoundError, pa.ArrowException, OSError, ValueError) as error:
+            raise CacheError(
+                f"{name} of this cache cannot be read.",
+                got=f"{type(error).__name__}: {error}",
+                expected="the table that the build wrote before any shard",
+                do=f"run: teachercache repair {self.storage.url}",
+            ) from error
+
+    def _parse(self, model: type[Model], name: str, text: bytes) -> Model:
+        try:
+            content = from_json(text)
+            if isinstance(content, dict):
+                content.pop("checksum", None)
+            return model.model_validate(content)
+        except (ValueError, RecursionError) as error:
+            raise CacheError(
+                f"{name} of this cache cannot be understood.",
+                got=_first_problem(error),
+                expected=f"what this version of teachercache writes (schema {SCHEMA_VERSION})",
+                do="run `teachercache verify` on the cache; if another version wrote it, read it with that "
+                "one, or build it anew",
+            ) from error
+
+
+def segment_lines(spec: CacheSpec, views: pa.Table) -> Iterator[tuple[Segment, pa.Table]]:
+    """Each segment with its lines of the view table."""
+    start = 0
+    for segment in spec.segments:
+        yield segment, views.slice(start, segment.num_rows)
+        start += segment.num_rows
+
+
+def with_views_hashes(spec: CacheSpec, views: pa.Table) -> tuple[Segment, ...]:
+    """The segments of `spec`, each with the hash of its lines."""
+    return tuple(
+        segment.model_copy(update={"views_hash": views_hash(lines, segment.samples[0])})
+        for segment, lines in segment_lines(spec, views)
+    )
+
+
+def _numbers(names: Iterable[str], suffix: str) -> set[int]:
+    """The shards that files called 00042.json are of."""
+    found = (re.fullmatch(r"([0-9]{5,12})" + re.escape(suffix), name) for name in names)
+    return {int(match[1]) for match in found if match}
+
+
+def _first_problem(error: Exception) -> str:
+    if not isinstance(error, ValidationError):
+        return f"{type(error).__name__}: {error}"
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}"
+
+
+def tables_name(teacher: str) -> str:
+    return f"stats/{teacher}.safetensors"
+
+
+def moments_name(teacher: str, shard: int) -> str:
+    return f"stats/{teacher}/{shard:05d}.safetensors"
+
+
+def commit_name(teacher: str, shard: int) -> str:
+    return f"commits/{teacher}/{shard:05d}.json"
+
+
+def publishing_name(shard: int) -> str:
+    """What is held exclusively by who changes a shard."""
+    return f"commits/{shard:05d}"
+
+
+def quarantine_name(shard: int) -> str:
+    return f"quarantine/{shard:05d}.jsonl"
+
+
+def _json_bytes(record: Strict, indent: int | None = None) -> bytes:
+    content: dict[str, Any] = record.model_dump(mode="json") | {"checksum": UNSEALED}
+    return seal((json.dumps(content, indent=indent) + "\n").encode())
+
+
+def _parquet_bytes(table: pa.Table) -> bytes:
+    """The checksum is among the key-value pairs, which end the file."""
+    sink = io.BytesIO()
+    with pq.ParquetWriter(sink, table.schema, compression="zstd") as writer:
+        writer.write_table(table)
+        writer.add_key_value_metadata({"checksum": UNSEALED})
+    return seal(sink.getvalue())

@@ -1,0 +1,281 @@
+"""Is every file of a cache what was written? What each file must be is stated elsewhere:
+
+shards, image tars      size and checksum in their commit records
+commit records          a checksum in themselves, the cache's content ids and row numbers, and, of one
+                        shard, the same source images
+sample and view table   a checksum in themselves, the hashes of samples, labels and views in the spec
+zarr.json               follows from the spec
+codec tables            a checksum in the spec
+quarantine lists        a checksum in themselves, the invalid rows of the records
+cache.json              a checksum in itself; without it there is no cache to open
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from teachercache.pipeline.cache import FeatureCache
+from teachercache.pipeline.codecs import get_codec
+from teachercache.pipeline.errors import CacheError, StorageError
+from teachercache.pipeline.places.processes import TEMPORARY_SUFFIX, is_abandoned, is_stale
+from teachercache.pipeline.places.storage import LOCK_SUFFIX, LocalStorage, Storage
+from teachercache.pipeline.records.manifest import (
+    SAMPLES_NAME,
+    SPEC_NAME,
+    VIEWS_NAME,
+    CommitRecord,
+    commit_name,
+    quarantine_name,
+    segment_lines,
+    tables_name,
+)
+from teachercache.pipeline.records.spec import IMAGES
+from teachercache.pipeline.stores.image_tar import image_tar_name
+from teachercache.pipeline.views import draw_segment
+
+_ROUNDED_OTHERWISE = 1e-3  # share of values
+_THREADS = 8  # waiting for disks and object stores; hashing releases the GIL
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A file that cannot be trusted, and why.
+
+    `teacher` (or "images") and `shard` say what it belongs to: both for a shard and its record, the shard
+    alone for a quarantine list, the teacher alone for the layout of its arrays, neither for the tables.
+    """
+
+    file: str
+    reason: str
+    teacher: str | None = None
+    shard: int | None = None
+
+
+def verify(
+    cache: FeatureCache, *, full: bool = False, progress: Callable[[], None] = lambda: None
+) -> list[Problem]:
+    """Check every file of a cache; with `full` every byte of it, else sizes and the small files.
+
+    What is checked is the cache as it is now, whatever it was when it was opened. Builds may go on: what
+    differs is looked at again, by what `cache.json` and the records say then, before it is a problem.
+
+    `progress` is called after each committed shard. Shards that are not committed are no problem; they do
+    not exist. Returns the problems of shards in order of teachers and shards, then those of other files.
+    """
+    cache = cache.reopened()
+    problems = [*problems_of_shards(cache, full, progress=progress), *_problems_of_the_rest(cache, full)]
+    if problems:
+        cache = cache.reopened()
+        shards = {problem.shard for problem in problems if problem.shard is not None}
+        problems = [*problems_of_shards(cache, full, shards), *_problems_of_the_rest(cache, full)]
+    return problems
+
+
+def problems_of_shards(
+    cache: FeatureCache,
+    full: bool,
+    shards: Collection[int] | None = None,
+    progress: Callable[[], None] = lambda: None,
+) -> list[Problem]:
+    """Of these committed shards, or all, of every teacher: records, files and quarantine lists."""
+    problems: list[Problem] = []
+    images: dict[int, dict[str, str]] = defaultdict(dict)
+    invalid: dict[int, set[int]] = {
+        shard: set() for shard in cache.manifest.quarantined() if shards is None or shard in shards
+    }
+    with ThreadPoolExecutor(_THREADS) as pool:
+        wanted = [
+            (teacher, shard)
+            for teacher in teachers_and_images(cache)
+            for shard in sorted(cache.manifest.committed(teacher))
+            if shards is None or shard in shards
+        ]
+        for found, record in pool.map(lambda one: _check_shard(cache, one[0], one[1], full), wanted):
+            problems += found
+            if record is not None:
+                if record.invalid_rows:
+                    invalid.setdefault(record.shard, set()).update(record.invalid_rows)
+                if record.source_checksum:
+                    images[record.shard][record.teacher] = record.source_checksum
+            progress()
+    problems += mixed_images_problems(images)
+    for shard, rows in sorted(invalid.items()):
+        problems += quarantine_problems(cache, shard, rows, set(images[shard].values()))
+    return problems
+
+
+def _problems_of_the_rest(cache: FeatureCache, full: bool) -> list[Problem]:
+    layouts = [problem for teacher in cache.teachers for problem in layout_problems(cache, teacher)]
+    return layouts + table_problems(cache, full)
+
+
+def teachers_and_images(cache: FeatureCache) -> Sequence[str]:
+    return [*cache.teachers, *([IMAGES] if cache.spec.images == "copy" else [])]
+
+
+def _check_shard(
+    cache: FeatureCache, teacher: str, shard: int, full: bool
+) -> tuple[list[Problem], CommitRecord | None]:
+    problem = partial(Problem, teacher=teacher, shard=shard)
+    name = commit_name(teacher, shard)
+    try:
+        record = cache.manifest.read_commit(teacher, shard)
+        if (mismatch := record.mismatch(cache.spec)) is not None:
+            return [problem(name, f"{name} {mismatch}")], None
+        if missing := _shard_files(cache, teacher, shard).difference(record.files):
+            return [problem(name, f"{name} does not name {', '.join(sorted(missing))}")], None
+        wrong = [(file, f"{name}: {file} {reason}") for file, reason in _wrong_files(cache, record, full)]
+    except (CacheError, FileNotFoundError, StorageError) as error:
+        if isinstance(error, StorageError) and not isinstance(cache.storage, LocalStorage):
+            raise  # a store that does not answer does not answer for any file; a disk has bad places
+        return [problem(name, str(error))], None
+    return [problem(*pair) for pair in wrong], record
+
+
+def _shard_files(cache: FeatureCache, teacher: str, shard: int) -> set[str]:
+    if teacher == IMAGES:
+        return {image_tar_name(shard)}
+    return set(cache.store.shard_files(cache.spec, teacher, shard))
+
+
+def _wrong_files(cache: FeatureCache, record: CommitRecord, full: bool) -> Iterator[tuple[str, str]]:
+    for name, file in record.files.items():
+        size = cache.storage.size(name)
+        if size is None:
+            yield name, "is missing"
+        elif size != file.nbytes:
+            yield name, f"has {size} bytes, expected {file.nbytes}"
+        elif full and (checksum := cache.storage.checksum(name)) != file.checksum:
+            yield name, f"has checksum {checksum}, expected {file.checksum}"
+        elif not full and file.ends and (ends := cache.storage.ends([name], [size])) != [file.ends]:
+            yield name, f"begins or ends otherwise than what was committed: hash {ends[0]}, not {file.ends}"
+
+
+def mixed_images_problems(images: Mapping[int, Mapping[str, str]]) -> list[Problem]:
+    """Of shards whose teachers saw different images; which of them is right, no record tells.
+
+    `images`: the `source_checksum` of each shard's records by teacher.
+    """
+    problems = []
+    for shard, checksums in sorted(images.items()):
+        if len(set(checksums.values())) > 1:
+            stated = ", ".join(f"{teacher}: {checksum}" for teacher, checksum in checksums.items())
+            problems += [
+                Problem(
+                    name := commit_name(teacher, shard),
+                    f"{name} and the shard's other records are of different images: {stated}",
+                    teacher=teacher,
+                    shard=shard,
+                )
+                for teacher in checksums
+            ]
+    return problems
+
+
+def quarantine_problems(
+    cache: FeatureCache, shard: int, invalid_rows: Collection[int], images: Collection[str]
+) -> list[Problem]:
+    """Of the list that gives the reasons for a shard's invalid rows; `images`: checksums in its records."""
+    name = quarantine_name(shard)
+    try:
+        listed = {entry.sample_index for entry in cache.manifest.read_quarantine(shard)}
+        source = cache.manifest.quarantine_source(shard)
+        invalid = set(cache.index.locate(sorted(invalid_rows))[0].tolist())
+        reason = None
+        if missing := invalid - listed:
+            reason = f"{name} does not name sample {min(missing)}"
+        elif images and (listed - invalid or source not in (None, *images)):
+            reason = f"{name} is not of the images that the shard's records are of"
+    except (CacheError, FileNotFoundError) as error:
+        reason = str(error)
+    return [] if reason is None else [Problem(name, reason, shard=shard)]
+
+
+def layout_problems(cache: FeatureCache, teacher: str) -> list[Problem]:
+    """Of a teacher's zarr.json files, which follow from the spec."""
+    problems = []
+    for name, expected in cache.store.layout_files(cache.spec, teacher).items():
+        try:
+            found = cache.storage.read(name)
+        except FileNotFoundError:
+            problems.append(Problem(name, f"{name} is missing", teacher=teacher))
+            continue
+        if found != expected:
+            problems.append(Problem(name, f"{name} is not what follows from {SPEC_NAME}", teacher=teacher))
+    return problems
+
+
+def table_problems(cache: FeatureCache, full: bool) -> list[Problem]:
+    """Of the sample table, the view table and the codecs' tables."""
+    checks = {SAMPLES_NAME: _check_samples, VIEWS_NAME: _check_views}
+    for name, teacher in cache.spec.teachers.items():
+        if get_codec(teacher.codec).needs_tables:
+            checks[tables_name(name)] = partial(_check_codec_tables, teacher=name)
+    problems = []
+    for name, check in checks.items():
+        reason = None if cache.storage.exists(name) else f"{name} is missing"
+        if full and reason is None:
+            try:
+                reason = check(cache)
+            except CacheError as error:
+                reason = str(error)
+        if reason is not None:
+            problems.append(Problem(name, reason))
+    return problems
+
+
+def _check_samples(cache: FeatureCache) -> None:
+    cache.manifest.samples(cache.spec)
+
+
+def _check_views(cache: FeatureCache) -> str | None:
+    """Of segments whose hash is not stated, by drawing them again: a float may be rounded otherwise here."""
+    views = cache.manifest.views(cache.spec)
+    for segment, lines in segment_lines(cache.spec, views):
+        if segment.views_hash is None:
+            drawn = draw_segment(cache.spec.views, segment, cache.samples)
+            for name in lines.schema.names:
+                one, other = (table[name].to_numpy() for table in (lines, drawn))
+                if np.mean(one != other) > _ROUNDED_OTHERWISE:
+                    return f"{VIEWS_NAME}: {name} is not what the view policy draws for these samples"
+    return None
+
+
+def _check_codec_tables(cache: FeatureCache, teacher: str) -> None:
+    cache.load_codec(teacher)
+
+
+def _in_use(storage: Storage, name: str) -> bool:
+    """Whether this is a temporary file or a lock of a process that may be alive."""
+    if name.endswith(TEMPORARY_SUFFIX):
+        return not is_abandoned(Path(name), 0.0)
+    try:
+        return name.endswith(LOCK_SUFFIX) and not is_stale(storage.read(name), 0.0)
+    except FileNotFoundError:
+        return True
+
+
+def strays(cache: FeatureCache) -> list[str]:
+    """Files that nothing names: of shards without a record, of processes that died, of other programs.
+
+    Those still being written are left out.
+
+    They are listed first, so that what a build names meanwhile is none.
+    """
+    found = [name for name, _ in cache.storage.walk() if not _in_use(cache.storage, name)]
+    cache = cache.reopened()
+    known = {SPEC_NAME, SAMPLES_NAME, VIEWS_NAME}
+    for teacher in cache.teachers:
+        known |= {tables_name(teacher), *cache.store.layout_files(cache.spec, teacher)}
+    for teacher in teachers_and_images(cache):
+        for shard, record in cache.manifest.commits(teacher).items():
+            known |= {commit_name(teacher, shard), *record.files}
+    known |= {quarantine_name(shard) for shard in cache.manifest.quarantined()}
+    return [name for name in found if name not in known]

@@ -1,0 +1,191 @@
+"""What distillation minimises.
+
+B  images     S     levels      C  channels of the teacher
+h, w          grid of the student          H, W  grid of the teacher
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from teachercache.pipeline.errors import explain
+from teachercache.pipeline.grids import upsample
+from teachercache.pipeline.records.spec import Size
+from teachercache.student.losses.adjoint import (
+    flattened_cosine_from_adjoint,
+    smooth_l1_from_adjoint,
+    squared_error_from_adjoint,
+    token_cosine_from_adjoint,
+)
+from teachercache.student.losses.cosine import cosine_similarity
+
+CosineKind = Literal["flattened", "token"]
+DistanceKind = Literal["smooth_l1", "squared_error"]
+
+
+@dataclass
+class Target:
+    """What one teacher says of a batch: its features, on the grid that they are known on, and the class token
+    of its last level where it is known."""
+
+    feature_maps_BSHWC: Tensor
+    cls_token_BC: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self.num_levels = self.feature_maps_BSHWC.shape[1]
+
+    def compare(
+        self, level: int, student_BChw: Tensor, cosine: CosineKind, distance: DistanceKind
+    ) -> tuple[Tensor, Tensor]:
+        """(1 - cosine, distance) at one level, two scalars; computed in at least float32.
+
+        The student's map is resampled bilinearly to the teacher's grid, whichever is the finer. (The
+        authors' code resamples the coarser of the two; with the teachers of the paper that is always
+        the student's.)
+        """
+        teacher_BHWC = self.feature_maps_BSHWC[:, level]
+        dtype = torch.promote_types(student_BChw.dtype, torch.float32)
+        height, width, channels = teacher_BHWC.shape[1:]
+        _require_width(level, student_BChw, channels)
+        student_BHWC = upsample(student_BChw.to(dtype), (height, width)).permute(0, 2, 3, 1)
+        teacher_BHWC = teacher_BHWC.to(dtype)
+        measure = F.smooth_l1_loss if distance == "smooth_l1" else F.mse_loss
+        apart = measure(student_BHWC, teacher_BHWC)
+        if cosine == "flattened":
+            student_BHWC, teacher_BHWC = student_BHWC.flatten(1), teacher_BHWC.flatten(1)
+        return (1 - cosine_similarity(student_BHWC, teacher_BHWC, dim=-1)).mean(), apart
+
+
+@dataclass
+class AdjointTarget(Target):
+    """Of the teacher's maps t on its `grid`, the maps on the student's grid (B, S, h, w, C) that come nearest
+    to them when they are upsampled, and ‖t‖ (B, S): t is not formed.
+
+    The flattened cosine and the squared error are those of the native map, exactly; the token cosine and
+    smooth-L1 are approximations (`teachercache.student.losses.adjoint`).
+    """
+
+    norms_BS: Tensor = field(kw_only=True)
+    grid: Size = field(kw_only=True)
+
+    def compare(
+        self, level: int, student_BChw: Tensor, cosine: CosineKind, distance: DistanceKind
+    ) -> tuple[Tensor, Tensor]:
+        nearest_BChw = self.feature_maps_BSHWC[:, level].permute(0, 3, 1, 2)
+        _require_width(level, student_BChw, nearest_BChw.shape[1])
+        if student_BChw.shape[-2:] != nearest_BChw.shape[-2:]:
+            raise ValueError(
+                explain(
+                    "An adjoint target holds for one student grid alone.",
+                    got=f"a student on {tuple(student_BChw.shape[-2:])}",
+                    expected=f"{tuple(nearest_BChw.shape[-2:])}, the grid of the cache",
+                    do="build the cache with grid_size as the student's, or grid: native",
+                )
+            )
+        squared_norm_B = self.norms_BS[:, level].square()
+        known = (student_BChw, nearest_BChw, squared_norm_B, self.grid)
+        measure = flattened_cosine_from_adjoint if cosine == "flattened" else token_cosine_from_adjoint
+        if distance == "smooth_l1":
+            apart = smooth_l1_from_adjoint(student_BChw, nearest_BChw, self.grid)
+        else:
+            elements = self.grid[0] * self.grid[1] * nearest_BChw.shape[1]
+            apart = squared_error_from_adjoint(*known).mean() / elements
+        return 1 - measure(*known).mean(), apart
+
+
+def _require_width(level: int, student_BChw: Tensor, channels: int) -> None:
+    if student_BChw.shape[1] != channels:
+        raise ValueError(
+            explain(
+                f"Student and teacher have different widths at level {level}.",
+                got=f"{student_BChw.shape[1]} channels from the student",
+                expected=f"{channels} channels, as the teacher has",
+                do="build the student with this width in teacher_dims",
+            )
+        )
+
+
+@dataclass
+class LossOutput:
+    """`total` has the gradient. The others are detached, (S,) for each teacher: `levels` the terms of
+    the sum before the teacher's weight, `cosine` (as 1 - cosine) and `distance` what they are made of."""
+
+    total: Tensor
+    levels: dict[str, Tensor]
+    cosine: dict[str, Tensor]
+    distance: dict[str, Tensor]
+
+
+class DistillationLoss(nn.Module):
+    """Σ_teachers w · Σ_levels (0.9 · (1 - cosine) + 0.1 · smooth-L1) (SAK, Eq. 5).
+
+    `cosine="flattened"` takes one cosine for each image over its whole map, as the authors' code does;
+    `"token"` takes one for each token of the teacher's grid. Both are then averaged over what they were
+    taken for; smooth-L1 (beta = 1), or the squared error, is averaged over all elements.
+    `teacher_weights` are 1 by default.
+    Computed in float32 (float64 stays float64), autocast or not.
+    """
+
+    def __init__(
+        self,
+        cosine: CosineKind = "flattened",
+        cosine_weight: float = 0.9,
+        distance: DistanceKind = "smooth_l1",
+        distance_weight: float = 0.1,
+        teacher_weights: Mapping[str, float] | None = None,
+    ) -> None:
+        super().__init__()
+        self.cosine = cosine
+        self.cosine_weight = cosine_weight
+        self.distance = distance
+        self.distance_weight = distance_weight
+        self.teacher_weights = dict(teacher_weights or {})
+
+    def forward(self, student: Mapping[str, Sequence[Tensor]], targets: Mapping[str, Target]) -> LossOutput:
+        """`student`: for each teacher its levels, each (B, C, h, w).
+
+        Raises `ValueError` where student and targets differ in teachers, levels or widths.
+        """
+        _require_pairs(student, targets)
+        losses, levels, cosine, distance = [], {}, {}, {}
+        for teacher, maps_BChw in student.items():
+            target = targets[teacher]
+            with torch.autocast(maps_BChw[0].device.type, enabled=False):
+                terms = [
+                    target.compare(i, map_BChw, self.cosine, self.distance)
+                    for i, map_BChw in enumerate(maps_BChw)
+                ]
+            cosine_S, distance_S = (torch.stack(values) for values in zip(*terms, strict=True))
+            loss_S = self.cosine_weight * cosine_S + self.distance_weight * distance_S
+            losses.append(self.teacher_weights.get(teacher, 1.0) * loss_S.sum())
+            levels[teacher] = loss_S.detach()
+            cosine[teacher], distance[teacher] = cosine_S.detach(), distance_S.detach()
+        return LossOutput(torch.stack(losses).sum(), levels, cosine, distance)
+
+
+def _require_pairs(student: Mapping[str, Sequence[Tensor]], targets: Mapping[str, Target]) -> None:
+    if student.keys() != targets.keys():
+        raise ValueError(
+            explain(
+                "Student and targets are not of the same teachers.",
+                got=f"a student of {', '.join(student) or 'none'}",
+                expected=f"{', '.join(targets) or 'none'}, as there are targets",
+                do="build the student for the teachers that it is distilled from",
+            )
+        )
+    for teacher, levels in student.items():
+        if len(levels) != targets[teacher].num_levels:
+            raise ValueError(
+                explain(
+                    f"Student and teacher {teacher} have different numbers of levels.",
+                    got=f"{len(levels)} levels from the student",
+                    expected=f"{targets[teacher].num_levels} levels, as the teacher has",
+                    do="choose as many block_indices for the teacher as the student has levels",
+                )
+            )

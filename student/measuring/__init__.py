@@ -1,0 +1,1 @@
+"""How good a finished student is: tasks, likeness to its teachers, linear probes, figures."""

@@ -1,0 +1,226 @@
+"""How well one linear layer reads depth out of frozen maps (SAK, Table 27: lin. 1 and lin. 4).
+
+After DINOv2's protocol (Li et al., 2024): patch tokens with the class token beside each, of the last level
+or of all four, four times as fine, and a linear layer to 256 depths, of which the prediction is the mean. It
+learns by the scale-invariant loss, AdamW, a cosine with a warm-up of a third.
+
+B  images     D  width     h, w  grid of the tokens     H, W  the image     K  depths
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from teachercache.pipeline.errors import RecipeError
+from teachercache.pipeline.grids import upsample
+from teachercache.pipeline.records.spec import Size, ViewPolicy
+from teachercache.pipeline.views import draw_view, render_view
+from teachercache.student.datasets import LabelledDataset
+from teachercache.student.datasets.labels import render_labels
+from teachercache.student.measuring.evaluate import process_state
+from teachercache.student.measuring.in_threads import in_threads
+from teachercache.student.measuring.paper_results import DEPTH_PROBES
+from teachercache.student.metrics import RMSE
+from teachercache.student.models.base import NUM_LEVELS, Student, require_known
+from teachercache.student.models.stem import Stem
+from teachercache.student.sak.model import SAK
+from teachercache.student.training.schedule import cosine_with_warmup
+
+_NEAREST_M, _FARTHEST_M, _DEPTHS = 0.001, 10.0, 256
+_FINER = 4
+_VARIANCE_SHARE = 0.85  # of the mean logarithm's square, what the scale-invariant loss forgives
+
+
+@dataclass(frozen=True)
+class DepthProbe:
+    """`rmse_m`: metres, over all measured pixels of the test images. `levels`: 1 or 4."""
+
+    name: str
+    levels: int
+    rmse_m: float
+    steps: int
+    train_images: int
+    test_images: int
+
+
+class FrozenMaps:
+    """The maps of a stem, or of a student's path (`expert`: a teacher's name), of images of `size`.
+
+    Four levels, each with the class token beside every patch token, where the stem has one.
+
+    Raises `RecipeError` for a student without a stem or an expert that it does not have.
+    """
+
+    def __init__(self, source: Student | Stem, size: Size, expert: str = "stem") -> None:
+        if isinstance(source, Stem):
+            require_known("expert of a bare stem", expert, ["stem"])
+            self.stem, self._path = source, None
+            mean, std = torch.tensor(source.mean), torch.tensor(source.std)
+        elif isinstance(source, SAK):
+            require_known("expert of this student", expert, source.experts)
+            self.stem = source.stem
+            self._path = None if expert == "stem" else source.paths[expert]
+            mean, std = source.mean.flatten(), source.std.flatten()
+        else:
+            raise RecipeError(
+                "Depth is probed on the maps of a stem and of its paths.",
+                got=f"a student of kind {source.kind}",
+                expected="a student of kind sak, or a stem",
+                do="give one of those",
+            )
+        source.eval().requires_grad_(False)
+        self.stem.resize(size)
+        self.size = size
+        self._mean_std = torch.stack([mean, std]).view(2, 1, 3, 1, 1)
+        self.width = self.stem.width * (1 + self.stem.has_class_token)
+
+    @torch.no_grad()
+    def __call__(self, images_B3HW: Tensor) -> list[Tensor]:
+        """uint8 images → four levels (B, `width`, h, w)."""
+        mean, std = self._mean_std.to(images_B3HW.device)
+        stem, prefix = self.stem, self.stem.num_prefix_tokens
+        tokens_BND = stem((images_B3HW.float() / 255 - mean) / std)
+        levels_BND = [tokens_BND[block] for block in stem.level_blocks]
+        patches_BnD = [tokens[:, prefix:] for tokens in levels_BND]
+        if self._path is not None:
+            patches_BnD = self._path(tokens_BND, prefix)
+        maps = [patches.transpose(1, 2).unflatten(2, stem.grid) for patches in patches_BnD]
+        if stem.has_class_token:
+            maps = [
+                torch.cat([map_, tokens[:, 0, :, None, None].expand_as(map_)], dim=1)
+                for map_, tokens in zip(maps, levels_BND, strict=True)
+            ]
+        return maps
+
+
+class LinearDepth(nn.Module):
+    """(B, C, h, w) → metres (B, H, W) of an image of `size`."""
+
+    depths_K: Tensor
+
+    def __init__(self, channels: int, size: Size) -> None:
+        super().__init__()
+        self.size = size
+        self.linear = nn.Conv2d(channels, _DEPTHS, 1)
+        self.register_buffer("depths_K", torch.linspace(_NEAREST_M, _FARTHEST_M, _DEPTHS))
+
+    def forward(self, maps_BChw: Tensor) -> Tensor:
+        # Resizing and a linear layer commute, and the map of 256 logits is the smaller one.
+        logits = self.linear(maps_BChw)
+        logits = upsample(logits, (logits.shape[2] * _FINER, logits.shape[3] * _FINER))
+        share_BKhw = logits.relu() + 0.1
+        share_BKhw = share_BKhw / share_BKhw.sum(1, keepdim=True)
+        depth_B1hw = torch.einsum("bkhw,k->bhw", share_BKhw, self.depths_K)[:, None]
+        return upsample(depth_B1hw, self.size)[:, 0]
+
+
+def scale_invariant_loss(depth_BHW: Tensor, target_BHW: Tensor) -> Tensor:
+    """√(mean(g²) - 0.85 · mean(g)²) of g = log d - log t, where t was measured (Eigen et al., 2014)."""
+    known = (target_BHW > _NEAREST_M) & (target_BHW < _FARTHEST_M)
+    difference_N = depth_BHW[known].clamp(min=_NEAREST_M).log() - target_BHW[known].log()
+    mean = difference_N.mean()
+    return (difference_N.square().mean() - _VARIANCE_SHARE * mean.square()).clamp(min=1e-9).sqrt()
+
+
+def depth_probe(
+    maps: FrozenMaps,
+    train: LabelledDataset,
+    test: LabelledDataset,
+    *,
+    levels: int,
+    name: str = "maps",
+    steps: int = 38_400,
+    batch_size: int = 16,
+    learning_rate: float = 1e-4,
+    seed: int = 0,
+    threads: int = 2,
+    progress: Callable[[str], object] | None = None,
+) -> DepthProbe:
+    """Train the layer on `levels` (1: the last, or 4) of `train`, half of it flipped, and measure `test`.
+
+    Raises `RecipeError` for a data set without depth and for another number of levels.
+    """
+    usable = all("depth" in data.tasks and data.keys for data in (train, test))
+    if levels not in (1, NUM_LEVELS) or not usable:
+        raise RecipeError(
+            "Depth cannot be probed so.",
+            got=f"{levels} levels, on {train.name} and {test.name}",
+            expected="1 or 4 levels, and images with depth",
+            do="choose nyud or scenes, and 1 or 4",
+        )
+    torch.manual_seed(seed)
+    device = process_state().device
+    maps.stem.to(device)
+    head = LinearDepth(maps.width * levels, maps.size).to(device)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=learning_rate, weight_decay=0.01)
+    numbers = _shuffled(np.random.default_rng(seed), len(train.keys), steps * batch_size)
+    for step, (images_B3HW, depth_BHW, _) in enumerate(
+        _batches(train, numbers, maps.size, batch_size, threads)
+    ):
+        rate = cosine_with_warmup(
+            step, peak=learning_rate, final=0, warmup_steps=max(1, steps // 3), total_steps=steps
+        )
+        optimizer.param_groups[0]["lr"] = rate
+        flipped_B = torch.rand(len(images_B3HW)) < 0.5
+        images_B3HW[flipped_B] = images_B3HW[flipped_B].flip(-1)
+        depth_BHW[flipped_B] = depth_BHW[flipped_B].flip(-1)
+        features = torch.cat(maps(images_B3HW.to(device))[-levels:], dim=1)
+        loss = scale_invariant_loss(head(features), depth_BHW.to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if progress and step % 50 == 0:
+            progress(f"{name}, lin. {levels}: step {step:,} of {steps:,}, loss {loss.item():.3f}")
+    metric = RMSE()
+    with torch.no_grad():
+        for images_B3HW, depth_BHW, magnification_B in _batches(
+            test, range(len(test.keys)), maps.size, batch_size, threads
+        ):
+            found = head(torch.cat(maps(images_B3HW.to(device))[-levels:], dim=1)).cpu()
+            metres_B11 = magnification_B[:, None, None]  # an image that is shown smaller seems farther away
+            metric.update(found * metres_B11, depth_BHW * metres_B11)
+    return DepthProbe(name, levels, metric.compute(), steps, len(train.keys), len(test.keys))
+
+
+def depth_table(probes: list[DepthProbe]) -> str:
+    """Markdown: what was probed, and the paper's rows."""
+    first = probes[0]
+    data = f"{first.train_images:,} images to train, {first.test_images:,} to test, {first.steps:,} steps"
+    lines = [f"| {data} | lin. 1 RMSE (m ↓) | lin. 4 RMSE (m ↓) |", "|---|---|---|"]
+    for name in dict.fromkeys(probe.name for probe in probes):
+        found = {probe.levels: f"{probe.rmse_m:.3f}" for probe in probes if probe.name == name}
+        lines.append(f"| {name} | {found.get(1, '–')} | {found.get(NUM_LEVELS, '–')} |")
+    for name, (one, four) in DEPTH_PROBES.items():
+        lines.append(f"| *{name} (SAK, Table 27)* | {one:.3f} | {four:.3f} |")
+    return "\n".join(lines) + "\n"
+
+
+def _shuffled(order: np.random.Generator, count: int, total: int) -> Iterator[int]:
+    done = 0
+    while done < total:
+        for number in order.permutation(count)[: total - done].tolist():
+            yield number
+            done += 1
+
+
+def _batches(
+    dataset: LabelledDataset, numbers: range | Iterator[int], size: Size, batch_size: int, threads: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Whole images as `evaluate` shows them: uint8 (B, 3, H, W), depth (B, H, W) as it looks there, and how
+    much each was magnified (B,)."""
+    policy = ViewPolicy(policy="multitask_eval", size=size)
+
+    def make(number: int) -> tuple[Tensor, Tensor, Tensor]:
+        image = dataset.image(number)
+        view = draw_view(policy, dataset.keys[number], image.width, image.height, 0)
+        depth_HW = render_labels(dataset.labels(number, ["depth"], measured=True), view, size)["depth"]
+        return render_view(image, view, size), depth_HW, torch.tensor(view.magnification)
+
+    for made in in_threads(make, numbers, batch_size, threads):
+        images, depths, magnifications = zip(*made, strict=True)
+        yield torch.stack(images), torch.stack(depths), torch.stack(magnifications)

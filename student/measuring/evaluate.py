@@ -1,0 +1,386 @@
+"""How well a student does its tasks on a split of a data set (SAK, B.4).
+
+Images are seen whole (`multitask_eval`), labels move with them, and what lies in the padding is not
+measured. Under `accelerate launch` or `torchrun` every process takes its share of the images.
+
+    <output>/scores.json      what was measured, of whom, on what
+    <output>/scores.md        the same as a table, beside rows of the paper
+    <output>/predictions/     a folder for each task, one PNG for each image
+    <output>/*.png            a panel of predictions, and the routers' gates
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object, reduce
+from numpy.typing import NDArray
+from PIL import Image
+from rich.progress import Progress
+from torch import Tensor
+
+from teachercache.pipeline.cache import FeatureCache
+from teachercache.pipeline.errors import RecipeError
+from teachercache.pipeline.records.spec import Size, ViewPolicy
+from teachercache.pipeline.terminal import Terminal, in_markdown, progress_bar
+from teachercache.pipeline.views import draw_view, render_view
+from teachercache.student.datasets import LabelledDataset
+from teachercache.student.datasets.labels import render_labels
+from teachercache.student.measuring.figures import gate_figure, prediction_figure
+from teachercache.student.measuring.in_threads import in_threads
+from teachercache.student.measuring.paper_results import backbone_of, paper_rows, single_task_scores
+from teachercache.student.measuring.task_outputs import TASK_OUTPUTS, further, update, value
+from teachercache.student.metrics import mtl_gain
+from teachercache.student.models.base import Student, StudentOutput
+from teachercache.student.saving import replacing, saving
+from teachercache.student.training.targets import require_experts
+
+PANEL_IMAGES = 4
+_MEASURES_AGAIN = "it measures again, from the start"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """`scores`: in percent, degrees (normals) and metres (depth), by task. `gates`: for each task the mean
+    weight of each expert, (levels, experts), where the student has routers. `backbone`: "ViT-S", "ViT-B" or
+    "ViT-L" for a student of one of the paper's sizes. `parameters`: of all that predicting takes. `further`:
+    other measures of a task, by name, in percent: oisF and AP of boundaries, maxF as the salient-object
+    literature has it."""
+
+    student: str
+    backbone: str | None
+    dataset: str
+    split: str
+    num_images: int
+    parameters: int
+    scores: dict[str, float]
+    gates: dict[str, list[list[float]]]
+    images_per_s: float
+    processes: int = 1
+    further: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def gain(self, baseline: Mapping[str, float]) -> float:
+        """Δm against a single-task baseline, in percent (SAK, Eq. 7)."""
+        shared = {task: score for task, score in self.scores.items() if task in baseline}
+        lower = [task for task in shared if TASK_OUTPUTS[task].lower_is_better]
+        return 100 * mtl_gain(shared, {task: baseline[task] for task in shared}, lower)
+
+    def record(self) -> dict[str, Any]:
+        """All of it as JSON has it: null for the measures of a task of which nothing was labelled."""
+        further = {task: _measured(measures) for task, measures in self.further.items()}
+        return asdict(self) | {"scores": _measured(self.scores), "further": further}
+
+    def markdown(self, baseline: Mapping[str, float] | None = None, table: int | None = None) -> str:
+        """A table: this student and its single-task `baseline`, if it has one of its own, then rows of the
+        paper (`paper_rows`), with the gains that are printed there.
+
+        This student's gain refers to its own baseline, or else to the paper's of its size.
+        """
+        tasks = list(self.scores)
+        single = single_task_scores(self.dataset, self.backbone)
+        against = "your baseline" if baseline else "the paper's single-task baseline of this size"
+        heads = [f"{TASK_OUTPUTS[t].title} {TASK_OUTPUTS[t].metric} ({_arrow(t)})" for t in tasks]
+        heads.append(f"Δm %, yours against {against}" if baseline or single else "Δm %")
+        compared = baseline or single or {}
+        own_gain = self.gain(compared) if all(task in compared for task in tasks) else None
+        title = f"{in_markdown(self.student)} ({self.parameters / 1e6:.0f}M parameters)"
+        lines = [
+            f"| on {self.dataset}, {self.split} ({self.num_images} images) | {' | '.join(heads)} |",
+            "|---" * (len(tasks) + 2) + "|",
+            _line(title, tasks, self.scores, own_gain),
+        ]
+        if baseline:
+            lines.append(_line("your baseline", tasks, baseline, 0.0))
+        for row in paper_rows(self.dataset, self.backbone, table):
+            lines.append(_line(f"*{row.title}*", tasks, row.scores, row.gain_over(tasks)))
+        for task, others in self.further.items():
+            measures = ", ".join(f"{name} {score:.2f}" for name, score in others.items())
+            lines += ["", f"{TASK_OUTPUTS[task].title}, by other measures (%): {measures}"]
+        return "\n".join(lines) + "\n"
+
+
+def _measured(scores: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: score if math.isfinite(score) else None for name, score in scores.items()}
+
+
+def _arrow(task: str) -> str:
+    return f"{TASK_OUTPUTS[task].unit} {'↓' if TASK_OUTPUTS[task].lower_is_better else '↑'}"
+
+
+def _line(name: str, tasks: list[str], scores: Mapping[str, float], gain: float | None) -> str:
+    cells = [_cell(scores.get(t), 4 if t == "depth" else 2) for t in tasks]
+    return f"| {name} | {' | '.join(cells)} | {_cell(gain, 2)} |"
+
+
+def _cell(number: float | None, digits: int) -> str:
+    return "–" if number is None or not math.isfinite(number) else f"{number:.{digits}f}"
+
+
+@torch.no_grad()
+def evaluate(
+    student: Student,
+    dataset: LabelledDataset,
+    *,
+    name: str = "student",
+    output: str | Path | None = None,
+    max_images: int | None = None,
+    batch_size: int = 4,
+    threads: int = 2,
+    boundary_processes: int = 0,
+    cache: FeatureCache | None = None,
+    baseline: Mapping[str, float] | None = None,
+    table: int | None = None,
+) -> Evaluation:
+    """Measure every task that student and data set have in common, on the device that accelerate finds.
+
+    `cache`: of the same images in `multitask_eval` views, for a student that works on teachers' features.
+    `boundary_processes` match boundaries beside the student, which is most of the work of that task.
+    `baseline`: single-task scores to state gains against (`read_baseline`), instead of the paper's.
+    `table`: show the rows of this table of the paper, instead of those of its comparisons.
+    Every process gets the same result; the main one writes `output`.
+    Raises `RecipeError` where there is no common task, no image, or no such table, `DiskSpaceError` or
+    `CheckpointError` where `output` cannot be written.
+    """
+    tasks = [task for task in student.tasks if task in dataset.tasks]
+    if not tasks:
+        raise RecipeError(
+            "Student and data set have no task in common.",
+            got=f"a student of {', '.join(student.tasks) or 'no task (stage 1)'}",
+            expected=f"some of {', '.join(dataset.tasks)}",
+            do="evaluate a student of stage 2, on the data set it was trained for",
+        )
+    if not dataset.keys:
+        raise RecipeError(
+            "There is no image to evaluate on.",
+            got=f"no key in the {dataset.split} split of {dataset.name}",
+            expected="at least one",
+            do="name another split, or look at the data set with `teachercache datasets`",
+        )
+    if table is not None:
+        paper_rows(dataset.name, None, table)
+    if student.reads_features:
+        _require_cache(student, cache, dataset.keys[:max_images])
+    state, started = process_state(), time.perf_counter()
+    student = student.to(state.device).eval()
+    numbers = range(len(dataset.keys))[:max_images]
+    mine = numbers[state.process_index :: state.num_processes]
+    with ExitStack() as stack:
+        executor = stack.enter_context(_processes(boundary_processes)) if boundary_processes else None
+        metrics = {
+            task: TASK_OUTPUTS[task].new_metric(dataset.tasks[task], dataset.boundary_distance, executor)
+            for task in tasks
+        }
+        second_metrics = {t: named[1]() for t in tasks if (named := TASK_OUTPUTS[t].new_second) is not None}
+        gates: defaultdict[str, list[Tensor]] = defaultdict(list)
+        panel = _Panel(tasks, PANEL_IMAGES if output and state.is_main_process else 0)
+        progress = stack.enter_context(_progress(state.is_main_process))
+        bar = progress.add_task("evaluate", total=len(mine))
+        for items in _batches(dataset, tasks, mine, student.image_size, batch_size, threads):
+            images_B3HW = torch.stack([item.image_3HW for item in items]).to(state.device)
+            inputs: dict[str, Any] = {"full": True, "maps": False}
+            if cache is not None and student.reads_features:
+                inputs["features"] = _features(cache, student.teachers, items, state.device)
+            found: StudentOutput = student(student.normalize(images_B3HW), **inputs)
+            estimates = {task: TASK_OUTPUTS[task].estimate(found.predictions[task].float()) for task in tasks}
+            if "depth" in estimates:
+                nearer_B = estimates["depth"].new_tensor([item.magnification for item in items])
+                estimates["depth"] *= nearer_B[:, None, None]
+            for task in tasks:
+                labels = torch.stack([item.labels[task] for item in items]).to(state.device)
+                update(metrics[task], estimates[task], labels)
+                if task in second_metrics:
+                    update(second_metrics[task], estimates[task], labels)
+            for task, gates_BSE in found.gates.items():
+                gates[task].append(gates_BSE.double().sum(0).cpu())
+            shown = {task: values.cpu().numpy() for task, values in estimates.items()}
+            panel.add(items, shown)
+            if output:
+                with saving("The predictions", Path(output), _MEASURES_AGAIN):
+                    _save_predictions(Path(output) / "predictions", items, shown)
+            progress.advance(bar, len(items))
+        for metric in (*metrics.values(), *second_metrics.values()):
+            metric.reduce(lambda sums: reduce(sums.to(state.device), "sum").cpu())
+    mean_gates = _mean(gates, len(numbers))
+    evaluation = Evaluation(
+        student=name,
+        backbone=backbone_of(student),
+        dataset=dataset.name,
+        split=dataset.split,
+        num_images=len(numbers),
+        parameters=student.num_parameters,
+        scores={task: value(metric) for task, metric in metrics.items()},
+        gates={task: gates_SE.tolist() for task, gates_SE in mean_gates.items()},
+        images_per_s=len(numbers) / (time.perf_counter() - started),
+        processes=state.num_processes,
+        further={t: more for t in tasks if (more := further(t, metrics[t], second_metrics.get(t)))},
+    )
+    if output and state.is_main_process:
+        with saving("What was measured", Path(output), _MEASURES_AGAIN):
+            _write(evaluation, Path(output), student.experts, panel, evaluation.markdown(baseline, table))
+    return evaluation
+
+
+def process_state() -> PartialState:
+    """Who this process is among those that the launcher started."""
+    return PartialState(cpu=not torch.accelerator.is_available())  # unless told so, CPUs work alone, silently
+
+
+@dataclass(frozen=True)
+class _Item:
+    """A sample as the student sees it, its labels on the same pixels, depth in metres of the room: an image
+    that is shown smaller seems farther away by 1 / `magnification`, and so does what is predicted of it."""
+
+    key: str
+    image_3HW: Tensor
+    labels: dict[str, Tensor]
+    magnification: float
+
+
+@dataclass
+class _Panel:
+    """The first few samples with what was predicted of them, for a figure."""
+
+    tasks: list[str]
+    room: int
+    images: list[NDArray] = field(default_factory=list)
+    labels: defaultdict[str, list[NDArray]] = field(default_factory=lambda: defaultdict(list))
+    estimates: defaultdict[str, list[NDArray]] = field(default_factory=lambda: defaultdict(list))
+
+    def add(self, items: list[_Item], estimates: Mapping[str, NDArray]) -> None:
+        for number, item in enumerate(items[: self.room]):
+            self.images.append(item.image_3HW.permute(1, 2, 0).numpy())
+            for task in self.tasks:
+                self.labels[task].append(item.labels[task].numpy())
+                self.estimates[task].append(estimates[task][number])
+        self.room = max(0, self.room - len(items))
+
+
+def _batches(
+    dataset: LabelledDataset,
+    tasks: list[str],
+    numbers: Sequence[int],
+    size: Size,
+    batch_size: int,
+    threads: int,
+) -> Iterator[list[_Item]]:
+    """Samples in order, made by threads a few batches ahead."""
+    policy = ViewPolicy(policy="multitask_eval", size=size)
+
+    def make(number: int) -> _Item:
+        image, key = dataset.image(number), dataset.keys[number]
+        view = draw_view(policy, key, image.width, image.height, 0)
+        labels = render_labels(dataset.labels(number, tasks, measured=True), view, size)
+        if "depth" in labels:
+            labels["depth"] *= view.magnification
+        return _Item(key, render_view(image, view, size), labels, view.magnification)
+
+    return in_threads(make, numbers, batch_size, threads)
+
+
+def _mean(sums: Mapping[str, list[Tensor]], count: int) -> dict[str, Tensor]:
+    """Means over all processes, of which some may have had no image."""
+    parts: list[dict[str, Tensor]] = gather_object([{task: sum(own) for task, own in sums.items()}])
+    tasks = max(parts, key=len)
+    return {
+        task: torch.stack([part[task] for part in parts if task in part]).sum(0) / count for task in tasks
+    }
+
+
+def _require_cache(student: Student, cache: FeatureCache | None, keys: Sequence[str]) -> None:
+    expected = f"a cache of {', '.join(student.teachers)} with multitask_eval views of {student.image_size}"
+    got = "no cache"
+    if cache is not None:
+        require_experts(cache, student.teachers)
+        got = f"{cache.spec.views.policy} views of {cache.spec.views.size}"
+        if got == f"multitask_eval views of {student.image_size}":
+            missing = sorted(set(keys).difference(cache.samples["key"].to_pylist()))
+            if not missing:
+                return
+            got = f"a cache without {len(missing)} of these images, such as {missing[0]}"
+    raise RecipeError(
+        "This student works on its teachers' features of the images.",
+        got=got,
+        expected=expected,
+        do="build one from the images of this split, and give it as --cache",
+    )
+
+
+def _features(
+    cache: FeatureCache, teachers: list[str], items: Sequence[_Item], device: torch.device
+) -> dict[str, Tensor]:
+    """(B, S, H, W, C) of each teacher."""
+    rows = cache.index.rows([cache.find(item.key) for item in items], 0)
+    return {name: encoded.decode(device) for name, encoded in cache.read(rows, teachers).items()}
+
+
+def _save_predictions(folder: Path, items: list[_Item], estimates: Mapping[str, NDArray]) -> None:
+    """One PNG a task and sample: class indices, probabilities · 255, or depth in millimetres (16 bits);
+    normals as colours."""
+    for task, values in estimates.items():
+        for item, estimate in zip(items, values, strict=True):
+            path = folder / task / f"{item.key}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(TASK_OUTPUTS[task].encode(estimate)).save(path)
+
+
+def read_baseline(files: Iterable[str | Path], dataset: str) -> dict[str, float]:
+    """Single-task scores out of the `scores.json` of evaluations, one or more tasks a file.
+
+    Raises `RecipeError` for a file that is none, or of another data set.
+    """
+    scores: dict[str, float] = {}
+    for file in files:
+        try:
+            found = json.loads(Path(file).read_text())
+            measured, got = found["scores"], found["dataset"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            measured, got = None, f"{type(error).__name__}: {error}"
+        if measured is None or got != dataset:
+            raise RecipeError(
+                f"{file} holds no baseline.",
+                got=str(got),
+                expected=f"the scores.json of an evaluation on {dataset}",
+                do="evaluate the single-task students with -o FOLDER, and give FOLDER/scores.json of each",
+            )
+        scores |= {task: score for task, score in measured.items() if score is not None}
+    return scores
+
+
+def _write(
+    evaluation: Evaluation,
+    folder: Path,
+    experts: Sequence[str],
+    panel: _Panel,
+    markdown: str,
+) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    record = json.dumps(evaluation.record(), indent=2, allow_nan=False)
+    for name, text in (("scores.json", f"{record}\n"), ("scores.md", markdown)):
+        with replacing(folder / name) as file:
+            file.write_text(text)
+    prediction_figure(panel.images, panel.labels, panel.estimates).savefig(folder / "predictions.png")
+    if evaluation.gates:
+        gates = {task: np.array(gates_SE) for task, gates_SE in evaluation.gates.items()}
+        gate_figure(gates, experts).savefig(folder / "gates.png")
+
+
+def _processes(count: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(count, mp_context=get_context("spawn"))
+
+
+def _progress(enabled: bool) -> Progress:
+    console = Terminal(stderr=True)
+    return progress_bar(console, disable=not (enabled and console.is_terminal))

@@ -1,0 +1,194 @@
+"""One vector for each labelled image: what a student makes of the image, or what a cache holds of a teacher.
+
+As DINOv2 does for linear classifiers, class tokens stand beside the means of the patch tokens.
+
+B  images     N  patch tokens     D  width of the stem     C  width of a teacher
+F  numbers of one vector
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from teachercache.pipeline.cache import FeatureCache
+from teachercache.pipeline.errors import CacheMismatchError, RecipeError
+from teachercache.pipeline.grids import adjoint
+from teachercache.pipeline.records.spec import Size, TeacherSpec, ViewPolicy
+from teachercache.pipeline.sources import Source, decode_image
+from teachercache.pipeline.sources.keys import OK
+from teachercache.pipeline.stores.base import CLS_TOKEN
+from teachercache.pipeline.views import draw_view, render_view
+from teachercache.student.kpu.model import KPU
+from teachercache.student.measuring.in_threads import in_threads
+from teachercache.student.models.base import Student
+from teachercache.student.sak.model import SAK
+
+Tokens = Literal["cls", "mean"]
+
+
+class ImageFeatures(Protocol):
+    """Images by number, 0 to len(labels) - 1: the label and the features of each."""
+
+    @property
+    def width(self) -> int: ...
+
+    @property
+    def labels(self) -> Sequence[str | None]: ...
+
+    def read(self, numbers: Sequence[int]) -> Tensor:
+        """(len(numbers), `width`) float32, on the CPU."""
+
+
+class CachedTeacherFeatures:
+    """The last level of a teacher, of the first view of every sample that the cache holds.
+
+    `tokens`: "cls" reads stored class tokens and nothing else, "mean" takes the mean of the patch tokens,
+    which an adjoint grid keeps exactly. None: both, where the cache has class tokens.
+    """
+
+    def __init__(
+        self,
+        cache: FeatureCache,
+        teacher: str,
+        tokens: Tokens | None = None,
+        batch_size: int = 16,
+        threads: int = 2,
+    ) -> None:
+        self.cache, self.teacher = cache, teacher
+        cache.check_teachers([teacher])
+        self.spec = cache.spec.teachers[teacher]
+        self._kinds: tuple[Tokens, ...] = (tokens,) if tokens else ("cls", "mean")
+        if tokens is None and not self.spec.cls_token:
+            self._kinds = ("mean",)
+        self.width = self.spec.width * len(self._kinds)
+        self._samples = cache.valid_samples([teacher])
+        self._batch_size, self._threads = batch_size, threads
+
+    @property
+    def labels(self) -> Sequence[str | None]:
+        labels: list[str | None] = self.cache.samples["label"].take(self._samples).to_pylist()
+        return labels
+
+    def read(self, numbers: Sequence[int]) -> Tensor:
+        starts = range(0, len(numbers), self._batch_size)
+        found = torch.empty(len(numbers), self.width)
+
+        def make(start: int) -> None:
+            part = slice(start, start + self._batch_size)
+            rows = self.cache.index.rows(self._samples[list(numbers[part])], 0)
+            found[part] = torch.cat([self._vectors(rows, kind) for kind in self._kinds], dim=1)
+
+        for _ in in_threads(make, starts, 1, self._threads):
+            pass
+        return found
+
+    def _vectors(self, rows: ArrayLike, kind: Tokens) -> Tensor:
+        if kind == "cls":
+            return self.cache.read_tokens(rows, self.teacher, CLS_TOKEN)[:, -1].float()
+        encoded = self.cache.read(rows, [self.teacher])[self.teacher]
+        tokens_BNC = encoded.decode()[:, -1].flatten(1, 2).float()
+        return mean_token(tokens_BNC, self.spec)
+
+
+def mean_token(tokens_BNC: Tensor, spec: TeacherSpec) -> Tensor:
+    """(B, C): the mean of the tokens of a teacher's own grid, of features as the cache holds them.
+
+    Of an adjoint grid it is exact: upsampling can reach a constant map, so that U p and t have the same sum.
+    """
+    if spec.grid.kind == "adjoint":
+        ones = torch.ones(1, 1, *spec.native_grid, dtype=tokens_BNC.dtype, device=tokens_BNC.device)
+        shares_N = adjoint(ones / ones.sum(), spec.stored_grid).flatten()
+        return shares_N @ tokens_BNC
+    return tokens_BNC.mean(1)
+
+
+def require_same_teacher(one: CachedTeacherFeatures, other: CachedTeacherFeatures) -> None:
+    """Raises `CacheMismatchError` where two caches hold different teachers under one name."""
+    facts = ("model", "weights_hash", "image_size", "block_indices", "width")
+    for fact in facts:
+        mine, theirs = getattr(one.spec, fact), getattr(other.spec, fact)
+        if mine != theirs:
+            raise CacheMismatchError(
+                f"Teacher {one.teacher} is another one in the cache to test on.",
+                got=f"{fact} {theirs}",
+                expected=f"{fact} {mine}, as in the cache to train on",
+                do="build both caches with the same recipe",
+            )
+
+
+class StudentFeatures:
+    """The last level of each expert of a student: the stem's class token, and the means of the patch tokens
+    of the stem and of every path; of a KPU x, and the mean of each map that is compared with teachers. Images
+    are seen as `imagenet_eval` views of `image_size`, or else of the size that the student was trained on.
+    Runs where the student is.
+
+    Raises `RecipeError` for a student that works on its teachers' features.
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        source: Source,
+        image_size: Size | None = None,
+        batch_size: int = 16,
+        threads: int = 2,
+    ) -> None:
+        if not isinstance(student, SAK | KPU):
+            raise RecipeError(
+                "This student sees no images by itself, so there is nothing of it to probe.",
+                got=f"a student of kind {student.kind}",
+                expected="a student of kind sak or kpu",
+                do="probe its teachers: give caches of them, and no student",
+            )
+        self.student = student.eval()
+        self.size = image_size or student.image_size
+        self.source = source
+        self._samples = _usable(source)
+        self._batch_size, self._threads = batch_size, threads
+        if isinstance(student, KPU):
+            parts = 1 + len(student.scales)
+        else:
+            parts = student.stem.has_class_token + len(student.experts)
+        self.width = parts * student.stem.width
+
+    @property
+    def labels(self) -> Sequence[str | None]:
+        return [sample["label"] for sample in self._samples]
+
+    @torch.no_grad()
+    def read(self, numbers: Sequence[int]) -> Tensor:
+        """Raises as `Source.read` and `decode_image` do where an image cannot be read."""
+        student, found, done = self.student, torch.empty(len(numbers), self.width), 0
+        student.stem.resize(self.size)
+        for images in in_threads(self._image, numbers, self._batch_size, self._threads):
+            pixels_B3HW = student.normalize(torch.stack(images).to(student.mean.device))
+            found[done : done + len(images)] = self._vectors(pixels_B3HW).cpu()
+            done += len(images)
+        return found
+
+    def _image(self, number: int) -> Tensor:
+        sample = self._samples[number]
+        image = decode_image(self.source.read(sample["path"], sample["offset"], sample["nbytes"]))
+        policy = ViewPolicy(policy="imagenet_eval", size=self.size)
+        return render_view(image, draw_view(policy, sample["key"], image.width, image.height, 0), self.size)
+
+    def _vectors(self, pixels_B3HW: Tensor) -> Tensor:
+        student = self.student
+        if isinstance(student, KPU):
+            found = student.features(pixels_B3HW)
+            return torch.cat([found.image, *(found.maps[i].mean((2, 3)) for i in student.scales)], dim=1)
+        prefix, tokens_BND = student.stem.num_prefix_tokens, student.stem(pixels_B3HW)
+        vectors_BD = [tokens_BND[-1][:, 0]] if student.stem.has_class_token else []
+        vectors_BD.append(tokens_BND[-1][:, prefix:].mean(1))
+        vectors_BD += [student.paths[name](tokens_BND, prefix)[-1].mean(1) for name in student.experts[1:]]
+        return torch.cat(vectors_BD, dim=1)
+
+
+def _usable(source: Source) -> list[dict]:
+    samples = source.scan().select(["key", "path", "offset", "nbytes", "label", "status"]).to_pylist()
+    return [sample for sample in samples if sample["status"] == OK]

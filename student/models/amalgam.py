@@ -1,0 +1,135 @@
+"""Tasks learnt straight from the teachers' features: frozen teachers and heads, with no encoder to run.
+
+Table 12's "Freeze" is one teacher with `fusion="sum"`; Table 19's upper bounds are three teachers and a
+learnt stem beside them. The features come out of a cache, so the teachers cost a step nothing.
+
+B  images     S  levels     h, w  grid of the experts, n = h·w     D  width of the experts
+C  width of a teacher       H, W  grid of a teacher's features
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from teachercache.pipeline.errors import explain
+from teachercache.pipeline.grids import pool
+from teachercache.pipeline.records.spec import GridSpec, Size
+from teachercache.student.models.base import NUM_LEVELS, Student, StudentOutput
+from teachercache.student.models.stem import Stem
+from teachercache.student.models.task_decoder import TaskDecoder
+
+_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Amalgam(Student):
+    """`stem`: a timm ViT that learns beside the teachers, as one more expert; None for none.
+
+    Experts have the stem's width, or the widest teacher's; a teacher of another width is mapped to it by a
+    linear layer for each level. They are fused on the stem's grid; without a stem on the finest among those
+    of the features that are given, so that SAM's 64×64 tokens alone stay 64×64. (The paper does not say on
+    which. On the stem's 32×32, at 512², routers take 6.2 G MACs more than a sum and concatenation 6570 G, as
+    in Table 19, which has 6 and 6570; on SAM's 64×64 it would be 24.7 and 6705.)
+    """
+
+    kind = "amalgam"
+    reads_features = True
+
+    def __init__(
+        self,
+        stem: str | None,
+        teacher_dims: Mapping[str, int],
+        image_size: Size,
+        tasks: Mapping[str, int],
+        pretrained: bool = False,
+        fusion: str = "mor",
+        decoder: str = "simple",
+        sak_compat: bool = False,
+    ) -> None:
+        module = Stem(stem, image_size, pretrained, sak_compat) if stem else None
+        config = {
+            "stem": stem,
+            "teacher_dims": dict(teacher_dims),
+            "image_size": list(image_size),
+            "tasks": dict(tasks),
+            "fusion": fusion,
+            "decoder": decoder,
+            "sak_compat": sak_compat,
+        }
+        super().__init__(config, *((module.mean, module.std) if module else _IMAGENET))
+        self.stem = module
+        width = module.width if module else max(teacher_dims.values())
+        self.aligners = nn.ModuleDict(
+            {
+                name: nn.ModuleList(nn.Linear(channels, width) for _ in range(NUM_LEVELS))
+                for name, channels in teacher_dims.items()
+                if channels != width
+            }
+        )
+        self.decoder = TaskDecoder(width, len(self.experts), tasks, self.image_size, fusion, decoder)
+
+    @property
+    def experts(self) -> list[str]:
+        return [*(["stem"] if self.config["stem"] else []), *self.teachers]
+
+    def forward(
+        self,
+        pixels_B3HW: Tensor,
+        full: bool = False,
+        maps: bool = True,
+        features: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Tensor] | StudentOutput:
+        """As `Student.forward`; `features`: for each teacher (B, S, H, W, C), on any grid.
+
+        Raises `ValueError` where the features of a teacher are missing.
+        """
+        experts = [self._stem_maps(pixels_B3HW)] if self.stem else []
+        for name in self.teachers:
+            if features is None or name not in features:
+                raise ValueError(
+                    explain(
+                        "This student works on its teachers' features, not on images alone.",
+                        got=f"no features of {name}",
+                        expected=f"features of {', '.join(self.teachers)}",
+                        do="read them from a cache of these images, and pass them as `features`",
+                    )
+                )
+            experts.append(self._teacher_maps(name, features[name]))
+        grids = [(maps.shape[2], maps.shape[3]) for maps in experts]
+        grid = grids[0] if self.stem else max(grids, key=math.prod)
+        experts_EBSnD = [pool(maps, GridSpec(kind="bilinear", size=grid)).flatten(2, 3) for maps in experts]
+        levels_SBEnD = torch.stack(experts_EBSnD, dim=2).unbind(1)
+        predictions, gates = self.decoder(levels_SBEnD, grid)
+        return StudentOutput({}, predictions, gates) if full else predictions
+
+    def keep_levels(self, teacher: str, count: int) -> None:
+        """Nothing is distilled here."""
+
+    def parameters_by_part(self) -> dict[str, int]:
+        parts = {"stem": self.stem, "aligners": self.aligners}
+        parts |= {"routers": self.decoder.routers, "heads": self.decoder.heads}
+        return {
+            name: sum(parameter.numel() for parameter in part.parameters()) if part else 0
+            for name, part in parts.items()
+        }
+
+    def _stem_maps(self, pixels_B3HW: Tensor) -> Tensor:
+        """(B, S, h, w, D), on the grid of the stem."""
+        assert self.stem is not None
+        tokens_BND = self.stem(pixels_B3HW)
+        levels = torch.stack([tokens_BND[block] for block in self.stem.level_blocks], dim=1)
+        maps_BShwD: Tensor = levels[:, :, self.stem.num_prefix_tokens :].unflatten(2, self.stem.grid)
+        return maps_BShwD
+
+    def _teacher_maps(self, name: str, features_BSHWC: Tensor) -> Tensor:
+        """(B, S, H, W, D), on the grid of the features."""
+        features_BSHWC = features_BSHWC.to(self.mean.dtype)
+        if name not in self.aligners:
+            return features_BSHWC
+        aligners = self.aligners[name]
+        assert isinstance(aligners, nn.ModuleList)
+        levels = zip(aligners, features_BSHWC.unbind(1), strict=True)
+        return torch.stack([aligner(level) for aligner, level in levels], dim=1)

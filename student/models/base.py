@@ -1,0 +1,259 @@
+"""What every student is: a model that normalises its own input, and can be saved and loaded.
+
+A saved student is a folder of two files, `config.json` (kind and arguments) and `model.safetensors`.
+Loading it needs neither a cache nor a teacher.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Self
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from teachercache.pipeline.errors import CheckpointError, RecipeError, TeacherCacheError, explain
+from teachercache.pipeline.places.durable import make_folder
+from teachercache.pipeline.records.spec import Size, TeacherSpec
+from teachercache.student.models.lora import merged_state_dict
+from teachercache.student.saving import replacing
+
+NUM_LEVELS = 4  # the ends of the four quarters of a network, for students and teachers alike
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+_OF_A_CONFIG = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError)  # that somebody edited
+
+
+class StudentOutput(NamedTuple):
+    """All that a student makes of a batch.
+
+    `feature_maps`: for each teacher its levels, each (B, C of the teacher, h, w). `predictions`: for each
+    task (B, channels, H, W) at the size of the image, as the task's loss takes them: logits, depths,
+    normals of any length. `gates`: for each task (B, levels, experts), where the student has routers.
+    """
+
+    feature_maps: dict[str, list[Tensor]]
+    predictions: dict[str, Tensor]
+    gates: dict[str, Tensor]
+
+
+class Student(nn.Module, ABC):
+    """`config` holds the arguments of the constructor, as JSON can hold them; `teacher_dims`, `image_size`
+    and `tasks` are among them.
+
+    Mean and standard deviation (of pixels in 0–1) are kept with the weights, so that a student always
+    sees pixels as it saw them when it was trained.
+    """
+
+    kind: ClassVar[str]
+    num_levels: ClassVar[int] = NUM_LEVELS  # maps that it gives for each teacher
+    for_distillation: ClassVar[frozenset[str]] = frozenset()  # parts that predicting does without
+    reads_features: ClassVar[bool] = False  # whether `forward` takes the teachers' features beside pixels
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: Mapping[str, Any], mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.config = dict(config)
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
+
+    @property
+    def teachers(self) -> list[str]:
+        return list(self.config["teacher_dims"])
+
+    @property
+    def tasks(self) -> dict[str, int]:
+        """Name → output channels; empty for a student that only represents (stage 1)."""
+        return dict(self.config["tasks"])
+
+    @property
+    def image_size(self) -> Size:
+        height, width = self.config["image_size"]
+        return height, width
+
+    def normalize(self, images_B3HW: Tensor) -> Tensor:
+        """uint8 RGB images → the float32 pixels that `forward` takes, on the device of the images.
+
+        Raises `ValueError` for anything else, such as images of 0–1 or with alpha.
+        """
+        if images_B3HW.dtype != torch.uint8 or images_B3HW.ndim < 3 or images_B3HW.shape[-3] != 3:
+            raise ValueError(
+                explain(
+                    "These are no RGB images of a byte a colour.",
+                    got=f"{images_B3HW.dtype} of shape {tuple(images_B3HW.shape)}",
+                    expected="torch.uint8 of shape (B, 3, H, W), values 0 to 255",
+                    do="pass images as they were decoded, channels first",
+                )
+            )
+        return (images_B3HW.float() / 255 - self.mean) / self.std
+
+    @abstractmethod
+    def forward(
+        self, pixels_B3HW: Tensor, full: bool = False, maps: bool = True
+    ) -> dict[str, list[Tensor]] | dict[str, Tensor] | StudentOutput:
+        """Normalised pixels → what the student is for: the predictions, or, where it has no tasks, the
+        feature maps; with `full` a `StudentOutput` of all, its feature maps left out without `maps`."""
+
+    @property
+    @abstractmethod
+    def experts(self) -> list[str]:
+        """What the gates weigh, in their order."""
+
+    def freeze(self, *parts: str) -> None:
+        """Exclude parts from training, each named as a submodule: "stem", "paths", "paths.clip", …
+
+        Raises `RecipeError` for a part that is not there.
+        """
+        modules = dict(self.named_modules())
+        for part in parts:
+            if part not in modules:
+                near = difflib.get_close_matches(part, modules, 1)
+                raise RecipeError(
+                    "The student has no such part to freeze.",
+                    got=part,
+                    expected="a submodule: " + ", ".join(name for name, _ in self.named_children()),
+                    do=f"did you mean {near[0]}?" if near else None,
+                )
+            modules[part].requires_grad_(False)
+
+    @abstractmethod
+    def keep_levels(self, teacher: str, count: int) -> None:
+        """Exclude from training what distillation alone needs for other levels than the last `count`."""
+
+    @abstractmethod
+    def parameters_by_part(self) -> dict[str, int]:
+        """The number of parameters of each part; the parts add up to the whole."""
+
+    @property
+    def num_parameters(self) -> int:
+        """Of all that predicting takes, which is what SAK counts (B.1: aligners are no part of it)."""
+        parts = self.parameters_by_part()
+        return sum(count for part, count in parts.items() if part not in self.for_distillation)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write the two files, each whole or not at all; a power cut after this returns costs nothing."""
+        target = Path(folder)
+        make_folder(target)
+        weights = {name: tensor.contiguous() for name, tensor in merged_state_dict(self).items()}
+        with replacing(target / WEIGHTS_FILE) as file:
+            save_file(weights, file)
+        with replacing(target / CONFIG_FILE) as file:
+            file.write_text(json.dumps({"kind": self.kind, **self.config}, indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, source: str | os.PathLike[str], revision: str | None = None) -> Self:
+        """The student in a folder, or in a repository of the Hub, in eval mode on the CPU.
+
+        Raises `CheckpointError` for a student of another kind, and where files are missing, damaged or
+        hold other weights than the config asks for.
+        """
+        folder = find_saved(source, revision)
+        config = read_config(folder)
+        if (kind := config.pop("kind", None)) != cls.kind:
+            raise CheckpointError(
+                f"The student in {folder} is of another kind.",
+                got=kind,
+                expected=cls.kind,
+                do="use teachercache.load_student(), which looks at the kind",
+            )
+        try:
+            student = cls(**config)
+            student.load_state_dict(load_file(folder / WEIGHTS_FILE))
+        except TeacherCacheError:
+            raise
+        except (OSError, SafetensorError, RuntimeError, *_OF_A_CONFIG) as error:
+            raise CheckpointError(
+                f"The student in {folder} cannot be loaded.",
+                got=error,
+                expected=f"a {CONFIG_FILE} and a {WEIGHTS_FILE} that save_pretrained() wrote together",
+                do="copy or download the folder again",
+            ) from error
+        return student.eval()
+
+
+def require_known(what: str, name: str, known: Collection[str]) -> None:
+    """Raise `RecipeError`, with the nearest known name, unless `name` is known."""
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 1)
+        raise RecipeError(
+            f"There is no {what} of this name.",
+            got=name,
+            expected=f"one of {', '.join(known)}",
+            do=f"did you mean {near[0]}?" if near else None,
+        )
+
+
+def teacher_facts(specs: Mapping[str, TeacherSpec]) -> dict[str, Any]:
+    """What `build_student` asks of the teachers of a cache."""
+    return {
+        "teacher_dims": {name: spec.width for name, spec in specs.items()},
+        "teacher_grids": {name: spec.stored_grid for name, spec in specs.items()},
+        "class_tokens": [name for name, spec in specs.items() if spec.cls_token],
+    }
+
+
+def check_names(what: str, names: Iterable[str]) -> None:
+    """Raise `RecipeError` for a name that no part of a student can have."""
+    for name in names:
+        if not re.fullmatch(r"\w[\w-]*", name) or hasattr(nn.ModuleDict(), name):
+            raise RecipeError(
+                f"This {what}'s name cannot be the name of a part of the student.",
+                got=repr(name),
+                expected="letters, digits, - and _, and no word of PyTorch's own such as train or half",
+                do=f"choose another name for this {what}",
+            )
+
+
+def require_teachers(teacher_dims: Mapping[str, int]) -> None:
+    if not teacher_dims:
+        raise RecipeError("A student needs a teacher.", got="none", expected="one or more", do="name them")
+
+
+def count_by_part(model: nn.Module, patterns: Mapping[str, str]) -> dict[str, int]:
+    """The parameters of each part, which are those whose names its pattern, and no other, matches."""
+    counts = dict.fromkeys(patterns, 0)
+    for name, parameter in model.named_parameters():
+        (part,) = (part for part, pattern in patterns.items() if re.match(pattern, name))
+        counts[part] += parameter.numel()
+    return counts
+
+
+def find_saved(source: str | os.PathLike[str], revision: str | None = None) -> Path:
+    """The local folder of a saved student; one on the Hub is downloaded."""
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    files = [CONFIG_FILE, WEIGHTS_FILE]
+    try:
+        return Path(snapshot_download(os.fspath(source), revision=revision, allow_patterns=files))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            "There is no such student.",
+            got=os.fspath(source),
+            expected="a folder that save_pretrained() wrote, or a repository of the Hugging Face Hub",
+            do="check the path; a finished run leaves its student in <output>/student",
+        ) from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    file = folder / CONFIG_FILE
+    try:
+        config = dict(json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{file} cannot be read.",
+            got=error,
+            expected="the JSON that save_pretrained() writes",
+            do="copy or download the folder again",
+        ) from error
+    return config

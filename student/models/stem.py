@@ -1,0 +1,169 @@
+"""The Teacher-Agnostic Stem: a timm ViT, read after its patch embedding and after every block.
+
+B  images          N  tokens, those before the patches (cls, registers) included
+h, w               grid of the patches
+L  blocks          D  width of the stem
+Z_l (B, N, D)      the output of block l; Z_0 is what enters block 1
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import timm
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models.vision_transformer_sam import VisionTransformerSAM
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from teachercache.pipeline.errors import RecipeError, WeightsNotFoundError, explain
+from teachercache.pipeline.records.spec import Size
+from teachercache.pipeline.views import enlarge_and_pad
+from teachercache.student.models.base import NUM_LEVELS
+
+SAM_SIDE = 1024  # pixels, of which it was trained on squares
+Between = Callable[[int, Tensor], Tensor]  # (l, Z_l) → Z_l
+
+
+class Stem(nn.Module):
+    """Any plain ViT of timm, or SAM's, without final norm, neck and classifier; all its tokens are kept.
+
+    Images whose sides are no multiples of the patch are resampled to the nearest ones: 512² → 518² where it
+    is of 14 pixels, as for a teacher. With `sak_compat` it is fed as teachers are with that key: ImageNet's
+    statistics for every model, pixels that fill no patch dropped (512² → 36×36 tokens), SAM at 1024².
+    Raises `RecipeError` for a name that cannot be a stem, `WeightsNotFoundError` when `pretrained` weights
+    cannot be had.
+    """
+
+    vit: Any  # timm does not type its models
+
+    def __init__(
+        self, name: str, image_size: Size, pretrained: bool = False, sak_compat: bool = False
+    ) -> None:
+        super().__init__()
+        self._sak_compat = sak_compat
+        self.patch, self._resamples_itself = _require_vit(name)
+        self._fit(image_size)
+        self.vit = _create(name, None if self._resamples_itself else self._input_size, pretrained)
+        self.width: int = self.vit.embed_dim
+        self.depth = len(self.vit.blocks)
+        self.num_prefix_tokens: int = getattr(self.vit, "num_prefix_tokens", 0)
+        self.has_class_token = getattr(self.vit, "cls_token", None) is not None
+        own = self.vit.pretrained_cfg["mean"], self.vit.pretrained_cfg["std"]
+        self.mean: tuple[float, ...]
+        self.std: tuple[float, ...]
+        self.mean, self.std = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD) if sak_compat else own
+        self.level_blocks = level_blocks(self.depth)
+
+    def forward(self, pixels_B3HW: Tensor, between: Between | None = None) -> list[Tensor]:
+        """[Z_0, …, Z_L] (SAK, Eq. 1), each as `between` gives it, if there is one: it goes on so.
+
+        The ViT runs through its own forward and hooks note what passes, because positions (added, rotary)
+        and extra tokens are handled differently by each family of timm.
+        """
+        self._require_size(pixels_B3HW)
+        if self._sak_compat and self._resamples_itself:
+            pixels_B3HW = enlarge_and_pad(pixels_B3HW, self._input_size)
+        elif self._input_size != self._image_size:
+            pixels_B3HW = F.interpolate(pixels_B3HW, self._input_size, mode="bilinear", antialias=True)
+        tokens_BND: list[Tensor] = []
+
+        def visit(block: int, tokens: Tensor) -> Tensor:
+            block_BND = tokens.flatten(1, 2) if tokens.ndim == 4 else tokens  # SAM's are (B, h, w, D)
+            tokens_BND.append(between(block, block_BND) if between else block_BND)
+            return tokens_BND[-1].view_as(tokens)
+
+        def enter(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            return visit(0, inputs[0]), *inputs[1:]
+
+        def leave(block: int, *passed: Any) -> Tensor:
+            return visit(block, passed[-1])
+
+        blocks = self.vit.blocks
+        handles = [blocks[0].register_forward_pre_hook(enter)]
+        handles += [block.register_forward_hook(partial(leave, i)) for i, block in enumerate(blocks, start=1)]
+        try:
+            self.vit.forward_features(pixels_B3HW)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return tokens_BND
+
+    def resize(self, image_size: Size) -> None:
+        """Take images of another size from now on; timm resamples the position embeddings."""
+        self._fit(image_size)
+        if not self._resamples_itself:
+            self.vit.set_input_size(img_size=self._input_size)
+
+    def _fit(self, image_size: Size) -> None:
+        height, width = image_size
+        rows, columns = max(1, round(height / self.patch[0])), max(1, round(width / self.patch[1]))
+        self._image_size: Size = height, width
+        self._input_size: Size = rows * self.patch[0], columns * self.patch[1]
+        if self._sak_compat:
+            self._input_size = (SAM_SIDE, SAM_SIDE) if self._resamples_itself else self._image_size
+        self.grid: Size = self._input_size[0] // self.patch[0], self._input_size[1] // self.patch[1]
+
+    def _require_size(self, pixels_B3HW: Tensor) -> None:
+        if pixels_B3HW.shape[1:] != (3, *self._image_size):
+            raise ValueError(
+                explain(
+                    "The student is made for images of one size.",
+                    got=f"pixels of shape {tuple(pixels_B3HW.shape)}",
+                    expected=f"(B, 3, {self._image_size[0]}, {self._image_size[1]})",
+                    do="resample the images, or student.stem.resize() for a student without tasks",
+                )
+            )
+
+
+def level_blocks(depth: int) -> list[int]:
+    """The blocks L/4, L/2, 3L/4 and L, counted from 1; rounded up where 4 does not divide L."""
+    return [math.ceil(depth * level / NUM_LEVELS) for level in range(1, NUM_LEVELS + 1)]
+
+
+def _create(name: str, input_size: Size | None, pretrained: bool) -> Any:
+    arguments = {"img_size": input_size} if input_size else {}
+    try:
+        vit = timm.create_model(name, pretrained=pretrained, **arguments)
+    except (OSError, RuntimeError) as error:
+        if not pretrained:
+            raise
+        raise WeightsNotFoundError(
+            f"The pretrained weights of the stem {name} could not be had.",
+            got=error,
+            expected="a connection to the Hugging Face Hub, or its cache with these weights in it",
+            do="download them where there is a network and set HF_HOME, or set student.pretrained=false",
+        ) from error
+    vit.prune_intermediate_layers(len(vit.blocks), prune_norm=True, prune_head=True)
+    return vit
+
+
+def _require_vit(name: str) -> tuple[Size, bool]:
+    """The patch of the model, in pixels, and whether it takes images of any size (SAM's does)."""
+    if not timm.is_model(name):
+        plain = timm.list_models([f"{family}*" for family in ("vit", "deit", "beit", "eva", "samvit")])
+        near = difflib.get_close_matches(name, plain, 3)
+        raise RecipeError(
+            "timm has no model of this name, so it cannot be a stem.",
+            got=name,
+            expected="a ViT of timm, such as vit_base_patch16_384",
+            do=f"did you mean {' or '.join(near)}?" if near else "see timm.list_models('*vit*')",
+        )
+    with torch.device("meta"):  # the architecture alone, in milliseconds
+        blank = timm.create_model(name)
+    is_sam = isinstance(blank, VisionTransformerSAM)
+    is_plain = isinstance(getattr(blank, "num_prefix_tokens", None), int) and hasattr(blank, "patch_embed")
+    if not (is_plain or is_sam) or len(getattr(blank, "blocks", ())) < NUM_LEVELS:
+        raise RecipeError(
+            f"{name} cannot be a stem.",
+            got=f"a {type(blank).__name__}",
+            expected=f"a plain ViT: patch tokens of one width through at least {NUM_LEVELS} blocks",
+            do="choose a vit_*, deit*, beit*, eva* or samvit_* model of timm",
+        )
+    rows, columns = blank.patch_embed.feat_ratio(as_scalar=False)
+    return (rows, columns), is_sam

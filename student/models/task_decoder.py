@@ -1,0 +1,99 @@
+"""From the experts' representations to predictions (SAK, 3.3).
+
+B  images     E  experts: the stem, then the teachers' paths
+S  levels     n  patch tokens = h·w          D  width of every expert
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from teachercache.pipeline.errors import RecipeError
+from teachercache.pipeline.grids import upsample
+from teachercache.pipeline.records.spec import Size
+from teachercache.student.models.base import NUM_LEVELS, require_known
+from teachercache.student.models.heads import HEADS
+from teachercache.student.models.router import Router
+
+Fusion = Literal["mor", "sum", "concat"]
+
+
+class TaskDecoder(nn.Module):
+    """The experts fused at each level, then a head, for each of `tasks` (name → output channels).
+
+    `fusion` (SAK, Table 19): "mor" weighs the experts by a router of the level and the task, "sum" adds
+    them up, "concat" makes the heads E times as wide. `decoder` names the heads, see
+    `teachercache.student.models.heads`; they predict at a quarter of `image_size`, and what they predict is
+    resized to it. It asks nothing of where the experts come from: they may be teachers' features out of a
+    cache.
+    """
+
+    routers: Any  # a ModuleDict of ModuleLists, which its type cannot say
+
+    def __init__(
+        self,
+        width: int,
+        num_experts: int,
+        tasks: Mapping[str, int],
+        image_size: Size,
+        fusion: str,
+        decoder: str,
+    ) -> None:
+        super().__init__()
+        require_known("fusion", fusion, get_args(Fusion))
+        require_known("decoder", decoder, HEADS)
+        if fusion == "mor" and num_experts == 1:
+            raise RecipeError(
+                "The stem is the only expert, so there is nothing for routers to choose from.",
+                got="fusion mor",
+                expected="fusion sum, which takes a single expert as it is",
+                do="set fusion to sum, or give the student teachers with adapter paths",
+            )
+        self.fusion = fusion
+        self.image_size = image_size
+        self.routers = nn.ModuleDict()
+        if fusion == "mor":
+            for task in tasks:
+                self.routers[task] = nn.ModuleList(Router(width, num_experts) for _ in range(NUM_LEVELS))
+        head_width = width * num_experts if fusion == "concat" else width
+        quarter = (image_size[0] // 4, image_size[1] // 4)
+        self.heads = nn.ModuleDict(
+            {task: HEADS[decoder](head_width, channels, quarter) for task, channels in tasks.items()}
+        )
+
+    def forward(
+        self, experts_SBEnD: Sequence[Tensor], grid: Size
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """For each level (B, E, n, D), the stem first → for each task its prediction (B, channels,
+        *image_size), and its gates (B, S, E) where there are routers."""
+        gates_BSE = {
+            task: torch.stack([router(x[:, 0]) for router, x in zip(routers, experts_SBEnD, strict=True)], 1)
+            for task, routers in self.routers.items()
+        }
+        predictions = {}
+        for task, levels_BnD in self._fuse(experts_SBEnD, gates_BSE).items():
+            maps_BDhw = [tokens_BnD.unflatten(1, grid).permute(0, 3, 1, 2) for tokens_BnD in levels_BnD]
+            quarter_BCHW = self.heads[task](maps_BDhw)
+            predictions[task] = upsample(quarter_BCHW, self.image_size)
+        return predictions, gates_BSE
+
+    def _fuse(
+        self, experts_SBEnD: Sequence[Tensor], gates_BSE: Mapping[str, Tensor]
+    ) -> dict[str, list[Tensor]]:
+        if self.fusion == "mor":
+            return {
+                task: [
+                    torch.einsum("be,bend->bnd", gates_BE, experts_BEnD)
+                    for gates_BE, experts_BEnD in zip(gates.unbind(1), experts_SBEnD, strict=True)
+                ]
+                for task, gates in gates_BSE.items()
+            }
+        if self.fusion == "sum":
+            fused = [experts_BEnD.sum(1) for experts_BEnD in experts_SBEnD]
+        else:
+            fused = [experts_BEnD.transpose(1, 2).flatten(2) for experts_BEnD in experts_SBEnD]
+        return dict.fromkeys(self.heads, fused)

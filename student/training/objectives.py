@@ -1,0 +1,133 @@
+"""What a step of training minimises: distillation (SAK, Eq. 5), tasks, or both (Eq. 6)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from teachercache.pipeline.loading.loader import Batch
+from teachercache.student.kpu.latent_space import Features
+from teachercache.student.losses.alignment import AlignmentLoss
+from teachercache.student.losses.distillation import (
+    DistillationLoss,
+    LossOutput,
+    Target,
+)
+from teachercache.student.losses.tasks import MultiTaskLoss
+from teachercache.student.models.base import Student, StudentOutput
+from teachercache.student.timing import StageTimer
+from teachercache.student.training.targets import TargetSource
+
+
+class Objective:
+    """L = γ · L_distillation + Σ_tasks w_t · L_t (SAK, Eq. 6); stage 1 has no tasks and γ = 1.
+
+    `model` is `student` as accelerate wrapped it. Without `distillation` the features are not asked for
+    and the aligners do not run: a baseline that learns from labels alone.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        student: Student,
+        targets: TargetSource,
+        distillation: DistillationLoss | None,
+        weight: float = 1.0,
+        tasks: MultiTaskLoss | None = None,
+    ) -> None:
+        assert distillation or tasks, "nothing to minimise"
+        self._model, self._student, self._targets = model, student, targets
+        self._distillation, self._weight, self._tasks = distillation, weight, tasks
+
+    def __call__(self, batch: Batch, timer: StageTimer) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a batch, and its terms for the log."""
+        device = self._student.mean.device
+        with timer.stage("targets"):
+            reads = self._distillation is not None or self._student.reads_features
+            targets = self._targets(batch) if reads else {}
+            labels = {task: values.to(device, non_blocking=True) for task, values in batch.labels.items()}
+        with timer.stage("forward"):
+            images_B3HW = batch.renders[self._student.image_size].to(device, non_blocking=True)
+            output = self._run(self._student.normalize(images_B3HW), targets)
+            losses: list[Tensor] = []
+            terms: dict[str, Tensor] = {}
+            if self._distillation:
+                maps = {
+                    name: output.feature_maps[name][-target.num_levels :] for name, target in targets.items()
+                }
+                distilled = self._distillation(maps, targets)
+                losses.append(self._weight * distilled.total)
+                terms |= _terms(distilled, self._distillation.distance)
+            if self._tasks:
+                tasks = self._tasks(output.predictions, labels)
+                losses.append(tasks.total)
+                terms |= {f"loss/{task}": loss for task, loss in tasks.tasks.items()}
+                terms |= _mean_gates(output, self._student)
+        return sum(losses[1:], start=losses[0]), terms
+
+    def _run(self, pixels_B3HW: Tensor, targets: Mapping[str, Target]) -> StudentOutput:
+        inputs: dict[str, Any] = {"full": True, "maps": self._distillation is not None}
+        if self._student.reads_features:
+            inputs["features"] = {name: target.feature_maps_BSHWC for name, target in targets.items()}
+        output: StudentOutput = self._model(pixels_B3HW, **inputs)
+        return output
+
+
+def _terms(loss: LossOutput, distance: str) -> dict[str, Tensor]:
+    terms = {"loss": loss.levels, "cosine": loss.cosine, distance: loss.distance}
+    return {
+        f"{term}/{teacher}/level{level}": value
+        for term, by_teacher in terms.items()
+        for teacher, values in by_teacher.items()
+        for level, value in enumerate(values)
+    }
+
+
+def _mean_gates(output: StudentOutput, student: Student) -> dict[str, Tensor]:
+    """The weight of each expert, by task and level: what Figures 7 and 8 of the paper show."""
+    return {
+        f"gate/{task}/level{level}/{expert}": weight
+        for task, gates_BSE in output.gates.items()
+        for level, gates_E in enumerate(gates_BSE.detach().mean(0))
+        for expert, weight in zip(student.experts, gates_E, strict=True)
+    }
+
+
+class KPUObjective:
+    """The loss of a batch, called as `teachercache.student.training.objectives.Objective`; `weight`
+    multiplies all of it.
+
+    `model` is `student` as accelerate wrapped it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        student: Student,
+        targets: TargetSource,
+        loss: AlignmentLoss,
+        weight: float = 1.0,
+    ) -> None:
+        self._model, self._student, self._targets = model, student, targets
+        self._loss, self._weight = loss, weight
+
+    def __call__(self, batch: Batch, timer: StageTimer) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a batch, and its terms for the log."""
+        with timer.stage("targets"):
+            teachers = {name: last_level(target) for name, target in self._targets(batch).items()}
+        with timer.stage("forward"):
+            images_B3HW = batch.renders[self._student.image_size]
+            images_B3HW = images_B3HW.to(self._student.mean.device, non_blocking=True)
+            alignments = self._model(self._student.normalize(images_B3HW), teachers=teachers)
+            loss, terms = self._loss(alignments)
+        return self._weight * loss, terms
+
+
+def last_level(target: Target) -> Features:
+    """X^t of a teacher in at least float32: its class token, where there is one, and its last map."""
+    map_BCHW, image_BC = target.feature_maps_BSHWC[:, -1].permute(0, 3, 1, 2), target.cls_token_BC
+    dtype = torch.promote_types(map_BCHW.dtype, torch.float32)
+    return Features(None if image_BC is None else image_BC.to(dtype), map_BCHW.to(dtype))

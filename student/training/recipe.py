@@ -1,0 +1,290 @@
+"""`TrainRecipe`: what a training run is."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from teachercache.pipeline.errors import RecipeError
+from teachercache.pipeline.records.spec import Strict
+from teachercache.student.losses.distillation import CosineKind, DistanceKind
+from teachercache.student.models.task_decoder import Fusion
+
+Weight = Annotated[float, Field(ge=0)]
+
+OF_KPU = {"image_weight", "reconstruction_weight"}  # what only `AlignmentLoss` has
+_WHOLE_STEM = {"stem", "stem.vit"}
+_KINDS_WITH = {
+    "reduction": {"sak"},
+    "adapter_paths": {"sak"},
+    "sak_compat": {"sak", "amalgam"},
+    "fusion": {"sak", "amalgam"},
+    "decoder": {"sak", "amalgam"},
+    "preservation": {"kpu"},
+    "unification": {"kpu"},
+    "reconstruction": {"kpu"},
+}
+
+
+class StudentRecipe(Strict):
+    """`build_student`'s arguments (the cache and the data set give the others), and how it is trained.
+
+    `kind: amalgam` learns tasks on the teachers' features themselves (SAK, Tables 12 and 19), with a `stem`
+    beside them or null.
+
+    `init_from`: a saved student. With tasks, this one starts with its stem and paths; without, it goes on
+    itself, with a new path for each teacher of the cache that it does not have (SAK, D.4), and keeps its
+    own `stem`, `reduction` and `adapter_paths`.
+    `freeze`: parts that are not trained, such as `stem` and `paths` ("Freeze" of Table 12).
+    `sak_compat`: feed the stem as SAK's authors do, with ImageNet's statistics, whatever the model's own are;
+    of a cache's recipe the same key does it for the teachers.
+    `lora_rank`: train the stem by updates of this rank, itself frozen.
+    `preservation`, `unification` and `reconstruction` are those of a KPU (its Table 2), whose `stem` is the
+    sentinel.
+    """
+
+    kind: Literal["sak", "kpu", "amalgam"] = "sak"
+    stem: str | None = "vit_base_patch16_384"
+    pretrained: bool = True
+    reduction: int = Field(4, ge=1)
+    adapter_paths: bool = True
+    sak_compat: bool = False
+    fusion: Fusion = "mor"
+    decoder: Literal["simple", "upernet"] = "simple"
+    init_from: str | None = None
+    freeze: tuple[str, ...] = ()
+    lora_rank: int | None = Field(None, ge=1)
+    preservation: bool = True
+    unification: bool = True
+    reconstruction: bool = True
+
+    @field_validator("init_from")
+    @classmethod
+    def _at_home(cls, value: str | None) -> str | None:
+        return value and os.path.expanduser(value)  # noqa: PTH111  may be a name on the Hub
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        changed = {
+            key for key, field in type(self).model_fields.items() if getattr(self, key) != field.default
+        }
+        if foreign := sorted(key for key in changed if self.kind not in _KINDS_WITH.get(key, {self.kind})):
+            raise ValueError(f"a student of kind {self.kind} has no {', '.join(foreign)}: leave it out")
+        if self.stem is None and self.kind != "amalgam":
+            raise ValueError("only an amalgam can be without a stem: name a timm ViT in stem")
+        if self.stem is None and self.lora_rank:
+            raise ValueError("lora_rank trains the stem, and stem is null: leave out lora_rank")
+        if self.lora_rank and _WHOLE_STEM & set(self.freeze):
+            raise ValueError("lora_rank trains the stem, and freeze keeps it: leave out one of the two")
+        if self.kind == "kpu" and self.lora_rank and self.preservation:
+            raise ValueError(
+                "a kpu keeps its sentinel as it is: leave out lora_rank or set preservation=false"
+            )
+        if self.kind == "kpu" and self.init_from:
+            raise ValueError("a kpu starts from its sentinel's own weights: set student.init_from=null")
+        if self.reconstruction and not self.unification:
+            raise ValueError("reconstruction needs unification's space: set student.reconstruction=false too")
+        return self
+
+
+class DatasetRecipe(Strict):
+    """A data set with labels, in the folder `root` (docs/datasets.md says how it is laid out there).
+
+    `fraction`: train on this part of the cache's samples (SAK, Table 18), the one that `teachercache subset`
+    keeps.
+    """
+
+    kind: Literal["pascal_context", "nyud", "scenes"]
+    root: str
+    split: str = "train"
+    fraction: float = Field(1.0, gt=0, le=1)
+
+
+class MultiTaskRecipe(Strict):
+    """Stage 2: the data set whose labels are learnt, `tasks` of it (null: all), and the weights of their
+    losses where they are not those of SAK, B.5. The cache must hold views of the data set's images."""
+
+    dataset: DatasetRecipe
+    tasks: tuple[str, ...] | None = Field(None, min_length=1)
+    weights: dict[str, Weight] = Field({})
+
+
+class DistillationRecipe(Strict):
+    """`DistillationLoss`'s arguments, and its `weight` in the sum with the tasks' losses (γ of SAK, Eq. 6):
+    0 leaves the features unread. `cosine`: null is "flattened" for a SAK, "token" for a KPU. `image_weight`
+    and `reconstruction_weight` are those that `AlignmentLoss` has beside, for a KPU."""
+
+    weight: float = Field(1.0, ge=0)
+    cosine: CosineKind | None = None
+    cosine_weight: float = Field(0.9, ge=0)
+    distance: DistanceKind = "smooth_l1"
+    distance_weight: float = Field(0.1, ge=0)
+    teacher_weights: dict[str, Weight] = Field({})
+    image_weight: float = Field(1.0, ge=0)
+    reconstruction_weight: float = Field(1.0, ge=0)
+
+
+class OptimizerRecipe(Strict):
+    """AdamW. Every parameter decays, norms and biases too: the paper gives one number (Table 11) and
+    the authors' code applies it to all."""
+
+    lr: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(1e-2, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+
+
+class ScheduleRecipe(Strict):
+    """Length of the run and of its warm-up, in epochs or in optimizer steps, and how the learning rate
+    falls after it: `cosine`, or `poly`, the power .9 of what is left.
+
+    Where both `epochs` and `max_steps` are given, the shorter ends the run and the schedule with it.
+    `final_lr` is that of the authors' code; the paper does not give it.
+    """
+
+    kind: Literal["cosine", "poly"] = "cosine"
+    epochs: float | None = Field(None, gt=0)
+    max_steps: int | None = Field(None, ge=1)
+    warmup_epochs: float = Field(0, ge=0)
+    warmup_steps: int = Field(0, ge=0)
+    final_lr: float = Field(1e-5, ge=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.epochs is None and self.max_steps is None:
+            raise ValueError("one of epochs and max_steps is needed")
+        if self.warmup_epochs and self.warmup_steps:
+            raise ValueError("give warmup_epochs or warmup_steps, not both")
+        return self
+
+    def steps(self, steps_per_epoch: float) -> tuple[int, int]:
+        """(all steps, those of the warm-up), in optimizer steps."""
+        total = min(
+            math.ceil(self.epochs * steps_per_epoch) if self.epochs else math.inf,
+            self.max_steps or math.inf,
+        )
+        warmup = self.warmup_steps or math.ceil(self.warmup_epochs * steps_per_epoch)
+        if warmup >= total:
+            raise RecipeError(
+                "The warm-up is not shorter than the run.",
+                got=f"{warmup} steps of warm-up, {total} steps in all",
+                expected="a warm-up that ends before the run does",
+                do="shorten schedule.warmup_epochs or schedule.warmup_steps",
+            )
+        return int(total), warmup
+
+
+class LoaderRecipe(Strict):
+    """`threads` decode images and read features in each process; `prefetch` batches are kept ready."""
+
+    threads: int = Field(8, ge=1)
+    prefetch: int = Field(2, ge=1)
+
+
+class TrainRecipe(Strict):
+    """A training run: distillation alone (stage 1), or with `multitask` beside the labels of a data set
+    (stage 2). `cache` decides the views and their size, and so the student's input.
+
+    `images`: where the source images are now, if they moved since the cache was built. `teachers`: null
+    for all of the cache's; none ([]) trains on labels alone. `features: online` runs the teachers instead
+    of reading their features, `hybrid` those of which the cache does not hold every shard.
+    """
+
+    cache: str
+    images: str | None = None
+    output: str
+    features: Literal["cached", "online", "hybrid"] = "cached"
+    teachers: tuple[str, ...] | None = None
+    student: StudentRecipe = StudentRecipe()
+    distillation: DistillationRecipe = DistillationRecipe()
+    multitask: MultiTaskRecipe | None = None
+    optimizer: OptimizerRecipe = OptimizerRecipe()
+    schedule: ScheduleRecipe
+    batch_size_per_process: int = Field(16, ge=1)
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    clip_norm: float = Field(0.0, ge=0)
+    mixed_precision: Literal["no", "bf16"] = "bf16"
+    seed: int = Field(0, ge=0)
+    resume: bool = True
+    checkpoint_every_steps: int = Field(1000, ge=1)
+    keep_checkpoints: int = Field(2, ge=1)
+    log_every_steps: int = Field(50, ge=1)
+    picture_every_steps: int = Field(1000, ge=0)
+    loader: LoaderRecipe = LoaderRecipe()
+
+    @field_validator("output")
+    @classmethod
+    def _at_home(cls, value: str) -> str:
+        return os.path.expanduser(value)  # noqa: PTH111  the rest stays as it was typed
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.multitask is None and not self.distills:
+            raise ValueError("without multitask, at least one teacher and distillation.weight > 0 are needed")
+        if self.student.kind == "amalgam" and (self.distills or self.multitask is None):
+            raise ValueError("an amalgam has nothing to distil: set multitask and distillation.weight=0")
+        if self.student.kind == "amalgam" and self.student.init_from:
+            raise ValueError("an amalgam starts from its stem's own weights: set student.init_from=null")
+        said = self.distillation.model_dump(include=OF_KPU, exclude_defaults=True)
+        if self.student.kind != "kpu" and said:
+            raise ValueError(f"{', '.join(said)}: only a kpu has such weights, leave them out")
+        if self.student.kind == "kpu" and self.multitask is not None:
+            raise ValueError("a kpu represents and learns no tasks: leave out multitask, or choose kind sak")
+        return self
+
+    @property
+    def distills(self) -> bool:
+        return self.distillation.weight > 0 and self.teachers != ()
+
+    @property
+    def fraction(self) -> float:
+        """Of the cache's samples."""
+        return self.multitask.dataset.fraction if self.multitask else 1.0
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        return Path(self.output) / "checkpoints"
+
+    def images_per_step(self, num_processes: int) -> int:
+        """Images of one optimizer step, over all processes."""
+        return self.batch_size_per_process * self.gradient_accumulation_steps * num_processes
+
+
+_PLACES_AND_SPEED: dict[str, Any] = {
+    "cache": True,
+    "images": True,
+    "output": True,
+    "teachers": True,
+    "multitask": {"dataset": {"root"}},
+    "resume": True,
+    "checkpoint_every_steps": True,
+    "keep_checkpoints": True,
+    "log_every_steps": True,
+    "picture_every_steps": True,
+    "loader": True,
+    "batch_size_per_process": True,
+    "gradient_accumulation_steps": True,
+}
+
+
+def run_identity(recipe: TrainRecipe, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """All that decides the numbers of a run, flat: a checkpoint can be continued only where it is equal.
+
+    `facts` stand for what the recipe does not say: the cache's contents and the size of a whole batch,
+    over processes and accumulation. So a run may go on with more or fewer processes.
+    """
+    return _flatten(recipe.model_dump(mode="json", exclude=_PLACES_AND_SPEED) | dict(facts))
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

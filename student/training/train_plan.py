@@ -1,0 +1,230 @@
+"""What a training run will cost, before anything runs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from teachercache.pipeline.records.spec import Size
+from teachercache.student.build import build_student
+from teachercache.student.kpu.latent_space import Features
+from teachercache.student.kpu.model import KPU
+from teachercache.student.models.base import (
+    NUM_LEVELS,
+    Student,
+    StudentOutput,
+    find_saved,
+    read_config,
+    require_known,
+)
+from teachercache.student.sak.model import SAK
+from teachercache.student.sak.transfer import grow
+from teachercache.student.training.learning import require_kept, set_learning
+from teachercache.student.training.recipe import StudentRecipe, TrainRecipe
+
+
+class StudentSize(NamedTuple):
+    """`parameters`: by part. `num_parameters`: of those that predicting takes; `trained`: of those that
+    learn, low-rank updates included. `gmacs_by_part`: 10⁹ multiply-accumulates of a view forward, by what
+    runs; `attention_gmacs`, of the products of queries, keys and values, are among them, and SAK's Table 22
+    leaves them out. `train_gmacs`: forward and backward.
+    """
+
+    parameters: dict[str, int]
+    num_parameters: int
+    trained: int
+    gmacs_by_part: dict[str, float]
+    attention_gmacs: float
+    train_gmacs: float
+
+    @property
+    def gmacs(self) -> float:
+        return sum(self.gmacs_by_part.values())
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """`row_bytes`: what is read of the cache for one view; 0 where its features are left unread.
+    `tflops_per_gpu`: what a GPU sustains.
+
+    Hours are those of the arithmetic: optimizer, losses and small kernels come on top."""
+
+    steps: int
+    images_per_step: int
+    size: StudentSize
+    image_size: Size
+    row_bytes: int
+    processes: int
+    tflops_per_gpu: float
+
+    @property
+    def images(self) -> int:
+        return self.steps * self.images_per_step
+
+    @property
+    def gpu_hours(self) -> float:
+        flops = 2e9 * self.size.train_gmacs * self.images
+        return flops / (self.tflops_per_gpu * 1e12) / 3600
+
+    @property
+    def hours(self) -> float:
+        return self.gpu_hours / self.processes
+
+    @property
+    def images_per_s(self) -> float:
+        """Over all processes, when the GPUs never wait."""
+        return self.images / (3600 * self.hours)
+
+    @property
+    def read_bytes_per_s(self) -> float:
+        """What the cache must be read with for that."""
+        return self.images_per_s * self.row_bytes
+
+
+def make_train_plan(
+    recipe: TrainRecipe,
+    *,
+    num_samples: int,
+    image_size: Size,
+    teacher_dims: Mapping[str, int],
+    tasks: Mapping[str, int] | None,
+    row_bytes: int,
+    processes: int,
+    tflops_per_gpu: float,
+    teacher_grids: Mapping[str, Size] | None = None,
+    class_tokens: Collection[str] = (),
+    num_levels: Mapping[str, int] | None = None,
+) -> TrainPlan:
+    """The plan of `recipe` on `num_samples` samples, whose rows take `row_bytes`; needs no weights.
+
+    Raises `RecipeError` for a student that cannot be built.
+    """
+    images_per_step = recipe.images_per_step(processes)
+    reads = recipe.distills or recipe.student.kind == "amalgam"
+    return TrainPlan(
+        steps=recipe.schedule.steps(num_samples / images_per_step)[0],
+        images_per_step=images_per_step,
+        size=student_size(
+            recipe.student,
+            image_size,
+            teacher_dims,
+            tasks,
+            teacher_grids,
+            class_tokens,
+            {name: (num_levels or {}).get(name, NUM_LEVELS) * recipe.distills for name in teacher_dims},
+        ),
+        image_size=image_size,
+        row_bytes=row_bytes if reads and recipe.features != "online" else 0,
+        processes=processes,
+        tflops_per_gpu=tflops_per_gpu,
+    )
+
+
+def student_size(
+    recipe: StudentRecipe,
+    image_size: Size,
+    teacher_dims: Mapping[str, int],
+    tasks: Mapping[str, int] | None,
+    teacher_grids: Mapping[str, Size] | None = None,
+    class_tokens: Collection[str] = (),
+    num_levels: Mapping[str, int] | None = None,
+) -> StudentSize:
+    """The size of a run's student, counted without weights.
+
+    All matrix products and convolutions are counted, and backward as it runs: what is frozen costs no more
+    than the gradients that pass through it. `teacher_grids`: patches of 16 pixels where none are given.
+    `num_levels`: those that are distilled of each teacher; by default all, 0 for none.
+    Of a student that goes on (`init_from` in stage 1) its config is read.
+    """
+    patches = image_size[0] // 16, image_size[1] // 16
+    grids = {name: (teacher_grids or {}).get(name, patches) for name in teacher_dims}
+    levels = {name: (num_levels or {}).get(name, NUM_LEVELS) for name in teacher_dims}
+    distills = any(levels.values())
+    facts = {"teacher_dims": teacher_dims, "teacher_grids": grids, "class_tokens": class_tokens}
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        student = _blank(recipe, image_size, facts, tasks)
+        parameters, num_parameters = student.parameters_by_part(), student.num_parameters
+        set_learning(student, recipe, levels)
+        inputs: dict[str, Any] = {}
+        if isinstance(student, KPU):
+            inputs["teachers"] = {
+                name: Features(
+                    torch.empty(1, width) if name in class_tokens else None,
+                    torch.empty(1, width, *grids[name]),
+                )
+                for name, width in teacher_dims.items()
+            }
+        elif student.reads_features:
+            inputs["features"] = {
+                name: torch.empty(1, NUM_LEVELS, *grids[name], width) for name, width in teacher_dims.items()
+            }
+        pixels_B3HW = torch.empty(1, 3, *image_size)
+        output = student.eval()(pixels_B3HW, full=True, maps=distills, **inputs)
+        gmacs, attention_gmacs = _by_part(counter)
+        if isinstance(output, StudentOutput):
+            output = (
+                output.predictions,
+                [output.feature_maps[name][-count:] for name, count in levels.items() if count and distills],
+            )
+        torch.stack([tensor.sum() for tensor in _learning(output)]).sum().backward()
+    trained = sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad)
+    train_gmacs = counter.get_total_flops() / 2e9
+    return StudentSize(parameters, num_parameters, trained, gmacs, attention_gmacs, train_gmacs)
+
+
+def _blank(
+    recipe: StudentRecipe, image_size: Size, facts: Mapping[str, Any], tasks: Mapping[str, int] | None
+) -> Student:
+    if recipe.init_from and tasks is None:
+        config = read_config(find_saved(recipe.init_from))
+        require_known("student that can go on", str(config.pop("kind", None)), [SAK.kind])
+        grown = SAK(**config)
+        require_kept(recipe, grown)
+        grow(grown, facts["teacher_dims"], image_size)
+        return grown
+    arguments = recipe.model_dump(exclude={"init_from", "freeze", "lora_rank"}) | {"pretrained": False}
+    return build_student(**arguments, **facts, image_size=image_size, tasks=tasks)
+
+
+_RUNS = {
+    "stem": r"stem",
+    "spatial prior": r"vit_adapter\.prior",
+    "interactions": r"vit_adapter\.(injectors\.\d+|extractors\.\d+\.\d+)",  # between the stem's blocks
+    "projections": r"latent_space\.(s2t|t2s|rec)\.[^.]+",
+    "adapter paths": r"paths\.[^.]+",
+    "aligners": r"(paths\.[^.]+\.)?aligners\.([^.]+\.)?\d+",
+    "heads": r"decoder\.heads\.[^.]+",
+}
+
+
+def _by_part(counter: FlopCounterMode) -> tuple[dict[str, float], float]:
+    """(10⁹ multiply-accumulates of what has run, those of the stem's attention among them)."""
+    counts = counter.get_flop_counts()
+    parts = dict.fromkeys(_RUNS, 0.0)
+    attention = 0.0
+    for module, flops in counts.items():
+        _, _, name = module.partition(".")
+        for part, pattern in _RUNS.items():
+            if re.fullmatch(pattern, name):
+                parts[part] += sum(flops.values()) / 2e9
+        if name == "stem":
+            attention += sum(n for op, n in flops.items() if re.search("bmm|attention", str(op))) / 2e9
+    parts["stem"] -= parts["interactions"]
+    rest = counter.get_total_flops() / 2e9 - sum(parts.values())
+    return {part: n for part, n in (parts | {"routers and other": rest}).items() if n > 1e-9}, attention
+
+
+def _learning(output: Any) -> Iterator[Tensor]:
+    """The tensors with a gradient, however nested in mappings and sequences."""
+    if isinstance(output, Tensor):
+        if output.requires_grad:
+            yield output
+    elif output is not None:
+        for part in output.values() if isinstance(output, Mapping) else output:
+            yield from _learning(part)

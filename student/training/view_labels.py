@@ -1,0 +1,57 @@
+"""Labels of a data set on the views of a cache, for `FeatureLoader`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from teachercache.pipeline.cache import FeatureCache
+from teachercache.pipeline.errors import RecipeError
+from teachercache.pipeline.loading.batch_memory import TensorLayout
+from teachercache.pipeline.views import View
+from teachercache.student.datasets import open_dataset
+from teachercache.student.datasets.labels import render_labels
+from teachercache.student.models.base import require_known
+from teachercache.student.training.recipe import MultiTaskRecipe
+
+
+class ViewLabels:
+    """The labels of `recipe.dataset`, moved to the views as the images are
+    (`teachercache.pipeline.loading.loader.Labels`).
+
+    Samples are found by their keys. Raises `RecipeError` for a task that the data set does not have, and
+    where the cache holds images that have no labels in this split.
+    """
+
+    def __init__(self, recipe: MultiTaskRecipe, cache: FeatureCache) -> None:
+        self._dataset = open_dataset(recipe.dataset.kind, recipe.dataset.root, recipe.dataset.split)
+        self.tasks = tuple(recipe.tasks or self._dataset.tasks)
+        for task in self.tasks:
+            require_known("task of this data set", task, self._dataset.tasks)
+        self.channels = {task: self._dataset.tasks[task] for task in self.tasks}
+        self._size = cache.spec.views.size
+        self._index = {key: index for index, key in enumerate(self._dataset.keys)}
+        keys = [cache.key(sample) for sample in range(cache.num_samples)]
+        if strangers := [key for key in keys if key not in self._index]:
+            raise RecipeError(
+                "The cache holds images that have no labels in this split.",
+                got=f"{len(strangers)} of {len(keys)}, such as {strangers[0]}",
+                expected=f"the samples of {recipe.dataset.split} alone, such as {self._dataset.keys[0]}",
+                do="build the cache from the images of this split (docs/datasets.md)",
+            )
+
+    @property
+    def layouts(self) -> Mapping[str, TensorLayout]:
+        return {task: _layout(task, *self._size) for task in self.tasks}
+
+    def read(self, sample_key: str, view: View) -> Mapping[str, Tensor]:
+        labels = self._dataset.labels(self._index[sample_key], self.tasks)
+        return render_labels(labels, view, self._size)
+
+
+def _layout(task: str, height: int, width: int) -> TensorLayout:
+    if task == "normals":
+        return (3, height, width), torch.float32
+    return (height, width), torch.float32 if task == "depth" else torch.uint8

@@ -1,0 +1,107 @@
+"""`teachercache` is the one name to import, from a checkout and from a wheel."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import teachercache
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("pipeline", "cache_builder", "student", "jobs")
+
+
+def python(*arguments: str, folder: Path, path: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(path), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_the_face_offers_what_it_names() -> None:
+    for name in teachercache.__all__:
+        assert getattr(teachercache, name).__module__.startswith("teachercache.")
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = teachercache.nothing
+
+
+def test_importing_it_is_light(tmp_path: Path) -> None:
+    code = "import sys, teachercache; assert not {'torch', 'numpy', 'zarr', 'ray'} & set(sys.modules)"
+    done = python("-c", f"{code}; teachercache.pipeline, teachercache.student", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_old_name_is_one_line_that_says_the_new_one(tmp_path: Path) -> None:
+    done = python("-c", "import student.train", folder=tmp_path)
+    assert done.stderr.splitlines()[-1] == "ImportError: `student` is imported as `teachercache.student`"
+    for package in PACKAGES:
+        assert f"imported as `teachercache.{package}`" in (ROOT / package / "__init__.py").read_text()
+
+
+def test_modules_of_the_user_that_bear_the_old_names_are_in_nobodys_way(tmp_path: Path) -> None:
+    for package in PACKAGES:
+        (tmp_path / f"{package}.py").write_text("raise SystemExit('the wrong module')")
+    code = (
+        "from teachercache import FeatureCache, load_student; from teachercache.jobs.cli import main; main()"
+    )
+    done = python("-c", code, "--help", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_scripts_see_the_checkout_that_they_lie_in(tmp_path: Path) -> None:
+    checkout = tmp_path / "checkout"
+    for name in ("teachercache", *PACKAGES):
+        shutil.copytree(
+            ROOT / name, checkout / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    face = checkout / "teachercache/__init__.py"
+    face.write_text(face.read_text() + "\nprint('the copy')\n")
+    done = python(str(checkout / "jobs/evaluate_student.py"), "--help", folder=tmp_path)
+    assert (done.returncode, done.stdout.split("\n")[0]) == (0, "the copy"), done.stderr
+    scripts = [(ROOT / "jobs" / f"{name}.py").read_text() for name in ("cache_teachers", "train_student")]
+    (lines,) = re.findall(
+        r"^if not __package__:.*\n(?: .*\n)+", (checkout / "jobs/evaluate_student.py").read_text(), re.M
+    )
+    assert all(lines in script for script in scripts)
+
+
+def test_a_wheel_holds_files_and_no_links(tmp_path: Path) -> None:
+    checkout, wheels = tmp_path / "checkout", tmp_path / "wheels"
+    skipped = shutil.ignore_patterns(
+        "__pycache__", ".*", "*.egg-info", "build", "dist", "tests", "benchmarks"
+    )
+    shutil.copytree(ROOT, checkout, symlinks=True, ignore=skipped)
+    code = f"from setuptools.build_meta import build_wheel; build_wheel({str(wheels)!r})"
+    done = python("-c", code, folder=checkout)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = wheels.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+        archive.extractall(tmp_path / "installed")
+    shipped = {
+        f"teachercache/{path.relative_to(ROOT)}"
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert names == shipped | {"teachercache/__init__.py"}
+    script = "teachercache/jobs/evaluate_student.py"
+    for arguments in (("-m", "teachercache.jobs.evaluate_student"), (str(tmp_path / "installed" / script),)):
+        done = python(*arguments, "--help", folder=tmp_path, path=tmp_path / "installed")
+        assert done.returncode == 0, done.stderr
+
+
+def test_the_map_names_every_room() -> None:
+    page = (ROOT / "docs/design.md").read_text()
+    for package in PACKAGES:
+        part = page.split(f"\n{package}/ ")[1].split("\n\n")[0]
+        rooms = {path.parent.relative_to(ROOT / package) for path in (ROOT / package).rglob("__init__.py")}
+        missing = [f"{room}/" for room in rooms if room.name and f"{room}/" not in part]
+        missing += [path.name for path in (ROOT / package).glob("[!_]*.py") if path.name not in part]
+        assert not missing, f"docs/design.md says nothing of {missing} in {package}/"
