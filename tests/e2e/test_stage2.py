@@ -110,15 +110,11 @@ def test_online_teachers_give_the_losses_of_the_cache(cache: Path, scenes: Path,
     losses = []
     for features in ("cached", "online"):
         schedule = {"kind": "poly", "max_steps": 20, "final_lr": 0.0}
-        recipe = train_recipe(
-            cache, tmp_path / features, **stage_2(scenes, features=features, schedule=schedule)
-        )
-        train(recipe)
+        changes = {"features": features, "schedule": schedule, "optimizer": {"lr": 2e-5}}  # the paper's
+        train(train_recipe(cache, tmp_path / features, **stage_2(scenes, **changes)))
         losses.append(logged(tmp_path / features))
     assert len(losses[0]) == 20
-    assert losses[1][:2] == losses[0][:2]
-    assert losses[1][:10] == pytest.approx(losses[0][:10], rel=1e-5)
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4), "the rounding of a batch of another size grows"
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 def test_labels_alone_leave_the_features_unread(cache: Path, scenes: Path, tmp_path: Path) -> None:
