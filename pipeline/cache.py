@@ -230,7 +230,7 @@ class FeatureCache:
         """
         self.check_teachers([teacher])
         spec = self.spec.teachers[teacher]
-        shards = np.flatnonzero(self.committed(teacher)).tolist()
+        shards = self.commits(teacher)  # raises for a record that is not of this cache
         return self.manifest.moments(teacher, shards, (spec.num_levels, spec.width))
 
     def require_complete(self, teachers: Sequence[str] | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any, Self
 
 import torch
@@ -15,7 +16,7 @@ from teachercache.cache_builder.teachers.registry import (
     find_teacher,
     kind_of,
 )
-from teachercache.pipeline.errors import CacheMismatchError, TeacherInputError
+from teachercache.pipeline.errors import CacheMismatchError, TeacherError, TeacherInputError
 from teachercache.pipeline.records.spec import (
     GridKind,
     GridSpec,
@@ -136,6 +137,7 @@ def build_teacher(
     Raises `WeightsNotFoundError`, and `CacheMismatchError` when a spec that comes from a cache names
     other weights.
     """
+    _keep_float32()
     if isinstance(teacher, str):
         teacher = resolve_teacher(teacher, TeacherRecipe(**overrides), ViewPolicy.model_validate({}).size)
     elif overrides:
@@ -151,6 +153,18 @@ def build_teacher(
         )
     built.spec = teacher.model_copy(update={"weights_hash": built.weights_hash})
     return built.to(device)
+
+
+def _keep_float32() -> None:
+    """Variables that some container images set would put TF32 into float32 features, without a trace."""
+    torch.set_float32_matmul_precision("highest")  # TORCH_ALLOW_TF32_CUBLAS_OVERRIDE begins with "high"
+    if value := os.environ.get("NVIDIA_TF32_OVERRIDE"):
+        raise TeacherError(
+            "A variable of the environment would change the arithmetic of teachers.",
+            got=f"NVIDIA_TF32_OVERRIDE={value}",
+            expected="the precision that each teacher's spec states",
+            do="unset NVIDIA_TF32_OVERRIDE",
+        )
 
 
 def _preset(name: str, recipe: TeacherRecipe) -> Preset:

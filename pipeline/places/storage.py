@@ -44,7 +44,8 @@ from teachercache.pipeline.places.retries import is_passing, retrying
 
 LOCK_SUFFIX = ".lock"
 _READ_BLOCK = 1 << 22
-_END_NBYTES = 1 << 12
+_HTTP_S = 15.0
+_HEAD_NBYTES, _TAIL_NBYTES = 1 << 12, 1 << 16  # the tail holds the index of up to 4,000 rows
 _LOCK_POLL_S = 0.05
 _BREAK_WITHIN_S = 2.0
 _SAY_SO_AFTER_S = 5.0
@@ -63,15 +64,17 @@ class ChecksumWriter:
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self._hash = xxhash.xxh3_128()
-        self._head = self._tail = b""
+        self._head, self._tail = b"", bytearray()
         self.nbytes = 0
 
     def write(self, data: Buffer) -> None:
         self._file.write(data)
         self._hash.update(data)
         view = memoryview(data).cast("B")
-        self._head += view[: _END_NBYTES - len(self._head)]
-        self._tail = (self._tail + view[-_END_NBYTES:])[-_END_NBYTES:]
+        self._head += view[: _HEAD_NBYTES - len(self._head)]
+        self._tail += view[-_TAIL_NBYTES:]
+        if len(self._tail) > 8 * _TAIL_NBYTES:
+            del self._tail[:-_TAIL_NBYTES]
         self.nbytes += len(view)
 
     @property
@@ -81,7 +84,7 @@ class ChecksumWriter:
     @property
     def ends(self) -> str:
         """As `Storage.ends`."""
-        return _ends_hash(self._head, self._tail)
+        return _ends_hash(self._head, bytes(self._tail[-_TAIL_NBYTES:]))
 
 
 def _ends_hash(head: bytes, tail: bytes) -> str:
@@ -174,13 +177,13 @@ class Storage(ABC):
         return [self.read_range(*one) for one in zip(names, offsets, nbytes, strict=True)]
 
     def ends(self, names: Sequence[str], sizes: Sequence[int]) -> list[str]:
-        """xxh3-64, in hex, of the first and the last 4 KiB of files that should have these sizes.
+        """xxh3-64, in hex, of the first 4 and the last 64 KiB of files that should have these sizes.
 
         Tells files apart at the cost of two small reads each. Raises `FileNotFoundError`.
         """
-        starts = [max(0, size - _END_NBYTES) for size in sizes]
-        lengths = [min(size, _END_NBYTES) for size in sizes]
-        found = self.read_ranges([*names, *names], [*(0 for _ in names), *starts], [*lengths, *lengths])
+        starts = [*(0 for _ in sizes), *(max(0, size - _TAIL_NBYTES) for size in sizes)]
+        lengths = [min(size, most) for most in (_HEAD_NBYTES, _TAIL_NBYTES) for size in sizes]
+        found = self.read_ranges([*names, *names], starts, lengths)
         return [_ends_hash(*pair) for pair in zip(found[: len(names)], found[len(names) :], strict=True)]
 
     def each(self, read: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
@@ -522,7 +525,13 @@ class LocalStorage(Storage):
 
 
 def client_options(url: str) -> dict[str, Any]:
-    """What fsspec is told for a URL, beside what the user tells it (FSSPEC_S3): when to give up on S3."""
+    """What fsspec is told for a URL, beside what the user tells it (FSSPEC_S3): when to give up on it."""
+    if url.partition("://")[0] in ("http", "https") and find_spec("aiohttp") is not None:
+        from aiohttp import ClientTimeout
+
+        return {
+            "client_kwargs": {"timeout": ClientTimeout(total=None, sock_connect=_HTTP_S, sock_read=_HTTP_S)}
+        }
     if url.partition("://")[0] not in ("s3", "s3a") or find_spec("s3fs") is None:
         return {}
     from teachercache.pipeline.places.s3_patience import PatientSession

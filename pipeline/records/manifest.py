@@ -70,8 +70,8 @@ Model = TypeVar("Model", bound=Strict)
 class FileRecord(Strict):
     """Size in bytes and xxh3-128 checksum of one committed file.
 
-    `ends` is the xxh3-64 of its first and last 4 KiB, by which a reader tells at first touch whether this is
-    the file; empty in older records.
+    `ends` is the xxh3-64 of its first 4 and last 64 KiB, by which a reader tells at first touch whether this
+    is the file; empty in older records.
     """
 
     nbytes: int = Field(ge=0)

@@ -6,12 +6,14 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import fsspec
 
 from teachercache.pipeline.errors import SourceError, SourceNotFoundError, TeacherCacheError
+from teachercache.pipeline.places.retries import retrying
 from teachercache.pipeline.places.storage import LocalStorage, Storage, client_options
 
 _MAGIC = re.compile(r"[*?[]")
@@ -38,7 +40,7 @@ class Place:
             text = str(Path(text).expanduser().absolute())
         try:
             filesystem, path = fsspec.core.url_to_fs(text, **client_options(text))
-            is_folder, is_file = _is_folder_or_file(filesystem, path)
+            is_folder, is_file = retrying(partial(_is_folder_or_file, filesystem, path), text)
         except TeacherCacheError:
             raise
         except Exception as error:  # every object store has its own, for hosts, buckets and credentials

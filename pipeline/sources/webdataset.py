@@ -102,7 +102,7 @@ def _images(sample: list[_Field]) -> list[TarMember]:
 
 def _labels(file: IO[bytes], sample: list[_Field]) -> dict[str, str | None]:
     """The labels of a sample, None where one is unreadable, by the name without suffix of what holds it."""
-    labels: dict[str, str | None] = {}
+    labels, texts = dict[str, str | None](), set[str]()  # a `.cls` counts more than a `.json`, the first most
     for _, _, member in sample:
         name, suffix = splitext(member.name)
         if suffix.lower() not in (".cls", ".json") or member.problem is not None:
@@ -113,8 +113,9 @@ def _labels(file: IO[bytes], sample: list[_Field]) -> dict[str, str | None]:
         except (ValueError, RecursionError):
             labels.setdefault(name, None)
             continue
-        if label is not None and (is_text or labels.get(name) is None):
+        if label is not None and (labels.get(name) is None or (is_text and name not in texts)):
             labels[name] = label
+            texts |= {name} if is_text else set()
     return labels
 
 
@@ -123,9 +124,9 @@ def _label(data: bytes, is_text: bool) -> str | None:
     if len(data) >= _LONGEST_LABEL_BYTES:
         raise ValueError(f"{len(data):,} bytes")
     if is_text:
-        return data.decode().strip()
+        return data.decode("utf-8-sig").strip()
     content = json.loads(data)
     label = content.get("label") if isinstance(content, dict) else None
-    if label is not None and not isinstance(label, int | str):
+    if isinstance(label, bool) or not isinstance(label, int | str | None):
         raise ValueError("no label")
     return None if label is None else str(label)

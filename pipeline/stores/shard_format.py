@@ -2,6 +2,9 @@
 
 Each row's chunk, followed by its crc32c; then the index, a little-endian (offset, nbytes) pair of
 uint64 for each row, 2⁶⁴-1 twice for an absent chunk; then the index's own crc32c.
+
+Between chunks and index we write 16 bytes that no index names, so that no reader sees them: the xxh3-128 of
+all chunks. Two shards that differ anywhere so differ near their end (`Storage.ends`).
 """
 
 from __future__ import annotations

@@ -83,6 +83,7 @@ class ZarrShardWriter(ShardWriter):
 
     def finish(self) -> None:
         for array, index in self._index.items():
+            self._files[array].write(bytes.fromhex(self._files[array].checksum))
             _write_checked(self._files[array], index.tobytes())
 
     def files(self) -> dict[str, FileRecord]:

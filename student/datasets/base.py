@@ -84,7 +84,11 @@ class LabelledDataset(ABC):
 
     def image(self, index: int) -> Image.Image:
         """The image as a cache's builder decodes it: RGB, upright."""
-        return decode_image(self._path("images", self.keys[index]).read_bytes())
+        return decode_image(self.image_bytes(index))
+
+    def image_bytes(self, index: int) -> bytes:
+        """The image's file."""
+        return self._path("images", self.keys[index]).read_bytes()
 
     def labels(
         self, index: int, tasks: Iterable[str] | None = None, measured: bool = False

@@ -8,6 +8,7 @@ passed over and set aside as `step_00000100.damaged`.
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
@@ -42,7 +43,7 @@ def save_checkpoint(
     with saving(f"The checkpoint of step {step}", target):
         make_folder(folder)
         for leftover in folder.glob(f"*{TEMPORARY_SUFFIX}"):
-            shutil.rmtree(leftover)
+            _delete(leftover)
         try:
             temporary.mkdir()
             weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
@@ -58,9 +59,17 @@ def save_checkpoint(
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        for old in _checkpoints(folder)[:-keep]:  # by another name first: half of it would look whole
-            shutil.rmtree(old.rename(old.with_name(old.name + TEMPORARY_SUFFIX)))
+    for old in _checkpoints(folder)[:-keep]:  # by another name first: half of it would look whole
+        _delete(old.rename(old.with_name(old.name + TEMPORARY_SUFFIX)))
     return target
+
+
+def _delete(path: Path) -> None:
+    """A checkpoint, or the link or file that somebody put in its place."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -84,6 +93,9 @@ def load_newest(
             damaged[path] = error
             continue
         except OSError as error:  # of the moment, perhaps: no reason to pass a checkpoint over
+            if error.errno == errno.ELOOP:  # a link to itself
+                damaged[path] = _damaged(path, error)
+                continue
             raise CheckpointError(
                 f"The checkpoint {path} cannot be read.",
                 got=error,
@@ -191,11 +203,11 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
 
 def _read_state(path: Path) -> dict[str, Any]:
     try:
-        state: dict[str, Any] = json.loads((path / STATE).read_bytes())
-        sums = state["checksums"]
+        state: dict[str, Any] = json.loads(LocalStorage(path).read(STATE))
+        sums = dict(state["checksums"])
         known = {MODEL, OPTIMIZER} == set(sums) and all(isinstance(value, str) for value in sums.values())
         sound = known and type(state["step"]) is int and isinstance(state["run"], dict)
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError) as error:
+    except (FileNotFoundError, NotADirectoryError, RecursionError, ValueError, KeyError, TypeError) as error:
         raise _damaged(path / STATE, f"{type(error).__name__}: {error}") from error
     if not sound:
         raise _damaged(path / STATE, "keys are missing, or hold something else")

@@ -24,6 +24,7 @@ _ENGINES = {
     "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_SAGEMAKER": "SageMaker's own parallelism",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config (tensor, context, sequence or sharded)",
 }
 _SPLIT_STUDENT = {DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM}
@@ -56,7 +57,9 @@ def accelerator_for(recipe: TrainRecipe) -> Accelerator:
                 DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
             ],
         )
-    except (ValueError, RuntimeError) as error:
+        if accelerator.device.type == "meta":
+            raise ValueError("device meta holds no numbers")
+    except (ImportError, ValueError, RuntimeError) as error:
         there = [f"{name}={value}" for name, value in os.environ.items() if name.startswith("ACCELERATE_")]
         raise RecipeError(
             "accelerate does not start with what the environment says.",

@@ -96,13 +96,14 @@ class DatasetRecipe(Strict):
     """A data set with labels, in the folder `root` (docs/datasets.md says how it is laid out there).
 
     `fraction`: train on this part of the cache's samples (SAK, Table 18), the one that `teachercache subset`
-    keeps.
+    keeps. `reencoded`: the cache was built from copies of the images in other files, of as many pixels.
     """
 
     kind: Literal["pascal_context", "nyud", "scenes"]
     root: str
     split: str = "train"
     fraction: float = Field(1.0, gt=0, le=1)
+    reencoded: bool = False
 
 
 class MultiTaskRecipe(Strict):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -113,10 +113,16 @@ class RunLog:
 
     def _reopen(self) -> IO[str]:
         lines = self._file_path.read_bytes().split(b"\n") if self._file_path.exists() else [b""]
-        steps = [_step_of(line) for line in lines]
-        kept = [line for line, step in zip(lines, steps, strict=True) if -1 < step < self._first_step]
-        again = sum(step >= self._first_step for step in steps)
-        garbage = steps[:-1].count(-1)  # what is behind the last line break was torn by the end of a process
+        kept, last, again, garbage = list[bytes](), -1, 0, 0
+        for line, step in _steps(lines):
+            if step <= last:
+                garbage += line is not lines[-1]  # behind the last line break: torn when a process ended
+                continue
+            last = step
+            if step < self._first_step:
+                kept.append(line)
+            else:
+                again += 1
         if again:
             self._console.print(f"{again} steps that no checkpoint holds are taken again")
         if garbage:
@@ -126,10 +132,19 @@ class RunLog:
         return self._file_path.open("a")
 
 
-def _step_of(line: bytes) -> int:
-    """-1 for what is no line that was written here."""
-    try:
-        step = json.loads(line)["step"]
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return -1
-    return step if type(step) is int else -1
+def logged_steps(output: Path) -> int:
+    """How many steps a run has logged."""
+    file = output / METRICS_FILE
+    lines = file.read_bytes().split(b"\n") if file.is_file() else []
+    return 1 + max((step for _, step in _steps(lines)), default=-1)
+
+
+def _steps(lines: Sequence[bytes]) -> Iterator[tuple[bytes, int]]:
+    """Each line with its step, -1 for what is no line that was written here."""
+    for line in lines:
+        try:
+            row = json.loads(line)
+            step = row["step"] if type(row["loss"]) is float else -1
+        except (ValueError, TypeError, KeyError, RecursionError):
+            step = -1
+        yield line, step if type(step) is int else -1

@@ -54,7 +54,7 @@ from teachercache.student.training.notices import notices
 from teachercache.student.training.objectives import KPUObjective, Objective
 from teachercache.student.training.recipe import OF_KPU, TrainRecipe, run_identity
 from teachercache.student.training.run_lock import only_trainer
-from teachercache.student.training.run_log import RunLog
+from teachercache.student.training.run_log import METRICS_FILE, RunLog, logged_steps
 from teachercache.student.training.run_pictures import RunPictures
 from teachercache.student.training.schedule import SCHEDULES
 from teachercache.student.training.targets import (
@@ -339,6 +339,13 @@ def _resume(
     run: dict[str, Any],
 ) -> int:
     """Load the newest checkpoint of the output folder, if there is one; returns the first step to take."""
+    if recipe.checkpoint_folder.exists() and not recipe.checkpoint_folder.is_dir():
+        raise CheckpointError(
+            "There can be no checkpoints in this output folder.",
+            got=f"{recipe.checkpoint_folder}, which is no folder",
+            expected="a folder, or nothing",
+            do="move it away, or choose another output",
+        )
     newest = newest_checkpoint(recipe.checkpoint_folder)
     if newest is not None and not recipe.resume:
         raise CheckpointError(
@@ -355,6 +362,13 @@ def _resume(
             do="choose another output, or move that student away to train again",
         )
     first_step, damaged = load_newest(recipe.checkpoint_folder, student, optimizer, run)
+    if not first_step and (taken := logged_steps(Path(recipe.output))) > recipe.checkpoint_every_steps:
+        raise CheckpointError(
+            "The run has logged steps beyond its first checkpoint, and there is none to continue from.",
+            got=f"{taken} steps in {recipe.output}/{METRICS_FILE}, nothing in {recipe.checkpoint_folder}",
+            expected="the checkpoints of the run, or a folder without a run",
+            do="put them back, or choose another output to begin again",
+        )
     steps = accelerator.gather(torch.tensor([first_step], device=accelerator.device)).tolist()
     if len(set(steps)) > 1:
         raise CheckpointError(

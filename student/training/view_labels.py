@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+import xxhash
 from torch import Tensor
 
 from teachercache.pipeline.cache import FeatureCache
-from teachercache.pipeline.errors import RecipeError
+from teachercache.pipeline.errors import CacheMismatchError, RecipeError
 from teachercache.pipeline.loading.batch_memory import TensorLayout
+from teachercache.pipeline.sources import decode_image
+from teachercache.pipeline.sources.decode import HEAD_BYTES
 from teachercache.pipeline.views import View
 from teachercache.student.datasets import open_dataset
 from teachercache.student.datasets.labels import render_labels
@@ -32,8 +35,10 @@ class ViewLabels:
             require_known("task of this data set", task, self._dataset.tasks)
         self.channels = {task: self._dataset.tasks[task] for task in self.tasks}
         self._size = cache.spec.views.size
+        self._cache, self._checks_files, self._known = cache, not recipe.dataset.reencoded, set[int]()
         self._index = {key: index for index, key in enumerate(self._dataset.keys)}
-        keys = [cache.key(sample) for sample in range(cache.num_samples)]
+        keys = cache.samples["key"].to_pylist()
+        self._samples = {key: sample for sample, key in enumerate(keys)}
         if strangers := [key for key in keys if key not in self._index]:
             raise RecipeError(
                 "The cache holds images that have no labels in this split.",
@@ -47,8 +52,28 @@ class ViewLabels:
         return {task: _layout(task, *self._size) for task in self.tasks}
 
     def read(self, sample_key: str, view: View) -> Mapping[str, Tensor]:
-        labels = self._dataset.labels(self._index[sample_key], self.tasks)
-        return render_labels(labels, view, self._size)
+        index = self._index[sample_key]
+        if index not in self._known:
+            self._require_cached_image(sample_key, index)
+            self._known.add(index)
+        return render_labels(self._dataset.labels(index, self.tasks), view, self._size)
+
+    def _require_cached_image(self, sample_key: str, index: int) -> None:
+        """Labels of one image and features of another train without a sign. Once a sample and process."""
+        sample = self._samples[sample_key]
+        width, height, nbytes, head_hash = (
+            self._cache.samples[name][sample].as_py() for name in ("width", "height", "nbytes", "head_hash")
+        )
+        data = self._dataset.image_bytes(index)
+        same_file = (len(data), xxhash.xxh3_64_intdigest(data[:HEAD_BYTES])) == (nbytes, head_hash)
+        if not same_file and (self._checks_files or decode_image(data).size != (width, height)):
+            raise CacheMismatchError(
+                f"The labels of {sample_key} are not of the image that was cached.",
+                got=f"an image of {len(data):,} bytes in {self._dataset.root}",
+                expected=f"the one of {nbytes:,} bytes and {width}×{height} pixels that was cached",
+                do="name the data set of the cache (multitask.dataset.root), or build a cache of this one; "
+                "where the cache is of re-encoded copies, set multitask.dataset.reencoded=true",
+            )
 
 
 def _layout(task: str, height: int, width: int) -> TensorLayout:

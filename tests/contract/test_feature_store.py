@@ -17,6 +17,7 @@ import pytest
 import safetensors.torch
 import torch
 import webdataset
+import xxhash
 import zarr
 
 from teachercache import FeatureCache
@@ -31,6 +32,7 @@ from teachercache.pipeline.records.manifest import FileRecord
 from teachercache.pipeline.records.spec import StoreKind
 from teachercache.pipeline.stores import tar_index
 from teachercache.pipeline.stores.shard_format import ABSENT, checksum, index_nbytes, parse_index
+from teachercache.pipeline.verify import verify
 from tests.make_cache import commit_shard, features, make_cache, make_images, teacher_spec
 
 ROADS = ("direct", "zarr", "memory", "webdataset", "webdataset memory")
@@ -206,7 +208,27 @@ def test_shard_files_are_those_of_zarr_python(tmp_path: Path, images: Path) -> N
     reference[:12] = features(cache.spec, "t")["codes"][:12].numpy()
     for shard in (0, 1):
         name = f"c/{shard}/0/0/0/0"
-        assert (ours / name).read_bytes() == (tmp_path / "reference" / name).read_bytes()
+        data, expected = (ours / name).read_bytes(), (tmp_path / "reference" / name).read_bytes()
+        end = -index_nbytes(6)
+        assert (data[: end - 16], data[end:]) == (expected[:end], expected[end:])
+        assert data[end - 16 : end].hex() == xxhash.xxh3_128_hexdigest(expected[:end])
+
+
+@pytest.mark.parametrize("store", ["zarr", "webdataset"])
+def test_a_shard_with_one_other_row_in_its_middle_has_other_ends(
+    tmp_path: Path, images: Path, store: StoreKind
+) -> None:
+    teachers = {"t": teacher_spec(codec="f16", width=512, grid=4)}  # 64 KiB a row
+    cache = make_cache(tmp_path / "cache", images, teachers=teachers, store=store)
+    (name,) = cache.store.shard_files(cache.spec, "t", 0)
+    rows = features(cache.spec, "t")["codes"][:6].numpy()
+    rows[3, 1, 1, 1, 1] += 1
+    with cache.store.write_shard(cache.spec, "t", 0) as writer:
+        writer.write(range(6), {"codes": rows})
+    assert writer.files()[name].ends != cache.commits("t")[0].files[name].ends
+    with pytest.raises(CorruptShardError, match="is not the file that was committed"):
+        FeatureCache.open(cache.storage.url).read([0])
+    assert [problem.shard for problem in verify(FeatureCache.open(cache.storage.url))] == [0]
 
 
 @pytest.mark.parametrize("store", ["zarr", "webdataset"])

@@ -502,7 +502,7 @@ def test_a_table_of_one_long_text_in_every_line_is_not_unfolded(original: Path, 
     assert path.stat().st_size < 10_000
     pool = pa.default_memory_pool()
     before = pool.max_memory()
-    with pytest.raises(CacheError, match="2,000 lines with 2,097,152,000 bytes of key"):
+    with pytest.raises(CacheError, match=r"2,000 lines with [0-9,]+ bytes of key and more"):
         FeatureCache.open(folder).key(0)
     assert pool.max_memory() - before < 100e6
 

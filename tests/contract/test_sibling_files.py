@@ -32,17 +32,28 @@ TEACHERS = {
     "tiny": TINY | {"codec": "int8-hadamard", "cls_token": True},
     "twin": TINY | {"codec": "int8-hadamard", "cls_token": True, "random_seed": 1},
 }
-SIBLINGS = ["other views", "other weights", "other images", "other labels", "an older copy"]
+SIBLINGS = [
+    "other views",
+    "other weights",
+    "other images",
+    "one other image",
+    "other labels",
+    "an older copy",
+]
 DOCS = Path(__file__).parents[2] / "docs" / "operations.md"
 CHECKS = ("verify", "verify --full", "reading")
 _OF_THE_MOMENT = {"seconds", "host", "worker", "versions", "finished", "checksum"}
 
 
-def images(folder: Path, seed: int = 0, label: str = "cat") -> Path:
-    """A tar of five photographs and a file that is none, with labels. Their sizes do not depend on `seed`."""
+def images(folder: Path, seed: int = 0, label: str = "cat", only: int | None = None) -> Path:
+    """A tar of eight photographs and a file that is none, with labels. Their sizes do not depend on `seed`.
+
+    `only`: the one picture that `seed` changes.
+    """
     members: list[tuple[str, bytes]] = []
-    for i in range(6):
-        data = encode(photo(48, 40, 10 * seed + i)) if i != 4 else b"<html>%d</html>" % seed
+    for i in range(9):
+        drawn = 10 * seed + i if only in (None, i) else i
+        data = encode(photo(48, 40, drawn)) if i != 7 else b"<html>%d</html>" % drawn
         members += [(f"image_{i}.jpg", data.ljust(1500, b"\0")), (f"image_{i}.cls", label.encode())]
     return write_folder(folder, {"set.tar": tar_bytes(members)})
 
@@ -71,6 +82,9 @@ def caches(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         "other views": _build(root, "views", source, {"num_views": 3, "seed": 1}, store=store),
         "other weights": _build(root, "weights", source, {"num_views": 3}, weights=7, store=store),
         "other images": _build(root, "images_", images(root / "more", 1), {"num_views": 3}, store=store),
+        "one other image": _build(
+            root, "one", images(root / "one_", 1, only=4), {"num_views": 3}, store=store
+        ),
         "other labels": _build(root, "labels", images(root / "dogs", label="dog"), store=store),
     }
     return {"this": this, "an older copy": older, **others}

@@ -22,7 +22,7 @@ from teachercache import build, load_student
 from teachercache.jobs.cli import app
 from teachercache.jobs.train_plan import plan_training
 from teachercache.pipeline.cache import FeatureCache
-from teachercache.pipeline.errors import CheckpointError, RecipeError
+from teachercache.pipeline.errors import CacheMismatchError, CheckpointError, RecipeError
 from teachercache.pipeline.loading.sampler import random_samples
 from teachercache.pipeline.records.spec import ViewPolicy
 from teachercache.pipeline.views import View, draw_view
@@ -115,6 +115,16 @@ def test_online_teachers_give_the_losses_of_the_cache(cache: Path, scenes: Path,
         losses.append(logged(tmp_path / features))
     assert len(losses[0]) == 20
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_labels_of_other_images_are_refused(cache: Path, tmp_path: Path) -> None:
+    """Scenes of another seed have the same keys and sizes."""
+    write_scenes(tmp_path / "others", train=6, val=5, size=(40, 56), seed=7)
+    others = stage_2(tmp_path / "others")
+    with pytest.raises(CacheMismatchError, match="are not of the image that was cached"):
+        train(train_recipe(cache, tmp_path / "run", **others))
+    others["multitask"]["dataset"]["reencoded"] = True  # whoever says so is believed, where the sizes agree
+    assert train(train_recipe(cache, tmp_path / "again", **others)).steps == STEPS
 
 
 def test_labels_alone_leave_the_features_unread(cache: Path, scenes: Path, tmp_path: Path) -> None:

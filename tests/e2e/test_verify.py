@@ -120,7 +120,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_a_quick_look_reads_no_more_than_the_ends_of_a_shard(cache: Path) -> None:
     shard = shard_of(cache, "tiny", 1)
-    flip(shard, bit=8 * 10_000)
+    flip(shard, bit=8 * 6_000)
     assert verify(FeatureCache.open(cache)) == []
     (problem,) = verify(FeatureCache.open(cache), full=True)
     assert (problem.teacher, problem.shard) == ("tiny", 1)

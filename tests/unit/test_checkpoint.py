@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from torch.optim import AdamW
 
 from teachercache import build_student
 from teachercache.pipeline.errors import CheckpointError, DiskSpaceError
+from teachercache.pipeline.places import retries
 from teachercache.pipeline.places.storage import LocalStorage
 from teachercache.student.training.checkpoint import (
     load_newest,
@@ -107,6 +109,15 @@ def damage(file: Path, how: str) -> None:
         case "flipped":
             data[-1] ^= 1
             file.write_bytes(data)
+        case "a pipe":
+            file.unlink()
+            os.mkfifo(file)
+        case "a folder":
+            file.unlink()
+            file.mkdir()
+        case "a link to itself":
+            file.unlink()
+            file.symlink_to(file)
 
 
 @pytest.mark.parametrize("how", ["gone", "cut", "flipped"])
@@ -128,6 +139,8 @@ SUMS = '{"model.safetensors": "", "optimizer.safetensors": ""}'
         *(f'{{"step": {step}, "run": {{}}, "checksums": {SUMS}}}' for step in ("true", '"3"', "3.0")),
         f'{{"step": 3, "run": [], "checksums": {SUMS}}}',
         '{"step": 3, "run": {}, "checksums": [1, 2]}',
+        '{"step": 3, "run": {}, "checksums": ["model.safetensors", "optimizer.safetensors"]}',
+        "[" * 200_000,
     ],
 )
 def test_a_damaged_state_is_named(tmp_path: Path, content: str) -> None:
@@ -172,7 +185,7 @@ def two_saved(tmp_path: Path) -> tuple[Path, Path]:
     return older, save_checkpoint(tmp_path / "checkpoints", 5, model, optimizer, RUN, keep=2)
 
 
-@pytest.mark.parametrize("how", ["gone", "cut", "flipped"])
+@pytest.mark.parametrize("how", ["gone", "cut", "flipped", "a pipe", "a folder", "a link to itself"])
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
 def test_a_damaged_one_gives_way_to_the_one_before(tmp_path: Path, name: str, how: str) -> None:
     older, newest = two_saved(tmp_path)
@@ -242,10 +255,14 @@ def test_an_optimizer_of_another_shape_is_refused(tmp_path: Path, shape: tuple[i
         load_newest(path.parent, *make(0), RUN)
 
 
-def test_what_cannot_be_read_now_is_not_passed_over(tmp_path: Path) -> None:
+def test_what_cannot_be_read_now_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, newest = two_saved(tmp_path)
-    (newest / "state.json").unlink()
-    (newest / "state.json").symlink_to("state.json")  # opening it fails, as on a file system that is away
+
+    def away(storage: LocalStorage, name: str) -> bytes:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), name)
+
+    monkeypatch.setattr(LocalStorage, "_read", away)
+    monkeypatch.setattr(retries, "_PAUSES_S", ())
     with pytest.raises(CheckpointError, match=r"cannot be read(.|\n)*run the same command again"):
         load_newest(newest.parent, *make(0), RUN)
 
@@ -287,3 +304,20 @@ def test_a_power_cut_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "config.json",
         "model.safetensors",
     }
+
+
+@pytest.mark.parametrize("what", ["a link", "a file"])
+def test_what_is_no_folder_among_the_checkpoints_keeps_none_from_being_written(
+    tmp_path: Path, what: str
+) -> None:
+    """A checkpoint that was moved to a larger disk and linked back, say."""
+    older = saved(tmp_path)
+    elsewhere = older.rename(tmp_path / "elsewhere")
+    if what == "a link":
+        older.symlink_to(elsewhere)
+    else:
+        older.write_bytes(b"")
+    for step in (4, 5):
+        save_checkpoint(older.parent, step, *make(0), RUN, keep=1)
+        assert [path.name for path in older.parent.iterdir()] == [f"step_{step:08d}"]
+    assert (elsewhere / "state.json").exists()

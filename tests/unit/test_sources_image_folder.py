@@ -1,3 +1,4 @@
+import os
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -174,3 +175,12 @@ def test_a_png_with_an_embedded_workflow_is_an_image(tmp_path: Path) -> None:
     text = png_chunk(b"zTXt", b"workflow\0\0" + zlib.compress(bytes(2_000_000)))
     write_folder(tmp_path, {"comfy.png": PNG[:33] + text + PNG[33:]})
     assert scan(tmp_path)["comfy"]["status"] == "ok"
+
+
+def test_a_link_to_a_pipe_is_an_image_that_cannot_be_read(tmp_path: Path) -> None:
+    """Opening it would wait for somebody who writes."""
+    os.mkfifo(tmp_path / "pipe")
+    images = write_folder(tmp_path / "images", {"a.jpg": JPEG})
+    (images / "b.jpg").symlink_to(tmp_path / "pipe")
+    found = scan(images)
+    assert (found["a"]["status"], found["b"]["status"]) == ("ok", "cannot be read: not a regular file")

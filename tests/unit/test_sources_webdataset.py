@@ -294,3 +294,17 @@ def test_a_photograph_goes_before_other_formats(tmp_path: Path) -> None:
         "c.1": (len(gif), None, "ok"),
     }
     assert left_out == {".tif beside an image": 1}
+
+
+def test_a_key_that_comes_twice_keeps_its_first_label(tmp_path: Path) -> None:
+    found = scan_tar(tmp_path, ("a.jpg", JPEG), ("a.cls", b"1"), ("a.jpg", JPEG), ("a.cls", b"2"))
+    assert [row["label"] for row in found.values() if row["status"] == "ok"] == ["1"]
+
+
+@pytest.mark.parametrize(("data", "label"), [(b"\xef\xbb\xbf3", "3"), (b"3\r\n", "3")])
+def test_a_label_is_its_word(tmp_path: Path, data: bytes, label: str) -> None:
+    assert scan_tar(tmp_path, ("a.jpg", JPEG), ("a.cls", data))["a"]["label"] == label
+
+
+def test_true_is_no_label(tmp_path: Path) -> None:
+    assert scan_tar(tmp_path, ("b.jpg", JPEG), ("b.json", b'{"label": true}'))["b"]["label"] is None

@@ -302,7 +302,11 @@ def test_labels_that_are_not_finite_are_found(images: Path, cache: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "garbage", [b"\x00\xff\xfe\n", b"{}\n", b"[1]\n", b'{"step": "2"}\n', b'{"step": 1, "lo\n', b"\n\n"]
+    "garbage",
+    [
+        *(b"\x00\xff\xfe\n", b"{}\n", b"[1]\n", b'{"step": "2"}\n', b'{"step": 1, "lo\n', b"\n\n"),
+        *(b'{"step": 1, "loss": 9.0}\n', b'{"step": 4}\n'),
+    ],
 )
 def test_lines_that_cannot_be_read_do_not_keep_a_run_from_going_on(
     cache: Path, finished: Path, tmp_path: Path, garbage: bytes, capsys: pytest.CaptureFixture[str]
@@ -316,6 +320,20 @@ def test_lines_that_cannot_be_read_do_not_keep_a_run_from_going_on(
     told = capsys.readouterr().err
     assert f"{garbage.count(10)} lines of metrics.jsonl cannot be read" in told
     assert "2 steps that no checkpoint holds are taken again" in told
+
+
+def test_a_run_whose_checkpoints_are_gone_does_not_begin_again(
+    cache: Path, finished: Path, tmp_path: Path
+) -> None:
+    output = start_from(finished, 6, tmp_path)
+    logged_before = (output / "metrics.jsonl").read_bytes()
+    (output / "checkpoints").rename(output / "ck")
+    with pytest.raises(CheckpointError, match=r"8 steps in (.|\n)*choose another output"):
+        train(train_recipe(cache, output))
+    (output / "checkpoints").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="which is no folder"):
+        train(train_recipe(cache, output))
+    assert (output / "metrics.jsonl").read_bytes() == logged_before
 
 
 def test_a_damaged_newest_checkpoint_costs_its_own_steps(
