@@ -69,7 +69,7 @@ def test_verbs_that_build(odd: Path, cache: Path, tmp_path: Path) -> None:
         "cache: null\nsource: null\nrows_per_shard: 4\nviews: {size: [32, 32]}\nteachers:\n"
         "  tiny: {model: vit_tiny_patch16_224, pretrained: false, codec: f16}\n"
     )
-    words = recipe, f"cache='{odd / 'built'}'", f"source.path='{odd / 'images'}'"
+    words = recipe, f"cache={odd / 'built'}", f"source.path={odd / 'images'}"
     printed(run("plan", *words), odd / "built", odd / "images")
     printed(run("build", *words), odd / "built")
     grown = run("build", *words, "views.num_views=2")

@@ -101,7 +101,7 @@ def test_a_broken_cache(tmp_path: Path, images: Path) -> None:
     shard.write_bytes(b"x")
     text = Links(write_report(FeatureCache.open(cache.storage.url))).text
     assert "has 1 bytes" in text
-    assert "cannot be read" in text
+    assert "is not the file that was committed" in text
     assert "Channels and norms of alpha" in text
     (tmp_path / "cache/commits/beta/00001.json").write_text("{")
     text = Links(write_report(FeatureCache.open(cache.storage.url))).text

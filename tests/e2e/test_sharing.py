@@ -98,7 +98,7 @@ def test_to_share_a_student_takes_neither_cache_nor_ray_nor_teachers() -> None:
 
 def test_a_checkpoint_of_the_authors_becomes_a_student(tmp_path: Path) -> None:
     student = build_student(
-        "sak", stem="vit_small_patch16_384", teacher_dims={"sam": 384}, image_size=(32, 64)
+        "sak", stem="vit_small_patch16_384", teacher_dims={"sam": 384}, image_size=(32, 64), sak_compat=True
     ).eval()
     theirs = {
         name.replace("stem.vit.", "vit.").replace("paths.sam.adapters.", "tsap.sam."): tensor
