@@ -15,8 +15,8 @@ from teachercache import build_student
 from teachercache.cache_builder.plan import bytes_per_row
 from teachercache.cache_builder.recipe import BuildRecipe
 from teachercache.cache_builder.teachers import resolve_teacher
+from teachercache.jobs.recipes import SHIPPED, find_recipe
 from teachercache.jobs.train_plan import plan_training
-from teachercache.pipeline.recipe import SHIPPED, load_recipe
 from teachercache.student.datasets import dataset_class
 from teachercache.student.measuring.paper_results import paper_rows
 from teachercache.student.training.recipe import DistillationRecipe, TrainRecipe
@@ -33,7 +33,7 @@ BLOCKS = "".join(re.findall(r"^```\n(.*?)^```", PAGE.read_text(), re.MULTILINE |
 
 def recipe_of(command: str) -> TrainRecipe:
     name, _, *overrides = command.split()
-    return load_recipe(TrainRecipe, name, overrides)
+    return find_recipe(TrainRecipe, name, overrides)
 
 
 def row(tables: str, what: str) -> re.Match[str]:
@@ -131,14 +131,14 @@ def test_a_header_says_what_the_papers_own_loss_would_take(name: str) -> None:
     told = header.partition("# Exact ")[2]
     here, exact = (float(number.replace(",", "")) for number in re.findall(r"([\d.,]+) TB", told))
     overrides = re.findall(r"(?:views|teachers)\.\S+=\S+", told)
-    recipe = load_recipe(TrainRecipe, name)
+    recipe = find_recipe(TrainRecipe, name)
     images = (
         1_281_167
         if recipe.multitask is None
         else {"pascal_context": 4998, "nyud": 795}[recipe.multitask.dataset.kind]
     )
     for stated, chosen in ((here, []), (exact, overrides)):
-        build = load_recipe(BuildRecipe, Path(recipe.cache).name, chosen)
+        build = find_recipe(BuildRecipe, Path(recipe.cache).name, chosen)
         specs = [resolve_teacher(n, t, build.views.size, build.sak_compat) for n, t in build.teachers.items()]
         nbytes = images * build.views.num_views * sum(map(bytes_per_row, specs))
         assert stated == pytest.approx(nbytes / 1e12, rel=0.005)
@@ -150,25 +150,25 @@ def test_commands_in_full_are_recipes() -> None:
     lines = BLOCKS.splitlines()
     builds = [shlex.split(line)[2:] for line in lines if line.startswith("teachercache build")]
     trainings = [shlex.split(line.split("student.py")[1]) for line in lines if "train_student.py" in line]
-    teachers = [list(load_recipe(BuildRecipe, name, overrides).teachers) for name, *overrides in builds]
+    teachers = [list(find_recipe(BuildRecipe, name, overrides).teachers) for name, *overrides in builds]
     assert ["siglip"] in teachers
     assert ["dinov2", "clip", "sam", "siglip"] in teachers
     assert len(trainings) == 2
     for name, *overrides in trainings:
-        load_recipe(TrainRecipe, name, overrides)
+        find_recipe(TrainRecipe, name, overrides)
 
 
 @pytest.mark.parametrize("data", ["pascal", "nyud"])
 @pytest.mark.parametrize("size", ["small", "base", "large"])
 def test_the_recipes_are_those_of_the_paper(data: str, size: str) -> None:
-    recipe = load_recipe(TrainRecipe, f"sak_stage2_{data}_{size}")
+    recipe = find_recipe(TrainRecipe, f"sak_stage2_{data}_{size}")
     assert (recipe.optimizer.lr, recipe.optimizer.weight_decay, recipe.clip_norm) == (2e-5, 1e-6, 10)
     assert (recipe.schedule.kind, recipe.schedule.steps(1.0)) == ("poly", (40_000, 0))
     assert recipe.images_per_step(num_processes=2) == 4
     assert recipe.distillation.weight == 1
     assert recipe.student.stem == f"vit_{size}_patch16_384"
     assert recipe.multitask is not None
-    build = load_recipe(BuildRecipe, Path(recipe.cache).name)
+    build = find_recipe(BuildRecipe, Path(recipe.cache).name)
     assert build.views.policy == "multitask_train"
     assert build.views.size == ((512, 512) if data == "pascal" else (448, 576))
     assert Path(build.source.path).parts[-2:] == (f"{recipe.multitask.dataset.kind}_images", "train")
