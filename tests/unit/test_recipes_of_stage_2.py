@@ -18,7 +18,13 @@ from teachercache.cache_builder.teachers import resolve_teacher
 from teachercache.jobs.recipes import SHIPPED, find_recipe
 from teachercache.jobs.train_plan import plan_training
 from teachercache.student.datasets import dataset_class
-from teachercache.student.measuring.paper_results import paper_rows
+from teachercache.student.measuring.paper_results import (
+    DEPTH_PROBES,
+    GMACS,
+    KPU_LINEAR_PROBE,
+    SIMILARITIES,
+    paper_rows,
+)
 from teachercache.student.training.recipe import DistillationRecipe, TrainRecipe
 from teachercache.student.training.train_plan import make_train_plan
 
@@ -104,6 +110,57 @@ def test_a_line_expects_what_the_paper_prints(line: re.Match[str]) -> None:
             [*row.scores.values(), *(figures[len(row.scores) :] if row.gain is None else [row.gain])]
             for row in rows
         ]
+
+
+def header_of(recipe: str) -> str:
+    header, _, _ = (SHIPPED / f"{recipe}.yaml").read_text().partition("\ncache:")
+    return " ".join(line.lstrip("# ") for line in header.splitlines())
+
+
+@pytest.mark.parametrize("size", ["small", "base", "large"])
+@pytest.mark.parametrize(("data", "dataset"), [("pascal", "pascal_context"), ("nyud", "nyud")])
+def test_a_header_expects_what_the_paper_prints(size: str, data: str, dataset: str) -> None:
+    header = header_of(f"sak_stage2_{data}_{size}").partition("Metric ")[2]
+    stated = re.findall(r"((?:(?:[a-z]+ )?[\d.]+, )+)Δm (-?[\d.]+) \(Table (\d+)\)", header)
+    assert len(stated) == 1 + ((size, data) == ("base", "pascal"))  # whose teachers are ViT-B too
+    for scores, gain, table in stated:
+        rows = [
+            row for row in paper_rows(dataset, None, int(table)) if row.backbone == f"ViT-{size[0].upper()}"
+        ]
+        (row,) = (row for row in rows if row.model.startswith("SAK of") and row.gain == float(gain))
+        assert [float(figure) for figure in re.findall(r"[\d.]+", scores)] == list(row.scores.values())
+        assert re.findall("[a-z]+", scores) in (["cache"], list(row.scores))  # or in their order alone
+
+
+def test_figures_of_stage_1_and_of_probes_are_those_that_the_papers_print() -> None:
+    page = " ".join(PAGE.read_text().split())
+    for recipe, student in (
+        ("base …", "adapter paths"),
+        ("base … student.adapter_paths=false", "no adapter paths"),
+    ):
+        dinov2, clip, sam, mean = map("{:.4f}".format, SIMILARITIES[student].values())
+        (line,) = (row for row in ROWS if row["command"].partition(" output=")[0] == f"sak_stage1_{recipe}")
+        assert line["expected"].startswith(
+            f"similarity {dinov2} to DINOv2, {clip} to CLIP, {sam} to SAM; {mean}"
+        )
+    dinov2, clip, sam, mean = map("{:.2f}".format, SIMILARITIES["adapter paths"].values())
+    similarity = (
+        f"similarity {mean} on the validation set (DINOv2 {dinov2}, CLIP {clip}, SAM {sam}; Table 17)"
+    )
+    assert similarity in header_of("sak_stage1_base")
+    assert f"top-1 {KPU_LINEAR_PROBE} of a linear layer" in header_of("kpu_base")
+    three, one, dino = (
+        "{:.3f} and {:.3f}".format(*DEPTH_PROBES[model])
+        for model in (
+            "SAK of 3 teachers, ViT-B/16",
+            "SAK of DINOv2, ViT-B/16",
+            "DINOv2 (teacher upper bound), ViT-B/14",
+        )
+    )
+    assert f"{three} m for SAK of three teachers, {one} for SAK of DINOv2, {dino} for DINOv2." in page
+    assert f"the paper has {GMACS['student']} and {GMACS['all']} in the last two places" in page
+    (oracle,) = (row for row in paper_rows("pascal_context", None, 2) if row.model == "Oracle of teachers")
+    assert f"in Table 12: {' '.join(f'{score:.2f}' for score in oracle.scores.values())}." in page
 
 
 def test_tables_of_the_paper_have_lines() -> None:
