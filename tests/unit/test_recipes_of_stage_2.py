@@ -120,7 +120,7 @@ def header_of(recipe: str) -> str:
 @pytest.mark.parametrize("size", ["small", "base", "large"])
 @pytest.mark.parametrize(("data", "dataset"), [("pascal", "pascal_context"), ("nyud", "nyud")])
 def test_a_header_expects_what_the_paper_prints(size: str, data: str, dataset: str) -> None:
-    header = header_of(f"sak_stage2_{data}_{size}").partition("Metric ")[2]
+    title, _, header = header_of(f"sak_stage2_{data}_{size}").partition("Metric ")
     stated = re.findall(r"((?:(?:[a-z]+ )?[\d.]+, )+)Δm (-?[\d.]+) \(Table (\d+)\)", header)
     assert len(stated) == 1 + ((size, data) == ("base", "pascal"))  # whose teachers are ViT-B too
     for scores, gain, table in stated:
@@ -129,6 +129,7 @@ def test_a_header_expects_what_the_paper_prints(size: str, data: str, dataset: s
         ]
         (row,) = (row for row in rows if row.model.startswith("SAK of") and row.gain == float(gain))
         assert [float(figure) for figure in re.findall(r"[\d.]+", scores)] == list(row.scores.values())
+        assert f"ViT-{size[0].upper()} student ({row.parameters_m}M parameters)" in title
         assert re.findall("[a-z]+", scores) in (["cache"], list(row.scores))  # or in their order alone
 
 
