@@ -49,6 +49,7 @@ from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.records.spec import ViewPolicy
 from teachercache.student.datasets.scenes import write_scenes
 from teachercache.student.measuring.evaluate import evaluate
+from teachercache.student.measuring.paper_results import SIMILARITIES, paper_rows
 from teachercache.student.measuring.repsim import representation_similarity
 from teachercache.student.measuring.task_outputs import TASK_OUTPUTS
 from teachercache.student.metrics import mtl_gain
@@ -76,14 +77,23 @@ SIMILARITY = {  # of which student, and what its row is called
     "no paths": ("no paths", "no paths: through linear aligners"),
     "paths": ("paths", "paths"),
 }
-PAPER_SIMILARITY = {"no paths": 0.3344, "paths": 0.8707}  # Table 17, over its three teachers
-PAPER_GAIN = {  # Tables 3 and 4
-    "no paths": -1.21,
-    "sum": -2.03,
-    "mor": -0.03,
-    "neither": -4.04,
-    "stage 2 alone": -3.63,
-    "stage 1 alone": -0.60,
+PAPER_SIMILARITY = {  # over its three teachers
+    "no paths": SIMILARITIES["no adapter paths"]["mean"],
+    "paths": SIMILARITIES["adapter paths"]["mean"],
+}
+PRINTED = {
+    row.model: row.gain
+    for table in (3, 4)
+    for row in paper_rows("pascal_context", None, table)
+    if row.gain is not None
+}
+PAPER_GAIN = {
+    "no paths": PRINTED["no adapter paths, no routers"],
+    "sum": PRINTED["adapter paths, summed"],
+    "mor": PRINTED["adapter paths and routers"],
+    "neither": PRINTED["neither stage 1 nor distillation"],
+    "stage 2 alone": PRINTED["distillation, no stage 1"],
+    "stage 1 alone": PRINTED["stage 1, no distillation in stage 2"],
 }
 PATHS_CLAIM = "paths nearer than"
 CLAIMS = {  # Δm of the first above that of the second

@@ -11,18 +11,13 @@ from torch import Tensor
 from teachercache.cache_builder.calibrate import CalibrationSample, sample_features
 from teachercache.cache_builder.plan import Plan, bytes_per_row
 from teachercache.cache_builder.teachers import build_teacher
-from teachercache.pipeline.codecs import get_codec
+from teachercache.pipeline.codecs import codec_names, get_codec
 from teachercache.pipeline.codecs.fidelity import Fidelity, compare, measure_fidelity
 from teachercache.pipeline.errors import DiskSpaceError
 from teachercache.pipeline.grids import stored_form, upsample
 from teachercache.pipeline.records.spec import GridSpec, Size, TeacherSpec
 from teachercache.pipeline.units import human_bytes
 
-CODECS = (
-    *("f16", "int8-hadamard", "int6-hadamard", "int5-hadamard"),
-    *("int4-hadamard", "int4-trellis", "int4-dct", "int3-hadamard"),
-)
-DCT_ROWS = 8  # fewer say too little about the mean squares by which `int4-dct` divides its bits
 _OTHER_GRID = 1e-6  # in squared error: more than float16's rounding, less than any quantiser's
 
 GRID_COSTS = {
@@ -70,13 +65,13 @@ def candidates(
 ) -> list[TeacherSpec]:
     """Every grid with every codec: the teacher's own grid, and the smaller one where it is smaller.
 
-    That is the recipe's, if it names one, else the adjoint on the student's. Without `codecs` they are those
-    of `CODECS`; `int4-dct` is left out where the calibration sample of `num_rows` is too small for it, or
-    the channels do not fill bytes.
+    That is the recipe's, if it names one, else the adjoint on the student's. Without `codecs` they are the
+    advised ones, without those for which the calibration sample of `num_rows` is too small, or the width
+    unfit.
     """
     if codecs is None:
-        with_dct = num_rows >= DCT_ROWS and teacher.width % 8 == 0
-        codecs = [codec for codec in CODECS if with_dct or codec != "int4-dct"]
+        advised = map(get_codec, codec_names("advised"))
+        codecs = [c.name for c in advised if c.least_rows <= num_rows and c.fits(teacher.width)]
     other = teacher.grid if teacher.grid.size else GridSpec(kind="adjoint", size=student_grid)
     assert other.size is not None
     height, width = teacher.native_grid

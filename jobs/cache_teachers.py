@@ -30,13 +30,13 @@ if not __package__:  # run as a script: it sees the packages from where they lie
 from teachercache.cache_builder.builder import build
 from teachercache.cache_builder.recipe import BuildRecipe
 from teachercache.jobs.launch import recipe_and_overrides, require_absolute_in_job, run
-from teachercache.pipeline.recipe import load_recipe
+from teachercache.jobs.recipes import find_recipe
 from teachercache.pipeline.terminal import Terminal
 
 
 def main() -> None:
     path, overrides = recipe_and_overrides(__doc__ or "")
-    recipe = load_recipe(BuildRecipe, path, ["runner.kind=ray", *overrides])
+    recipe = find_recipe(BuildRecipe, path, ["runner.kind=ray", *overrides])
     require_absolute_in_job("cache", recipe.cache)
     require_absolute_in_job("source.path", recipe.source.path)
     result = build(recipe, Terminal())

@@ -30,10 +30,10 @@ from teachercache.jobs.inspection.pictures import loss_curve, pca_maps
 from teachercache.jobs.inspection.summary import summarize
 from teachercache.jobs.inspection.tables import summary_table
 from teachercache.jobs.launch import run
+from teachercache.jobs.recipes import find_recipe
 from teachercache.pipeline import FeatureCache
 from teachercache.pipeline.errors import TeacherCacheError, WeightsNotFoundError
 from teachercache.pipeline.places.durable import rename
-from teachercache.pipeline.recipe import load_recipe
 from teachercache.pipeline.sources import open_source
 from teachercache.pipeline.sources.keys import OK
 from teachercache.pipeline.terminal import Terminal
@@ -132,7 +132,7 @@ def collect_images(images: list[Path], folder: Path) -> Path:
 
 def build_recipe(folder: Path, images: Path, pretrained: bool, console: Console) -> BuildRecipe:
     overrides = [f"cache={folder / 'cache'}", f"source.path={images}"]
-    recipe = load_recipe(BuildRecipe, "demo", overrides)
+    recipe = find_recipe(BuildRecipe, "demo", overrides)
     if not pretrained:
         console.print("Teachers with random weights (PRETRAINED=1 asks for the real ones).")
         return recipe
@@ -144,7 +144,7 @@ def build_recipe(folder: Path, images: Path, pretrained: bool, console: Console)
         console.print(f"Real weights cannot be had, so they are random:\n{error}", style="yellow")
         return recipe
     console.print("Teachers with their real weights.")
-    return load_recipe(BuildRecipe, "demo", [*overrides, *real])
+    return find_recipe(BuildRecipe, "demo", [*overrides, *real])
 
 
 def train(cache: FeatureCache, folder: Path) -> None:

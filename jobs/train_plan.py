@@ -12,9 +12,9 @@ from teachercache.cache_builder.recipe import BuildRecipe
 from teachercache.cache_builder.teachers import resolve_teacher
 from teachercache.cache_builder.teachers.flops import teacher_gmacs, teacher_parameters
 from teachercache.jobs.inspection.tables import columns_table, lines
+from teachercache.jobs.recipes import find_recipe
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import CacheNotFoundError, RecipeError
-from teachercache.pipeline.recipe import load_recipe
 from teachercache.pipeline.records.spec import Size, TeacherSpec
 from teachercache.pipeline.units import human_bytes
 from teachercache.student.datasets import dataset_class
@@ -64,7 +64,7 @@ def _cache_facts(recipe: TrainRecipe) -> tuple[Size, dict[str, TeacherSpec], int
     try:
         spec = FeatureCache.open(recipe.cache).spec
     except CacheNotFoundError:
-        build = load_recipe(BuildRecipe, Path(recipe.cache).name)
+        build = find_recipe(BuildRecipe, Path(recipe.cache).name)
         size = build.views.size
         return (
             size,

@@ -27,14 +27,14 @@ if not __package__:  # run as a script: it sees the packages from where they lie
     )
 
 from teachercache.jobs.launch import recipe_and_overrides, run
-from teachercache.pipeline.recipe import load_recipe
+from teachercache.jobs.recipes import find_recipe
 from teachercache.student.training.recipe import TrainRecipe
 from teachercache.student.training.train import train
 
 
 def main() -> None:
     path, overrides = recipe_and_overrides(__doc__ or "")
-    result = train(load_recipe(TrainRecipe, path, overrides))
+    result = train(find_recipe(TrainRecipe, path, overrides))
     if result.interrupted:
         raise SystemExit(128 + signal.SIGTERM)
 

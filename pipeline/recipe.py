@@ -25,14 +25,18 @@ from teachercache.pipeline.environment import named_variables
 from teachercache.pipeline.errors import RecipeError
 
 Model = TypeVar("Model", bound=BaseModel)
-SHIPPED = Path(__file__).parent.parent / "jobs" / "recipes"
 _NULL, _BOOL, _STR, _MERGE = (f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "str", "merge"))
 _NOT_DECIMAL = re.compile(r"[-+]?0[0-9xb_]|.*:")  # octal, hexadecimal, binary or of base 60 to YAML
 
 
-def load_recipe(model: type[Model], path: str | Path, overrides: Sequence[str] = ()) -> Model:
-    """The recipe at `path` (or a shipped one, by name) with overrides applied. Raises `RecipeError`."""
-    file = _find(Path(path))
+def load_recipe(
+    model: type[Model], path: str | Path, overrides: Sequence[str] = (), shipped: Path | None = None
+) -> Model:
+    """The recipe at `path` (or in the folder `shipped`, by name) with overrides applied.
+
+    Raises `RecipeError`.
+    """
+    file = _find(Path(path), shipped)
     with named_variables(path):
         return _load(model, file.read_bytes(), overrides, str(file))
 
@@ -78,18 +82,18 @@ def check_recipe(model: type[Model], content: Any, origin: str) -> Model:
         ) from error
 
 
-def _find(path: Path) -> Path:
-    shipped = SHIPPED / path.with_suffix(".yaml").name
+def _find(path: Path, shipped: Path | None) -> Path:
     if path.is_file():
         return path
-    if len(path.parts) == 1 and shipped.is_file():
-        return shipped
-    names = sorted(recipe.stem for recipe in SHIPPED.glob("*.yaml"))
+    names = sorted(recipe.stem for recipe in shipped.glob("*.yaml")) if shipped else []
+    if shipped and len(path.parts) == 1 and path.stem in names:
+        return shipped / f"{path.stem}.yaml"
     near = difflib.get_close_matches(path.stem, names, 1)
     raise RecipeError(
         "There is no such recipe.",
         got=str(path),
-        expected=f"a YAML file, or one of the recipes that ship with teachercache: {', '.join(names)}",
+        expected="a YAML file"
+        + (f", or one of the recipes that ship with teachercache: {', '.join(names)}" if names else ""),
         do=f"did you mean {near[0]}?" if near else "check the path",
     )
 

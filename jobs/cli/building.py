@@ -29,10 +29,10 @@ def plan(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     from teachercache.cache_builder.builder import prepare
     from teachercache.cache_builder.recipe import BuildRecipe
     from teachercache.jobs.inspection.tables import options_table, plan_table
-    from teachercache.pipeline.recipe import load_recipe
+    from teachercache.jobs.recipes import find_recipe
     from teachercache.pipeline.units import human_bytes
 
-    checked = load_recipe(BuildRecipe, recipe, overrides or [])
+    checked = find_recipe(BuildRecipe, recipe, overrides or [])
     drafted, _, result = prepare(checked, console)
     console.print(plan_table(result))
     if checked.budget is not None:
@@ -64,9 +64,9 @@ def build(
     from teachercache.cache_builder.builder import prepare
     from teachercache.cache_builder.recipe import BuildRecipe
     from teachercache.jobs.inspection.tables import plan_table
-    from teachercache.pipeline.recipe import load_recipe
+    from teachercache.jobs.recipes import find_recipe
 
-    checked = load_recipe(BuildRecipe, recipe, overrides or [])
+    checked = find_recipe(BuildRecipe, recipe, overrides or [])
     if dry_run:
         console.print(plan_table(prepare(checked, console)[2]))
         return
@@ -95,9 +95,9 @@ def calibrate(
     from teachercache.cache_builder.builder import prepare
     from teachercache.cache_builder.recipe import BuildRecipe
     from teachercache.jobs.inspection.tables import options_table
-    from teachercache.pipeline.recipe import load_recipe
+    from teachercache.jobs.recipes import find_recipe
 
-    checked = load_recipe(BuildRecipe, recipe, overrides or [])
+    checked = find_recipe(BuildRecipe, recipe, overrides or [])
     drafted, spec, _ = prepare(checked, console)
     tried = [name.strip() for name in codecs.split(",")] if codecs else None
     specs = _candidates(checked, drafted, tried)

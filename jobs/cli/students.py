@@ -42,10 +42,10 @@ def train(
 
     Example: `teachercache train sak_stage1_base cache=/data/cache output=runs/base`
     """
-    from teachercache.pipeline.recipe import load_recipe
+    from teachercache.jobs.recipes import find_recipe
     from teachercache.student.training.recipe import TrainRecipe
 
-    checked = load_recipe(TrainRecipe, recipe, overrides or [])
+    checked = find_recipe(TrainRecipe, recipe, overrides or [])
     if dry_run:
         from teachercache.jobs.train_plan import costs_table, plan_training, train_plan_table
 

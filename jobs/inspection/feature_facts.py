@@ -19,9 +19,6 @@ from teachercache.pipeline.grids import pool
 from teachercache.pipeline.records.feature_stats import FeatureMoments
 from teachercache.pipeline.records.spec import GridSpec
 
-# Without int4-trellis: two rows of SAM-L alone would take a third of the minute that a report may take.
-TRIED_CODECS = ("f16", "int8-hadamard", "int4-hadamard", "int4-dct", "int3-hadamard")
-_ROWS_TO_LEARN_FROM, _DCT_ROWS, _FEWEST_DCT_ROWS = 2, 6, 4
 _SHOWN_NORMS = (0.01, 0.99)  # quantiles; few tokens with huge norms must not take the range
 _LOUD = 10.0  # times the energy of the median channel
 
@@ -102,19 +99,15 @@ class CodecTrial:
 
 
 def rows_to_learn_from(codec: str, rows: Sequence[int]) -> Sequence[int]:
-    """As many of these rows as the codec needs: a dct has a table entry for every place of a map.
-
-    Raises `CodecError` where the rows are too few for any table to mean something.
-    """
-    if not codec.endswith("-dct"):
-        return rows[:_ROWS_TO_LEARN_FROM]
-    if len(rows) < _FEWEST_DCT_ROWS:
+    """As many of these rows as the codec's tables need. Raises `CodecError` where they are too few."""
+    fewest, most = get_codec(codec).trial_rows
+    if len(rows) < fewest:
         raise CodecError(
             f"{codec} cannot be learnt from {len(rows)} rows.",
-            expected=f"{_FEWEST_DCT_ROWS} rows beside those that are compared",
-            do="look at a cache of more samples, or choose a codec that is not of kind dct",
+            expected=f"{fewest} rows beside those that are compared",
+            do="look at a cache of more samples, or choose a codec that asks for fewer",
         )
-    return rows[:_DCT_ROWS]
+    return rows[:most]
 
 
 def try_codec(name: str, calibration_RSHWC: Tensor, maps_RSHWC: Tensor) -> CodecTrial:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from teachercache.jobs.inspection.charts import channel_curve, error_curve, matrix, norm_histogram, number
 from teachercache.jobs.inspection.feature_facts import (
-    TRIED_CODECS,
     CodecTrial,
     LevelFacts,
     finite,
@@ -39,6 +38,7 @@ from teachercache.jobs.inspection.tables import quarantine_line, summary_facts, 
 from teachercache.jobs.inspection.teacher_maps import TeacherMaps
 from teachercache.jobs.inspection.timeline import timeline
 from teachercache.pipeline.cache import FeatureCache
+from teachercache.pipeline.codecs import codec_names, get_codec
 from teachercache.pipeline.errors import CodecError, TeacherCacheError
 from teachercache.pipeline.looking.feature_pictures import heat, jpeg_uri, png_uri
 from teachercache.pipeline.looking.map_reader import MapReader
@@ -229,7 +229,7 @@ def _codecs(reader: MapReader, teacher: TeacherMaps) -> str:
         return section(title, note="No row could be read.")
     tried = rows[: min(_TRIAL_ROWS, max(len(rows) // 2, 1))]
     others = rows[len(tried) :] or tried
-    names = [name for name in TRIED_CODECS if name != teacher.spec.codec]
+    names = [n for n in codec_names() if n != teacher.spec.codec and get_codec(n).reported]
     found = {name: _trial(reader, teacher.name, name, others, tried) for name in names}
     trials = [trial for trial in found.values() if isinstance(trial, CodecTrial)]
     curves = {trial.codec: trial.error_RSHW.flatten().numpy() for trial in trials}

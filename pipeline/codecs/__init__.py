@@ -5,15 +5,17 @@
     encoded.tensors()                                    {name: tensor}: exactly what goes to disk
     encoded.decode(device="cuda", dtype=torch.float32)
 
-A codec is registered under one name in `_CODECS`; nothing else needs to know it.
+A codec is registered under one name in `_CODECS`; nothing else needs to know it. What others ask of a codec
+before they use it (how it stands among the others, how many rows it learns from) are attributes of `Codec`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import get_args
 
-from teachercache.pipeline.codecs.base import ArrayLayout, Codec, Encoded
+from teachercache.pipeline.codecs.base import ArrayLayout, Codec, Encoded, Standing
 from teachercache.pipeline.codecs.dct import GridDctCodec
 from teachercache.pipeline.codecs.quantized import SCHEMES, QuantizedCodec
 from teachercache.pipeline.codecs.scalar import BFloat16Codec, Float16Codec, Float32Codec
@@ -22,28 +24,33 @@ from teachercache.pipeline.errors import CodecError
 _CODECS: dict[str, Callable[[], Codec]] = {
     codec.name: codec for codec in (Float32Codec, Float16Codec, BFloat16Codec)
 }
-for _suffix, _scheme in SCHEMES.items():
-    for _bits in _scheme.rates:
-        _CODECS[f"int{_bits}{_suffix}"] = partial(QuantizedCodec, f"int{_bits}{_suffix}", _bits, _scheme)
-for _bits in (4, 3):
-    _CODECS[f"int{_bits}-dct"] = partial(GridDctCodec, f"int{_bits}-dct", _bits)
+for _bits in (8, 6, 5, 4, 3):
+    for _suffix, _scheme in SCHEMES.items():
+        if _bits in _scheme.rates:
+            _CODECS[f"int{_bits}{_suffix}"] = partial(QuantizedCodec, f"int{_bits}{_suffix}", _bits, _scheme)
+    if _bits in (4, 3):
+        _CODECS[f"int{_bits}-dct"] = partial(GridDctCodec, f"int{_bits}-dct", _bits)
 
 
-def codec_names() -> list[str]:
-    return list(_CODECS)
+def codec_names(standing: Standing | None = None) -> list[str]:
+    """All codecs, or those of one standing, by falling number of bits."""
+    return [name for name in _CODECS if standing in (None, get_codec(name).standing)]
 
 
 def get_codec(name: str) -> Codec:
-    """The codec called `name`, not calibrated. Raises `CodecError` for a name nobody registered."""
+    """The codec called `name`, not calibrated: experiments too, so that every cache stays readable.
+
+    Raises `CodecError` for a name nobody registered.
+    """
     try:
         return _CODECS[name]()
     except KeyError:
         raise CodecError(
             "There is no codec of this name.",
             got=repr(name),
-            expected=f"one of {', '.join(_CODECS)}",
+            expected="; ".join(f"{kind}: {', '.join(codec_names(kind))}" for kind in get_args(Standing)),
             do="choose one of them in the recipe (codec: …)",
         ) from None
 
 
-__all__ = ["ArrayLayout", "Codec", "Encoded", "codec_names", "get_codec"]
+__all__ = ["ArrayLayout", "Codec", "Encoded", "Standing", "codec_names", "get_codec"]

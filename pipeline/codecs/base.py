@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
+
+Standing = Literal["advised", "special", "experiment"]
 
 
 @dataclass(frozen=True)
@@ -21,10 +23,25 @@ class ArrayLayout:
 
 
 class Codec(ABC):
-    """Encodes (R, S, H, W, C) features. `calibrate` is a no-op for codecs without tables."""
+    """Encodes (R, S, H, W, C) features. `calibrate` is a no-op for codecs without tables.
+
+    `standing`: a plan tries those that are advised; a special one serves one purpose, and an experiment is
+    there for comparison. A report tries those that are `reported`. A choice needs a sample of `least_rows`; a
+    look at what is lost learns from `trial_rows`, the fewest and the most. `token_dtype` is that of class
+    tokens and global features, which are few bytes and matter much.
+    """
 
     name: str
     needs_tables: ClassVar[bool] = False
+    standing: Standing = "experiment"
+    reported: bool = False
+    least_rows: ClassVar[int] = 1
+    trial_rows: ClassVar[tuple[int, int]] = (1, 2)
+    token_dtype: ClassVar[torch.dtype] = torch.float16
+
+    def fits(self, width: int) -> bool:
+        """Whether it can encode tokens of `width` channels."""
+        return True
 
     def calibrate(self, features_RSHWC: Tensor) -> Self:
         """Learn what the codec needs (means, scales, rotations) from a sample of rows."""

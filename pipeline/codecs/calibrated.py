@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Collection
 from typing import Generic, Self, TypeVar
 
 import torch
@@ -23,8 +24,12 @@ class CalibratedCodec(Codec, Generic[Coder]):
     needs_tables = True
     table_names: tuple[str, ...]
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, bits: int, advised: Collection[int], reported: Collection[int]) -> None:
+        """`advised` and `reported`: the rates that are, in bits."""
         self.name = name
+        self.bits = bits
+        self.standing = "advised" if bits in advised else "experiment"
+        self.reported = bits in reported
         self._tables: dict[str, Tensor] = {}
         self._coders: dict[torch.device, Coder] = {}
 

@@ -110,13 +110,17 @@ class _Coder:
 
 class GridDctCodec(CalibratedCodec[_Coder]):
     table_names = (*Hadamard.table_names, "level_basis", "row_basis", "column_basis", "bits", "levels")
+    least_rows = 8  # fewer say too little about the mean squares by which it divides its bits
+    trial_rows = 4, 6  # a table has an entry for every place of a map
 
     def __init__(self, name: str, bits: int) -> None:
-        super().__init__(name)
-        self.bits = bits
+        super().__init__(name, bits, advised=(4,), reported=(4,))
+
+    def fits(self, width: int) -> bool:
+        return width % 8 == 0
 
     def layout(self, levels: int, grid: tuple[int, int], width: int) -> dict[str, ArrayLayout]:
-        if width % 8:
+        if not self.fits(width):
             raise CodecError(
                 f"Codec {self.name} needs whole bytes for the channels of a token.",
                 got=f"{width} channels",

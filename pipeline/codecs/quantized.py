@@ -32,12 +32,14 @@ from teachercache.pipeline.codecs.trellis import TrellisQuantizer, trellis_level
 
 @dataclass(frozen=True)
 class Scheme:
-    """A normalisation, and the levels and the quantiser that suit what it gives."""
+    """A normalisation, and the levels and the quantiser that suit what it gives; rates are in bits."""
 
     normalisation: type[Normalisation]
     levels: Callable[[int], NDArray[np.floating]]
     quantizer: Callable[[Tensor], TokenQuantizer]
     rates: tuple[int, ...] = (8, 6, 5, 4, 3)
+    advised: tuple[int, ...] = ()
+    reported: tuple[int, ...] = ()
 
 
 def _even_levels(bits: int) -> NDArray[np.float64]:
@@ -48,16 +50,18 @@ SCHEMES = {  # by the suffix of the name
     "": Scheme(
         Standardise, _even_levels, partial(ScalarQuantizer, base_scale=largest_magnitude, steps=(1.0,))
     ),
-    "-hadamard": Scheme(Hadamard, gaussian_levels, ScalarQuantizer),
+    "-hadamard": Scheme(
+        Hadamard, gaussian_levels, ScalarQuantizer, advised=(8, 6, 5, 4, 3), reported=(8, 4, 3)
+    ),
     "-phi-s": Scheme(PhiS, gaussian_levels, ScalarQuantizer),
-    "-trellis": Scheme(Hadamard, trellis_levels, TrellisQuantizer, rates=(4, 3)),
+    # No report tries it: two rows of SAM-L alone would take a third of the minute that a report may take.
+    "-trellis": Scheme(Hadamard, trellis_levels, TrellisQuantizer, rates=(4, 3), advised=(4,)),
 }
 
 
 class QuantizedCodec(CalibratedCodec[tuple[Normalisation, TokenQuantizer]]):
     def __init__(self, name: str, bits: int, scheme: Scheme) -> None:
-        super().__init__(name)
-        self.bits = bits
+        super().__init__(name, bits, scheme.advised, scheme.reported)
         self.scheme = scheme
         self.table_names = (*scheme.normalisation.table_names, "levels")
 

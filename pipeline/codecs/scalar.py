@@ -42,11 +42,14 @@ class _FloatCodec(Codec):
 
 class Float32Codec(_FloatCodec):
     name = "f32"
-    dtype = stored_dtype = torch.float32
+    standing = "special"
+    dtype = stored_dtype = token_dtype = torch.float32
 
 
 class Float16Codec(_FloatCodec):
     name = "f16"
+    standing = "advised"
+    reported = True
     dtype = stored_dtype = torch.float16
 
 
@@ -54,6 +57,7 @@ class BFloat16Codec(_FloatCodec):
     """Zarr v3 has no agreed bfloat16, so the bits are stored as uint16 and an attribute says so."""
 
     name = "bf16"
+    standing = "special"
     dtype = torch.bfloat16
     stored_dtype = torch.uint16
     attributes: ClassVar[dict[str, Any]] = {"bits_of": "bfloat16"}

@@ -24,21 +24,17 @@ NORMS = "norms"
 
 
 def teacher_layouts(teacher: TeacherSpec) -> dict[str, ArrayLayout]:
-    """Every array of a teacher: those of its codec, ‖t‖ for the adjoint grid, token features on request.
-
-    Token features are few bytes and matter much, so they are kept at 16 bits (32 under `f32`).
-    """
+    """Every array of a teacher: those of its codec, ‖t‖ for the adjoint grid, token features on request."""
     codec = get_codec(teacher.codec)
     layouts = codec.layout(teacher.num_levels, teacher.stored_grid, teacher.width)
     if teacher.grid.kind == "adjoint":
         layouts[NORMS] = ArrayLayout((teacher.num_levels,), torch.float32, ("level",), {"of": "native map"})
-    token_dtype = torch.float32 if teacher.codec == "f32" else torch.float16
     if teacher.cls_token:
         layouts[CLS_TOKEN] = ArrayLayout(
-            (teacher.num_levels, teacher.width), token_dtype, ("level", "channel"), {}
+            (teacher.num_levels, teacher.width), codec.token_dtype, ("level", "channel"), {}
         )
     if teacher.global_width:
-        layouts[GLOBAL_FEATURE] = ArrayLayout((teacher.global_width,), token_dtype, ("channel",), {})
+        layouts[GLOBAL_FEATURE] = ArrayLayout((teacher.global_width,), codec.token_dtype, ("channel",), {})
     return layouts
 
 

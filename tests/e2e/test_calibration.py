@@ -13,14 +13,14 @@ import torch
 from rich.console import Console
 
 from teachercache import FeatureCache, build, build_teacher, render_view
-from teachercache.cache_builder.budget import CODECS, Option, candidates, choose, measure
+from teachercache.cache_builder.budget import Option, candidates, choose, measure
 from teachercache.cache_builder.builder import prepare
 from teachercache.cache_builder.calibrate import CalibrationSample
 from teachercache.cache_builder.extract import _tokens
 from teachercache.cache_builder.plan import Plan
 from teachercache.cache_builder.recipe import BuildRecipe
 from teachercache.cache_builder.teachers import TeacherRecipe, resolve_teacher
-from teachercache.pipeline.codecs import get_codec
+from teachercache.pipeline.codecs import codec_names, get_codec
 from teachercache.pipeline.codecs.fidelity import measure_fidelity
 from teachercache.pipeline.errors import (
     CacheError,
@@ -187,7 +187,7 @@ def test_a_budget_is_kept_at_the_least_loss(tmp_path: Path, images: Path) -> Non
         covariance=True,
     )
     plan, available = measured(recipe)
-    assert {o.spec.codec for o in available["t"]} == set(CODECS)
+    assert {o.spec.codec for o in available["t"]} == set(codec_names("advised"))
     assert {(o.spec.grid.kind, o.spec.grid.size) for o in available["t"]} == {
         ("native", None),
         ("adjoint", (2, 2)),
@@ -251,7 +251,7 @@ def test_massive_activations_get_no_coarser_codec(tmp_path: Path, images: Path) 
                 spec.model_copy(update={"codec": codec}),
                 measure_fidelity(get_codec(codec).calibrate(features_RSHWC), features_RSHWC),
             )
-            for codec in CODECS
+            for codec in codec_names("advised")
             if codec != "int4-dct"
         ]
         for name, features_RSHWC in (("plain", white_RSHWC), ("massive", massive_RSHWC))

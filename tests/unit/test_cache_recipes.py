@@ -16,18 +16,17 @@ from teachercache.cache_builder.teachers.recipe import (
     resolve_teacher,
     student_grid,
 )
-from teachercache.pipeline.recipe import load_recipe
+from teachercache.jobs.recipes import SHIPPED, find_recipe
 from teachercache.pipeline.records.spec import GridSpec, TeacherSpec
 from teachercache.pipeline.units import human_bytes
 from teachercache.student.training.recipe import TrainRecipe
 
-FOLDER = Path(__file__).parents[2] / "jobs/recipes"
-CACHES = sorted(path.stem for path in FOLDER.glob("*_vit[bl]*.yaml") if "kpu" not in path.stem)
-STUDENTS = sorted(path.stem for path in FOLDER.glob("sak_stage*.yaml"))
+CACHES = sorted(path.stem for path in SHIPPED.glob("*_vit[bl]*.yaml") if "kpu" not in path.stem)
+STUDENTS = sorted(path.stem for path in SHIPPED.glob("sak_stage*.yaml"))
 
 
 def teachers(name: str, overrides: Sequence[str] = ()) -> list[TeacherSpec]:
-    recipe = load_recipe(BuildRecipe, name, overrides)
+    recipe = find_recipe(BuildRecipe, name, overrides)
     return [resolve_teacher(*item, recipe.views.size, recipe.sak_compat) for item in recipe.teachers.items()]
 
 
@@ -42,19 +41,19 @@ def test_there_are_recipes() -> None:
 
 @pytest.mark.parametrize("name", CACHES)
 def test_a_cache_stands_on_the_adjoint_of_the_students_grid(name: str) -> None:
-    grid = student_grid(load_recipe(BuildRecipe, name).views.size)
+    grid = student_grid(find_recipe(BuildRecipe, name).views.size)
     assert {spec.grid for spec in teachers(name)} == {GridSpec(kind="adjoint", size=grid)}
-    header = (FOLDER / f"{name}.yaml").read_text()
+    header = (SHIPPED / f"{name}.yaml").read_text()
     assert f"one student grid: {grid[0]}×{grid[1]}" in header
 
 
 @pytest.mark.parametrize("name", [name for name in CACHES if "4bit" not in name])
 def test_a_header_says_how_to_have_native_grids(name: str) -> None:
-    header = " ".join(line.lstrip("# ") for line in (FOLDER / f"{name}.yaml").read_text().splitlines())
+    header = " ".join(line.lstrip("# ") for line in (SHIPPED / f"{name}.yaml").read_text().splitlines())
     overrides = re.findall(r"teachers\.\w+\.grid=native|views\.policy=\w+_eval|views\.num_views=1", header)
     native = teachers(name, overrides)
     assert {spec.grid for spec in native} == {GridSpec()}
-    assert max(spec.native_grid for spec in native) > student_grid(load_recipe(BuildRecipe, name).views.size)
+    assert max(spec.native_grid for spec in native) > student_grid(find_recipe(BuildRecipe, name).views.size)
     sizes = re.search(r"native grids, ([\d.]+ MB) a view instead of ([\d.]+):", header)
     assert sizes is not None
     assert (sizes[1], f"{sizes[2]} MB") == (mb(native), mb(teachers(name)))
@@ -62,7 +61,7 @@ def test_a_header_says_how_to_have_native_grids(name: str) -> None:
 
 @pytest.mark.parametrize("name", STUDENTS)
 def test_a_student_fits_its_cache(name: str) -> None:
-    recipe = load_recipe(TrainRecipe, name)
+    recipe = find_recipe(TrainRecipe, name)
     assert Path(recipe.cache).name in CACHES
     assert recipe.student.stem is not None
     assert "patch16" in recipe.student.stem  # an adjoint holds for the grid of patches of 16 alone
@@ -72,32 +71,32 @@ def test_a_student_fits_its_cache(name: str) -> None:
 @pytest.mark.parametrize("name", [*CACHES, *STUDENTS])
 def test_a_recipe_of_sak_feeds_its_models_as_the_authors_do_and_says_what_differs(name: str) -> None:
     if name in STUDENTS:
-        assert load_recipe(TrainRecipe, name).student.sak_compat
+        assert find_recipe(TrainRecipe, name).student.sak_compat
     else:
         dinov2, clip, sam = teachers(name)
         assert {(spec.mean, spec.std) for spec in (dinov2, clip, sam)} == {(IMAGENET_MEAN, IMAGENET_STD)}
-        size = load_recipe(BuildRecipe, name).views.size
+        size = find_recipe(BuildRecipe, name).views.size
         assert dinov2.image_size == clip.image_size == size
         assert dinov2.native_grid == {384: (27, 27), 512: (36, 36), 448: (32, 41)}[size[0]]
         assert (sam.image_size, sam.native_grid) == ((1024, 1024), (64, 64))
-    header, _, _ = (FOLDER / f"{name}.yaml").read_text().partition("\ncache:")
+    header, _, _ = (SHIPPED / f"{name}.yaml").read_text().partition("\ncache:")
     assert "# Differs   from the paper: " in header
 
 
 def test_a_kpu_s_cache_holds_the_last_level_and_class_tokens() -> None:
-    student = load_recipe(TrainRecipe, "kpu_base")
+    student = find_recipe(TrainRecipe, "kpu_base")
     name = Path(student.cache).name
     clip, detector = teachers(name)
     assert (clip.block_indices, clip.cls_token, clip.grid) == ((11,), True, GridSpec())
     assert (detector.num_levels, detector.cls_token, detector.grid) == (1, False, GridSpec())
-    header = (FOLDER / f"{name}.yaml").read_text()
+    header = (SHIPPED / f"{name}.yaml").read_text()
     assert f"{mb([clip, detector])} a view" in header
     *_, sentinel = teachers(name, re.findall(r"teachers\.dinov2\.\S+", header))
     assert (sentinel.block_indices, sentinel.cls_token) == ((11,), True)
 
 
 def test_the_recipe_of_kpu_is_that_of_the_paper() -> None:
-    recipe = load_recipe(TrainRecipe, "kpu_base")
+    recipe = find_recipe(TrainRecipe, "kpu_base")
     assert (recipe.student.kind, recipe.distillation.cosine) == ("kpu", "token")
     assert (recipe.optimizer.lr, recipe.optimizer.weight_decay, recipe.schedule.kind) == (
         2e-4,

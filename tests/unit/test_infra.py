@@ -17,7 +17,7 @@ from ray._private.runtime_env.packaging import create_package
 from ray.autoscaler._private import commands
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from teachercache.pipeline.recipe import SHIPPED
+from teachercache.jobs.recipes import SHIPPED
 
 INFRA = Path(__file__).parents[2] / "infra"
 ROOT = INFRA.parent

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from teachercache.cache_builder.moved import RepairRecipe
 from teachercache.cache_builder.recipe import BuildRecipe
 from teachercache.cache_builder.teachers.recipe import TeacherRecipe
+from teachercache.jobs.recipes import SHIPPED, find_recipe
 from teachercache.pipeline.errors import RecipeError
-from teachercache.pipeline.recipe import SHIPPED, check_recipe, load_overrides, load_recipe
+from teachercache.pipeline.recipe import check_recipe, load_overrides, load_recipe
 from teachercache.student.training.recipe import TrainRecipe
 
 TEXT = "cache: c\nsource: images\nteachers: [dinov2_small]\nviews: {num_views: 2}\n"
@@ -109,10 +110,9 @@ def test_text_is_taken_as_it_is_typed(recipe: Path, text: str) -> None:
 @pytest.mark.parametrize("text", ODD_TEXT)
 def test_optional_text_is_taken_as_it_is_typed(text: str) -> None:
     overrides = [f"{key}={text}" for key in ("cache", "output", "images", "student.init_from")]
-    loaded = load_recipe(TrainRecipe, "sak_stage1_base", overrides)
-    at_home = os.path.expanduser(text)  # noqa: PTH111
-    assert (loaded.cache, loaded.images) == (text, text)
-    assert (loaded.output, loaded.student.init_from) == (at_home, at_home)
+    loaded = find_recipe(TrainRecipe, "sak_stage1_base", overrides)
+    assert (loaded.cache, loaded.images) == (text,) * 2
+    assert (loaded.output, loaded.student.init_from) == (os.path.expanduser(text),) * 2  # noqa: PTH111
 
 
 @pytest.mark.parametrize("text", [text for text in ODD_TEXT if text[0] not in "{[" and text != "~"])
@@ -123,7 +123,7 @@ def test_a_source_may_be_its_path_alone(recipe: Path, text: str) -> None:
 @given(text=st.text(st.characters(codec="utf-8", exclude_characters="\n"), min_size=1).filter(str.strip))
 def test_any_text_is_taken_as_it_is_typed(text: str) -> None:
     overrides = [f"cache={text}", "source.path=/x"]
-    assert load_recipe(BuildRecipe, "demo", overrides).cache == text
+    assert find_recipe(BuildRecipe, "demo", overrides).cache == text
     moved = load_overrides(RepairRecipe, [f"teachers.x.checkpoint=/{text}"], "test")
     assert moved.checkpoints == {"x": f"/{text}"}
 
@@ -131,11 +131,11 @@ def test_any_text_is_taken_as_it_is_typed(text: str) -> None:
 def test_null_unsets_what_may_be_unset() -> None:
     overrides = ["cache=/c", "output=/o", "images=/i", "student.init_from=/s", "teachers=[a]"]
     unset = [f"{key}=null" for key in ("images", "student.init_from", "teachers", "distillation.cosine")]
-    loaded = load_recipe(TrainRecipe, "sak_stage1_base", [*overrides, *unset])
+    loaded = find_recipe(TrainRecipe, "sak_stage1_base", [*overrides, *unset])
     assert (loaded.images, loaded.student.init_from, loaded.teachers) == (None, None, None)
     assert loaded.distillation.cosine is None
     with pytest.raises(RecipeError, match="one of epochs and max_steps is needed"):
-        load_recipe(TrainRecipe, "sak_stage1_base", [*overrides, "schedule.epochs=null"])
+        find_recipe(TrainRecipe, "sak_stage1_base", [*overrides, "schedule.epochs=null"])
 
 
 def test_lists_and_mappings_of_text_are_written_in_brackets(recipe: Path) -> None:
@@ -145,7 +145,7 @@ def test_lists_and_mappings_of_text_are_written_in_brackets(recipe: Path) -> Non
     assert (loaded.teachers["on"].preset, loaded.teachers["on"].pretrained) == ("no", False)
     assert loaded.teachers["b"].model == "1e3"
     overrides = ["cache=/c", "output=/o", "teachers=[on,1e3]", 'student.freeze=[stem, "a, b"]']
-    loaded_run = load_recipe(TrainRecipe, "sak_stage1_base", [*overrides, "mixed_precision=no"])
+    loaded_run = find_recipe(TrainRecipe, "sak_stage1_base", [*overrides, "mixed_precision=no"])
     assert loaded_run.teachers == ("on", "1e3")
     assert (loaded_run.student.freeze, loaded_run.mixed_precision) == (("stem", "a, b"), "no")
 
@@ -222,14 +222,19 @@ def test_broken_yaml_is_an_error_of_ours(tmp_path: Path) -> None:
 
 def test_an_unknown_recipe_names_the_nearest_shipped_one() -> None:
     with pytest.raises(RecipeError, match="did you mean imagenet1k_vitl"):
-        load_recipe(BuildRecipe, "imagenet1k_vit_l")
+        find_recipe(BuildRecipe, "imagenet1k_vit_l")
+
+
+def test_the_data_plane_knows_no_shipped_recipe_by_itself() -> None:
+    with pytest.raises(RecipeError, match="check the path"):
+        load_recipe(BuildRecipe, "demo")
 
 
 @pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_recipe_is_valid_and_says_how_to_run_it(path: Path) -> None:
     text = path.read_text()
     model = TrainRecipe if "\nstudent:" in text or "\nschedule:" in text else BuildRecipe
-    load_recipe(model, path.stem)
+    find_recipe(model, path.stem)
     for word in ("Command", "Hardware", "Metric"):
         assert word in text.split("\ncache:")[0], f"the header does not state: {word}"
 
@@ -238,7 +243,7 @@ def test_stage_2_of_the_page_starts_from_a_student_with_the_same_paths() -> None
     page = (Path(__file__).parents[2] / "docs/recipes.md").read_text()
     commands = [command.split() for command in re.findall(r"`(sak_stage\d_\w+ …[^`{]*)`", page)]
     recipes = [
-        load_recipe(TrainRecipe, name, [text.rstrip(",") for text in rest]) for name, _, *rest in commands
+        find_recipe(TrainRecipe, name, [text.rstrip(",") for text in rest]) for name, _, *rest in commands
     ]
     paths = {f"{r.output}/student": r.student.adapter_paths for r in recipes if r.multitask is None}
     starts = [r.student for r in recipes if r.multitask and r.student.init_from]
@@ -262,14 +267,14 @@ def test_a_listed_timm_model_is_named_without_its_tag() -> None:
 
 def test_a_key_of_a_listed_teacher_can_be_overridden() -> None:
     overrides = ["teachers=[dinov2_small]", "teachers.dinov2_small.pretrained=false"]
-    recipe = load_recipe(BuildRecipe, "demo", ["source.path=/x", "cache=/y", *overrides])
+    recipe = find_recipe(BuildRecipe, "demo", ["source.path=/x", "cache=/y", *overrides])
     assert recipe.teachers["dinov2_small"].pretrained is False
 
 
 def test_a_student_may_lie_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     said = ["cache=c", "output=~/runs/a", "student.init_from=~/runs/b/student"]
-    recipe = load_recipe(TrainRecipe, "sak_stage2_pascal_base", said)
+    recipe = find_recipe(TrainRecipe, "sak_stage2_pascal_base", said)
     assert (recipe.output, recipe.student.init_from) == ("/home/me/runs/a", "/home/me/runs/b/student")
-    hub = load_recipe(TrainRecipe, "sak_stage2_pascal_base", [*said[:2], "student.init_from=me/student"])
+    hub = find_recipe(TrainRecipe, "sak_stage2_pascal_base", [*said[:2], "student.init_from=me/student"])
     assert hub.student.init_from == "me/student"

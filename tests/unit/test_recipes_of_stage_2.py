@@ -15,10 +15,16 @@ from teachercache import build_student
 from teachercache.cache_builder.plan import bytes_per_row
 from teachercache.cache_builder.recipe import BuildRecipe
 from teachercache.cache_builder.teachers import resolve_teacher
+from teachercache.jobs.recipes import SHIPPED, find_recipe
 from teachercache.jobs.train_plan import plan_training
-from teachercache.pipeline.recipe import SHIPPED, load_recipe
 from teachercache.student.datasets import dataset_class
-from teachercache.student.measuring.paper_results import paper_rows
+from teachercache.student.measuring.paper_results import (
+    DEPTH_PROBES,
+    GMACS,
+    KPU_LINEAR_PROBE,
+    SIMILARITIES,
+    paper_rows,
+)
 from teachercache.student.training.recipe import DistillationRecipe, TrainRecipe
 from teachercache.student.training.train_plan import make_train_plan
 
@@ -33,7 +39,7 @@ BLOCKS = "".join(re.findall(r"^```\n(.*?)^```", PAGE.read_text(), re.MULTILINE |
 
 def recipe_of(command: str) -> TrainRecipe:
     name, _, *overrides = command.split()
-    return load_recipe(TrainRecipe, name, overrides)
+    return find_recipe(TrainRecipe, name, overrides)
 
 
 def row(tables: str, what: str) -> re.Match[str]:
@@ -106,6 +112,58 @@ def test_a_line_expects_what_the_paper_prints(line: re.Match[str]) -> None:
         ]
 
 
+def header_of(recipe: str) -> str:
+    header, _, _ = (SHIPPED / f"{recipe}.yaml").read_text().partition("\ncache:")
+    return " ".join(line.lstrip("# ") for line in header.splitlines())
+
+
+@pytest.mark.parametrize("size", ["small", "base", "large"])
+@pytest.mark.parametrize(("data", "dataset"), [("pascal", "pascal_context"), ("nyud", "nyud")])
+def test_a_header_expects_what_the_paper_prints(size: str, data: str, dataset: str) -> None:
+    title, _, header = header_of(f"sak_stage2_{data}_{size}").partition("Metric ")
+    stated = re.findall(r"((?:(?:[a-z]+ )?[\d.]+, )+)Δm (-?[\d.]+) \(Table (\d+)\)", header)
+    assert len(stated) == 1 + ((size, data) == ("base", "pascal"))  # whose teachers are ViT-B too
+    for scores, gain, table in stated:
+        rows = [
+            row for row in paper_rows(dataset, None, int(table)) if row.backbone == f"ViT-{size[0].upper()}"
+        ]
+        (row,) = (row for row in rows if row.model.startswith("SAK of") and row.gain == float(gain))
+        assert [float(figure) for figure in re.findall(r"[\d.]+", scores)] == list(row.scores.values())
+        assert f"ViT-{size[0].upper()} student ({row.parameters_m}M parameters)" in title
+        assert re.findall("[a-z]+", scores) in (["cache"], list(row.scores))  # or in their order alone
+
+
+def test_figures_of_stage_1_and_of_probes_are_those_that_the_papers_print() -> None:
+    page = " ".join(PAGE.read_text().split())
+    for recipe, student in (
+        ("base …", "adapter paths"),
+        ("base … student.adapter_paths=false", "no adapter paths"),
+    ):
+        dinov2, clip, sam, mean = map("{:.4f}".format, SIMILARITIES[student].values())
+        (line,) = (row for row in ROWS if row["command"].partition(" output=")[0] == f"sak_stage1_{recipe}")
+        assert line["expected"].startswith(
+            f"similarity {dinov2} to DINOv2, {clip} to CLIP, {sam} to SAM; {mean}"
+        )
+    dinov2, clip, sam, mean = map("{:.2f}".format, SIMILARITIES["adapter paths"].values())
+    similarity = (
+        f"similarity {mean} on the validation set (DINOv2 {dinov2}, CLIP {clip}, SAM {sam}; Table 17)"
+    )
+    assert similarity in header_of("sak_stage1_base")
+    assert f"top-1 {KPU_LINEAR_PROBE} of a linear layer" in header_of("kpu_base")
+    three, one, dino = (
+        "{:.3f} and {:.3f}".format(*DEPTH_PROBES[model])
+        for model in (
+            "SAK of 3 teachers, ViT-B/16",
+            "SAK of DINOv2, ViT-B/16",
+            "DINOv2 (teacher upper bound), ViT-B/14",
+        )
+    )
+    assert f"{three} m for SAK of three teachers, {one} for SAK of DINOv2, {dino} for DINOv2." in page
+    assert f"the paper has {GMACS['student']} and {GMACS['all']} in the last two places" in page
+    (oracle,) = (row for row in paper_rows("pascal_context", None, 2) if row.model == "Oracle of teachers")
+    assert f"in Table 12: {' '.join(f'{score:.2f}' for score in oracle.scores.values())}." in page
+
+
 def test_tables_of_the_paper_have_lines() -> None:
     tables = {int(table) for line in ROWS for table in line["tables"].split(", ")}
     assert tables >= {2, 3, 4, 5, 6, 7, 8, 12, 13, 14, 15, 16, 17, 18, 19, 20, 23, 24, 25}
@@ -131,14 +189,14 @@ def test_a_header_says_what_the_papers_own_loss_would_take(name: str) -> None:
     told = header.partition("# Exact ")[2]
     here, exact = (float(number.replace(",", "")) for number in re.findall(r"([\d.,]+) TB", told))
     overrides = re.findall(r"(?:views|teachers)\.\S+=\S+", told)
-    recipe = load_recipe(TrainRecipe, name)
+    recipe = find_recipe(TrainRecipe, name)
     images = (
         1_281_167
         if recipe.multitask is None
         else {"pascal_context": 4998, "nyud": 795}[recipe.multitask.dataset.kind]
     )
     for stated, chosen in ((here, []), (exact, overrides)):
-        build = load_recipe(BuildRecipe, Path(recipe.cache).name, chosen)
+        build = find_recipe(BuildRecipe, Path(recipe.cache).name, chosen)
         specs = [resolve_teacher(n, t, build.views.size, build.sak_compat) for n, t in build.teachers.items()]
         nbytes = images * build.views.num_views * sum(map(bytes_per_row, specs))
         assert stated == pytest.approx(nbytes / 1e12, rel=0.005)
@@ -150,25 +208,25 @@ def test_commands_in_full_are_recipes() -> None:
     lines = BLOCKS.splitlines()
     builds = [shlex.split(line)[2:] for line in lines if line.startswith("teachercache build")]
     trainings = [shlex.split(line.split("student.py")[1]) for line in lines if "train_student.py" in line]
-    teachers = [list(load_recipe(BuildRecipe, name, overrides).teachers) for name, *overrides in builds]
+    teachers = [list(find_recipe(BuildRecipe, name, overrides).teachers) for name, *overrides in builds]
     assert ["siglip"] in teachers
     assert ["dinov2", "clip", "sam", "siglip"] in teachers
     assert len(trainings) == 2
     for name, *overrides in trainings:
-        load_recipe(TrainRecipe, name, overrides)
+        find_recipe(TrainRecipe, name, overrides)
 
 
 @pytest.mark.parametrize("data", ["pascal", "nyud"])
 @pytest.mark.parametrize("size", ["small", "base", "large"])
 def test_the_recipes_are_those_of_the_paper(data: str, size: str) -> None:
-    recipe = load_recipe(TrainRecipe, f"sak_stage2_{data}_{size}")
+    recipe = find_recipe(TrainRecipe, f"sak_stage2_{data}_{size}")
     assert (recipe.optimizer.lr, recipe.optimizer.weight_decay, recipe.clip_norm) == (2e-5, 1e-6, 10)
     assert (recipe.schedule.kind, recipe.schedule.steps(1.0)) == ("poly", (40_000, 0))
     assert recipe.images_per_step(num_processes=2) == 4
     assert recipe.distillation.weight == 1
     assert recipe.student.stem == f"vit_{size}_patch16_384"
     assert recipe.multitask is not None
-    build = load_recipe(BuildRecipe, Path(recipe.cache).name)
+    build = find_recipe(BuildRecipe, Path(recipe.cache).name)
     assert build.views.policy == "multitask_train"
     assert build.views.size == ((512, 512) if data == "pascal" else (448, 576))
     assert Path(build.source.path).parts[-2:] == (f"{recipe.multitask.dataset.kind}_images", "train")

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from teachercache import build
+from teachercache.jobs.recipes import find_recipe
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import (
     CacheError,
@@ -34,7 +35,6 @@ from teachercache.pipeline.errors import (
 )
 from teachercache.pipeline.loading.batch_memory import TensorLayout
 from teachercache.pipeline.looking.map_reader import MapReader
-from teachercache.pipeline.recipe import load_recipe
 from teachercache.pipeline.records.spec import GridSpec
 from teachercache.pipeline.views import View
 from teachercache.student import load_student, sharing
@@ -117,7 +117,7 @@ def test_a_finished_student_says_what_it_is(finished: Path) -> None:
 
 
 def test_a_card_names_no_folder_of_the_machine() -> None:
-    recipe = load_recipe(
+    recipe = find_recipe(
         TrainRecipe,
         "sak_stage2_pascal_base",
         ["cache=/data/secret/pascal", "multitask.dataset.root=/home/me/PASCAL", "output=/home/me/runs/mine",
@@ -557,7 +557,7 @@ def test_recipes_that_contradict_themselves(changes: dict[str, Any], message: st
     ("size", "student"), [("small", "vit_small"), ("base", "vit_base"), ("large", "vit_large")]
 )
 def test_the_recipes_of_stage_1_are_those_of_the_paper(size: str, student: str) -> None:
-    recipe = load_recipe(TrainRecipe, f"sak_stage1_{size}")
+    recipe = find_recipe(TrainRecipe, f"sak_stage1_{size}")
     assert str(recipe.student.stem).startswith(student)
     assert recipe.images_per_step(num_processes=8) == 128  # and what follows, from Table 11
     assert (recipe.optimizer.lr, recipe.optimizer.weight_decay, recipe.clip_norm) == (1e-3, 1e-2, 0)

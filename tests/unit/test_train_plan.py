@@ -16,9 +16,10 @@ from teachercache.cache_builder.recipe import BuildRecipe
 from teachercache.cache_builder.teachers import resolve_teacher
 from teachercache.cache_builder.teachers.flops import teacher_gmacs
 from teachercache.jobs.cli import app
+from teachercache.jobs.recipes import SHIPPED, find_recipe
 from teachercache.jobs.train_plan import plan_training
 from teachercache.pipeline.errors import RecipeError
-from teachercache.pipeline.recipe import SHIPPED, load_recipe
+from teachercache.student.measuring.paper_results import GMACS
 from teachercache.student.training.recipe import StudentRecipe, TrainRecipe
 from teachercache.student.training.train_plan import StudentSize, make_train_plan, student_size
 from tests.make_cache import make_cache, make_images
@@ -50,7 +51,7 @@ def test_the_header_says_the_hours_that_plan_gives(name: str) -> None:
     pattern = rf"# Hours +([\d.]+) GPU-hours at least, ([\d,]+) images in (\d+) views? .*\n.* plan {name} "
     stated = re.search(pattern, (SHIPPED / f"{name}.yaml").read_text())
     assert stated
-    recipe = load_recipe(BuildRecipe, name)
+    recipe = find_recipe(BuildRecipe, name)
     assert int(stated[3]) == recipe.views.num_views
     specs = (resolve_teacher(n, t, recipe.views.size, recipe.sak_compat) for n, t in recipe.teachers.items())
     flops = 2e9 * sum(map(teacher_gmacs, specs)) * int(stated[2].replace(",", "")) * recipe.views.num_views
@@ -60,15 +61,15 @@ def test_the_header_says_the_hours_that_plan_gives(name: str) -> None:
 
 def test_hours_are_arithmetic_over_rate() -> None:
     """SAK, Table 21: 198 GMACs of the ViT-L student at 384², to which attention adds 8%."""
-    recipe = load_recipe(TrainRecipe, "sak_stage1_large")
+    recipe = find_recipe(TrainRecipe, "sak_stage1_large")
     arguments: dict[str, Any] = {"num_samples": 1280, "processes": 8, "row_bytes": 1000}
     dims = {"dinov2": 1024, "clip": 1024, "sam": 1024}
     plan = make_train_plan(
         recipe, image_size=(384, 384), teacher_dims=dims, tasks=None, tflops_per_gpu=100, **arguments
     )
     gmacs = plan.size.gmacs
-    assert gmacs == pytest.approx(198 * 1.08, rel=0.01)
-    assert gmacs - plan.size.attention_gmacs == pytest.approx(198, rel=0.01)
+    assert gmacs == pytest.approx(GMACS["student"] * 1.08, rel=0.01)
+    assert gmacs - plan.size.attention_gmacs == pytest.approx(GMACS["student"], rel=0.01)
     assert (plan.steps, plan.images) == (300, 38_400)
     # Backward computes twice what forward does, but no gradient of the pixels.
     assert plan.gpu_hours == pytest.approx(38_400 * 3 * 2 * gmacs * 1e9 / 100e12 / 3600, rel=2e-3)
@@ -105,7 +106,7 @@ PASCAL = {"semseg": 21, "parts": 7, "saliency": 2, "normals": 3, "boundary": 1}
 
 def size_of(*overrides: str, width: int = 768, tasks: dict[str, int] | None = PASCAL) -> StudentSize:
     name = "sak_stage2_pascal_base" if tasks else "sak_stage1_base"
-    recipe = load_recipe(TrainRecipe, name, list(overrides))
+    recipe = find_recipe(TrainRecipe, name, list(overrides))
     dims = dict.fromkeys(("dinov2", "clip", "sam") if recipe.teachers is None else recipe.teachers, width)
     image_size = (512, 512) if tasks else (384, 384)
     levels = dict.fromkeys(dims, 4 * recipe.distills)
@@ -167,7 +168,7 @@ def test_a_student_that_grows_learns_one_path(tmp_path: Path) -> None:
 
 
 def test_levels_that_a_teacher_lacks_cost_nothing() -> None:
-    recipe = load_recipe(TrainRecipe, "sak_stage1_base")
+    recipe = find_recipe(TrainRecipe, "sak_stage1_base")
     every, last = (
         student_size(recipe.student, (384, 384), {"clip": 512}, None, num_levels={"clip": count})
         for count in (4, 1)
@@ -179,7 +180,7 @@ def test_levels_that_a_teacher_lacks_cost_nothing() -> None:
 def test_an_amalgam_reads_the_grids_of_its_cache() -> None:
     """Without a stem the heads work on SAM's grid, and linear layers cost four times what they do on 32²."""
     overrides = ["student.kind=amalgam", "student.init_from=null", "distillation.weight=0", "teachers=[sam]"]
-    recipe = load_recipe(
+    recipe = find_recipe(
         TrainRecipe, "sak_stage2_pascal_base", [*overrides, "student.stem=null", "student.fusion=sum"]
     )
     coarse, fine = (
@@ -208,6 +209,6 @@ def test_a_cache_that_is_there_is_asked(tmp_path: Path) -> None:
 
 
 def test_epochs_need_a_number_of_images() -> None:
-    recipe = load_recipe(TrainRecipe, "sak_stage1_small")
+    recipe = find_recipe(TrainRecipe, "sak_stage1_small")
     with pytest.raises(RecipeError, match="--samples"):
         plan_training(recipe, processes=8, tflops_per_gpu=200)

@@ -1,0 +1,15 @@
+"""The recipes that ship, as YAML files beside this one, and how a launcher finds them by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from teachercache.pipeline.recipe import Model, load_recipe
+
+SHIPPED = Path(__file__).parent
+
+
+def find_recipe(model: type[Model], path: str | Path, overrides: Sequence[str] = ()) -> Model:
+    """The recipe at `path`, or the one of that name here, with overrides applied. Raises `RecipeError`."""
+    return load_recipe(model, path, overrides, shipped=SHIPPED)
