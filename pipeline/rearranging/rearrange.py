@@ -462,17 +462,17 @@ def _write_rows(
             if len(places):
                 source.store.read(source.spec, teacher, old[places], arrays)
                 writer.write(places.tolist(), arrays)
-    return writer.files()
+        return writer.publish()
 
 
 def _write_images(
     source: FeatureCache, target: FeatureCache, shard: int, chosen: Ints
 ) -> tuple[dict[str, FileRecord], tuple[tuple[int, int], ...]]:
-    with ImageTarWriter.open(target.storage, shard) as tar:
+    with ImageTarWriter(target.storage, shard) as tar:
         for sample in target.spec.shard_samples(shard):
             data = source.image_bytes(int(chosen[sample]))
             tar.add(target.key(sample), data or None)  # an image that was quarantined has no bytes
-    return tar.files(), tuple(tar.members)
+        return tar.publish(), tuple(tar.members)
 
 
 def _link_or_copy(source: Storage, name: str, record: FileRecord, target: Storage, new_name: str) -> None:

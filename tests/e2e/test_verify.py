@@ -349,8 +349,9 @@ def test_features_of_another_view_are_not(tmp_path: Path, codec: str) -> None:
         array[7] = array[6]
     with cache.store.write_shard(cache.spec, "t", 1) as writer:
         writer.write(range(6), {name: array[6:] for name, array in arrays.items()})
+        files = writer.publish()
     record = cache.manifest.read_commit("t", 1)
-    cache.manifest.commit(record.model_copy(update={"files": writer.files()}))
+    cache.manifest.commit(record.model_copy(update={"files": files}))
     opened = FeatureCache.open(tmp_path / "cache")
     assert verify(opened, full=True) == []
     assert not any(one.kept for one in compare_with_teachers(opened, 12, seed=0))
