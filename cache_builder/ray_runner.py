@@ -21,7 +21,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.metrics import Counter, Gauge
 
 from teachercache.cache_builder.calibrate import Calibration, CalibrationSample
-from teachercache.cache_builder.extract import worker_name
+from teachercache.cache_builder.extract import ShardExtractor, worker_name
 from teachercache.cache_builder.ray_cluster import Head, answer_of, connect
 from teachercache.cache_builder.recipe import RunnerRecipe
 from teachercache.cache_builder.runner import (
@@ -55,15 +55,25 @@ class RayWorker(Worker):
 
     def __init__(self, teachers: Mapping[str, TeacherSpec], runner: RunnerRecipe) -> None:
         super().__init__(teachers, runner)
+        self._extractor: ShardExtractor | None = None
         self._metrics = _Metrics()
         self._leaving = False
         signal.signal(signal.SIGTERM, self._leave)
 
+    def fill(self, url: str, images: str) -> str:
+        """Open the cache that shards are extracted into. Returns this process's name in commit records."""
+        self._extractor = self.open(url, images)
+        return worker_name()
+
+    def idle_s(self) -> dict[int, float]:
+        return self._extractor.idle_s() if self._extractor is not None else {}
+
     def extract(self, shard: int, names: Collection[str]) -> dict[str, CommitRecord]:
+        assert self._extractor is not None, "fill() comes first"
         if self._leaving:
             raise BuildInterruptedError("This process has to end; it takes no more shards.")
         self._metrics.start()
-        records = super().extract(shard, names)
+        records = self._extractor.extract(shard, names)
         for record in list(records.values())[:1]:  # all of them tell of the same views
             self._metrics.add(record)
         return records
@@ -74,7 +84,8 @@ class RayWorker(Worker):
 
     def _finish_and_go(self) -> None:
         self._wait_for_shards(FINISH_S)
-        self.abandon()
+        if self._extractor is not None:
+            self._extractor.abandon()
         self._wait_for_shards(ABANDON_S)
         time.sleep(_ANSWER_S)
         os._exit(128 + signal.SIGTERM)
@@ -174,7 +185,7 @@ class RayRunner(Runner):
         self._place = url, images
         queue = Queue(tasks, self.recipe.max_attempts)
         for actor in self._actors:
-            actor.opening = actor.handle.open.remote(url, images)
+            actor.opening = actor.handle.fill.remote(url, images)
         looked_around = time.monotonic()
         with StopRequest(signal.SIGTERM, signal.SIGINT) as stop:
             while (queue or self._running()) and not stop.requested:
@@ -293,7 +304,7 @@ class RayRunner(Runner):
             "concurrency_groups": {_WATCH: 1},
         }
         handle = ray.remote(**options)(self.worker).remote(dict(self.teachers), self.recipe)
-        return _Actor(handle, None if self._place is None else handle.open.remote(*self._place))
+        return _Actor(handle, None if self._place is None else handle.fill.remote(*self._place))
 
     def _gpus_per_actor(self) -> float:
         if self.recipe.gpus_per_actor is not None:

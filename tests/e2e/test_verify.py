@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from teachercache import FeatureCache, build
 from teachercache.cache_builder.against_teacher import compare_with_teachers
+from teachercache.cache_builder.extract import ShardExtractor
 from teachercache.cache_builder.recipe import RunnerRecipe
 from teachercache.cache_builder.repair import repair
 from teachercache.cache_builder.worker import Worker
@@ -241,12 +242,13 @@ def test_what_another_has_mended_is_not_deleted(tmp_path: Path, monkeypatch: pyt
     flip(record)
     load = Worker.open
 
-    def open_late(self: Worker, url: str, images_at: str | None = None) -> None:
-        load(self, url, images_at)
+    def open_late(self: Worker, url: str, images_at: str | None = None) -> ShardExtractor:
+        extractor = load(self, url, images_at)
         monkeypatch.setattr(Worker, "open", load)
         record.unlink()
         build(build_recipe(path, images), QUIET)
         mended.append(record.read_bytes())
+        return extractor
 
     mended: list[bytes] = []
     monkeypatch.setattr(Worker, "open", open_late)
