@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,14 +31,15 @@ from rich.table import Table
 
 from teachercache import FeatureCache
 from teachercache.cache_builder import builder
+from teachercache.cache_builder.extract import ShardExtractor
 from teachercache.cache_builder.plan import pending
-from teachercache.cache_builder.ray_runner import RayRunner
+from teachercache.cache_builder.ray_runner import RayRunner, RayWorker
 from teachercache.cache_builder.recipe import BuildRecipe, RunnerRecipe
 from teachercache.cache_builder.runner import LocalRunner, Runner, Task
 from teachercache.cache_builder.worker import Worker
 from teachercache.pipeline.places.storage import Storage
 from teachercache.pipeline.records.manifest import CommitRecord, FileRecord, Manifest
-from teachercache.pipeline.records.spec import CacheSpec, TeacherSpec
+from teachercache.pipeline.records.spec import CacheSpec
 from teachercache.pipeline.sources.image_folder import ImageFolderSource
 from teachercache.pipeline.sources.keys import OK, with_unique_keys
 
@@ -186,13 +187,22 @@ def open_seconds(cache: str) -> dict[str, float]:
     return facts
 
 
+class IdleExtractor(ShardExtractor):
+    """Has every shard done at once."""
+
+    def extract(self, shard: int, names: Collection[str], replace: bool = False) -> dict[str, CommitRecord]:
+        return {}
+
+
 class IdleWorker(Worker):
-    """A worker without teachers, which has every shard done at once."""
+    """A worker without teachers."""
 
-    def __init__(self, teachers: Mapping[str, TeacherSpec], runner: RunnerRecipe) -> None:
-        self._extractor = None
+    def open(self, url: str, images: str | None = None) -> ShardExtractor:
+        return IdleExtractor(FeatureCache.open(url, images), {})
 
-    def open(self, url: str, images: str | None = None) -> str:
+
+class IdleRayWorker(RayWorker):
+    def fill(self, url: str, images: str) -> str:
         return ""
 
     def extract(self, shard: int, names: Collection[str]) -> dict[str, CommitRecord]:
@@ -204,7 +214,7 @@ class IdleLocalRunner(LocalRunner):
 
 
 class IdleRayRunner(RayRunner):
-    worker = IdleWorker
+    worker = IdleRayWorker
 
 
 def idle_runners() -> Iterator[tuple[str, Runner]]:

@@ -59,9 +59,11 @@ def compare_with_teachers(
     Raises what building a teacher raises, also for weights that are not those of the cache.
     """
     generator = np.random.default_rng(seed)
+    samples, views = np.arange(cache.num_samples)[:, None], np.arange(cache.num_views)
+    all_rows = np.sort(cache.index.rows(samples, views), axis=None)
     comparisons = []
     for name, spec in with_checkpoints(cache.spec, checkpoints or {}).teachers.items():
-        rows = generator.permutation(_readable_rows(cache, name))[:num_rows]
+        rows = generator.permutation(all_rows[cache.readable(name, all_rows)])[:num_rows]
         teacher = build_teacher(spec, device=device)
         measures: dict[str, list[Tensor]] = defaultdict(list)
         for start in range(0, len(rows), _ROWS_AT_ONCE):
@@ -71,14 +73,6 @@ def compare_with_teachers(
         for what, parts in measures.items():
             comparisons.append(_judge(name, what, torch.cat(parts), noise))
     return comparisons
-
-
-def _readable_rows(cache: FeatureCache, teacher: str) -> NDArray[np.int64]:
-    records = cache.commits(teacher).values()
-    rows = [np.arange(record.first_row, record.first_row + record.num_rows) for record in records]
-    invalid = [np.array(record.invalid_rows, np.int64) for record in records]
-    none = np.zeros(0, np.int64)
-    return np.setdiff1d(np.concatenate([none, *rows]), np.concatenate([none, *invalid]))
 
 
 @torch.inference_mode()

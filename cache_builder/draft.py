@@ -27,12 +27,12 @@ from teachercache.pipeline.errors import CacheMismatchError
 from teachercache.pipeline.places.storage import Storage
 from teachercache.pipeline.records.manifest import Manifest
 from teachercache.pipeline.records.rows import divide_views
-from teachercache.pipeline.records.spec import CacheSpec, DatasetSpec, Segment, TeacherSpec, ViewPolicy
+from teachercache.pipeline.records.spec import CacheSpec, DatasetSpec, Segment
 from teachercache.pipeline.records.tables import dataset_fingerprint, labels_hash
 from teachercache.pipeline.sources import Source, open_source
 from teachercache.pipeline.views import draw_segment
 
-_FOUND_OUT = {"checkpoint", "weights_hash", "tables_hash"}  # weights are compared by their hash, once loaded
+_FOUND_OUT = {"weights_hash", "tables_hash"}  # weights are compared by their hash, once loaded
 
 
 @dataclass
@@ -223,23 +223,11 @@ def _lies_the_same(stored: pa.Table, scanned: pa.Table) -> bool:
 
 
 def _spec_differences(recipe: BuildRecipe, old: CacheSpec, wanted: CacheSpec) -> Iterator[str]:
-    pairs: dict[str, tuple[object, object]] = {
-        "rows_per_shard": (
-            old.rows_per_shard,
-            _whole_samples(recipe.rows_per_shard, old.segments[0].num_views),
-        ),
-        "images": (old.images, wanted.images),
-        "store": (old.store, wanted.store),
-        "covariance": (old.covariance, wanted.covariance),
-    }
-    for field in ViewPolicy.model_fields:
-        pairs[f"views.{field}"] = getattr(old.views, field), getattr(wanted.views, field)
+    rows_per_shard = _whole_samples(recipe.rows_per_shard, old.segments[0].num_views)
+    may_differ = {"source.kind", "teachers"}
     if wanted.views.num_views > old.views.num_views:
-        del pairs["views.num_views"]
-    for name in old.teachers.keys() & wanted.teachers.keys():
-        before, after = old.teachers[name], wanted.teachers[name]
-        for field in TeacherSpec.model_fields.keys() - _FOUND_OUT:
-            pairs[f"teachers.{name}.{field}"] = getattr(before, field), getattr(after, field)
-    for key, (one, other) in pairs.items():
-        if one != other:
-            yield f"{key}: the cache has {one!r}, the recipe asks for {other!r}"
+        may_differ.add("views.num_views")
+    differences = old.differences(wanted.model_copy(update={"rows_per_shard": rows_per_shard}))
+    for what, (one, other) in differences.items():
+        if what not in may_differ and what.rpartition(".")[2] not in _FOUND_OUT:
+            yield f"{what}: the cache has {one!r}, the recipe asks for {other!r}"

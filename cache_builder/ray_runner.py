@@ -1,4 +1,4 @@
-"""The runner on a Ray cluster; the one module that imports ray.
+"""The runner on a Ray cluster.
 
 Plain actors, fed from a queue of shards, give back commit records and nothing else: features go from
 the actor to the store. An actor that dies (its process, its node, preemption) or hangs is replaced, and the
@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import signal
-import socket
 import threading
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -19,12 +17,12 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import ray
-from ray._private.utils import read_ray_address
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.metrics import Counter, Gauge
 
 from teachercache.cache_builder.calibrate import Calibration, CalibrationSample
-from teachercache.cache_builder.extract import worker_name
+from teachercache.cache_builder.extract import ShardExtractor, worker_name
+from teachercache.cache_builder.ray_cluster import Head, answer_of, connect
 from teachercache.cache_builder.recipe import RunnerRecipe
 from teachercache.cache_builder.runner import (
     ABANDON_S,
@@ -42,14 +40,12 @@ from teachercache.cache_builder.runner import (
 )
 from teachercache.cache_builder.stages import STAGES
 from teachercache.cache_builder.worker import Worker
-from teachercache.pipeline.errors import BuildError, BuildInterruptedError, TeacherCacheError
+from teachercache.pipeline.errors import BuildError, BuildInterruptedError
 from teachercache.pipeline.records.manifest import CommitRecord
 from teachercache.pipeline.records.spec import TeacherSpec
 from teachercache.pipeline.stop_request import StopRequest
 
 _LOOK_AROUND_EVERY_S = 5.0
-_HEAD_TIMEOUT_S = 30.0  # a head with a Redis behind it may come back; Ray ends the process after 60 s
-_CONNECT_TIMEOUT_S = 2.0
 _ANSWER_S = 1.0
 _WATCH = "watch"
 
@@ -59,15 +55,25 @@ class RayWorker(Worker):
 
     def __init__(self, teachers: Mapping[str, TeacherSpec], runner: RunnerRecipe) -> None:
         super().__init__(teachers, runner)
+        self._extractor: ShardExtractor | None = None
         self._metrics = _Metrics()
         self._leaving = False
         signal.signal(signal.SIGTERM, self._leave)
 
+    def fill(self, url: str, images: str) -> str:
+        """Open the cache that shards are extracted into. Returns this process's name in commit records."""
+        self._extractor = self.open(url, images)
+        return worker_name()
+
+    def idle_s(self) -> dict[int, float]:
+        return self._extractor.idle_s() if self._extractor is not None else {}
+
     def extract(self, shard: int, names: Collection[str]) -> dict[str, CommitRecord]:
+        assert self._extractor is not None, "fill() comes first"
         if self._leaving:
             raise BuildInterruptedError("This process has to end; it takes no more shards.")
         self._metrics.start()
-        records = super().extract(shard, names)
+        records = self._extractor.extract(shard, names)
         for record in list(records.values())[:1]:  # all of them tell of the same views
             self._metrics.add(record)
         return records
@@ -78,7 +84,8 @@ class RayWorker(Worker):
 
     def _finish_and_go(self) -> None:
         self._wait_for_shards(FINISH_S)
-        self.abandon()
+        if self._extractor is not None:
+            self._extractor.abandon()
         self._wait_for_shards(ABANDON_S)
         time.sleep(_ANSWER_S)
         os._exit(128 + signal.SIGTERM)
@@ -150,8 +157,8 @@ class RayRunner(Runner):
         super().__init__(recipe, teachers, num_shards)
         self._connected_here = not ray.is_initialized()
         if self._connected_here:
-            _connect()
-        self._head = _Head()
+            connect()
+        self._head = Head()
         self._failed_starts = 0
         self._place: tuple[str, str] | None = None
         self._require_room()
@@ -166,18 +173,19 @@ class RayRunner(Runner):
             ray.shutdown()
 
     def weights_hashes(self) -> dict[str, str]:
-        hashes: dict[str, str] = _get(self._actors[0].handle.weights_hashes.remote())
+        hashes: dict[str, str] = answer_of(self._actors[0].handle.weights_hashes.remote())
         return hashes
 
     def calibrate(self, sample: CalibrationSample, names: Collection[str]) -> dict[str, Calibration]:
-        answer: dict[str, Calibration] = _get(self._actors[0].handle.calibrate.remote(sample, list(names)))
-        return answer
+        sent = self._actors[0].handle.calibrate.remote(sample, list(names))
+        calibrations: dict[str, Calibration] = answer_of(sent)
+        return calibrations
 
     def run(self, url: str, images: str, tasks: Sequence[Task], on_commit: OnCommit) -> list[FailedShard]:
         self._place = url, images
         queue = Queue(tasks, self.recipe.max_attempts)
         for actor in self._actors:
-            actor.opening = actor.handle.open.remote(url, images)
+            actor.opening = actor.handle.fill.remote(url, images)
         looked_around = time.monotonic()
         with StopRequest(signal.SIGTERM, signal.SIGINT) as stop:
             while (queue or self._running()) and not stop.requested:
@@ -296,7 +304,7 @@ class RayRunner(Runner):
             "concurrency_groups": {_WATCH: 1},
         }
         handle = ray.remote(**options)(self.worker).remote(dict(self.teachers), self.recipe)
-        return _Actor(handle, None if self._place is None else handle.open.remote(*self._place))
+        return _Actor(handle, None if self._place is None else handle.fill.remote(*self._place))
 
     def _gpus_per_actor(self) -> float:
         if self.recipe.gpus_per_actor is not None:
@@ -326,89 +334,3 @@ class RayRunner(Runner):
                 expected=f"one with {self.recipe.cpus_per_actor:g} CPUs and {self._gpus_per_actor():g} GPUs",
                 do="start larger nodes, or lower runner.cpus_per_actor and runner.gpus_per_actor",
             )
-
-
-class _Head:
-    """Whether the head of the cluster still answers. Without it Ray's own calls wait, and end the process."""
-
-    def __init__(self) -> None:
-        self._address: str = ray.get_runtime_context().gcs_address
-        self._heard = time.monotonic()
-
-    def answers(self) -> bool:
-        """Raises `BuildInterruptedError` when it has not answered for long."""
-        if _answers(self._address):
-            self._heard = time.monotonic()
-            return True
-        if self.is_gone():
-            raise BuildInterruptedError(
-                "The head of the Ray cluster is gone; everything committed stays.",
-                got=f"no answer at {self._address} for {_HEAD_TIMEOUT_S:.0f} s",
-                do="start the cluster, and run the same command again; it computes only what is missing",
-            )
-        log.warning("the head of the Ray cluster does not answer at %s", self._address)
-        return False
-
-    def is_gone(self) -> bool:
-        return time.monotonic() - self._heard > _HEAD_TIMEOUT_S
-
-
-def _connect() -> None:
-    """Join the cluster of this job or machine, or start a private one on this machine.
-
-    Raises `BuildError` where RAY_ADDRESS names a cluster that does not answer.
-    """
-    quiet: dict[str, Any] = {"logging_level": "error", "log_to_driver": False}
-    address = os.environ.get("RAY_ADDRESS")
-    if address and address.startswith(("http://", "https://")):
-        raise BuildError(
-            "RAY_ADDRESS is where `ray job submit` sends its jobs; a build cannot join the cluster there.",
-            got=f"RAY_ADDRESS={address}",
-            expected="host:port of the head (6379 by default), or nothing on a machine of the cluster",
-            do="submit jobs/cache_teachers.py with `ray job submit`, or set RAY_ADDRESS to the head",
-        )
-    if address and not _answers(address):
-        raise BuildError(
-            "The Ray cluster does not answer.",
-            got=f"RAY_ADDRESS={address}",
-            expected="the address of a running head",
-            do="start it with ray start --head, or unset RAY_ADDRESS to use a cluster of this machine",
-        )
-    noted = None if address else read_ray_address()
-    if noted is None or _answers(noted):  # Ray would try a dead cluster of this machine for ever
-        with contextlib.suppress(ConnectionError):
-            ray.init(address="auto", **quiet)
-    if not ray.is_initialized():
-        # Ray guards a new cluster with a token. One given here leaves no ~/.ray/auth_token behind, which
-        # would turn authentication on for every later `ray start` of this user.
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        ray.init(address="local", include_dashboard=False, **quiet)
-
-
-def _answers(address: str) -> bool:
-    """Whether something listens there; names that are no host and port, such as "auto", are left to Ray."""
-    host, colon, port = address.rpartition(":")
-    if not colon or not port.isdigit() or "//" in host:
-        return True
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_TIMEOUT_S).close()
-    except OSError:
-        return False
-    return True
-
-
-def _get(call: Any) -> Any:
-    """`ray.get`, with our own errors as they were raised in the actor (its constructor included)."""
-    try:
-        return ray.get(call)
-    except RayTaskError as error:
-        if isinstance(error.cause, TeacherCacheError):
-            raise error.cause from error
-        raise
-    except RayActorError as error:
-        raise BuildError(
-            "A Ray actor could not load the teachers.",
-            got=str(error),
-            expected="an actor that builds every teacher of the recipe",
-            do="mend the reason above; `teachercache build … runner.kind=local` shows it without Ray",
-        ) from error

@@ -158,7 +158,7 @@ def _extract(
     try:
         teachers = with_checkpoints(cache.spec, checkpoints).teachers
         worker = Worker({name: teachers[name] for name in sorted(names - {IMAGES})}, runner)
-        worker.open(cache.storage.url, cache.source.location)
+        extractor = worker.open(cache.storage.url, cache.source.location)
     except TeacherCacheError as error:
         return dict.fromkeys(shards, str(error))
 
@@ -170,7 +170,7 @@ def _extract(
             for name in broken:
                 cache.storage.remove(commit_name(name, shard))
         elif standing and shard < cache.spec.num_shards:  # decoding alone makes the quarantine list again
-            worker.replace(shard, sorted(broken))
+            extractor.extract(shard, sorted(broken), replace=True)
 
     with ThreadPoolExecutor(runner.shards_in_flight) as pool:
         futures = {shard: pool.submit(again, shard) for shard in shards}

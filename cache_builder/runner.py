@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 from teachercache.cache_builder.calibrate import Calibration, CalibrationSample
+from teachercache.cache_builder.extract import ShardExtractor
 from teachercache.cache_builder.recipe import RunnerRecipe
 from teachercache.cache_builder.worker import Worker
 from teachercache.pipeline.errors import (
@@ -147,38 +148,25 @@ class LocalRunner(Runner):
         return self._worker.calibrate(sample, names)
 
     def run(self, url: str, images: str, tasks: Sequence[Task], on_commit: OnCommit) -> list[FailedShard]:
-        self._worker.open(url, images)
+        extractor = self._worker.open(url, images)
         queue = Queue(tasks, self.recipe.max_attempts)
         running: dict[Future[dict[str, CommitRecord]], Task] = {}
         try:
             with StopRequest(signal.SIGTERM, signal.SIGINT) as stop:
                 while (queue or running) and not stop.requested:
                     while (task := queue.take(running.values(), self.recipe.shards_in_flight)) is not None:
-                        running[self._start(task)] = task
+                        running[_start(extractor, task)] = task
                     self._collect(running, queue, on_commit, url)
-                    self._end_if_hung(url)
+                    self._end_if_hung(extractor)
                 if stop.signal is not None and (queue or running):
                     deadline = time.monotonic() + FINISH_S
                     while running and time.monotonic() < deadline:
                         self._collect(running, queue, on_commit, url)
                     raise interrupted(stop.signal)
         finally:
-            self._worker.abandon()
+            extractor.abandon()
             wait(running, timeout=ABANDON_S)
         return queue.failed
-
-    def _start(self, task: Task) -> Future[dict[str, CommitRecord]]:
-        """In a thread that does not keep the process alive: a teacher that hangs would, for ever."""
-        future: Future[dict[str, CommitRecord]] = Future()
-
-        def work() -> None:
-            try:
-                future.set_result(self._worker.extract(task.shard, task.names))
-            except BaseException as error:
-                future.set_exception(error)
-
-        threading.Thread(target=work, name=f"shard {task.shard}", daemon=True).start()
-        return future
 
     def _collect(
         self,
@@ -198,8 +186,8 @@ class LocalRunner(Runner):
                 require_place(error, url)
                 queue.retry_or_fail(task, describe(error))
 
-    def _end_if_hung(self, url: str) -> None:
-        hung = {s: idle for s, idle in self._worker.idle_s().items() if idle > self.recipe.stall_timeout_s}
+    def _end_if_hung(self, extractor: ShardExtractor) -> None:
+        hung = {s: idle for s, idle in extractor.idle_s().items() if idle > self.recipe.stall_timeout_s}
         if hung:
             shards = ", ".join(map(str, sorted(hung)))
             raise BuildInterruptedError(
@@ -208,6 +196,20 @@ class LocalRunner(Runner):
                 expected=f"a batch within runner.stall_timeout_s={self.recipe.stall_timeout_s:g}",
                 do="run the same command again, or with runner.kind=ray, which replaces processes that hang",
             )
+
+
+def _start(extractor: ShardExtractor, task: Task) -> Future[dict[str, CommitRecord]]:
+    """In a thread that does not keep the process alive: a teacher that hangs would, for ever."""
+    future: Future[dict[str, CommitRecord]] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(extractor.extract(task.shard, task.names))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, name=f"shard {task.shard}", daemon=True).start()
+    return future
 
 
 def interrupted(number: signal.Signals) -> BuildInterruptedError:

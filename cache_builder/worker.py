@@ -1,4 +1,4 @@
-"""What a process that computes features holds: the teachers on their device, and the cache it fills."""
+"""What a process that computes features holds: the teachers on their device."""
 
 from __future__ import annotations
 
@@ -7,17 +7,16 @@ from collections.abc import Collection, Mapping
 import torch
 
 from teachercache.cache_builder.calibrate import Calibration, CalibrationSample, calibrate
-from teachercache.cache_builder.extract import ShardExtractor, worker_name
+from teachercache.cache_builder.extract import ShardExtractor
 from teachercache.cache_builder.recipe import RunnerRecipe
 from teachercache.cache_builder.teachers import Teacher, build_teacher
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import BuildError, CacheMismatchError
-from teachercache.pipeline.records.manifest import CommitRecord
-from teachercache.pipeline.records.spec import IMAGES, TeacherSpec
+from teachercache.pipeline.records.spec import TeacherSpec
 
 
 class Worker:
-    """Loads teachers once; extracts shard after shard. Safe to call from `shards_in_flight` threads."""
+    """Loads teachers once, for the cache that is opened."""
 
     def __init__(self, teachers: Mapping[str, TeacherSpec], runner: RunnerRecipe) -> None:
         device = _device(runner.device)
@@ -28,7 +27,6 @@ class Worker:
         if runner.compile:
             for teacher in self._teachers.values():
                 teacher.compile_blocks()
-        self._extractor: ShardExtractor | None = None
 
     def weights_hashes(self) -> dict[str, str]:
         return {name: teacher.weights_hash for name, teacher in self._teachers.items()}
@@ -37,11 +35,10 @@ class Worker:
         """Tables and fidelity of the codecs of the named teachers."""
         return calibrate({name: self._teachers[name] for name in names}, sample, self._runner.batch_size)
 
-    def open(self, url: str, images: str | None = None) -> str:
-        """Open the cache to fill; `images`: where the source images are, if not where `cache.json` says.
+    def open(self, url: str, images: str | None = None) -> ShardExtractor:
+        """What fills a cache; `images`: where the source images are, if not where `cache.json` says.
 
-        Returns the name of this process in commit records. Raises `CacheMismatchError` if its rows come
-        from other weights.
+        Raises `CacheMismatchError` if its rows come from other weights.
         """
         cache = FeatureCache.open(url, images)
         for name, found in self.weights_hashes().items():
@@ -53,35 +50,12 @@ class Worker:
                     expected=f"{expected}, as in {url}/cache.json",
                     do="use the same weights file and library versions on every machine",
                 )
-        self._extractor = ShardExtractor(
+        return ShardExtractor(
             cache,
             self._teachers,
             batch_size=self._runner.batch_size,
             decode_threads=self._runner.decode_threads,
         )
-        return worker_name()
-
-    def extract(self, shard: int, names: Collection[str]) -> dict[str, CommitRecord]:
-        """Raises what `ShardExtractor.extract` does."""
-        return self._ready(names).extract(shard, names)
-
-    def replace(self, shard: int, names: Collection[str]) -> dict[str, CommitRecord]:
-        """As `extract`, in place of what is committed."""
-        return self._ready(names).extract(shard, names, replace=True)
-
-    def _ready(self, names: Collection[str]) -> ShardExtractor:
-        assert self._extractor is not None, "open() comes first"
-        assert set(names) <= {*self._teachers, IMAGES}, names
-        return self._extractor
-
-    def idle_s(self) -> dict[int, float]:
-        """The shards in flight, and for how long nothing has moved in each."""
-        return self._extractor.idle_s() if self._extractor is not None else {}
-
-    def abandon(self) -> None:
-        """End the shards in flight at their next batch; they leave nothing behind."""
-        if self._extractor is not None:
-            self._extractor.abandon()
 
 
 def _device(name: str) -> str:

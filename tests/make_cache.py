@@ -153,7 +153,7 @@ def commit_shard(
             [row - rows.start for row in valid],
             {name: array[valid].numpy() for name, array in arrays.items()},
         )
-    files = writer.files()
+        files = writer.publish()
     if not hashes:
         files = {name: file.model_copy(update={"ends": ""}) for name, file in files.items()}
     Manifest(cache.storage).commit(

@@ -48,7 +48,7 @@ from teachercache.pipeline.records.manifest import (
     tables_name,
 )
 from teachercache.pipeline.records.rows import divide_views
-from teachercache.pipeline.records.spec import IMAGES, CacheSpec, Segment, StoreKind, ViewPolicy
+from teachercache.pipeline.records.spec import IMAGES, CacheSpec, Segment, StoreKind
 from teachercache.pipeline.records.tables import dataset_fingerprint, labels_hash, views_hash
 from teachercache.pipeline.sources.place import Place
 from teachercache.pipeline.stores.base import Arrays, numpy_dtype
@@ -142,9 +142,9 @@ def merge(urls: Sequence[str], out: str) -> Rearrangement:
     sources = [FeatureCache.open(url) for url in urls]
     first = sources[0].spec
     differences = [
-        f"{source.storage.url}: {reason}"
+        f"{source.storage.url}: {what}: the first cache has {one!r}, this one {other!r}"
         for source in sources[1:]
-        for reason in _differences(first, source.spec)
+        for what, (one, other) in first.differences(source.spec).items()
     ]
     keys = pa.chunked_array([chunk for source in sources for chunk in source.samples["key"].chunks])
     counts = pc.value_counts(keys)
@@ -462,17 +462,17 @@ def _write_rows(
             if len(places):
                 source.store.read(source.spec, teacher, old[places], arrays)
                 writer.write(places.tolist(), arrays)
-    return writer.files()
+        return writer.publish()
 
 
 def _write_images(
     source: FeatureCache, target: FeatureCache, shard: int, chosen: Ints
 ) -> tuple[dict[str, FileRecord], tuple[tuple[int, int], ...]]:
-    with ImageTarWriter.open(target.storage, shard) as tar:
+    with ImageTarWriter(target.storage, shard) as tar:
         for sample in target.spec.shard_samples(shard):
             data = source.image_bytes(int(chosen[sample]))
             tar.add(target.key(sample), data or None)  # an image that was quarantined has no bytes
-    return tar.files(), tuple(tar.members)
+        return tar.publish(), tuple(tar.members)
 
 
 def _link_or_copy(source: Storage, name: str, record: FileRecord, target: Storage, new_name: str) -> None:
@@ -511,25 +511,6 @@ def _corrupt(source: Storage, got: str) -> CorruptShardError:
 def _with_samples(views: pa.Table, samples: NDArray[np.integer]) -> pa.Table:
     column = pa.array(samples.astype(np.int64))
     return views.set_column(0, views.schema.field("sample_index"), column)
-
-
-def _differences(one: CacheSpec, other: CacheSpec) -> Iterator[str]:
-    pairs: dict[str, tuple[object, object]] = {
-        "rows_per_shard": (one.rows_per_shard, other.rows_per_shard),
-        "images": (one.images, other.images),
-        "covariance": (one.covariance, other.covariance),
-        "store": (one.store, other.store),
-        "source.kind": (one.dataset.kind, other.dataset.kind),
-        "teachers": (sorted(one.teachers), sorted(other.teachers)),
-    }
-    for field in ViewPolicy.model_fields:
-        pairs[f"views.{field}"] = getattr(one.views, field), getattr(other.views, field)
-    for name in one.teachers.keys() & other.teachers.keys():
-        before, after = (spec.teachers[name].model_dump(exclude={"checkpoint"}) for spec in (one, other))
-        pairs |= {f"teachers.{name}.{field}": (before[field], after[field]) for field in before}
-    for key, (first, second) in pairs.items():
-        if first != second:
-            yield f"{key}: the first cache has {first!r}, this one {second!r}"
 
 
 def _one_location(sources: Sequence[FeatureCache]) -> tuple[str, list[pa.Table]]:

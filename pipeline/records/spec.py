@@ -313,6 +313,25 @@ class CacheSpec(Strict):
             content["labels"] = self.dataset.labels_hash
         return digest(content)
 
+    def differences(self, other: CacheSpec) -> dict[str, tuple[object, object]]:
+        """What rows and features follow from and is not the same in both: (ours, theirs) by its name.
+
+        Fields of a teacher are compared where both have it. Where its weights lie is no difference.
+        """
+        pairs: dict[str, tuple[object, object]] = {
+            name: (getattr(self, name), getattr(other, name))
+            for name in ("rows_per_shard", "images", "covariance", "store")
+        }
+        pairs["source.kind"] = self.dataset.kind, other.dataset.kind
+        pairs["teachers"] = sorted(self.teachers), sorted(other.teachers)
+        parts: list[tuple[str, Strict, Strict]] = [("views", self.views, other.views)]
+        for name in self.teachers.keys() & other.teachers.keys():
+            parts.append((f"teachers.{name}", self.teachers[name], other.teachers[name]))
+        for part, ours, theirs in parts:
+            for field in type(ours).model_fields.keys() - {"checkpoint"}:
+                pairs[f"{part}.{field}"] = getattr(ours, field), getattr(theirs, field)
+        return {name: (one, two) for name, (one, two) in pairs.items() if one != two}
+
     def changed(self, **changes: Any) -> CacheSpec:
         """This spec with other fields, checked again and with the `cache_id` that follows."""
         return CacheSpec.model_validate(self.model_dump() | changes | {"cache_id": ""})

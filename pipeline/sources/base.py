@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import time
 from abc import ABC, abstractmethod
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from itertools import islice
@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 import xxhash
 
 from teachercache.pipeline.errors import EmptySourceError, ImageDecodeError, SourceError, SourceNotFoundError
+from teachercache.pipeline.ordered_map import ordered_map
 from teachercache.pipeline.records.tables import SAMPLE_SCHEMA
 from teachercache.pipeline.sources.decode import HEAD_BYTES, probe_size
 from teachercache.pipeline.sources.keys import OK, name_problem, printable, with_unique_keys
@@ -140,14 +141,8 @@ class Source(ABC):
         else:  # this is waiting, not work; and a process would see no memory:// files
             workers = _REMOTE_THREADS
             pool = ThreadPoolExecutor(workers)
-        pending: deque[Future[pa.Table]] = deque()
         with pool:
-            for unit in units:
-                pending.append(pool.submit(self._scan_unit, unit))
-                if len(pending) > workers * _UNITS_AHEAD_PER_WORKER:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
+            yield from ordered_map(pool, self._scan_unit, units, workers * _UNITS_AHEAD_PER_WORKER)
 
     def _containers(self, suffix: str) -> Iterator[tuple[str, int]]:
         """(path, bytes) of the tars or Parquet files of this place."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
@@ -13,8 +12,8 @@ from numpy.typing import NDArray
 from teachercache.pipeline.codecs import ArrayLayout, get_codec
 from teachercache.pipeline.errors import CorruptShardError
 from teachercache.pipeline.places.storage import Storage
-from teachercache.pipeline.records.manifest import FileRecord
 from teachercache.pipeline.records.spec import CacheSpec, TeacherSpec
+from teachercache.pipeline.stores.new_files import NewFiles
 
 Arrays = dict[str, NDArray]
 
@@ -56,16 +55,12 @@ def feature_arrays(teacher: TeacherSpec) -> list[str]:
     return [name for name in teacher_layouts(teacher) if name not in (CLS_TOKEN, GLOBAL_FEATURE)]
 
 
-class ShardWriter(ABC):
+class ShardWriter(NewFiles):
     """Takes the rows of one shard in ascending order; rows never written are absent."""
 
     @abstractmethod
     def write(self, offsets: Sequence[int], arrays: Mapping[str, NDArray]) -> None:
         """Rows at `offsets` within the shard; every array has them first."""
-
-    @abstractmethod
-    def files(self) -> dict[str, FileRecord]:
-        """The files of the shard, once the context that gave this writer has closed."""
 
 
 class FeatureStore(ABC):
@@ -92,8 +87,8 @@ class FeatureStore(ABC):
                 self.storage.write(name, data)
 
     @abstractmethod
-    def write_shard(self, spec: CacheSpec, teacher: str, shard: int) -> AbstractContextManager[ShardWriter]:
-        """A writer whose files appear whole when the context closes, and not at all if it fails."""
+    def write_shard(self, spec: CacheSpec, teacher: str, shard: int) -> ShardWriter:
+        """A writer whose files appear, whole, when it publishes them, and not at all if it fails."""
 
     @abstractmethod
     def read(self, spec: CacheSpec, teacher: str, rows: NDArray[np.int64], out: Arrays) -> None:

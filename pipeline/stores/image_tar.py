@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-from teachercache.pipeline.places.storage import ChecksumWriter, Storage
-from teachercache.pipeline.records.manifest import FileRecord
+from teachercache.pipeline.places.storage import Storage
+from teachercache.pipeline.stores.new_files import NewFiles
 from teachercache.pipeline.stores.tar_index import TAR_END, add_member, member_key
 
 _SUFFIXES = {b"\xff\xd8": ".jpg", b"\x89P": ".png", b"RI": ".webp"}
@@ -17,20 +14,14 @@ def image_tar_name(shard: int) -> str:
     return f"images/{shard:05d}.tar"
 
 
-class ImageTarWriter:
+class ImageTarWriter(NewFiles):
     """`members` are the byte ranges (offset, nbytes) of the images added so far, (0, 0) for an absent one."""
 
-    def __init__(self, name: str, file: ChecksumWriter) -> None:
-        self._name, self._file = name, file
-        self.members: list[tuple[int, int]] = []
-
-    @classmethod
-    @contextmanager
-    def open(cls, storage: Storage, shard: int) -> Iterator[ImageTarWriter]:
+    def __init__(self, storage: Storage, shard: int) -> None:
         name = image_tar_name(shard)
-        with storage.open_write(name) as file:
-            yield cls(name, file)
-            file.write(TAR_END)
+        super().__init__(storage, [name])
+        self._file = self._files[name]
+        self.members: list[tuple[int, int]] = []
 
     def add(self, key: str, image: bytes | None) -> None:
         """The next sample of the shard; None keeps the place of one that cannot be decoded."""
@@ -40,5 +31,5 @@ class ImageTarWriter:
         start = add_member(self._file, member_key(key) + _SUFFIXES.get(image[:2], ".img"), image)
         self.members.append((start, len(image)))
 
-    def files(self) -> dict[str, FileRecord]:
-        return {self._name: FileRecord.of(self._file)}
+    def _end(self) -> None:
+        self._file.write(TAR_END)

@@ -12,8 +12,7 @@ By the index (`tar_index`) a row is one read at its place; its checksum is alway
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
 
 import google_crc32c
@@ -23,8 +22,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from teachercache.pipeline.codecs import ArrayLayout
-from teachercache.pipeline.places.storage import ChecksumWriter, Storage
-from teachercache.pipeline.records.manifest import FileRecord
+from teachercache.pipeline.places.storage import Storage
 from teachercache.pipeline.records.rows import RowIndex
 from teachercache.pipeline.records.spec import CacheSpec
 from teachercache.pipeline.stores.base import (
@@ -55,14 +53,14 @@ class TarShardWriter(ShardWriter):
 
     def __init__(
         self,
+        storage: Storage,
         name: str,
-        file: ChecksumWriter,
         layouts: Mapping[str, ArrayLayout],
         members: Sequence[str],
         rows: int,
     ) -> None:
-        self._name, self._file, self._members = name, file, members
-        self._layouts = layouts
+        super().__init__(storage, [name])
+        self._file, self._layouts, self._members = self._files[name], layouts, members
         self._index = empty_index(rows)
 
     def write(self, offsets: Sequence[int], arrays: Mapping[str, NDArray]) -> None:
@@ -76,12 +74,9 @@ class TarShardWriter(ShardWriter):
             start = add_member(self._file, self._members[offset], row)
             self._index[offset] = start, len(row), google_crc32c.value(row)
 
-    def finish(self) -> None:
+    def _end(self) -> None:
         add_member(self._file, INDEX_NAME, index_bytes(self._index))
         self._file.write(TAR_END)
-
-    def files(self) -> dict[str, FileRecord]:
-        return {self._name: FileRecord.of(self._file)}
 
 
 class WebDatasetStore(FeatureStore):
@@ -111,18 +106,14 @@ class WebDatasetStore(FeatureStore):
     def shard_files(self, spec: CacheSpec, teacher: str, shard: int) -> list[str]:
         return [tar_name(teacher, shard)]
 
-    @contextmanager
-    def write_shard(self, spec: CacheSpec, teacher: str, shard: int) -> Iterator[TarShardWriter]:
+    def write_shard(self, spec: CacheSpec, teacher: str, shard: int) -> TarShardWriter:
         samples, views, _ = RowIndex(spec.segments).locate(spec.shard_rows(shard))
         members = [
             f"{member_key(self._key(sample))}.{view}.safetensors"
             for sample, view in zip(samples.tolist(), views.tolist(), strict=True)
         ]
         name, layouts = tar_name(teacher, shard), teacher_layouts(spec.teachers[teacher])
-        with self.storage.open_write(name) as file:
-            writer = TarShardWriter(name, file, layouts, members, spec.rows_per_shard)
-            yield writer
-            writer.finish()
+        return TarShardWriter(self.storage, name, layouts, members, spec.rows_per_shard)
 
     def read(self, spec: CacheSpec, teacher: str, rows: NDArray[np.int64], out: Arrays) -> None:
         try:

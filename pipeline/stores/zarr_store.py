@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import lru_cache, partial
 
 import numpy as np
@@ -26,7 +26,6 @@ from teachercache.pipeline.codecs import ArrayLayout
 from teachercache.pipeline.errors import StorageError
 from teachercache.pipeline.places.retries import retrying
 from teachercache.pipeline.places.storage import ChecksumWriter, LocalStorage, Storage, client_options
-from teachercache.pipeline.records.manifest import FileRecord
 from teachercache.pipeline.records.spec import CacheSpec
 from teachercache.pipeline.stores.base import (
     Arrays,
@@ -60,20 +59,20 @@ def shard_file(teacher: str, array: str, shard: int, row_ndim: int) -> str:
 
 
 class ZarrShardWriter(ShardWriter):
+    """`layouts` by array, `names` of the arrays' files in the same order."""
+
     def __init__(
-        self,
-        names: dict[str, str],
-        files: dict[str, ChecksumWriter],
-        layouts: dict[str, ArrayLayout],
-        rows: int,
+        self, storage: Storage, names: Sequence[str], layouts: dict[str, ArrayLayout], rows: int
     ) -> None:
-        self._names, self._files, self._layouts = names, files, layouts
-        self._index = {array: empty_index(rows) for array in files}
+        super().__init__(storage, names)
+        self._file_of = dict(zip(layouts, self._files.values(), strict=True))
+        self._layouts = layouts
+        self._index = {array: empty_index(rows) for array in layouts}
 
     def write(self, offsets: Sequence[int], arrays: Mapping[str, NDArray]) -> None:
-        assert arrays.keys() == self._files.keys(), (arrays.keys(), self._files.keys())
+        assert arrays.keys() == self._layouts.keys(), (arrays.keys(), self._layouts.keys())
         for array, values in arrays.items():
-            file, layout = self._files[array], self._layouts[array]
+            file, layout = self._file_of[array], self._layouts[array]
             assert values.shape == (len(offsets), *layout.shape), (array, values.shape, layout.shape)
             data = np.ascontiguousarray(values, numpy_dtype(layout))
             for offset, chunk in zip(offsets, data, strict=True):
@@ -81,13 +80,11 @@ class ZarrShardWriter(ShardWriter):
                 _write_checked(file, chunk.tobytes())
                 self._index[array][offset] = start, file.nbytes - start
 
-    def finish(self) -> None:
+    def _end(self) -> None:
         for array, index in self._index.items():
-            self._files[array].write(bytes.fromhex(self._files[array].checksum))
-            _write_checked(self._files[array], index.tobytes())
-
-    def files(self) -> dict[str, FileRecord]:
-        return {self._names[array]: FileRecord.of(file) for array, file in self._files.items()}
+            file = self._file_of[array]
+            file.write(bytes.fromhex(file.checksum))
+            _write_checked(file, index.tobytes())
 
 
 def _write_checked(file: ChecksumWriter, data: bytes) -> None:
@@ -128,17 +125,9 @@ class ZarrStore(FeatureStore):
         layouts = teacher_layouts(spec.teachers[teacher])
         return [shard_file(teacher, array, shard, len(layout.shape)) for array, layout in layouts.items()]
 
-    @contextmanager
-    def write_shard(self, spec: CacheSpec, teacher: str, shard: int) -> Iterator[ZarrShardWriter]:
-        layouts = teacher_layouts(spec.teachers[teacher])
-        names = dict(zip(layouts, self.shard_files(spec, teacher, shard), strict=True))
-        with ExitStack() as stack:
-            files = {
-                array: stack.enter_context(self.storage.open_write(name)) for array, name in names.items()
-            }
-            writer = ZarrShardWriter(names, files, layouts, spec.rows_per_shard)
-            yield writer
-            writer.finish()
+    def write_shard(self, spec: CacheSpec, teacher: str, shard: int) -> ZarrShardWriter:
+        layouts, names = teacher_layouts(spec.teachers[teacher]), self.shard_files(spec, teacher, shard)
+        return ZarrShardWriter(self.storage, names, layouts, spec.rows_per_shard)
 
     def read(self, spec: CacheSpec, teacher: str, rows: NDArray[np.int64], out: Arrays) -> None:
         shards, places = np.divmod(rows, spec.rows_per_shard)

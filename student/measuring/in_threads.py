@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import TypeVar
 
+from teachercache.pipeline.ordered_map import ordered_map
+
 Made = TypeVar("Made")
 
-_BATCHES_AHEAD = 3
+_BATCHES_AHEAD = 2
 
 
 def in_threads(
@@ -18,11 +19,6 @@ def in_threads(
 ) -> Iterator[list[Made]]:
     """`make(number)` of every number, in their order, `batch_size` at a time; the last may be fewer."""
     with ThreadPoolExecutor(threads, thread_name_prefix="make") as pool:
-        pending: deque[Future[Made]] = deque()
-        rest = iter(numbers)
-        while True:
-            ahead = islice(rest, _BATCHES_AHEAD * batch_size - len(pending))
-            pending += [pool.submit(make, number) for number in ahead]
-            if not pending:
-                return
-            yield [pending.popleft().result() for _ in range(min(batch_size, len(pending)))]
+        made = ordered_map(pool, make, numbers, _BATCHES_AHEAD * batch_size)
+        while batch := list(islice(made, batch_size)):
+            yield batch

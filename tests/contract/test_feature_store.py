@@ -329,7 +329,7 @@ def test_two_writers_of_a_shard_leave_that_of_one_whole(make: Make, images: Path
             writer.write(range(3), {"codes": sign * values[:3]})
             both_are_writing.wait()
             writer.write(range(3, 6), {"codes": sign * values[3:]})
-        records.append(writer.files())
+            records.append(writer.publish())
 
     threads = [threading.Thread(target=write, args=(sign,)) for sign in (1, -1)]
     for thread in threads:

@@ -108,14 +108,17 @@ def test_a_signal_ends_a_build_cleanly_and_the_same_command_goes_on(
 
 HANG = """
 import time
+from teachercache.cache_builder.compute import Computing
 from teachercache.cache_builder.extract import ShardExtractor
-encode, begun = ShardExtractor._encode, set()
+extract, encode, begun = ShardExtractor._extract, Computing.encode, set()
+def begin(self, shard, *arguments):
+    begun.add(shard)
+    return extract(self, shard, *arguments)
 def hang(self, *arguments):
-    begun.update(self.idle_s())
     if len(begun) > 3:  # two at a time: so one has ended
         time.sleep(1000)
     return encode(self, *arguments)
-ShardExtractor._encode = hang
+ShardExtractor._extract, Computing.encode = begin, hang
 """
 
 

@@ -12,7 +12,8 @@ import torch
 from rich.console import Console
 
 from teachercache import build
-from teachercache.cache_builder.ray_runner import RayRunner, _connect, _Metrics
+from teachercache.cache_builder.ray_cluster import connect
+from teachercache.cache_builder.ray_runner import RayRunner, _Metrics
 from teachercache.cache_builder.recipe import RunnerRecipe
 from teachercache.cache_builder.stages import STAGES
 from teachercache.pipeline.errors import BuildError, TeacherCacheError
@@ -111,4 +112,4 @@ def test_no_more_actors_start_than_shards_can_occupy(
 def test_the_address_of_the_jobs_api_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
     with pytest.raises(BuildError, match=r"where `ray job submit` sends(.|\n)*host:port of the head"):
-        _connect()
+        connect()

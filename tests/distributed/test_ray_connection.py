@@ -9,7 +9,7 @@ import pytest
 import ray
 from rich.console import Console
 
-from teachercache.cache_builder import build, ray_runner
+from teachercache.cache_builder import build, ray_cluster
 from teachercache.pipeline.errors import BuildError
 from tests.make_cache import build_recipe, make_images
 
@@ -29,7 +29,7 @@ def test_a_dead_cluster_of_this_machine_is_passed_over(
 ) -> None:
     ray.shutdown()
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(ray_runner, "read_ray_address", lambda: dead_address)
+    monkeypatch.setattr(ray_cluster, "read_ray_address", lambda: dead_address)
     images = make_images(tmp_path / "images", 4)
     recipe = build_recipe(tmp_path / "cache", images, runner=RUNNER)
     assert build(recipe, Console(quiet=True)).views == 8

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from teachercache import FeatureCache, build
 from teachercache.cache_builder.against_teacher import compare_with_teachers
+from teachercache.cache_builder.extract import ShardExtractor
 from teachercache.cache_builder.recipe import RunnerRecipe
 from teachercache.cache_builder.repair import repair
 from teachercache.cache_builder.worker import Worker
@@ -245,12 +246,13 @@ def test_what_another_has_mended_is_not_deleted(tmp_path: Path, monkeypatch: pyt
     flip(record)
     load = Worker.open
 
-    def open_late(self: Worker, url: str, images_at: str | None = None) -> None:
-        load(self, url, images_at)
+    def open_late(self: Worker, url: str, images_at: str | None = None) -> ShardExtractor:
+        extractor = load(self, url, images_at)
         monkeypatch.setattr(Worker, "open", load)
         record.unlink()
         build(build_recipe(path, images), QUIET)
         mended.append(record.read_bytes())
+        return extractor
 
     mended: list[bytes] = []
     monkeypatch.setattr(Worker, "open", open_late)
@@ -353,8 +355,9 @@ def test_features_of_another_view_are_not(tmp_path: Path, codec: str) -> None:
         array[7] = array[6]
     with cache.store.write_shard(cache.spec, "t", 1) as writer:
         writer.write(range(6), {name: array[6:] for name, array in arrays.items()})
+        files = writer.publish()
     record = cache.manifest.read_commit("t", 1)
-    cache.manifest.commit(record.model_copy(update={"files": writer.files()}))
+    cache.manifest.commit(record.model_copy(update={"files": files}))
     opened = FeatureCache.open(tmp_path / "cache")
     assert verify(opened, full=True) == []
     assert not any(one.kept for one in compare_with_teachers(opened, 12, seed=0))
