@@ -183,7 +183,7 @@ def make_large_cache(folder: Path, shards: int, teachers: int) -> FeatureCache:
     )
     cache = FeatureCache(Storage.at(folder), spec)
     for name in spec.teachers:
-        cache.store.create(spec, name)
+        cache.store.create(name)
         for shard in range(shards):
             commit_empty_shard(cache, folder, name, shard)
     sizes = np.full(num_samples, 480)

@@ -216,13 +216,13 @@ def _require_other_tables(recipe: BuildRecipe, drafted: Draft) -> None:
 def _lay_out(manifest: Manifest, spec: CacheSpec, names: Iterable[str]) -> None:
     store = FeatureCache(manifest.storage, spec).store
     for name in names:
-        store.create(spec, name)
+        store.create(name)
 
 
 def _new_files(manifest: Manifest, drafted: Draft) -> list[str]:
     """What is written before there is a cache, or before it has its new teachers."""
     store, new = FeatureCache(manifest.storage, drafted.spec).store, _without_weights(drafted.spec)
-    layouts = [name for teacher in new for name in store.layout_files(drafted.spec, teacher)]
+    layouts = [name for teacher in new for name in store.layout_files(teacher)]
     return [SPEC_NAME, SAMPLES_NAME, VIEWS_NAME, *map(tables_name, new), *layouts]
 
 

@@ -166,9 +166,7 @@ class ShardExtractor:
         members: tuple[tuple[int, int], ...] = ()
         with ExitStack() as stack:
             writers: dict[str, ShardWriter] = {
-                name: stack.enter_context(store.write_shard(spec, name, shard))
-                for name in names
-                if name != IMAGES
+                name: stack.enter_context(store.write_shard(name, shard)) for name in names if name != IMAGES
             }
             tar = (
                 stack.enter_context(ImageTarWriter.open(self._cache.storage, shard))

@@ -88,7 +88,7 @@ def _rebuild(cache: FeatureCache, problem: Problem) -> None:
             if cache.manifest.spec() != cache.spec:
                 continue
             if problem.teacher is not None:
-                cache.store.create(cache.spec, problem.teacher)
+                cache.store.create(problem.teacher)
             elif problem.file == SAMPLES_NAME:
                 cache.manifest.write_samples(tables)
             else:

@@ -32,19 +32,16 @@ from teachercache.pipeline.errors import (
     explain,
 )
 from teachercache.pipeline.places.own_places import NAME_IMAGES, require_followed
-from teachercache.pipeline.places.storage import LocalStorage, Storage
+from teachercache.pipeline.places.storage import Storage
 from teachercache.pipeline.records.feature_stats import FeatureMoments
 from teachercache.pipeline.records.manifest import SAMPLES_NAME, CommitRecord, Manifest, tables_name
 from teachercache.pipeline.records.rows import RowIndex
 from teachercache.pipeline.records.spec import IMAGES, CacheSpec, TeacherSpec
 from teachercache.pipeline.sources import Source, decode_image, open_source
 from teachercache.pipeline.sources.decode import HEAD_BYTES
-from teachercache.pipeline.stores.base import FeatureStore, feature_arrays, teacher_layouts
-from teachercache.pipeline.stores.direct_store import DirectStore
+from teachercache.pipeline.stores.base import feature_arrays, teacher_layouts
 from teachercache.pipeline.stores.image_tar import image_tar_name
-from teachercache.pipeline.stores.range_store import RangeStore
-from teachercache.pipeline.stores.webdataset_store import WebDatasetStore
-from teachercache.pipeline.stores.zarr_store import ZarrStore
+from teachercache.pipeline.stores.open_store import open_store
 from teachercache.pipeline.views import View, ViewTable
 
 if TYPE_CHECKING:
@@ -74,15 +71,7 @@ class FeatureCache:
         self._sound, self._sound_lock = set[tuple[str, int]](), threading.Lock()
         self.manifest = Manifest(storage)
         self.index = RowIndex(spec.segments)
-        self.store: FeatureStore
-        if spec.store == "webdataset":
-            self.store = WebDatasetStore(storage, self.key)
-        elif not direct:
-            self.store = ZarrStore(storage)
-        elif isinstance(storage, LocalStorage):
-            self.store = DirectStore(storage, checksums)
-        else:
-            self.store = RangeStore(storage)
+        self.store = open_store(storage, spec, self.key, direct=direct, checksums=checksums)
 
     @classmethod
     def open(
@@ -387,7 +376,7 @@ class FeatureCache:
             else _first_rows(buffers, name, (len(rows), *layout.shape), layout.dtype)
             for name, layout in layouts.items()
         }
-        self.store.read(self.spec, teacher, rows, {name: tensor.numpy() for name, tensor in tensors.items()})
+        self.store.read(teacher, rows, {name: tensor.numpy() for name, tensor in tensors.items()})
         return tensors
 
     def _require_rows(self, teacher: str, rows: NDArray[np.int64]) -> None:
@@ -417,7 +406,7 @@ class FeatureCache:
             exchanged = self.manifest.exchanged(records)
         except FileNotFoundError as error:
             raise self._another_file(str(error), "no such file") from error
-        if exchanged and (teacher == IMAGES or self.store.is_as_written(self.spec, teacher)):
+        if exchanged and (teacher == IMAGES or self.store.is_as_written(teacher)):
             raise self._another_file(exchanged[0], "other first or last bytes than were committed")
 
     def require_sound(self, teacher: str, shard: int) -> None:

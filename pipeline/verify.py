@@ -142,7 +142,7 @@ def _check_shard(
 def _shard_files(cache: FeatureCache, teacher: str, shard: int) -> set[str]:
     if teacher == IMAGES:
         return {image_tar_name(shard)}
-    return set(cache.store.shard_files(cache.spec, teacher, shard))
+    return set(cache.store.shard_files(teacher, shard))
 
 
 def _wrong_files(cache: FeatureCache, record: CommitRecord, full: bool) -> Iterator[tuple[str, str]]:
@@ -201,7 +201,7 @@ def quarantine_problems(
 def layout_problems(cache: FeatureCache, teacher: str) -> list[Problem]:
     """Of a teacher's zarr.json files, which follow from the spec."""
     problems = []
-    for name, expected in cache.store.layout_files(cache.spec, teacher).items():
+    for name, expected in cache.store.layout_files(teacher).items():
         try:
             found = cache.storage.read(name)
         except FileNotFoundError:
@@ -273,7 +273,7 @@ def strays(cache: FeatureCache) -> list[str]:
     cache = cache.reopened()
     known = {SPEC_NAME, SAMPLES_NAME, VIEWS_NAME}
     for teacher in cache.teachers:
-        known |= {tables_name(teacher), *cache.store.layout_files(cache.spec, teacher)}
+        known |= {tables_name(teacher), *cache.store.layout_files(teacher)}
     for teacher in teachers_and_images(cache):
         for shard, record in cache.manifest.commits(teacher).items():
             known |= {commit_name(teacher, shard), *record.files}

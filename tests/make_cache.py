@@ -122,7 +122,7 @@ def make_cache(
         spec = spec.changed(segments=with_views_hashes(spec, views))
     cache = FeatureCache(storage, spec)
     for teacher in spec.teachers:
-        cache.store.create(spec, teacher)
+        cache.store.create(teacher)
     manifest.create(spec, samples, views)
     for teacher in spec.teachers:
         for shard in range(spec.num_shards):
@@ -148,7 +148,7 @@ def commit_shard(
     arrays = features(spec, teacher)
     if value is not None:
         arrays["codes"].view(torch.bfloat16)[:, 0, 0, 0, 0] = value
-    with cache.store.write_shard(spec, teacher, shard) as writer:
+    with cache.store.write_shard(teacher, shard) as writer:
         writer.write(
             [row - rows.start for row in valid],
             {name: array[valid].numpy() for name, array in arrays.items()},

@@ -320,14 +320,14 @@ def _begin(
                 expected="nothing, or the beginning of this very cache",
                 do="choose another place (-o …)",
             )
-    layouts = [file for name in spec.teachers for file in target.store.layout_files(spec, name)]
+    layouts = [file for name in spec.teachers for file in target.store.layout_files(name)]
     new = [SPEC_NAME, SAMPLES_NAME, VIEWS_NAME, *map(tables_name, spec.teachers), *layouts]
     with whole_or_nothing(storage, new):
         for name in spec.teachers:
             tables = tables_name(name)
             if sources[0].storage.exists(tables):
                 storage.write(tables, sources[0].storage.read(tables))
-            target.store.create(spec, name)
+            target.store.create(name)
         manifest.create(spec, samples.slice(0, spec.dataset.num_samples), views.slice(0, spec.num_rows))
     return target
 
@@ -347,7 +347,7 @@ def _whole_shards(
     def names(cache: FeatureCache, teacher: str, shard: int, record: CommitRecord) -> list[str]:
         if teacher == IMAGES:
             return [image_tar_name(shard)]
-        files = cache.store.shard_files(cache.spec, teacher, shard)
+        files = cache.store.shard_files(teacher, shard)
         has_statistics = any(name.startswith("stats/") for name in record.files)
         return [*files, moments_name(teacher, shard)] if has_statistics else files
 
@@ -453,14 +453,14 @@ def _write_rows(
     layouts = source.layouts(teacher)
     row_nbytes = sum(math.prod(layout.shape) * layout.dtype.itemsize for layout in layouts.values())
     valid = np.array([place for place, row in enumerate(old.tolist()) if row not in invalid], np.int64)
-    with target.store.write_shard(target.spec, teacher, shard) as writer:
+    with target.store.write_shard(teacher, shard) as writer:
         for places in np.array_split(valid, max(1, -(-valid.size * row_nbytes // _BATCH_NBYTES))):
             arrays: Arrays = {
                 name: np.empty((len(places), *layout.shape), numpy_dtype(layout))
                 for name, layout in layouts.items()
             }
             if len(places):
-                source.store.read(source.spec, teacher, old[places], arrays)
+                source.store.read(teacher, old[places], arrays)
                 writer.write(places.tolist(), arrays)
     return writer.files()
 

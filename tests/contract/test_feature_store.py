@@ -214,7 +214,7 @@ def test_a_shard_that_fails_leaves_nothing(tmp_path: Path, images: Path, store: 
     cache = make_cache(tmp_path / "cache", images, skip_shards=[2], store=store)
 
     def fail() -> None:
-        with cache.store.write_shard(cache.spec, "alpha", 2) as writer:
+        with cache.store.write_shard("alpha", 2) as writer:
             writer.write([0], {"codes": features(cache.spec, "alpha")["codes"][:1].numpy()})
             raise RuntimeError("the power goes")
 
@@ -268,7 +268,7 @@ def test_damaged_files_are_an_error_that_says_how_to_look(
     make: Make, images: Path, damage: str, hashes: bool
 ) -> None:
     cache = make(images, hashes=hashes)
-    (name,) = cache.store.shard_files(cache.spec, "alpha", 0)
+    (name,) = cache.store.shard_files("alpha", 0)
     data = cache.storage.read(name)
     if damage == "gone":
         cache.storage.remove(name)
@@ -287,7 +287,7 @@ def test_damaged_files_are_an_error_that_says_how_to_look(
 
 def test_changed_bytes_are_noticed_where_checksums_are_asked_for(make: Make, images: Path) -> None:
     cache = make(images, hashes=False)
-    (name,) = cache.store.shard_files(cache.spec, "alpha", 0)
+    (name,) = cache.store.shard_files("alpha", 0)
     data = bytearray(cache.storage.read(name))
     data[data.index(features(cache.spec, "alpha")["codes"][0].numpy().tobytes()) + 5] ^= 1
     cache.storage.write(name, data)
@@ -303,7 +303,7 @@ def test_two_writers_of_a_shard_leave_that_of_one_whole(make: Make, images: Path
     records: list[dict[str, FileRecord]] = []
 
     def write(sign: int) -> None:
-        with cache.store.write_shard(cache.spec, "alpha", 0) as writer:
+        with cache.store.write_shard("alpha", 0) as writer:
             writer.write(range(3), {"codes": sign * values[:3]})
             both_are_writing.wait()
             writer.write(range(3, 6), {"codes": sign * values[3:]})
@@ -314,7 +314,7 @@ def test_two_writers_of_a_shard_leave_that_of_one_whole(make: Make, images: Path
         thread.start()
     for thread in threads:
         thread.join()
-    (name,) = cache.store.shard_files(cache.spec, "alpha", 0)
+    (name,) = cache.store.shard_files("alpha", 0)
     assert cache.storage.checksum(name) in {record[name].checksum for record in records}
     commit_shard(cache, "alpha", 0)
     found = FeatureCache.open(cache.storage.url, checksums=True).read(range(6), ["alpha"])

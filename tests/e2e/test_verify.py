@@ -347,7 +347,7 @@ def test_features_of_another_view_are_not(tmp_path: Path, codec: str) -> None:
     arrays = {name: tensor.numpy() for name, tensor in cache.read(range(12))["t"].tensors().items()}
     for array in arrays.values():
         array[7] = array[6]
-    with cache.store.write_shard(cache.spec, "t", 1) as writer:
+    with cache.store.write_shard("t", 1) as writer:
         writer.write(range(6), {name: array[6:] for name, array in arrays.items()})
     record = cache.manifest.read_commit("t", 1)
     cache.manifest.commit(record.model_copy(update={"files": writer.files()}))
