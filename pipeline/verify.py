@@ -249,7 +249,7 @@ def _check_views(cache: FeatureCache) -> str | None:
 
 
 def _check_codec_tables(cache: FeatureCache, teacher: str) -> None:
-    cache.load_codec(teacher)
+    cache.features[teacher].load_codec()
 
 
 def _in_use(storage: Storage, name: str) -> bool:

@@ -449,7 +449,7 @@ def _write_rows(
 ) -> dict[str, FileRecord]:
     """Rows `old` of `source`, but for invalid ones, as a shard of `target`; encoded, as they are."""
     for old_shard in np.unique(old // source.spec.rows_per_shard).tolist():
-        source.require_sound(teacher, old_shard)  # what is wrong would be sealed as if it were right
+        source.shards[teacher].require_sound(old_shard)  # what is wrong would be sealed as if it were right
     layouts = source.layouts(teacher)
     row_nbytes = sum(math.prod(layout.shape) * layout.dtype.itemsize for layout in layouts.values())
     valid = np.array([place for place, row in enumerate(old.tolist()) if row not in invalid], np.int64)

@@ -155,7 +155,7 @@ def _features(cache: FeatureCache, name: str, rows: Sequence[int] | NDArray, lev
     for start in range(0, len(rows), _ROWS_AT_ONCE):
         batch = rows[start : start + _ROWS_AT_ONCE]
         for shard in np.unique(np.asarray(batch) // cache.spec.rows_per_shard).tolist():
-            cache.require_sound(name, shard)
+            cache.shards[name].require_sound(shard)
         maps_RCHW = cache.read(batch, [name])[name].decode()[:, level].permute(0, 3, 1, 2)
         tensors = {"embedding": maps_RCHW.to(torch.bfloat16)}
         if CLS_TOKEN in cache.layouts(name):
