@@ -30,6 +30,7 @@ from teachercache.cache_builder.runner import FailedShard, LocalRunner, Runner, 
 from teachercache.cache_builder.stages import bottleneck
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import BuildError, CacheError, CacheMismatchError, place_error
+from teachercache.pipeline.places.open_storage import open_storage
 from teachercache.pipeline.places.processes import temporary_of
 from teachercache.pipeline.places.storage import Storage
 from teachercache.pipeline.places.whole_or_nothing import whole_or_nothing
@@ -62,7 +63,7 @@ class BuildResult:
 
 def prepare(recipe: BuildRecipe, console: Console) -> tuple[Draft, CacheSpec, Plan]:
     """Scan, resolve, merge with the cache that may be there, and plan. Writes nothing."""
-    storage = Storage.at(recipe.cache)
+    storage = open_storage(recipe.cache)
     manifest = Manifest(storage)
     with console.status("scanning the images, resolving the teachers") as status:
         counter = Counter[str]()
@@ -92,7 +93,7 @@ def build(recipe: BuildRecipe, console: Console | None = None) -> BuildResult:
     shards failed for good.
     """
     console = console or Terminal(stderr=True)
-    storage = Storage.at(recipe.cache)
+    storage = open_storage(recipe.cache)
     manifest = Manifest(storage)
     drafted, spec, plan = prepare(recipe, console)
     plan.require_space()

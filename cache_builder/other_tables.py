@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from teachercache.cache_builder.calibrate import Calibration
 from teachercache.pipeline.codecs import get_codec
 from teachercache.pipeline.errors import CacheMismatchError
-from teachercache.pipeline.places.storage import Storage
+from teachercache.pipeline.places.open_storage import open_storage
 from teachercache.pipeline.records.manifest import Manifest
 from teachercache.pipeline.records.spec import CacheSpec, TeacherSpec
 
@@ -21,7 +21,7 @@ def other_tables(url: str | None, teachers: Mapping[str, TeacherSpec]) -> dict[s
     """
     if url is None:
         return {}
-    manifest = Manifest(Storage.at(url))
+    manifest = Manifest(open_storage(url))
     other = manifest.spec()
     calibrated = {
         name: teacher for name, teacher in teachers.items() if get_codec(teacher.codec).needs_tables

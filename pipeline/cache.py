@@ -24,6 +24,7 @@ from teachercache.pipeline.errors import (
     IncompleteCacheError,
     explain,
 )
+from teachercache.pipeline.places.open_storage import open_storage
 from teachercache.pipeline.places.storage import Storage
 from teachercache.pipeline.records.feature_stats import FeatureMoments
 from teachercache.pipeline.records.manifest import CommitRecord, Manifest
@@ -86,7 +87,7 @@ class FeatureCache:
 
         Raises `CacheNotFoundError` where there is none, `CacheError` where it cannot be understood.
         """
-        storage = Storage.at(path)
+        storage = open_storage(path)
         return cls(storage, Manifest(storage).spec(), images, direct, checksums)
 
     def __reduce__(self) -> tuple[object, ...]:  # another process opens its own files

@@ -24,8 +24,10 @@ import numpy as np
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.codecs import get_codec
 from teachercache.pipeline.errors import CacheError, StorageError
+from teachercache.pipeline.places.local_storage import LocalStorage
+from teachercache.pipeline.places.locks import LOCK_SUFFIX
 from teachercache.pipeline.places.processes import TEMPORARY_SUFFIX, is_abandoned, is_stale
-from teachercache.pipeline.places.storage import LOCK_SUFFIX, LocalStorage, Storage
+from teachercache.pipeline.places.storage import Storage
 from teachercache.pipeline.records.manifest import (
     SAMPLES_NAME,
     SPEC_NAME,

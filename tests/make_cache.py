@@ -11,7 +11,7 @@ from PIL import Image
 
 from teachercache.cache_builder.recipe import BuildRecipe
 from teachercache.pipeline.cache import FeatureCache
-from teachercache.pipeline.places.storage import Storage
+from teachercache.pipeline.places.open_storage import open_storage
 from teachercache.pipeline.records.manifest import CommitRecord, Manifest, with_views_hashes
 from teachercache.pipeline.records.spec import (
     CacheSpec,
@@ -109,7 +109,7 @@ def make_cache(
         created="2026-01-01T00:00:00+00:00",
         versions={},
     )
-    storage = Storage.at(path)
+    storage = open_storage(path)
     views = draw_views(
         policy,
         samples["key"].to_pylist(),

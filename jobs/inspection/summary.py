@@ -22,7 +22,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from teachercache.pipeline.errors import CacheError
-from teachercache.pipeline.places.storage import LocalStorage, RemoteStorage, Storage
+from teachercache.pipeline.places.local_storage import LocalStorage
+from teachercache.pipeline.places.remote_storage import RemoteStorage
+from teachercache.pipeline.places.storage import Storage
 from teachercache.pipeline.records.manifest import (
     SAMPLES_NAME,
     VIEWS_NAME,

@@ -33,7 +33,9 @@ from teachercache.pipeline.errors import (
 )
 from teachercache.pipeline.loading.sampler import random_samples
 from teachercache.pipeline.places.durable import link
-from teachercache.pipeline.places.storage import LocalStorage, Storage
+from teachercache.pipeline.places.local_storage import LocalStorage
+from teachercache.pipeline.places.open_storage import open_storage
+from teachercache.pipeline.places.storage import Storage
 from teachercache.pipeline.places.whole_or_nothing import room_at, whole_or_nothing
 from teachercache.pipeline.records.manifest import (
     SAMPLES_NAME,
@@ -82,7 +84,7 @@ class Rearrangement:
         What a build into the same place, or the same command, has committed meanwhile stays. Raises
         `DiskSpaceError` when the place takes no more files.
         """
-        storage = Storage.at(self.url)
+        storage = open_storage(self.url)
         storage.sweep()
         with room_at(self.url):
             for step in self.steps:
@@ -292,7 +294,7 @@ def _lay_out(
     out: str, spec: CacheSpec, sources: Sequence[FeatureCache], samples: pa.Table, views: pa.Table
 ) -> FeatureCache:
     """The new cache, empty or as far as it got."""
-    storage = Storage.at(out)
+    storage = open_storage(out)
     with room_at(storage.url), storage.exclusive(SPEC_NAME):
         return _begin(storage, spec, sources, samples, views)
 

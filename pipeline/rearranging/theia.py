@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import CacheError, CacheMismatchError
+from teachercache.pipeline.places.open_storage import open_storage
 from teachercache.pipeline.places.storage import Storage
 from teachercache.pipeline.places.whole_or_nothing import room_at
 from teachercache.pipeline.stores.base import CLS_TOKEN
@@ -64,8 +65,8 @@ def export_theia(
             )
     if split not in _SPLITS:
         raise CacheError("There is no such split.", got=split, expected=", ".join(_SPLITS))
-    storage = Storage.at(out)
-    Storage.at(f"{storage.url}/{dataset}").sweep()
+    storage = open_storage(out)
+    open_storage(f"{storage.url}/{dataset}").sweep()
     samples = cache.valid_samples()
     rows = cache.index.rows(samples[:, None], np.arange(cache.num_views)).ravel()
     keys = _keys(cache, rows)

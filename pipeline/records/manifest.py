@@ -33,7 +33,8 @@ from teachercache.pipeline.errors import (
     StorageError,
     TeacherCacheError,
 )
-from teachercache.pipeline.places.storage import ChecksumWriter, Storage
+from teachercache.pipeline.places.files import ChecksumWriter
+from teachercache.pipeline.places.storage import Storage
 from teachercache.pipeline.records.limits import (
     MAX_NBYTES_PER_LINE,
     MAX_ROWS,

@@ -14,8 +14,8 @@ from functools import lru_cache, partial
 import numpy as np
 from numpy.typing import NDArray
 
+from teachercache.pipeline.places.local_storage import LocalStorage
 from teachercache.pipeline.places.retries import retrying
-from teachercache.pipeline.places.storage import LocalStorage
 from teachercache.pipeline.records.spec import CacheSpec
 from teachercache.pipeline.stores.shard_format import (
     ABSENT,

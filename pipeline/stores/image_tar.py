@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from teachercache.pipeline.places.storage import ChecksumWriter, Storage
+from teachercache.pipeline.places.files import ChecksumWriter
+from teachercache.pipeline.places.storage import Storage
 from teachercache.pipeline.records.manifest import FileRecord
 from teachercache.pipeline.stores.tar_index import TAR_END, add_member, member_key
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from teachercache.pipeline.places.storage import LocalStorage, Storage
+from teachercache.pipeline.places.local_storage import LocalStorage
+from teachercache.pipeline.places.storage import Storage
 from teachercache.pipeline.records.spec import CacheSpec
 from teachercache.pipeline.stores.base import FeatureStore
 from teachercache.pipeline.stores.direct_store import DirectStore

@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from teachercache.pipeline.codecs import ArrayLayout
-from teachercache.pipeline.places.storage import ChecksumWriter, Storage
+from teachercache.pipeline.places.files import ChecksumWriter
+from teachercache.pipeline.places.storage import Storage
 from teachercache.pipeline.records.manifest import FileRecord
 from teachercache.pipeline.records.rows import RowIndex
 from teachercache.pipeline.records.spec import CacheSpec

@@ -24,8 +24,11 @@ from zarr.storage import FsspecStore, LocalStore, MemoryStore
 
 from teachercache.pipeline.codecs import ArrayLayout
 from teachercache.pipeline.errors import StorageError
+from teachercache.pipeline.places.files import ChecksumWriter
+from teachercache.pipeline.places.local_storage import LocalStorage
+from teachercache.pipeline.places.remote_storage import client_options
 from teachercache.pipeline.places.retries import retrying
-from teachercache.pipeline.places.storage import ChecksumWriter, LocalStorage, Storage, client_options
+from teachercache.pipeline.places.storage import Storage
 from teachercache.pipeline.records.manifest import FileRecord
 from teachercache.pipeline.records.spec import CacheSpec
 from teachercache.pipeline.stores.base import (

@@ -17,7 +17,7 @@ from teachercache.cache_builder.repair import repair
 from teachercache.jobs.inspection.details import sample_details
 from teachercache.jobs.inspection.summary import summarize
 from teachercache.pipeline.errors import CacheNotFoundError, DiskSpaceError
-from teachercache.pipeline.places.storage import LocalStorage
+from teachercache.pipeline.places.local_storage import LocalStorage
 from teachercache.pipeline.rearranging.rearrange import Rearrangement, convert, merge, subset
 from teachercache.pipeline.rearranging.theia import export_theia
 from teachercache.pipeline.records.spec import StoreKind

@@ -21,7 +21,7 @@ from teachercache.cache_builder.repair import repair
 from teachercache.cache_builder.worker import Worker
 from teachercache.jobs import cli
 from teachercache.pipeline.errors import BuildError, CacheError, CacheMismatchError
-from teachercache.pipeline.places.storage import LocalStorage
+from teachercache.pipeline.places.local_storage import LocalStorage
 from teachercache.pipeline.records.manifest import Manifest
 from teachercache.pipeline.verify import strays, verify
 from tests.make_cache import build_recipe, make_images

@@ -23,7 +23,7 @@ from zarr.codecs import ZstdCodec
 
 from teachercache import FeatureCache
 from teachercache.pipeline.errors import CorruptShardError
-from teachercache.pipeline.places.storage import LocalStorage
+from teachercache.pipeline.places.local_storage import LocalStorage
 from teachercache.pipeline.stores import direct_store
 from teachercache.pipeline.stores.direct_store import DirectStore
 from teachercache.pipeline.stores.shard_format import ABSENT, checksum, empty_index, index_nbytes, parse_index
