@@ -40,9 +40,10 @@ from teachercache.pipeline.records.manifest import (
     VIEWS_NAME,
     Manifest,
     tables_name,
-    with_views_hashes,
 )
 from teachercache.pipeline.records.spec import IMAGES, CacheSpec, TeacherSpec
+from teachercache.pipeline.records.stats_files import write_tables
+from teachercache.pipeline.records.tables import with_views_hashes
 from teachercache.pipeline.sources import left_out_line
 from teachercache.pipeline.terminal import Terminal
 
@@ -288,7 +289,7 @@ def _calibrated(
     manifest: Manifest, teacher: TeacherSpec, name: str, weights_hash: str, calibration: Calibration
 ) -> TeacherSpec:
     tables = calibration.tables
-    tables_hash = manifest.write_tables(name, tables) if tables else None
+    tables_hash = write_tables(manifest.storage, name, tables) if tables else None
     return teacher.model_copy(update={"weights_hash": weights_hash, "tables_hash": tables_hash})
 
 

@@ -37,7 +37,9 @@ from teachercache.pipeline.errors import (
 from teachercache.pipeline.grids import stored_form
 from teachercache.pipeline.records.feature_stats import FeatureMoments
 from teachercache.pipeline.records.manifest import CommitRecord, QuarantineEntry, quarantine_name
+from teachercache.pipeline.records.same_images import require_same_images
 from teachercache.pipeline.records.spec import IMAGES, Size, TeacherSpec
+from teachercache.pipeline.records.stats_files import write_moments
 from teachercache.pipeline.sources import decode_image
 from teachercache.pipeline.stores.base import CLS_TOKEN, GLOBAL_FEATURE, NORMS, ShardWriter, teacher_layouts
 from teachercache.pipeline.stores.image_tar import ImageTarWriter
@@ -187,10 +189,10 @@ class ShardExtractor:
             teaching.finish()
             new = [] if replace else names
             publishing.enter_context(manifest.publishing(shard, new, lambda: self._move(shard)))
-            manifest.require_same_images(spec, shard, source_digest.hexdigest(), replaced=names)
+            require_same_images(manifest, spec, shard, source_digest.hexdigest(), replaced=names)
         files = {name: writer.files() for name, writer in writers.items()}
         for name, moments in teaching.moments.items():
-            files[name] |= manifest.write_moments(name, shard, moments)
+            files[name] |= write_moments(manifest.storage, name, shard, moments)
         if tar is not None:
             files[IMAGES], members = tar.files(), tuple(tar.members)
         if quarantined:

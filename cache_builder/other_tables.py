@@ -10,6 +10,7 @@ from teachercache.pipeline.errors import CacheMismatchError
 from teachercache.pipeline.places.open_storage import open_storage
 from teachercache.pipeline.records.manifest import Manifest
 from teachercache.pipeline.records.spec import CacheSpec, TeacherSpec
+from teachercache.pipeline.records.stats_files import read_tables
 
 
 def other_tables(url: str | None, teachers: Mapping[str, TeacherSpec]) -> dict[str, Calibration]:
@@ -36,7 +37,8 @@ def other_tables(url: str | None, teachers: Mapping[str, TeacherSpec]) -> dict[s
         )
     return {
         name: Calibration(
-            manifest.tables(name, other.teachers[name].tables_hash), dict(other.fidelity.get(name, {}))
+            read_tables(manifest.storage, name, other.teachers[name].tables_hash),
+            dict(other.fidelity.get(name, {})),
         )
         for name in calibrated
     }

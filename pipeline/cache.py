@@ -31,6 +31,7 @@ from teachercache.pipeline.records.manifest import CommitRecord, Manifest
 from teachercache.pipeline.records.rows import RowIndex
 from teachercache.pipeline.records.sample_table import SampleTable
 from teachercache.pipeline.records.spec import IMAGES, CacheSpec
+from teachercache.pipeline.records.stats_files import merged_moments
 from teachercache.pipeline.sources import Source, decode_image
 from teachercache.pipeline.stores.cached_images import CachedImages
 from teachercache.pipeline.stores.committed_shards import CommittedShards
@@ -163,7 +164,7 @@ class FeatureCache:
         self.check_teachers([teacher])
         spec = self.spec.teachers[teacher]
         shards = np.flatnonzero(self.committed(teacher)).tolist()
-        return self.manifest.moments(teacher, shards, (spec.num_levels, spec.width))
+        return merged_moments(self.manifest, teacher, shards, (spec.num_levels, spec.width))
 
     def require_complete(self, teachers: Sequence[str] | None = None) -> None:
         """Raises `IncompleteCacheError` unless every shard of these teachers is committed."""

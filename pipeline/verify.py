@@ -35,10 +35,10 @@ from teachercache.pipeline.records.manifest import (
     CommitRecord,
     commit_name,
     quarantine_name,
-    segment_lines,
     tables_name,
 )
 from teachercache.pipeline.records.spec import IMAGES
+from teachercache.pipeline.records.tables import segment_lines
 from teachercache.pipeline.stores.image_tar import image_tar_name
 from teachercache.pipeline.views import draw_segment
 

@@ -12,7 +12,7 @@ from PIL import Image
 from teachercache.cache_builder.recipe import BuildRecipe
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.places.open_storage import open_storage
-from teachercache.pipeline.records.manifest import CommitRecord, Manifest, with_views_hashes
+from teachercache.pipeline.records.manifest import CommitRecord, Manifest
 from teachercache.pipeline.records.spec import (
     CacheSpec,
     DatasetSpec,
@@ -22,7 +22,7 @@ from teachercache.pipeline.records.spec import (
     TeacherSpec,
     ViewPolicy,
 )
-from teachercache.pipeline.records.tables import dataset_fingerprint, labels_hash
+from teachercache.pipeline.records.tables import dataset_fingerprint, labels_hash, with_views_hashes
 from teachercache.pipeline.sources import open_source
 from teachercache.pipeline.stores.base import teacher_layouts
 from teachercache.pipeline.views import draw_views

@@ -11,12 +11,13 @@ import io
 import posixpath
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import IO, Any, TypeVar
 
 import xxhash
 from typing_extensions import Buffer
 
-from teachercache.pipeline.errors import CacheError
+from teachercache.pipeline.errors import CacheError, TeacherCacheError
 from teachercache.pipeline.places.files import END_NBYTES, RereadFile, ends_hash
 from teachercache.pipeline.places.locks import Lockable
 from teachercache.pipeline.places.retries import retrying
@@ -138,3 +139,19 @@ def safe_name(name: str) -> str:
             do="do not use this cache: it was damaged or made to do harm",
         )
     return posixpath.normpath(name)
+
+
+@contextmanager
+def first_contact(storage: Storage) -> Iterator[None]:
+    """Raises `CacheError` for whatever a store says to who does not reach it."""
+    try:
+        yield
+    except (TeacherCacheError, FileNotFoundError, NotADirectoryError):
+        raise
+    except Exception as error:  # every object store has its own, for hosts, buckets and credentials
+        raise CacheError(
+            "This place cannot be read.",
+            got=f"{type(error).__name__}: {error}",
+            expected=f"{storage.url}, reachable and readable with your credentials",
+            do="check the URL; for s3:// also AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL",
+        ) from error

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from teachercache.pipeline.codecs import ArrayLayout, Codec, Encoded, get_codec
 from teachercache.pipeline.errors import CacheError, IncompleteCacheError, explain
-from teachercache.pipeline.records.manifest import Manifest, tables_name
+from teachercache.pipeline.records.manifest import tables_name
 from teachercache.pipeline.records.sample_table import SampleTable
+from teachercache.pipeline.records.stats_files import read_tables
 from teachercache.pipeline.stores.base import feature_arrays, teacher_layouts
 from teachercache.pipeline.stores.committed_shards import CommittedShards
 
@@ -32,7 +33,7 @@ class TeacherFeatures:
         """The codec, its tables read anew. Raises `CacheError` unless they can decode."""
         teacher, codec = self._teacher, get_codec(self._teacher.codec)
         if codec.needs_tables:
-            tables = Manifest(self._shards.store.storage).tables(self._name, teacher.tables_hash)
+            tables = read_tables(self._shards.store.storage, self._name, teacher.tables_hash)
             layouts = codec.layout(teacher.num_levels, teacher.stored_grid, teacher.width)
             try:
                 codec.load_state(tables)  # sound tables decode codes that are all zero to something
