@@ -34,13 +34,7 @@ from teachercache.pipeline.places.open_storage import open_storage
 from teachercache.pipeline.places.processes import temporary_of
 from teachercache.pipeline.places.storage import Storage
 from teachercache.pipeline.places.whole_or_nothing import whole_or_nothing
-from teachercache.pipeline.records.manifest import (
-    SAMPLES_NAME,
-    SPEC_NAME,
-    VIEWS_NAME,
-    Manifest,
-    tables_name,
-)
+from teachercache.pipeline.records.manifest import SAMPLES_NAME, SPEC_NAME, VIEWS_NAME, Manifest, tables_name
 from teachercache.pipeline.records.spec import IMAGES, CacheSpec, TeacherSpec
 from teachercache.pipeline.records.stats_files import write_tables
 from teachercache.pipeline.records.tables import with_views_hashes

@@ -19,11 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from teachercache.pipeline.codecs import ArrayLayout, Codec, Encoded
-from teachercache.pipeline.errors import (
-    CacheError,
-    IncompleteCacheError,
-    explain,
-)
+from teachercache.pipeline.errors import CacheError, IncompleteCacheError, explain
 from teachercache.pipeline.places.open_storage import open_storage
 from teachercache.pipeline.places.storage import Storage
 from teachercache.pipeline.records.feature_stats import FeatureMoments

@@ -20,12 +20,7 @@ import pyarrow as pa
 from pydantic import Field, ValidationError, model_validator
 from pydantic_core import from_json
 
-from teachercache.pipeline.errors import (
-    AlreadyCommittedError,
-    CacheError,
-    CacheNotFoundError,
-    StorageError,
-)
+from teachercache.pipeline.errors import AlreadyCommittedError, CacheError, CacheNotFoundError, StorageError
 from teachercache.pipeline.places.files import ChecksumWriter
 from teachercache.pipeline.places.storage import Storage, first_contact
 from teachercache.pipeline.records.limits import (

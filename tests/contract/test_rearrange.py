@@ -20,7 +20,10 @@ from rich.console import Console
 
 from teachercache import FeatureCache, build, render_view
 from teachercache.pipeline.errors import CacheError, CacheMismatchError, CorruptShardError
-from teachercache.pipeline.rearranging.rearrange import Rearrangement, convert, merge, subset
+from teachercache.pipeline.rearranging.convert import convert
+from teachercache.pipeline.rearranging.merge import merge
+from teachercache.pipeline.rearranging.rearrangement import Rearrangement
+from teachercache.pipeline.rearranging.subset import subset
 from teachercache.pipeline.rearranging.theia import export_theia
 from teachercache.pipeline.records.manifest import QuarantineEntry
 from teachercache.pipeline.records.spec import StoreKind

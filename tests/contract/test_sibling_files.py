@@ -20,7 +20,8 @@ from rich.console import Console
 
 from teachercache import FeatureCache, build
 from teachercache.pipeline.errors import CacheError, TeacherCacheError
-from teachercache.pipeline.rearranging.rearrange import convert, subset
+from teachercache.pipeline.rearranging.convert import convert
+from teachercache.pipeline.rearranging.subset import subset
 from teachercache.pipeline.records.spec import StoreKind
 from teachercache.pipeline.verify import verify
 from tests.images import encode, photo, tar_bytes, write_folder
