@@ -13,7 +13,7 @@ cache.json              a checksum in itself; without it there is no cache to op
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -95,7 +95,7 @@ def problems_of_shards(
     with ThreadPoolExecutor(_THREADS) as pool:
         wanted = [
             (teacher, shard)
-            for teacher in teachers_and_images(cache)
+            for teacher in cache.spec.teachers_and_images
             for shard in sorted(cache.manifest.committed(teacher))
             if shards is None or shard in shards
         ]
@@ -116,10 +116,6 @@ def problems_of_shards(
 def _problems_of_the_rest(cache: FeatureCache, full: bool) -> list[Problem]:
     layouts = [problem for teacher in cache.teachers for problem in layout_problems(cache, teacher)]
     return layouts + table_problems(cache, full)
-
-
-def teachers_and_images(cache: FeatureCache) -> Sequence[str]:
-    return [*cache.teachers, *([IMAGES] if cache.spec.images == "copy" else [])]
 
 
 def _check_shard(
@@ -276,7 +272,7 @@ def strays(cache: FeatureCache) -> list[str]:
     known = {SPEC_NAME, SAMPLES_NAME, VIEWS_NAME}
     for teacher in cache.teachers:
         known |= {tables_name(teacher), *cache.store.layout_files(teacher)}
-    for teacher in teachers_and_images(cache):
+    for teacher in cache.spec.teachers_and_images:
         for shard, record in cache.manifest.commits(teacher).items():
             known |= {commit_name(teacher, shard), *record.files}
     known |= {quarantine_name(shard) for shard in cache.manifest.quarantined()}

@@ -67,7 +67,7 @@ def packed_shards(source: FeatureCache, target: FeatureCache, chosen: Ints) -> I
             )
         )
 
-    for teacher in (*target.spec.teachers, *([IMAGES] if target.spec.images == "copy" else [])):
+    for teacher in target.spec.teachers_and_images:
         done, committed, invalid = target.manifest.committed(teacher), source.commits(teacher), None
         for shard in target.spec.shards(teacher):
             samples, views, _ = target.index.locate(target.spec.shard_rows(shard))
