@@ -31,7 +31,7 @@ from rich.table import Table
 
 from teachercache.jobs.inspection.summary import summarize
 from teachercache.pipeline.cache import FeatureCache
-from teachercache.pipeline.places.storage import Storage
+from teachercache.pipeline.places.open_storage import open_storage
 from teachercache.pipeline.records.manifest import CommitRecord, FileRecord, Manifest
 from teachercache.pipeline.records.spec import CacheSpec, DatasetSpec, Segment, TeacherSpec, ViewPolicy
 from teachercache.pipeline.sources import SAMPLE_SCHEMA
@@ -69,7 +69,7 @@ def main() -> None:
 
 def require_sound(cache: Path) -> None:
     """A cache whose records are refused is looked through faster than one whose records are right."""
-    found = summarize(Manifest(Storage.at(cache)))
+    found = summarize(Manifest(open_storage(cache)))
     assert not found["problems"], found["problems"][:3]
 
 
@@ -181,9 +181,9 @@ def make_large_cache(folder: Path, shards: int, teachers: int) -> FeatureCache:
         created="2026-01-01T00:00:00+00:00",
         versions={"torch": "2.15.0", "timm": "1.0.31"},
     )
-    cache = FeatureCache(Storage.at(folder), spec)
+    cache = FeatureCache(open_storage(folder), spec)
     for name in spec.teachers:
-        cache.store.create(spec, name)
+        cache.store.create(name)
         for shard in range(shards):
             commit_empty_shard(cache, folder, name, shard)
     sizes = np.full(num_samples, 480)

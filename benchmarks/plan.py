@@ -37,7 +37,7 @@ from teachercache.cache_builder.ray_runner import RayRunner, RayWorker
 from teachercache.cache_builder.recipe import BuildRecipe, RunnerRecipe
 from teachercache.cache_builder.runner import LocalRunner, Runner, Task
 from teachercache.cache_builder.worker import Worker
-from teachercache.pipeline.places.storage import Storage
+from teachercache.pipeline.places.open_storage import open_storage
 from teachercache.pipeline.records.manifest import CommitRecord, FileRecord, Manifest
 from teachercache.pipeline.records.spec import CacheSpec
 from teachercache.pipeline.sources.image_folder import ImageFolderSource
@@ -82,7 +82,7 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, float]:
     before_gb, start = peak_gb(), time.perf_counter()
     with sample_table(scanned_rows(arguments.samples)):
         drafted, spec, _ = builder.prepare(recipe, Console(quiet=True))
-    storage = Storage.at(recipe.cache)
+    storage = open_storage(recipe.cache)
     manifest = Manifest(storage)
     tasks = [Task(shard, names) for shard, names in pending(manifest, spec, [TEACHER]).items()]
     facts["plan (s)"] = time.perf_counter() - start

@@ -8,7 +8,7 @@ the loaders in memory of their own). Libraries that may be missing are imported 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import count
@@ -92,8 +92,10 @@ def ours_checked(w: Workload) -> Iterator[Arrays]:
 class Unquestioning(FeatureCache):
     """Takes every file for the one that was committed, as a reader without the default check would."""
 
-    def require_ends(self, teacher: str, shards: Sequence[int]) -> None:
-        self.commits(teacher, shards)
+    def __init__(self, *opened: Any) -> None:
+        super().__init__(*opened)
+        for shards in self.shards.values():
+            setattr(shards, "require_ends", shards.records)  # noqa: B010
 
 
 def _first_touches(w: Workload, kind: type[FeatureCache]) -> Iterator[Arrays]:

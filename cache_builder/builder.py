@@ -30,18 +30,14 @@ from teachercache.cache_builder.runner import FailedShard, LocalRunner, Runner, 
 from teachercache.cache_builder.stages import bottleneck
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import BuildError, CacheError, CacheMismatchError, place_error
+from teachercache.pipeline.places.open_storage import open_storage
 from teachercache.pipeline.places.processes import temporary_of
 from teachercache.pipeline.places.storage import Storage
 from teachercache.pipeline.places.whole_or_nothing import whole_or_nothing
-from teachercache.pipeline.records.manifest import (
-    SAMPLES_NAME,
-    SPEC_NAME,
-    VIEWS_NAME,
-    Manifest,
-    tables_name,
-    with_views_hashes,
-)
+from teachercache.pipeline.records.manifest import SAMPLES_NAME, SPEC_NAME, VIEWS_NAME, Manifest, tables_name
 from teachercache.pipeline.records.spec import IMAGES, CacheSpec, TeacherSpec
+from teachercache.pipeline.records.stats_files import write_tables
+from teachercache.pipeline.records.tables import with_views_hashes
 from teachercache.pipeline.sources import left_out_line
 from teachercache.pipeline.terminal import Terminal
 
@@ -62,7 +58,7 @@ class BuildResult:
 
 def prepare(recipe: BuildRecipe, console: Console) -> tuple[Draft, CacheSpec, Plan]:
     """Scan, resolve, merge with the cache that may be there, and plan. Writes nothing."""
-    storage = Storage.at(recipe.cache)
+    storage = open_storage(recipe.cache)
     manifest = Manifest(storage)
     with console.status("scanning the images, resolving the teachers") as status:
         counter = Counter[str]()
@@ -92,7 +88,7 @@ def build(recipe: BuildRecipe, console: Console | None = None) -> BuildResult:
     shards failed for good.
     """
     console = console or Terminal(stderr=True)
-    storage = Storage.at(recipe.cache)
+    storage = open_storage(recipe.cache)
     manifest = Manifest(storage)
     drafted, spec, plan = prepare(recipe, console)
     plan.require_space()
@@ -216,13 +212,13 @@ def _require_other_tables(recipe: BuildRecipe, drafted: Draft) -> None:
 def _lay_out(manifest: Manifest, spec: CacheSpec, names: Iterable[str]) -> None:
     store = FeatureCache(manifest.storage, spec).store
     for name in names:
-        store.create(spec, name)
+        store.create(name)
 
 
 def _new_files(manifest: Manifest, drafted: Draft) -> list[str]:
     """What is written before there is a cache, or before it has its new teachers."""
     store, new = FeatureCache(manifest.storage, drafted.spec).store, _without_weights(drafted.spec)
-    layouts = [name for teacher in new for name in store.layout_files(drafted.spec, teacher)]
+    layouts = [name for teacher in new for name in store.layout_files(teacher)]
     return [SPEC_NAME, SAMPLES_NAME, VIEWS_NAME, *map(tables_name, new), *layouts]
 
 
@@ -287,7 +283,7 @@ def _calibrated(
     manifest: Manifest, teacher: TeacherSpec, name: str, weights_hash: str, calibration: Calibration
 ) -> TeacherSpec:
     tables = calibration.tables
-    tables_hash = manifest.write_tables(name, tables) if tables else None
+    tables_hash = write_tables(manifest.storage, name, tables) if tables else None
     return teacher.model_copy(update={"weights_hash": weights_hash, "tables_hash": tables_hash})
 
 

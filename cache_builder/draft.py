@@ -24,7 +24,7 @@ from teachercache.cache_builder.recipe import BuildRecipe
 from teachercache.cache_builder.teachers import resolve_teacher
 from teachercache.cache_builder.versions import versions
 from teachercache.pipeline.errors import CacheMismatchError
-from teachercache.pipeline.places.storage import Storage
+from teachercache.pipeline.places.open_storage import open_storage
 from teachercache.pipeline.records.manifest import Manifest
 from teachercache.pipeline.records.rows import divide_views
 from teachercache.pipeline.records.spec import CacheSpec, DatasetSpec, Segment
@@ -119,7 +119,7 @@ def _samples(
     recipe: BuildRecipe, source: Source, progress: Callable[[int], None] | None, left_out: Counter[str]
 ) -> tuple[pa.Table, str]:
     """The sample table and the source's listing; scanned, unless the cache knows this very listing."""
-    manifest, listing = Manifest(Storage.at(recipe.cache)), source.listing()
+    manifest, listing = Manifest(open_storage(recipe.cache)), source.listing()
     if manifest.exists() and (stored := manifest.spec()).dataset.listing == listing:
         return manifest.samples(stored), listing
     return source.scan(workers=os.cpu_count() or 1, progress=progress, left_out=left_out), listing

@@ -28,7 +28,9 @@ from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import AlreadyCommittedError, BuildInterruptedError, CacheNotFoundError
 from teachercache.pipeline.records.feature_stats import FeatureMoments
 from teachercache.pipeline.records.manifest import CommitRecord, FileRecord, QuarantineEntry, quarantine_name
+from teachercache.pipeline.records.same_images import require_same_images
 from teachercache.pipeline.records.spec import IMAGES
+from teachercache.pipeline.records.stats_files import write_moments
 from teachercache.pipeline.stores.base import ShardWriter
 from teachercache.pipeline.stores.image_tar import ImageTarWriter
 
@@ -148,7 +150,7 @@ class ShardExtractor:
         start, cache = time.perf_counter(), self._cache
         with ExitStack() as stack:
             writers = {
-                name: stack.enter_context(cache.store.write_shard(cache.spec, name, number))
+                name: stack.enter_context(cache.store.write_shard(name, number))
                 for name in names
                 if name != IMAGES
             }
@@ -188,12 +190,12 @@ class ShardExtractor:
     def _publish(self, shard: _Shard, replace: bool) -> dict[str, dict[str, FileRecord]]:
         """Every file but the records, without which these do not count."""
         spec, manifest = self._cache.spec, self._cache.manifest
-        manifest.require_same_images(spec, shard.number, shard.source_checksum, replaced=shard.names)
+        require_same_images(manifest, spec, shard.number, shard.source_checksum, replaced=shard.names)
         files = {name: writer.publish() for name, writer in shard.writers.items()}
         if shard.tar is not None:
             files[IMAGES] = shard.tar.publish()
         for name, moments in shard.moments.items():
-            files[name] |= manifest.write_moments(name, shard.number, moments)
+            files[name] |= write_moments(manifest.storage, name, shard.number, moments)
         if shard.quarantined:
             manifest.write_quarantine(shard.number, shard.quarantined, shard.source_checksum)
         elif replace and manifest.storage.exists(quarantine_name(shard.number)):

@@ -7,9 +7,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from teachercache.cache_builder.calibrate import Calibration
 from teachercache.pipeline.codecs import get_codec
 from teachercache.pipeline.errors import CacheMismatchError
-from teachercache.pipeline.places.storage import Storage
+from teachercache.pipeline.places.open_storage import open_storage
 from teachercache.pipeline.records.manifest import Manifest
 from teachercache.pipeline.records.spec import CacheSpec, TeacherSpec
+from teachercache.pipeline.records.stats_files import read_tables
 
 
 def other_tables(url: str | None, teachers: Mapping[str, TeacherSpec]) -> dict[str, Calibration]:
@@ -21,7 +22,7 @@ def other_tables(url: str | None, teachers: Mapping[str, TeacherSpec]) -> dict[s
     """
     if url is None:
         return {}
-    manifest = Manifest(Storage.at(url))
+    manifest = Manifest(open_storage(url))
     other = manifest.spec()
     calibrated = {
         name: teacher for name, teacher in teachers.items() if get_codec(teacher.codec).needs_tables
@@ -36,7 +37,8 @@ def other_tables(url: str | None, teachers: Mapping[str, TeacherSpec]) -> dict[s
         )
     return {
         name: Calibration(
-            manifest.tables(name, other.teachers[name].tables_hash), dict(other.fidelity.get(name, {}))
+            read_tables(manifest.storage, name, other.teachers[name].tables_hash),
+            dict(other.fidelity.get(name, {})),
         )
         for name in calibrated
     }

@@ -31,7 +31,7 @@ def recovered(manifest: Manifest, spec: CacheSpec, name: str, weights_hash: str)
         mismatch = record.mismatch(whole)
         if mismatch is None:
             files = sorted(record.files.keys() - {moments_name(name, shard)})
-            if files != sorted(store.shard_files(whole, name, shard)):
+            if files != sorted(store.shard_files(name, shard)):
                 mismatch = f"names {', '.join(files)}: no shard of a {whole.store} cache"
         if mismatch is not None:
             raise CacheMismatchError(

@@ -20,12 +20,7 @@ from teachercache.cache_builder.runner import describe
 from teachercache.cache_builder.worker import Worker
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import CacheMismatchError, TeacherCacheError
-from teachercache.pipeline.records.manifest import (
-    SAMPLES_NAME,
-    SPEC_NAME,
-    VIEWS_NAME,
-    commit_name,
-)
+from teachercache.pipeline.records.manifest import SAMPLES_NAME, SPEC_NAME, VIEWS_NAME, commit_name
 from teachercache.pipeline.records.spec import IMAGES
 from teachercache.pipeline.records.tables import dataset_fingerprint, labels_hash, views_hash
 from teachercache.pipeline.verify import Problem, problems_of_shards, verify
@@ -88,7 +83,7 @@ def _rebuild(cache: FeatureCache, problem: Problem) -> None:
             if cache.manifest.spec() != cache.spec:
                 continue
             if problem.teacher is not None:
-                cache.store.create(cache.spec, problem.teacher)
+                cache.store.create(problem.teacher)
             elif problem.file == SAMPLES_NAME:
                 cache.manifest.write_samples(tables)
             else:

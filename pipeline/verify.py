@@ -13,7 +13,7 @@ cache.json              a checksum in itself; without it there is no cache to op
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -24,8 +24,10 @@ import numpy as np
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.codecs import get_codec
 from teachercache.pipeline.errors import CacheError, StorageError
+from teachercache.pipeline.places.local_storage import LocalStorage
+from teachercache.pipeline.places.locks import LOCK_SUFFIX
 from teachercache.pipeline.places.processes import TEMPORARY_SUFFIX, is_abandoned, is_stale
-from teachercache.pipeline.places.storage import LOCK_SUFFIX, LocalStorage, Storage
+from teachercache.pipeline.places.storage import Storage
 from teachercache.pipeline.records.manifest import (
     SAMPLES_NAME,
     SPEC_NAME,
@@ -33,10 +35,10 @@ from teachercache.pipeline.records.manifest import (
     CommitRecord,
     commit_name,
     quarantine_name,
-    segment_lines,
     tables_name,
 )
 from teachercache.pipeline.records.spec import IMAGES
+from teachercache.pipeline.records.tables import segment_lines
 from teachercache.pipeline.stores.image_tar import image_tar_name
 from teachercache.pipeline.views import draw_segment
 
@@ -93,7 +95,7 @@ def problems_of_shards(
     with ThreadPoolExecutor(_THREADS) as pool:
         wanted = [
             (teacher, shard)
-            for teacher in teachers_and_images(cache)
+            for teacher in cache.spec.teachers_and_images
             for shard in sorted(cache.manifest.committed(teacher))
             if shards is None or shard in shards
         ]
@@ -114,10 +116,6 @@ def problems_of_shards(
 def _problems_of_the_rest(cache: FeatureCache, full: bool) -> list[Problem]:
     layouts = [problem for teacher in cache.teachers for problem in layout_problems(cache, teacher)]
     return layouts + table_problems(cache, full)
-
-
-def teachers_and_images(cache: FeatureCache) -> Sequence[str]:
-    return [*cache.teachers, *([IMAGES] if cache.spec.images == "copy" else [])]
 
 
 def _check_shard(
@@ -142,7 +140,7 @@ def _check_shard(
 def _shard_files(cache: FeatureCache, teacher: str, shard: int) -> set[str]:
     if teacher == IMAGES:
         return {image_tar_name(shard)}
-    return set(cache.store.shard_files(cache.spec, teacher, shard))
+    return set(cache.store.shard_files(teacher, shard))
 
 
 def _wrong_files(cache: FeatureCache, record: CommitRecord, full: bool) -> Iterator[tuple[str, str]]:
@@ -201,7 +199,7 @@ def quarantine_problems(
 def layout_problems(cache: FeatureCache, teacher: str) -> list[Problem]:
     """Of a teacher's zarr.json files, which follow from the spec."""
     problems = []
-    for name, expected in cache.store.layout_files(cache.spec, teacher).items():
+    for name, expected in cache.store.layout_files(teacher).items():
         try:
             found = cache.storage.read(name)
         except FileNotFoundError:
@@ -249,7 +247,7 @@ def _check_views(cache: FeatureCache) -> str | None:
 
 
 def _check_codec_tables(cache: FeatureCache, teacher: str) -> None:
-    cache.load_codec(teacher)
+    cache.features[teacher].load_codec()
 
 
 def _in_use(storage: Storage, name: str) -> bool:
@@ -273,8 +271,8 @@ def strays(cache: FeatureCache) -> list[str]:
     cache = cache.reopened()
     known = {SPEC_NAME, SAMPLES_NAME, VIEWS_NAME}
     for teacher in cache.teachers:
-        known |= {tables_name(teacher), *cache.store.layout_files(cache.spec, teacher)}
-    for teacher in teachers_and_images(cache):
+        known |= {tables_name(teacher), *cache.store.layout_files(teacher)}
+    for teacher in cache.spec.teachers_and_images:
         for shard, record in cache.manifest.commits(teacher).items():
             known |= {commit_name(teacher, shard), *record.files}
     known |= {quarantine_name(shard) for shard in cache.manifest.quarantined()}

@@ -389,13 +389,7 @@ class ViewTable:
     def view(self, index: int) -> View:
         """The view in line `index` of the table."""
         value = {name: column[index].item() for name, column in self._columns.items()}
-        return View(
-            box=(value["left"], value["top"], value["right"], value["bottom"]),
-            flip=value["flip"],
-            size=(value["height"], value["width"]),
-            brightness=value["brightness"],
-            contrast=value["contrast"],
-            saturation=value["saturation"],
-            hue=value["hue"],
-            photometric=self._photometric,
-        )
+        box = value["left"], value["top"], value["right"], value["bottom"]
+        jitter = {name: value[name] for name in ("brightness", "contrast", "saturation", "hue")}
+        size = value["height"], value["width"]
+        return View(box, value["flip"], size, **jitter, photometric=self._photometric)

@@ -11,8 +11,8 @@ from PIL import Image
 
 from teachercache.cache_builder.recipe import BuildRecipe
 from teachercache.pipeline.cache import FeatureCache
-from teachercache.pipeline.places.storage import Storage
-from teachercache.pipeline.records.manifest import CommitRecord, Manifest, with_views_hashes
+from teachercache.pipeline.places.open_storage import open_storage
+from teachercache.pipeline.records.manifest import CommitRecord, Manifest
 from teachercache.pipeline.records.spec import (
     CacheSpec,
     DatasetSpec,
@@ -22,7 +22,7 @@ from teachercache.pipeline.records.spec import (
     TeacherSpec,
     ViewPolicy,
 )
-from teachercache.pipeline.records.tables import dataset_fingerprint, labels_hash
+from teachercache.pipeline.records.tables import dataset_fingerprint, labels_hash, with_views_hashes
 from teachercache.pipeline.sources import open_source
 from teachercache.pipeline.stores.base import teacher_layouts
 from teachercache.pipeline.views import draw_views
@@ -109,7 +109,7 @@ def make_cache(
         created="2026-01-01T00:00:00+00:00",
         versions={},
     )
-    storage = Storage.at(path)
+    storage = open_storage(path)
     views = draw_views(
         policy,
         samples["key"].to_pylist(),
@@ -122,7 +122,7 @@ def make_cache(
         spec = spec.changed(segments=with_views_hashes(spec, views))
     cache = FeatureCache(storage, spec)
     for teacher in spec.teachers:
-        cache.store.create(spec, teacher)
+        cache.store.create(teacher)
     manifest.create(spec, samples, views)
     for teacher in spec.teachers:
         for shard in range(spec.num_shards):
@@ -148,7 +148,7 @@ def commit_shard(
     arrays = features(spec, teacher)
     if value is not None:
         arrays["codes"].view(torch.bfloat16)[:, 0, 0, 0, 0] = value
-    with cache.store.write_shard(spec, teacher, shard) as writer:
+    with cache.store.write_shard(teacher, shard) as writer:
         writer.write(
             [row - rows.start for row in valid],
             {name: array[valid].numpy() for name, array in arrays.items()},

@@ -31,7 +31,7 @@ def inspect(
     Example: `teachercache inspect /data/cache --key n01440764_10026`
     """
     from teachercache.pipeline.errors import RecipeError
-    from teachercache.pipeline.places.storage import Storage
+    from teachercache.pipeline.places.open_storage import open_storage
     from teachercache.pipeline.records.manifest import Manifest
 
     asked = [name for name, value in (("shard", shard), ("row", row), ("key", key)) if value is not None]
@@ -42,7 +42,7 @@ def inspect(
             expected="one of --shard, --row and --key",
             do="run the command once for each",
         )
-    manifest = Manifest(Storage.at(cache))
+    manifest = Manifest(open_storage(cache))
     found: dict[str, Any]
     table: Callable[[Mapping[str, Any]], RenderableType]
     if asked:

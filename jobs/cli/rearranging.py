@@ -11,7 +11,7 @@ from teachercache.jobs.cli.terminal import CacheArgument, Images, console
 from teachercache.pipeline.terminal import progress_bar
 
 if TYPE_CHECKING:
-    from teachercache.pipeline.rearranging.rearrange import Rearrangement
+    from teachercache.pipeline.rearranging.rearrangement import Rearrangement
 
 Output = Annotated[str, typer.Option("-o", "--output", metavar="PLACE", help="A folder or URL.")]
 
@@ -26,7 +26,7 @@ def merge(
 
     Example: `teachercache merge /data/part0 /data/part1 -o /data/cache`
     """
-    from teachercache.pipeline.rearranging.rearrange import merge as merge_caches
+    from teachercache.pipeline.rearranging.merge import merge as merge_caches
 
     _rearrange(merge_caches(caches, output), "merging")
 
@@ -43,7 +43,7 @@ def subset(
 
     Example: `teachercache subset /data/cache -o /data/tenth --fraction 0.1 --teachers dinov2,sam`
     """
-    from teachercache.pipeline.rearranging.rearrange import subset as take_subset
+    from teachercache.pipeline.rearranging.subset import subset as take_subset
 
     names = [name.strip() for name in teachers.split(",")] if teachers else None
     wanted = None if keys is None else [line for line in keys.read_text().splitlines() if line]
@@ -69,7 +69,7 @@ def convert(
     """
     from teachercache.pipeline.cache import FeatureCache
     from teachercache.pipeline.errors import RecipeError
-    from teachercache.pipeline.rearranging.rearrange import convert as convert_cache
+    from teachercache.pipeline.rearranging.convert import convert as convert_cache
     from teachercache.pipeline.rearranging.theia import export_theia
 
     if to in ("webdataset", "zarr"):

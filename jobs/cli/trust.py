@@ -39,7 +39,7 @@ def verify(
     from teachercache.pipeline.cache import FeatureCache
     from teachercache.pipeline.errors import RecipeError
     from teachercache.pipeline.recipe import load_overrides
-    from teachercache.pipeline.verify import strays, teachers_and_images
+    from teachercache.pipeline.verify import strays
     from teachercache.pipeline.verify import verify as verify_cache
 
     moved = load_overrides(MovedRecipe, overrides or [], "overrides of this comparison")
@@ -51,7 +51,7 @@ def verify(
             do="add --against-teacher, or leave the overrides out",
         )
     opened = FeatureCache.open(cache, images)
-    names = teachers_and_images(opened)
+    names = opened.spec.teachers_and_images
     shards = sum(len(opened.manifest.committed(name)) for name in names)
     problems = verify_cache(opened, full=full, progress=_progress(shards))
     for problem in problems:
@@ -118,11 +118,10 @@ def repair(cache: CacheArgument, overrides: Overrides = None, images: Images = N
     from teachercache.cache_builder.repair import repair as repair_cache
     from teachercache.pipeline.cache import FeatureCache
     from teachercache.pipeline.recipe import load_overrides
-    from teachercache.pipeline.verify import teachers_and_images
 
     recipe = load_overrides(RepairRecipe, overrides or [], "runner of this repair")
     opened = FeatureCache.open(cache, images)
-    shards = sum(len(opened.manifest.committed(name)) for name in teachers_and_images(opened))
+    shards = sum(len(opened.manifest.committed(name)) for name in opened.spec.teachers_and_images)
     done = repair_cache(opened, recipe, _progress(shards), recipe.checkpoints)
     for problem in done.mended:
         console.print(f"mended: {problem.file}")

@@ -21,7 +21,6 @@ from safetensors import SafetensorError
 from teachercache.jobs.inspection.summary import (
     Problems,
     array_metadata,
-    copied,
     describe,
     file_problems,
     quarantined,
@@ -57,9 +56,7 @@ def shard_details(manifest: Manifest, shard: int) -> dict[str, Any]:
         "rows": [rows[0], rows[-1]],
         "samples": [samples[0], samples[-1]],
         "views": spec.shard_segment(shard).num_views,
-        "teachers": {
-            name: _shard_state(manifest, spec, name, shard) for name in (*spec.teachers, *copied(spec))
-        },
+        "teachers": {name: _shard_state(manifest, spec, name, shard) for name in spec.teachers_and_images},
         "quarantined": [
             entry.model_dump(mode="json")
             for entry in quarantined(manifest, problems)

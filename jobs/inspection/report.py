@@ -33,7 +33,7 @@ from teachercache.jobs.inspection.page import (
     table,
     timeline_rows,
 )
-from teachercache.jobs.inspection.summary import copied, records, summarize
+from teachercache.jobs.inspection.summary import records, summarize
 from teachercache.jobs.inspection.tables import quarantine_line, summary_facts, warnings, what_was_checked
 from teachercache.jobs.inspection.teacher_maps import TeacherMaps
 from teachercache.jobs.inspection.timeline import timeline
@@ -105,7 +105,7 @@ def _overview(cache: FeatureCache, reader: MapReader) -> list[str]:
 def _history(cache: FeatureCache) -> str:
     found = (
         record
-        for name in (*cache.teachers, *copied(cache.spec))
+        for name in cache.spec.teachers_and_images
         for _, record in records(cache.manifest, name)
         if isinstance(record, CommitRecord)
     )

@@ -22,7 +22,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from teachercache.pipeline.errors import CacheError
-from teachercache.pipeline.places.storage import LocalStorage, RemoteStorage, Storage
+from teachercache.pipeline.places.local_storage import LocalStorage
+from teachercache.pipeline.places.remote_storage import RemoteStorage
+from teachercache.pipeline.places.storage import Storage
 from teachercache.pipeline.records.manifest import (
     SAMPLES_NAME,
     VIEWS_NAME,
@@ -66,7 +68,7 @@ def summarize(cache: Stored) -> dict[str, Any]:
     problems: Problems = []
     for name, num_rows in ((SAMPLES_NAME, spec.dataset.num_samples), (VIEWS_NAME, spec.num_rows)):
         problems += _table_problems(manifest.storage, name, num_rows)
-    tallies = {name: _tally(manifest, spec, name, problems) for name in (*spec.teachers, *copied(spec))}
+    tallies = {name: _tally(manifest, spec, name, problems) for name in spec.teachers_and_images}
     return {
         "url": manifest.storage.url,
         "cache_id": spec.cache_id,
@@ -90,11 +92,6 @@ def summarize(cache: Stored) -> dict[str, Any]:
         "quarantined": [entry.model_dump(mode="json") for entry in quarantined(manifest, problems)],
         "problems": problems,
     }
-
-
-def copied(spec: CacheSpec) -> list[str]:
-    """The pseudo-teacher of the copied images, where there is one."""
-    return [IMAGES] if spec.images == "copy" else []
 
 
 @dataclass

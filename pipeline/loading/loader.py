@@ -170,7 +170,10 @@ class FeatureLoader:
             features={
                 teacher: Encoded(
                     self._cache.codec(teacher),
-                    {array: tensors[teacher, array] for array in self._cache.feature_layouts(teacher)},
+                    {
+                        array: tensors[teacher, array]
+                        for array in self._cache.features[teacher].feature_layouts
+                    },
                 )
                 for teacher in self._teachers
             },

@@ -65,7 +65,7 @@ def to_xarray(cache: FeatureCache, teachers: Sequence[str] | None = None) -> xar
         row_shape = (spec.num_levels, *spec.stored_grid, spec.width)
 
         def valid(rows: NDArray[np.int64]) -> NDArray:
-            return cache.readable_rows(name, rows)
+            return cache.shards[name].readable_rows(rows)
 
         def features(rows: NDArray[np.int64]) -> NDArray:
             held = valid(rows)

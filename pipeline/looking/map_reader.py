@@ -68,7 +68,7 @@ class MapReader:
         while len(chosen) < num_rows and rows.size and self.teachers:  # a few records, not all of them
             tried, rows = rows[: 2 * num_rows], rows[2 * num_rows :]
             readable = np.logical_and.reduce(
-                [self.cache.readable_rows(name, tried) for name in self.teachers]
+                [self.cache.shards[name].readable_rows(tried) for name in self.teachers]
             )
             chosen += tried[readable].tolist()
         return sorted(chosen[:num_rows])

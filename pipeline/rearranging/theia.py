@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import CacheError, CacheMismatchError
+from teachercache.pipeline.places.open_storage import open_storage
 from teachercache.pipeline.places.storage import Storage
 from teachercache.pipeline.places.whole_or_nothing import room_at
 from teachercache.pipeline.stores.base import CLS_TOKEN
@@ -64,8 +65,8 @@ def export_theia(
             )
     if split not in _SPLITS:
         raise CacheError("There is no such split.", got=split, expected=", ".join(_SPLITS))
-    storage = Storage.at(out)
-    Storage.at(f"{storage.url}/{dataset}").sweep()
+    storage = open_storage(out)
+    open_storage(f"{storage.url}/{dataset}").sweep()
     samples = cache.valid_samples()
     rows = cache.index.rows(samples[:, None], np.arange(cache.num_views)).ravel()
     keys = _keys(cache, rows)
@@ -155,7 +156,7 @@ def _features(cache: FeatureCache, name: str, rows: Sequence[int] | NDArray, lev
     for start in range(0, len(rows), _ROWS_AT_ONCE):
         batch = rows[start : start + _ROWS_AT_ONCE]
         for shard in np.unique(np.asarray(batch) // cache.spec.rows_per_shard).tolist():
-            cache.require_sound(name, shard)
+            cache.shards[name].require_sound(shard)
         maps_RCHW = cache.read(batch, [name])[name].decode()[:, level].permute(0, 3, 1, 2)
         tensors = {"embedding": maps_RCHW.to(torch.bfloat16)}
         if CLS_TOKEN in cache.layouts(name):

@@ -9,31 +9,20 @@ last entry "checksum": a key of JSON objects, the last line of a quarantine list
 
 from __future__ import annotations
 
-import io
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import pyarrow as pa
-import pyarrow.parquet as pq
-import xxhash
 from pydantic import Field, ValidationError, model_validator
 from pydantic_core import from_json
-from safetensors import SafetensorError
 
-from teachercache.pipeline.errors import (
-    AlreadyCommittedError,
-    CacheError,
-    CacheMismatchError,
-    CacheNotFoundError,
-    CorruptShardError,
-    StorageError,
-    TeacherCacheError,
-)
-from teachercache.pipeline.places.storage import ChecksumWriter, Storage
+from teachercache.pipeline.errors import AlreadyCommittedError, CacheError, CacheNotFoundError, StorageError
+from teachercache.pipeline.places.files import ChecksumWriter
+from teachercache.pipeline.places.storage import Storage, first_contact
 from teachercache.pipeline.records.limits import (
     MAX_NBYTES_PER_LINE,
     MAX_ROWS,
@@ -41,22 +30,19 @@ from teachercache.pipeline.records.limits import (
     MAX_SHARDS,
     MAX_TABLE_NBYTES,
     check_limits,
-    check_table,
 )
 from teachercache.pipeline.records.seal import UNSEALED, is_intact, seal
-from teachercache.pipeline.records.spec import IMAGES, SCHEMA_VERSION, CacheSpec, Segment, Strict
+from teachercache.pipeline.records.spec import IMAGES, SCHEMA_VERSION, CacheSpec, Strict
 from teachercache.pipeline.records.tables import (
     SAMPLE_SCHEMA,
     VIEW_SCHEMA,
     dataset_fingerprint,
     labels_hash,
+    segment_lines,
+    table_bytes,
+    table_lines,
     views_hash,
 )
-
-if TYPE_CHECKING:  # looking at a cache should not take the seconds that importing torch takes
-    from torch import Tensor
-
-    from teachercache.pipeline.records.feature_stats import FeatureMoments
 
 SPEC_NAME = "cache.json"
 SAMPLES_NAME = "samples.parquet"
@@ -153,7 +139,7 @@ class Manifest:
         self.storage = storage
 
     def exists(self) -> bool:
-        with self._first_contact():
+        with first_contact(self.storage):
             return self.storage.exists(SPEC_NAME)
 
     def create(self, spec: CacheSpec, samples: pa.Table, views: pa.Table) -> None:
@@ -163,10 +149,10 @@ class Manifest:
         self.write_spec(spec)
 
     def write_samples(self, samples: pa.Table) -> None:
-        self.storage.write(SAMPLES_NAME, _parquet_bytes(samples))
+        self.storage.write(SAMPLES_NAME, table_bytes(samples))
 
     def write_views(self, views: pa.Table) -> None:
-        self.storage.write(VIEWS_NAME, _parquet_bytes(views))
+        self.storage.write(VIEWS_NAME, table_bytes(views))
 
     def write_spec(self, spec: CacheSpec) -> None:
         """Raises `CacheError` for a spec that no reader would accept."""
@@ -176,7 +162,7 @@ class Manifest:
     def spec(self) -> CacheSpec:
         """Raises `CacheNotFoundError` where there is no cache, `CacheError` where it cannot be read."""
         try:
-            with self._first_contact():
+            with first_contact(self.storage):
                 data = self._read(SPEC_NAME)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise CacheNotFoundError(
@@ -185,7 +171,7 @@ class Manifest:
                 expected="a folder or URL that `teachercache build` has written to",
                 do="check the path, or build the cache first",
             ) from error
-        spec = self._parse(CacheSpec, SPEC_NAME, data)
+        spec = _parse(CacheSpec, SPEC_NAME, data)
         check_limits(spec)
         return spec
 
@@ -219,42 +205,6 @@ class Manifest:
             do=f"restore it from a copy of this very cache, or run: teachercache repair {self.storage.url}",
         )
 
-    def write_tables(self, teacher: str, tables: dict[str, Tensor]) -> str:
-        """Keep a codec's calibrated tables; returns their hash, for the teacher's spec."""
-        import safetensors.torch
-
-        data = safetensors.torch.save(tables)
-        self.storage.write(tables_name(teacher), data)
-        return xxhash.xxh3_128_hexdigest(data)
-
-    def tables(self, teacher: str, tables_hash: str | None) -> dict[str, Tensor]:
-        """A codec's tables. Raises `CacheError` unless they are those of the spec."""
-        import safetensors.torch
-
-        name = tables_name(teacher)
-        try:
-            data = self.storage.read(name)
-        except FileNotFoundError:
-            data = b""
-        found = xxhash.xxh3_128_hexdigest(data)
-        if found != tables_hash:
-            raise CacheError(
-                f"{name} is not what the features of {teacher} were encoded with.",
-                got=f"checksum {found}" if data else "no such file",
-                expected=f"checksum {tables_hash}, as in {SPEC_NAME}",
-                do="restore it from a copy; the codes cannot be decoded without it",
-            )
-        try:
-            tables: dict[str, Tensor] = safetensors.torch.load(data)
-        except (SafetensorError, KeyError, RuntimeError, ValueError) as error:
-            raise CacheError(
-                f"{name} of this cache cannot be read.",
-                got=f"{type(error).__name__}: {error}",
-                expected="the codec's tables, as safetensors",
-                do="restore it from a copy; the codes cannot be decoded without it",
-            ) from error
-        return tables
-
     @contextmanager
     def publishing(
         self, shard: int, teachers: Iterable[str], waiting: Callable[[], None] = lambda: None
@@ -275,86 +225,6 @@ class Manifest:
     def is_committed(self, teacher: str, shard: int) -> bool:
         return self.storage.exists(commit_name(teacher, shard))
 
-    def write_moments(self, teacher: str, shard: int, moments: FeatureMoments) -> dict[str, FileRecord]:
-        """Keep the statistics of a shard's features beside its record, which names the returned file."""
-        import safetensors.torch
-
-        name = moments_name(teacher, shard)
-        with self.storage.open_write(name) as file:
-            file.write(safetensors.torch.save(moments.to("cpu").tensors()))
-        return {name: FileRecord.of(file)}
-
-    def moments(self, teacher: str, shards: Iterable[int], shape: tuple[int, int]) -> FeatureMoments:
-        """The statistics of these shards together, merged in their order: the same bits every time.
-
-        `shape` is (levels, channels). Shards without a valid row have none. Raises `CacheError` where others
-        do not, `CorruptShardError` for files that hold something else.
-        """
-        import safetensors.torch
-
-        from teachercache.pipeline.records.feature_stats import FeatureMoments
-
-        total: FeatureMoments | None = None
-        for record in self.commits(teacher, shards).values():
-            names = [name for name in record.files if name.startswith("stats/")]
-            if not names and len(record.invalid_rows) == record.num_rows:
-                continue
-            data = self.storage.read(names[0]) if names and self.storage.exists(names[0]) else b""
-            if xxhash.xxh3_128_hexdigest(data) != (record.files[names[0]].checksum if names else None):
-                raise CacheError(
-                    f"Shard {record.shard} of {teacher} has no statistics that can be used.",
-                    got="a damaged file" if names else "a shard that was computed without",
-                    expected=f"{moments_name(teacher, record.shard)}, as the commit record names it",
-                    do=f"run: teachercache repair {self.storage.url}"
-                    if names
-                    else "compute the cache again with this version, if you need them",
-                )
-            try:
-                moments = FeatureMoments.from_tensors(safetensors.torch.load(data))
-                if tuple(moments.mean_SC.shape) != shape:
-                    raise ValueError(f"moments of (levels, channels) {tuple(moments.mean_SC.shape)}")
-            except (SafetensorError, KeyError, RuntimeError, ValueError) as error:
-                raise CorruptShardError(
-                    f"{names[0]} holds no statistics of {teacher}.",
-                    got=f"{type(error).__name__}: {error}",
-                    expected=f"count, mean and squares of (levels, channels) {shape}",
-                    do=f"run: teachercache repair {self.storage.url}",
-                ) from error
-            total = moments if total is None else total.merge(moments)
-        if total is None:
-            raise CacheError(f"There is no committed row of {teacher} to have statistics of.")
-        return total
-
-    def require_same_images(
-        self, spec: CacheSpec, shard: int, source_checksum: str, replaced: Collection[str] = ()
-    ) -> None:
-        """Raises `CacheMismatchError` where a shard's records are of other images.
-
-        What is about to be replaced has a say only where nothing else has: it can be what is broken.
-        """
-        found: dict[str, str] = {}
-        for teacher in (*spec.teachers, IMAGES):
-            if not self.is_committed(teacher, shard):
-                continue
-            try:
-                record = self.read_commit(teacher, shard)
-            except CacheError:
-                if teacher not in replaced:
-                    raise
-                continue
-            if record.source_checksum and (teacher not in replaced or record.mismatch(spec) is None):
-                found[teacher] = record.source_checksum
-        standing = {teacher: checksum for teacher, checksum in found.items() if teacher not in replaced}
-        for teacher, checksum in standing.items() or found.items():
-            if checksum != source_checksum:
-                raise CacheMismatchError(
-                    f"The images of shard {shard} are not those that {teacher} was computed from.",
-                    got=f"images with checksum {source_checksum}",
-                    expected=f"checksum {checksum}, as in {commit_name(teacher, shard)}",
-                    do="bring the images back as they were, or delete all commit records of this shard "
-                    "to compute it again for every teacher",
-                )
-
     def commit(self, record: CommitRecord) -> None:
         self.storage.write(commit_name(record.teacher, record.shard), _json_bytes(record))
 
@@ -371,7 +241,7 @@ class Manifest:
 
     def read_commit(self, teacher: str, shard: int) -> CommitRecord:
         name = commit_name(teacher, shard)
-        record = self._parse(CommitRecord, name, self._read(name))
+        record = _parse(CommitRecord, name, self._read(name))
         if (record.teacher, record.shard) != (teacher, shard):
             raise CacheError(
                 f"{name} is the record of another shard.",
@@ -414,28 +284,13 @@ class Manifest:
     def read_quarantine(self, shard: int) -> list[QuarantineEntry]:
         name = quarantine_name(shard)
         *lines, _ = self._read(name).splitlines()
-        return [self._parse(QuarantineEntry, name, line) for line in lines]
+        return [_parse(QuarantineEntry, name, line) for line in lines]
 
     def quarantine_source(self, shard: int) -> str | None:
         """The `source_checksum` of a shard's quarantine list; None in older ones."""
-        checksum: str | None = from_json(self._read(quarantine_name(shard)).splitlines()[-1]).get(
-            "source_checksum"
-        )
+        *_, end = self._read(quarantine_name(shard)).splitlines()
+        checksum: str | None = from_json(end).get("source_checksum")
         return checksum
-
-    @contextmanager
-    def _first_contact(self) -> Iterator[None]:
-        try:
-            yield
-        except (TeacherCacheError, FileNotFoundError, NotADirectoryError):
-            raise
-        except Exception as error:  # every object store has its own, for hosts, buckets and credentials
-            raise CacheError(
-                "This place cannot be read.",
-                got=f"{type(error).__name__}: {error}",
-                expected=f"{self.storage.url}, reachable and readable with your credentials",
-                do="check the URL; for s3:// also AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL",
-            ) from error
 
     def _read(self, name: str) -> bytes:
         """A sealed file of records. Raises `CacheError` for any damage."""
@@ -460,16 +315,7 @@ class Manifest:
             if (nbytes := self.storage.size(name) or 0) > limit:
                 raise ValueError(f"{nbytes:,} bytes for {num_rows:,} lines")
             data = self._intact(name, self.storage.read_range(name, 0, limit))
-            check_table(data)
-            with pq.ParquetFile(pa.BufferReader(data)) as file:
-                if file.metadata.num_rows < num_rows:
-                    raise ValueError(f"{file.metadata.num_rows:,} lines, expected {num_rows:,}")
-                table = file.read().cast(schema)
-                table.validate(full=True)  # text that is not UTF-8, say
-                for column in set(schema.names) - {"label"}:
-                    if table[column].null_count:
-                        raise pa.ArrowInvalid(f"{column} has lines without a value")
-                return table.slice(0, num_rows)
+            return table_lines(data, schema, num_rows)
         except StorageError:
             raise
         except (FileNotFoundError, pa.ArrowException, OSError, ValueError) as error:
@@ -480,36 +326,21 @@ class Manifest:
                 do=f"run: teachercache repair {self.storage.url}",
             ) from error
 
-    def _parse(self, model: type[Model], name: str, text: bytes) -> Model:
-        try:
-            content = from_json(text)
-            if isinstance(content, dict):
-                content.pop("checksum", None)
-            return model.model_validate(content)
-        except (ValueError, RecursionError) as error:
-            raise CacheError(
-                f"{name} of this cache cannot be understood.",
-                got=_first_problem(error),
-                expected=f"what this version of teachercache writes (schema {SCHEMA_VERSION})",
-                do="run `teachercache verify` on the cache; if another version wrote it, read it with that "
-                "one, or build it anew",
-            ) from error
 
-
-def segment_lines(spec: CacheSpec, views: pa.Table) -> Iterator[tuple[Segment, pa.Table]]:
-    """Each segment with its lines of the view table."""
-    start = 0
-    for segment in spec.segments:
-        yield segment, views.slice(start, segment.num_rows)
-        start += segment.num_rows
-
-
-def with_views_hashes(spec: CacheSpec, views: pa.Table) -> tuple[Segment, ...]:
-    """The segments of `spec`, each with the hash of its lines."""
-    return tuple(
-        segment.model_copy(update={"views_hash": views_hash(lines, segment.samples[0])})
-        for segment, lines in segment_lines(spec, views)
-    )
+def _parse(model: type[Model], name: str, text: bytes) -> Model:
+    try:
+        content = from_json(text)
+        if isinstance(content, dict):
+            content.pop("checksum", None)
+        return model.model_validate(content)
+    except (ValueError, RecursionError) as error:
+        raise CacheError(
+            f"{name} of this cache cannot be understood.",
+            got=_first_problem(error),
+            expected=f"what this version of teachercache writes (schema {SCHEMA_VERSION})",
+            do="run `teachercache verify` on the cache; if another version wrote it, read it with that "
+            "one, or build it anew",
+        ) from error
 
 
 def _numbers(names: Iterable[str], suffix: str) -> set[int]:
@@ -549,12 +380,3 @@ def quarantine_name(shard: int) -> str:
 def _json_bytes(record: Strict, indent: int | None = None) -> bytes:
     content: dict[str, Any] = record.model_dump(mode="json") | {"checksum": UNSEALED}
     return seal((json.dumps(content, indent=indent) + "\n").encode())
-
-
-def _parquet_bytes(table: pa.Table) -> bytes:
-    """The checksum is among the key-value pairs, which end the file."""
-    sink = io.BytesIO()
-    with pq.ParquetWriter(sink, table.schema, compression="zstd") as writer:
-        writer.write_table(table)
-        writer.add_key_value_metadata({"checksum": UNSEALED})
-    return seal(sink.getvalue())

@@ -245,6 +245,11 @@ class CacheSpec(Strict):
         return sum(segment.num_rows for segment in self.segments)
 
     @property
+    def teachers_and_images(self) -> list[str]:
+        """What shards are of: every teacher, and "images" where the images are copied."""
+        return [*self.teachers, *([IMAGES] if self.images == "copy" else [])]
+
+    @property
     def num_shards(self) -> int:
         last = self.segments[-1]
         return -(-(last.first_row + last.num_rows) // self.rows_per_shard)

@@ -9,9 +9,17 @@ why there is no such image. head_hash: xxh3-64 of the file's first bytes (`HEAD_
 
 from __future__ import annotations
 
+import io
+from collections.abc import Iterator
+
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import xxhash
+
+from teachercache.pipeline.records.limits import check_table
+from teachercache.pipeline.records.seal import UNSEALED, seal
+from teachercache.pipeline.records.spec import CacheSpec, Segment
 
 SAMPLE_SCHEMA = pa.schema(
     [
@@ -82,3 +90,42 @@ def _add_text(digest: xxhash.xxh3_128, column: pa.ChunkedArray) -> None:
     ends = np.frombuffer(offsets, np.int64)[values.offset : values.offset + len(values) + 1]
     digest.update(np.diff(ends).tobytes())
     digest.update(memoryview(text)[ends[0] : ends[-1]])
+
+
+def segment_lines(spec: CacheSpec, views: pa.Table) -> Iterator[tuple[Segment, pa.Table]]:
+    """Each segment with its lines of the view table."""
+    start = 0
+    for segment in spec.segments:
+        yield segment, views.slice(start, segment.num_rows)
+        start += segment.num_rows
+
+
+def with_views_hashes(spec: CacheSpec, views: pa.Table) -> tuple[Segment, ...]:
+    """The segments of `spec`, each with the hash of its lines."""
+    return tuple(
+        segment.model_copy(update={"views_hash": views_hash(lines, segment.samples[0])})
+        for segment, lines in segment_lines(spec, views)
+    )
+
+
+def table_bytes(table: pa.Table) -> bytes:
+    """The table as Parquet. Its checksum is among the key-value pairs, which end the file."""
+    sink = io.BytesIO()
+    with pq.ParquetWriter(sink, table.schema, compression="zstd") as writer:
+        writer.write_table(table)
+        writer.add_key_value_metadata({"checksum": UNSEALED})
+    return seal(sink.getvalue())
+
+
+def table_lines(data: bytes, schema: pa.Schema, num_rows: int) -> pa.Table:
+    """The first `num_rows` lines of a Parquet file. Raises `ValueError` for other data, `ArrowException`."""
+    check_table(data)
+    with pq.ParquetFile(pa.BufferReader(data)) as file:
+        if file.metadata.num_rows < num_rows:
+            raise ValueError(f"{file.metadata.num_rows:,} lines, expected {num_rows:,}")
+        table = file.read().cast(schema)
+    table.validate(full=True)  # text that is not UTF-8, say
+    for column in set(schema.names) - {"label"}:
+        if table[column].null_count:
+            raise pa.ArrowInvalid(f"{column} has lines without a value")
+    return table.slice(0, num_rows)

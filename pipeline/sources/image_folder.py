@@ -12,8 +12,8 @@ from posixpath import splitext
 
 import pyarrow as pa
 
+from teachercache.pipeline.places.local_storage import LocalStorage
 from teachercache.pipeline.places.retries import retrying
-from teachercache.pipeline.places.storage import LocalStorage
 from teachercache.pipeline.sources.base import SampleRows, Source, is_image_name, kind_of
 
 _FILES_PER_UNIT = 1024

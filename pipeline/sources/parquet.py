@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from teachercache.pipeline.errors import ImageDecodeError, SourceError
-from teachercache.pipeline.places.storage import Storage
+from teachercache.pipeline.places.open_storage import open_storage
 from teachercache.pipeline.sources.base import SampleRows, Source
 from teachercache.pipeline.sources.keys import printable
 
@@ -150,7 +150,7 @@ def _holds_images(kind: pa.DataType) -> bool:
 
 
 def _open(url: str, path: str) -> pq.ParquetFile:
-    return pq.ParquetFile(Storage.at(url).open_read(path))
+    return pq.ParquetFile(open_storage(url).open_read(path))
 
 
 def _batches(file: pq.ParquetFile, group: int, columns: list[str]) -> Iterator[pa.RecordBatch]:

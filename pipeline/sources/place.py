@@ -13,8 +13,11 @@ from typing import Any
 import fsspec
 
 from teachercache.pipeline.errors import SourceError, SourceNotFoundError, TeacherCacheError
+from teachercache.pipeline.places.local_storage import LocalStorage
+from teachercache.pipeline.places.open_storage import open_storage
+from teachercache.pipeline.places.remote_storage import client_options
 from teachercache.pipeline.places.retries import retrying
-from teachercache.pipeline.places.storage import LocalStorage, Storage, client_options
+from teachercache.pipeline.places.storage import Storage
 
 _MAGIC = re.compile(r"[*?[]")
 
@@ -52,13 +55,13 @@ class Place:
                 "AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL",
             ) from error
         if is_folder:
-            return Place(text, Storage.at(text))
+            return Place(text, open_storage(text))
         folder, _, name = text.rpartition("/")
         if is_file:
-            return Place(text, Storage.at(folder or "/"), name)
+            return Place(text, open_storage(folder or "/"), name)
         if magic := _MAGIC.search(text):
             folder, _, _ = text[: magic.start()].rpartition("/")
-            place = Place(text, Storage.at(folder or "/"), text[len(folder) + 1 :])
+            place = Place(text, open_storage(folder or "/"), text[len(folder) + 1 :])
             if any(True for _ in place.files()):
                 return place
         raise SourceNotFoundError(

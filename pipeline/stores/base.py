@@ -64,34 +64,35 @@ class ShardWriter(NewFiles):
 
 
 class FeatureStore(ABC):
-    """The rows of every teacher of one cache."""
+    """The rows of every teacher of one cache, as its spec says; one that has grown is opened anew."""
 
-    storage: Storage
+    def __init__(self, storage: Storage, spec: CacheSpec) -> None:
+        self.storage, self.spec = storage, spec
 
     @abstractmethod
-    def layout_files(self, spec: CacheSpec, teacher: str) -> dict[str, bytes]:
+    def layout_files(self, teacher: str) -> dict[str, bytes]:
         """The files, by name, that describe a teacher's arrays; they follow from the spec."""
 
     @abstractmethod
-    def shard_files(self, spec: CacheSpec, teacher: str, shard: int) -> list[str]:
+    def shard_files(self, teacher: str, shard: int) -> list[str]:
         """The names of a shard's files, in one order for all shards. No file's bytes depend on its name."""
 
-    def is_as_written(self, spec: CacheSpec, teacher: str) -> bool:
+    def is_as_written(self, teacher: str) -> bool:
         """Whether the layout of a teacher's arrays is ours still: others may have compressed them since."""
         return True
 
-    def create(self, spec: CacheSpec, teacher: str) -> None:
+    def create(self, teacher: str) -> None:
         """Lay out a teacher's arrays; where they are, those that the growth of the cache has changed."""
-        for name, data in self.layout_files(spec, teacher).items():
+        for name, data in self.layout_files(teacher).items():
             if not self.storage.exists(name) or self.storage.read(name) != data:
                 self.storage.write(name, data)
 
     @abstractmethod
-    def write_shard(self, spec: CacheSpec, teacher: str, shard: int) -> ShardWriter:
+    def write_shard(self, teacher: str, shard: int) -> ShardWriter:
         """A writer whose files appear, whole, when it publishes them, and not at all if it fails."""
 
     @abstractmethod
-    def read(self, spec: CacheSpec, teacher: str, rows: NDArray[np.int64], out: Arrays) -> None:
+    def read(self, teacher: str, rows: NDArray[np.int64], out: Arrays) -> None:
         """Fill the arrays of `out`, by name, with `rows` in that order, rows first.
 
         `out` is C-contiguous and of the shapes and dtypes of `teacher_layouts`. Raises `CorruptShardError`

@@ -14,8 +14,8 @@ from functools import lru_cache, partial
 import numpy as np
 from numpy.typing import NDArray
 
+from teachercache.pipeline.places.local_storage import LocalStorage
 from teachercache.pipeline.places.retries import retrying
-from teachercache.pipeline.places.storage import LocalStorage
 from teachercache.pipeline.records.spec import CacheSpec
 from teachercache.pipeline.stores.shard_format import (
     ABSENT,
@@ -72,21 +72,19 @@ class DirectStore(ZarrStore):
     `checksums` verifies every row that is read (zarr always does).
     """
 
-    def __init__(self, storage: LocalStorage, checksums: bool = False) -> None:
-        super().__init__(storage)
+    def __init__(self, storage: LocalStorage, spec: CacheSpec, checksums: bool = False) -> None:
+        super().__init__(storage, spec)
         self.checksums = checksums
         self._open = lru_cache(OPEN_SHARDS)(partial(ShardFile, storage))
 
-    def _read_array(
-        self, spec: CacheSpec, teacher: str, name: str, shards: Ints, places: Ints, values: NDArray
-    ) -> None:
-        if not self.is_plain(spec, teacher, name, values):
-            return super()._read_array(spec, teacher, name, shards, places, values)
+    def _read_array(self, teacher: str, name: str, shards: Ints, places: Ints, values: NDArray) -> None:
+        if not self.is_plain(teacher, name, values):
+            return super()._read_array(teacher, name, shards, places, values)
         for value, shard, place in zip(values, shards.tolist(), places.tolist(), strict=True):
             file = shard_file(teacher, name, shard, value.ndim)
             chunk = value.reshape(-1).view(np.uint8).data
             retrying(
-                partial(self._read_row, file, spec.rows_per_shard, place, chunk),
+                partial(self._read_row, file, self.spec.rows_per_shard, place, chunk),
                 f"{self.storage.url}/{file}",
                 again=self._open.cache_clear,  # a descriptor that went stale stays so
             )

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import Self
 
-from teachercache.pipeline.places.storage import ChecksumWriter, Storage
+from teachercache.pipeline.places.files import ChecksumWriter
+from teachercache.pipeline.places.storage import Storage
 from teachercache.pipeline.records.manifest import FileRecord
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from teachercache.pipeline.records.spec import CacheSpec
 from teachercache.pipeline.stores.shard_format import CHECKSUM_NBYTES, checksum
 from teachercache.pipeline.stores.zarr_store import Ints, ZarrStore, shard_file
 
@@ -20,13 +19,11 @@ class RangeStore(ZarrStore):
     Every row's checksum is verified, as zarr does.
     """
 
-    def _read_array(
-        self, spec: CacheSpec, teacher: str, name: str, shards: Ints, places: Ints, values: NDArray
-    ) -> None:
-        if not self.is_plain(spec, teacher, name, values):
-            return super()._read_array(spec, teacher, name, shards, places, values)
+    def _read_array(self, teacher: str, name: str, shards: Ints, places: Ints, values: NDArray) -> None:
+        if not self.is_plain(teacher, name, values):
+            return super()._read_array(teacher, name, shards, places, values)
         files = [shard_file(teacher, name, shard, values.ndim - 1) for shard in shards.tolist()]
-        starts = self.chunk_starts(spec, teacher, name, shards, places, values.ndim - 1)
+        starts = self.chunk_starts(teacher, name, shards, places, values.ndim - 1)
         row_nbytes = values[:1].nbytes
         chunk_nbytes = [row_nbytes + CHECKSUM_NBYTES] * len(files)
         found = self.storage.read_ranges(files, starts.tolist(), chunk_nbytes)

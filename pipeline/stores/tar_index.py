@@ -14,7 +14,8 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
-from teachercache.pipeline.places.storage import ChecksumWriter, Storage
+from teachercache.pipeline.places.files import ChecksumWriter
+from teachercache.pipeline.places.storage import Storage
 from teachercache.pipeline.stores.shard_format import CHECKSUM_NBYTES, checksum
 
 INDEX_NAME = "__index__"

@@ -82,11 +82,12 @@ class TarShardWriter(ShardWriter):
 class WebDatasetStore(FeatureStore):
     """`key` gives the key of a sample by its index."""
 
-    def __init__(self, storage: Storage, key: Callable[[int], str]) -> None:
-        self.storage, self._key = storage, key
+    def __init__(self, storage: Storage, spec: CacheSpec, key: Callable[[int], str]) -> None:
+        super().__init__(storage, spec)
+        self._key = key
         self._read_index = lru_cache(_KEPT_INDEXES)(partial(read_index, storage))
 
-    def layout_files(self, spec: CacheSpec, teacher: str) -> dict[str, bytes]:
+    def layout_files(self, teacher: str) -> dict[str, bytes]:
         arrays = {
             name: {
                 "shape": layout.shape,
@@ -94,33 +95,33 @@ class WebDatasetStore(FeatureStore):
                 "axes": layout.axes,
                 "attributes": layout.attributes,
             }
-            for name, layout in teacher_layouts(spec.teachers[teacher]).items()
+            for name, layout in teacher_layouts(self.spec.teachers[teacher]).items()
         }
         description = {
-            "teacher": spec.teachers[teacher].model_dump(mode="json"),
-            "content_id": spec.shard_content_id(teacher, 0),
+            "teacher": self.spec.teachers[teacher].model_dump(mode="json"),
+            "content_id": self.spec.shard_content_id(teacher, 0),
             "arrays": arrays,
         }
         return {f"teachers/{teacher}/teacher.json": (json.dumps(description, indent=1) + "\n").encode()}
 
-    def shard_files(self, spec: CacheSpec, teacher: str, shard: int) -> list[str]:
+    def shard_files(self, teacher: str, shard: int) -> list[str]:
         return [tar_name(teacher, shard)]
 
-    def write_shard(self, spec: CacheSpec, teacher: str, shard: int) -> TarShardWriter:
-        samples, views, _ = RowIndex(spec.segments).locate(spec.shard_rows(shard))
+    def write_shard(self, teacher: str, shard: int) -> TarShardWriter:
+        samples, views, _ = RowIndex(self.spec.segments).locate(self.spec.shard_rows(shard))
         members = [
             f"{member_key(self._key(sample))}.{view}.safetensors"
             for sample, view in zip(samples.tolist(), views.tolist(), strict=True)
         ]
-        name, layouts = tar_name(teacher, shard), teacher_layouts(spec.teachers[teacher])
-        return TarShardWriter(self.storage, name, layouts, members, spec.rows_per_shard)
+        name, layouts = tar_name(teacher, shard), teacher_layouts(self.spec.teachers[teacher])
+        return TarShardWriter(self.storage, name, layouts, members, self.spec.rows_per_shard)
 
-    def read(self, spec: CacheSpec, teacher: str, rows: NDArray[np.int64], out: Arrays) -> None:
+    def read(self, teacher: str, rows: NDArray[np.int64], out: Arrays) -> None:
         try:
-            shards, places = np.divmod(rows, spec.rows_per_shard)
+            shards, places = np.divmod(rows, self.spec.rows_per_shard)
             distinct, which = np.unique(shards, return_inverse=True)
             names = [tar_name(teacher, shard) for shard in distinct.tolist()]
-            indexes = self.storage.each(lambda name: self._read_index(name, spec.rows_per_shard), names)
+            indexes = self.storage.each(lambda name: self._read_index(name, self.spec.rows_per_shard), names)
             found = read_rows(
                 self.storage, [names[i] for i in which], [indexes[i] for i in which], places.tolist()
             )

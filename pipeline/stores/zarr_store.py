@@ -24,8 +24,11 @@ from zarr.storage import FsspecStore, LocalStore, MemoryStore
 
 from teachercache.pipeline.codecs import ArrayLayout
 from teachercache.pipeline.errors import StorageError
+from teachercache.pipeline.places.files import ChecksumWriter
+from teachercache.pipeline.places.local_storage import LocalStorage
+from teachercache.pipeline.places.remote_storage import client_options
 from teachercache.pipeline.places.retries import retrying
-from teachercache.pipeline.places.storage import ChecksumWriter, LocalStorage, Storage, client_options
+from teachercache.pipeline.places.storage import Storage
 from teachercache.pipeline.records.spec import CacheSpec
 from teachercache.pipeline.stores.base import (
     Arrays,
@@ -93,23 +96,23 @@ def _write_checked(file: ChecksumWriter, data: bytes) -> None:
 
 
 class ZarrStore(FeatureStore):
-    def __init__(self, storage: Storage) -> None:
-        self.storage = storage
+    def __init__(self, storage: Storage, spec: CacheSpec) -> None:
+        super().__init__(storage, spec)
         self._arrays: dict[tuple[str, str], zarr.Array] = {}
         self._plain: dict[tuple[str, str], bool] = {}
         self._read_index = lru_cache(_KEPT_INDEXES)(partial(_read_index, storage))
 
-    def layout_files(self, spec: CacheSpec, teacher: str) -> dict[str, bytes]:
+    def layout_files(self, teacher: str) -> dict[str, bytes]:
         memory = MemoryStore()
-        description = spec.teachers[teacher].model_dump(mode="json")
+        description = self.spec.teachers[teacher].model_dump(mode="json")
         group = zarr.create_group(
-            memory, attributes={"teacher": description, "content_id": spec.shard_content_id(teacher, 0)}
+            memory, attributes={"teacher": description, "content_id": self.spec.shard_content_id(teacher, 0)}
         )
-        for name, layout in teacher_layouts(spec.teachers[teacher]).items():
+        for name, layout in teacher_layouts(self.spec.teachers[teacher]).items():
             group.create_array(
                 name,
-                shape=(spec.num_shards * spec.rows_per_shard, *layout.shape),
-                shards=(spec.rows_per_shard, *layout.shape),
+                shape=(self.spec.num_shards * self.spec.rows_per_shard, *layout.shape),
+                shards=(self.spec.rows_per_shard, *layout.shape),
                 chunks=(1, *layout.shape),
                 dtype=numpy_dtype(layout),
                 filters=None,
@@ -121,33 +124,31 @@ class ZarrStore(FeatureStore):
             )
         return {f"teachers/{teacher}/{key}": value for key, value in _items(memory)}
 
-    def shard_files(self, spec: CacheSpec, teacher: str, shard: int) -> list[str]:
-        layouts = teacher_layouts(spec.teachers[teacher])
+    def shard_files(self, teacher: str, shard: int) -> list[str]:
+        layouts = teacher_layouts(self.spec.teachers[teacher])
         return [shard_file(teacher, array, shard, len(layout.shape)) for array, layout in layouts.items()]
 
-    def write_shard(self, spec: CacheSpec, teacher: str, shard: int) -> ZarrShardWriter:
-        layouts, names = teacher_layouts(spec.teachers[teacher]), self.shard_files(spec, teacher, shard)
-        return ZarrShardWriter(self.storage, names, layouts, spec.rows_per_shard)
+    def write_shard(self, teacher: str, shard: int) -> ZarrShardWriter:
+        layouts, names = teacher_layouts(self.spec.teachers[teacher]), self.shard_files(teacher, shard)
+        return ZarrShardWriter(self.storage, names, layouts, self.spec.rows_per_shard)
 
-    def read(self, spec: CacheSpec, teacher: str, rows: NDArray[np.int64], out: Arrays) -> None:
-        shards, places = np.divmod(rows, spec.rows_per_shard)
+    def read(self, teacher: str, rows: NDArray[np.int64], out: Arrays) -> None:
+        shards, places = np.divmod(rows, self.spec.rows_per_shard)
         for name, values in out.items():
             try:
-                self._read_array(spec, teacher, name, shards, places, values)
+                self._read_array(teacher, name, shards, places, values)
             except (ValueError, FileNotFoundError, KeyError) as error:  # ValueError: also a wrong checksum
                 raise unreadable(self.storage, teacher, error) from error
 
-    def _read_array(
-        self, spec: CacheSpec, teacher: str, name: str, shards: Ints, places: Ints, values: NDArray
-    ) -> None:
+    def _read_array(self, teacher: str, name: str, shards: Ints, places: Ints, values: NDArray) -> None:
         """Rows at `places` in `shards`."""
-        self.chunk_starts(spec, teacher, name, shards, places, values.ndim - 1)
+        self.chunk_starts(teacher, name, shards, places, values.ndim - 1)
         array, as_buffer = self._array(teacher, name), default_buffer_prototype().nd_buffer.from_numpy_array
         whole = array.chunks if array.shards is None else array.shards  # what zarr takes memory for
         shape = values.shape[1:]
-        if array.shape[1:] != shape or math.prod(whole) > spec.rows_per_shard * math.prod(shape):
+        if array.shape[1:] != shape or math.prod(whole) > self.spec.rows_per_shard * math.prod(shape):
             raise ValueError(f"{name} is an array of {array.shape} in pieces of {whole}")
-        rows = shards * spec.rows_per_shard + places
+        rows = shards * self.spec.rows_per_shard + places
         with _as_value_errors(f"{array_folder(teacher, name)}"):
 
             def read(number: int) -> None:  # one row after another: zarr gathers a list of rows by value
@@ -160,9 +161,7 @@ class ZarrStore(FeatureStore):
 
             self.storage.each(read, range(len(rows)))
 
-    def chunk_starts(
-        self, spec: CacheSpec, teacher: str, name: str, shards: Ints, places: Ints, row_ndim: int
-    ) -> Index:
+    def chunk_starts(self, teacher: str, name: str, shards: Ints, places: Ints, row_ndim: int) -> Index:
         """Where the rows at `places` in `shards` begin in their files, in bytes.
 
         Raises `ValueError` for rows that a shard does not hold: zarr would give zeros for them.
@@ -170,7 +169,7 @@ class ZarrStore(FeatureStore):
         starts = np.empty(len(shards), np.uint64)
         distinct = np.unique(shards).tolist()
         files = [shard_file(teacher, name, shard, row_ndim) for shard in distinct]
-        indexes = self.storage.each(lambda file: self._read_index(file, spec.rows_per_shard), files)
+        indexes = self.storage.each(lambda file: self._read_index(file, self.spec.rows_per_shard), files)
         for shard, file, index in zip(distinct, files, indexes, strict=True):
             here = shards == shard
             chunks = index[places[here]]
@@ -180,28 +179,27 @@ class ZarrStore(FeatureStore):
             starts[here] = chunks[:, 0]
         return starts
 
-    def is_as_written(self, spec: CacheSpec, teacher: str) -> bool:
+    def is_as_written(self, teacher: str) -> bool:
         try:
             return all(
-                self.is_plain(spec, teacher, name, np.empty((0, *layout.shape), numpy_dtype(layout)))
-                for name, layout in teacher_layouts(spec.teachers[teacher]).items()
+                self.is_plain(teacher, name, np.empty((0, *layout.shape), numpy_dtype(layout)))
+                for name, layout in teacher_layouts(self.spec.teachers[teacher]).items()
             )
         except (ValueError, FileNotFoundError) as error:
             raise unreadable(self.storage, teacher, error) from error
 
-    def is_plain(self, spec: CacheSpec, teacher: str, name: str, values: NDArray) -> bool:
+    def is_plain(self, teacher: str, name: str, values: NDArray) -> bool:
         """Whether a chunk's bytes are a row's in memory, as `create` lays them out."""
         if (teacher, name) not in self._plain:
-            self._plain[teacher, name] = self._is_plain(spec, self._array(teacher, name), values)
+            self._plain[teacher, name] = self._is_plain(self._array(teacher, name), values)
         return self._plain[teacher, name]
 
-    @staticmethod
-    def _is_plain(spec: CacheSpec, array: zarr.Array, values: NDArray) -> bool:
+    def _is_plain(self, array: zarr.Array, values: NDArray) -> bool:
         row_shape = values.shape[1:]
         return (
             array.dtype == values.dtype
             and array.chunks == (1, *row_shape)
-            and array.shards == (spec.rows_per_shard, *row_shape)
+            and array.shards == (self.spec.rows_per_shard, *row_shape)
             and (array.filters, array.compressors) == ((), (Crc32cCodec(),))
             and array.serializer in (BytesCodec(endian=None), BytesCodec(endian=sys.byteorder))
         )

@@ -23,8 +23,8 @@ from torch.optim import Optimizer
 
 from teachercache.pipeline.errors import CheckpointError
 from teachercache.pipeline.places.durable import fsync, make_folder, rename
+from teachercache.pipeline.places.local_storage import LocalStorage
 from teachercache.pipeline.places.processes import TEMPORARY_SUFFIX
-from teachercache.pipeline.places.storage import LocalStorage
 from teachercache.student.saving import saving
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"

@@ -19,8 +19,9 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from teachercache.pipeline.errors import CheckpointError
+from teachercache.pipeline.places.local_storage import LocalStorage
+from teachercache.pipeline.places.locks import LOCK_SUFFIX
 from teachercache.pipeline.places.processes import Process, describe_holder
-from teachercache.pipeline.places.storage import LOCK_SUFFIX, LocalStorage
 from teachercache.student.saving import saving
 
 _NAME = "run"

@@ -23,7 +23,7 @@ from teachercache.pipeline.errors import StorageError
 from teachercache.pipeline.loading.loader import FeatureLoader
 from teachercache.pipeline.loading.sampler import ShardShuffleSampler
 from teachercache.pipeline.places import retries
-from teachercache.pipeline.places.storage import LocalStorage
+from teachercache.pipeline.places.local_storage import LocalStorage
 from teachercache.pipeline.sources import open_source
 from teachercache.pipeline.verify import verify
 from tests.make_cache import build_recipe, make_cache, make_images

@@ -220,12 +220,13 @@ def test_a_shard_with_one_other_row_in_its_middle_has_other_ends(
 ) -> None:
     teachers = {"t": teacher_spec(codec="f16", width=512, grid=4)}  # 64 KiB a row
     cache = make_cache(tmp_path / "cache", images, teachers=teachers, store=store)
-    (name,) = cache.store.shard_files(cache.spec, "t", 0)
+    (name,) = cache.store.shard_files("t", 0)
     rows = features(cache.spec, "t")["codes"][:6].numpy()
     rows[3, 1, 1, 1, 1] += 1
-    with cache.store.write_shard(cache.spec, "t", 0) as writer:
+    with cache.store.write_shard("t", 0) as writer:
         writer.write(range(6), {"codes": rows})
-    assert writer.files()[name].ends != cache.commits("t")[0].files[name].ends
+        files = writer.publish()
+    assert files[name].ends != cache.commits("t")[0].files[name].ends
     with pytest.raises(CorruptShardError, match="is not the file that was committed"):
         FeatureCache.open(cache.storage.url).read([0])
     assert [problem.shard for problem in verify(FeatureCache.open(cache.storage.url))] == [0]
@@ -236,7 +237,7 @@ def test_a_shard_that_fails_leaves_nothing(tmp_path: Path, images: Path, store: 
     cache = make_cache(tmp_path / "cache", images, skip_shards=[2], store=store)
 
     def fail() -> None:
-        with cache.store.write_shard(cache.spec, "alpha", 2) as writer:
+        with cache.store.write_shard("alpha", 2) as writer:
             writer.write([0], {"codes": features(cache.spec, "alpha")["codes"][:1].numpy()})
             raise RuntimeError("the power goes")
 
@@ -290,7 +291,7 @@ def test_damaged_files_are_an_error_that_says_how_to_look(
     make: Make, images: Path, damage: str, hashes: bool
 ) -> None:
     cache = make(images, hashes=hashes)
-    (name,) = cache.store.shard_files(cache.spec, "alpha", 0)
+    (name,) = cache.store.shard_files("alpha", 0)
     data = cache.storage.read(name)
     if damage == "gone":
         cache.storage.remove(name)
@@ -309,7 +310,7 @@ def test_damaged_files_are_an_error_that_says_how_to_look(
 
 def test_changed_bytes_are_noticed_where_checksums_are_asked_for(make: Make, images: Path) -> None:
     cache = make(images, hashes=False)
-    (name,) = cache.store.shard_files(cache.spec, "alpha", 0)
+    (name,) = cache.store.shard_files("alpha", 0)
     data = bytearray(cache.storage.read(name))
     data[data.index(features(cache.spec, "alpha")["codes"][0].numpy().tobytes()) + 5] ^= 1
     cache.storage.write(name, data)
@@ -325,7 +326,7 @@ def test_two_writers_of_a_shard_leave_that_of_one_whole(make: Make, images: Path
     records: list[dict[str, FileRecord]] = []
 
     def write(sign: int) -> None:
-        with cache.store.write_shard(cache.spec, "alpha", 0) as writer:
+        with cache.store.write_shard("alpha", 0) as writer:
             writer.write(range(3), {"codes": sign * values[:3]})
             both_are_writing.wait()
             writer.write(range(3, 6), {"codes": sign * values[3:]})
@@ -336,7 +337,7 @@ def test_two_writers_of_a_shard_leave_that_of_one_whole(make: Make, images: Path
         thread.start()
     for thread in threads:
         thread.join()
-    (name,) = cache.store.shard_files(cache.spec, "alpha", 0)
+    (name,) = cache.store.shard_files("alpha", 0)
     assert cache.storage.checksum(name) in {record[name].checksum for record in records}
     commit_shard(cache, "alpha", 0)
     found = FeatureCache.open(cache.storage.url, checksums=True).read(range(6), ["alpha"])

@@ -33,7 +33,8 @@ from teachercache import FeatureCache, render_view
 from teachercache.jobs.inspection.summary import summarize
 from teachercache.pipeline.codecs import get_codec
 from teachercache.pipeline.errors import CacheError, CorruptShardError, TeacherCacheError
-from teachercache.pipeline.places.storage import LocalStorage, Storage
+from teachercache.pipeline.places.local_storage import LocalStorage
+from teachercache.pipeline.places.open_storage import open_storage
 from teachercache.pipeline.records.feature_stats import FeatureMoments
 from teachercache.pipeline.records.manifest import Manifest, QuarantineEntry, moments_name, tables_name
 from teachercache.pipeline.records.seal import UNSEALED, seal
@@ -353,7 +354,7 @@ def test_statistics_of_any_tensors_give_our_errors(folder: Path, data: bytes, sh
             content, stats = json.loads(before[path]), data if number == shard else sound
             name = moments_name("alpha", number)
             file = {"nbytes": len(stats), "checksum": xxhash.xxh3_128_hexdigest(stats)}
-            Storage.at(folder).write(name, stats)
+            open_storage(folder).write(name, stats)
             path.write_bytes(sealed(content | {"files": content["files"] | {name: file}}))
         cache = FeatureCache.open(folder)
         assert verify(cache, full=True) == []
@@ -373,7 +374,7 @@ def test_codec_tables_of_any_tensors_give_our_errors(folder: Path, data: st.Data
     tables = data.draw(tensor_files(TABLES[codec]))
     content = json.loads((folder / "cache.json").read_text())
     content["teachers"]["alpha"] |= {"codec": codec, "tables_hash": xxhash.xxh3_128_hexdigest(tables)}
-    Storage.at(folder).write(tables_name("alpha"), tables)
+    open_storage(folder).write(tables_name("alpha"), tables)
     try:
         only_our_errors(folder, "cache.json", sealed(content))
     finally:
@@ -383,7 +384,7 @@ def test_codec_tables_of_any_tensors_give_our_errors(folder: Path, data: st.Data
 @settings(max_examples=80, deadline=None)
 @given(data=st.data())
 def test_views_of_any_numbers_give_our_errors(folder: Path, data: st.DataObject) -> None:
-    views = Manifest(Storage.at(folder)).views(FeatureCache.open(folder).spec)
+    views = Manifest(open_storage(folder)).views(FeatureCache.open(folder).spec)
     for _ in range(data.draw(st.integers(1, 3))):
         place = data.draw(st.integers(0, views.num_columns - 1))
         field, values = views.schema.field(place), views.column(place).to_pylist()
@@ -398,7 +399,7 @@ def test_views_of_any_numbers_give_our_errors(folder: Path, data: st.DataObject)
     views = views.slice(0, data.draw(st.sampled_from([len(views), 0, 1])))
     before = (folder / "views.parquet").read_bytes()
     try:
-        Manifest(Storage.at(folder)).write_views(views)
+        Manifest(open_storage(folder)).write_views(views)
         cache = FeatureCache.open(folder)
         with suppress(TeacherCacheError):
             verify(cache, full=True)
@@ -467,7 +468,7 @@ def test_a_record_of_a_gigabyte_is_not_read(original: Path, tmp_path: Path, name
     folder = Path(shutil.copytree(original, tmp_path / "cache"))
     with (folder / name).open("r+b") as file:
         file.truncate(1 << 30)  # takes no room on the disk
-    assert_refused(lambda: Manifest(Storage.at(folder)).commits("alpha") and FeatureCache.open(folder))
+    assert_refused(lambda: Manifest(open_storage(folder)).commits("alpha") and FeatureCache.open(folder))
 
 
 def test_a_table_of_more_rows_than_bytes_is_not_unpacked(original: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from teachercache import FeatureCache, build
 from teachercache.cache_builder.recipe import RunnerRecipe
 from teachercache.cache_builder.repair import repair
 from teachercache.pipeline.errors import BuildError, CacheError, CacheNotFoundError, CorruptShardError
-from teachercache.pipeline.places.storage import Storage
+from teachercache.pipeline.places.open_storage import open_storage
 from teachercache.pipeline.verify import verify
 from tests.make_cache import build_recipe, make_images
 
@@ -140,7 +140,7 @@ def images(tmp_path_factory: pytest.TempPathFactory, running: Server) -> Path:
     """A folder of images, also at s3://bucket/images."""
     folder = make_images(tmp_path_factory.mktemp("images"), 8)
     for path in folder.iterdir():
-        Storage.at("s3://bucket/images").write(path.name, path.read_bytes())
+        open_storage("s3://bucket/images").write(path.name, path.read_bytes())
     return folder
 
 
@@ -266,7 +266,7 @@ def test_a_lock_whose_answer_is_lost_is_held(server: Server) -> None:
     def waiting() -> None:
         raise AssertionError("it waits for itself")
 
-    storage = Storage.at("s3://bucket/locked")
+    storage = open_storage("s3://bucket/locked")
     with storage.exclusive("x", waiting):
         assert storage.exists("x.lock")
     assert not faults
@@ -299,7 +299,7 @@ def test_an_upload_that_fails_leaves_no_record(server: Server, images: Path, loc
 @pytest.mark.parametrize("nbytes", [100, PART_BYTES + 100])
 def test_a_file_that_fails_in_the_middle_does_not_appear(server: Server, nbytes: int) -> None:
     """Nor do its parts stay on the store, where they would be paid for."""
-    storage = Storage.at("s3://bucket/half")
+    storage = open_storage("s3://bucket/half")
 
     def fail_in_the_middle() -> None:
         with storage.open_write("shard") as file:
@@ -314,7 +314,7 @@ def test_a_file_that_fails_in_the_middle_does_not_appear(server: Server, nbytes:
 
 
 def test_files_of_several_parts_are_whole(server: Server) -> None:
-    storage, data = Storage.at("s3://bucket/parts"), bytes(range(256)) * (PART_BYTES // 100)
+    storage, data = open_storage("s3://bucket/parts"), bytes(range(256)) * (PART_BYTES // 100)
     with storage.open_write("shard") as file:
         for start in range(0, len(data), 1 << 20):
             file.write(data[start : start + (1 << 20)])
@@ -327,7 +327,7 @@ def test_files_of_several_parts_are_whole(server: Server) -> None:
 
 def test_other_writers_are_seen_at_once(server: Server) -> None:
     """A client that remembered listings would not see what another machine has written since."""
-    here, there = Storage.at("s3://bucket/shared"), s3fs.S3FileSystem(skip_instance_cache=True)
+    here, there = open_storage("s3://bucket/shared"), s3fs.S3FileSystem(skip_instance_cache=True)
     there.pipe_file("bucket/shared/a/1", b"1")
     assert (here.names("a"), here.size("a/2")) == (["1"], None)
     there.pipe_file("bucket/shared/a/2", b"22")

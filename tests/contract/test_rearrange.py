@@ -20,7 +20,10 @@ from rich.console import Console
 
 from teachercache import FeatureCache, build, render_view
 from teachercache.pipeline.errors import CacheError, CacheMismatchError, CorruptShardError
-from teachercache.pipeline.rearranging.rearrange import Rearrangement, convert, merge, subset
+from teachercache.pipeline.rearranging.convert import convert
+from teachercache.pipeline.rearranging.merge import merge
+from teachercache.pipeline.rearranging.rearrangement import Rearrangement
+from teachercache.pipeline.rearranging.subset import subset
 from teachercache.pipeline.rearranging.theia import export_theia
 from teachercache.pipeline.records.manifest import QuarantineEntry
 from teachercache.pipeline.records.spec import StoreKind
@@ -110,7 +113,7 @@ def test_convert_refuses_broken_rows_and_other_caches(tmp_path: Path, source: Fe
     make_cache(tmp_path / "other", make_images(tmp_path / "more", 3), store="webdataset")
     with pytest.raises(CacheMismatchError, match="Another cache is at this path"):
         convert(source.storage.url, str(tmp_path / "other"), "webdataset")
-    name = source.store.shard_files(source.spec, "t", 1)[0]
+    name = source.store.shard_files("t", 1)[0]
     data = bytearray(source.storage.read(name))
     data[7] ^= 1
     source.storage.write(name, data)
@@ -175,7 +178,7 @@ def test_merge_copies_where_it_cannot_link(tmp_path: Path) -> None:
     urls = [cache.storage.url for cache in caches]
     merged = merge(urls, f"memory://{tmp_path.name}/merged").run()
     assert_sound(merged)
-    name = caches[1].store.shard_files(caches[1].spec, "alpha", 0)[0]
+    name = caches[1].store.shard_files("alpha", 0)[0]
     data = bytearray(caches[1].storage.read(name))
     data[0] ^= 1
     caches[1].storage.write(name, data)
@@ -359,7 +362,7 @@ def test_subset_by_teachers_links_whole_shards(tmp_path: Path, source: FeatureCa
     assert small.spec.content_id("t") == source.spec.content_id("t")
     valid = source.valid_samples().tolist()
     assert_rows_are(small, source, valid, valid)
-    name = small.store.shard_files(small.spec, "t", 0)[0]
+    name = small.store.shard_files("t", 0)[0]
     assert (tmp_path / "small" / name).stat().st_nlink == 2
     with pytest.raises(CacheError, match="did you mean t"):
         subset(source.storage.url, str(tmp_path / "none"), teachers=["tt"])

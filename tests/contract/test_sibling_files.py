@@ -20,7 +20,8 @@ from rich.console import Console
 
 from teachercache import FeatureCache, build
 from teachercache.pipeline.errors import CacheError, TeacherCacheError
-from teachercache.pipeline.rearranging.rearrange import convert, subset
+from teachercache.pipeline.rearranging.convert import convert
+from teachercache.pipeline.rearranging.subset import subset
 from teachercache.pipeline.records.spec import StoreKind
 from teachercache.pipeline.verify import verify
 from tests.images import encode, photo, tar_bytes, write_folder
@@ -208,7 +209,7 @@ def test_what_is_made_of_exchanged_files_is_refused(
     cache = FeatureCache.open(folder)
     other: StoreKind = "webdataset" if cache.spec.store == "zarr" else "zarr"
     pair = [("tiny", 0), ("tiny", 1)] if what == "shards" else [("tiny", 0), ("twin", 0)]
-    for one, two in zip(*(cache.store.shard_files(cache.spec, *place) for place in pair), strict=True):
+    for one, two in zip(*(cache.store.shard_files(*place) for place in pair), strict=True):
         first, second = (folder / one).read_bytes(), (folder / two).read_bytes()
         (folder / one).write_bytes(second)
         (folder / two).write_bytes(first)

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from teachercache.jobs.cli import app
 from teachercache.pipeline.errors import StorageError
 from teachercache.pipeline.places import s3_patience
-from teachercache.pipeline.places.storage import Storage
+from teachercache.pipeline.places.open_storage import open_storage
 from tests.make_cache import make_cache, make_images
 
 READ_TIMEOUT_S = 0.3
@@ -82,7 +82,7 @@ def test_who_waits_says_for_what(
 ) -> None:
     monkeypatch.setattr(s3_patience, "_SAY_SO_AFTER_S", 0.1)
     with caplog.at_level(logging.WARNING), pytest.raises(StorageError):
-        Storage.at(URL).names("commits")
+        open_storage(URL).names("commits")
     (record,) = [one for one in caplog.records if one.name == s3_patience.__name__]
     assert record.getMessage().startswith(f"waiting for {silent}/bucket")
 
@@ -90,4 +90,4 @@ def test_who_waits_says_for_what(
 def test_what_the_user_says_of_time_outs_counts(silent: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(fsspec.config.conf, "s3", {"config_kwargs": {"read_timeout": 0.1}})
     with pytest.raises(StorageError, match=r"the read_timeout of 0\.1 s"):
-        Storage.at("s3://other/cache").read("cache.json")
+        open_storage("s3://other/cache").read("cache.json")

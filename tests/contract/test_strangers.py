@@ -21,8 +21,8 @@ from teachercache.jobs.cli import app
 from teachercache.jobs.inspection.explorer import Explorer
 from teachercache.jobs.inspection.report import write_report
 from teachercache.pipeline.errors import SourceError
+from teachercache.pipeline.places.open_storage import open_storage
 from teachercache.pipeline.places.own_places import is_followed
-from teachercache.pipeline.places.storage import Storage
 from teachercache.pipeline.recipe import load_recipe
 from teachercache.pipeline.records.manifest import Manifest
 from tests.make_cache import make_cache, make_images
@@ -76,7 +76,7 @@ def original(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
 def strange(original: Path, place: Path, location: str) -> str:
     """A copy of the cache whose images are said to be at `location`."""
     shutil.copytree(original, place)
-    manifest = Manifest(Storage.at(place))
+    manifest = Manifest(open_storage(place))
     spec = manifest.spec()
     dataset = spec.dataset.model_copy(update={"location": location})
     manifest.write_spec(spec.model_copy(update={"dataset": dataset}))

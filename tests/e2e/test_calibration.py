@@ -30,7 +30,7 @@ from teachercache.pipeline.errors import (
     RecipeError,
 )
 from teachercache.pipeline.grids import stored_form
-from teachercache.pipeline.rearranging.rearrange import merge
+from teachercache.pipeline.rearranging.merge import merge
 from teachercache.pipeline.units import parse_bytes
 from teachercache.pipeline.verify import verify
 from tests.make_cache import build_recipe, make_cache, make_images

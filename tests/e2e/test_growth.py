@@ -38,7 +38,7 @@ from teachercache.pipeline.errors import (
 )
 from teachercache.pipeline.loading.loader import FeatureLoader
 from teachercache.pipeline.loading.sampler import ShardShuffleSampler
-from teachercache.pipeline.places.storage import Storage
+from teachercache.pipeline.places.open_storage import open_storage
 from teachercache.pipeline.records.manifest import CommitRecord, Manifest
 from teachercache.pipeline.sources.decode import HEAD_BYTES
 from teachercache.pipeline.verify import strays, verify
@@ -326,8 +326,8 @@ def test_one_of_two_publishes_a_shard(tmp_path: Path) -> None:
     def publish(number: int) -> None:
         ready.wait()
         try:
-            with Manifest(Storage.at(path)).publishing(0, ["tiny"]):
-                Manifest(Storage.at(path)).commit(record)
+            with Manifest(open_storage(path)).publishing(0, ["tiny"]):
+                Manifest(open_storage(path)).commit(record)
                 published.append(number)
         except AlreadyCommittedError:
             return
@@ -507,7 +507,7 @@ def test_waiting_for_a_lock_is_no_hanging_and_can_be_ended(
     images, path = make_images(tmp_path / "images", 3), tmp_path / "cache"
     cache = build(recipe(path, images), QUIET).cache
     cache.storage.remove("commits/tiny/00000.json")
-    monkeypatch.setattr("teachercache.pipeline.places.storage._SAY_SO_AFTER_S", 0.0)
+    monkeypatch.setattr("teachercache.pipeline.places.locks._SAY_SO_AFTER_S", 0.0)
     teachers = {"tiny": build_teacher(cache.spec.teachers["tiny"])}
     with (
         ShardExtractor(cache, teachers) as extractor,

@@ -21,7 +21,8 @@ from teachercache.jobs.inspection.summary import covered, summarize
 from teachercache.jobs.inspection.timeline import timeline
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import CacheError, RecipeError
-from teachercache.pipeline.places.storage import LocalStorage, Storage
+from teachercache.pipeline.places.local_storage import LocalStorage
+from teachercache.pipeline.places.open_storage import open_storage
 from teachercache.pipeline.records.manifest import CommitRecord, Manifest
 from tests.contract.test_object_store import Server, running, server  # noqa: F401  (fixtures)
 from tests.make_cache import make_cache, make_images, teacher_spec
@@ -94,7 +95,7 @@ def damage_record(folder: Path, **changes: object) -> None:
     path = folder / "commits/alpha/00001.json"
     record = json.loads(path.read_text())
     record.pop("checksum", None)
-    Manifest(Storage.at(folder)).commit(CommitRecord.model_validate(record | changes))
+    Manifest(open_storage(folder)).commit(CommitRecord.model_validate(record | changes))
 
 
 SHARD = "teachers/alpha/codes/c/1/0/0/0/0"
@@ -254,7 +255,7 @@ def test_the_page_says_how_far_it_looked(cache: FeatureCache, tmp_path: Path) ->
 
 def test_an_object_store(cache: FeatureCache, tmp_path: Path) -> None:
     fsspec.filesystem("memory").put(str(tmp_path / "cache"), "/inspected", recursive=True)
-    remote = Manifest(Storage.at("memory://inspected"))
+    remote = Manifest(open_storage("memory://inspected"))
     local = summarize(cache)
     assert summarize(remote) == local | {"url": "memory://inspected"}
     assert row_details(remote, 7) == row_details(cache.manifest, 7)

@@ -22,7 +22,7 @@ from teachercache.cache_builder.repair import repair
 from teachercache.cache_builder.worker import Worker
 from teachercache.jobs import cli
 from teachercache.pipeline.errors import BuildError, CacheError, CacheMismatchError
-from teachercache.pipeline.places.storage import LocalStorage
+from teachercache.pipeline.places.local_storage import LocalStorage
 from teachercache.pipeline.records.manifest import Manifest
 from teachercache.pipeline.verify import strays, verify
 from tests.make_cache import build_recipe, make_images
@@ -353,7 +353,7 @@ def test_features_of_another_view_are_not(tmp_path: Path, codec: str) -> None:
     arrays = {name: tensor.numpy() for name, tensor in cache.read(range(12))["t"].tensors().items()}
     for array in arrays.values():
         array[7] = array[6]
-    with cache.store.write_shard(cache.spec, "t", 1) as writer:
+    with cache.store.write_shard("t", 1) as writer:
         writer.write(range(6), {name: array[6:] for name, array in arrays.items()})
         files = writer.publish()
     record = cache.manifest.read_commit("t", 1)

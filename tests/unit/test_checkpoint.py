@@ -18,7 +18,7 @@ from torch.optim import AdamW
 from teachercache import build_student
 from teachercache.pipeline.errors import CheckpointError, DiskSpaceError
 from teachercache.pipeline.places import retries
-from teachercache.pipeline.places.storage import LocalStorage
+from teachercache.pipeline.places.local_storage import LocalStorage
 from teachercache.student.training.checkpoint import (
     load_newest,
     misnamed,

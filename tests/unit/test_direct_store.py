@@ -23,7 +23,7 @@ from zarr.codecs import ZstdCodec
 
 from teachercache import FeatureCache
 from teachercache.pipeline.errors import CorruptShardError
-from teachercache.pipeline.places.storage import LocalStorage
+from teachercache.pipeline.places.local_storage import LocalStorage
 from teachercache.pipeline.stores import direct_store
 from teachercache.pipeline.stores.direct_store import DirectStore
 from teachercache.pipeline.stores.shard_format import ABSENT, checksum, empty_index, index_nbytes, parse_index
@@ -60,14 +60,18 @@ def read_all(store: ZarrStore, cache: FeatureCache, teacher: str, rows: list[int
         name: torch.zeros((len(rows), *layout.shape), dtype=layout.dtype).numpy()
         for name, layout in cache.layouts(teacher).items()
     }
-    store.read(cache.spec, teacher, np.array(rows, np.int64), out)
+    store.read(teacher, np.array(rows, np.int64), out)
     return out
 
 
 @pytest.fixture(scope="module")
 def stores(cache: FeatureCache) -> list[ZarrStore]:
     assert isinstance(cache.storage, LocalStorage)
-    return [DirectStore(cache.storage), DirectStore(cache.storage, checksums=True), ZarrStore(cache.storage)]
+    return [
+        DirectStore(cache.storage, cache.spec),
+        DirectStore(cache.storage, cache.spec, checksums=True),
+        ZarrStore(cache.storage, cache.spec),
+    ]
 
 
 @given(teacher=st.sampled_from(CODECS), rows=st.lists(st.sampled_from(VALID_ROWS), max_size=12))
@@ -177,7 +181,7 @@ def test_arrays_that_others_compressed_are_read_through_zarr(tmp_path: Path, ima
 def test_threads_share_few_open_files(cache: FeatureCache, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(direct_store, "OPEN_SHARDS", 2)
     assert isinstance(cache.storage, LocalStorage)
-    store = DirectStore(cache.storage)
+    store = DirectStore(cache.storage, cache.spec)
     written = features(cache.spec, "f16")
     before = _open_files()
     generator = np.random.default_rng(0)

@@ -45,7 +45,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def holder(output: Path, doing: str = "time.sleep(60)") -> Iterator[subprocess.Popen[str]]:
     """Another process that holds the folder and does something."""
     code = (
-        "import time\nfrom teachercache.pipeline.places.storage import LocalStorage\n"
+        "import time\nfrom teachercache.pipeline.places.local_storage import LocalStorage\n"
         f"with LocalStorage({str(output)!r}).exclusive('run'):\n    print('held', flush=True)\n    {doing}"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:

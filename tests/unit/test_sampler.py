@@ -10,7 +10,7 @@ import pytest
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import CacheError
 from teachercache.pipeline.loading.sampler import ShardShuffleSampler
-from teachercache.pipeline.rearranging.rearrange import subset
+from teachercache.pipeline.rearranging.subset import subset
 from tests.make_cache import make_cache, make_images, teacher_spec
 
 

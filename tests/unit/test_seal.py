@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from teachercache.pipeline.places.storage import Storage
+from teachercache.pipeline.places.open_storage import open_storage
 from teachercache.pipeline.records.manifest import Manifest, QuarantineEntry
 from teachercache.pipeline.records.seal import UNSEALED, is_intact, seal
 from tests.make_cache import make_cache, make_images
@@ -37,7 +37,7 @@ def test_what_was_never_sealed_is_not_intact(data: bytes) -> None:
 def test_people_may_use_the_words_of_a_seal(tmp_path: Path, text: str) -> None:
     """A file name is whatever people call their files."""
     assert is_intact(seal(text.encode() + FILE))
-    manifest = Manifest(Storage.at(tmp_path))
+    manifest = Manifest(open_storage(tmp_path))
     entry = QuarantineEntry(sample_index=0, key=text, location=text, reason=text)
     manifest.write_quarantine(0, [entry])
     assert manifest.quarantine() == [entry]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from teachercache.pipeline.errors import SourceNotFoundError
-from teachercache.pipeline.places.storage import Storage
+from teachercache.pipeline.places.open_storage import open_storage
 from teachercache.pipeline.sources import decode_image, open_source
 from tests.images import encode, photo, png_chunk, write_folder
 
@@ -123,10 +123,10 @@ def test_walk_has_one_order_everywhere(tmp_path: Path) -> None:
     names = ["z.jpg", "b.txt", "a/2", "a/10", "a/c/1", "a.d/1", "b/1"]
     write_folder(tmp_path, dict.fromkeys(names, b"12345"))
     expected = [(n, 5) for n in ["b.txt", "z.jpg", "a/10", "a/2", "a/c/1", "a.d/1", "b/1"]]
-    memory = Storage.at("memory://walked/root")
+    memory = open_storage("memory://walked/root")
     for name in names:
         memory.write(name, b"12345")
-    for storage in (Storage.at(tmp_path), memory):
+    for storage in (open_storage(tmp_path), memory):
         assert list(storage.walk()) == expected
         assert list(storage.walk("a")) == [entry for entry in expected if entry[0].startswith("a/")]
         with pytest.raises(FileNotFoundError):

@@ -18,16 +18,18 @@ import pytest
 import xxhash
 
 from teachercache.pipeline.errors import CacheError, StorageError
-from teachercache.pipeline.places import processes, retries
-from teachercache.pipeline.places import storage as module
+from teachercache.pipeline.places import locks, processes, retries
 from teachercache.pipeline.places.durable import link
+from teachercache.pipeline.places.local_storage import LocalStorage
+from teachercache.pipeline.places.open_storage import open_storage
 from teachercache.pipeline.places.processes import TEMPORARY_SUFFIX
-from teachercache.pipeline.places.storage import LocalStorage, RemoteStorage, Storage
+from teachercache.pipeline.places.remote_storage import RemoteStorage
+from teachercache.pipeline.places.storage import Storage
 
 
 @pytest.fixture(params=["local", "memory"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
-    return Storage.at(tmp_path if request.param == "local" else f"memory://{uuid.uuid4().hex}")
+    return open_storage(tmp_path if request.param == "local" else f"memory://{uuid.uuid4().hex}")
 
 
 def test_writes_are_read_back_with_their_size_and_checksum(storage: Storage) -> None:
@@ -91,7 +93,7 @@ def test_names_cannot_leave_the_folder(storage: Storage, name: str) -> None:
 def test_sweep_removes_files_of_dead_processes_only(tmp_path: Path) -> None:
     storage = LocalStorage(tmp_path)
     script = (
-        "import os; from teachercache.pipeline.places.storage import LocalStorage\n"
+        "import os; from teachercache.pipeline.places.local_storage import LocalStorage\n"
         f"with LocalStorage({str(tmp_path)!r}).open_write('shard') as file:\n"
         "    file.write(b'x'); os._exit(9)"
     )
@@ -106,7 +108,7 @@ def test_sweep_removes_files_of_dead_processes_only(tmp_path: Path) -> None:
 def test_sweep_removes_locks_of_dead_processes_only(tmp_path: Path) -> None:
     storage = LocalStorage(tmp_path)
     script = (
-        "import os; from teachercache.pipeline.places.storage import LocalStorage\n"
+        "import os; from teachercache.pipeline.places.local_storage import LocalStorage\n"
         f"with LocalStorage({str(tmp_path)!r}).exclusive('left'):\n"
         "    os._exit(9)"
     )
@@ -128,7 +130,7 @@ def give_up() -> NoReturn:
 def take_and_die(folder: Path) -> None:
     """Leave `x.lock` and `y….partial` of a process that is no more."""
     script = (
-        "import os; from teachercache.pipeline.places.storage import LocalStorage\n"
+        "import os; from teachercache.pipeline.places.local_storage import LocalStorage\n"
         f"storage = LocalStorage({str(folder)!r})\n"
         "with storage.exclusive('x'), storage.open_write('y'): os._exit(9)"
     )
@@ -263,7 +265,7 @@ def test_a_lock_that_was_taken_over_is_not_broken(
     storage: Storage, monkeypatch: pytest.MonkeyPatch, away: bool
 ) -> None:
     """Two saw the stale lock; the other one was faster, and may be done already."""
-    monkeypatch.setattr(module, "_BREAK_WITHIN_S", 0.0)
+    monkeypatch.setattr(locks, "_BREAK_WITHIN_S", 0.0)
     if not away:
         storage.write("f/x.lock", b"the other one's")
     storage._break("f/x.lock", b"stale")
@@ -276,7 +278,7 @@ def test_a_lock_that_was_taken_over_is_not_broken(
 def test_who_waits_says_for_whom(
     storage: Storage, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(module, "_SAY_SO_AFTER_S", 0.0)
+    monkeypatch.setattr(locks, "_SAY_SO_AFTER_S", 0.0)
     calls: list[int] = []
 
     def waiting() -> None:
@@ -342,8 +344,10 @@ def test_a_lock_that_is_being_written_is_not_taken_over_at_once(
 
 def test_reads_that_wait_for_answers_are_made_side_by_side(tmp_path: Path) -> None:
     all_here = threading.Barrier(4)
-    assert Storage.at("memory://side-by-side").each(lambda _: all_here.wait(20) >= 0, range(4)) == [True] * 4
-    assert Storage.at(str(tmp_path)).each(str, range(3)) == ["0", "1", "2"]
+    assert (
+        open_storage("memory://side-by-side").each(lambda _: all_here.wait(20) >= 0, range(4)) == [True] * 4
+    )
+    assert open_storage(str(tmp_path)).each(str, range(3)) == ["0", "1", "2"]
 
 
 # --- reads that fail for the moment ----------------------------------------------------------------------

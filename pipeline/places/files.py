@@ -1,0 +1,100 @@
+"""The files that a storage hands out: hashed as they are written, read again where a read fails."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from typing import IO, Any
+
+import xxhash
+from typing_extensions import Buffer
+
+from teachercache.pipeline.places.retries import retrying
+
+HEAD_NBYTES, TAIL_NBYTES = 1 << 12, 1 << 16  # the tail holds the index of up to 4,000 rows
+
+
+class ChecksumWriter:
+    """A write-only file that hashes what passes through: one pass over the bytes, none to verify."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._hash = xxhash.xxh3_128()
+        self._head, self._tail = b"", bytearray()
+        self.nbytes = 0
+
+    def write(self, data: Buffer) -> None:
+        self._file.write(data)
+        self._hash.update(data)
+        view = memoryview(data).cast("B")
+        self._head += view[: HEAD_NBYTES - len(self._head)]
+        self._tail += view[-TAIL_NBYTES:]
+        if len(self._tail) > 8 * TAIL_NBYTES:
+            del self._tail[:-TAIL_NBYTES]
+        self.nbytes += len(view)
+
+    @property
+    def checksum(self) -> str:
+        return self._hash.hexdigest()
+
+    @property
+    def ends(self) -> str:
+        """As `Storage.ends`."""
+        return ends_hash(self._head, bytes(self._tail[-TAIL_NBYTES:]))
+
+
+def ends_hash(head: bytes, tail: bytes) -> str:
+    return xxhash.xxh3_64_hexdigest(head + tail)
+
+
+class RereadFile(io.RawIOBase):
+    """A file to read that is opened anew, at the same place, where a read of it fails for the moment."""
+
+    def __init__(self, open_file: Callable[[], IO[bytes]], what: str) -> None:
+        self._open_file, self._what = open_file, what
+        self._place = 0
+        self._file: IO[bytes] | None = None
+        retrying(self._opened, what)
+
+    def _opened(self) -> IO[bytes]:
+        if self._file is None:
+            self._file = self._open_file()
+        return self._file
+
+    def _forget(self) -> None:
+        with suppress(OSError):  # it is given up because it fails
+            self._opened().close()
+        self._file = None
+
+    def _read_at_place(self, buffer: Any) -> int:
+        file: Any = self._opened()
+        file.seek(self._place)
+        return file.readinto(buffer) or 0
+
+    def readinto(self, buffer: Any) -> int:
+        nbytes = retrying(lambda: self._read_at_place(buffer), self._what, again=self._forget)
+        self._place += nbytes
+        return nbytes
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        if whence == os.SEEK_END:
+            offset += retrying(lambda: self._opened().seek(0, os.SEEK_END), self._what, again=self._forget)
+        self._place = offset + self._place if whence == os.SEEK_CUR else offset
+        return self._place
+
+    def tell(self) -> int:
+        return self._place
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        super().close()

@@ -1,0 +1,159 @@
+"""Files on an object store, which appear when their upload completes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cached_property, partial
+from importlib.util import find_spec
+from pathlib import PurePosixPath
+from typing import IO, Any
+
+import fsspec
+from fsspec.spec import AbstractBufferedFile
+from typing_extensions import Buffer
+
+from teachercache.pipeline.errors import StorageError
+from teachercache.pipeline.places.files import ChecksumWriter
+from teachercache.pipeline.places.retries import is_passing, retrying
+from teachercache.pipeline.places.storage import Item, Result, Storage, safe_name
+
+_REMOTE_THREADS = 16
+_HTTP_S = 15.0
+
+
+def client_options(url: str) -> dict[str, Any]:
+    """What fsspec is told for a URL, beside what the user tells it (FSSPEC_S3): when to give up on it."""
+    if url.partition("://")[0] in ("http", "https") and find_spec("aiohttp") is not None:
+        from aiohttp import ClientTimeout
+
+        return {
+            "client_kwargs": {"timeout": ClientTimeout(total=None, sock_connect=_HTTP_S, sock_read=_HTTP_S)}
+        }
+    if url.partition("://")[0] not in ("s3", "s3a") or find_spec("s3fs") is None:
+        return {}
+    from teachercache.pipeline.places.s3_patience import PatientSession
+
+    stated = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
+    return {"config_kwargs": {"http_session_cls": PatientSession, **stated}}
+
+
+class RemoteStorage(Storage):
+    """A prefix on an object store, through fsspec. A file appears when its upload completes.
+
+    Nothing is remembered of listings, because other machines write to the same place. Requests that fail
+    for the moment (5xx, throttling, timeouts) are repeated by the client library, s3fs for S3, and reads
+    once more here.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        options = client_options(self.url)
+        self.filesystem, self._root = fsspec.core.url_to_fs(self.url, use_listings_cache=False, **options)
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{safe_name(name)}"
+
+    def _open(self, name: str) -> IO[bytes]:
+        file: IO[bytes] = self.filesystem.open(self._path(name), "rb")
+        return file
+
+    def _read(self, name: str) -> bytes:
+        data: bytes = self.filesystem.cat_file(self._path(name))
+        return data
+
+    def _read_range(self, name: str, offset: int, nbytes: int) -> bytes:
+        if not nbytes:
+            return b""
+        try:
+            data: bytes = self.filesystem.cat_file(self._path(name), start=offset, end=offset + nbytes)
+        except OSError as error:
+            if is_passing(error) or isinstance(error, StorageError):
+                raise
+            size = self.size(name)
+            if size is not None and size <= offset:  # object stores refuse a range without a byte
+                return b""
+            raise
+        return data
+
+    def read_ranges(self, names: Sequence[str], offsets: Sequence[int], nbytes: Sequence[int]) -> list[bytes]:
+        paths = [self._path(name) for name in names]
+        ends = [offset + length for offset, length in zip(offsets, nbytes, strict=True)]
+        data: list[bytes] = retrying(
+            lambda: self.filesystem.cat_ranges(paths, list(offsets), ends, on_error="raise"),
+            f"{self.url}/{names[0]}" if len(set(names)) == 1 else f"one of {len(names)} files in {self.url}",
+        )
+        return data
+
+    def each(self, read: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+        return list(self._threads.map(read, items))
+
+    @cached_property
+    def _threads(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(_REMOTE_THREADS, thread_name_prefix="remote")
+
+    def write(self, name: str, data: Buffer) -> None:
+        self.filesystem.pipe_file(self._path(name), bytes(data))  # one PUT, where open_write makes several
+
+    def write_new(self, name: str, data: bytes) -> bool:
+        try:
+            self.filesystem.pipe_file(self._path(name), data, mode="create")
+        except FileExistsError:
+            return False
+        return True
+
+    @contextmanager
+    def open_write(self, name: str) -> Iterator[ChecksumWriter]:
+        file = self.filesystem.open(self._path(name), "wb", autocommit=False)
+        try:
+            yield ChecksumWriter(file)
+            file.close()
+        except BaseException:
+            file.discard()
+            if isinstance(file, AbstractBufferedFile):
+                file.closed = True  # or it would be flushed when it is collected
+            raise
+        file.commit()
+
+    def _size(self, name: str) -> int | None:
+        try:
+            entry = self.filesystem.info(self._path(name))
+        except FileNotFoundError:
+            return None
+        return entry["size"] if entry["type"] == "file" else None
+
+    def _names(self, folder: str) -> list[str]:
+        try:
+            entries = self.filesystem.ls(self._path(folder), detail=False)
+        except FileNotFoundError:
+            return []
+        return sorted(PurePosixPath(entry).name for entry in entries)
+
+    def walk(self, folder: str = "") -> Iterator[tuple[str, int]]:
+        pending = [self._path(folder) if folder else self._root]
+        while pending:
+            path = pending.pop()
+            found = retrying(partial(self.filesystem.ls, path, detail=True), path)
+            listed = sorted(found, key=lambda entry: entry["name"])
+            for entry in listed:
+                if entry["type"] == "file" and entry["name"] != path:
+                    yield entry["name"].removeprefix(f"{self._root}/"), entry["size"]
+            pending += [entry["name"] for entry in reversed(listed) if entry["type"] == "directory"]
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        """Bytes of every file below `folder` by name, in few requests where the store lists deep folders."""
+        found = self._retrying(lambda name: self.filesystem.find(self._path(name), detail=True), folder)
+        return {path.removeprefix(f"{self._root}/"): int(entry["size"]) for path, entry in found.items()}
+
+    def remove(self, name: str) -> None:
+        try:
+            self.filesystem.rm_file(self._path(name))
+        except FileNotFoundError:
+            return
+
+    def free_bytes(self) -> int | None:
+        return None
+
+    def sweep(self) -> list[str]:
+        return []

@@ -1,0 +1,119 @@
+"""One cache of several over disjoint samples."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path, PurePosixPath
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from teachercache.pipeline.cache import FeatureCache
+from teachercache.pipeline.errors import CacheMismatchError
+from teachercache.pipeline.rearranging.rearrangement import (
+    Rearrangement,
+    Step,
+    labels_hash_of,
+    lay_out,
+    with_samples,
+)
+from teachercache.pipeline.rearranging.whole_shards import whole_shards
+from teachercache.pipeline.records.spec import Segment
+from teachercache.pipeline.records.tables import dataset_fingerprint
+from teachercache.pipeline.sources.place import Place
+
+
+def merge(urls: Sequence[str], out: str) -> Rearrangement:
+    """One cache of several over disjoint samples of the same specs, in the order of `urls`.
+
+    Rows keep their order within each; those of the first keep their numbers. Raises `CacheMismatchError`
+    with every reason why these cannot be one cache.
+    """
+    sources = [FeatureCache.open(url) for url in urls]
+    first = sources[0].spec
+    differences = [
+        f"{source.storage.url}: {what}: the first cache has {one!r}, this one {other!r}"
+        for source in sources[1:]
+        for what, (one, other) in first.differences(source.spec).items()
+    ]
+    keys = pa.chunked_array([chunk for source in sources for chunk in source.samples["key"].chunks])
+    counts = pc.value_counts(keys)
+    shared = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
+    if len(shared):
+        examples = ", ".join(shared.slice(0, 3).to_pylist())
+        differences.append(f"{len(shared):,} samples are in more than one of them: {examples}")
+    if len(sources) < 2:
+        differences.append("there is only one")
+    if differences:
+        raise CacheMismatchError(
+            "These caches cannot be merged:\n  - " + "\n  - ".join(differences),
+            expected="caches of disjoint samples with the same views, shards, images and teachers",
+            do="build what differs again with one recipe, parts with codecs that learn tables with "
+            "tables_from=FIRST; or take disjoint parts with `teachercache subset`",
+        )
+    location, tables = _one_location(sources)
+    samples = pa.concat_tables(tables)
+    offsets = [0, *accumulate(source.num_samples for source in sources)]
+    shards = [0, *accumulate(source.spec.num_shards for source in sources)]
+    segments, views = [], []
+    for source, offset, shard in zip(sources, offsets, shards, strict=False):
+        for segment in source.spec.segments:
+            segments.append(
+                Segment(
+                    first_row=segment.first_row + shard * first.rows_per_shard,
+                    samples=(segment.samples[0] + offset, segment.samples[1] + offset),
+                    views=segment.views,
+                    fingerprint=segment.fingerprint or source.spec.dataset.fingerprint,
+                    views_hash=segment.views_hash,
+                )
+            )
+        lines = source.manifest.views(source.spec)
+        views.append(with_samples(lines, lines["sample_index"].to_numpy() + offset))
+    dataset = first.dataset.model_copy(
+        update={
+            "location": location,
+            "listing": None,  # that of one part would let a later build pass over the images of the others
+            "num_samples": samples.num_rows,
+            "fingerprint": dataset_fingerprint(samples),
+            "labels_hash": labels_hash_of(sources, samples),
+        }
+    )
+    spec = first.changed(dataset=dataset, segments=tuple(segments))
+    target = lay_out(out, spec, sources, samples, pa.concat_tables(views))
+    steps: list[Step] = []
+    for source, offset, shard in zip(sources, offsets, shards, strict=False):
+        steps += whole_shards(source, target, shard, offset)
+    return Rearrangement(target.storage.url, steps)
+
+
+def _one_location(sources: Sequence[FeatureCache]) -> tuple[str, list[pa.Table]]:
+    """A folder that all images are below, and the sample tables with paths relative to it.
+
+    By names alone: the images may be away, where caches hold copies.
+    """
+    locations = [source.spec.dataset.location for source in sources]
+    if len(set(locations)) == 1:
+        return locations[0], [source.samples for source in sources]
+    roots = [
+        Place.root(source.spec.dataset.location, source.samples["path"].unique().to_pylist())
+        for source in sources
+    ]
+    if any("://" in root for root in roots):
+        if len(set(roots)) > 1:
+            raise CacheMismatchError(
+                "The images of these caches are not below one URL.",
+                got=", ".join(roots),
+                expected="images of one bucket and prefix",
+                do="build with patterns below one prefix",
+            )
+        return roots[0], [source.samples for source in sources]
+    common = os.path.commonpath(roots)
+    tables = []
+    for source, root in zip(sources, roots, strict=True):
+        prefix = PurePosixPath(Path(root).relative_to(common).as_posix())
+        paths = [str(prefix / path) for path in source.samples["path"].to_pylist()]
+        place = source.samples.schema.get_field_index("path")
+        tables.append(source.samples.set_column(place, "path", pa.array(paths, pa.string())))
+    return common, tables

@@ -1,0 +1,110 @@
+"""A new cache of caches: laid out, and filled step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from teachercache.pipeline.cache import FeatureCache
+from teachercache.pipeline.errors import AlreadyCommittedError, CacheMismatchError
+from teachercache.pipeline.places.open_storage import open_storage
+from teachercache.pipeline.places.storage import Storage
+from teachercache.pipeline.places.whole_or_nothing import room_at, whole_or_nothing
+from teachercache.pipeline.records.manifest import SAMPLES_NAME, SPEC_NAME, VIEWS_NAME, Manifest, tables_name
+from teachercache.pipeline.records.spec import IMAGES, CacheSpec
+from teachercache.pipeline.records.tables import labels_hash
+
+
+@dataclass(frozen=True)
+class Step:
+    """One shard of one teacher (or of "images") that the new cache shall have, by its number there."""
+
+    teacher: str
+    shard: int
+    make: Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Rearrangement:
+    """A new cache that is laid out, and what is left to do to fill it."""
+
+    url: str
+    steps: list[Step]
+
+    def run(self, progress: Callable[[], None] = lambda: None) -> FeatureCache:
+        """Fill the cache; `progress` is called after each step.
+
+        What a build into the same place, or the same command, has committed meanwhile stays. Raises
+        `DiskSpaceError` when the place takes no more files.
+        """
+        storage = open_storage(self.url)
+        storage.sweep()
+        with room_at(self.url):
+            for step in self.steps:
+                with (
+                    suppress(AlreadyCommittedError),
+                    Manifest(storage).publishing(step.shard, [step.teacher]),
+                ):
+                    step.make()
+                progress()
+        storage.sweep()  # what processes that died on the way left behind
+        return FeatureCache.open(self.url)
+
+
+def lay_out(
+    out: str, spec: CacheSpec, sources: Sequence[FeatureCache], samples: pa.Table, views: pa.Table
+) -> FeatureCache:
+    """The new cache, empty or as far as it got."""
+    storage = open_storage(out)
+    with room_at(storage.url), storage.exclusive(SPEC_NAME):
+        return _begin(storage, spec, sources, samples, views)
+
+
+def _begin(
+    storage: Storage, spec: CacheSpec, sources: Sequence[FeatureCache], samples: pa.Table, views: pa.Table
+) -> FeatureCache:
+    manifest = Manifest(storage)
+    if manifest.exists():
+        found = manifest.spec()
+        if (found.cache_id, found.store) != (spec.cache_id, spec.store):
+            raise CacheMismatchError(
+                "Another cache is at this path.",
+                got=f"{storage.url}: {found.store}, cache_id {found.cache_id}",
+                expected=f"nothing, or the beginning of this very cache: {spec.store}, {spec.cache_id}",
+                do="choose another place (-o …)",
+            )
+        return FeatureCache(storage, found)
+    target = FeatureCache(storage, spec)
+    for name in (*spec.teachers, IMAGES):
+        if left := manifest.committed(name):
+            raise CacheMismatchError(
+                "Shards of another cache are at this path.",
+                got=f"{len(left)} commit records of {name} in {storage.url}, without {SPEC_NAME}",
+                expected="nothing, or the beginning of this very cache",
+                do="choose another place (-o …)",
+            )
+    layouts = [file for name in spec.teachers for file in target.store.layout_files(name)]
+    new = [SPEC_NAME, SAMPLES_NAME, VIEWS_NAME, *map(tables_name, spec.teachers), *layouts]
+    with whole_or_nothing(storage, new):
+        for name in spec.teachers:
+            tables = tables_name(name)
+            if sources[0].storage.exists(tables):
+                storage.write(tables, sources[0].storage.read(tables))
+            target.store.create(name)
+        manifest.create(spec, samples.slice(0, spec.dataset.num_samples), views.slice(0, spec.num_rows))
+    return target
+
+
+def labels_hash_of(sources: Sequence[FeatureCache], samples: pa.Table) -> str | None:
+    """What could not be checked in the sources is not vouched for in what is made of them."""
+    return labels_hash(samples) if all(source.spec.dataset.labels_hash for source in sources) else None
+
+
+def with_samples(views: pa.Table, samples: NDArray[np.integer]) -> pa.Table:
+    column = pa.array(samples.astype(np.int64))
+    return views.set_column(0, views.schema.field("sample_index"), column)

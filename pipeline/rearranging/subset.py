@@ -1,0 +1,115 @@
+"""A cache of some samples and teachers of another."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from teachercache.pipeline.cache import FeatureCache
+from teachercache.pipeline.errors import CacheError
+from teachercache.pipeline.loading.sampler import random_samples
+from teachercache.pipeline.rearranging.packed_shards import packed_shards
+from teachercache.pipeline.rearranging.rearrangement import (
+    Rearrangement,
+    labels_hash_of,
+    lay_out,
+    with_samples,
+)
+from teachercache.pipeline.rearranging.whole_shards import whole_shards
+from teachercache.pipeline.records.rows import divide_views
+from teachercache.pipeline.records.spec import Segment
+from teachercache.pipeline.records.tables import dataset_fingerprint, views_hash
+
+Ints = NDArray[np.int64]
+
+
+def subset(
+    url: str,
+    out: str,
+    *,
+    keys: Iterable[str] | None = None,
+    fraction: float | None = None,
+    seed: int = 0,
+    teachers: Sequence[str] | None = None,
+) -> Rearrangement:
+    """A cache of some samples (those of `keys`, or a random `fraction`) and some teachers of another.
+
+    A smaller fraction with the same seed holds a part of what a larger one holds. Without a choice of
+    samples, shards stay as they are; else their rows are packed anew. A shard whose rows are not all
+    committed in the cache is left out, and is made when the same command runs after they are.
+    """
+    source = FeatureCache.open(url, checksums=True)
+    names = source.check_teachers(teachers)
+    kept = {name: source.spec.teachers[name] for name in names}
+    fidelity = {name: value for name, value in source.spec.fidelity.items() if name in kept}
+    if keys is None and fraction is None:
+        spec = source.spec.changed(teachers=kept, fidelity=fidelity)
+        target = lay_out(out, spec, [source], source.samples, source.manifest.views(source.spec))
+        return Rearrangement(target.storage.url, whole_shards(source, target, 0))
+    chosen = _chosen(source, keys, fraction, seed)
+    samples = source.samples.take(pa.array(chosen))
+    fingerprint = dataset_fingerprint(samples)
+    segments, views = list[Segment](), list[pa.Table]()
+    all_lines = source.manifest.views(source.spec)
+    stated = all(segment.views_hash for segment in source.spec.segments)
+    for part in divide_views((0, source.num_views), source.spec.rows_per_shard):
+        end = segments[-1].first_row + segments[-1].num_rows if segments else 0
+        first_row = -(-end // source.spec.rows_per_shard) * source.spec.rows_per_shard
+        numbers = np.arange(*part)
+        rows = source.index.rows(chosen[:, None], numbers[None])
+        lines = all_lines.take(pa.array(source.index.locate(rows.ravel())[2]))
+        views.append(with_samples(lines, np.repeat(np.arange(len(chosen)), len(numbers))))
+        segments.append(
+            Segment(
+                first_row=first_row,
+                samples=(0, len(chosen)),
+                views=part,
+                fingerprint=fingerprint,
+                views_hash=views_hash(views[-1], 0) if stated else None,
+            )
+        )
+    dataset = source.spec.dataset.model_copy(
+        update={
+            "num_samples": len(chosen),
+            "fingerprint": fingerprint,
+            "labels_hash": labels_hash_of([source], samples),
+        }
+    )
+    spec = source.spec.changed(dataset=dataset, segments=tuple(segments), teachers=kept, fidelity=fidelity)
+    target = lay_out(out, spec, [source], samples, pa.concat_tables(views))
+    return Rearrangement(target.storage.url, list(packed_shards(source, target, chosen)))
+
+
+def _chosen(source: FeatureCache, keys: Iterable[str] | None, fraction: float | None, seed: int) -> Ints:
+    """Ascending indices of the samples to keep."""
+    if keys is not None and fraction is not None:
+        raise CacheError("A subset is chosen by keys or by a fraction, not by both.", do="give one of them")
+    if keys is not None:
+        wanted = pa.array(sorted(set(keys)), pa.string())
+        places = pc.index_in(wanted, value_set=source.samples["key"])
+        if places.null_count:
+            unknown = wanted.filter(pc.is_null(places)).to_pylist()
+            near = difflib.get_close_matches(unknown[0], source.samples["key"].to_pylist(), 1)
+            raise CacheError(
+                f"{len(unknown)} of {len(wanted)} keys are not in this cache.",
+                got=", ".join(unknown[:3]),
+                expected=f"keys of {source.storage.url}/samples.parquet",
+                do=f"did you mean {near[0]}?" if near else "give whole keys, one a line",
+            )
+        chosen = np.sort(places.to_numpy())
+    else:
+        assert fraction is not None
+        chosen = random_samples(source.num_samples, fraction if 0 < fraction <= 1 else 0, seed)
+    if not chosen.size:
+        raise CacheError(
+            "This subset would be empty.",
+            got="no key" if keys is not None else f"a fraction of {fraction} of {source.num_samples} samples",
+            expected="at least one sample",
+            do="give more keys, or a greater fraction, at most 1",
+        )
+    return chosen.astype(np.int64)

@@ -1,0 +1,105 @@
+"""Shards that stay as they are, under other numbers: linked where one file system has both, else copied."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+from teachercache.pipeline.cache import FeatureCache
+from teachercache.pipeline.errors import CorruptShardError
+from teachercache.pipeline.places.durable import link
+from teachercache.pipeline.places.local_storage import LocalStorage
+from teachercache.pipeline.places.storage import Storage
+from teachercache.pipeline.rearranging.rearrangement import Step
+from teachercache.pipeline.records.manifest import CommitRecord, FileRecord, moments_name, quarantine_name
+from teachercache.pipeline.records.spec import IMAGES
+from teachercache.pipeline.stores.image_tar import image_tar_name
+
+_BLOCK_NBYTES = 1 << 22
+
+
+def missing(source: FeatureCache, target: FeatureCache, shift: int = 0) -> Iterator[tuple[str, int]]:
+    """(teacher, shard of `source`) that it has committed and `target`, `shift` shards on, has not."""
+    for name in target.spec.teachers_and_images:
+        done = target.manifest.committed(name)
+        yield from ((name, shard) for shard in sorted(source.commits(name)) if shard + shift not in done)
+
+
+def whole_shards(source: FeatureCache, target: FeatureCache, shift: int, first_sample: int = 0) -> list[Step]:
+    """Steps that give `target` the shards of `source` under numbers greater by `shift`."""
+
+    def names(cache: FeatureCache, teacher: str, shard: int, record: CommitRecord) -> list[str]:
+        if teacher == IMAGES:
+            return [image_tar_name(shard)]
+        files = cache.store.shard_files(teacher, shard)
+        has_statistics = any(name.startswith("stats/") for name in record.files)
+        return [*files, moments_name(teacher, shard)] if has_statistics else files
+
+    def take_over(teacher: str, shard: int) -> None:
+        record, new_shard = source.commits(teacher)[shard], shard + shift
+        old, new = names(source, teacher, shard, record), names(target, teacher, new_shard, record)
+        if set(record.files) != set(old):
+            raise _corrupt(source.storage, f"a record that names {sorted(record.files)}, not {old}")
+        for name, new_name in zip(old, new, strict=True):
+            link_or_copy(source.storage, name, record.files[name], target.storage, new_name)
+        take_over_quarantine(source, target, shard, new_shard, first_sample)
+        rows = shift * source.spec.rows_per_shard
+        target.manifest.commit(
+            record.model_copy(
+                update={
+                    "shard": new_shard,
+                    "first_row": record.first_row + rows,
+                    "invalid_rows": tuple(row + rows for row in record.invalid_rows),
+                    "files": {new_name: record.files[name] for name, new_name in zip(old, new, strict=True)},
+                }
+            )
+        )
+
+    return [
+        Step(name, shard + shift, partial(take_over, name, shard))
+        for name, shard in missing(source, target, shift)
+    ]
+
+
+def take_over_quarantine(
+    source: FeatureCache, target: FeatureCache, shard: int, new_shard: int, first_sample: int
+) -> None:
+    if source.storage.exists(quarantine_name(shard)):
+        entries = [
+            entry.model_copy(update={"sample_index": entry.sample_index + first_sample})
+            for entry in source.manifest.read_quarantine(shard)
+        ]
+        target.manifest.write_quarantine(new_shard, entries, source.manifest.quarantine_source(shard))
+
+
+def link_or_copy(source: Storage, name: str, record: FileRecord, target: Storage, new_name: str) -> None:
+    if source.size(name) != record.nbytes:
+        raise _corrupt(source, f"{name} with {source.size(name)} bytes, not the {record.nbytes} committed")
+    if record.ends and source.ends([name], [record.nbytes]) != [record.ends]:
+        raise _corrupt(source, f"{name} with other first or last bytes than were committed")
+    if isinstance(source, LocalStorage) and isinstance(target, LocalStorage):
+        path = target.path(new_name)
+        path.unlink(missing_ok=True)  # without a record it does not exist
+        try:
+            link(source.path(name), path)
+        except OSError:
+            _copy(source, name, record, target, new_name)  # another file system, or one without links
+    else:
+        _copy(source, name, record, target, new_name)
+
+
+def _copy(source: Storage, name: str, record: FileRecord, target: Storage, new_name: str) -> None:
+    with source.open_read(name) as file, target.open_write(new_name) as copy:
+        while block := file.read(_BLOCK_NBYTES):
+            copy.write(block)
+        if copy.checksum != record.checksum:
+            raise _corrupt(source, f"{name} with checksum {copy.checksum}")
+
+
+def _corrupt(source: Storage, got: str) -> CorruptShardError:
+    return CorruptShardError(
+        "A shard of this cache is broken.",
+        got=got,
+        expected="the files that the commit records state",
+        do=f"run: teachercache repair {source.url}",
+    )

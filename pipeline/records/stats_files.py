@@ -1,0 +1,99 @@
+"""What lies in `stats/`: the tables that codecs decode with, and the moments of every shard's features."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import safetensors.torch
+import xxhash
+from safetensors import SafetensorError
+from torch import Tensor
+
+from teachercache.pipeline.errors import CacheError, CorruptShardError
+from teachercache.pipeline.places.storage import Storage
+from teachercache.pipeline.records.feature_stats import FeatureMoments
+from teachercache.pipeline.records.manifest import SPEC_NAME, FileRecord, Manifest, moments_name, tables_name
+
+
+def write_tables(storage: Storage, teacher: str, tables: dict[str, Tensor]) -> str:
+    """Keep a codec's calibrated tables; returns their hash, for the teacher's spec."""
+    data = safetensors.torch.save(tables)
+    storage.write(tables_name(teacher), data)
+    return xxhash.xxh3_128_hexdigest(data)
+
+
+def read_tables(storage: Storage, teacher: str, tables_hash: str | None) -> dict[str, Tensor]:
+    """A codec's tables. Raises `CacheError` unless they are those of the spec."""
+    name = tables_name(teacher)
+    try:
+        data = storage.read(name)
+    except FileNotFoundError:
+        data = b""
+    found = xxhash.xxh3_128_hexdigest(data)
+    if found != tables_hash:
+        raise CacheError(
+            f"{name} is not what the features of {teacher} were encoded with.",
+            got=f"checksum {found}" if data else "no such file",
+            expected=f"checksum {tables_hash}, as in {SPEC_NAME}",
+            do="restore it from a copy; the codes cannot be decoded without it",
+        )
+    try:
+        tables: dict[str, Tensor] = safetensors.torch.load(data)
+    except (SafetensorError, KeyError, RuntimeError, ValueError) as error:
+        raise CacheError(
+            f"{name} of this cache cannot be read.",
+            got=f"{type(error).__name__}: {error}",
+            expected="the codec's tables, as safetensors",
+            do="restore it from a copy; the codes cannot be decoded without it",
+        ) from error
+    return tables
+
+
+def write_moments(
+    storage: Storage, teacher: str, shard: int, moments: FeatureMoments
+) -> dict[str, FileRecord]:
+    """Keep the statistics of a shard's features beside its record, which names the returned file."""
+    name = moments_name(teacher, shard)
+    with storage.open_write(name) as file:
+        file.write(safetensors.torch.save(moments.to("cpu").tensors()))
+    return {name: FileRecord.of(file)}
+
+
+def merged_moments(
+    manifest: Manifest, teacher: str, shards: Iterable[int], shape: tuple[int, int]
+) -> FeatureMoments:
+    """The statistics of these shards together, merged in their order: the same bits every time.
+
+    `shape` is (levels, channels). Shards without a valid row have none. Raises `CacheError` where others
+    do not, `CorruptShardError` for files that hold something else.
+    """
+    storage, total = manifest.storage, None
+    for record in manifest.commits(teacher, shards).values():
+        names = [name for name in record.files if name.startswith("stats/")]
+        if not names and len(record.invalid_rows) == record.num_rows:
+            continue
+        data = storage.read(names[0]) if names and storage.exists(names[0]) else b""
+        if xxhash.xxh3_128_hexdigest(data) != (record.files[names[0]].checksum if names else None):
+            raise CacheError(
+                f"Shard {record.shard} of {teacher} has no statistics that can be used.",
+                got="a damaged file" if names else "a shard that was computed without",
+                expected=f"{moments_name(teacher, record.shard)}, as the commit record names it",
+                do=f"run: teachercache repair {storage.url}"
+                if names
+                else "compute the cache again with this version, if you need them",
+            )
+        try:
+            moments = FeatureMoments.from_tensors(safetensors.torch.load(data))
+            if tuple(moments.mean_SC.shape) != shape:
+                raise ValueError(f"moments of (levels, channels) {tuple(moments.mean_SC.shape)}")
+        except (SafetensorError, KeyError, RuntimeError, ValueError) as error:
+            raise CorruptShardError(
+                f"{names[0]} holds no statistics of {teacher}.",
+                got=f"{type(error).__name__}: {error}",
+                expected=f"count, mean and squares of (levels, channels) {shape}",
+                do=f"run: teachercache repair {storage.url}",
+            ) from error
+        total = moments if total is None else total.merge(moments)
+    if total is None:
+        raise CacheError(f"There is no committed row of {teacher} to have statistics of.")
+    return total

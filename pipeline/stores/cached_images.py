@@ -1,0 +1,96 @@
+"""The images of a cache, each with its features: from the cache's own copies, or from where they lie."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import xxhash
+
+from teachercache.pipeline.errors import CacheMismatchError, SourceNotFoundError
+from teachercache.pipeline.places.own_places import NAME_IMAGES, require_followed
+from teachercache.pipeline.records.manifest import SAMPLES_NAME
+from teachercache.pipeline.records.sample_table import SampleTable
+from teachercache.pipeline.sources import Source, open_source
+from teachercache.pipeline.sources.decode import HEAD_BYTES
+from teachercache.pipeline.stores.committed_shards import CommittedShards
+from teachercache.pipeline.stores.image_tar import image_tar_name
+
+
+class CachedImages:
+    """`place`: where the images are, unless as in `cache.json`.
+
+    With `checksums` a tar of copies is read as a whole before its first image.
+    """
+
+    def __init__(
+        self, copies: CommittedShards, samples: SampleTable, place: str | None, checksums: bool
+    ) -> None:
+        self._copies, self._samples, self._place, self._checksums = copies, samples, place, checksums
+        self._storage, self._spec = copies.store.storage, copies.store.spec
+
+    @cached_property
+    def source(self) -> Source:
+        """Raises `SourceError` where only `cache.json` names a place that is followed by nobody."""
+        location = self._spec.dataset.location
+        if self._place is None:
+            require_followed(location, self._storage.url)
+        try:
+            return open_source(self._place or location, self._spec.dataset.kind)
+        except SourceNotFoundError as error:
+            if self._place is not None:
+                raise
+            raise self._moved() from error
+
+    def read(self, sample_index: int) -> bytes:
+        """The encoded image. Raises as `FeatureCache.image_bytes`."""
+        if self._spec.images != "copy" or self._place is not None:
+            return self.read_source(sample_index)
+        # tars are by the shards of first views
+        shard = int(self._copies.index.rows(sample_index, 0)) // self._spec.rows_per_shard
+        first_sample = self._spec.shard_samples(shard)[0]
+        offset, nbytes = self._copies.records([shard])[shard].members[sample_index - first_sample]
+        if self._checksums:
+            self._copies.require_sound(shard)
+        data = self._storage.read_range(image_tar_name(shard), offset, nbytes)
+        if data or nbytes:  # a sample that was quarantined has no copy
+            self._require_cached(sample_index, data)
+        return data
+
+    def read_source(self, sample_index: int) -> bytes:
+        """The image as the source holds it, whatever was copied. Raises as `read`."""
+        path, offset, nbytes = self._facts(sample_index, "path", "offset", "nbytes")
+        source = self.source
+        try:
+            data = source.read(path, offset, nbytes)
+        except SourceNotFoundError as error:
+            if self._place is not None:
+                raise
+            raise self._moved(path) from error
+        self._require_cached(sample_index, data)
+        return data
+
+    def _facts(self, sample_index: int, *columns: str) -> tuple:
+        samples = self._samples.table
+        return tuple(samples[name][sample_index].as_py() for name in columns)
+
+    def _require_cached(self, sample_index: int, data: bytes) -> None:
+        """Features of one image and pixels of another train without a sign."""
+        key, nbytes, head_hash = self._facts(sample_index, "key", "nbytes", "head_hash")
+        if (len(data), xxhash.xxh3_64_intdigest(data[:HEAD_BYTES])) != (nbytes, head_hash):
+            raise CacheMismatchError(
+                f"The image of sample {key} has changed since the cache was planned.",
+                got=f"another image of {len(data):,} bytes",
+                expected=f"the image of {nbytes:,} bytes that {SAMPLES_NAME} describes",
+                do="bring the images back as they were, name the place where they are (images=…), "
+                "or build a new cache",
+            )
+
+    def _moved(self, path: str = "") -> SourceNotFoundError:
+        """Only `cache.json` said where the images are; this says how to name another place."""
+        location = self._spec.dataset.location
+        return SourceNotFoundError(
+            "The images are not where the cache was built from them.",
+            got=f"no {path} in {location}" if path else f"nothing at {location}",
+            expected="the images that the cache was built from",
+            do=f"check the mount, or name their new place: {NAME_IMAGES}",
+        )

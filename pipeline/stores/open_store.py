@@ -1,0 +1,27 @@
+"""The store that a cache's shards are read and written with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from teachercache.pipeline.places.local_storage import LocalStorage
+from teachercache.pipeline.places.storage import Storage
+from teachercache.pipeline.records.spec import CacheSpec
+from teachercache.pipeline.stores.base import FeatureStore
+from teachercache.pipeline.stores.direct_store import DirectStore
+from teachercache.pipeline.stores.range_store import RangeStore
+from teachercache.pipeline.stores.webdataset_store import WebDatasetStore
+from teachercache.pipeline.stores.zarr_store import ZarrStore
+
+
+def open_store(
+    storage: Storage, spec: CacheSpec, key: Callable[[int], str], *, direct: bool, checksums: bool
+) -> FeatureStore:
+    """The store of the cache `spec`. `key` gives a sample's key by its index; else as `FeatureCache.open`."""
+    if spec.store == "webdataset":
+        return WebDatasetStore(storage, spec, key)
+    if not direct:
+        return ZarrStore(storage, spec)
+    if isinstance(storage, LocalStorage):
+        return DirectStore(storage, spec, checksums)
+    return RangeStore(storage, spec)

@@ -1,0 +1,129 @@
+"""The features of one teacher: how they are laid out and decoded, and their rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cached_property, partial
+from typing import NoReturn
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from teachercache.pipeline.codecs import ArrayLayout, Codec, Encoded, get_codec
+from teachercache.pipeline.errors import CacheError, IncompleteCacheError, explain
+from teachercache.pipeline.records.manifest import tables_name
+from teachercache.pipeline.records.sample_table import SampleTable
+from teachercache.pipeline.records.stats_files import read_tables
+from teachercache.pipeline.stores.base import feature_arrays, teacher_layouts
+from teachercache.pipeline.stores.committed_shards import CommittedShards
+
+
+class TeacherFeatures:
+    def __init__(self, shards: CommittedShards, samples: SampleTable) -> None:
+        self._shards, self._samples, self._name = shards, samples, shards.teacher
+        self._teacher = shards.store.spec.teachers[shards.teacher]
+
+    @cached_property
+    def codec(self) -> Codec:
+        return self.load_codec()
+
+    def load_codec(self) -> Codec:
+        """The codec, its tables read anew. Raises `CacheError` unless they can decode."""
+        teacher, codec = self._teacher, get_codec(self._teacher.codec)
+        if codec.needs_tables:
+            tables = read_tables(self._shards.store.storage, self._name, teacher.tables_hash)
+            layouts = codec.layout(teacher.num_levels, teacher.stored_grid, teacher.width)
+            try:
+                codec.load_state(tables)  # sound tables decode codes that are all zero to something
+                Encoded(codec, _tensors(layouts, 1, torch.zeros)).decode()
+            except (ArithmeticError, IndexError, RuntimeError, TypeError, ValueError) as error:
+                raise CacheError(
+                    f"{tables_name(self._name)} holds no tables of codec {teacher.codec} "
+                    f"for teacher {self._name}.",
+                    got=f"{type(error).__name__}: {error}",
+                    expected="the tables that the features were encoded with",
+                    do="restore it from a copy; the codes cannot be decoded without it",
+                ) from error
+        return codec
+
+    @cached_property
+    def layouts(self) -> dict[str, ArrayLayout]:
+        """Every array: those of the encoded features, and the token features."""
+        return teacher_layouts(self._teacher)
+
+    @cached_property
+    def feature_layouts(self) -> dict[str, ArrayLayout]:
+        """The arrays of the encoded features alone."""
+        return {array: self.layouts[array] for array in feature_arrays(self._teacher)}
+
+    def buffers(self, num_rows: int, pin_memory: bool) -> Encoded:
+        empty = partial(torch.empty, pin_memory=pin_memory)
+        return Encoded(self.codec, _tensors(self.feature_layouts, num_rows, empty))
+
+    def read(
+        self,
+        rows: NDArray[np.int64],
+        layouts: Mapping[str, ArrayLayout],
+        out: Mapping[str, Tensor] | None,
+    ) -> dict[str, Tensor]:
+        """Arrays of `layouts` for `rows`, in the first rows of `out`. Raises as `FeatureCache.read`."""
+        readable = self._shards.readable(rows)
+        if not readable.all():
+            self._refuse(rows, readable)
+        self._shards.require_touched(rows // self._shards.store.spec.rows_per_shard)
+        if out is None:
+            tensors = _tensors(layouts, len(rows), torch.empty)
+        else:
+            tensors = {
+                name: _first_rows(out, name, (len(rows), *layout.shape), layout.dtype)
+                for name, layout in layouts.items()
+            }
+        values = {name: tensor.numpy() for name, tensor in tensors.items()}
+        self._shards.store.read(self._name, rows, values)
+        return tensors
+
+    def _refuse(self, rows: NDArray[np.int64], readable: NDArray[np.bool_]) -> NoReturn:
+        shards = rows // self._shards.store.spec.rows_per_shard
+        committed = self._shards.mask[shards]
+        if not committed.all():
+            raise IncompleteCacheError(
+                f"Rows of teacher {self._name} were asked for that are not committed.",
+                got=f"shard {', '.join(map(str, np.unique(shards[~committed])[:10]))}",
+                expected="rows of committed shards",
+                do="run the same build command again; it computes only what is missing",
+            )
+        row = int(rows[~readable].min())
+        raise CacheError(
+            f"Row {row} holds nothing: its image could not be decoded.",
+            got=f"sample {self._samples.key(int(self._shards.index.locate(row)[0]))}",
+            expected="rows of `valid_samples()`",
+            do=f"see {self._shards.store.storage.url}/quarantine for the reason",
+        )
+
+
+def _tensors(
+    layouts: Mapping[str, ArrayLayout], num_rows: int, make: Callable[..., Tensor]
+) -> dict[str, Tensor]:
+    return {name: make((num_rows, *layout.shape), dtype=layout.dtype) for name, layout in layouts.items()}
+
+
+def _first_rows(
+    buffers: Mapping[str, Tensor], name: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> Tensor:
+    """The part of a buffer that is filled. Raises `ValueError` where it does not fit."""
+    buffer = buffers.get(name)
+    if buffer is not None:
+        buffer = buffer[: shape[0]]
+        fits = (buffer.shape, buffer.dtype, buffer.device.type) == (shape, dtype, "cpu")
+        if fits and buffer.is_contiguous():
+            return buffer
+    raise ValueError(
+        explain(
+            f"The buffer for {name} does not fit.",
+            got="none" if buffer is None else f"{buffer.dtype} {tuple(buffer.shape)} on {buffer.device}",
+            expected=f"{dtype} {shape}, contiguous, on the CPU",
+            do="make the buffers with cache.buffers(), for as many rows as are read at once",
+        )
+    )
