@@ -202,3 +202,9 @@ def test_names_of_the_code_are_in_the_code(page: Path) -> None:
         if re.search(r"[a-z][A-Z]|[a-z]_[a-zA-Z]", name)
     ]
     assert set(names) - words_of_the_code() - OF_OTHERS == set()
+
+
+def test_shapes_of_the_glossary_are_those_of_the_names() -> None:
+    shapes = re.findall(r"`\w+_([A-Za-z]+)` \(([^()]*)\)", (ROOT / "docs/glossary.md").read_text())
+    assert len(shapes) >= 8
+    assert [suffix for suffix, _ in shapes] == [axes.replace(", ", "") for _, axes in shapes]
