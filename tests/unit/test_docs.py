@@ -153,7 +153,7 @@ def test_recipes_of_commands_load(page: Path) -> None:
         model, recipe = MODELS[words[start]], " ".join(words[start + 1 : start + 2])
         overrides = [word for word in words[start + 2 :] if re.fullmatch(r"[a-z_]\w*(\.\w+)*=.+", word)]
         if model in (BuildRecipe, TrainRecipe) and re.fullmatch(r"[a-z]\w*", recipe):
-            load_recipe(model, recipe, overrides)
+            load_recipe(model, ROOT / f"jobs/recipes/{recipe}.yaml", overrides)
         else:
             assert unknown_keys(model, overrides) == [], words
 

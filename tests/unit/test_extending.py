@@ -35,7 +35,8 @@ print("\\n" + json.dumps(results))
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block of the page: `file` is what its first line names, None for code that is run."""
+    """A fenced block of the page: `file` is what its first line names, one of the checkout or, without a
+    folder, of the reader; None for code that is run."""
 
     section: str
     language: str
@@ -48,7 +49,7 @@ def blocks() -> list[Block]:
     for section in re.split(r"^## ", PAGE, flags=re.M)[1:]:
         title = section.split("\n", 1)[0]
         for language, text in re.findall(r"^```(\w+)\n(.*?)^```$", section, re.M | re.S):
-            named = re.match(r"# (\S+/\S+\.\w+)\n", text)
+            named = re.match(r"# ([\w/]+\.\w+)\n", text)
             found.append(Block(title, language, named and named[1], text[named.end() :] if named else text))
     return found
 
@@ -78,7 +79,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=ignored)
     shutil.copy(ROOT / "pyproject.toml", folder)
     for block in BLOCKS:
-        if block.file is None:
+        if block.file is None or "/" not in block.file:
             continue
         target = folder / block.file
         assert target.exists() == (block.language == "diff"), block.file
@@ -92,6 +93,9 @@ def results(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     folder = tmp_path_factory.mktemp("story")
     for old, new in zip(sorted(make_images(folder / "photos", 2).iterdir()), "ab", strict=True):
         old.rename(old.with_name(f"{new}.jpg"))
+    for block in BLOCKS:
+        if block.file and "/" not in block.file:
+            (folder / block.file).write_text(block.text)
     code = [(block.section, block.text) for block in BLOCKS if block.file is None]
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", RUN],
