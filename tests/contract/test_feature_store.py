@@ -225,7 +225,8 @@ def test_a_shard_with_one_other_row_in_its_middle_has_other_ends(
     rows[3, 1, 1, 1, 1] += 1
     with cache.store.write_shard(cache.spec, "t", 0) as writer:
         writer.write(range(6), {"codes": rows})
-    assert writer.files()[name].ends != cache.commits("t")[0].files[name].ends
+        files = writer.publish()
+    assert files[name].ends != cache.commits("t")[0].files[name].ends
     with pytest.raises(CorruptShardError, match="is not the file that was committed"):
         FeatureCache.open(cache.storage.url).read([0])
     assert [problem.shard for problem in verify(FeatureCache.open(cache.storage.url))] == [0]
