@@ -46,7 +46,7 @@ class Mount:
             return open_file(storage, name)
 
         def os_open(path: Any, flags: int, *rest: Any, **options: Any) -> int:
-            if flags == os.O_RDONLY:
+            if flags & os.O_ACCMODE == os.O_RDONLY:
                 self._may_fail(os.fspath(path))
             handle = open_handle(path, flags, *rest, **options)
             self._names[handle] = os.fspath(path)
