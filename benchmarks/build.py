@@ -33,8 +33,8 @@ from rich.console import Console
 from rich.table import Table
 
 from teachercache import FeatureCache, build, render_view
+from teachercache.cache_builder.build_recipe import BuildRecipe
 from teachercache.cache_builder.extract import ShardExtractor
-from teachercache.cache_builder.recipe import BuildRecipe
 from teachercache.cache_builder.stages import STAGES
 from teachercache.cache_builder.teachers import Teacher, build_teacher, presets, teacher_gmacs
 from teachercache.jobs.demo import choose_images, collect_images

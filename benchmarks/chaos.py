@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.table import Table
 
 from teachercache import FeatureCache, build
-from teachercache.cache_builder.recipe import BuildRecipe
+from teachercache.cache_builder.build_recipe import BuildRecipe
 from teachercache.jobs.launch import run
 from teachercache.pipeline.places.storage import Storage
 from teachercache.pipeline.verify import strays, verify

@@ -35,7 +35,7 @@ from teachercache.pipeline.places.open_storage import open_storage
 from teachercache.pipeline.records.manifest import CommitRecord, FileRecord, Manifest
 from teachercache.pipeline.records.spec import CacheSpec, DatasetSpec, Segment, TeacherSpec, ViewPolicy
 from teachercache.pipeline.sources import SAMPLE_SCHEMA
-from teachercache.pipeline.stores.base import teacher_layouts
+from teachercache.pipeline.stores.feature_store import teacher_layouts
 from teachercache.pipeline.stores.shard_format import CHECKSUM_NBYTES, index_nbytes
 from teachercache.pipeline.stores.zarr_store import shard_file
 from teachercache.pipeline.views import draw_views

@@ -44,7 +44,7 @@ from torch import nn
 
 from benchmarks.mini_teachers import IMAGE_SIZE, MINI_VIT, TEACHERS, MiniScenes, alikeness, train_teacher
 from teachercache import build, load_student
-from teachercache.cache_builder.recipe import BuildRecipe
+from teachercache.cache_builder.build_recipe import BuildRecipe
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.records.spec import ViewPolicy
 from teachercache.student.datasets.scenes import write_scenes
@@ -53,8 +53,8 @@ from teachercache.student.measuring.paper_results import SIMILARITIES, paper_row
 from teachercache.student.measuring.repsim import representation_similarity
 from teachercache.student.measuring.task_outputs import TASK_OUTPUTS
 from teachercache.student.metrics import mtl_gain
-from teachercache.student.training.recipe import TrainRecipe
 from teachercache.student.training.train import train
+from teachercache.student.training.train_recipe import TrainRecipe
 
 TASKS = ("semseg", "saliency", "normals", "depth", "boundary")  # parts of people are too small to be learnt
 SCALE = (1.0, 1.5)  # of the views: a magnified window, never padding

@@ -31,10 +31,10 @@ from rich.table import Table
 
 from teachercache import FeatureCache
 from teachercache.cache_builder import builder
+from teachercache.cache_builder.build_recipe import BuildRecipe, RunnerRecipe
 from teachercache.cache_builder.extract import ShardExtractor
 from teachercache.cache_builder.plan import pending
 from teachercache.cache_builder.ray_runner import RayRunner, RayWorker
-from teachercache.cache_builder.recipe import BuildRecipe, RunnerRecipe
 from teachercache.cache_builder.runner import LocalRunner, Runner, Task
 from teachercache.cache_builder.worker import Worker
 from teachercache.pipeline.places.open_storage import open_storage

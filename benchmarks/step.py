@@ -33,7 +33,7 @@ from torch.optim import AdamW
 from torch.utils.flop_counter import FlopCounterMode
 
 from teachercache import build, build_student
-from teachercache.cache_builder.recipe import BuildRecipe
+from teachercache.cache_builder.build_recipe import BuildRecipe
 from teachercache.jobs.demo import choose_images, collect_images
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.loading.loader import Batch, FeatureLoader

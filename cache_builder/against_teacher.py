@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from teachercache.cache_builder.moved import with_checkpoints
+from teachercache.cache_builder.moved_weights import with_checkpoints
 from teachercache.cache_builder.teachers import Teacher, build_teacher
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.codecs import Encoded
 from teachercache.pipeline.grids import stored_form
-from teachercache.pipeline.stores.base import CLS_TOKEN, GLOBAL_FEATURE, NORMS
+from teachercache.pipeline.stores.feature_store import CLS_TOKEN, GLOBAL_FEATURE, NORMS
 from teachercache.pipeline.views import render_view
 
 RELATIVE_NOISE = {"float32": 1e-5, "bfloat16": 2**-7}

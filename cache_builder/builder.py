@@ -18,14 +18,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
+from teachercache.cache_builder.build_recipe import BuildRecipe
 from teachercache.cache_builder.calibrate import Calibration
 from teachercache.cache_builder.draft import Draft, draft, extend, growth
-from teachercache.cache_builder.moved import with_checkpoints
+from teachercache.cache_builder.kept_shards import kept_teacher
+from teachercache.cache_builder.moved_weights import with_checkpoints
 from teachercache.cache_builder.other_tables import other_tables
 from teachercache.cache_builder.plan import Plan, make_plan, pending
 from teachercache.cache_builder.progress import BuildProgress
-from teachercache.cache_builder.recipe import BuildRecipe
-from teachercache.cache_builder.recover import recovered
 from teachercache.cache_builder.runner import FailedShard, LocalRunner, Runner, Task, require_place
 from teachercache.cache_builder.stages import bottleneck
 from teachercache.pipeline.cache import FeatureCache
@@ -255,7 +255,7 @@ def _with_findings(
     """`spec` with the hashes of new teachers' weights, and their calibrated codecs."""
     teachers, fidelity = dict(spec.teachers), dict(spec.fidelity)
     for name in _without_weights(spec):
-        teachers[name] = recovered(manifest, spec, name, hashes[name]) or _calibrated(
+        teachers[name] = kept_teacher(manifest, spec, name, hashes[name]) or _calibrated(
             manifest, teachers[name], name, hashes[name], calibrations[name]
         )
         fidelity[name] = calibrations[name].fidelity

@@ -18,7 +18,13 @@ from teachercache.pipeline.errors import CodecError
 from teachercache.pipeline.grids import stored_form
 from teachercache.pipeline.records.feature_stats import FeatureMoments
 from teachercache.pipeline.records.spec import Size, TeacherSpec
-from teachercache.pipeline.stores.base import CLS_TOKEN, GLOBAL_FEATURE, NORMS, ShardWriter, teacher_layouts
+from teachercache.pipeline.stores.feature_store import (
+    CLS_TOKEN,
+    GLOBAL_FEATURE,
+    NORMS,
+    ShardWriter,
+    teacher_layouts,
+)
 
 _WRITES_IN_FLIGHT = 4
 

@@ -18,9 +18,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from teachercache.cache_builder.build_recipe import BuildRecipe
 from teachercache.cache_builder.calibrate import CalibrationSample
-from teachercache.cache_builder.moved import with_checkpoints
-from teachercache.cache_builder.recipe import BuildRecipe
+from teachercache.cache_builder.moved_weights import with_checkpoints
 from teachercache.cache_builder.teachers import resolve_teacher
 from teachercache.cache_builder.versions import versions
 from teachercache.pipeline.errors import CacheMismatchError

@@ -31,7 +31,7 @@ from teachercache.pipeline.records.manifest import CommitRecord, FileRecord, Qua
 from teachercache.pipeline.records.same_images import require_same_images
 from teachercache.pipeline.records.spec import IMAGES
 from teachercache.pipeline.records.stats_files import write_moments
-from teachercache.pipeline.stores.base import ShardWriter
+from teachercache.pipeline.stores.feature_store import ShardWriter
 from teachercache.pipeline.stores.image_tar import ImageTarWriter
 
 

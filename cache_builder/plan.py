@@ -9,14 +9,14 @@ from dataclasses import dataclass
 import pyarrow as pa
 import torch
 
-from teachercache.cache_builder.recipe import BuildRecipe
+from teachercache.cache_builder.build_recipe import BuildRecipe
 from teachercache.cache_builder.teachers.flops import teacher_gmacs
 from teachercache.pipeline.errors import DiskSpaceError
 from teachercache.pipeline.places.storage import Storage
 from teachercache.pipeline.records.feature_stats import FeatureMoments
 from teachercache.pipeline.records.manifest import Manifest
 from teachercache.pipeline.records.spec import IMAGES, CacheSpec, TeacherSpec
-from teachercache.pipeline.stores.base import teacher_layouts
+from teachercache.pipeline.stores.feature_store import teacher_layouts
 from teachercache.pipeline.units import human_bytes
 
 _CHECKSUM_BYTES, _INDEX_BYTES = 4, 16  # crc32c behind every chunk; offset and size in the shard's index
@@ -121,7 +121,7 @@ def make_plan(recipe: BuildRecipe, spec: CacheSpec, storage: Storage, samples: p
     teachers = []
     for name in recipe.teachers:
         teacher = spec.teachers[name]
-        missing = rows.keys() - manifest.committed(name)
+        missing = rows.keys() - manifest.committed_shards(name)
         teachers.append(
             TeacherPlan(
                 name=name,
@@ -139,7 +139,7 @@ def make_plan(recipe: BuildRecipe, spec: CacheSpec, storage: Storage, samples: p
         spec=spec,
         teachers=tuple(teachers),
         image_bytes=sum(images.values()),
-        missing_image_bytes=sum(images[shard] for shard in images.keys() - manifest.committed(IMAGES)),
+        missing_image_bytes=sum(images[shard] for shard in images.keys() - manifest.committed_shards(IMAGES)),
         free_bytes=storage.free_bytes(),
         tflops_per_gpu=recipe.plan.teacher_tflops_per_gpu,
         student_images_per_s=recipe.plan.student_images_per_s,
@@ -171,7 +171,7 @@ def statistics_bytes(teacher: TeacherSpec, covariance: bool) -> int:
 def pending(manifest: Manifest, spec: CacheSpec, names: Sequence[str]) -> dict[int, tuple[str, ...]]:
     """Who is still missing in each shard: teachers, and "images" where they are copied."""
     wanted = [*names, *([IMAGES] if spec.images == "copy" else [])]
-    left = {name: set(spec.shards(name)) - manifest.committed(name) for name in wanted}
+    left = {name: set(spec.shards(name)) - manifest.committed_shards(name) for name in wanted}
     missing = {
         shard: tuple(name for name in wanted if shard in left[name]) for shard in range(spec.num_shards)
     }

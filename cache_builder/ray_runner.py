@@ -20,10 +20,10 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.metrics import Counter, Gauge
 
+from teachercache.cache_builder.build_recipe import RunnerRecipe
 from teachercache.cache_builder.calibrate import Calibration, CalibrationSample
 from teachercache.cache_builder.extract import ShardExtractor, worker_name
 from teachercache.cache_builder.ray_cluster import Head, answer_of, connect
-from teachercache.cache_builder.recipe import RunnerRecipe
 from teachercache.cache_builder.runner import (
     ABANDON_S,
     FINISH_S,

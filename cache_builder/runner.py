@@ -14,9 +14,9 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
+from teachercache.cache_builder.build_recipe import RunnerRecipe
 from teachercache.cache_builder.calibrate import Calibration, CalibrationSample
 from teachercache.cache_builder.extract import ShardExtractor
-from teachercache.cache_builder.recipe import RunnerRecipe
 from teachercache.cache_builder.worker import Worker
 from teachercache.pipeline.errors import (
     BuildError,

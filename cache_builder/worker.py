@@ -6,9 +6,9 @@ from collections.abc import Collection, Mapping
 
 import torch
 
+from teachercache.cache_builder.build_recipe import RunnerRecipe
 from teachercache.cache_builder.calibrate import Calibration, CalibrationSample, calibrate
 from teachercache.cache_builder.extract import ShardExtractor
-from teachercache.cache_builder.recipe import RunnerRecipe
 from teachercache.cache_builder.teachers import Teacher, build_teacher
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import BuildError, CacheMismatchError

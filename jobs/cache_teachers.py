@@ -27,8 +27,8 @@ if not __package__:  # run as a script: it sees the packages from where they lie
     path = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = f"{sys.path[0]}{os.pathsep}{path}" if path else sys.path[0]
 
+from teachercache.cache_builder.build_recipe import BuildRecipe
 from teachercache.cache_builder.builder import build
-from teachercache.cache_builder.recipe import BuildRecipe
 from teachercache.jobs.launch import recipe_and_overrides, require_absolute_in_job, run
 from teachercache.jobs.recipes import find_recipe
 from teachercache.pipeline.terminal import Terminal

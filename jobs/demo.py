@@ -22,9 +22,9 @@ import xxhash
 from rich.console import Console
 from rich.table import Table
 
+from teachercache.cache_builder.build_recipe import BuildRecipe
 from teachercache.cache_builder.builder import BuildResult, build
 from teachercache.cache_builder.plan import bytes_per_row
-from teachercache.cache_builder.recipe import BuildRecipe
 from teachercache.cache_builder.teachers import build_teacher
 from teachercache.jobs.inspection.pictures import loss_curve, pca_maps
 from teachercache.jobs.inspection.summary import summarize

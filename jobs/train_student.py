@@ -28,8 +28,8 @@ if not __package__:  # run as a script: it sees the packages from where they lie
 
 from teachercache.jobs.launch import recipe_and_overrides, run
 from teachercache.jobs.recipes import find_recipe
-from teachercache.student.training.recipe import TrainRecipe
 from teachercache.student.training.train import train
+from teachercache.student.training.train_recipe import TrainRecipe
 
 
 def main() -> None:

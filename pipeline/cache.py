@@ -38,7 +38,7 @@ from teachercache.pipeline.views import View, ViewTable
 if TYPE_CHECKING:
     from xarray import DataTree
 
-    from teachercache.pipeline.looking.sample_view import SampleView
+    from teachercache.pipeline.exploring.sample_view import SampleView
 
 
 class FeatureCache:
@@ -256,14 +256,14 @@ class FeatureCache:
 
         Raises `KeyError` naming the nearest keys, or `IndexError`.
         """
-        from teachercache.pipeline.looking.sample_view import SampleView
+        from teachercache.pipeline.exploring.sample_view import SampleView
 
         index = self.find(sample) if isinstance(sample, str) else range(self.num_samples)[sample]
         return SampleView(self, index)
 
     def to_xarray(self, teachers: Sequence[str] | None = None) -> DataTree:
         """The decoded features as labelled arrays that are read when they are used; see `labelled_arrays`."""
-        from teachercache.pipeline.looking.labelled_arrays import to_xarray
+        from teachercache.pipeline.exploring.labelled_arrays import to_xarray
 
         return to_xarray(self, teachers)
 

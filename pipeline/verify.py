@@ -96,7 +96,7 @@ def problems_of_shards(
         wanted = [
             (teacher, shard)
             for teacher in cache.spec.teachers_and_images
-            for shard in sorted(cache.manifest.committed(teacher))
+            for shard in sorted(cache.manifest.committed_shards(teacher))
             if shards is None or shard in shards
         ]
         for found, record in pool.map(lambda one: _check_shard(cache, one[0], one[1], full), wanted):

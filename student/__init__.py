@@ -17,25 +17,25 @@ if __name__ == "student":
 
 if TYPE_CHECKING:
     from teachercache.student.build import build_student, load_student
+    from teachercache.student.hub import push_to_hub
     from teachercache.student.kpu.model import KPU
     from teachercache.student.models.amalgam import Amalgam
-    from teachercache.student.models.base import Student, StudentOutput
+    from teachercache.student.models.student import Student, StudentOutput
     from teachercache.student.sak.model import SAK
     from teachercache.student.sak.reference import load_reference, read_reference
     from teachercache.student.sak.transfer import load_stage_1
-    from teachercache.student.sharing import push_to_hub
 
 _HOMES = {
     "Amalgam": "teachercache.student.models.amalgam",
     "KPU": "teachercache.student.kpu.model",
     "SAK": "teachercache.student.sak.model",
-    "Student": "teachercache.student.models.base",
-    "StudentOutput": "teachercache.student.models.base",
+    "Student": "teachercache.student.models.student",
+    "StudentOutput": "teachercache.student.models.student",
     "build_student": "teachercache.student.build",
     "load_reference": "teachercache.student.sak.reference",
     "load_stage_1": "teachercache.student.sak.transfer",
     "load_student": "teachercache.student.build",
-    "push_to_hub": "teachercache.student.sharing",
+    "push_to_hub": "teachercache.student.hub",
     "read_reference": "teachercache.student.sak.reference",
 }
 

@@ -9,7 +9,7 @@ from typing import Any
 from teachercache.pipeline.records.spec import Size
 from teachercache.student.kpu.model import KPU
 from teachercache.student.models.amalgam import Amalgam
-from teachercache.student.models.base import Student, find_saved, read_config, require_known
+from teachercache.student.models.student import Student, find_saved, read_config, require_known
 from teachercache.student.sak.model import SAK
 
 _KINDS: dict[str, Any] = {SAK.kind: SAK, KPU.kind: KPU, Amalgam.kind: Amalgam}

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from teachercache.cache_builder.recipe import BuildRecipe
+from teachercache.cache_builder.build_recipe import BuildRecipe
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.places.open_storage import open_storage
 from teachercache.pipeline.records.manifest import CommitRecord, Manifest
@@ -24,7 +24,7 @@ from teachercache.pipeline.records.spec import (
 )
 from teachercache.pipeline.records.tables import dataset_fingerprint, labels_hash, with_views_hashes
 from teachercache.pipeline.sources import open_source
-from teachercache.pipeline.stores.base import teacher_layouts
+from teachercache.pipeline.stores.feature_store import teacher_layouts
 from teachercache.pipeline.views import draw_views
 
 

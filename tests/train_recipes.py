@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from accelerate.state import AcceleratorState, GradientState
 
-from teachercache.student.training.recipe import TrainRecipe
+from teachercache.student.training.train_recipe import TrainRecipe
 
 CONTENT: dict[str, Any] = {
     "student": {"stem": "test_vit", "pretrained": False},

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from teachercache.cache_builder.teachers.base import Teacher, TeacherFeatures
 from teachercache.cache_builder.teachers.flops import teacher_gmacs
-from teachercache.cache_builder.teachers.recipe import TeacherRecipe, build_teacher, resolve_teacher
 from teachercache.cache_builder.teachers.registry import presets
+from teachercache.cache_builder.teachers.teacher import Teacher, TeacherFeatures
+from teachercache.cache_builder.teachers.teacher_recipe import TeacherRecipe, build_teacher, resolve_teacher
 
 __all__ = [
     "Teacher",

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from teachercache.cache_builder.teachers.base import Teacher
 from teachercache.cache_builder.teachers.registry import kind_of
+from teachercache.cache_builder.teachers.teacher import Teacher
 from teachercache.pipeline.records.spec import TeacherSpec
 
 _WEIGHT_PRODUCTS = (torch.ops.aten.convolution, torch.ops.aten.mm, torch.ops.aten.addmm)

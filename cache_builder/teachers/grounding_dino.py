@@ -33,7 +33,7 @@ from safetensors import safe_open
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
-from teachercache.cache_builder.teachers.base import (
+from teachercache.cache_builder.teachers.teacher import (
     Architecture,
     Outputs,
     Teacher,

@@ -8,8 +8,8 @@ from importlib.resources import files
 
 import yaml
 
-from teachercache.cache_builder.teachers.base import Teacher
 from teachercache.cache_builder.teachers.grounding_dino import GroundingDinoTeacher
+from teachercache.cache_builder.teachers.teacher import Teacher
 from teachercache.cache_builder.teachers.timm_teacher import TimmTeacher
 from teachercache.pipeline.errors import UnknownTeacherError
 from teachercache.pipeline.records.spec import Strict

@@ -13,7 +13,7 @@ from timm.layers import PatchEmbed
 from timm.models.vision_transformer_sam import VisionTransformerSAM
 from torch import Tensor
 
-from teachercache.cache_builder.teachers.base import (
+from teachercache.cache_builder.teachers.teacher import (
     Architecture,
     Outputs,
     Teacher,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from teachercache.jobs.cli import building, looking, rearranging, students, trust
+from teachercache.jobs.cli import building, inspection, integrity, rearranging, students
 from teachercache.jobs.launch import run
 
 app = typer.Typer(
@@ -17,11 +17,11 @@ app = typer.Typer(
 
 for verb in (
     *(building.plan, building.build, building.calibrate),
-    *(trust.verify, trust.repair),
-    *(looking.inspect, looking.report, looking.view),
+    *(integrity.verify, integrity.repair),
+    *(inspection.inspect, inspection.report, inspection.view),
     *(students.train, students.evaluate, students.repsim, students.probe, students.depth_probe),
     *(students.figure, students.remove_teacher, students.push, students.import_reference),
-    *(looking.norms, students.datasets),
+    *(inspection.norms, students.datasets),
     *(rearranging.merge, rearranging.subset, rearranging.convert),
 ):
     app.command()(verb)

@@ -11,8 +11,8 @@ from teachercache.jobs.cli.terminal import Overrides, RecipeArgument, console
 
 if TYPE_CHECKING:
     from teachercache.cache_builder.budget import Option
+    from teachercache.cache_builder.build_recipe import BuildRecipe
     from teachercache.cache_builder.draft import Draft
-    from teachercache.cache_builder.recipe import BuildRecipe
     from teachercache.pipeline.records.spec import TeacherSpec
 
 
@@ -26,8 +26,8 @@ def plan(recipe: RecipeArgument, overrides: Overrides = None) -> None:
 
     Example: `teachercache plan imagenet1k_vitl source.path=/data/train cache=/data/cache budget=6TB`
     """
+    from teachercache.cache_builder.build_recipe import BuildRecipe
     from teachercache.cache_builder.builder import prepare
-    from teachercache.cache_builder.recipe import BuildRecipe
     from teachercache.jobs.inspection.tables import options_table, plan_table
     from teachercache.jobs.recipes import find_recipe
     from teachercache.pipeline.units import human_bytes
@@ -60,9 +60,9 @@ def build(
 
     Example: `teachercache build demo source.path=~/photos cache=/tmp/cache "teachers=[dinov2_small]"`
     """
+    from teachercache.cache_builder.build_recipe import BuildRecipe
     from teachercache.cache_builder.builder import build as build_cache
     from teachercache.cache_builder.builder import prepare
-    from teachercache.cache_builder.recipe import BuildRecipe
     from teachercache.jobs.inspection.tables import plan_table
     from teachercache.jobs.recipes import find_recipe
 
@@ -92,8 +92,8 @@ def calibrate(
 
     Example: `teachercache calibrate imagenet1k_vitl source.path=/data/train calibration_rows=32`
     """
+    from teachercache.cache_builder.build_recipe import BuildRecipe
     from teachercache.cache_builder.builder import prepare
-    from teachercache.cache_builder.recipe import BuildRecipe
     from teachercache.jobs.inspection.tables import options_table
     from teachercache.jobs.recipes import find_recipe
 
@@ -109,7 +109,7 @@ def _candidates(
 ) -> dict[str, list[TeacherSpec]]:
     """What each teacher of the recipe could be stored as; what a cache has already stays as it is."""
     from teachercache.cache_builder.budget import candidates
-    from teachercache.cache_builder.teachers.recipe import student_grid
+    from teachercache.cache_builder.teachers.teacher_recipe import student_grid
 
     grid = student_grid(recipe.views.size)
     stored = drafted.stored[0].teachers if drafted.stored else {}

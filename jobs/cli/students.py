@@ -43,11 +43,11 @@ def train(
     Example: `teachercache train sak_stage1_base cache=/data/cache output=runs/base`
     """
     from teachercache.jobs.recipes import find_recipe
-    from teachercache.student.training.recipe import TrainRecipe
+    from teachercache.student.training.train_recipe import TrainRecipe
 
     checked = find_recipe(TrainRecipe, recipe, overrides or [])
     if dry_run:
-        from teachercache.jobs.train_plan import costs_table, plan_training, train_plan_table
+        from teachercache.jobs.train_dry_run import costs_table, plan_training, train_plan_table
 
         plan = plan_training(checked, processes=processes, tflops_per_gpu=tflops_per_gpu, num_samples=samples)
         console.print(train_plan_table(plan))

@@ -22,12 +22,12 @@ from teachercache.jobs.inspection.feature_facts import (
 )
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import CacheError
+from teachercache.pipeline.exploring.feature_pictures import heat, png_uri
+from teachercache.pipeline.exploring.map_reader import MapReader
 from teachercache.pipeline.grids import upsample
-from teachercache.pipeline.looking.feature_pictures import heat, png_uri
-from teachercache.pipeline.looking.map_reader import MapReader
 from teachercache.pipeline.units import human_bytes
 from teachercache.pipeline.views import render_view
-from teachercache.student.models.base import Student
+from teachercache.student.models.student import Student
 
 _KEPT_ROWS = 4
 _KEPT_DRAWINGS = 256

@@ -17,9 +17,9 @@ from teachercache.jobs.inspection.comparisons import Comparisons, Drawing
 from teachercache.jobs.inspection.summary import describe, summarize
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import CacheError, TeacherCacheError
-from teachercache.pipeline.looking.feature_pictures import jpeg_uri
-from teachercache.pipeline.looking.map_reader import level_name
-from teachercache.student.models.base import Student
+from teachercache.pipeline.exploring.feature_pictures import jpeg_uri
+from teachercache.pipeline.exploring.map_reader import level_name
+from teachercache.student.models.student import Student
 
 PAGE_SIZE = 12
 _THUMBNAIL = (96, 96)

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import CacheError
-from teachercache.pipeline.looking.feature_pictures import Picture, picture_grid
-from teachercache.pipeline.looking.map_reader import MapReader, level_name
+from teachercache.pipeline.exploring.feature_pictures import Picture, picture_grid
+from teachercache.pipeline.exploring.map_reader import MapReader, level_name
 
 matplotlib.use("agg")
 

@@ -40,8 +40,8 @@ from teachercache.jobs.inspection.timeline import timeline
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.codecs import codec_names, get_codec
 from teachercache.pipeline.errors import CodecError, TeacherCacheError
-from teachercache.pipeline.looking.feature_pictures import heat, jpeg_uri, png_uri
-from teachercache.pipeline.looking.map_reader import MapReader
+from teachercache.pipeline.exploring.feature_pictures import heat, jpeg_uri, png_uri
+from teachercache.pipeline.exploring.map_reader import MapReader
 from teachercache.pipeline.records.manifest import CommitRecord
 from teachercache.pipeline.units import human_bytes, human_seconds
 

@@ -184,7 +184,7 @@ def records(manifest: Manifest, teacher: str) -> Iterator[tuple[int, CommitRecor
         except (CacheError, OSError) as error:
             return shard, describe(error)
 
-    shards = sorted(manifest.committed(teacher))
+    shards = sorted(manifest.committed_shards(teacher))
     if isinstance(manifest.storage, LocalStorage):  # threads would only wait for each other
         yield from map(read, shards)
     else:

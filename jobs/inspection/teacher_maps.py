@@ -8,8 +8,8 @@ from torch import Tensor
 
 from teachercache.jobs.inspection.feature_facts import FactCollector, LevelFacts, common_grid, finite
 from teachercache.pipeline.errors import CacheError
-from teachercache.pipeline.looking.feature_pictures import heat, png_uri, token_norms
-from teachercache.pipeline.looking.map_reader import MapReader, level_name
+from teachercache.pipeline.exploring.feature_pictures import heat, png_uri, token_norms
+from teachercache.pipeline.exploring.map_reader import MapReader, level_name
 
 _COMMON_TOKENS = 2048
 

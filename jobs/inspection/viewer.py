@@ -29,7 +29,7 @@ from teachercache.jobs.inspection.explorer import Explorer, Selection
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.codecs import codec_names
 from teachercache.pipeline.errors import CacheError, TeacherCacheError
-from teachercache.student.models.base import Student
+from teachercache.student.models.student import Student
 
 STYLE = Path(__file__).with_name("viewer.css").read_text()
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")

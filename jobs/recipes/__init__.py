@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from teachercache.pipeline.recipe import Model, load_recipe
+from teachercache.pipeline.recipe_files import Model, load_recipe
 
 SHIPPED = Path(__file__).parent
 

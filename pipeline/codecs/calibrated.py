@@ -10,7 +10,7 @@ from typing import Generic, Self, TypeVar
 import torch
 from torch import Tensor
 
-from teachercache.pipeline.codecs.base import ArrayLayout, Codec, may_arrive_late
+from teachercache.pipeline.codecs.codec import ArrayLayout, Codec, may_arrive_late
 from teachercache.pipeline.codecs.outliers import num_slots
 from teachercache.pipeline.errors import CodecError
 

@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from scipy.fft import dct
 from torch import Tensor
 
-from teachercache.pipeline.codecs.base import ArrayLayout, Encoded
 from teachercache.pipeline.codecs.calibrated import OUTLIER_ARRAYS, CalibratedCodec, row_blocks
+from teachercache.pipeline.codecs.codec import ArrayLayout, Encoded
 from teachercache.pipeline.codecs.lloyd_max import gaussian_distortion, gaussian_levels
 from teachercache.pipeline.codecs.normalisation import Hadamard
 from teachercache.pipeline.codecs.quantizer import (

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from teachercache.pipeline.codecs.base import Codec
+from teachercache.pipeline.codecs.codec import Codec
 from teachercache.pipeline.codecs.normalisation import floored_std
 from teachercache.pipeline.codecs.outliers import usual_moments
 

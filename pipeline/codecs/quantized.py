@@ -21,8 +21,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from teachercache.pipeline.codecs.base import ArrayLayout, Encoded
 from teachercache.pipeline.codecs.calibrated import OUTLIER_ARRAYS, CalibratedCodec, row_blocks
+from teachercache.pipeline.codecs.codec import ArrayLayout, Encoded
 from teachercache.pipeline.codecs.lloyd_max import gaussian_levels
 from teachercache.pipeline.codecs.normalisation import Hadamard, Normalisation, PhiS, Standardise
 from teachercache.pipeline.codecs.packing import packed_width

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from teachercache.pipeline.codecs.base import ArrayLayout, Codec, Encoded, may_arrive_late
+from teachercache.pipeline.codecs.codec import ArrayLayout, Codec, Encoded, may_arrive_late
 from teachercache.pipeline.errors import CodecError
 
 CODE_AXES = ("level", "height", "width", "channel")

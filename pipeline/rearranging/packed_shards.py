@@ -15,7 +15,7 @@ from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.rearranging.rearrangement import Step
 from teachercache.pipeline.records.manifest import CommitRecord, FileRecord, QuarantineEntry
 from teachercache.pipeline.records.spec import IMAGES
-from teachercache.pipeline.stores.base import Arrays, numpy_dtype
+from teachercache.pipeline.stores.feature_store import Arrays, numpy_dtype
 from teachercache.pipeline.stores.image_tar import ImageTarWriter
 
 _BATCH_NBYTES = 1 << 26
@@ -68,7 +68,7 @@ def packed_shards(source: FeatureCache, target: FeatureCache, chosen: Ints) -> I
         )
 
     for teacher in target.spec.teachers_and_images:
-        done, committed, invalid = target.manifest.committed(teacher), source.commits(teacher), None
+        done, committed, invalid = target.manifest.committed_shards(teacher), source.commits(teacher), None
         for shard in target.spec.shards(teacher):
             samples, views, _ = target.index.locate(target.spec.shard_rows(shard))
             old = source.index.rows(chosen[samples], views)

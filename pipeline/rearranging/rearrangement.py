@@ -81,7 +81,7 @@ def _begin(
         return FeatureCache(storage, found)
     target = FeatureCache(storage, spec)
     for name in (*spec.teachers, IMAGES):
-        if left := manifest.committed(name):
+        if left := manifest.committed_shards(name):
             raise CacheMismatchError(
                 "Shards of another cache are at this path.",
                 got=f"{len(left)} commit records of {name} in {storage.url}, without {SPEC_NAME}",

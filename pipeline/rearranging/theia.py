@@ -31,7 +31,7 @@ from teachercache.pipeline.errors import CacheError, CacheMismatchError
 from teachercache.pipeline.places.open_storage import open_storage
 from teachercache.pipeline.places.storage import Storage
 from teachercache.pipeline.places.whole_or_nothing import room_at
-from teachercache.pipeline.stores.base import CLS_TOKEN
+from teachercache.pipeline.stores.feature_store import CLS_TOKEN
 from teachercache.pipeline.stores.tar_index import TAR_END, add_member
 from teachercache.pipeline.views import render_view
 

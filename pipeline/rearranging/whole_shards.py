@@ -21,7 +21,7 @@ _BLOCK_NBYTES = 1 << 22
 def missing(source: FeatureCache, target: FeatureCache, shift: int = 0) -> Iterator[tuple[str, int]]:
     """(teacher, shard of `source`) that it has committed and `target`, `shift` shards on, has not."""
     for name in target.spec.teachers_and_images:
-        done = target.manifest.committed(name)
+        done = target.manifest.committed_shards(name)
         yield from ((name, shard) for shard in sorted(source.commits(name)) if shard + shift not in done)
 
 

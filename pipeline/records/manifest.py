@@ -228,13 +228,13 @@ class Manifest:
     def commit(self, record: CommitRecord) -> None:
         self.storage.write(commit_name(record.teacher, record.shard), _json_bytes(record))
 
-    def committed(self, teacher: str) -> set[int]:
+    def committed_shards(self, teacher: str) -> set[int]:
         """Shards that have a commit record; a listing, no record is read."""
         return _numbers(self.storage.names(f"commits/{teacher}"), ".json")
 
     def commits(self, teacher: str, shards: Iterable[int] | None = None) -> dict[int, CommitRecord]:
         """The commit records of a teacher, by shard."""
-        wanted = sorted(self.committed(teacher) if shards is None else shards)
+        wanted = sorted(self.committed_shards(teacher) if shards is None else shards)
         with ThreadPoolExecutor(_READ_THREADS) as pool:
             records = pool.map(lambda shard: self.read_commit(teacher, shard), wanted)
             return dict(zip(wanted, records, strict=True))

@@ -15,18 +15,18 @@ from posixpath import basename, splitext
 
 from teachercache.pipeline.errors import RecipeError, SourceError
 from teachercache.pipeline.records.tables import SAMPLE_SCHEMA, dataset_fingerprint
-from teachercache.pipeline.sources.base import (
+from teachercache.pipeline.sources.decode import MAX_PIXELS, decode_image
+from teachercache.pipeline.sources.ilsvrc import ILSVRCSource
+from teachercache.pipeline.sources.image_folder import ImageFolderSource
+from teachercache.pipeline.sources.parquet import ParquetSource
+from teachercache.pipeline.sources.place import Place
+from teachercache.pipeline.sources.source import (
     PHOTO_SUFFIXES,
     Source,
     is_image_name,
     left_out_line,
     no_image_error,
 )
-from teachercache.pipeline.sources.decode import MAX_PIXELS, decode_image
-from teachercache.pipeline.sources.ilsvrc import ILSVRCSource
-from teachercache.pipeline.sources.image_folder import ImageFolderSource
-from teachercache.pipeline.sources.parquet import ParquetSource
-from teachercache.pipeline.sources.place import Place
 from teachercache.pipeline.sources.tar import tar_members
 from teachercache.pipeline.sources.webdataset import WebDatasetSource
 

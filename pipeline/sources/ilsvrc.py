@@ -10,8 +10,8 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from teachercache.pipeline.errors import SourceError
-from teachercache.pipeline.sources.base import SampleRows, is_image_name, kind_of
 from teachercache.pipeline.sources.keys import printable
+from teachercache.pipeline.sources.source import SampleRows, is_image_name, kind_of
 from teachercache.pipeline.sources.tar import TarSource, read_range, tar_members
 
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from teachercache.pipeline.places.local_storage import LocalStorage
 from teachercache.pipeline.places.retries import retrying
-from teachercache.pipeline.sources.base import SampleRows, Source, is_image_name, kind_of
+from teachercache.pipeline.sources.source import SampleRows, Source, is_image_name, kind_of
 
 _FILES_PER_UNIT = 1024
 _REMOTE_FILES_PER_UNIT = 16  # one request each, and the units of a source run side by side

@@ -20,8 +20,8 @@ import pyarrow.parquet as pq
 
 from teachercache.pipeline.errors import ImageDecodeError, SourceError
 from teachercache.pipeline.places.open_storage import open_storage
-from teachercache.pipeline.sources.base import SampleRows, Source
 from teachercache.pipeline.sources.keys import printable
+from teachercache.pipeline.sources.source import SampleRows, Source
 
 _ROWS_PER_BATCH = 256
 _ROW_GROUPS_KEPT = 4

@@ -10,7 +10,7 @@ from posixpath import dirname, normpath
 from posixpath import join as join_path
 from typing import IO, NamedTuple, Self
 
-from teachercache.pipeline.sources.base import Source
+from teachercache.pipeline.sources.source import Source
 
 _PLAIN_KINDS = (tarfile.REGTYPE, tarfile.XHDTYPE)
 _LONGEST_CHAIN = 40  # of links to links, as in Linux

@@ -13,14 +13,14 @@ from typing import IO, NamedTuple
 
 import pyarrow as pa
 
-from teachercache.pipeline.sources.base import (
+from teachercache.pipeline.sources.keys import printable
+from teachercache.pipeline.sources.source import (
     IMAGE_SUFFIXES,
     PHOTO_SUFFIXES,
     SampleRows,
     is_image_name,
     kind_of,
 )
-from teachercache.pipeline.sources.keys import printable
 from teachercache.pipeline.sources.tar import TarMember, TarSource, read_range, tar_members
 
 _NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)

@@ -13,7 +13,7 @@ from teachercache.pipeline.errors import CacheError, CorruptShardError
 from teachercache.pipeline.records.manifest import CommitRecord, Manifest
 from teachercache.pipeline.records.rows import RowIndex
 from teachercache.pipeline.records.spec import IMAGES
-from teachercache.pipeline.stores.base import FeatureStore
+from teachercache.pipeline.stores.feature_store import FeatureStore
 
 
 class CommittedShards:
@@ -32,7 +32,7 @@ class CommittedShards:
     def mask(self) -> NDArray[np.bool_]:
         """Which shards are committed."""
         mask = np.zeros(self._spec.num_shards, bool)
-        mask[[shard for shard in self._manifest.committed(self.teacher) if shard < len(mask)]] = True
+        mask[[shard for shard in self._manifest.committed_shards(self.teacher) if shard < len(mask)]] = True
         return mask
 
     @cached_property

@@ -16,8 +16,8 @@ from teachercache.pipeline.errors import CacheError, IncompleteCacheError, expla
 from teachercache.pipeline.records.manifest import tables_name
 from teachercache.pipeline.records.sample_table import SampleTable
 from teachercache.pipeline.records.stats_files import read_tables
-from teachercache.pipeline.stores.base import feature_arrays, teacher_layouts
 from teachercache.pipeline.stores.committed_shards import CommittedShards
+from teachercache.pipeline.stores.feature_store import feature_arrays, teacher_layouts
 
 
 class TeacherFeatures:

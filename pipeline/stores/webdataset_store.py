@@ -25,7 +25,7 @@ from teachercache.pipeline.codecs import ArrayLayout
 from teachercache.pipeline.places.storage import Storage
 from teachercache.pipeline.records.rows import RowIndex
 from teachercache.pipeline.records.spec import CacheSpec
-from teachercache.pipeline.stores.base import (
+from teachercache.pipeline.stores.feature_store import (
     Arrays,
     FeatureStore,
     ShardWriter,

@@ -30,7 +30,7 @@ from teachercache.pipeline.places.remote_storage import client_options
 from teachercache.pipeline.places.retries import retrying
 from teachercache.pipeline.places.storage import Storage
 from teachercache.pipeline.records.spec import CacheSpec
-from teachercache.pipeline.stores.base import (
+from teachercache.pipeline.stores.feature_store import (
     Arrays,
     FeatureStore,
     ShardWriter,

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from scipy.io import loadmat
 
 from teachercache.pipeline.records.spec import Size
-from teachercache.student.datasets.base import LabelledDataset, read_array, unit_normals
 from teachercache.student.datasets.boundaries import label_boundaries, partition_boundaries
+from teachercache.student.datasets.labelled_dataset import LabelledDataset, read_array, unit_normals
 from teachercache.student.datasets.labels import ignored_without_parts
 
 _PERSON = 15  # among the classes of PASCAL-Part

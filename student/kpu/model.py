@@ -18,14 +18,14 @@ from teachercache.pipeline.errors import RecipeError
 from teachercache.pipeline.records.spec import Size
 from teachercache.student.kpu.latent_space import Features, LatentSpace
 from teachercache.student.kpu.vit_adapter import STRIDES, ViTAdapter
-from teachercache.student.models.base import (
+from teachercache.student.models.stem import Stem
+from teachercache.student.models.student import (
     Student,
     StudentOutput,
     check_names,
     count_by_part,
     require_teachers,
 )
-from teachercache.student.models.stem import Stem
 
 
 class ImageRepresentation(NamedTuple):
@@ -91,7 +91,7 @@ class KPU(Student):
         super().__init__(config, module.mean, module.std)
         self.stem = module
         self.norm = nn.LayerNorm(module.width, eps=1e-6)
-        self.vit_adapter = ViTAdapter(module.width, module.level_blocks) if preservation else None
+        self.vit_adapter = ViTAdapter(module.width, module.level_depths) if preservation else None
         self.latent_space = LatentSpace(
             module.width, teacher_dims, config["class_tokens"], unification, reconstruction
         )

@@ -38,9 +38,9 @@ class ViTAdapter(nn.Module):
 
     extractors: Any  # a ModuleList of ModuleLists, which its type cannot say
 
-    def __init__(self, width: int, level_blocks: Collection[int]) -> None:
+    def __init__(self, width: int, level_depths: Collection[int]) -> None:
         super().__init__()
-        self._ends = list(level_blocks)
+        self._ends = list(level_depths)
         self._starts = [0, *self._ends[:-1]]
         self.prior = SpatialPrior(width)
         self.scale_embedding = nn.Parameter(torch.empty(len(STRIDES) - 1, width))

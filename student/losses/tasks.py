@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from teachercache.pipeline.errors import explain
 from teachercache.student.metrics.dense import IGNORE_INDEX
-from teachercache.student.models.base import require_known
+from teachercache.student.models.student import require_known
 
 BOUNDARY_WEIGHT = 0.95  # of boundary pixels; the others weigh 1 - 0.95
 

@@ -26,8 +26,8 @@ from teachercache.student.measuring.evaluate import process_state
 from teachercache.student.measuring.in_threads import in_threads
 from teachercache.student.measuring.paper_results import DEPTH_PROBES
 from teachercache.student.metrics import RMSE
-from teachercache.student.models.base import NUM_LEVELS, Student, require_known
 from teachercache.student.models.stem import Stem
+from teachercache.student.models.student import NUM_LEVELS, Student, require_known
 from teachercache.student.sak.model import SAK
 from teachercache.student.training.schedule import cosine_with_warmup
 
@@ -85,7 +85,7 @@ class FrozenMaps:
         mean, std = self._mean_std.to(images_B3HW.device)
         stem, prefix = self.stem, self.stem.num_prefix_tokens
         tokens_BND = stem((images_B3HW.float() / 255 - mean) / std)
-        levels_BND = [tokens_BND[block] for block in stem.level_blocks]
+        levels_BND = [tokens_BND[block] for block in stem.level_depths]
         patches_BnD = [tokens[:, prefix:] for tokens in levels_BND]
         if self._path is not None:
             patches_BnD = self._path(tokens_BND, prefix)

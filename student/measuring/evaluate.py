@@ -44,7 +44,7 @@ from teachercache.student.measuring.in_threads import in_threads
 from teachercache.student.measuring.paper_results import backbone_of, paper_rows, single_task_scores
 from teachercache.student.measuring.task_outputs import TASK_OUTPUTS, further, update, value
 from teachercache.student.metrics import mtl_gain
-from teachercache.student.models.base import Student, StudentOutput
+from teachercache.student.models.student import Student, StudentOutput
 from teachercache.student.saving import replacing, saving
 from teachercache.student.training.targets import require_experts
 

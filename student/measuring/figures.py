@@ -13,10 +13,10 @@ from torch import Tensor
 
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import RecipeError
-from teachercache.pipeline.looking.feature_pictures import Picture, heat, picture_grid, token_norms
-from teachercache.pipeline.looking.map_reader import MapReader
+from teachercache.pipeline.exploring.feature_pictures import Picture, heat, picture_grid, token_norms
+from teachercache.pipeline.exploring.map_reader import MapReader
 from teachercache.student.measuring.task_outputs import TASK_OUTPUTS
-from teachercache.student.models.base import NUM_LEVELS, Student
+from teachercache.student.models.student import NUM_LEVELS, Student
 from teachercache.student.sak.model import SAK
 
 EXPERT_COLOURS = ("#777777", "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")

@@ -21,11 +21,11 @@ from teachercache.pipeline.grids import adjoint
 from teachercache.pipeline.records.spec import Size, TeacherSpec, ViewPolicy
 from teachercache.pipeline.sources import Source, decode_image
 from teachercache.pipeline.sources.keys import OK
-from teachercache.pipeline.stores.base import CLS_TOKEN
+from teachercache.pipeline.stores.feature_store import CLS_TOKEN
 from teachercache.pipeline.views import draw_view, render_view
 from teachercache.student.kpu.model import KPU
 from teachercache.student.measuring.in_threads import in_threads
-from teachercache.student.models.base import Student
+from teachercache.student.models.student import Student
 from teachercache.student.sak.model import SAK
 
 Tokens = Literal["cls", "mean"]

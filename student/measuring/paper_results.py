@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from teachercache.pipeline.errors import RecipeError
-from teachercache.student.models.base import Student
+from teachercache.student.models.student import Student
 
 _BACKBONES = {384: "ViT-S", 768: "ViT-B", 1024: "ViT-L"}
 

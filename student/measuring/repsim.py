@@ -15,7 +15,7 @@ from teachercache.pipeline.errors import RecipeError
 from teachercache.pipeline.grids import upsample
 from teachercache.pipeline.loading.loader import FeatureLoader
 from teachercache.pipeline.loading.sampler import ShardShuffleSampler
-from teachercache.student.models.base import Student
+from teachercache.student.models.student import Student
 from teachercache.student.sak.model import SAK
 
 

@@ -6,10 +6,10 @@ metric.reduce(lambda x: accelerator.reduce(x.to(accelerator.device), "sum").cpu(
 metric.compute()
 """
 
-from teachercache.student.metrics.base import SumMetric
 from teachercache.student.metrics.boundary import BoundaryBenchmark, BoundaryScores
 from teachercache.student.metrics.dense import RMSE, MaxF, MeanAngularError, MeanIoU
 from teachercache.student.metrics.gain import mtl_gain
+from teachercache.student.metrics.sum_metric import SumMetric
 from teachercache.student.metrics.top1 import Top1
 
 __all__ = [

@@ -21,9 +21,9 @@ from skimage.morphology import thin
 from torch import Tensor
 
 from teachercache.pipeline.errors import explain
-from teachercache.student.metrics.base import SumMetric, check_same_shape
 from teachercache.student.metrics.edge_nms import edge_nms
 from teachercache.student.metrics.matching import Bools, find_candidates, match
+from teachercache.student.metrics.sum_metric import SumMetric, check_same_shape
 
 Floats = npt.NDArray[np.floating]
 Counts = npt.NDArray[np.int64]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from teachercache.pipeline.errors import explain
-from teachercache.student.metrics.base import SumMetric, check_same_shape
+from teachercache.student.metrics.sum_metric import SumMetric, check_same_shape
 
 IGNORE_INDEX = 255
 """The label of pixels that nobody annotated, in every data set of the multi-task community."""

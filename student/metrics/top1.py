@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from teachercache.student.metrics.base import SumMetric, check_same_shape
+from teachercache.student.metrics.sum_metric import SumMetric, check_same_shape
 
 
 class Top1(SumMetric):

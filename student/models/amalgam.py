@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from teachercache.pipeline.errors import explain
 from teachercache.pipeline.grids import pool
 from teachercache.pipeline.records.spec import GridSpec, Size
-from teachercache.student.models.base import NUM_LEVELS, Student, StudentOutput
 from teachercache.student.models.stem import Stem
+from teachercache.student.models.student import NUM_LEVELS, Student, StudentOutput
 from teachercache.student.models.task_decoder import TaskDecoder
 
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -120,7 +120,7 @@ class Amalgam(Student):
         """(B, S, h, w, D), on the grid of the stem."""
         assert self.stem is not None
         tokens_BND = self.stem(pixels_B3HW)
-        levels = torch.stack([tokens_BND[block] for block in self.stem.level_blocks], dim=1)
+        levels = torch.stack([tokens_BND[block] for block in self.stem.level_depths], dim=1)
         maps_BShwD: Tensor = levels[:, :, self.stem.num_prefix_tokens :].unflatten(2, self.stem.grid)
         return maps_BShwD
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from teachercache.pipeline.grids import upsample
 from teachercache.pipeline.records.spec import Size
-from teachercache.student.models.base import NUM_LEVELS
+from teachercache.student.models.student import NUM_LEVELS
 
 
 class SimpleHead(nn.Module):

@@ -3,7 +3,7 @@
 B  images          N  tokens, those before the patches (cls, registers) included
 h, w               grid of the patches
 L  blocks          D  width of the stem
-Z_l (B, N, D)      the output of block l; Z_0 is what enters block 1
+Z_l (B, N, D)      the tokens after l blocks; Z_0 enters the first
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from teachercache.pipeline.errors import RecipeError, WeightsNotFoundError, explain
 from teachercache.pipeline.records.spec import Size
 from teachercache.pipeline.views import enlarge_and_pad
-from teachercache.student.models.base import NUM_LEVELS
+from teachercache.student.models.student import NUM_LEVELS
 
 SAM_SIDE = 1024  # pixels, of which it was trained on squares
 Between = Callable[[int, Tensor], Tensor]  # (l, Z_l) → Z_l
@@ -58,7 +58,7 @@ class Stem(nn.Module):
         self.mean: tuple[float, ...]
         self.std: tuple[float, ...]
         self.mean, self.std = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD) if sak_compat else own
-        self.level_blocks = level_blocks(self.depth)
+        self.level_depths = level_depths(self.depth)
 
     def forward(self, pixels_B3HW: Tensor, between: Between | None = None) -> list[Tensor]:
         """[Z_0, …, Z_L] (SAK, Eq. 1), each as `between` gives it, if there is one: it goes on so.
@@ -121,8 +121,8 @@ class Stem(nn.Module):
             )
 
 
-def level_blocks(depth: int) -> list[int]:
-    """The blocks L/4, L/2, 3L/4 and L, counted from 1; rounded up where 4 does not divide L."""
+def level_depths(depth: int) -> list[int]:
+    """After how many blocks a level is read: L/4, L/2, 3L/4 and L; rounded up where 4 does not divide L."""
     return [math.ceil(depth * level / NUM_LEVELS) for level in range(1, NUM_LEVELS + 1)]
 
 

@@ -36,19 +36,19 @@ class Adapter(nn.Module):
 class AdapterPath(nn.Module):
     """The branch of one teacher; complete in itself, so that teachers can be added and removed.
 
-    `level_blocks`: the blocks, counted from 1, that are led out. Where the teacher's width is not the
+    `level_depths`: after how many blocks a level is led out. Where the teacher's width is not the
     stem's, an aligner (a linear layer) maps each level to it; only distillation needs the aligners.
     """
 
     def __init__(
-        self, width: int, depth: int, level_blocks: Sequence[int], teacher_width: int, reduction: int
+        self, width: int, depth: int, level_depths: Sequence[int], teacher_width: int, reduction: int
     ) -> None:
         super().__init__()
-        self.level_blocks = tuple(level_blocks)
+        self.level_depths = tuple(level_depths)
         self.adapters = nn.ModuleList(Adapter(width, reduction) for _ in range(depth + 1))
-        self.output_norms = nn.ModuleList(nn.LayerNorm(width) for _ in level_blocks)
+        self.output_norms = nn.ModuleList(nn.LayerNorm(width) for _ in level_depths)
         self.aligners = nn.ModuleList(
-            nn.Linear(width, teacher_width) for _ in level_blocks if teacher_width != width
+            nn.Linear(width, teacher_width) for _ in level_depths if teacher_width != width
         )
         self.apply(_initialise)
 
@@ -61,7 +61,7 @@ class AdapterPath(nn.Module):
         levels_BnD = []
         for block, stem_BND in enumerate(stem_tokens_BND[1:], start=1):
             tokens_BND = self.adapters[block](tokens_BND + stem_BND)
-            if block in self.level_blocks:
+            if block in self.level_depths:
                 levels_BnD.append(tokens_BND[:, num_prefix_tokens:])
         return [norm(tokens_BnD) for norm, tokens_BnD in zip(self.output_norms, levels_BnD, strict=True)]
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from teachercache.pipeline.errors import RecipeError
 from teachercache.pipeline.records.spec import Size
-from teachercache.student.models.base import (
+from teachercache.student.models.stem import Stem
+from teachercache.student.models.student import (
     NUM_LEVELS,
     Student,
     StudentOutput,
@@ -27,7 +28,6 @@ from teachercache.student.models.base import (
     require_known,
     require_teachers,
 )
-from teachercache.student.models.stem import Stem
 from teachercache.student.models.task_decoder import TaskDecoder
 from teachercache.student.sak.adapter_path import AdapterPath, AlignerPath, align
 
@@ -105,7 +105,7 @@ class SAK(Student):
         tokens_BND = self.stem(pixels_B3HW)
         prefix = self.stem.num_prefix_tokens
         return Representations(
-            stem=[tokens_BND[block][:, prefix:] for block in self.stem.level_blocks],
+            stem=[tokens_BND[block][:, prefix:] for block in self.stem.level_depths],
             paths={name: self.paths[name](tokens_BND, prefix) for name in self.experts[1:]},
         )
 
@@ -175,7 +175,7 @@ class SAK(Student):
         stem = self.stem
         if not self.config["adapter_paths"]:
             return AlignerPath(stem.width, NUM_LEVELS, teacher_width)
-        return AdapterPath(stem.width, stem.depth, stem.level_blocks, teacher_width, self.config["reduction"])
+        return AdapterPath(stem.width, stem.depth, stem.level_depths, teacher_width, self.config["reduction"])
 
     def _feature_maps(self, representations: Representations) -> dict[str, list[Tensor]]:
         """For each teacher its levels (B, C, h, w), without a copy: in memory the channels stay last."""

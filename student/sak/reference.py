@@ -138,7 +138,7 @@ def load_reference(student: SAK, tensors: Mapping[str, Tensor]) -> list[Unmatche
         "mean": torch.tensor(IMAGENET_DEFAULT_MEAN).view(3, 1, 1),
         "std": torch.tensor(IMAGENET_DEFAULT_STD).view(3, 1, 1),
     }
-    levels = {str(block - 1): level for level, block in enumerate(student.stem.level_blocks)}
+    levels = {str(block - 1): level for level, block in enumerate(student.stem.level_depths)}
     state = student.state_dict()
     left = {name: tuple(tensor.shape) for name, tensor in state.items() if name not in normalisation}
     agreeing: dict[str, Tensor] = {}

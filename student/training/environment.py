@@ -18,7 +18,7 @@ from accelerate.utils import (
 )
 
 from teachercache.pipeline.errors import RecipeError
-from teachercache.student.training.recipe import TrainRecipe
+from teachercache.student.training.train_recipe import TrainRecipe
 
 _ENGINES = {
     "ACCELERATE_USE_FSDP": "FSDP",

@@ -27,8 +27,8 @@ from teachercache.pipeline.loading.loader import Batch
 from teachercache.pipeline.stop_request import StopRequest
 from teachercache.student.timing import StageTimer
 from teachercache.student.training.checkpoint import save_checkpoint
-from teachercache.student.training.recipe import TrainRecipe
 from teachercache.student.training.run_log import RunLog
+from teachercache.student.training.train_recipe import TrainRecipe
 
 _NAMED = 5
 Objective = Callable[[Batch, StageTimer], tuple[Tensor, dict[str, Tensor]]]

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from teachercache.student.models.base import Student
+from teachercache.student.hub import CARD_FILE
+from teachercache.student.models.student import Student
 from teachercache.student.saving import replacing
-from teachercache.student.sharing import CARD_FILE
 
 if TYPE_CHECKING:
     from teachercache.pipeline.cache import FeatureCache
-    from teachercache.student.training.recipe import TrainRecipe
+    from teachercache.student.training.train_recipe import TrainRecipe
 
 
 def write_model_card(
@@ -58,7 +58,7 @@ output = student(student.normalize(images))  # uint8 (B, 3, {height}, {width}) â
 `{cache.spec.cache_id}`). The recipe:
 
 ```yaml
-{yaml.safe_dump(told_recipe(recipe), sort_keys=False)}```
+{yaml.safe_dump(recipe_for_card(recipe), sort_keys=False)}```
 
 | part | parameters |
 |---|---|
@@ -70,7 +70,7 @@ The licences of the teachers' weights apply to what was distilled from them: see
         file.write_text(text)
 
 
-def told_recipe(recipe: TrainRecipe) -> dict[str, Any]:
+def recipe_for_card(recipe: TrainRecipe) -> dict[str, Any]:
     """The recipe without where things lie on the machine it ran on: of each folder its name alone."""
     told = recipe.model_dump(mode="json")
     dataset = (told["multitask"] or {}).get("dataset", {})

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.loading.loader import Labels
-from teachercache.pipeline.stores.base import CLS_TOKEN
+from teachercache.pipeline.stores.feature_store import CLS_TOKEN
 
 
 def not_finite(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from teachercache.pipeline.records.spec import CacheSpec
-from teachercache.student.training.recipe import TrainRecipe
+from teachercache.student.training.train_recipe import TrainRecipe
 
 
 def notices(recipe: TrainRecipe, spec: CacheSpec, cached: Sequence[str]) -> list[str]:

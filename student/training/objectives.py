@@ -17,7 +17,7 @@ from teachercache.student.losses.distillation import (
     Target,
 )
 from teachercache.student.losses.tasks import MultiTaskLoss
-from teachercache.student.models.base import Student, StudentOutput
+from teachercache.student.models.student import Student, StudentOutput
 from teachercache.student.timing import StageTimer
 from teachercache.student.training.targets import TargetSource
 

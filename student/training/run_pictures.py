@@ -13,15 +13,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from teachercache.pipeline.cache import FeatureCache
-from teachercache.pipeline.looking.feature_pictures import (
+from teachercache.pipeline.exploring.feature_pictures import (
     Picture,
     figure_pixels,
     heat,
     picture_grid,
     token_norms,
 )
-from teachercache.pipeline.looking.map_reader import MapReader, level_name
-from teachercache.student.models.base import Student
+from teachercache.pipeline.exploring.map_reader import MapReader, level_name
+from teachercache.student.models.student import Student
 
 NUM_ROWS = 4
 

@@ -14,9 +14,9 @@ from teachercache.pipeline.errors import RecipeError
 from teachercache.pipeline.grids import pool
 from teachercache.pipeline.loading.loader import Batch
 from teachercache.pipeline.records.spec import Size, TeacherSpec
-from teachercache.pipeline.stores.base import NORMS
+from teachercache.pipeline.stores.feature_store import NORMS
 from teachercache.student.losses.distillation import AdjointTarget, Target
-from teachercache.student.models.base import NUM_LEVELS
+from teachercache.student.models.student import NUM_LEVELS
 
 
 class TargetSource(ABC):
@@ -92,7 +92,7 @@ class HybridTargets(TargetSource):
     """
 
     def __init__(self, cache: FeatureCache, teachers: Sequence[str], device: torch.device) -> None:
-        self.reads = held_whole(cache, teachers)
+        self.reads = complete_teachers(cache, teachers)
         online = OnlineTargets(cache, [name for name in teachers if name not in self.reads], device)
         self._parts = CachedTargets(cache, self.reads, device), online
         self.extra_sizes = online.extra_sizes
@@ -130,7 +130,7 @@ def require_maps(cache: FeatureCache, teachers: Sequence[str]) -> None:
             )
 
 
-def held_whole(cache: FeatureCache, teachers: Sequence[str]) -> list[str]:
+def complete_teachers(cache: FeatureCache, teachers: Sequence[str]) -> list[str]:
     """Those of `teachers` of which every shard is committed."""
     return [name for name in teachers if cache.committed(name).all()]
 

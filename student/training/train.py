@@ -33,7 +33,7 @@ from teachercache.student.build import build_student
 from teachercache.student.losses.alignment import AlignmentLoss
 from teachercache.student.losses.distillation import DistillationLoss
 from teachercache.student.losses.tasks import MultiTaskLoss
-from teachercache.student.models.base import NUM_LEVELS, Student, teacher_facts
+from teachercache.student.models.student import NUM_LEVELS, Student, teacher_facts
 from teachercache.student.sak.model import SAK
 from teachercache.student.sak.transfer import grown_student, load_stage_1
 from teachercache.student.saving import saving
@@ -46,13 +46,11 @@ from teachercache.student.training.checkpoint import (
     set_aside,
 )
 from teachercache.student.training.environment import accelerator_for, overruled
-from teachercache.student.training.learning import require_kept, set_learning
 from teachercache.student.training.loop import TrainingLoop
 from teachercache.student.training.model_card import write_model_card
 from teachercache.student.training.not_finite import not_finite
 from teachercache.student.training.notices import notices
 from teachercache.student.training.objectives import KPUObjective, Objective
-from teachercache.student.training.recipe import OF_KPU, TrainRecipe, run_identity
 from teachercache.student.training.run_lock import only_trainer
 from teachercache.student.training.run_log import METRICS_FILE, RunLog, logged_steps
 from teachercache.student.training.run_pictures import RunPictures
@@ -60,10 +58,12 @@ from teachercache.student.training.schedule import SCHEDULES
 from teachercache.student.training.targets import (
     TARGET_SOURCES,
     TargetSource,
-    held_whole,
+    complete_teachers,
     require_experts,
     require_maps,
 )
+from teachercache.student.training.train_recipe import OF_KPU, TrainRecipe, run_identity
+from teachercache.student.training.trained_parts import require_kept, set_learning
 from teachercache.student.training.view_labels import ViewLabels
 
 
@@ -271,7 +271,7 @@ def _held(recipe: TrainRecipe, cache: FeatureCache, teachers: list[str]) -> list
     """The teachers whose features the cache must hold."""
     if recipe.features != "hybrid":
         return teachers
-    held = held_whole(cache, teachers)
+    held = complete_teachers(cache, teachers)
     if teachers and not held:
         raise RecipeError(
             "A hybrid run reads at least one teacher.",

@@ -15,7 +15,7 @@ from teachercache.pipeline.records.spec import Size
 from teachercache.student.build import build_student
 from teachercache.student.kpu.latent_space import Features
 from teachercache.student.kpu.model import KPU
-from teachercache.student.models.base import (
+from teachercache.student.models.student import (
     NUM_LEVELS,
     Student,
     StudentOutput,
@@ -25,8 +25,8 @@ from teachercache.student.models.base import (
 )
 from teachercache.student.sak.model import SAK
 from teachercache.student.sak.transfer import grow
-from teachercache.student.training.learning import require_kept, set_learning
-from teachercache.student.training.recipe import StudentRecipe, TrainRecipe
+from teachercache.student.training.train_recipe import StudentRecipe, TrainRecipe
+from teachercache.student.training.trained_parts import require_kept, set_learning
 
 
 class StudentSize(NamedTuple):

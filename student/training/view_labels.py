@@ -16,8 +16,8 @@ from teachercache.pipeline.sources.decode import HEAD_BYTES
 from teachercache.pipeline.views import View
 from teachercache.student.datasets import open_dataset
 from teachercache.student.datasets.labels import render_labels
-from teachercache.student.models.base import require_known
-from teachercache.student.training.recipe import MultiTaskRecipe
+from teachercache.student.models.student import require_known
+from teachercache.student.training.train_recipe import MultiTaskRecipe
 
 
 class ViewLabels:

@@ -21,7 +21,7 @@ from rich.console import Console
 from werkzeug.serving import WSGIRequestHandler, make_server
 
 from teachercache import FeatureCache, build
-from teachercache.cache_builder.recipe import RunnerRecipe
+from teachercache.cache_builder.build_recipe import RunnerRecipe
 from teachercache.cache_builder.repair import repair
 from teachercache.pipeline.errors import BuildError, CacheError, CacheNotFoundError, CorruptShardError
 from teachercache.pipeline.places.open_storage import open_storage

@@ -15,7 +15,7 @@ import s3fs
 from typer.testing import CliRunner
 
 from teachercache import FeatureCache
-from teachercache.cache_builder.recipe import BuildRecipe
+from teachercache.cache_builder.build_recipe import BuildRecipe
 from teachercache.cache_builder.repair import repair
 from teachercache.jobs.cli import app
 from teachercache.jobs.inspection.explorer import Explorer
@@ -23,7 +23,7 @@ from teachercache.jobs.inspection.report import write_report
 from teachercache.pipeline.errors import SourceError
 from teachercache.pipeline.places.open_storage import open_storage
 from teachercache.pipeline.places.own_places import is_followed
-from teachercache.pipeline.recipe import load_recipe
+from teachercache.pipeline.recipe_files import load_recipe
 from teachercache.pipeline.records.manifest import Manifest
 from tests.make_cache import make_cache, make_images
 from tests.train_recipes import train_recipe

@@ -19,8 +19,8 @@ from rich.console import Console
 
 from benchmarks.chaos import TIMEOUT_S, ChaosCluster, chaos, make_images, recipe_for
 from teachercache import build
+from teachercache.cache_builder.build_recipe import RunnerRecipe
 from teachercache.cache_builder.ray_runner import RayRunner, RayWorker
-from teachercache.cache_builder.recipe import RunnerRecipe
 from teachercache.cache_builder.runner import Task
 from teachercache.cache_builder.stages import STAGES
 from teachercache.pipeline.errors import BuildError
@@ -90,7 +90,7 @@ def test_a_late_node_is_used_and_every_actor_is_measured(folder: Path) -> None:
         with PatientRunner(recipe.runner, cache.spec.teachers) as runner, ThreadPoolExecutor(1) as pool:
             tasks = [Task(shard, ("tiny",)) for shard in range(12)]
             running = pool.submit(runner.run, recipe.cache, str(images), tasks, collect)
-            while not cache.manifest.committed("tiny"):
+            while not cache.manifest.committed_shards("tiny"):
                 time.sleep(0.05)
             cluster.add_node()  # Ray wants the main thread for it
             assert running.result(TIMEOUT_S) == []

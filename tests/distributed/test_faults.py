@@ -19,10 +19,10 @@ import pytest
 from rich.console import Console
 
 from teachercache import FeatureCache, build
+from teachercache.cache_builder.build_recipe import BuildRecipe
 from teachercache.cache_builder.builder import BuildResult
 from teachercache.cache_builder.extract import ShardExtractor
 from teachercache.cache_builder.ray_runner import RayRunner, RayWorker
-from teachercache.cache_builder.recipe import BuildRecipe
 from teachercache.pipeline.errors import BuildError, CacheError, CacheNotFoundError
 from teachercache.pipeline.records.manifest import CommitRecord
 from teachercache.pipeline.verify import strays, verify

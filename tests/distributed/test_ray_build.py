@@ -12,9 +12,9 @@ import torch
 from rich.console import Console
 
 from teachercache import build
+from teachercache.cache_builder.build_recipe import RunnerRecipe
 from teachercache.cache_builder.ray_cluster import connect
 from teachercache.cache_builder.ray_runner import RayRunner, _Metrics
-from teachercache.cache_builder.recipe import RunnerRecipe
 from teachercache.cache_builder.stages import STAGES
 from teachercache.pipeline.errors import BuildError, TeacherCacheError
 from teachercache.pipeline.verify import verify

@@ -96,7 +96,7 @@ def test_a_killed_build_continues_to_the_same_bytes(tmp_path: Path, images: Path
     recipe = build_recipe(tmp_path / "killed", images, rows_per_shard=2)
     script = (
         "import sys; from teachercache import build; "
-        "from teachercache.cache_builder.recipe import BuildRecipe;"
+        "from teachercache.cache_builder.build_recipe import BuildRecipe;"
         "build(BuildRecipe.model_validate_json(sys.argv[1]))"
     )
     process = subprocess.Popen(
@@ -118,7 +118,7 @@ def test_a_killed_build_continues_to_the_same_bytes(tmp_path: Path, images: Path
     assert done >= 1
     assert result.shards == 8 - done
     assert shard_files(tmp_path / "killed") == shard_files(tmp_path / "whole")
-    assert manifest.committed("tiny") == set(range(8))
+    assert manifest.committed_shards("tiny") == set(range(8))
     assert verify(result.cache, full=True) == []
 
 
@@ -252,7 +252,7 @@ def test_failed_shards_end_the_build_after_the_others(
     ):
         build(recipe, QUIET)
     assert len(calls) == 2
-    assert Manifest(FeatureCache.open(tmp_path / "cache").storage).committed("tiny") == {0, 1, 3}
+    assert Manifest(FeatureCache.open(tmp_path / "cache").storage).committed_shards("tiny") == {0, 1, 3}
 
 
 def test_a_full_disk_is_refused_before_anything_is_written(

@@ -14,11 +14,11 @@ from rich.console import Console
 
 from teachercache import FeatureCache, build, build_teacher, render_view
 from teachercache.cache_builder.budget import Option, candidates, choose, measure
+from teachercache.cache_builder.build_recipe import BuildRecipe
 from teachercache.cache_builder.builder import prepare
 from teachercache.cache_builder.calibrate import CalibrationSample
 from teachercache.cache_builder.compute import _tokens
 from teachercache.cache_builder.plan import Plan
-from teachercache.cache_builder.recipe import BuildRecipe
 from teachercache.cache_builder.teachers import TeacherRecipe, resolve_teacher
 from teachercache.pipeline.codecs import codec_names, get_codec
 from teachercache.pipeline.codecs.fidelity import measure_fidelity

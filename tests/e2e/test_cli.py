@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from teachercache.cache_builder.recipe import RunnerRecipe
+from teachercache.cache_builder.build_recipe import RunnerRecipe
 from teachercache.cache_builder.worker import Worker
 from teachercache.jobs import cli
 from teachercache.pipeline.errors import BuildError

@@ -21,8 +21,8 @@ from rich.console import Console
 
 from teachercache import FeatureCache, render_view
 from teachercache.cache_builder import build, builder
+from teachercache.cache_builder.build_recipe import BuildRecipe
 from teachercache.cache_builder.extract import ShardExtractor
-from teachercache.cache_builder.recipe import BuildRecipe
 from teachercache.cache_builder.runner import LocalRunner, Runner
 from teachercache.cache_builder.teachers import build_teacher
 from teachercache.jobs.inspection import details
@@ -158,7 +158,7 @@ def test_views_samples_and_teachers_grow_one_after_the_other(tmp_path: Path) -> 
     blocks = [(segment.samples, segment.views) for segment in grown.spec.segments]
     assert blocks == [((0, 3), (0, 2)), ((0, 3), (2, 5)), ((3, 4), (0, 3)), ((3, 4), (3, 5))]
     assert_usable(grown)
-    assert grown.manifest.committed("images") == {0, 3}, "images are copied once, with their first view"
+    assert grown.manifest.committed_shards("images") == {0, 3}, "images are copied once, with the first view"
     assert grown.image_bytes(3) == (images / "more.jpg").read_bytes()
     whole = build(recipe(tmp_path / "whole", images, 5, teachers=teachers), QUIET).cache
     assert_same_features(grown, whole)
@@ -217,7 +217,7 @@ def test_an_interrupted_growth_leaves_the_cache_as_it_was_and_is_completed(
 def start_build(content: BuildRecipe) -> subprocess.Popen[str]:
     script = (
         "import sys; from teachercache import build; "
-        "from teachercache.cache_builder.recipe import BuildRecipe;"
+        "from teachercache.cache_builder.build_recipe import BuildRecipe;"
         "result = build(BuildRecipe.model_validate_json(sys.argv[1])); print(result.shards)"
     )
     command = [sys.executable, "-c", script, content.model_dump_json()]
@@ -240,7 +240,7 @@ IN_TURN = """
 import sys, time
 from pathlib import Path
 from teachercache.cache_builder import build, builder
-from teachercache.cache_builder.recipe import BuildRecipe
+from teachercache.cache_builder.build_recipe import BuildRecipe
 from teachercache.jobs.launch import run
 establish, folder, turn = builder._establish, Path(sys.argv[2]), int(sys.argv[3])
 def in_turn(*arguments):
@@ -523,7 +523,7 @@ def test_waiting_for_a_lock_is_no_hanging_and_can_be_ended(
         extractor.abandon()
         with pytest.raises(BuildInterruptedError, match="abandoned"):
             shard.result(timeout=10)
-    assert not cache.manifest.committed("tiny")
+    assert not cache.manifest.committed_shards("tiny")
 
 
 def test_teachers_of_one_row_see_one_image(tmp_path: Path) -> None:

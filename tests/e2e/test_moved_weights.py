@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from teachercache import FeatureCache, build
+from teachercache.cache_builder.build_recipe import BuildRecipe
 from teachercache.cache_builder.builder import prepare
-from teachercache.cache_builder.recipe import BuildRecipe
 from teachercache.jobs import cli
 from teachercache.pipeline.errors import CacheError, CacheMismatchError, WeightsNotFoundError
 from tests.make_cache import build_recipe, make_images

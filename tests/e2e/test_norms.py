@@ -13,7 +13,7 @@ from teachercache import build_student
 from teachercache.jobs.cli import app
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import RecipeError
-from teachercache.pipeline.looking.feature_pictures import heat, token_norms
+from teachercache.pipeline.exploring.feature_pictures import heat, token_norms
 from teachercache.student.measuring.figures import norm_figure
 from tests.make_cache import make_cache, make_images
 

@@ -23,7 +23,7 @@ from teachercache.jobs.inspection.feature_facts import (
 from teachercache.jobs.inspection.report import write_report
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import CodecError
-from teachercache.pipeline.looking.feature_pictures import PcaBasis
+from teachercache.pipeline.exploring.feature_pictures import PcaBasis
 from tests.browser import Browser
 from tests.make_cache import commit_shard, make_cache, make_images, teacher_spec
 

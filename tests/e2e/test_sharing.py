@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from teachercache.jobs.cli import app
 from teachercache.pipeline.errors import CheckpointError, RecipeError
-from teachercache.student import build_student, load_student, push_to_hub, sharing
+from teachercache.student import build_student, hub, load_student, push_to_hub
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_push_prints_the_address(saved: Path, monkeypatch: pytest.MonkeyPatch) -
             asked.append(options)
             return SimpleNamespace(repo_url=f"https://huggingface.co/{options['repo_id']}")
 
-    monkeypatch.setattr(sharing, "HfApi", Noting)
+    monkeypatch.setattr(hub, "HfApi", Noting)
     assert invoke("push", saved, "me/sak", "--private") == ["https://huggingface.co/me/sak"]
     assert asked[0] == {"repo_id": "me/sak", "private": True, "exist_ok": True}
     assert asked[1]["folder_path"] == saved
@@ -72,7 +72,7 @@ def test_push_prints_the_address(saved: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_a_hub_that_does_not_take_it_is_told_of(
     repository: str, saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sharing, "HfApi", partial(HfApi, endpoint="http://127.0.0.1:9", token="none"))
+    monkeypatch.setattr(hub, "HfApi", partial(HfApi, endpoint="http://127.0.0.1:9", token="none"))
     with pytest.raises(CheckpointError, match=f"(?s)not pushed to {repository}.*hf auth login"):
         push_to_hub(saved, repository)
 
@@ -80,7 +80,7 @@ def test_a_hub_that_does_not_take_it_is_told_of(
 def test_a_student_without_weights_is_not_pushed(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sharing, "HfApi", lambda: pytest.fail("the Hub is not asked"))
+    monkeypatch.setattr(hub, "HfApi", lambda: pytest.fail("the Hub is not asked"))
     (tmp_path / "config.json").write_bytes((saved / "config.json").read_bytes())
     with pytest.raises(CheckpointError, match=r"no model\.safetensors"):
         push_to_hub(tmp_path, "me/sak")

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from teachercache import build, load_student
 from teachercache.jobs.cli import app
-from teachercache.jobs.train_plan import plan_training
+from teachercache.jobs.train_dry_run import plan_training
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import CacheMismatchError, CheckpointError, RecipeError
 from teachercache.pipeline.loading.sampler import random_samples

@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 
 from teachercache import FeatureCache, build
 from teachercache.cache_builder.against_teacher import compare_with_teachers
+from teachercache.cache_builder.build_recipe import RunnerRecipe
 from teachercache.cache_builder.extract import ShardExtractor
-from teachercache.cache_builder.recipe import RunnerRecipe
 from teachercache.cache_builder.repair import repair
 from teachercache.cache_builder.worker import Worker
 from teachercache.jobs import cli

@@ -31,7 +31,7 @@ from teachercache.jobs.inspection.explorer import PAGE_SIZE, Explorer
 from teachercache.jobs.inspection.viewer import listen, make_server
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import CacheError, TeacherCacheError
-from teachercache.student.models.base import Student
+from teachercache.student.models.student import Student
 from tests.browser import Browser
 from tests.contract.test_object_store import Server, running, server  # noqa: F401  (fixtures)
 from tests.make_cache import make_cache, make_images, teacher_spec

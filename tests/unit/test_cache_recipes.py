@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from teachercache.cache_builder.build_recipe import BuildRecipe
 from teachercache.cache_builder.plan import bytes_per_row
-from teachercache.cache_builder.recipe import BuildRecipe
-from teachercache.cache_builder.teachers.recipe import (
+from teachercache.cache_builder.teachers.teacher_recipe import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     resolve_teacher,
@@ -19,7 +19,7 @@ from teachercache.cache_builder.teachers.recipe import (
 from teachercache.jobs.recipes import SHIPPED, find_recipe
 from teachercache.pipeline.records.spec import GridSpec, TeacherSpec
 from teachercache.pipeline.units import human_bytes
-from teachercache.student.training.recipe import TrainRecipe
+from teachercache.student.training.train_recipe import TrainRecipe
 
 CACHES = sorted(path.stem for path in SHIPPED.glob("*_vit[bl]*.yaml") if "kpu" not in path.stem)
 STUDENTS = sorted(path.stem for path in SHIPPED.glob("sak_stage*.yaml"))

@@ -16,12 +16,12 @@ import pytest
 import typer
 import yaml
 
-from teachercache.cache_builder.moved import MovedRecipe, RepairRecipe
-from teachercache.cache_builder.recipe import BuildRecipe
+from teachercache.cache_builder.build_recipe import BuildRecipe
+from teachercache.cache_builder.moved_weights import MovedRecipe, RepairRecipe
 from teachercache.jobs.cli import app
 from teachercache.pipeline.errors import RecipeError
-from teachercache.pipeline.recipe import check_recipe, load_overrides, load_recipe
-from teachercache.student.training.recipe import TrainRecipe
+from teachercache.pipeline.recipe_files import check_recipe, load_overrides, load_recipe
+from teachercache.student.training.train_recipe import TrainRecipe
 
 ROOT = Path(__file__).parents[2]
 EXTENDING = ROOT / "docs/extending.md"  # names what its examples add, and has a test of its own

@@ -17,10 +17,10 @@ from torch import Tensor
 from teachercache.pipeline.errors import CheckpointError, RecipeError
 from teachercache.pipeline.records.spec import Size
 from teachercache.student import SAK
-from teachercache.student.datasets.base import LabelledDataset
+from teachercache.student.datasets.labelled_dataset import LabelledDataset
 from teachercache.student.measuring.evaluate import Evaluation, evaluate, read_baseline
 from teachercache.student.measuring.figures import gate_figure
-from teachercache.student.models.base import Student, StudentOutput
+from teachercache.student.models.student import Student, StudentOutput
 
 METRES = 3.0
 

@@ -136,7 +136,7 @@ def adapter_by_hand(adapter: ViTAdapter, stem: Stem, pixels_B3HW: Tensor) -> tup
         1,
     )
     z = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(pixels_B3HW))))
-    ends, outs = stem.level_blocks, []
+    ends, outs = stem.level_depths, []
     for i, (first, last) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
         cls, x = z[:, :1], z[:, 1:]
         injector: Any = adapter.injectors[i]

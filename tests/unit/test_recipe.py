@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from teachercache.cache_builder.moved import RepairRecipe
-from teachercache.cache_builder.recipe import BuildRecipe
-from teachercache.cache_builder.teachers.recipe import TeacherRecipe
+from teachercache.cache_builder.build_recipe import BuildRecipe
+from teachercache.cache_builder.moved_weights import RepairRecipe
+from teachercache.cache_builder.teachers.teacher_recipe import TeacherRecipe
 from teachercache.jobs.recipes import SHIPPED, find_recipe
 from teachercache.pipeline.errors import RecipeError
-from teachercache.pipeline.recipe import check_recipe, load_overrides, load_recipe
-from teachercache.student.training.recipe import TrainRecipe
+from teachercache.pipeline.recipe_files import check_recipe, load_overrides, load_recipe
+from teachercache.student.training.train_recipe import TrainRecipe
 
 TEXT = "cache: c\nsource: images\nteachers: [dinov2_small]\nviews: {num_views: 2}\n"
 

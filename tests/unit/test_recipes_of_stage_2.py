@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from teachercache import build_student
+from teachercache.cache_builder.build_recipe import BuildRecipe
 from teachercache.cache_builder.plan import bytes_per_row
-from teachercache.cache_builder.recipe import BuildRecipe
 from teachercache.cache_builder.teachers import resolve_teacher
 from teachercache.jobs.recipes import SHIPPED, find_recipe
-from teachercache.jobs.train_plan import plan_training
+from teachercache.jobs.train_dry_run import plan_training
 from teachercache.student.datasets import dataset_class
 from teachercache.student.measuring.paper_results import (
     DEPTH_PROBES,
@@ -25,8 +25,8 @@ from teachercache.student.measuring.paper_results import (
     SIMILARITIES,
     paper_rows,
 )
-from teachercache.student.training.recipe import DistillationRecipe, TrainRecipe
 from teachercache.student.training.train_plan import make_train_plan
+from teachercache.student.training.train_recipe import DistillationRecipe, TrainRecipe
 
 PAGE = Path(__file__).parents[2] / "docs/recipes.md"
 CELLS = r"\| (?P<tables>[\d, ]+) \| (?P<what>.+?) \| `(?P<command>sak_stage\d_\w+ …[^`]*)`(?P<where>.*?)"

@@ -16,11 +16,11 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from teachercache.cache_builder.teachers import resolve_teacher
-from teachercache.cache_builder.teachers.recipe import TeacherRecipe
+from teachercache.cache_builder.teachers.teacher_recipe import TeacherRecipe
 from teachercache.cache_builder.teachers.timm_teacher import TimmTeacher
 from teachercache.pipeline.errors import CheckpointError, RecipeError, WeightsNotFoundError
 from teachercache.student import SAK, Student, build_student, load_student
-from teachercache.student.models.stem import Stem, level_blocks
+from teachercache.student.models.stem import Stem, level_depths
 
 TEACHERS = ("dinov2", "clip", "sam")
 TINY = "vit_tiny_patch16_224"
@@ -190,9 +190,9 @@ def test_weights_that_cannot_be_had_are_an_error(monkeypatch: pytest.MonkeyPatch
 
 
 def test_levels_are_four_even_steps() -> None:
-    assert level_blocks(12) == [3, 6, 9, 12]
-    assert level_blocks(24) == [6, 12, 18, 24]
-    assert level_blocks(27) == [7, 14, 21, 27]
+    assert level_depths(12) == [3, 6, 9, 12]
+    assert level_depths(24) == [6, 12, 18, 24]
+    assert level_depths(27) == [7, 14, 21, 27]
 
 
 @pytest.mark.parametrize(

@@ -271,7 +271,7 @@ def test_without_adapter_paths_the_stem_is_mapped_linearly() -> None:
     output = student(pixels_B3HW, full=True)
     tokens_BND = student.stem(pixels_B3HW)
     for teacher in ("a", "b"):
-        levels = zip(student.stem.level_blocks, student.paths[teacher].aligners, strict=True)
+        levels = zip(student.stem.level_depths, student.paths[teacher].aligners, strict=True)
         for got, (block, aligner) in zip(output.feature_maps[teacher], levels, strict=True):
             tokens = tokens_BND[block][:, 1:] @ aligner.weight.T + aligner.bias
             expected = tokens.transpose(1, 2).reshape(1, -1, 4, 6)

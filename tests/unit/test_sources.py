@@ -22,7 +22,6 @@ from teachercache.pipeline.errors import (
 )
 from teachercache.pipeline.sources import (
     SAMPLE_SCHEMA,
-    base,
     dataset_fingerprint,
     decode_image,
     image_folder,
@@ -30,6 +29,9 @@ from teachercache.pipeline.sources import (
     open_source,
     parquet,
     source_kinds,
+)
+from teachercache.pipeline.sources import (
+    source as source_module,
 )
 from tests.images import encode, exif, photo, tar_bytes, write_folder, write_parquet
 
@@ -171,7 +173,7 @@ def test_processes_do_not_change_the_table(tmp_path: Path, monkeypatch: pytest.M
     source = open_source(make_folder(tmp_path))
     alone = source.scan()
     monkeypatch.setattr(image_folder, "_FILES_PER_UNIT", 2)
-    monkeypatch.setattr(base, "_SECONDS_ALONE", 0.0)
+    monkeypatch.setattr(source_module, "_SECONDS_ALONE", 0.0)
     counts: list[int] = []
     assert source.scan(workers=2, progress=counts.append).equals(alone)
     assert counts == [2] * 12
@@ -338,7 +340,7 @@ def test_a_place_that_no_library_opens() -> None:
 def test_a_process_that_dies_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = open_source(make_folder(tmp_path))
     monkeypatch.setattr(image_folder, "_FILES_PER_UNIT", 2)
-    monkeypatch.setattr(base, "_SECONDS_ALONE", 0.0)
+    monkeypatch.setattr(source_module, "_SECONDS_ALONE", 0.0)
     source.location = _Deadly()  # type: ignore[assignment]
     with pytest.raises(SourceError, match="__main__"):
         source.scan(workers=2)
@@ -392,7 +394,7 @@ def test_what_is_left_out_is_counted_wherever_it_is_scanned(
         url = f"memory://left-out/{kind}"
         fsspec.filesystem("memory").put(str(folder), f"/left-out/{kind}", recursive=True)
     elif where == "in other processes":
-        monkeypatch.setattr(base, "_SECONDS_ALONE", 0.0)
+        monkeypatch.setattr(source_module, "_SECONDS_ALONE", 0.0)
         monkeypatch.setattr(image_folder, "_FILES_PER_UNIT", 8)
     left_out = Counter[str]()
     samples = open_source(url).scan(workers=2, left_out=left_out)

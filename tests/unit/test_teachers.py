@@ -33,7 +33,7 @@ from teachercache.cache_builder.teachers import (
     resolve_teacher,
     teacher_gmacs,
 )
-from teachercache.cache_builder.teachers.base import preprocess, weights_hash
+from teachercache.cache_builder.teachers.teacher import preprocess, weights_hash
 from teachercache.pipeline.errors import (
     CacheMismatchError,
     TeacherInputError,

@@ -33,20 +33,20 @@ from teachercache.pipeline.errors import (
     RecipeError,
     TeacherCacheError,
 )
+from teachercache.pipeline.exploring.map_reader import MapReader
 from teachercache.pipeline.loading.batch_memory import TensorLayout
-from teachercache.pipeline.looking.map_reader import MapReader
 from teachercache.pipeline.records.spec import GridSpec
 from teachercache.pipeline.views import View
-from teachercache.student import load_student, sharing
+from teachercache.student import hub, load_student
 from teachercache.student.measuring.repsim import representation_similarity
-from teachercache.student.models.base import StudentOutput
+from teachercache.student.models.student import StudentOutput
 from teachercache.student.sak.model import SAK
 from teachercache.student.training.checkpoint import newest_checkpoint
-from teachercache.student.training.model_card import told_recipe
+from teachercache.student.training.model_card import recipe_for_card
 from teachercache.student.training.not_finite import not_finite
-from teachercache.student.training.recipe import TrainRecipe
 from teachercache.student.training.run_pictures import NUM_ROWS, RunPictures
 from teachercache.student.training.train import _require_folder, train
+from teachercache.student.training.train_recipe import TrainRecipe
 from tests.make_cache import build_recipe, commit_shard, make_cache, make_images, teacher_spec
 from tests.train_recipes import CONTENT, logged, room_for, train_recipe
 
@@ -123,14 +123,14 @@ def test_a_card_names_no_folder_of_the_machine() -> None:
         ["cache=/data/secret/pascal", "multitask.dataset.root=/home/me/PASCAL", "output=/home/me/runs/mine",
          "student.init_from=/home/me/runs/stage1/student", "images=s3://bucket/secret/images"],
     )  # fmt: skip
-    told = told_recipe(recipe)
+    told = recipe_for_card(recipe)
     assert (told["cache"], told["output"], told["images"]) == ("pascal", "mine", "images")
     assert told["multitask"]["dataset"]["root"] == "PASCAL"
     assert told["student"]["init_from"] == "stage1/student"
     assert "secret" not in str(told)
     assert "/home" not in str(told)
     hub = recipe.model_copy(update={"student": recipe.student.model_copy(update={"init_from": "user/sak"})})
-    assert told_recipe(hub)["student"]["init_from"] == "user/sak"
+    assert recipe_for_card(hub)["student"]["init_from"] == "user/sak"
 
 
 def test_a_student_is_pushed_with_its_card(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,14 +145,14 @@ def test_a_student_is_pushed_with_its_card(finished: Path, monkeypatch: pytest.M
             asked.append(("upload", options))
             return SimpleNamespace(repo_url="https://huggingface.co/me/sak")
 
-    monkeypatch.setattr(sharing, "HfApi", Noting)
-    assert sharing.push_to_hub(finished / "student", "me/sak", private=True).endswith("me/sak")
+    monkeypatch.setattr(hub, "HfApi", Noting)
+    assert hub.push_to_hub(finished / "student", "me/sak", private=True).endswith("me/sak")
     assert asked[0] == ("me/sak", {"private": True, "exist_ok": True})
     options = asked[1][1]
     sent = {path.name for path in Path(options["folder_path"]).iterdir()} & set(options["allow_patterns"])
     assert sent == {"config.json", "model.safetensors", "README.md"}
     with pytest.raises(CheckpointError):
-        sharing.push_to_hub(finished, "me/sak")
+        hub.push_to_hub(finished, "me/sak")
 
 
 def test_a_finished_run_is_not_run_again(cache: Path, finished: Path) -> None:

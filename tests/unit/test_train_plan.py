@@ -12,16 +12,16 @@ import torch
 from typer.testing import CliRunner
 
 from teachercache import build_student
-from teachercache.cache_builder.recipe import BuildRecipe
+from teachercache.cache_builder.build_recipe import BuildRecipe
 from teachercache.cache_builder.teachers import resolve_teacher
 from teachercache.cache_builder.teachers.flops import teacher_gmacs
 from teachercache.jobs.cli import app
 from teachercache.jobs.recipes import SHIPPED, find_recipe
-from teachercache.jobs.train_plan import plan_training
+from teachercache.jobs.train_dry_run import plan_training
 from teachercache.pipeline.errors import RecipeError
 from teachercache.student.measuring.paper_results import GMACS
-from teachercache.student.training.recipe import StudentRecipe, TrainRecipe
 from teachercache.student.training.train_plan import StudentSize, make_train_plan, student_size
+from teachercache.student.training.train_recipe import StudentRecipe, TrainRecipe
 from tests.make_cache import make_cache, make_images
 from tests.train_recipes import train_recipe
 

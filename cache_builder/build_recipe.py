@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from teachercache.cache_builder.teachers.recipe import TeacherRecipe
+from teachercache.cache_builder.teachers.teacher_recipe import TeacherRecipe
 from teachercache.pipeline.records.spec import IMAGES, StoreKind, Strict, ViewPolicy
 from teachercache.pipeline.units import parse_bytes
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from pydantic import Field
 
-from teachercache.cache_builder.recipe import RunnerRecipe
+from teachercache.cache_builder.build_recipe import RunnerRecipe
 from teachercache.pipeline.errors import CacheError
 from teachercache.pipeline.records.spec import CacheSpec, Strict
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from teachercache.pipeline.errors import RecipeError
-from teachercache.student.models.base import Student
 from teachercache.student.models.lora import add_lora
-from teachercache.student.training.recipe import StudentRecipe
+from teachercache.student.models.student import Student
+from teachercache.student.training.train_recipe import StudentRecipe
 
 
 def set_learning(student: Student, wanted: StudentRecipe, num_levels: Mapping[str, int]) -> None:

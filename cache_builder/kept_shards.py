@@ -9,12 +9,12 @@ from teachercache.pipeline.records.manifest import SPEC_NAME, Manifest, commit_n
 from teachercache.pipeline.records.spec import CacheSpec, TeacherSpec
 
 
-def recovered(manifest: Manifest, spec: CacheSpec, name: str, weights_hash: str) -> TeacherSpec | None:
+def kept_teacher(manifest: Manifest, spec: CacheSpec, name: str, weights_hash: str) -> TeacherSpec | None:
     """The teacher `name` of `spec` with what its committed shards were encoded with; None without shards.
 
     Raises `CacheMismatchError` when they are those of another spec.
     """
-    shards = manifest.committed(name)
+    shards = manifest.committed_shards(name)
     if not shards:
         return None
     tables = tables_name(name)

@@ -8,7 +8,6 @@ from typing import Annotated, Any, Self
 import torch
 from pydantic import Field, model_validator
 
-from teachercache.cache_builder.teachers.base import RGB, Architecture, Outputs, Teacher, weights_hash
 from teachercache.cache_builder.teachers.registry import (
     Preset,
     find_model,
@@ -16,6 +15,7 @@ from teachercache.cache_builder.teachers.registry import (
     find_teacher,
     kind_of,
 )
+from teachercache.cache_builder.teachers.teacher import RGB, Architecture, Outputs, Teacher, weights_hash
 from teachercache.pipeline.errors import CacheMismatchError, TeacherError, TeacherInputError
 from teachercache.pipeline.records.spec import (
     GridKind,

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from teachercache.pipeline.errors import TeacherCacheError
-from teachercache.pipeline.looking.feature_pictures import jpeg_uri, png_uri
-from teachercache.pipeline.looking.map_reader import MapReader, level_name
+from teachercache.pipeline.exploring.feature_pictures import jpeg_uri, png_uri
+from teachercache.pipeline.exploring.map_reader import MapReader, level_name
 
 if TYPE_CHECKING:
     from teachercache import FeatureCache

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from huggingface_hub import HfApi
 
 from teachercache.pipeline.errors import CheckpointError
-from teachercache.student.models.base import CONFIG_FILE, WEIGHTS_FILE, find_saved, read_config
+from teachercache.student.models.student import CONFIG_FILE, WEIGHTS_FILE, find_saved, read_config
 
 if TYPE_CHECKING:
     pass

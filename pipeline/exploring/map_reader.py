@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from teachercache.pipeline.errors import CacheError
-from teachercache.pipeline.looking.feature_pictures import PcaBasis, Picture
+from teachercache.pipeline.exploring.feature_pictures import PcaBasis, Picture
 from teachercache.pipeline.records.spec import TeacherSpec
 from teachercache.pipeline.views import render_view
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from rich.console import RenderableType
 
+from teachercache.cache_builder.build_recipe import BuildRecipe
 from teachercache.cache_builder.plan import bytes_per_row
-from teachercache.cache_builder.recipe import BuildRecipe
 from teachercache.cache_builder.teachers import resolve_teacher
 from teachercache.cache_builder.teachers.flops import teacher_gmacs, teacher_parameters
 from teachercache.jobs.inspection.tables import columns_table, lines
@@ -18,9 +18,9 @@ from teachercache.pipeline.errors import CacheNotFoundError, RecipeError
 from teachercache.pipeline.records.spec import Size, TeacherSpec
 from teachercache.pipeline.units import human_bytes
 from teachercache.student.datasets import dataset_class
-from teachercache.student.models.base import require_known, teacher_facts
-from teachercache.student.training.recipe import TrainRecipe
+from teachercache.student.models.student import require_known, teacher_facts
 from teachercache.student.training.train_plan import TrainPlan, make_train_plan
+from teachercache.student.training.train_recipe import TrainRecipe
 
 
 def plan_training(

@@ -35,10 +35,10 @@ def verify(
 
     Example: `teachercache verify /data/cache --full --against-teacher 32`
     """
-    from teachercache.cache_builder.moved import MovedRecipe
+    from teachercache.cache_builder.moved_weights import MovedRecipe
     from teachercache.pipeline.cache import FeatureCache
     from teachercache.pipeline.errors import RecipeError
-    from teachercache.pipeline.recipe import load_overrides
+    from teachercache.pipeline.recipe_files import load_overrides
     from teachercache.pipeline.verify import strays
     from teachercache.pipeline.verify import verify as verify_cache
 
@@ -52,7 +52,7 @@ def verify(
         )
     opened = FeatureCache.open(cache, images)
     names = opened.spec.teachers_and_images
-    shards = sum(len(opened.manifest.committed(name)) for name in names)
+    shards = sum(len(opened.manifest.committed_shards(name)) for name in names)
     problems = verify_cache(opened, full=full, progress=_progress(shards))
     for problem in problems:
         console.print(problem.reason, style="red")
@@ -114,14 +114,14 @@ def repair(cache: CacheArgument, overrides: Overrides = None, images: Images = N
 
     Example: `teachercache repair /data/cache batch_size=64`
     """
-    from teachercache.cache_builder.moved import RepairRecipe
+    from teachercache.cache_builder.moved_weights import RepairRecipe
     from teachercache.cache_builder.repair import repair as repair_cache
     from teachercache.pipeline.cache import FeatureCache
-    from teachercache.pipeline.recipe import load_overrides
+    from teachercache.pipeline.recipe_files import load_overrides
 
     recipe = load_overrides(RepairRecipe, overrides or [], "runner of this repair")
     opened = FeatureCache.open(cache, images)
-    shards = sum(len(opened.manifest.committed(name)) for name in opened.spec.teachers_and_images)
+    shards = sum(len(opened.manifest.committed_shards(name)) for name in opened.spec.teachers_and_images)
     done = repair_cache(opened, recipe, _progress(shards), recipe.checkpoints)
     for problem in done.mended:
         console.print(f"mended: {problem.file}")
