@@ -29,7 +29,13 @@ from teachercache.cache_builder.progress import BuildProgress
 from teachercache.cache_builder.runner import FailedShard, LocalRunner, Runner, Task, require_place
 from teachercache.cache_builder.stages import bottleneck
 from teachercache.pipeline.cache import FeatureCache
-from teachercache.pipeline.errors import BuildError, CacheError, CacheMismatchError, place_error
+from teachercache.pipeline.errors import (
+    BuildError,
+    CacheError,
+    CacheMismatchError,
+    Problems,
+    place_error,
+)
 from teachercache.pipeline.places.open_storage import open_storage
 from teachercache.pipeline.places.processes import temporary_of
 from teachercache.pipeline.places.storage import Storage
@@ -70,12 +76,16 @@ def prepare(recipe: BuildRecipe, console: Console) -> tuple[Draft, CacheSpec, Pl
         drafted = draft(recipe, show)
     if (line := left_out_line(drafted.samples.num_rows, drafted.left_out)) is not None:
         console.print(line, soft_wrap=True, markup=False)
-    if manifest.exists():
-        drafted = extend(recipe, drafted, manifest)
-        if drafted.growth:
-            grown = f"The cache at {storage.url} grows by {', '.join(drafted.growth)}."
-            console.print(Text(grown), soft_wrap=True)
-    _require_other_tables(recipe, drafted)  # before the teachers are loaded
+    problems = Problems()
+    with problems.noted():
+        if manifest.exists():
+            drafted = extend(recipe, drafted, manifest)
+    if drafted.growth:
+        grown = f"The cache at {storage.url} grows by {', '.join(drafted.growth)}."
+        console.print(Text(grown), soft_wrap=True)
+    with problems.noted():  # before the teachers are loaded
+        _require_other_tables(recipe, drafted)
+    problems.require_none()
     return drafted, drafted.spec, make_plan(recipe, drafted.spec, storage, drafted.samples)
 
 
@@ -91,9 +101,7 @@ def build(recipe: BuildRecipe, console: Console | None = None) -> BuildResult:
     storage = open_storage(recipe.cache)
     manifest = Manifest(storage)
     drafted, spec, plan = prepare(recipe, console)
-    plan.require_space()
-    if recipe.budget is not None:
-        plan.require_budget(recipe.budget)
+    plan.require(recipe.budget)
     names = list(recipe.teachers)
     planned = len(pending(manifest, spec, names))
     progress = BuildProgress(console)

@@ -11,7 +11,7 @@ import torch
 
 from teachercache.cache_builder.build_recipe import BuildRecipe
 from teachercache.cache_builder.teachers.flops import teacher_gmacs
-from teachercache.pipeline.errors import DiskSpaceError
+from teachercache.pipeline.errors import DiskSpaceError, Problems
 from teachercache.pipeline.places.storage import Storage
 from teachercache.pipeline.records.feature_stats import FeatureMoments
 from teachercache.pipeline.records.manifest import Manifest
@@ -92,6 +92,15 @@ class Plan:
         """What training reads when the student takes `student_images_per_s`."""
         return self.student_images_per_s * self.bytes_per_row
 
+    def require(self, budget: int | None) -> None:
+        """Raises what `require_space` and `require_budget` do, or both as one."""
+        problems = Problems()
+        with problems.noted():
+            self.require_space()
+        with problems.noted():
+            self.require_budget(budget)
+        problems.require_none()
+
     def require_space(self) -> None:
         """Raises `DiskSpaceError` when what is missing does not fit."""
         if self.free_bytes is not None and self.missing_bytes > self.free_bytes:
@@ -102,9 +111,9 @@ class Plan:
                 do="choose another place (cache=…), fewer views, or a smaller grid and codec",
             )
 
-    def require_budget(self, budget: int) -> None:
+    def require_budget(self, budget: int | None) -> None:
         """Raises `DiskSpaceError` when the whole cache would take more than `budget` bytes."""
-        if self.total_bytes > budget:
+        if budget is not None and self.total_bytes > budget:
             raise DiskSpaceError(
                 "The cache is larger than its budget.",
                 got=f"{human_bytes(self.total_bytes)} with the grids and codecs of the recipe",

@@ -8,17 +8,16 @@ from pathlib import Path
 from rich.console import RenderableType
 
 from teachercache.cache_builder.build_recipe import BuildRecipe
+from teachercache.cache_builder.draft import spec_of, teachers_of
 from teachercache.cache_builder.plan import bytes_per_row
-from teachercache.cache_builder.teachers import resolve_teacher
 from teachercache.cache_builder.teachers.flops import teacher_gmacs, teacher_parameters
 from teachercache.jobs.inspection.tables import columns_table, lines
 from teachercache.jobs.recipes import find_recipe
 from teachercache.pipeline.cache import FeatureCache
-from teachercache.pipeline.errors import CacheNotFoundError, RecipeError
-from teachercache.pipeline.records.spec import Size, TeacherSpec
+from teachercache.pipeline.errors import CacheNotFoundError, Problems
+from teachercache.pipeline.records.spec import CacheSpec, DatasetSpec
 from teachercache.pipeline.units import human_bytes
-from teachercache.student.datasets import dataset_class
-from teachercache.student.models.student import require_known, teacher_facts
+from teachercache.student.training.preflight import preflight
 from teachercache.student.training.train_plan import TrainPlan, make_train_plan
 from teachercache.student.training.train_recipe import TrainRecipe
 
@@ -26,61 +25,48 @@ from teachercache.student.training.train_recipe import TrainRecipe
 def plan_training(
     recipe: TrainRecipe, *, processes: int, tflops_per_gpu: float, num_samples: int | None = None
 ) -> TrainPlan:
-    """`num_samples` replaces the cache's, and is needed for epochs of a cache that is not there yet.
+    """The plan; every notice is printed before it. `num_samples` replaces the cache's, and is needed for
+    epochs of a cache that is not there yet.
 
-    Raises `RecipeError` where there is neither the cache nor a shipped recipe of its name.
+    Raises `RecipeError` where there is neither the cache nor a shipped recipe of its name, and as `train`
+    does for what stands in the way of the run.
     """
-    image_size, specs, found = _cache_facts(recipe)
-    for name in recipe.teachers or ():
-        require_known("teacher of this cache", name, specs)
-    names = specs if recipe.teachers is None else recipe.teachers
-    samples = num_samples or found
-    if samples is None and recipe.schedule.epochs:
-        raise RecipeError(
-            "How long an epoch is cannot be told before there is a cache.",
-            got=f"schedule.epochs={recipe.schedule.epochs:g}, and no cache at {recipe.cache}",
-            expected="the number of images",
-            do="add --samples, such as 1281167 for ImageNet-1k",
-        )
-    tasks = None
-    if recipe.multitask:
-        known = dataset_class(recipe.multitask.dataset.kind).tasks
-        tasks = {task: known[task] for task in recipe.multitask.tasks or known}
+    cache, spec = _cache(recipe)
+    samples = round(recipe.fraction * num_samples) if num_samples else None
+    found = preflight(recipe, spec, cache, processes=processes, num_samples=samples)
+    found.require(print)
+    assert found.student is not None
     return make_train_plan(
         recipe,
-        num_samples=round(recipe.fraction * samples) if samples else recipe.images_per_step(processes),
-        image_size=image_size,
-        **teacher_facts({name: specs[name] for name in names}),
-        num_levels={name: specs[name].num_levels for name in names},
-        tasks=tasks,
-        row_bytes=sum(bytes_per_row(specs[name]) for name in names),
+        found.student,
+        found.facts,
+        num_samples=found.num_samples or recipe.images_per_step(processes),
+        row_bytes=sum(map(bytes_per_row, found.teachers.values())),
         processes=processes,
         tflops_per_gpu=tflops_per_gpu,
     )
 
 
-def _cache_facts(recipe: TrainRecipe) -> tuple[Size, dict[str, TeacherSpec], int | None]:
-    """(size of the views, teachers, number of samples)."""
+def _cache(recipe: TrainRecipe) -> tuple[FeatureCache | None, CacheSpec]:
+    """The cache and its spec; before it is there, that of the recipe which builds it, of no samples."""
     try:
-        spec = FeatureCache.open(recipe.cache).spec
+        cache = FeatureCache.open(recipe.cache, images=recipe.images)
     except CacheNotFoundError:
         build = find_recipe(BuildRecipe, Path(recipe.cache).name)
-        size = build.views.size
-        return (
-            size,
-            {n: resolve_teacher(n, t, size, build.sak_compat) for n, t in build.teachers.items()},
-            None,
-        )
-    return spec.views.size, dict(spec.teachers), spec.dataset.num_samples
+        problems = Problems()
+        teachers = teachers_of(build, problems)
+        problems.require_none()
+        dataset = DatasetSpec(kind="", location="", num_samples=0, fingerprint="")
+        return None, spec_of(build, dataset, teachers)
+    return cache, cache.spec
 
 
 def costs_table(recipe: TrainRecipe, plan: TrainPlan) -> RenderableType:
     """Parameters and arithmetic of the teachers and the student, as fvcore counts it (SAK, Table 21)."""
-    _, specs, _ = _cache_facts(recipe)
-    names = specs if recipe.teachers is None else recipe.teachers
+    specs = _cache(recipe)[1].teachers
     costs = {
         name: (specs[name].image_size, teacher_parameters(specs[name]), teacher_gmacs(specs[name]))
-        for name in names
+        for name in (specs if recipe.teachers is None else recipe.teachers)
     }
     size = plan.size
     costs["student"] = plan.image_size, size.num_parameters, size.gmacs - size.attention_gmacs

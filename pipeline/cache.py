@@ -6,7 +6,6 @@ a forked child has none. Start processes by "spawn" there (`multiprocessing_cont
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -132,17 +131,7 @@ class FeatureCache:
 
     def check_teachers(self, teachers: Sequence[str] | None) -> list[str]:
         """`teachers`, or all of them. Raises `CacheError` for a name that this cache does not hold."""
-        names = self.teachers if teachers is None else list(teachers)
-        for name in names:
-            if name not in self.spec.teachers:
-                near = difflib.get_close_matches(name, self.teachers, 1)
-                raise CacheError(
-                    "This cache holds no teacher of that name.",
-                    got=name,
-                    expected=f"one of {', '.join(self.teachers)}",
-                    do=f"did you mean {near[0]}?" if near else "add the teacher with `teachercache build`",
-                )
-        return names
+        return self.spec.check_teachers(teachers)
 
     def committed(self, teacher: str) -> NDArray[np.bool_]:
         """Which shards of a teacher are committed."""

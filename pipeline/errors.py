@@ -31,6 +31,8 @@ A message says what was got, what was expected and what to do: `explain()` gives
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _ROOM = "a place with room for what is still to be written"
 _PLACE_ERRORS = {  # what is expected, and what to do
@@ -87,6 +89,26 @@ def _rebuild(kind: type[TeacherCacheError], text: str) -> TeacherCacheError:
 
 class RecipeError(TeacherCacheError, ValueError):
     """A recipe file or a `key=value` override that cannot be meant."""
+
+
+class Problems(list[TeacherCacheError]):
+    """What stands in the way, asked of all before any is raised: one hides no other."""
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Note what is raised, and go on."""
+        try:
+            yield
+        except TeacherCacheError as error:
+            self.append(error)
+
+    def require_none(self) -> None:
+        """Raise a single problem as it is, and several as one `RecipeError` that lists them."""
+        if len(self) == 1:
+            raise self[0]
+        if self:
+            listed = "\n  - ".join(str(problem).replace("\n", "\n    ") for problem in self)
+            raise RecipeError(f"There are {len(self)} problems:\n  - {listed}")
 
 
 class SourceError(TeacherCacheError):

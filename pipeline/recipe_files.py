@@ -184,7 +184,11 @@ def _first_line(error: Exception) -> str:
 
 def _describe(model: type[BaseModel], problem: Any) -> str:
     location = problem["loc"]
-    key = ".".join(str(part) for part in location)
+    key = ".".join(
+        str(part)
+        for place, part in enumerate(location)
+        if not any(part in _names(kind) for kind in _annotations(model, location[:place]))
+    )
     if problem["type"] == "extra_forbidden":
         models = filter(_is_model, _annotations(model, location[:-1]))
         known = sorted({name for kind in models for name in kind.model_fields})
@@ -205,7 +209,7 @@ def _annotations(annotation: Any, location: Sequence[int | str]) -> Iterator[Any
         annotation = get_args(annotation)[0]
     if get_origin(annotation) in (Union, types.UnionType):
         for option in get_args(annotation):  # pydantic names the chosen option in the location
-            named = bool(location) and location[0] == getattr(option, "__name__", None)
+            named = bool(location) and location[0] in _names(option)
             yield from _annotations(option, location[1:] if named else location)
     elif not location:
         yield annotation
@@ -216,6 +220,12 @@ def _annotations(annotation: Any, location: Sequence[int | str]) -> Iterator[Any
         yield from _annotations(get_args(annotation)[1], location[1:])
     elif get_origin(annotation) is tuple:
         yield from _annotations(get_args(annotation)[0], location[1:])
+
+
+def _names(option: Any) -> set[Any]:
+    """What pydantic calls an option of a union: its class, or the kind that tells it from the others."""
+    kind = option.model_fields.get("kind") if _is_model(option) else None
+    return {getattr(option, "__name__", None), *(get_args(kind.annotation) if kind else ())}
 
 
 def _is_model(annotation: Any) -> bool:

@@ -52,7 +52,7 @@ def plan(recipe: RecipeArgument, overrides: Overrides = None) -> None:
 def build(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    dry_run: Annotated[bool, typer.Option(help="Print the plan and stop.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Print the plan and what stands in its way.")] = False,
 ) -> None:
     """Run the teachers and fill the cache; run it again to continue after any stop.
 
@@ -68,7 +68,9 @@ def build(
 
     checked = find_recipe(BuildRecipe, recipe, overrides or [])
     if dry_run:
-        console.print(plan_table(prepare(checked, console)[2]))
+        planned = prepare(checked, console)[2]
+        console.print(plan_table(planned))
+        planned.require(checked.budget)
         return
     result = build_cache(checked, console)
     console.print(

@@ -21,6 +21,7 @@ from teachercache.jobs.cli.terminal import (
     StudentArgument,
     console,
     print_json,
+    print_result,
 )
 from teachercache.jobs.launch import EXIT_FAILED
 
@@ -117,12 +118,7 @@ def evaluate(
     )
     if os.environ.get("RANK", "0") != "0":
         return
-    if as_json:
-        print_json(found.record())
-    else:
-        from rich.markdown import Markdown
-
-        console.print(Markdown(found.markdown(single, table)))
+    print_result(found.record(), found.markdown(single, table), as_json)
 
 
 def repsim(
@@ -215,14 +211,8 @@ def probe(
                 require_same_teacher(one, other)
                 title = name if one.spec.pretrained else f"{name} (random weights)"
                 found.append(linear_probe(one, other, name=title, progress=tell))
-    if not is_first:
-        return
-    if as_json:
-        print_json([dataclasses.asdict(one) for one in found])
-    else:
-        from rich.markdown import Markdown
-
-        console.print(Markdown(probe_table(found)))
+    if is_first:
+        print_result([dataclasses.asdict(one) for one in found], probe_table(found), as_json)
 
 
 def depth_probe(
@@ -274,12 +264,7 @@ def depth_probe(
             )
             for levels in (1, 4)
         ]
-    if as_json:
-        print_json([dataclasses.asdict(one) for one in found])
-    else:
-        from rich.markdown import Markdown
-
-        console.print(Markdown(depth_table(found)))
+    print_result([dataclasses.asdict(one) for one in found], depth_table(found), as_json)
 
 
 def remove_teacher(

@@ -29,6 +29,16 @@ StudentArgument = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
 
+def print_result(record: object, markdown: str, as_json: bool) -> None:
+    """A result as JSON, or as text."""
+    if as_json:
+        print_json(record)
+    else:
+        from rich.markdown import Markdown
+
+        console.print(Markdown(markdown))
+
+
 def print_json(data: object) -> None:
     """Without colours: `inspect --json` lists thousands of shards, and drawing them took half its time."""
     typer.echo(json.dumps(data, indent=2))

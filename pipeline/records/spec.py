@@ -8,8 +8,10 @@ rows of two specs can never be mixed in one cache, and it stays what it was when
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
+from collections.abc import Sequence
 from typing import Any, Literal, Self
 
 import xxhash
@@ -23,6 +25,8 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
+
+from teachercache.pipeline.errors import CacheError
 
 SCHEMA_VERSION: Literal[2] = 2
 IMAGES = "images"  # the pseudo-teacher under which copied source images are committed
@@ -253,6 +257,20 @@ class CacheSpec(Strict):
     def num_shards(self) -> int:
         last = self.segments[-1]
         return -(-(last.first_row + last.num_rows) // self.rows_per_shard)
+
+    def check_teachers(self, teachers: Sequence[str] | None) -> list[str]:
+        """`teachers`, or all of them. Raises `CacheError` for a name that such a cache does not hold."""
+        names = list(self.teachers if teachers is None else teachers)
+        for name in names:
+            if name not in self.teachers:
+                near = difflib.get_close_matches(name, self.teachers, 1)
+                raise CacheError(
+                    "This cache holds no teacher of that name.",
+                    got=name,
+                    expected=f"one of {', '.join(self.teachers)}",
+                    do=f"did you mean {near[0]}?" if near else "add the teacher with `teachercache build`",
+                )
+        return names
 
     def shard_segment(self, shard: int) -> Segment:
         return self.segments[self.segment_index(shard)]

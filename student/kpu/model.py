@@ -57,7 +57,7 @@ class KPU(Student):
         stem: str,
         teacher_dims: Mapping[str, int],
         image_size: Size,
-        teacher_grids: Mapping[str, Size],
+        teacher_grids: Mapping[str, Size] | None = None,
         class_tokens: Collection[str] = (),
         pretrained: bool = False,
         tasks: Mapping[str, int] | None = None,
@@ -67,6 +67,7 @@ class KPU(Student):
     ) -> None:
         check_names("teacher", teacher_dims)
         require_teachers(teacher_dims)
+        teacher_grids = teacher_grids or {}
         _require_grids(teacher_dims, teacher_grids)
         _require_no_tasks(tasks or {})
         if reconstruction and not unification:

@@ -33,7 +33,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from teachercache.pipeline.cache import FeatureCache
-from teachercache.pipeline.errors import RecipeError
+from teachercache.pipeline.errors import Problems, RecipeError
 from teachercache.pipeline.records.spec import Size, ViewPolicy
 from teachercache.pipeline.terminal import Terminal, in_markdown, progress_bar
 from teachercache.pipeline.views import draw_view, render_view
@@ -46,7 +46,7 @@ from teachercache.student.measuring.task_outputs import TASK_OUTPUTS, further, u
 from teachercache.student.metrics import mtl_gain
 from teachercache.student.models.student import Student, StudentOutput
 from teachercache.student.saving import replacing, saving
-from teachercache.student.training.targets import require_experts
+from teachercache.student.training.student_recipe import unfit_experts
 
 PANEL_IMAGES = 4
 _MEASURES_AGAIN = "it measures again, from the start"
@@ -303,7 +303,8 @@ def _require_cache(student: Student, cache: FeatureCache | None, keys: Sequence[
     expected = f"a cache of {', '.join(student.teachers)} with multitask_eval views of {student.image_size}"
     got = "no cache"
     if cache is not None:
-        require_experts(cache, student.teachers)
+        names = cache.check_teachers(student.teachers)
+        Problems(unfit_experts({name: cache.spec.teachers[name] for name in names})).require_none()
         got = f"{cache.spec.views.policy} views of {cache.spec.views.size}"
         if got == f"multitask_eval views of {student.image_size}":
             missing = sorted(set(keys).difference(cache.samples["key"].to_pylist()))

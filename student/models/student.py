@@ -33,6 +33,20 @@ WEIGHTS_FILE = "model.safetensors"
 _OF_A_CONFIG = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError)  # that somebody edited
 
 
+class TeacherFacts(NamedTuple):
+    """What a student is built from of a teacher: its channels, the (rows, columns) of its maps, whether it
+    has a class token, and how many levels."""
+
+    width: int
+    grid: Size
+    cls_token: bool = False
+    num_levels: int = NUM_LEVELS
+
+    @classmethod
+    def of(cls, spec: TeacherSpec) -> Self:
+        return cls(spec.width, spec.stored_grid, spec.cls_token, spec.num_levels)
+
+
 class StudentOutput(NamedTuple):
     """All that a student makes of a batch.
 
@@ -151,8 +165,11 @@ class Student(nn.Module, ABC):
             file.write_text(json.dumps({"kind": self.kind, **self.config}, indent=2) + "\n")
 
     @classmethod
-    def from_pretrained(cls, source: str | os.PathLike[str], revision: str | None = None) -> Self:
-        """The student in a folder, or in a repository of the Hub, in eval mode on the CPU.
+    def from_pretrained(
+        cls, source: str | os.PathLike[str], revision: str | None = None, *, weights: bool = True
+    ) -> Self:
+        """The student in a folder, or in a repository of the Hub, in eval mode on the CPU; without `weights`
+        only what its config says.
 
         Raises `CheckpointError` for a student of another kind, and where files are missing, damaged or
         hold other weights than the config asks for.
@@ -168,7 +185,8 @@ class Student(nn.Module, ABC):
             )
         try:
             student = cls(**config)
-            student.load_state_dict(load_file(folder / WEIGHTS_FILE))
+            if weights:
+                student.load_state_dict(load_file(folder / WEIGHTS_FILE))
         except TeacherCacheError:
             raise
         except (OSError, SafetensorError, RuntimeError, *_OF_A_CONFIG) as error:
@@ -191,15 +209,6 @@ def require_known(what: str, name: str, known: Collection[str]) -> None:
             expected=f"one of {', '.join(known)}",
             do=f"did you mean {near[0]}?" if near else None,
         )
-
-
-def teacher_facts(specs: Mapping[str, TeacherSpec]) -> dict[str, Any]:
-    """What `build_student` asks of the teachers of a cache."""
-    return {
-        "teacher_dims": {name: spec.width for name, spec in specs.items()},
-        "teacher_grids": {name: spec.stored_grid for name, spec in specs.items()},
-        "class_tokens": [name for name, spec in specs.items() if spec.cls_token],
-    }
 
 
 def check_names(what: str, names: Iterable[str]) -> None:

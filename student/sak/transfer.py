@@ -36,13 +36,6 @@ def load_stage_1(student: SAK, source: str | os.PathLike[str], revision: str | N
     load_tensors(student, stage_1.state_dict(), f"The student in {os.fspath(source)}")
 
 
-def grown_student(source: str | os.PathLike[str], teacher_dims: Mapping[str, int], image_size: Size) -> SAK:
-    """A saved student of stage 1 that goes on with these teachers, see `grow`."""
-    student = SAK.from_pretrained(source)
-    grow(student, teacher_dims, image_size)
-    return student
-
-
 def grow(student: SAK, teacher_dims: Mapping[str, int], image_size: Size) -> None:
     """Let a student of stage 1 go on with these teachers: name → channels.
 

@@ -110,6 +110,7 @@ class KPUObjective:
         targets: TargetSource,
         loss: AlignmentLoss,
         weight: float = 1.0,
+        tasks: None = None,
     ) -> None:
         self._model, self._student, self._targets = model, student, targets
         self._loss, self._weight = loss, weight

@@ -10,13 +10,11 @@ from torch import Tensor
 
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.codecs import Encoded
-from teachercache.pipeline.errors import RecipeError
 from teachercache.pipeline.grids import pool
 from teachercache.pipeline.loading.loader import Batch
 from teachercache.pipeline.records.spec import Size, TeacherSpec
 from teachercache.pipeline.stores.feature_store import NORMS
 from teachercache.student.losses.distillation import AdjointTarget, Target
-from teachercache.student.models.student import NUM_LEVELS
 
 
 class TargetSource(ABC):
@@ -99,35 +97,6 @@ class HybridTargets(TargetSource):
 
     def __call__(self, batch: Batch) -> dict[str, Target]:
         return {name: target for part in self._parts for name, target in part(batch).items()}
-
-
-def require_experts(cache: FeatureCache, teachers: Sequence[str]) -> None:
-    """As `require_maps`; raises `RecipeError` also for a teacher of more or fewer levels than heads have."""
-    require_maps(cache, teachers)
-    for name in teachers:
-        if (count := cache.spec.teachers[name].num_levels) != NUM_LEVELS:
-            raise RecipeError(
-                f"Teacher {name} cannot be an expert: routers and heads take one map of each at every level.",
-                got=f"{count} levels in the cache",
-                expected=str(NUM_LEVELS),
-                do=f"build the cache with {NUM_LEVELS} block_indices for it, or leave it out of `teachers`",
-            )
-
-
-def require_maps(cache: FeatureCache, teachers: Sequence[str]) -> None:
-    """Raises `RecipeError` where a teacher's own maps are not cached, `CacheError` where it is unknown.
-
-    The adjoint grid holds what a map on the student's grid can reach of them, which is all that SAK's losses
-    need; for a student that works on features it would not be what online teachers give.
-    """
-    for name in cache.check_teachers(teachers):
-        if cache.spec.teachers[name].grid.kind == "adjoint":
-            raise RecipeError(
-                f"This student works on the teachers' own maps, and those of {name} are not in the cache.",
-                got="grid: adjoint in the cache",
-                expected="grid: native or bilinear",
-                do="build a cache of these images with such a grid",
-            )
 
 
 def complete_teachers(cache: FeatureCache, teachers: Sequence[str]) -> list[str]:

@@ -11,11 +11,11 @@ cache, never a teacher, unless the recipe says `features: online`.
 
 from __future__ import annotations
 
-import difflib
 import warnings
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +27,8 @@ from torch.optim import AdamW
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import CheckpointError, RecipeError
 from teachercache.pipeline.loading.loader import FeatureLoader
-from teachercache.pipeline.loading.sampler import ShardShuffleSampler
 from teachercache.pipeline.places.durable import make_folder
-from teachercache.student.build import build_student
-from teachercache.student.losses.alignment import AlignmentLoss
-from teachercache.student.losses.distillation import DistillationLoss
-from teachercache.student.losses.tasks import MultiTaskLoss
-from teachercache.student.models.student import NUM_LEVELS, Student, teacher_facts
-from teachercache.student.sak.model import SAK
-from teachercache.student.sak.transfer import grown_student, load_stage_1
+from teachercache.student.models.student import Student
 from teachercache.student.saving import saving
 from teachercache.student.timing import bottleneck
 from teachercache.student.training.checkpoint import (
@@ -46,25 +39,18 @@ from teachercache.student.training.checkpoint import (
     set_aside,
 )
 from teachercache.student.training.environment import accelerator_for, overruled
-from teachercache.student.training.loop import TrainingLoop
+from teachercache.student.training.first_student import first_student
+from teachercache.student.training.loop import LoopResult, TrainingLoop
 from teachercache.student.training.model_card import write_model_card
 from teachercache.student.training.not_finite import not_finite
-from teachercache.student.training.notices import notices
 from teachercache.student.training.objectives import KPUObjective, Objective
+from teachercache.student.training.preflight import Preflight, preflight
 from teachercache.student.training.run_lock import only_trainer
 from teachercache.student.training.run_log import METRICS_FILE, RunLog, logged_steps
 from teachercache.student.training.run_pictures import RunPictures
 from teachercache.student.training.schedule import SCHEDULES
-from teachercache.student.training.targets import (
-    TARGET_SOURCES,
-    TargetSource,
-    complete_teachers,
-    require_experts,
-    require_maps,
-)
-from teachercache.student.training.train_recipe import OF_KPU, TrainRecipe, run_identity
-from teachercache.student.training.trained_parts import require_kept, set_learning
-from teachercache.student.training.view_labels import ViewLabels
+from teachercache.student.training.targets import TARGET_SOURCES, TargetSource
+from teachercache.student.training.train_recipe import TrainRecipe, run_identity
 
 
 @dataclass(frozen=True)
@@ -91,121 +77,147 @@ def train(recipe: TrainRecipe) -> TrainResult:
     """Train, or continue, the run that `recipe` states; returns when it is finished or SIGTERM came.
 
     Raises `CacheError` where the cache is missing, incomplete or without one of the teachers,
-    `RecipeError` for what cannot work with this cache or under this launcher, `CheckpointError` when the
-    output folder holds another run, one that lives, or no sound checkpoint of this one.
+    `RecipeError` for what cannot work with this cache or under this launcher, or for several such things,
+    `CheckpointError` when the output folder holds another run, one that lives, or no sound checkpoint of this
+    one.
     """
-    with ExitStack() as stack:
-        return _train(recipe, stack)
-
-
-def _train(recipe: TrainRecipe, stack: ExitStack) -> TrainResult:
-    """`stack` holds the output folder until the run has ended."""
-    output = Path(recipe.output)
     accelerator = accelerator_for(recipe)
     cache = FeatureCache.open(recipe.cache, images=recipe.images)
-    teachers = cache.check_teachers(recipe.teachers)
-    tasks = ViewLabels(recipe.multitask, cache) if recipe.multitask else None
-    held = _held(recipe, cache, teachers)
-    sampler = ShardShuffleSampler(
-        cache,
-        held or None,
-        batch_size_per_process=recipe.batch_size_per_process,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        seed=recipe.seed,
-        fraction=recipe.fraction,
-    )
-    images_per_step = recipe.images_per_step(accelerator.num_processes)
-    _require_fit(recipe, cache, teachers, images_per_step, sampler.num_samples)
-    _require_folder(output)
-    require_held = stack.enter_context(only_trainer(accelerator, output))
-    for notice in overruled(recipe) + notices(
-        recipe, cache.spec, [] if recipe.features == "online" else held
-    ):
-        accelerator.print(notice)
-    total_steps, warmup_steps = recipe.schedule.steps(sampler.num_samples / images_per_step)
+    processes, rank = accelerator.num_processes, accelerator.process_index
+    found = preflight(recipe, cache.spec, cache, processes=processes, rank=rank)
+    found.notices[:0] = overruled(recipe)
+    found.require(accelerator.print)
+    _require_folder(Path(recipe.output))
+    with only_trainer(accelerator, Path(recipe.output)) as require_held:
+        return _Run(recipe, cache, found, accelerator).go(require_held)
 
-    torch.manual_seed(recipe.seed)
-    student = _build(recipe, cache, teachers, tasks)
-    _require_grids(recipe, cache, held, student)
-    if accelerator.device.type == "cuda" and accelerator.num_processes > 1:
-        student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
-    targets = TARGET_SOURCES[recipe.features](cache, teachers, accelerator.device)
-    reads = targets.reads if recipe.distills or student.reads_features else []
-    optimizer = AdamW(
-        [parameter for parameter in student.parameters() if parameter.requires_grad],
-        lr=recipe.optimizer.lr,
-        betas=recipe.optimizer.betas,
-        weight_decay=recipe.optimizer.weight_decay,
-        fused=True,
-    )
-    run = run_identity(
-        recipe,
-        {
-            "images_per_step": images_per_step,
-            "samples": sampler.num_samples,
-            "teachers": {name: cache.spec.content_id(name) for name in teachers},
-        },
-    )
-    with warnings.catch_warnings():  # accelerate 1.15 passes what torch 2.15 calls deprecated
-        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-        model, optimizer = accelerator.prepare(student, optimizer)
-    first_step = _resume(recipe, accelerator, student, optimizer, run)
-    loop = TrainingLoop(
-        accelerator,
-        recipe,
-        model,
-        optimizer,
-        _objective(recipe, model, student, targets, tasks),
-        partial(
-            SCHEDULES[recipe.schedule.kind],
-            peak=recipe.optimizer.lr,
-            final=recipe.schedule.final_lr,
-            warmup_steps=warmup_steps,
+
+@dataclass
+class _Run:
+    """A run of which nothing stands in the way, on one process of `accelerator`."""
+
+    recipe: TrainRecipe
+    cache: FeatureCache
+    found: Preflight
+    accelerator: Accelerator
+
+    def go(self, require_held: Callable[[], None]) -> TrainResult:
+        """`require_held` raises where another run has taken the output folder."""
+        recipe, accelerator, found = self.recipe, self.accelerator, self.found
+        student = self._student()
+        targets = TARGET_SOURCES[recipe.features](self.cache, list(found.teachers), accelerator.device)
+        reads = targets.reads if recipe.distills or student.reads_features else []
+        model, optimizer = self._prepared(student)
+        run = self._identity()
+        first_step = _resume(recipe, accelerator, student, optimizer, run)
+        total_steps, learning_rate = self._schedule()
+        loop = TrainingLoop(
+            accelerator,
+            recipe,
+            model,
+            optimizer,
+            self._objective(model, student, targets),
+            learning_rate,
+            run,
+            partial(not_finite, self.cache, reads, found.labels),
+        )
+        log = RunLog(
+            accelerator,
+            Path(recipe.output),
+            first_step=first_step,
             total_steps=total_steps,
-        ),
-        run,
-        partial(not_finite, cache, reads, tasks),
-    )
-    log = RunLog(
-        accelerator,
-        output,
-        first_step=first_step,
-        total_steps=total_steps,
-        every_steps=recipe.log_every_steps,
-        pictures=RunPictures(cache, held if recipe.distills else [], student).draw,
-        picture_every_steps=recipe.picture_every_steps,
-        before_writing=require_held,
-    )
-    loader = FeatureLoader(
-        cache,
-        sampler,
-        reads,
-        labels=tasks,
-        extra_sizes=targets.extra_sizes,
-        start_step=first_step * recipe.gradient_accumulation_steps,
-        threads=recipe.loader.threads,
-        prefetch=recipe.loader.prefetch,
-        pin_memory=accelerator.device.type == "cuda",
-    )
-    with log, loader:
-        done = loop.run(iter(loader), first_step, total_steps, log)
-    verdict = bottleneck(done.seconds, done.steps)
-    accelerator.print(verdict)
-    if not done.interrupted and accelerator.is_main_process:
-        with saving("The finished student", output / "student"):
-            student.save_pretrained(output / "student")
-            write_model_card(output / "student", student, recipe, cache, done.next_step, done.last_loss)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
-    return TrainResult(
-        output=output,
-        student=None if done.interrupted else output / "student",
-        steps=done.next_step,
-        last_loss=done.last_loss,
-        images_per_s=done.steps * images_per_step / done.wall_s if done.steps else 0.0,
-        bottleneck=verdict,
-    )
+            every_steps=recipe.log_every_steps,
+            pictures=RunPictures(self.cache, found.held if recipe.distills else [], student).draw,
+            picture_every_steps=recipe.picture_every_steps,
+            before_writing=require_held,
+        )
+        with log, self._loader(targets, reads, first_step) as loader:
+            done = loop.run(iter(loader), first_step, total_steps, log)
+        return self._finish(student, done)
+
+    def _student(self) -> Student:
+        """With its weights, drawn from the run's seed where they are not loaded."""
+        found, distills = self.found, self.recipe.distills
+        torch.manual_seed(self.recipe.seed)
+        size = self.cache.spec.views.size
+        student = first_student(self.recipe.student, found.facts, size, found.tasks, distills=distills)
+        if self.accelerator.device.type == "cuda" and self.accelerator.num_processes > 1:
+            student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
+        return student
+
+    def _prepared(self, student: Student) -> tuple[nn.Module, Any]:
+        """(the student as accelerate wraps it, its optimizer)."""
+        settings = self.recipe.optimizer.model_dump()
+        learning = [parameter for parameter in student.parameters() if parameter.requires_grad]
+        with warnings.catch_warnings():  # accelerate 1.15 passes what torch 2.15 calls deprecated
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            model, optimizer = self.accelerator.prepare(student, AdamW(learning, **settings, fused=True))
+        return model, optimizer
+
+    def _identity(self) -> dict[str, Any]:
+        facts = {
+            "images_per_step": self.recipe.images_per_step(self.accelerator.num_processes),
+            "samples": self.found.num_samples,
+            "teachers": {name: self.cache.spec.content_id(name) for name in self.found.teachers},
+        }
+        return run_identity(self.recipe, facts)
+
+    def _schedule(self) -> tuple[int, Callable[[int], float]]:
+        """(number of steps, the learning rate of each)."""
+        assert self.found.num_samples is not None
+        schedule, peak = self.recipe.schedule, self.recipe.optimizer.lr
+        images_per_step = self.recipe.images_per_step(self.accelerator.num_processes)
+        total, warmup = schedule.steps(self.found.num_samples / images_per_step)
+        steps = {"warmup_steps": warmup, "total_steps": total}
+        return total, partial(SCHEDULES[schedule.kind], peak=peak, final=schedule.final_lr, **steps)
+
+    def _objective(
+        self, model: nn.Module, student: Student, targets: TargetSource
+    ) -> Objective | KPUObjective:
+        kind: Any = type(self.recipe.student)
+        wanted, tasks = self.recipe.distillation, self.found.task_loss
+        settings = wanted.model_dump(include=set(signature(kind.loss).parameters), exclude_none=True)
+        loss = kind.loss(**settings) if self.recipe.distills else None
+        objective: Objective | KPUObjective = kind.objective(
+            model, student, targets, loss, wanted.weight, tasks
+        )
+        return objective
+
+    def _loader(self, targets: TargetSource, reads: Sequence[str], first_step: int) -> FeatureLoader:
+        assert self.found.sampler is not None
+        return FeatureLoader(
+            self.cache,
+            self.found.sampler,
+            reads,
+            labels=self.found.labels,
+            extra_sizes=targets.extra_sizes,
+            start_step=first_step * self.recipe.gradient_accumulation_steps,
+            **self.recipe.loader.model_dump(),
+            pin_memory=self.accelerator.device.type == "cuda",
+        )
+
+    def _finish(self, student: Student, done: LoopResult) -> TrainResult:
+        """Say what held the run up, and write the student where it has taken all its steps."""
+        output, recipe = Path(self.recipe.output), self.recipe
+        verdict = bottleneck(done.seconds, done.steps)
+        self.accelerator.print(verdict)
+        if not done.interrupted and self.accelerator.is_main_process:
+            with saving("The finished student", output / "student"):
+                student.save_pretrained(output / "student")
+                write_model_card(
+                    output / "student", student, recipe, self.cache, done.next_step, done.last_loss
+                )
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+        images = done.steps * recipe.images_per_step(self.accelerator.num_processes)
+        return TrainResult(
+            output=output,
+            student=None if done.interrupted else output / "student",
+            steps=done.next_step,
+            last_loss=done.last_loss,
+            images_per_s=images / done.wall_s if done.steps else 0.0,
+            bottleneck=verdict,
+        )
 
 
 def _require_folder(output: Path) -> None:
@@ -218,117 +230,6 @@ def _require_folder(output: Path) -> None:
             expected="a folder, or a place where this user can make one",
             do="choose another output",
         ) from error
-
-
-def _build(
-    recipe: TrainRecipe, cache: FeatureCache, teachers: list[str], tasks: ViewLabels | None
-) -> Student:
-    """The student, with `requires_grad` exactly where it learns."""
-    wanted, image_size = recipe.student, cache.spec.views.size
-    facts = teacher_facts({name: cache.spec.teachers[name] for name in teachers})
-    if wanted.init_from and tasks is None:
-        student: Student = grown_student(wanted.init_from, facts["teacher_dims"], image_size)
-        require_kept(wanted, student)
-    else:
-        arguments = wanted.model_dump(exclude={"init_from", "freeze", "lora_rank"})
-        arguments |= {"pretrained": wanted.pretrained and wanted.init_from is None}
-        student = build_student(
-            **arguments, **facts, image_size=image_size, tasks=tasks.channels if tasks else None
-        )
-        if wanted.init_from:
-            assert isinstance(student, SAK)
-            load_stage_1(student, wanted.init_from)
-    set_learning(
-        student,
-        wanted,
-        {name: cache.spec.teachers[name].num_levels if recipe.distills else 0 for name in teachers},
-    )
-    return student
-
-
-def _objective(
-    recipe: TrainRecipe,
-    model: nn.Module,
-    student: Student,
-    targets: TargetSource,
-    tasks: ViewLabels | None,
-) -> Objective | KPUObjective:
-    settings = recipe.distillation.model_dump(exclude={"weight"} | OF_KPU, exclude_none=True)
-    if recipe.student.kind == "kpu":
-        loss = AlignmentLoss(**settings, **recipe.distillation.model_dump(include=OF_KPU))
-        return KPUObjective(model, student, targets, loss, recipe.distillation.weight)
-    return Objective(
-        model,
-        student,
-        targets,
-        DistillationLoss(**settings) if recipe.distills else None,
-        recipe.distillation.weight,
-        MultiTaskLoss(tasks.channels, recipe.multitask.weights) if tasks and recipe.multitask else None,
-    )
-
-
-def _held(recipe: TrainRecipe, cache: FeatureCache, teachers: list[str]) -> list[str]:
-    """The teachers whose features the cache must hold."""
-    if recipe.features != "hybrid":
-        return teachers
-    held = complete_teachers(cache, teachers)
-    if teachers and not held:
-        raise RecipeError(
-            "A hybrid run reads at least one teacher.",
-            got=f"no complete one of {', '.join(teachers)} in {cache.storage.url}",
-            expected="a teacher with every shard committed",
-            do="finish the build of one of them",
-        )
-    return held
-
-
-def _require_fit(
-    recipe: TrainRecipe, cache: FeatureCache, teachers: list[str], images_per_step: int, num_samples: int
-) -> None:
-    """Raises `RecipeError` for what the recipe asks and this cache cannot give."""
-    if images_per_step > num_samples:
-        raise RecipeError(
-            "A step takes more images than the cache holds.",
-            got=f"{images_per_step} images a step, over processes and accumulation",
-            expected=f"at most {num_samples}, the valid samples of the cache",
-            do="lower batch_size_per_process or gradient_accumulation_steps",
-        )
-    if recipe.student.kind == "amalgam":
-        require_experts(cache, teachers)
-    if recipe.student.kind == "kpu":
-        require_maps(cache, teachers)
-    for name in teachers if recipe.student.kind != "kpu" else ():  # a KPU learns from the last level alone
-        if (levels := cache.spec.teachers[name].num_levels) > NUM_LEVELS:
-            raise RecipeError(
-                f"Teacher {name} cannot be distilled with its levels.",
-                got=f"{levels} levels in the cache",
-                expected=f"at most {NUM_LEVELS}, as the student has; fewer go to its last ones",
-                do=f"build the cache with {NUM_LEVELS} block_indices for it, or leave it out of `teachers`",
-            )
-    for name in recipe.distillation.teacher_weights:
-        if name not in teachers:
-            near = difflib.get_close_matches(name, teachers, 1)
-            raise RecipeError(
-                "A weight is given for a teacher that is not distilled.",
-                got=f"distillation.teacher_weights.{name}",
-                expected=f"one of {', '.join(teachers)}",
-                do=f"did you mean {near[0]}?" if near else "remove it",
-            )
-
-
-def _require_grids(recipe: TrainRecipe, cache: FeatureCache, held: list[str], student: Student) -> None:
-    """Raises `RecipeError` for an adjoint grid that is not the student's."""
-    if not isinstance(student, SAK) or not recipe.distills or recipe.features == "online":
-        return
-    for name in held:
-        spec = cache.spec.teachers[name]
-        if spec.grid.kind == "adjoint" and spec.stored_grid != student.stem.grid:
-            raise RecipeError(
-                f"The adjoint grid of teacher {name} holds for one student grid alone.",
-                got=f"{student.stem.grid} tokens of the stem {recipe.student.stem}",
-                expected=f"{spec.stored_grid}, as in the cache",
-                do="choose a stem with patches of another size, or a cache with grid: native",
-            )
 
 
 def _resume(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,21 +12,10 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from teachercache.pipeline.records.spec import Size
-from teachercache.student.build import build_student
-from teachercache.student.kpu.latent_space import Features
-from teachercache.student.kpu.model import KPU
-from teachercache.student.models.student import (
-    NUM_LEVELS,
-    Student,
-    StudentOutput,
-    find_saved,
-    read_config,
-    require_known,
-)
-from teachercache.student.sak.model import SAK
-from teachercache.student.sak.transfer import grow
-from teachercache.student.training.train_recipe import StudentRecipe, TrainRecipe
-from teachercache.student.training.trained_parts import require_kept, set_learning
+from teachercache.student.models.lora import merge_lora
+from teachercache.student.models.student import Student, StudentOutput, TeacherFacts
+from teachercache.student.training.student_recipe import StudentRecipe
+from teachercache.student.training.train_recipe import TrainRecipe
 
 
 class StudentSize(NamedTuple):
@@ -89,107 +78,50 @@ class TrainPlan:
 
 def make_train_plan(
     recipe: TrainRecipe,
+    student: Student,
+    teachers: Mapping[str, TeacherFacts],
     *,
     num_samples: int,
-    image_size: Size,
-    teacher_dims: Mapping[str, int],
-    tasks: Mapping[str, int] | None,
     row_bytes: int,
     processes: int,
     tflops_per_gpu: float,
-    teacher_grids: Mapping[str, Size] | None = None,
-    class_tokens: Collection[str] = (),
-    num_levels: Mapping[str, int] | None = None,
 ) -> TrainPlan:
-    """The plan of `recipe` on `num_samples` samples, whose rows take `row_bytes`; needs no weights.
-
-    Raises `RecipeError` for a student that cannot be built.
-    """
+    """The plan of `recipe` with `student` (`first_student`, blank) on `num_samples` samples, whose rows take
+    `row_bytes`; needs no weights. Raises `RecipeError` for a warm-up that is as long as the run."""
     images_per_step = recipe.images_per_step(processes)
-    reads = recipe.distills or recipe.student.kind == "amalgam"
+    reads = (recipe.distills or student.reads_features) and recipe.features != "online"
     return TrainPlan(
         steps=recipe.schedule.steps(num_samples / images_per_step)[0],
         images_per_step=images_per_step,
-        size=student_size(
-            recipe.student,
-            image_size,
-            teacher_dims,
-            tasks,
-            teacher_grids,
-            class_tokens,
-            {name: (num_levels or {}).get(name, NUM_LEVELS) * recipe.distills for name in teacher_dims},
-        ),
-        image_size=image_size,
-        row_bytes=row_bytes if reads and recipe.features != "online" else 0,
+        size=student_size(recipe.student, student, teachers, distills=recipe.distills),
+        image_size=student.image_size,
+        row_bytes=row_bytes if reads else 0,
         processes=processes,
         tflops_per_gpu=tflops_per_gpu,
     )
 
 
 def student_size(
-    recipe: StudentRecipe,
-    image_size: Size,
-    teacher_dims: Mapping[str, int],
-    tasks: Mapping[str, int] | None,
-    teacher_grids: Mapping[str, Size] | None = None,
-    class_tokens: Collection[str] = (),
-    num_levels: Mapping[str, int] | None = None,
+    recipe: StudentRecipe, student: Student, teachers: Mapping[str, TeacherFacts], *, distills: bool
 ) -> StudentSize:
-    """The size of a run's student, counted without weights.
+    """The size of a run's blank student.
 
     All matrix products and convolutions are counted, and backward as it runs: what is frozen costs no more
-    than the gradients that pass through it. `teacher_grids`: patches of 16 pixels where none are given.
-    `num_levels`: those that are distilled of each teacher; by default all, 0 for none.
-    Of a student that goes on (`init_from` in stage 1) its config is read.
+    than the gradients that pass through it.
     """
-    patches = image_size[0] // 16, image_size[1] // 16
-    grids = {name: (teacher_grids or {}).get(name, patches) for name in teacher_dims}
-    levels = {name: (num_levels or {}).get(name, NUM_LEVELS) for name in teacher_dims}
-    distills = any(levels.values())
-    facts = {"teacher_dims": teacher_dims, "teacher_grids": grids, "class_tokens": class_tokens}
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        student = _blank(recipe, image_size, facts, tasks)
-        parameters, num_parameters = student.parameters_by_part(), student.num_parameters
-        set_learning(student, recipe, levels)
-        inputs: dict[str, Any] = {}
-        if isinstance(student, KPU):
-            inputs["teachers"] = {
-                name: Features(
-                    torch.empty(1, width) if name in class_tokens else None,
-                    torch.empty(1, width, *grids[name]),
-                )
-                for name, width in teacher_dims.items()
-            }
-        elif student.reads_features:
-            inputs["features"] = {
-                name: torch.empty(1, NUM_LEVELS, *grids[name], width) for name, width in teacher_dims.items()
-            }
-        pixels_B3HW = torch.empty(1, 3, *image_size)
-        output = student.eval()(pixels_B3HW, full=True, maps=distills, **inputs)
+        pixels_B3HW = torch.empty(1, 3, *student.image_size)
+        output = student.eval()(pixels_B3HW, full=True, maps=distills, **recipe.blank_inputs(teachers))
         gmacs, attention_gmacs = _by_part(counter)
         if isinstance(output, StudentOutput):
-            output = (
-                output.predictions,
-                [output.feature_maps[name][-count:] for name, count in levels.items() if count and distills],
-            )
+            levels = {name: facts.num_levels for name, facts in teachers.items() if distills}
+            output = output.predictions, [output.feature_maps[name][-n:] for name, n in levels.items()]
         torch.stack([tensor.sum() for tensor in _learning(output)]).sum().backward()
     trained = sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad)
     train_gmacs = counter.get_total_flops() / 2e9
-    return StudentSize(parameters, num_parameters, trained, gmacs, attention_gmacs, train_gmacs)
-
-
-def _blank(
-    recipe: StudentRecipe, image_size: Size, facts: Mapping[str, Any], tasks: Mapping[str, int] | None
-) -> Student:
-    if recipe.init_from and tasks is None:
-        config = read_config(find_saved(recipe.init_from))
-        require_known("student that can go on", str(config.pop("kind", None)), [SAK.kind])
-        grown = SAK(**config)
-        require_kept(recipe, grown)
-        grow(grown, facts["teacher_dims"], image_size)
-        return grown
-    arguments = recipe.model_dump(exclude={"init_from", "freeze", "lora_rank"}) | {"pretrained": False}
-    return build_student(**arguments, **facts, image_size=image_size, tasks=tasks)
+    merge_lora(student)
+    parameters, count = student.parameters_by_part(), student.num_parameters
+    return StudentSize(parameters, count, trained, gmacs, attention_gmacs, train_gmacs)
 
 
 _RUNS = {

@@ -13,83 +13,9 @@ from pydantic import Field, field_validator, model_validator
 from teachercache.pipeline.errors import RecipeError
 from teachercache.pipeline.records.spec import Strict
 from teachercache.student.losses.distillation import CosineKind, DistanceKind
-from teachercache.student.models.task_decoder import Fusion
+from teachercache.student.training.student_recipe import SakRecipe, StudentOfAKind
 
 Weight = Annotated[float, Field(ge=0)]
-
-OF_KPU = {"image_weight", "reconstruction_weight"}  # what only `AlignmentLoss` has
-_WHOLE_STEM = {"stem", "stem.vit"}
-_KINDS_WITH = {
-    "reduction": {"sak"},
-    "adapter_paths": {"sak"},
-    "sak_compat": {"sak", "amalgam"},
-    "fusion": {"sak", "amalgam"},
-    "decoder": {"sak", "amalgam"},
-    "preservation": {"kpu"},
-    "unification": {"kpu"},
-    "reconstruction": {"kpu"},
-}
-
-
-class StudentRecipe(Strict):
-    """`build_student`'s arguments (the cache and the data set give the others), and how it is trained.
-
-    `kind: amalgam` learns tasks on the teachers' features themselves (SAK, Tables 12 and 19), with a `stem`
-    beside them or null.
-
-    `init_from`: a saved student. With tasks, this one starts with its stem and paths; without, it goes on
-    itself, with a new path for each teacher of the cache that it does not have (SAK, D.4), and keeps its
-    own `stem`, `reduction` and `adapter_paths`.
-    `freeze`: parts that are not trained, such as `stem` and `paths` ("Freeze" of Table 12).
-    `sak_compat`: feed the stem as SAK's authors do, with ImageNet's statistics, whatever the model's own are;
-    of a cache's recipe the same key does it for the teachers.
-    `lora_rank`: train the stem by updates of this rank, itself frozen.
-    `preservation`, `unification` and `reconstruction` are those of a KPU (its Table 2), whose `stem` is the
-    sentinel.
-    """
-
-    kind: Literal["sak", "kpu", "amalgam"] = "sak"
-    stem: str | None = "vit_base_patch16_384"
-    pretrained: bool = True
-    reduction: int = Field(4, ge=1)
-    adapter_paths: bool = True
-    sak_compat: bool = False
-    fusion: Fusion = "mor"
-    decoder: Literal["simple", "upernet"] = "simple"
-    init_from: str | None = None
-    freeze: tuple[str, ...] = ()
-    lora_rank: int | None = Field(None, ge=1)
-    preservation: bool = True
-    unification: bool = True
-    reconstruction: bool = True
-
-    @field_validator("init_from")
-    @classmethod
-    def _at_home(cls, value: str | None) -> str | None:
-        return value and os.path.expanduser(value)  # noqa: PTH111  may be a name on the Hub
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        changed = {
-            key for key, field in type(self).model_fields.items() if getattr(self, key) != field.default
-        }
-        if foreign := sorted(key for key in changed if self.kind not in _KINDS_WITH.get(key, {self.kind})):
-            raise ValueError(f"a student of kind {self.kind} has no {', '.join(foreign)}: leave it out")
-        if self.stem is None and self.kind != "amalgam":
-            raise ValueError("only an amalgam can be without a stem: name a timm ViT in stem")
-        if self.stem is None and self.lora_rank:
-            raise ValueError("lora_rank trains the stem, and stem is null: leave out lora_rank")
-        if self.lora_rank and _WHOLE_STEM & set(self.freeze):
-            raise ValueError("lora_rank trains the stem, and freeze keeps it: leave out one of the two")
-        if self.kind == "kpu" and self.lora_rank and self.preservation:
-            raise ValueError(
-                "a kpu keeps its sentinel as it is: leave out lora_rank or set preservation=false"
-            )
-        if self.kind == "kpu" and self.init_from:
-            raise ValueError("a kpu starts from its sentinel's own weights: set student.init_from=null")
-        if self.reconstruction and not self.unification:
-            raise ValueError("reconstruction needs unification's space: set student.reconstruction=false too")
-        return self
 
 
 class DatasetRecipe(Strict):
@@ -200,7 +126,7 @@ class TrainRecipe(Strict):
     output: str
     features: Literal["cached", "online", "hybrid"] = "cached"
     teachers: tuple[str, ...] | None = None
-    student: StudentRecipe = StudentRecipe()
+    student: StudentOfAKind = SakRecipe()
     distillation: DistillationRecipe = DistillationRecipe()
     multitask: MultiTaskRecipe | None = None
     optimizer: OptimizerRecipe = OptimizerRecipe()
@@ -224,17 +150,11 @@ class TrainRecipe(Strict):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        problems = list(self.student.contradictions_of(self))
         if self.multitask is None and not self.distills:
-            raise ValueError("without multitask, at least one teacher and distillation.weight > 0 are needed")
-        if self.student.kind == "amalgam" and (self.distills or self.multitask is None):
-            raise ValueError("an amalgam has nothing to distil: set multitask and distillation.weight=0")
-        if self.student.kind == "amalgam" and self.student.init_from:
-            raise ValueError("an amalgam starts from its stem's own weights: set student.init_from=null")
-        said = self.distillation.model_dump(include=OF_KPU, exclude_defaults=True)
-        if self.student.kind != "kpu" and said:
-            raise ValueError(f"{', '.join(said)}: only a kpu has such weights, leave them out")
-        if self.student.kind == "kpu" and self.multitask is not None:
-            raise ValueError("a kpu represents and learns no tasks: leave out multitask, or choose kind sak")
+            problems.append("without multitask, at least one teacher and distillation.weight > 0 are needed")
+        if problems:
+            raise ValueError("; ".join(problems))
         return self
 
     @property
@@ -271,6 +191,11 @@ _PLACES_AND_SPEED: dict[str, Any] = {
     "gradient_accumulation_steps": True,
 }
 
+_OF_EVERY_KIND = {  # checkpoints state these whatever the student's kind is: those that it has not, so
+    **{"reduction": 4, "adapter_paths": True, "sak_compat": False, "fusion": "mor", "decoder": "simple"},
+    **{"preservation": True, "unification": True, "reconstruction": True},
+}
+
 
 def run_identity(recipe: TrainRecipe, facts: Mapping[str, Any]) -> dict[str, Any]:
     """All that decides the numbers of a run, flat: a checkpoint can be continued only where it is equal.
@@ -278,7 +203,8 @@ def run_identity(recipe: TrainRecipe, facts: Mapping[str, Any]) -> dict[str, Any
     `facts` stand for what the recipe does not say: the cache's contents and the size of a whole batch,
     over processes and accumulation. So a run may go on with more or fewer processes.
     """
-    return _flatten(recipe.model_dump(mode="json", exclude=_PLACES_AND_SPEED) | dict(facts))
+    said = recipe.model_dump(mode="json", exclude=_PLACES_AND_SPEED)
+    return _flatten(said | {"student": _OF_EVERY_KIND | said["student"]} | dict(facts))
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -14,10 +14,18 @@ from teachercache.pipeline.loading.batch_memory import TensorLayout
 from teachercache.pipeline.sources import decode_image
 from teachercache.pipeline.sources.decode import HEAD_BYTES
 from teachercache.pipeline.views import View
-from teachercache.student.datasets import open_dataset
+from teachercache.student.datasets import dataset_class, open_dataset
 from teachercache.student.datasets.labels import render_labels
 from teachercache.student.models.student import require_known
 from teachercache.student.training.train_recipe import MultiTaskRecipe
+
+
+def task_channels(recipe: MultiTaskRecipe) -> dict[str, int]:
+    """Name → output channels of the tasks that are learnt. Raises `RecipeError` for one that is not known."""
+    known = dataset_class(recipe.dataset.kind).tasks
+    for task in recipe.tasks or ():
+        require_known("task of this data set", task, known)
+    return {task: known[task] for task in recipe.tasks or known}
 
 
 class ViewLabels:
@@ -30,10 +38,7 @@ class ViewLabels:
 
     def __init__(self, recipe: MultiTaskRecipe, cache: FeatureCache) -> None:
         self._dataset = open_dataset(recipe.dataset.kind, recipe.dataset.root, recipe.dataset.split)
-        self.tasks = tuple(recipe.tasks or self._dataset.tasks)
-        for task in self.tasks:
-            require_known("task of this data set", task, self._dataset.tasks)
-        self.channels = {task: self._dataset.tasks[task] for task in self.tasks}
+        self.tasks = tuple(task_channels(recipe))
         self._size = cache.spec.views.size
         self._cache, self._checks_files, self._known = cache, not recipe.dataset.reencoded, set[int]()
         self._index = {key: index for index, key in enumerate(self._dataset.keys)}

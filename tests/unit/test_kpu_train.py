@@ -28,8 +28,8 @@ from teachercache.student import KPU, load_student
 from teachercache.student.measuring.evaluate import evaluate
 from teachercache.student.measuring.image_features import StudentFeatures
 from teachercache.student.measuring.repsim import representation_similarity
-from teachercache.student.training.notices import notices
 from teachercache.student.training.objectives import last_level
+from teachercache.student.training.preflight import notices
 from teachercache.student.training.targets import CachedTargets
 from teachercache.student.training.train import train
 from tests.make_cache import build_recipe, make_cache, make_images, teacher_spec

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from teachercache.pipeline.records.spec import CacheSpec, GridSpec, ViewPolicy
-from teachercache.student.training.notices import notices
+from teachercache.student.training.preflight import notices
 from teachercache.student.training.train import train
 from tests.make_cache import make_cache, make_images, teacher_spec
 from tests.train_recipes import train_recipe

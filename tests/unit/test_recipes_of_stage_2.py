@@ -25,6 +25,8 @@ from teachercache.student.measuring.paper_results import (
     SIMILARITIES,
     paper_rows,
 )
+from teachercache.student.models.student import TeacherFacts
+from teachercache.student.training.first_student import first_student
 from teachercache.student.training.train_plan import make_train_plan
 from teachercache.student.training.train_recipe import DistillationRecipe, TrainRecipe
 
@@ -65,12 +67,13 @@ def hours_of(recipe: str, processes: int, grown: str | None) -> float:
         )
     (Path(grown) / "config.json").write_text(json.dumps({"kind": "sak", **before.config}))
     student = parsed.student.model_copy(update={"init_from": grown})
+    facts = dict.fromkeys(teachers, TeacherFacts(768, (size[0] // 16, size[1] // 16)))
+    tasks = dataset_class("pascal_context").tasks if parsed.multitask else None
     return make_train_plan(
-        parsed.model_copy(update={"student": student}),
+        parsed,
+        first_student(student, facts, size, tasks, distills=parsed.distills, blank=True),
+        facts,
         num_samples=1_281_167,
-        image_size=size,
-        teacher_dims=dict.fromkeys(teachers, 768),
-        tasks=dataset_class("pascal_context").tasks if parsed.multitask else None,
         row_bytes=0,
         processes=processes,
         tflops_per_gpu=200,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,29 @@ from teachercache.jobs.cli import app
 from teachercache.jobs.recipes import SHIPPED, find_recipe
 from teachercache.jobs.train_dry_run import plan_training
 from teachercache.pipeline.errors import RecipeError
+from teachercache.pipeline.records.spec import Size
 from teachercache.student.measuring.paper_results import GMACS
+from teachercache.student.models.student import TeacherFacts
+from teachercache.student.training.first_student import first_student
+from teachercache.student.training.student_recipe import KpuRecipe, SakRecipe, StudentRecipe
 from teachercache.student.training.train_plan import StudentSize, make_train_plan, student_size
-from teachercache.student.training.train_recipe import StudentRecipe, TrainRecipe
+from teachercache.student.training.train_recipe import TrainRecipe
 from tests.make_cache import make_cache, make_images
 from tests.train_recipes import train_recipe
 
 CACHES = sorted(path.stem for path in SHIPPED.glob("*_vit*.yaml"))
 STUDENTS = sorted(path.stem for kind in ("sak_stage", "kpu") for path in SHIPPED.glob(f"{kind}*.yaml"))
+
+
+def blank_size(
+    recipe: StudentRecipe,
+    image_size: Size,
+    teachers: Mapping[str, TeacherFacts],
+    tasks: Mapping[str, int] | None = None,
+    distills: bool = True,
+) -> StudentSize:
+    student = first_student(recipe, teachers, image_size, tasks, distills=distills, blank=True)
+    return student_size(recipe, student, teachers, distills=distills)
 
 
 @pytest.mark.parametrize("name", STUDENTS)
@@ -62,11 +78,10 @@ def test_the_header_says_the_hours_that_plan_gives(name: str) -> None:
 def test_hours_are_arithmetic_over_rate() -> None:
     """SAK, Table 21: 198 GMACs of the ViT-L student at 384², to which attention adds 8%."""
     recipe = find_recipe(TrainRecipe, "sak_stage1_large")
+    teachers = dict.fromkeys(("dinov2", "clip", "sam"), TeacherFacts(1024, (24, 24)))
+    student = first_student(recipe.student, teachers, (384, 384), None, distills=True, blank=True)
     arguments: dict[str, Any] = {"num_samples": 1280, "processes": 8, "row_bytes": 1000}
-    dims = {"dinov2": 1024, "clip": 1024, "sam": 1024}
-    plan = make_train_plan(
-        recipe, image_size=(384, 384), teacher_dims=dims, tasks=None, tflops_per_gpu=100, **arguments
-    )
+    plan = make_train_plan(recipe, student, teachers, tflops_per_gpu=100, **arguments)
     gmacs = plan.size.gmacs
     assert gmacs == pytest.approx(GMACS["student"] * 1.08, rel=0.01)
     assert gmacs - plan.size.attention_gmacs == pytest.approx(GMACS["student"], rel=0.01)
@@ -79,10 +94,10 @@ def test_hours_are_arithmetic_over_rate() -> None:
 
 def test_a_kpu_s_parts_are_told_apart() -> None:
     """What runs between the sentinel's blocks is no part of them."""
-    student = StudentRecipe(kind="kpu", stem="vit_tiny_patch16_224")
-    arguments: dict[str, Any] = {"teacher_dims": {"a": 192}, "teacher_grids": {"a": (4, 4)}, "tasks": None}
-    size = student_size(student, (64, 64), **arguments)
-    sak = student_size(StudentRecipe(stem="vit_tiny_patch16_224"), (64, 64), {"a": 192}, None)
+    teachers = {"a": TeacherFacts(192, (4, 4))}
+    size, sak = (
+        blank_size(kind(stem="vit_tiny_patch16_224"), (64, 64), teachers) for kind in (KpuRecipe, SakRecipe)
+    )
     assert size.gmacs_by_part["stem"] == pytest.approx(sak.gmacs_by_part["stem"])
     assert size.attention_gmacs == pytest.approx(sak.attention_gmacs)
     assert {"spatial prior", "interactions", "projections"} <= size.gmacs_by_part.keys()
@@ -91,11 +106,13 @@ def test_a_kpu_s_parts_are_told_apart() -> None:
 
 def test_what_is_frozen_costs_a_forward_pass_and_what_passes_through_it() -> None:
     """A KPU's sentinel needs no gradients of weights, and before its first injector none at all."""
-    student = StudentRecipe(kind="kpu", stem="vit_tiny_patch16_224")
-    arguments: dict[str, Any] = {"teacher_dims": {"a": 192}, "teacher_grids": {"a": (4, 4)}, "tasks": None}
     frozen, whole = (
-        student_size(recipe, (64, 64), **arguments)
-        for recipe in (student, student.model_copy(update={"preservation": False}))
+        blank_size(
+            KpuRecipe(stem="vit_tiny_patch16_224", preservation=preservation),
+            (64, 64),
+            {"a": TeacherFacts(192, (4, 4))},
+        )
+        for preservation in (True, False)
     )
     assert whole.train_gmacs == pytest.approx(3 * whole.gmacs, rel=0.02)
     assert 2 * frozen.gmacs < frozen.train_gmacs < 2.8 * frozen.gmacs
@@ -107,10 +124,10 @@ PASCAL = {"semseg": 21, "parts": 7, "saliency": 2, "normals": 3, "boundary": 1}
 def size_of(*overrides: str, width: int = 768, tasks: dict[str, int] | None = PASCAL) -> StudentSize:
     name = "sak_stage2_pascal_base" if tasks else "sak_stage1_base"
     recipe = find_recipe(TrainRecipe, name, list(overrides))
-    dims = dict.fromkeys(("dinov2", "clip", "sam") if recipe.teachers is None else recipe.teachers, width)
-    image_size = (512, 512) if tasks else (384, 384)
-    levels = dict.fromkeys(dims, 4 * recipe.distills)
-    return student_size(recipe.student, image_size, dims, tasks, num_levels=levels)
+    names = ("dinov2", "clip", "sam") if recipe.teachers is None else recipe.teachers
+    side = 512 if tasks else 384
+    teachers = dict.fromkeys(names, TeacherFacts(width, (side // 16, side // 16)))
+    return blank_size(recipe.student, (side, side), teachers, tasks, distills=recipe.distills)
 
 
 def test_the_parts_are_those_of_table_22() -> None:
@@ -170,7 +187,7 @@ def test_a_student_that_grows_learns_one_path(tmp_path: Path) -> None:
 def test_levels_that_a_teacher_lacks_cost_nothing() -> None:
     recipe = find_recipe(TrainRecipe, "sak_stage1_base")
     every, last = (
-        student_size(recipe.student, (384, 384), {"clip": 512}, None, num_levels={"clip": count})
+        blank_size(recipe.student, (384, 384), {"clip": TeacherFacts(512, (24, 24), num_levels=count)})
         for count in (4, 1)
     )
     assert every.trained - last.trained == 3 * (768 * 512 + 512 + 2 * 768)  # aligners and output norms
@@ -184,7 +201,9 @@ def test_an_amalgam_reads_the_grids_of_its_cache() -> None:
         TrainRecipe, "sak_stage2_pascal_base", [*overrides, "student.stem=null", "student.fusion=sum"]
     )
     coarse, fine = (
-        student_size(recipe.student, (512, 512), {"sam": 768}, PASCAL, {"sam": grid}, num_levels={"sam": 0})
+        blank_size(
+            recipe.student, (512, 512), {"sam": TeacherFacts(768, grid)}, PASCAL, distills=recipe.distills
+        )
         for grid in ((32, 32), (64, 64))
     )
     linears = 5 * 4 * 768 * 192 / 1e9

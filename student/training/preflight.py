@@ -1,0 +1,186 @@
+"""What a recipe and a cache ask of each other, all of it before weights are loaded or a step is taken."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from teachercache.pipeline.cache import FeatureCache
+from teachercache.pipeline.errors import Problems, RecipeError
+from teachercache.pipeline.loading.sampler import ShardShuffleSampler
+from teachercache.pipeline.records.spec import CacheSpec, TeacherSpec
+from teachercache.student.losses.tasks import MultiTaskLoss
+from teachercache.student.models.student import Student, TeacherFacts
+from teachercache.student.training.first_student import first_student
+from teachercache.student.training.targets import complete_teachers
+from teachercache.student.training.train_recipe import MultiTaskRecipe, TrainRecipe
+from teachercache.student.training.view_labels import ViewLabels, task_channels
+
+
+@dataclass
+class Preflight:
+    """What was found. `teachers`: those that the run learns from; `held`: whose features the cache must hold.
+
+    `num_samples`: of an epoch. `tasks`: name → output channels. `student` is blank (`first_student`). What is
+    None is not asked for, or a problem keeps it from being made.
+    """
+
+    teachers: dict[str, TeacherSpec]
+    held: list[str]
+    num_samples: int | None = None
+    tasks: dict[str, int] | None = None
+    task_loss: MultiTaskLoss | None = None
+    student: Student | None = None
+    labels: ViewLabels | None = None
+    sampler: ShardShuffleSampler | None = None
+    notices: list[str] = field(default_factory=list)
+    problems: Problems = field(default_factory=Problems)
+
+    @property
+    def facts(self) -> dict[str, TeacherFacts]:
+        return {name: TeacherFacts.of(spec) for name, spec in self.teachers.items()}
+
+    def require(self, tell: Callable[[str], object]) -> None:
+        """Tell every notice; then raise what stands in the way, where that is several things as one."""
+        for notice in self.notices:
+            tell(notice)
+        self.problems.require_none()
+
+
+def preflight(
+    recipe: TrainRecipe,
+    spec: CacheSpec,
+    cache: FeatureCache | None = None,
+    *,
+    processes: int = 1,
+    rank: int = 0,
+    num_samples: int | None = None,
+) -> Preflight:
+    """Ask all that can be asked of a cache of `spec`; of `cache`, where it is there, also what it holds.
+
+    `num_samples`: those of an epoch, where not the cache's are meant.
+    """
+    names = list(spec.teachers) if recipe.teachers is None else list(recipe.teachers)
+    teachers = {name: spec.teachers[name] for name in names if name in spec.teachers}
+    found = Preflight(teachers, list(teachers), num_samples=num_samples)
+    with found.problems.noted():
+        spec.check_teachers(names)
+    if cache is not None:
+        _ask_cache(found, recipe, cache, processes, rank)
+    if recipe.multitask is not None:
+        _ask_tasks(found, recipe.multitask, cache)
+    with found.problems.noted():
+        _require_length(found.num_samples, recipe, processes, is_built=cache is not None)
+    found.problems += _unknown_weights(recipe, names)
+    if len(teachers) == len(names) and (found.tasks is None) == (recipe.multitask is None):
+        size, distills = spec.views.size, recipe.distills
+        with found.problems.noted():
+            found.student = first_student(
+                recipe.student, found.facts, size, found.tasks, distills=distills, blank=True
+            )
+    cached = [] if recipe.features == "online" else found.held
+    grid = getattr(getattr(found.student, "stem", None), "grid", None)
+    found.problems += recipe.student.requirements(teachers, cached if recipe.distills else (), grid)
+    found.notices += notices(recipe, spec, cached)
+    return found
+
+
+def _ask_cache(found: Preflight, recipe: TrainRecipe, cache: FeatureCache, processes: int, rank: int) -> None:
+    with found.problems.noted():
+        if recipe.features == "hybrid":
+            found.held = _held(cache, found.held)
+        found.sampler = ShardShuffleSampler(
+            cache,
+            found.held or None,
+            batch_size_per_process=recipe.batch_size_per_process,
+            rank=rank,
+            world_size=processes,
+            seed=recipe.seed,
+            fraction=recipe.fraction,
+        )
+        found.num_samples = found.num_samples or found.sampler.num_samples
+
+
+def _ask_tasks(found: Preflight, recipe: MultiTaskRecipe, cache: FeatureCache | None) -> None:
+    with found.problems.noted():
+        tasks = task_channels(recipe)
+        found.task_loss = MultiTaskLoss(tasks, recipe.weights)
+        found.tasks = tasks
+        if cache is not None:
+            found.labels = ViewLabels(recipe, cache)
+
+
+def _held(cache: FeatureCache, teachers: list[str]) -> list[str]:
+    held = complete_teachers(cache, teachers)
+    if teachers and not held:
+        raise RecipeError(
+            "A hybrid run reads at least one teacher.",
+            got=f"no complete one of {', '.join(teachers)} in {cache.storage.url}",
+            expected="a teacher with every shard committed",
+            do="finish the build of one of them",
+        )
+    return held
+
+
+def _require_length(num_samples: int | None, recipe: TrainRecipe, processes: int, *, is_built: bool) -> None:
+    """Raises `RecipeError` where an epoch has no length or not one step, or the run is all warm-up."""
+    images_per_step = recipe.images_per_step(processes)
+    if num_samples is None:
+        if recipe.schedule.epochs and not is_built:
+            raise RecipeError(
+                "How long an epoch is cannot be told before there is a cache.",
+                got=f"schedule.epochs={recipe.schedule.epochs:g}, and no cache at {recipe.cache}",
+                expected="the number of images",
+                do="add --samples, such as 1281167 for ImageNet-1k",
+            )
+        return
+    if images_per_step > num_samples:
+        raise RecipeError(
+            "A step takes more images than the cache holds.",
+            got=f"{images_per_step} images a step, over processes and accumulation",
+            expected=f"at most {num_samples}, the valid samples of the cache",
+            do="lower batch_size_per_process or gradient_accumulation_steps",
+        )
+    recipe.schedule.steps(num_samples / images_per_step)
+
+
+def _unknown_weights(recipe: TrainRecipe, teachers: Sequence[str]) -> Iterator[RecipeError]:
+    for name in recipe.distillation.teacher_weights:
+        if name not in teachers:
+            near = difflib.get_close_matches(name, teachers, 1)
+            yield RecipeError(
+                "A weight is given for a teacher that is not distilled.",
+                got=f"distillation.teacher_weights.{name}",
+                expected=f"one of {', '.join(teachers)}",
+                do=f"did you mean {near[0]}?" if near else "remove it",
+            )
+
+
+def notices(recipe: TrainRecipe, spec: CacheSpec, cached: Sequence[str]) -> list[str]:
+    """Where cache and recipe make it another run than it may seem, one line each; `cached` are the teachers
+    whose features are read."""
+    found = list(recipe.student.notices({name: spec.teachers[name] for name in cached}))
+    if recipe.multitask and not spec.views.policy.startswith("multitask_"):
+        found.append(
+            f"The cache has {spec.views.policy} views: labels are learnt on those, and not on the ones of"
+            " stage 2, multitask_train."
+        )
+    finer = [name for name in cached if _is_finer(spec.teachers[name])]
+    if recipe.distills and finer:
+        wanted = recipe.distillation
+        inexact = ["smooth-L1"] if wanted.distance == "smooth_l1" and wanted.distance_weight else []
+        inexact += ["the cosine of tokens"] if wanted.cosine == "token" and wanted.cosine_weight else []
+        if inexact:
+            found.append(
+                f"On the adjoint grid of {', '.join(finer)} {' and '.join(inexact)} "
+                f"{'are approximations' if len(inexact) > 1 else 'is an approximation'}: exact are"
+                " distillation.cosine=flattened with distillation.distance=squared_error, or native grids."
+            )
+    return found
+
+
+def _is_finer(teacher: TeacherSpec) -> bool:
+    """Whether the teacher's own grid says more than its adjoint."""
+    pairs = zip(teacher.native_grid, teacher.stored_grid, strict=True)
+    return teacher.grid.kind == "adjoint" and any(own > stored for own, stored in pairs)

@@ -1,0 +1,257 @@
+"""`StudentRecipe`: a student and how it is trained. Each kind has its own keys, and says what of a run and of
+a cache it cannot work with."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator, Mapping
+from inspect import signature
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, get_args
+
+import torch
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+
+from teachercache.pipeline.errors import RecipeError
+from teachercache.pipeline.records.spec import Size, Strict, TeacherSpec
+from teachercache.student.kpu.latent_space import Features
+from teachercache.student.losses.alignment import AlignmentLoss
+from teachercache.student.losses.distillation import DistillationLoss
+from teachercache.student.models.student import NUM_LEVELS, TeacherFacts
+from teachercache.student.models.task_decoder import Fusion
+from teachercache.student.training.objectives import KPUObjective, Objective
+
+if TYPE_CHECKING:
+    from teachercache.student.training.train_recipe import TrainRecipe
+
+Specs = Mapping[str, TeacherSpec]
+Facts = Mapping[str, TeacherFacts]
+Errors = Iterator[RecipeError]
+_WHOLE_STEM = {"stem", "stem.vit"}
+_OTHER_LEVELS = f"build the cache with {NUM_LEVELS} block_indices for it, or leave it out of `teachers`"
+
+
+class StudentRecipe(Strict):
+    """What students of all kinds have: arguments of `build_student` (the cache and the data set give the
+    others), and how they are trained.
+
+    `init_from`: a saved student. With tasks, this one starts with its stem and paths; without, it goes on
+    itself, with a new path for each teacher of the cache that it does not have (SAK, D.4), and keeps its
+    own `stem`, `reduction` and `adapter_paths`.
+    `freeze`: parts that are not trained, such as `stem` and `paths` ("Freeze" of Table 12).
+    `lora_rank`: train the stem by updates of this rank, itself frozen.
+    """
+
+    loss: ClassVar[Any] = DistillationLoss
+    objective: ClassVar[Any] = Objective
+
+    kind: str
+    stem: str | None = "vit_base_patch16_384"
+    pretrained: bool = True
+    init_from: str | None = None
+    freeze: tuple[str, ...] = ()
+    lora_rank: int | None = Field(None, ge=1)
+
+    @field_validator("init_from")
+    @classmethod
+    def _at_home(cls, value: str | None) -> str | None:
+        return value and os.path.expanduser(value)  # noqa: PTH111  may be a name on the Hub
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if found := list(self.contradictions()):
+            raise ValueError("; ".join(found))
+        return self
+
+    def contradictions(self) -> Iterator[str]:
+        """Why these keys cannot stand together."""
+        if self.stem is None:
+            yield "only an amalgam can be without a stem: name a timm ViT in stem"
+        if self.lora_rank and _WHOLE_STEM & set(self.freeze):
+            yield "lora_rank trains the stem, and freeze keeps it: leave out one of the two"
+
+    def contradictions_of(self, run: TrainRecipe) -> Iterator[str]:
+        """Why `run` cannot train such a student."""
+        said = run.distillation.model_dump(exclude={"weight"}, exclude_defaults=True)
+        if foreign := said.keys() - signature(self.loss).parameters:
+            yield f"{', '.join(sorted(foreign))}: only a kpu has such weights, leave them out"
+
+    def requirements(self, teachers: Specs, compared: Collection[str], grid: Size | None) -> Errors:
+        """What a cache with these teachers lacks.
+
+        `compared`: those of them whose cached features the student's maps are compared with, on `grid` (h, w)
+        of its stem where that is known.
+        """
+        for name, spec in teachers.items():
+            if spec.num_levels > NUM_LEVELS:
+                yield RecipeError(
+                    f"Teacher {name} cannot be distilled with its levels.",
+                    got=f"{spec.num_levels} levels in the cache",
+                    expected=f"at most {NUM_LEVELS}, as the student has; fewer go to its last ones",
+                    do=_OTHER_LEVELS,
+                )
+            if name in compared and spec.grid.kind == "adjoint" and grid not in (None, spec.stored_grid):
+                yield RecipeError(
+                    f"The adjoint grid of teacher {name} holds for one student grid alone.",
+                    got=f"{grid} tokens of the stem {self.stem}",
+                    expected=f"{spec.stored_grid}, as in the cache",
+                    do="choose a stem with patches of another size, or a cache with grid: native",
+                )
+
+    def notices(self, cached: Specs) -> Iterator[str]:
+        """What to say of a run that reads the features of these teachers."""
+        yield from ()
+
+    def arguments(self, teachers: Facts) -> dict[str, Any]:
+        """Those of `build_student` that follow from these keys and the teachers."""
+        own = self.model_dump(exclude={"init_from", "freeze", "lora_rank"})
+        return own | {"teacher_dims": {name: teacher.width for name, teacher in teachers.items()}}
+
+    def blank_inputs(self, teachers: Facts) -> dict[str, Any]:
+        """What `forward` takes in training beside the pixels of one view: empty tensors."""
+        return {}
+
+
+class _TaskRecipe(StudentRecipe):
+    """Of students that learn tasks. `sak_compat`: feed the stem as SAK's authors do, with ImageNet's
+    statistics, whatever the model's own are; of a cache's recipe the same key does it for the teachers."""
+
+    sak_compat: bool = False
+    fusion: Fusion = "mor"
+    decoder: Literal["simple", "upernet"] = "simple"
+
+
+class SakRecipe(_TaskRecipe):
+    """SAK's student; without `adapter_paths` the baseline of its Table 3, row 1."""
+
+    kind: Literal["sak"] = "sak"
+    reduction: int = Field(4, ge=1)
+    adapter_paths: bool = True
+
+
+class KpuRecipe(StudentRecipe):
+    """`stem` is the sentinel; the switches are those of KPU's Table 2."""
+
+    loss = AlignmentLoss
+    objective = KPUObjective
+
+    kind: Literal["kpu"] = "kpu"
+    preservation: bool = True
+    unification: bool = True
+    reconstruction: bool = True
+
+    def contradictions(self) -> Iterator[str]:
+        yield from super().contradictions()
+        if self.lora_rank and self.preservation:
+            yield "a kpu keeps its sentinel as it is: leave out lora_rank or set preservation=false"
+        if self.init_from:
+            yield "a kpu starts from its sentinel's own weights: set student.init_from=null"
+        if self.reconstruction and not self.unification:
+            yield "reconstruction needs unification's space: set student.reconstruction=false too"
+
+    def contradictions_of(self, run: TrainRecipe) -> Iterator[str]:
+        yield from super().contradictions_of(run)
+        if run.multitask is not None:
+            yield "a kpu represents and learns no tasks: leave out multitask, or choose kind sak"
+
+    def requirements(self, teachers: Specs, compared: Collection[str], grid: Size | None) -> Errors:
+        yield from _without_maps(teachers)
+
+    def notices(self, cached: Specs) -> Iterator[str]:
+        if cached and not any(spec.cls_token for spec in cached.values()):
+            yield (
+                f"No class token of {', '.join(cached)} is cached, so the image's feature learns nothing:"
+                " build with teachers.NAME.cls_token=true."
+            )
+
+    def arguments(self, teachers: Facts) -> dict[str, Any]:
+        return super().arguments(teachers) | {
+            "teacher_grids": {name: teacher.grid for name, teacher in teachers.items()},
+            "class_tokens": [name for name, teacher in teachers.items() if teacher.cls_token],
+        }
+
+    def blank_inputs(self, teachers: Facts) -> dict[str, Any]:
+        features = {
+            name: Features(torch.empty(1, width) if cls_token else None, torch.empty(1, width, *grid))
+            for name, (width, grid, cls_token, _) in teachers.items()
+        }
+        return {"teachers": features}
+
+
+class AmalgamRecipe(_TaskRecipe):
+    """Tasks learnt on the teachers' features themselves (SAK, Tables 12 and 19), with a `stem` beside them or
+    null."""
+
+    kind: Literal["amalgam"] = "amalgam"
+
+    def contradictions(self) -> Iterator[str]:
+        if self.stem is not None:
+            yield from super().contradictions()
+        elif self.lora_rank:
+            yield "lora_rank trains the stem, and stem is null: leave out lora_rank"
+        if self.init_from:
+            yield "an amalgam starts from its stem's own weights: set student.init_from=null"
+
+    def contradictions_of(self, run: TrainRecipe) -> Iterator[str]:
+        yield from super().contradictions_of(run)
+        if run.distills or run.multitask is None:
+            yield "an amalgam has nothing to distil: set multitask and distillation.weight=0"
+
+    def requirements(self, teachers: Specs, compared: Collection[str], grid: Size | None) -> Errors:
+        yield from unfit_experts(teachers)
+
+    def blank_inputs(self, teachers: Facts) -> dict[str, Any]:
+        features = {
+            name: torch.empty(1, NUM_LEVELS, *grid, width) for name, (width, grid, *_) in teachers.items()
+        }
+        return {"features": features}
+
+
+def unfit_experts(teachers: Specs) -> Errors:
+    """What keeps an amalgam from working on the cached features of these teachers."""
+    yield from _without_maps(teachers)
+    for name, spec in teachers.items():
+        if spec.num_levels != NUM_LEVELS:
+            yield RecipeError(
+                f"Teacher {name} cannot be an expert: routers and heads take one map of each at every level.",
+                got=f"{spec.num_levels} levels in the cache",
+                expected=str(NUM_LEVELS),
+                do=_OTHER_LEVELS,
+            )
+
+
+def _without_maps(teachers: Specs) -> Errors:
+    """The teachers whose own maps are not cached.
+
+    The adjoint grid holds what a map on the student's grid can reach of them, which is all that SAK's losses
+    need; for a student that works on features it would not be what online teachers give.
+    """
+    for name, spec in teachers.items():
+        if spec.grid.kind == "adjoint":
+            yield RecipeError(
+                f"This student works on the teachers' own maps, and those of {name} are not in the cache.",
+                got="grid: adjoint in the cache",
+                expected="grid: native or bilinear",
+                do="build a cache of these images with such a grid",
+            )
+
+
+def _of_its_kind(value: Any) -> Any:
+    """Keys with their kind, which is "sak" where none is stated, and without those of others that are null.
+
+    Raises `ValueError` for a key that only students of another kind have, whatever its value.
+    """
+    if not isinstance(value, dict):
+        return value
+    value = {"kind": "sak"} | value
+    kinds = {kind.model_fields["kind"].default: kind for kind in get_args(AnyStudent)}
+    if value["kind"] not in list(kinds):
+        return value
+    known = {key for kind in kinds.values() for key in kind.model_fields}
+    foreign = known - kinds[value["kind"]].model_fields.keys()
+    if said := sorted(key for key in foreign & value.keys() if value[key] is not None):
+        raise ValueError(f"a student of kind {value['kind']} has no {', '.join(said)}: leave it out")
+    return {key: one for key, one in value.items() if key not in foreign}
+
+
+AnyStudent = SakRecipe | KpuRecipe | AmalgamRecipe
+StudentOfAKind = Annotated[AnyStudent, Field(discriminator="kind"), BeforeValidator(_of_its_kind)]
