@@ -28,11 +28,7 @@ from benchmarks import signals
 from teachercache.pipeline.codecs import get_codec
 from teachercache.pipeline.grids import adjoint, least_squares, nearest, pool, upsample
 from teachercache.pipeline.records.spec import GridSpec, Size
-from teachercache.student.losses.adjoint import (
-    flattened_cosine_from_adjoint,
-    smooth_l1_from_adjoint,
-    token_cosine_from_adjoint,
-)
+from teachercache.student.losses.adjoint import AdjointPair
 
 PAIRS: list[tuple[Size, Size]] = [  # (student, teacher)
     ((24, 24), (27, 27)),
@@ -97,20 +93,20 @@ def losses(t: Tensor, student: Size) -> dict[str, tuple[Loss, Loss]]:
     def smooth_l1(s: Tensor) -> Tensor:
         return F.smooth_l1_loss(upsample(s, teacher), t)
 
+    def pair(s: Tensor, target: Tensor) -> AdjointPair:
+        return AdjointPair(s, target, squared_norm, teacher)
+
     def from_adjoint(target: Tensor) -> Loss:
-        return lambda s: flattened_cosine_from_adjoint(s, target, squared_norm, teacher)
+        return lambda s: pair(s, target).flattened_cosine()
 
     return {
         "flattened: adjoint": (from_adjoint(small), flattened),
         "flattened: pooled": (lambda s: F.cosine_similarity(s.flatten(1), pooled.flatten(1)), flattened),
         "flattened: adjoint, int4": (from_adjoint(_coded(small)), flattened),
         "flattened: int4 of Uᵀt": (from_adjoint(coded_adjoint), flattened),
-        "token: adjoint": (
-            lambda s: token_cosine_from_adjoint(s, small, squared_norm, teacher).mean(),
-            token,
-        ),
+        "token: adjoint": (lambda s: pair(s, small).token_cosine().mean(), token),
         "token: pooled": (lambda s: F.cosine_similarity(s, pooled, dim=1).mean(), token),
-        "smooth-L1: adjoint": (lambda s: smooth_l1_from_adjoint(s, small, teacher), smooth_l1),
+        "smooth-L1: adjoint": (lambda s: pair(s, small).smooth_l1(), smooth_l1),
         "smooth-L1: pooled": (lambda s: F.smooth_l1_loss(s, pooled), smooth_l1),
     }
 

@@ -24,13 +24,13 @@ class RunnerRecipe(Strict):
 
     `num_actors: null` uses the whole cluster, and nodes that join later; `gpus_per_actor: null` means
     1 where the cluster has GPUs and 0 where it has none. `shards_in_flight` shards a process overlap.
-    `compile`: torch.compile for the blocks of the teachers; their features then differ in the last bits.
+    `compile`: torch.compile for the teachers' blocks; null for on GPUs. Features differ in their last bits.
     `stall_timeout_s`: after how long without a batch or an image a shard counts as hanging.
     """
 
     kind: Literal["local", "ray"] = "local"
     device: str = "auto"
-    compile: bool = False
+    compile: bool | None = None
     batch_size: int = Field(16, ge=1)
     decode_threads: int = Field(4, ge=1)
     shards_in_flight: int = Field(2, ge=1)

@@ -24,9 +24,9 @@ class Worker:
         self._teachers: dict[str, Teacher] = {
             name: build_teacher(spec, device=device) for name, spec in teachers.items()
         }
-        if runner.compile:
+        if device.startswith("cuda") if runner.compile is None else runner.compile:
             for teacher in self._teachers.values():
-                teacher.compile_blocks()
+                teacher.compile_blocks(runner.batch_size)
 
     def weights_hashes(self) -> dict[str, str]:
         return {name: teacher.weights_hash for name, teacher in self._teachers.items()}

@@ -7,7 +7,7 @@ Uᵀ and UᵀU, which need those small matrices only: <U s, t> = <s, Uᵀt> hold
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import cache
 
 import torch
@@ -114,13 +114,24 @@ def _inverse_gram_matrix(source: int, target: int) -> Tensor:
     return inverse
 
 
-@cache
+def made_once(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`cache` for small tensors on their device, where a copy from the CPU at every step would hold up a GPU;
+    for compiled code they are constants."""
+    cached = cache(make)
+
+    def find(*arguments: Hashable) -> Tensor:
+        with torch.inference_mode(False):
+            return cached(*arguments)
+
+    found: Callable[..., Tensor] = torch.compiler.assume_constant_result(find)
+    return found
+
+
+@made_once
 def _placed(
     matrix: Callable[[int, int], Tensor], source: int, target: int, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
-    """The matrix where it is needed: a copy from the CPU at every step would hold up a GPU."""
-    with torch.inference_mode(False):
-        return matrix(source, target).to(device, dtype)
+    return matrix(source, target).to(device, dtype)
 
 
 def _separable(matrix: Callable[[int, int], Tensor], source: Size, target: Size, maps: Tensor) -> Tensor:

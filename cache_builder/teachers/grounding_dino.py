@@ -22,7 +22,7 @@ of 100, 50, 25 and 13.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -109,10 +109,10 @@ class GroundingDinoTeacher(Teacher):
         blocks = tuple((m.shape[1], (m.shape[2], m.shape[3])) for m in maps)
         return Outputs(blocks=blocks, has_cls_token=False, global_width=None)
 
-    def compile_blocks(self) -> None:
-        """Each stage by itself. Blocks, shifted or not, at two batch sizes are more than torch keeps."""
-        for stage in self.model.backbone.conv_encoder.model.swin.encoder.layers:
-            stage.compile()
+    def repeated_parts(self) -> Iterable[nn.Module]:
+        """Stages: blocks, shifted or not, are more than torch keeps compiled."""
+        stages: Iterable[nn.Module] = self.model.backbone.conv_encoder.model.swin.encoder.layers
+        return stages
 
     def forward(self, pixels_B3HW: Tensor) -> TeacherFeatures:
         with torch.inference_mode(), autocast(self.spec, pixels_B3HW.device):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,9 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
+from teachercache.cache_builder.teachers.sam_attention import FoldedAttention
 from teachercache.pipeline.errors import TeacherInputError
+from teachercache.pipeline.grids import made_once
 from teachercache.pipeline.records.spec import Size, TeacherSpec
 from teachercache.pipeline.views import enlarge_and_pad
 
@@ -57,6 +59,13 @@ class TeacherFeatures:
     cls_token_BSC: Tensor | None
     global_feature_BD: Tensor | None
 
+    def first(self, count: int) -> TeacherFeatures:
+        """Those of the first `count` views."""
+        others = (self.cls_token_BSC, self.global_feature_BD)
+        return TeacherFeatures(
+            self.feature_maps_BSHWC[:count], *(one if one is None else one[:count] for one in others)
+        )
+
 
 class Teacher(nn.Module, ABC):
     """A frozen encoder in eval mode. Each subclass is one kind of model; `registry.py` lists them.
@@ -71,6 +80,7 @@ class Teacher(nn.Module, ABC):
     def __init__(self, spec: TeacherSpec) -> None:
         super().__init__()
         self.spec = spec
+        self._batch_size = 0
 
     @classmethod
     @abstractmethod
@@ -87,8 +97,31 @@ class Teacher(nn.Module, ABC):
         """Raises `TeacherInputError` when the model cannot take this size."""
 
     @abstractmethod
-    def compile_blocks(self) -> None:
-        """Run torch.compile over what the network repeats, before the first forward pass."""
+    def repeated_parts(self) -> Iterable[nn.Module]:
+        """What the network repeats, to be compiled one by one: equal parts are compiled once."""
+
+    def compile_blocks(self, batch_size: int) -> None:
+        """Run torch.compile over `repeated_parts`, before the first forward pass.
+
+        Fewer views than `batch_size` are filled up to it: another number would be compiled anew.
+        """
+        for part in self.repeated_parts():
+            part.compile(dynamic=False)
+        self._batch_size = batch_size
+
+    def keep_rounded(self) -> None:
+        """Keep weights in bfloat16 where autocast would round them at every pass, with the same result."""
+        if self.spec.precision == "bfloat16":
+            for module in self.modules():
+                if isinstance(module, nn.Linear | nn.Conv2d | FoldedAttention):
+                    module.to(torch.bfloat16)
+
+    def __call__(self, pixels_B3HW: Tensor) -> TeacherFeatures:
+        count, missing = len(pixels_B3HW), max(0, self._batch_size - len(pixels_B3HW))
+        if missing:
+            pixels_B3HW = torch.cat([pixels_B3HW, pixels_B3HW[-1:].expand(missing, -1, -1, -1)])
+        features: TeacherFeatures = super().__call__(pixels_B3HW)
+        return features.first(count) if missing else features
 
     @abstractmethod
     def forward(self, pixels_B3HW: Tensor) -> TeacherFeatures:
@@ -107,13 +140,16 @@ def preprocess(pixels_B3HW: Tensor, spec: TeacherSpec) -> Tensor:
             expected=f"torch.uint8 of shape (B, 3, {spec.render_size[0]}, {spec.render_size[1]})",
             do="render the views at spec.render_size",
         )
-    # From pageable memory this copy waits for nothing on the device.
-    mean_std = torch.tensor([spec.mean, spec.std]).to(pixels_B3HW.device, non_blocking=True)
-    mean, std = mean_std.view(2, 1, 3, 1, 1)
+    mean, std = _statistics(spec.mean, spec.std, pixels_B3HW.device)
     x: Tensor = (pixels_B3HW.float() / 255 - mean) / std
     if spec.render_size == spec.image_size:
         return x
     return enlarge_and_pad(x, spec.image_size)
+
+
+@made_once
+def _statistics(mean: RGB, std: RGB, device: torch.device) -> Tensor:
+    return torch.tensor([mean, std], device=device).view(2, 1, 3, 1, 1)
 
 
 def autocast(spec: TeacherSpec, device: torch.device) -> Any:

@@ -151,6 +151,7 @@ def build_teacher(
             expected=f"weights with hash {teacher.weights_hash}",
             do="give the same checkpoint and library versions, or build another cache",
         )
+    built.keep_rounded()
     built.spec = teacher.model_copy(update={"weights_hash": built.weights_hash})
     return built.to(device)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from functools import cache
 from inspect import signature
 from typing import Any
@@ -11,8 +11,9 @@ import timm
 import torch
 from timm.layers import PatchEmbed
 from timm.models.vision_transformer_sam import VisionTransformerSAM
-from torch import Tensor
+from torch import Tensor, nn
 
+from teachercache.cache_builder.teachers.sam_attention import fold_positions
 from teachercache.cache_builder.teachers.teacher import (
     Architecture,
     Outputs,
@@ -35,6 +36,7 @@ class TimmTeacher(Teacher):
     def __init__(self, spec: TeacherSpec) -> None:
         super().__init__(spec)
         self.model = create_model(spec).eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        fold_positions(self.model, spec.native_grid)
 
     @classmethod
     @cache
@@ -75,11 +77,9 @@ class TimmTeacher(Teacher):
             global_width=global_width,
         )
 
-    def compile_blocks(self) -> None:
-        """Each block by itself: equal blocks are compiled once, and `forward_intermediates` stays timm's."""
+    def repeated_parts(self) -> Iterable[nn.Module]:
         names = (name for name in ("blocks", "stages", "layers") if hasattr(self.model, name))
-        for block in getattr(self.model, next(names, ""), ()):
-            block.compile()
+        return getattr(self.model, next(names, ""), ())
 
     def forward(self, pixels_B3HW: Tensor) -> TeacherFeatures:
         spec = self.spec

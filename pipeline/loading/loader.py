@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -73,6 +73,21 @@ class Batch:
     cls_tokens: dict[str, Tensor]
     labels: dict[str, Tensor]
     seconds: dict[str, float]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch with every tensor as `change` gives it."""
+
+        def changed(tensors: dict[Any, Tensor]) -> dict[Any, Tensor]:
+            return {name: change(tensor) for name, tensor in tensors.items()}
+
+        features = {name: replace(one, arrays=changed(one.arrays)) for name, one in self.features.items()}
+        return replace(
+            self,
+            renders=changed(self.renders),
+            features=features,
+            cls_tokens=changed(self.cls_tokens),
+            labels=changed(self.labels),
+        )
 
 
 @dataclass

@@ -7,12 +7,12 @@ D  width       M  heads        d  width of a head         S  maps      P  points
 from __future__ import annotations
 
 import math
-from functools import cache
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from teachercache.pipeline.grids import made_once
 from teachercache.pipeline.records.spec import Size
 
 Grids = tuple[Size, ...]  # of several maps, whose tokens stand one map behind the other
@@ -88,19 +88,17 @@ class DeformableAttention(nn.Module):
         return output_BQD
 
 
-@cache
+@made_once
 def centres(grids: Grids, device: torch.device, dtype: torch.dtype) -> Tensor:
     """(Q, 2): x and y of the centre of every cell, as shares of width and height, map behind map."""
-    with torch.inference_mode(False):
-        maps = []
-        for height, width in grids:
-            y, x = ((torch.arange(n, device=device, dtype=dtype) + 0.5) / n for n in (height, width))
-            maps.append(torch.cartesian_prod(y, x).flip(-1))
-        return torch.cat(maps)
+    maps = []
+    for height, width in grids:
+        y, x = ((torch.arange(n, device=device, dtype=dtype) + 0.5) / n for n in (height, width))
+        maps.append(torch.cartesian_prod(y, x).flip(-1))
+    return torch.cat(maps)
 
 
-@cache
+@made_once
 def cell(grid: Size, device: torch.device, dtype: torch.dtype) -> Tensor:
     """(2,): width and height of a cell, as shares of the map's."""
-    with torch.inference_mode(False):
-        return torch.tensor([1 / grid[1], 1 / grid[0]], device=device, dtype=dtype)
+    return torch.tensor([1 / grid[1], 1 / grid[0]], device=device, dtype=dtype)

@@ -17,12 +17,7 @@ from torch.nn import functional as F
 from teachercache.pipeline.errors import explain
 from teachercache.pipeline.grids import upsample
 from teachercache.pipeline.records.spec import Size
-from teachercache.student.losses.adjoint import (
-    flattened_cosine_from_adjoint,
-    smooth_l1_from_adjoint,
-    squared_error_from_adjoint,
-    token_cosine_from_adjoint,
-)
+from teachercache.student.losses.adjoint import AdjointPair
 from teachercache.student.losses.cosine import cosine_similarity
 
 CosineKind = Literal["flattened", "token"]
@@ -88,15 +83,12 @@ class AdjointTarget(Target):
                     do="build the cache with grid_size as the student's, or grid: native",
                 )
             )
-        squared_norm_B = self.norms_BS[:, level].square()
-        known = (student_BChw, nearest_BChw, squared_norm_B, self.grid)
-        measure = flattened_cosine_from_adjoint if cosine == "flattened" else token_cosine_from_adjoint
+        pair = AdjointPair(student_BChw, nearest_BChw, self.norms_BS[:, level].square(), self.grid)
+        cosines = pair.flattened_cosine() if cosine == "flattened" else pair.token_cosine()
         if distance == "smooth_l1":
-            apart = smooth_l1_from_adjoint(student_BChw, nearest_BChw, self.grid)
-        else:
-            elements = self.grid[0] * self.grid[1] * nearest_BChw.shape[1]
-            apart = squared_error_from_adjoint(*known).mean() / elements
-        return 1 - measure(*known).mean(), apart
+            return 1 - cosines.mean(), pair.smooth_l1()
+        elements = self.grid[0] * self.grid[1] * nearest_BChw.shape[1]
+        return 1 - cosines.mean(), pair.squared_error().mean() / elements
 
 
 def _require_width(level: int, student_BChw: Tensor, channels: int) -> None:

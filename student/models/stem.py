@@ -11,7 +11,6 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import timm
@@ -59,40 +58,41 @@ class Stem(nn.Module):
         self.std: tuple[float, ...]
         self.mean, self.std = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD) if sak_compat else own
         self.level_depths = level_depths(self.depth)
+        self._between: Between | None = None
+        self._tokens_BND: list[Tensor] = []
+        self.vit.blocks[0].register_forward_pre_hook(self._enter)
+        for block in self.vit.blocks:
+            block.register_forward_hook(self._leave)
 
     def forward(self, pixels_B3HW: Tensor, between: Between | None = None) -> list[Tensor]:
         """[Z_0, …, Z_L] (SAK, Eq. 1), each as `between` gives it, if there is one: it goes on so.
 
         The ViT runs through its own forward and hooks note what passes, because positions (added, rotary)
-        and extra tokens are handled differently by each family of timm.
+        and extra tokens are handled differently by each family of timm. They stay: a compiler takes new ones
+        for another model.
         """
         self._require_size(pixels_B3HW)
         if self._sak_compat and self._resamples_itself:
             pixels_B3HW = enlarge_and_pad(pixels_B3HW, self._input_size)
         elif self._input_size != self._image_size:
             pixels_B3HW = F.interpolate(pixels_B3HW, self._input_size, mode="bilinear", antialias=True)
-        tokens_BND: list[Tensor] = []
-
-        def visit(block: int, tokens: Tensor) -> Tensor:
-            block_BND = tokens.flatten(1, 2) if tokens.ndim == 4 else tokens  # SAM's are (B, h, w, D)
-            tokens_BND.append(between(block, block_BND) if between else block_BND)
-            return tokens_BND[-1].view_as(tokens)
-
-        def enter(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-            return visit(0, inputs[0]), *inputs[1:]
-
-        def leave(block: int, *passed: Any) -> Tensor:
-            return visit(block, passed[-1])
-
-        blocks = self.vit.blocks
-        handles = [blocks[0].register_forward_pre_hook(enter)]
-        handles += [block.register_forward_hook(partial(leave, i)) for i, block in enumerate(blocks, start=1)]
-        try:
-            self.vit.forward_features(pixels_B3HW)
-        finally:
-            for handle in handles:
-                handle.remove()
+        self._between, self._tokens_BND = between, []
+        self.vit.forward_features(pixels_B3HW)
+        tokens_BND, self._between, self._tokens_BND = self._tokens_BND, None, []
         return tokens_BND
+
+    def _enter(self, _: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return self._visit(inputs[0]), *inputs[1:]
+
+    def _leave(self, _: nn.Module, __: tuple[Any, ...], tokens: Tensor) -> Tensor:
+        return self._visit(tokens)
+
+    def _visit(self, tokens: Tensor) -> Tensor:
+        block_BND = tokens.flatten(1, 2) if tokens.ndim == 4 else tokens  # SAM's are (B, h, w, D)
+        if self._between:
+            block_BND = self._between(len(self._tokens_BND), block_BND)
+        self._tokens_BND.append(block_BND)
+        return block_BND.view_as(tokens)
 
     def resize(self, image_size: Size) -> None:
         """Take images of another size from now on; timm resamples the position embeddings."""

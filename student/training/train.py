@@ -17,7 +17,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -65,6 +65,8 @@ from teachercache.student.training.targets import (
 from teachercache.student.training.train_recipe import OF_KPU, TrainRecipe, run_identity
 from teachercache.student.training.trained_parts import require_kept, set_learning
 from teachercache.student.training.view_labels import ViewLabels
+
+_COMPILED: dict[str, Any] = {"dynamic": False, "options": {"combo_kernels": True}}  # small ones, side by side
 
 
 @dataclass(frozen=True)
@@ -230,7 +232,7 @@ def _build(
         student: Student = grown_student(wanted.init_from, facts["teacher_dims"], image_size)
         require_kept(wanted, student)
     else:
-        arguments = wanted.model_dump(exclude={"init_from", "freeze", "lora_rank"})
+        arguments = wanted.model_dump(exclude={"init_from", "freeze", "lora_rank", "compile"})
         arguments |= {"pretrained": wanted.pretrained and wanted.init_from is None}
         student = build_student(
             **arguments, **facts, image_size=image_size, tasks=tasks.channels if tasks else None
@@ -254,6 +256,12 @@ def _objective(
     tasks: ViewLabels | None,
 ) -> Objective | KPUObjective:
     settings = recipe.distillation.model_dump(exclude={"weight"} | OF_KPU, exclude_none=True)
+    distillation = DistillationLoss(**settings) if recipe.distills else None
+    compiles = recipe.student.compile
+    if student.mean.device.type == "cuda" if compiles is None else compiles:
+        model = cast(nn.Module, torch.compile(model, **_COMPILED))
+        if distillation:
+            distillation.compile(**_COMPILED)
     if recipe.student.kind == "kpu":
         loss = AlignmentLoss(**settings, **recipe.distillation.model_dump(include=OF_KPU))
         return KPUObjective(model, student, targets, loss, recipe.distillation.weight)
@@ -261,7 +269,7 @@ def _objective(
         model,
         student,
         targets,
-        DistillationLoss(**settings) if recipe.distills else None,
+        distillation,
         recipe.distillation.weight,
         MultiTaskLoss(tasks.channels, recipe.multitask.weights) if tasks and recipe.multitask else None,
     )

@@ -188,7 +188,9 @@ def _blank(
         require_kept(recipe, grown)
         grow(grown, facts["teacher_dims"], image_size)
         return grown
-    arguments = recipe.model_dump(exclude={"init_from", "freeze", "lora_rank"}) | {"pretrained": False}
+    arguments = recipe.model_dump(exclude={"init_from", "freeze", "lora_rank", "compile"}) | {
+        "pretrained": False
+    }
     return build_student(**arguments, **facts, image_size=image_size, tasks=tasks)
 
 

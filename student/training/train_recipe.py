@@ -44,6 +44,7 @@ class StudentRecipe(Strict):
     `sak_compat`: feed the stem as SAK's authors do, with ImageNet's statistics, whatever the model's own are;
     of a cache's recipe the same key does it for the teachers.
     `lora_rank`: train the stem by updates of this rank, itself frozen.
+    `compile`: torch.compile for student and loss; null for on GPUs. Results then differ in the last bits.
     `preservation`, `unification` and `reconstruction` are those of a KPU (its Table 2), whose `stem` is the
     sentinel.
     """
@@ -59,6 +60,7 @@ class StudentRecipe(Strict):
     init_from: str | None = None
     freeze: tuple[str, ...] = ()
     lora_rank: int | None = Field(None, ge=1)
+    compile: bool | None = None
     preservation: bool = True
     unification: bool = True
     reconstruction: bool = True
@@ -260,6 +262,7 @@ _PLACES_AND_SPEED: dict[str, Any] = {
     "images": True,
     "output": True,
     "teachers": True,
+    "student": {"compile"},
     "multitask": {"dataset": {"root"}},
     "resume": True,
     "checkpoint_every_steps": True,
