@@ -53,6 +53,7 @@ class BuildRecipe(Strict):
 
     `calibration_rows`: from how many rows codecs learn their tables. `tables_from`: a cache whose tables they
     take instead, each teacher those of the same name there, so that the two caches can be merged.
+    `accept_loss`: build also where a codec ruins the features of a teacher, which is else an error.
     `budget` ("6TB", or a number of bytes): the most that features, their statistics and copied images may
     take; `teachercache plan` says which grids and codecs keep to it. `covariance`: let the statistics of the
     features have it, besides mean and variance.
@@ -65,6 +66,7 @@ class BuildRecipe(Strict):
     rows_per_shard: int = Field(256, ge=1)
     calibration_rows: int = Field(64, ge=1)
     tables_from: str | None = None
+    accept_loss: bool = False
     budget: int | None = Field(None, ge=0)
     covariance: bool = False
     images: Literal["reference", "copy"] = "reference"

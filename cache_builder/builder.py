@@ -200,7 +200,10 @@ def _calibrations(
     }
     calibrations = other_tables(recipe.tables_from, loaded)
     if rest := [name for name in unknown if name not in calibrations]:
-        calibrations |= runner.calibrate(drafted.calibration_sample(recipe.calibration_rows), rest)
+        learnt = runner.calibrate(drafted.calibration_sample(recipe.calibration_rows), rest)
+        for name, calibration in learnt.items() if not recipe.accept_loss else ():
+            calibration.require_fidelity(name, drafted.spec.teachers[name].codec)
+        calibrations |= learnt
     return calibrations
 
 

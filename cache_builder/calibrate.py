@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import pyarrow as pa
@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from teachercache.cache_builder.teachers import Teacher
-from teachercache.pipeline.codecs import get_codec
+from teachercache.pipeline.codecs import codec_names, get_codec
 from teachercache.pipeline.codecs.fidelity import measure_fidelity
-from teachercache.pipeline.errors import EmptySourceError, ImageDecodeError
+from teachercache.pipeline.errors import CodecError, EmptySourceError, ImageDecodeError
 from teachercache.pipeline.grids import stored_form
 from teachercache.pipeline.records.spec import GridSpec, Photometric
 from teachercache.pipeline.sources import Source, decode_image
 from teachercache.pipeline.views import View, ViewTable, render_view
 
+LEAST_COSINE = 0.95  # 99% of the tokens keep this much; int3-hadamard keeps .98 of usual features
 _SPARE = 2.0  # more samples than rows are wanted, since some may not decode
 
 
@@ -75,10 +76,27 @@ class CalibrationSample:
 
 @dataclass(frozen=True)
 class Calibration:
-    """A codec's tables (none for codecs without), and what it lost on the sample."""
+    """A codec's tables (none for codecs without), and what it lost on the sample.
+
+    `better`: where that is more than `LEAST_COSINE` allows, the advised codecs that lose less, and what their
+    `cosine_p1` is.
+    """
 
     tables: dict[str, Tensor]
     fidelity: dict[str, float]
+    better: dict[str, float] = field(default_factory=dict)
+
+    def require_fidelity(self, teacher: str, codec: str) -> None:
+        """Raises `CodecError` where the codec ruins these features."""
+        if self.fidelity["cosine_p1"] >= LEAST_COSINE:
+            return
+        better = ", ".join(f"{name} ({cosine:.3f})" for name, cosine in self.better.items())
+        raise CodecError(
+            f"Codec {codec} loses too much of the features of teacher {teacher}.",
+            got="token cosines of {cosine_mean:.3f}, 1% below {cosine_p1:.3f}".format(**self.fidelity),
+            expected=f"1% below no less than {LEAST_COSINE}",
+            do=f"set teachers.{teacher}.codec to one that keeps to it: {better}; or set accept_loss=true",
+        )
 
 
 @torch.inference_mode()
@@ -102,5 +120,17 @@ def calibrate(
         limit = None if codec.needs_tables else batch_size  # a plain codec learns nothing, and loses little
         features_RSHWC = sample_features(teacher, sample, teacher.spec.grid, batch_size, limit).clone()
         codec.calibrate(features_RSHWC)
-        results[name] = Calibration(codec.state(), asdict(measure_fidelity(codec, features_RSHWC)))
+        fidelity = measure_fidelity(codec, features_RSHWC)
+        better = _better_codecs(features_RSHWC) if fidelity.cosine_p1 < LEAST_COSINE else {}
+        results[name] = Calibration(codec.state(), asdict(fidelity), better)
     return results
+
+
+def _better_codecs(features_RSHWC: Tensor) -> dict[str, float]:
+    """Of the advised codecs that fit, those of `LEAST_COSINE`."""
+    found = {}
+    for codec in map(get_codec, codec_names("advised")):
+        rows_RSHWC = features_RSHWC[: codec.trial_rows[1]]
+        if codec.fits(rows_RSHWC.shape[-1]) and len(rows_RSHWC) >= codec.trial_rows[0]:
+            found[codec.name] = measure_fidelity(codec.calibrate(rows_RSHWC), rows_RSHWC).cosine_p1
+    return {name: cosine for name, cosine in found.items() if cosine >= LEAST_COSINE}

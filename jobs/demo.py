@@ -7,6 +7,7 @@ what is missing.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shlex
 import shutil
@@ -54,16 +55,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="make demo", description=__doc__)
     parser.add_argument("--images", type=Path, help=f"a folder of images; {MAX_IMAGES} of them are used")
     parser.add_argument("--pretrained", action="store_true", help="real weights, where they can be had")
+    parser.add_argument("--trained", type=Path, help="DINOv2 ViT-S alone, with the weights of this file")
     arguments = parser.parse_args()
     console = Terminal()
     started = time.monotonic()
     chosen = choose_images(arguments.images)
     name = f"{arguments.images.resolve().name}_{fingerprint(chosen)}" if arguments.images else "photographs"
-    folder = Path("demo") / (name + "_pretrained" * arguments.pretrained)
+    folder = Path("demo") / (
+        name + ("_trained" if arguments.trained else "_pretrained" * arguments.pretrained)
+    )
 
     images = collect_images(chosen, folder / "images")
     console.rule("1. Teachers → cache, on a local Ray cluster")
-    result = build(build_recipe(folder, images, arguments.pretrained, console), console)
+    result = build(build_recipe(folder, images, arguments.pretrained, arguments.trained, console), console)
     cache = result.cache
 
     console.rule("2. Verify and inspect")
@@ -130,8 +134,13 @@ def collect_images(images: list[Path], folder: Path) -> Path:
     return folder
 
 
-def build_recipe(folder: Path, images: Path, pretrained: bool, console: Console) -> BuildRecipe:
+def build_recipe(
+    folder: Path, images: Path, pretrained: bool, trained: Path | None, console: Console
+) -> BuildRecipe:
     overrides = [f"cache={folder / 'cache'}", f"source.path={images}"]
+    if trained:
+        dinov2 = f"teachers={{dinov2: {{preset: dinov2_small, checkpoint: {json.dumps(str(trained))}}}}}"
+        return find_recipe(BuildRecipe, "demo", [*overrides, dinov2])
     recipe = find_recipe(BuildRecipe, "demo", overrides)
     if not pretrained:
         console.print("Teachers with random weights (PRETRAINED=1 asks for the real ones).")

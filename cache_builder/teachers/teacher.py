@@ -24,12 +24,14 @@ class Architecture:
     """What a model is before an input size is chosen.
 
     `model` is the complete name (with timm's tag), `patch` (h, w) what image sizes are multiples of.
+    `has_positions`: learnt ones, a map of them, which is resampled for another image size.
     """
 
     model: str
     patch: Size
     mean: RGB
     std: RGB
+    has_positions: bool = False
 
 
 @dataclass(frozen=True)

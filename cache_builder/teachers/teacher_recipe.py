@@ -21,6 +21,7 @@ from teachercache.pipeline.records.spec import (
     GridKind,
     GridSpec,
     Precision,
+    Resampling,
     Size,
     Strict,
     TeacherSpec,
@@ -43,7 +44,8 @@ class TeacherRecipe(Strict):
     default the ends of the four quarters of the network; of one whose blocks differ in shape (ConvNeXt,
     Swin, ResNet) those among the blocks that are shaped as the last is. `grid_size` is (height, width) in
     tokens. `checkpoint` is a local file: safetensors, or for timm a .pth of tensors and plain values, such as
-    what a training code saves (`teacher`, behind `backbone.`).
+    what a training code saves (`teacher`, behind `backbone.`). `resample_positions`: how a plain ViT's are
+    fitted to the image size: with antialiasing as timm does it, or "plain" as most authors' code.
     """
 
     preset: str | None = None
@@ -61,6 +63,7 @@ class TeacherRecipe(Strict):
     mean: RGB | None = None
     std: RGB | None = None
     random_seed: int = 0
+    resample_positions: Resampling = "antialias"
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -70,6 +73,8 @@ class TeacherRecipe(Strict):
             raise ValueError(f"grid 'native' takes no grid_size, got {self.grid_size}")
         if self.checkpoint and self.pretrained is False:
             raise ValueError("a checkpoint and pretrained=false contradict each other: leave one out")
+        if self.resample_positions == "plain" and self.pretrained is False:
+            raise ValueError("random weights have no positions to resample: leave resample_positions out")
         indices = self.block_indices
         if indices is not None and (not indices or indices[0] < 0 or sorted(set(indices)) != [*indices]):
             raise ValueError(f"block_indices must be 0-based and increasing, got {[*indices]}")
@@ -118,6 +123,7 @@ def resolve_teacher(
         cls_token=recipe.cls_token,
         global_width=outputs.global_width,
         precision=recipe.precision,
+        resample_positions=recipe.resample_positions,
     )
 
 
@@ -239,14 +245,20 @@ def _common_shape(name: str, outputs: Outputs, block_indices: tuple[int, ...]) -
 
 
 def _require_outputs(name: str, architecture: Architecture, outputs: Outputs, recipe: TeacherRecipe) -> None:
-    for wanted, has, key in (
-        (recipe.cls_token, outputs.has_cls_token, "cls_token"),
-        (recipe.global_feature, outputs.global_width is not None, "global_feature"),
+    for wanted, has, what, key in (
+        (recipe.cls_token, outputs.has_cls_token, "cls_token", "cls_token"),
+        (recipe.global_feature, outputs.global_width is not None, "global_feature", "global_feature"),
+        (
+            recipe.resample_positions == "plain",
+            architecture.has_positions,
+            "map of learnt positions",
+            "resample_positions",
+        ),
     ):
         if wanted and not has:
             raise TeacherInputError(
-                f"Teacher {name} has no {key}.",
-                got=f"{key}: true for {architecture.model}",
-                expected=f"{key}: false",
+                f"Teacher {name} has no {what}.",
+                got=f"{key}: {str(getattr(recipe, key)).lower()} for {architecture.model}",
+                expected=f"{key}: {str(TeacherRecipe.model_fields[key].default).lower()}",
                 do=f"leave {key} out for this teacher",
             )

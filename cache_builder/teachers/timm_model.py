@@ -18,6 +18,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers import resample_abs_pos_embed
 from timm.models import get_model_input_config
 from torch import Tensor, nn
 
@@ -89,7 +90,7 @@ def _inner_weights(spec: TeacherSpec) -> dict[str, Tensor] | None:
 
 def _load(spec: TeacherSpec, overlay: dict[str, Any] | None) -> Any:
     """The model with the weights that `overlay` names to timm, or those of the hub."""
-    size = size_argument(spec.model, spec.image_size)
+    size = size_argument(spec.model, spec.image_size) if spec.resample_positions == "antialias" else {}
     with seeded(spec.random_seed), _recorded_keys(type(blank_model(spec.model))) as wrong_keys:
         try:
             _require_source(spec)
@@ -102,7 +103,17 @@ def _load(spec: TeacherSpec, overlay: dict[str, Any] | None) -> Any:
         wrong_keys = [(what, key) for what, key in wrong_keys if not key.startswith(prefixes)]
     if wrong_keys:
         raise weights_not_found(spec, differing(wrong_keys), _EXPECTED)
+    if spec.resample_positions == "plain":
+        _resample_plainly(model, spec.image_size)
     return model
+
+
+def _resample_plainly(model: Any, image_size: Size) -> None:
+    """Positions as the authors of DINOv2 and Transformers fit them: bicubic, without timm's antialiasing."""
+    native, prefix_tokens = model.pos_embed, 0 if model.no_embed_class else model.num_prefix_tokens
+    model.set_input_size(image_size)
+    grid = model.patch_embed.grid_size
+    model.pos_embed = nn.Parameter(resample_abs_pos_embed(native, grid, None, prefix_tokens, antialias=False))
 
 
 @contextmanager

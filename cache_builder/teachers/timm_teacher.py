@@ -10,6 +10,7 @@ from typing import Any
 import timm
 import torch
 from timm.layers import PatchEmbed
+from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_sam import VisionTransformerSAM
 from torch import Tensor
 
@@ -51,6 +52,7 @@ class TimmTeacher(Teacher):
             patch=embed.patch_size if isinstance(embed, PatchEmbed) else (1, 1),
             mean=config["mean"],
             std=config["std"],
+            has_positions=isinstance(blank, VisionTransformer) and blank.pos_embed is not None,
         )
 
     @classmethod

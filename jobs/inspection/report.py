@@ -252,7 +252,7 @@ def _codecs(reader: MapReader, teacher: TeacherMaps) -> str:
         note=f"Against what is stored, which is {teacher.spec.codec}, of {len(tried)} rows. Tables are "
         "learnt from 2 others, those of a dct from 6 at most; cosine and L2 are taken after each channel is "
         "standardised, the maps and the curve of features as they are. NaN and infinity count as zero. "
-        "int4-trellis encodes too slowly for this page: see `view`. What the stored codec itself lost "
+        "Codecs with rings encode too slowly for this page: see `view`. What the stored codec itself lost "
         "is measured when a cache is built: see the first table.",
     )
 

@@ -15,6 +15,9 @@ from teachercache.pipeline.codecs.outliers import num_slots
 from teachercache.pipeline.errors import CodecError
 
 Coder = TypeVar("Coder")
+QUANTISED_VALUES = (
+    2**20
+)  # at a time: a search through a trellis takes as many steps for one token as for many
 OUTLIER_ARRAYS = ("outlier_places", "outlier_values")
 
 
@@ -22,6 +25,7 @@ class CalibratedCodec(Codec, Generic[Coder]):
     """A codec that is its tables, kept on the CPU; a `Coder` is what works with them on one device."""
 
     needs_tables = True
+    whole_bytes = False  # the channels of a token must be a multiple of 8
     table_names: tuple[str, ...]
 
     def __init__(self, name: str, bits: int, advised: Collection[int], reported: Collection[int]) -> None:
@@ -32,6 +36,18 @@ class CalibratedCodec(Codec, Generic[Coder]):
         self.reported = bits in reported
         self._tables: dict[str, Tensor] = {}
         self._coders: dict[torch.device, Coder] = {}
+
+    def fits(self, width: int) -> bool:
+        return not self.whole_bytes or width % 8 == 0
+
+    def _require_fit(self, width: int) -> None:
+        if not self.fits(width):
+            raise CodecError(
+                f"Codec {self.name} needs whole bytes for the channels of a token.",
+                got=f"{width} channels",
+                expected="a multiple of 8",
+                do=f"use int{self.bits}-hadamard",
+            )
 
     @abstractmethod
     def _learn(self, features_RSHWC: Tensor) -> dict[str, Tensor]:
@@ -114,12 +130,13 @@ class CalibratedCodec(Codec, Generic[Coder]):
             )
 
 
-def row_blocks(features_RSHWC: Tensor) -> list[slice]:
-    """The rows to work on at a time: all, but one by one on a CPU, whose caches hold no more.
+def row_blocks(features_RSHWC: Tensor, least_values: int = 1) -> list[slice]:
+    """The rows to work on at a time: all, but on a CPU, whose caches are small, as few as hold these values.
 
     There is one block, an empty one, where there is no row.
     """
     num_rows = len(features_RSHWC)
     if num_rows and features_RSHWC.device.type == "cpu" and not torch.compiler.is_compiling():
-        return [slice(row, row + 1) for row in range(num_rows)]
+        step = -(-least_values // max(features_RSHWC[0].numel(), 1))
+        return [slice(row, row + step) for row in range(0, num_rows, step)]
     return [slice(None)]

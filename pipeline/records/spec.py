@@ -34,6 +34,7 @@ GridKind = Literal["native", "adjoint", "bilinear"]
 PolicyName = Literal["imagenet_train", "imagenet_eval", "multitask_train", "multitask_eval"]
 Photometric = Literal["color_jitter", "distortion"]
 Precision = Literal["float32", "bfloat16"]
+Resampling = Literal["antialias", "plain"]
 StoreKind = Literal["zarr", "webdataset"]
 
 
@@ -126,6 +127,7 @@ class TeacherSpec(Strict):
     `checkpoint` says where weights came from; `weights_hash` says what they are. `tables_hash` is that of
     the codec's calibrated tables, for codecs that have some.
     `native_grid` and `width` are what the model gives; `grid` says what is stored.
+    `resample_positions`: how positions are fitted to `image_size`; a cache that says nothing has the default.
     """
 
     model: str
@@ -146,6 +148,15 @@ class TeacherSpec(Strict):
     cls_token: bool = False
     global_width: int | None = None
     precision: Precision = "float32"
+    resample_positions: Resampling = "antialias"
+
+    @model_serializer(mode="wrap")
+    def _content(self, content: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without what came later and is as it always was: caches are known by a hash of this."""
+        fields: dict[str, Any] = content(self)
+        if self.resample_positions == "antialias":
+            fields.pop("resample_positions", None)
+        return fields
 
     @property
     def num_levels(self) -> int:
