@@ -14,6 +14,7 @@ from teachercache.cache_builder.device_copies import DeviceCopies
 from teachercache.cache_builder.stages import StageSeconds
 from teachercache.cache_builder.teachers import Teacher
 from teachercache.pipeline.cache import FeatureCache
+from teachercache.pipeline.codecs import torch_dtype
 from teachercache.pipeline.errors import CodecError
 from teachercache.pipeline.grids import stored_form
 from teachercache.pipeline.records.feature_stats import FeatureMoments
@@ -78,12 +79,12 @@ def _tokens(spec: TeacherSpec, cls_token: Tensor | None, global_feature: Tensor 
     for name, tensor in ((CLS_TOKEN, cls_token), (GLOBAL_FEATURE, global_feature)):
         if name not in layouts or tensor is None:
             continue
-        tokens[name] = tensor.to(layouts[name].dtype)
+        tokens[name] = tensor.to(torch_dtype(layouts[name].dtype))
         if not torch.isfinite(tokens[name]).all():
             raise CodecError(
                 f"The {name} feature of {spec.model} cannot be stored beside codec {spec.codec}.",
                 got=f"a largest magnitude of {tensor.abs().max().item():g}",
-                expected=f"finite values of at most {torch.finfo(layouts[name].dtype).max:g}",
+                expected=f"finite values of at most {torch.finfo(tokens[name].dtype).max:g}",
                 do="choose codec f32 if the values are finite; look at the teacher if they are not",
             )
     return tokens

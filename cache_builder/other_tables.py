@@ -37,7 +37,7 @@ def other_tables(url: str | None, teachers: Mapping[str, TeacherSpec]) -> dict[s
         )
     return {
         name: Calibration(
-            read_tables(manifest.storage, name, other.teachers[name].tables_hash),
+            read_tables(manifest, name, other.teachers[name].tables_hash),
             dict(other.fidelity.get(name, {})),
         )
         for name in calibrated

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,9 +16,9 @@ from teachercache.pipeline.records.feature_stats import FeatureMoments
 from teachercache.pipeline.records.manifest import Manifest
 from teachercache.pipeline.records.spec import IMAGES, CacheSpec, TeacherSpec
 from teachercache.pipeline.stores.feature_store import teacher_layouts
+from teachercache.pipeline.stores.shard_format import disk_nbytes
 from teachercache.pipeline.units import human_bytes
 
-_CHECKSUM_BYTES, _INDEX_BYTES = 4, 16  # crc32c behind every chunk; offset and size in the shard's index
 _HEADER_BYTES = 512  # of a file of statistics, at most
 
 
@@ -155,10 +154,7 @@ def _copied_bytes(spec: CacheSpec, samples: pa.Table) -> dict[int, int]:
 
 def bytes_per_row(teacher: TeacherSpec) -> int:
     """Bytes on disk of one row of a teacher, checksums and index included."""
-    layouts = teacher_layouts(teacher).values()
-    return sum(
-        math.prod(layout.shape) * layout.dtype.itemsize + _CHECKSUM_BYTES + _INDEX_BYTES for layout in layouts
-    )
+    return disk_nbytes(teacher_layouts(teacher).values())
 
 
 def statistics_bytes(teacher: TeacherSpec, covariance: bool) -> int:

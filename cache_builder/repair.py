@@ -20,10 +20,11 @@ from teachercache.cache_builder.runner import describe
 from teachercache.cache_builder.worker import Worker
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import CacheMismatchError, TeacherCacheError
+from teachercache.pipeline.records.integrity import Problem
 from teachercache.pipeline.records.manifest import SAMPLES_NAME, SPEC_NAME, VIEWS_NAME, commit_name
 from teachercache.pipeline.records.spec import IMAGES
 from teachercache.pipeline.records.tables import dataset_fingerprint, labels_hash, views_hash
-from teachercache.pipeline.verify import Problem, problems_of_shards, verify
+from teachercache.pipeline.verify import problems_of_shards, verify
 from teachercache.pipeline.views import draw_segment
 
 

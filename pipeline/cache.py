@@ -18,10 +18,11 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 from torch import Tensor
 
-from teachercache.pipeline.codecs import ArrayLayout, Codec, Encoded
+from teachercache.pipeline.codecs import Codec, Encoded
 from teachercache.pipeline.errors import CacheError, IncompleteCacheError, explain
 from teachercache.pipeline.places.open_storage import open_storage
 from teachercache.pipeline.places.storage import Storage
+from teachercache.pipeline.records.array_layout import ArrayLayout
 from teachercache.pipeline.records.feature_stats import FeatureMoments
 from teachercache.pipeline.records.manifest import CommitRecord, Manifest
 from teachercache.pipeline.records.rows import RowIndex

@@ -53,6 +53,12 @@ def explain(problem: str, *, got: object = None, expected: object = None, do: st
     return "\n".join(lines)
 
 
+def in_a_line(error: BaseException) -> str:
+    """What an error says, for lists of many."""
+    problem, got = getattr(error, "problem", f"{type(error).__name__}: {error}"), getattr(error, "got", None)
+    return (problem if got is None else f"{problem.rstrip('.')}: {got}").splitlines()[0]
+
+
 def place_error(error: BaseException, url: str) -> dict[str, str] | None:
     """`got`, `expected` and `do` for an error of the place that is written to (a full disk), else None."""
     if not isinstance(error, OSError) or error.errno not in _PLACE_ERRORS:
@@ -71,7 +77,7 @@ class TeacherCacheError(Exception):
     def __init__(
         self, problem: str, *, got: object = None, expected: object = None, do: str | None = None
     ) -> None:
-        self.problem = problem
+        self.problem, self.got = problem, got
         super().__init__(explain(problem, got=got, expected=expected, do=do))
 
     def __str__(self) -> str:  # KeyError and OSError would otherwise repr() or number the message

@@ -55,7 +55,7 @@ def verify(
     shards = sum(len(opened.manifest.committed_shards(name)) for name in names)
     problems = verify_cache(opened, full=full, progress=_progress(shards))
     for problem in problems:
-        console.print(problem.reason, style="red")
+        console.print(problem.reason + (f"; {problem.do}" if problem.do else ""), style="red")
     if problems:
         console.print(
             f"{len(problems)} problems among {shards} shards and their records. `teachercache repair "

@@ -13,13 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from teachercache.jobs.inspection.feature_facts import (
-    CodecTrial,
-    cosine_error,
-    finite,
-    rows_to_learn_from,
-    try_codec,
-)
+from teachercache.jobs.inspection.feature_facts import CodecTrial, cosine_error, try_codec
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import CacheError
 from teachercache.pipeline.exploring.feature_pictures import heat, png_uri
@@ -129,12 +123,7 @@ class Comparisons:
 
     def _try_codec(self, codec: str, teacher: str, row: int) -> CodecTrial:
         others = [other for other in self.reader.rows if other != row]
-        learnt_from = rows_to_learn_from(codec, others or [row])
-        calibration, maps = (
-            finite(torch.stack([self.reader.maps(teacher, number) for number in rows]))
-            for rows in (learnt_from, [row])
-        )
-        return try_codec(codec, calibration, maps)
+        return try_codec(codec, self.reader, teacher, others or [row], [row])
 
 
 def _error(error_HW: Tensor, note: str) -> Drawing:

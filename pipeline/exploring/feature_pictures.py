@@ -43,7 +43,7 @@ class PcaBasis:
 
     @classmethod
     def fit(cls, tokens_NC: Tensor) -> Self:
-        tokens_NC = _finite(tokens_NC.float())
+        tokens_NC = finite(tokens_NC.float())
         std_C, mean_C = torch.std_mean(tokens_NC, 0, correction=0)
         unit_NC = torch.where(std_C > 0, (tokens_NC - mean_C) / std_C, 0)
         _, vectors_CC = torch.linalg.eigh(unit_NC.T @ unit_NC / len(unit_NC))
@@ -55,13 +55,13 @@ class PcaBasis:
         return cls(mean_C, std_C, axes_C3, low_3, high_3)
 
     def picture(self, map_HWC: Tensor) -> Picture:
-        unit_HWC = torch.where(self.std_C > 0, (_finite(map_HWC) - self.mean_C) / self.std_C, 0)
+        unit_HWC = torch.where(self.std_C > 0, (finite(map_HWC) - self.mean_C) / self.std_C, 0)
         colours_HW3 = (unit_HWC @ self.axes_C3 - self.low_3) / (self.high_3 - self.low_3).clamp_min(1e-12)
         pixels: Picture = (colours_HW3.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
         return pixels
 
 
-def _finite(values: Tensor) -> Tensor:
+def finite(values: Tensor) -> Tensor:
     """Zero in place of NaN and infinity, which would be all that is seen."""
     return torch.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from teachercache.pipeline.errors import CacheError
+from teachercache.pipeline.errors import CacheError, in_a_line
 from teachercache.pipeline.exploring.feature_pictures import PcaBasis, Picture
 from teachercache.pipeline.records.spec import TeacherSpec
 from teachercache.pipeline.views import render_view
@@ -113,7 +113,7 @@ def _why_absent(cache: FeatureCache, teacher: str) -> str | None:
         try:
             cache.commits(teacher, [shard])
         except CacheError as error:
-            reason = error.problem
+            reason = in_a_line(error)
         else:
             return None
     return reason

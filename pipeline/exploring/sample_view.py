@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from numpy.typing import NDArray
 from torch import Tensor
 
-from teachercache.pipeline.errors import TeacherCacheError
+from teachercache.pipeline.errors import TeacherCacheError, in_a_line
 from teachercache.pipeline.exploring.feature_pictures import jpeg_uri, png_uri
 from teachercache.pipeline.exploring.map_reader import MapReader, level_name
 
@@ -82,5 +82,5 @@ def _cell(uri: Callable[[], str], title: str) -> str:
     try:
         shown = f"<img style='{_STYLE}' alt='{escape(title)}' src='{uri()}'>"
     except (TeacherCacheError, OSError) as error:
-        shown = escape(str(error).splitlines()[0])
+        shown = escape(in_a_line(error))
     return f"<td style='text-align:left;vertical-align:top'>{shown}{escape(title)}</td>"

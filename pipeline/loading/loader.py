@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from teachercache.pipeline.cache import FeatureCache
-from teachercache.pipeline.codecs import Encoded
+from teachercache.pipeline.codecs import Encoded, torch_dtype
 from teachercache.pipeline.errors import CacheError, ImageDecodeError, SourceError, TeacherCacheError, explain
 from teachercache.pipeline.loading.batch_memory import BatchMemory, TensorLayout
 from teachercache.pipeline.records.spec import Size
@@ -134,11 +134,13 @@ class FeatureLoader:
         self._pool.shutdown(cancel_futures=True)
 
     def __iter__(self) -> Iterator[Batch]:
+        # Not `ordered_map`: a batch is many tasks in one memory, and one that failed or was interrupted stays
+        # first for the next iterator, where a generator that raised is at its end.
         while True:
             while len(self._pending) <= self._prefetch:
                 self._pending.append(self._submit(next(self._steps)))
             batch = self._collect(self._pending[0])
-            self._pending.popleft()  # what could not be read, or was interrupted, is not passed over
+            self._pending.popleft()
             yield batch
 
     def _layouts(self) -> dict[Hashable, TensorLayout]:
@@ -152,7 +154,7 @@ class FeatureLoader:
         for teacher in self._teachers:
             for array, layout in self._cache.layouts(teacher).items():
                 if array != GLOBAL_FEATURE:
-                    layouts[teacher, array] = (num_rows, *layout.shape), layout.dtype
+                    layouts[teacher, array] = (num_rows, *layout.shape), torch_dtype(layout.dtype)
         return layouts
 
     def _label_layouts(self) -> Mapping[str, TensorLayout]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import platform
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -15,7 +14,6 @@ from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.rearranging.rearrangement import Step
 from teachercache.pipeline.records.manifest import CommitRecord, FileRecord, QuarantineEntry
 from teachercache.pipeline.records.spec import IMAGES
-from teachercache.pipeline.stores.feature_store import Arrays, numpy_dtype
 from teachercache.pipeline.stores.image_tar import ImageTarWriter
 
 _BATCH_NBYTES = 1 << 26
@@ -86,14 +84,11 @@ def write_rows(
     for old_shard in np.unique(old // source.spec.rows_per_shard).tolist():
         source.shards[teacher].require_sound(old_shard)  # what is wrong would be sealed as if it were right
     layouts = source.layouts(teacher)
-    row_nbytes = sum(math.prod(layout.shape) * layout.dtype.itemsize for layout in layouts.values())
+    row_nbytes = sum(layout.row_nbytes for layout in layouts.values())
     valid = np.array([place for place, row in enumerate(old.tolist()) if row not in invalid], np.int64)
     with target.store.write_shard(teacher, shard) as writer:
         for places in np.array_split(valid, max(1, -(-valid.size * row_nbytes // _BATCH_NBYTES))):
-            arrays: Arrays = {
-                name: np.empty((len(places), *layout.shape), numpy_dtype(layout))
-                for name, layout in layouts.items()
-            }
+            arrays = {name: layout.empty(len(places)) for name, layout in layouts.items()}
             if len(places):
                 source.store.read(teacher, old[places], arrays)
                 writer.write(places.tolist(), arrays)

@@ -6,14 +6,18 @@ from collections.abc import Iterator
 from functools import partial
 
 from teachercache.pipeline.cache import FeatureCache
-from teachercache.pipeline.errors import CorruptShardError
 from teachercache.pipeline.places.durable import link
 from teachercache.pipeline.places.local_storage import LocalStorage
 from teachercache.pipeline.places.storage import Storage
 from teachercache.pipeline.rearranging.rearrangement import Step
-from teachercache.pipeline.records.manifest import CommitRecord, FileRecord, moments_name, quarantine_name
-from teachercache.pipeline.records.spec import IMAGES
-from teachercache.pipeline.stores.image_tar import image_tar_name
+from teachercache.pipeline.records.integrity import Depth, Problem, fault
+from teachercache.pipeline.records.manifest import (
+    CommitRecord,
+    FileRecord,
+    commit_name,
+    moments_name,
+    quarantine_name,
+)
 
 _BLOCK_NBYTES = 1 << 22
 
@@ -29,9 +33,7 @@ def whole_shards(source: FeatureCache, target: FeatureCache, shift: int, first_s
     """Steps that give `target` the shards of `source` under numbers greater by `shift`."""
 
     def names(cache: FeatureCache, teacher: str, shard: int, record: CommitRecord) -> list[str]:
-        if teacher == IMAGES:
-            return [image_tar_name(shard)]
-        files = cache.store.shard_files(teacher, shard)
+        files = cache.shards[teacher].files(shard)
         has_statistics = any(name.startswith("stats/") for name in record.files)
         return [*files, moments_name(teacher, shard)] if has_statistics else files
 
@@ -39,7 +41,8 @@ def whole_shards(source: FeatureCache, target: FeatureCache, shift: int, first_s
         record, new_shard = source.commits(teacher)[shard], shard + shift
         old, new = names(source, teacher, shard, record), names(target, teacher, new_shard, record)
         if set(record.files) != set(old):
-            raise _corrupt(source.storage, f"a record that names {sorted(record.files)}, not {old}")
+            name = commit_name(teacher, shard)
+            raise Problem(name, f"{name} names {sorted(record.files)}, expected {old}").error(source.storage)
         for name, new_name in zip(old, new, strict=True):
             link_or_copy(source.storage, name, record.files[name], target.storage, new_name)
         take_over_quarantine(source, target, shard, new_shard, first_sample)
@@ -73,10 +76,8 @@ def take_over_quarantine(
 
 
 def link_or_copy(source: Storage, name: str, record: FileRecord, target: Storage, new_name: str) -> None:
-    if source.size(name) != record.nbytes:
-        raise _corrupt(source, f"{name} with {source.size(name)} bytes, not the {record.nbytes} committed")
-    if record.ends and source.ends([name], [record.nbytes]) != [record.ends]:
-        raise _corrupt(source, f"{name} with other first or last bytes than were committed")
+    if (reason := fault(source, name, record, Depth.ENDS)) is not None:
+        raise Problem(name, reason).error(source)
     if isinstance(source, LocalStorage) and isinstance(target, LocalStorage):
         path = target.path(new_name)
         path.unlink(missing_ok=True)  # without a record it does not exist
@@ -93,13 +94,5 @@ def _copy(source: Storage, name: str, record: FileRecord, target: Storage, new_n
         while block := file.read(_BLOCK_NBYTES):
             copy.write(block)
         if copy.checksum != record.checksum:
-            raise _corrupt(source, f"{name} with checksum {copy.checksum}")
-
-
-def _corrupt(source: Storage, got: str) -> CorruptShardError:
-    return CorruptShardError(
-        "A shard of this cache is broken.",
-        got=got,
-        expected="the files that the commit records state",
-        do=f"run: teachercache repair {source.url}",
-    )
+            reason = fault(source, name, record, Depth.BYTES) or f"{name} changed while it was copied"
+            raise Problem(name, reason).error(source)

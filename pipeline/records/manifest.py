@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from typing import Any, Self, TypeVar
 
 import pyarrow as pa
+import xxhash
 from pydantic import Field, ValidationError, model_validator
 from pydantic_core import from_json
 
@@ -47,6 +48,7 @@ from teachercache.pipeline.records.tables import (
 SPEC_NAME = "cache.json"
 SAMPLES_NAME = "samples.parquet"
 VIEWS_NAME = "views.parquet"
+RESTORE_TABLES = "restore it from a copy; the codes cannot be decoded without it"
 _READ_THREADS = 16
 _MAX_RECORD_BYTES = 1 << 26  # that of a shard of a million copied images
 
@@ -251,19 +253,19 @@ class Manifest:
             )
         return record
 
-    def exchanged(self, records: Iterable[CommitRecord]) -> list[str]:
-        """Files of these records whose first and last bytes are not those that were committed.
-
-        Without the statistics, which are read whole. Raises `FileNotFoundError`.
-        """
-        files = {
-            name: file
-            for record in records
-            for name, file in record.files.items()
-            if file.ends and not name.startswith("stats/")
-        }
-        found = self.storage.ends(list(files), [file.nbytes for file in files.values()])
-        return [name for (name, file), ends in zip(files.items(), found, strict=True) if ends != file.ends]
+    def codec_tables(self, teacher: str, tables_hash: str | None) -> bytes:
+        """A codec's tables, as safetensors. Raises `CacheError` unless they are those of the spec."""
+        name = tables_name(teacher)
+        data = self.storage.read(name) if self.storage.exists(name) else None
+        found = None if data is None else xxhash.xxh3_128_hexdigest(data)
+        if data is None or found != tables_hash:
+            raise CacheError(
+                f"{name} is not what the features of {teacher} were encoded with.",
+                got="no such file" if data is None else f"checksum {found}",
+                expected=f"checksum {tables_hash}, as in {SPEC_NAME}",
+                do=RESTORE_TABLES,
+            )
+        return data
 
     def write_quarantine(
         self, shard: int, entries: list[QuarantineEntry], source_checksum: str | None = None

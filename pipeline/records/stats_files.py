@@ -12,7 +12,13 @@ from torch import Tensor
 from teachercache.pipeline.errors import CacheError, CorruptShardError
 from teachercache.pipeline.places.storage import Storage
 from teachercache.pipeline.records.feature_stats import FeatureMoments
-from teachercache.pipeline.records.manifest import SPEC_NAME, FileRecord, Manifest, moments_name, tables_name
+from teachercache.pipeline.records.manifest import (
+    RESTORE_TABLES,
+    FileRecord,
+    Manifest,
+    moments_name,
+    tables_name,
+)
 
 
 def write_tables(storage: Storage, teacher: str, tables: dict[str, Tensor]) -> str:
@@ -22,29 +28,17 @@ def write_tables(storage: Storage, teacher: str, tables: dict[str, Tensor]) -> s
     return xxhash.xxh3_128_hexdigest(data)
 
 
-def read_tables(storage: Storage, teacher: str, tables_hash: str | None) -> dict[str, Tensor]:
+def read_tables(manifest: Manifest, teacher: str, tables_hash: str | None) -> dict[str, Tensor]:
     """A codec's tables. Raises `CacheError` unless they are those of the spec."""
-    name = tables_name(teacher)
-    try:
-        data = storage.read(name)
-    except FileNotFoundError:
-        data = b""
-    found = xxhash.xxh3_128_hexdigest(data)
-    if found != tables_hash:
-        raise CacheError(
-            f"{name} is not what the features of {teacher} were encoded with.",
-            got=f"checksum {found}" if data else "no such file",
-            expected=f"checksum {tables_hash}, as in {SPEC_NAME}",
-            do="restore it from a copy; the codes cannot be decoded without it",
-        )
+    data = manifest.codec_tables(teacher, tables_hash)
     try:
         tables: dict[str, Tensor] = safetensors.torch.load(data)
     except (SafetensorError, KeyError, RuntimeError, ValueError) as error:
         raise CacheError(
-            f"{name} of this cache cannot be read.",
+            f"{tables_name(teacher)} of this cache cannot be read.",
             got=f"{type(error).__name__}: {error}",
             expected="the codec's tables, as safetensors",
-            do="restore it from a copy; the codes cannot be decoded without it",
+            do=RESTORE_TABLES,
         ) from error
     return tables
 

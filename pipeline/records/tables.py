@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
@@ -106,6 +107,16 @@ def with_views_hashes(spec: CacheSpec, views: pa.Table) -> tuple[Segment, ...]:
         segment.model_copy(update={"views_hash": views_hash(lines, segment.samples[0])})
         for segment, lines in segment_lines(spec, views)
     )
+
+
+def table_line(file: IO[bytes], index: int) -> dict[str, Any]:
+    """One line of a table, of which only its row group is read. Raises `ArrowException`, or `IndexError` or
+    `RuntimeError` for a table that ends before it."""
+    table, group = pq.ParquetFile(file), 0
+    while index >= (lines := table.metadata.row_group(group).num_rows):
+        index, group = index - lines, group + 1
+    line: dict[str, Any] = table.read_row_group(group).slice(index, 1).to_pylist()[0]
+    return line
 
 
 def table_bytes(table: pa.Table) -> bytes:

@@ -9,11 +9,19 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from teachercache.pipeline.errors import CacheError, CorruptShardError
+from teachercache.pipeline.errors import CacheError
+from teachercache.pipeline.records.integrity import (
+    Depth,
+    Problem,
+    file_problems,
+    have_their_ends,
+    record_problem,
+)
 from teachercache.pipeline.records.manifest import CommitRecord, Manifest
 from teachercache.pipeline.records.rows import RowIndex
 from teachercache.pipeline.records.spec import IMAGES
-from teachercache.pipeline.stores.feature_store import FeatureStore
+from teachercache.pipeline.stores.feature_store import Arrays, FeatureStore
+from teachercache.pipeline.stores.image_tar import image_tar_name
 
 
 class CommittedShards:
@@ -24,7 +32,7 @@ class CommittedShards:
 
     def __init__(self, store: FeatureStore, teacher: str) -> None:
         self.store, self.teacher, self.index = store, teacher, RowIndex(store.spec.segments)
-        self._storage, self._spec, self._manifest = store.storage, store.spec, Manifest(store.storage)
+        self._storage, self._spec, self.manifest = store.storage, store.spec, Manifest(store.storage)
         self._records: dict[int, CommitRecord] = {}
         self._sound, self._sound_lock = set[int](), threading.Lock()
 
@@ -32,8 +40,14 @@ class CommittedShards:
     def mask(self) -> NDArray[np.bool_]:
         """Which shards are committed."""
         mask = np.zeros(self._spec.num_shards, bool)
-        mask[[shard for shard in self._manifest.committed_shards(self.teacher) if shard < len(mask)]] = True
+        mask[[shard for shard in self.manifest.committed_shards(self.teacher) if shard < len(mask)]] = True
         return mask
+
+    def files(self, shard: int) -> list[str]:
+        """The names of a shard's files, without its statistics, in one order for all shards."""
+        return (
+            [image_tar_name(shard)] if self.teacher == IMAGES else self.store.shard_files(self.teacher, shard)
+        )
 
     @cached_property
     def _readable(self) -> NDArray[np.bool_]:
@@ -48,14 +62,9 @@ class CommittedShards:
         """The commit records of these committed shards, or of all. Raises `CacheError` for damaged ones."""
         wanted = np.flatnonzero(self.mask).tolist() if shards is None else list(shards)
         unknown = [shard for shard in wanted if shard not in self._records]
-        for shard, record in self._manifest.commits(self.teacher, unknown).items():
-            if (mismatch := record.mismatch(self._spec)) is not None:
-                raise CorruptShardError(
-                    f"Shard {shard} of {self.teacher} is not of this cache.",
-                    got=f"a commit record that {mismatch}",
-                    expected="the record that the build wrote",
-                    do=f"run: teachercache repair {self._storage.url}",
-                )
+        for shard, record in self.manifest.commits(self.teacher, unknown).items():
+            if (problem := record_problem(record, self._spec)) is not None:
+                raise problem.error(self._storage)
             self._records[shard] = record
         return {shard: self._records[shard] for shard in wanted}
 
@@ -92,12 +101,17 @@ class CommittedShards:
                     found[half] = self.readable_rows(rows[half])
             return found
 
-    def require_touched(self, shards: NDArray[np.int64]) -> None:
-        """`require_ends` of those among these committed shards that were not yet looked at."""
+    def read(self, rows: NDArray[np.int64], out: Arrays) -> None:
+        """Fill the arrays of `out` with `rows`, which are `readable`, once their shards' ends were looked at.
+
+        Raises `CorruptShardError`.
+        """
+        shards = rows // self._spec.rows_per_shard
         if not self._touched[shards].all():
             new = np.unique(shards[~self._touched[shards]])
             self.require_ends(new.tolist())
             self._touched[new] = True
+        self.store.read(self.teacher, rows, out)
 
     def require_ends(self, shards: Sequence[int]) -> None:
         """Compare the first and last bytes of committed shards with their records: are these the files?
@@ -106,11 +120,13 @@ class CommittedShards:
         """
         records = self.records(shards).values()
         try:
-            exchanged = self._manifest.exchanged(records)
-        except FileNotFoundError as error:
-            raise self._another_file(str(error), "no such file") from error
-        if exchanged and (self.teacher == IMAGES or self.store.is_as_written(self.teacher)):
-            raise self._another_file(exchanged[0], "other first or last bytes than were committed")
+            if have_their_ends(self._storage, records):
+                return
+        except FileNotFoundError:
+            pass  # which one, is found below
+        if self.teacher == IMAGES or self.store.is_as_written(self.teacher):
+            for record in records:
+                self._refuse(file_problems(self._storage, record, Depth.ENDS))
 
     def require_sound(self, shard: int) -> None:
         """Compare every byte of a committed shard with its record, once in this process.
@@ -118,18 +134,10 @@ class CommittedShards:
         Raises `CorruptShardError`.
         """
         with self._sound_lock:
-            if shard in self._sound:
-                return
-            for name, file in self.records([shard])[shard].files.items():
-                found = self._storage.checksum(name) if self._storage.exists(name) else None
-                if found != file.checksum:
-                    raise self._another_file(name, "no such file" if found is None else f"checksum {found}")
-            self._sound.add(shard)
+            if shard not in self._sound:
+                self._refuse(file_problems(self._storage, self.records([shard])[shard], Depth.BYTES))
+                self._sound.add(shard)
 
-    def _another_file(self, name: str, got: str) -> CorruptShardError:
-        return CorruptShardError(
-            f"{name} is not the file that was committed.",
-            got=got,
-            expected="the file that its commit record states",
-            do=f"run: teachercache verify {self._storage.url}, then repair, which computes such files again",
-        )
+    def _refuse(self, problems: Iterable[Problem]) -> None:
+        for problem in problems:
+            raise problem.error(self._storage)

@@ -6,12 +6,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from teachercache.pipeline.codecs import ArrayLayout, get_codec
 from teachercache.pipeline.errors import CorruptShardError
 from teachercache.pipeline.places.storage import Storage
+from teachercache.pipeline.records.array_layout import ArrayLayout
 from teachercache.pipeline.records.spec import CacheSpec, TeacherSpec
 from teachercache.pipeline.stores.new_files import NewFiles
 
@@ -24,10 +23,13 @@ NORMS = "norms"
 
 def teacher_layouts(teacher: TeacherSpec) -> dict[str, ArrayLayout]:
     """Every array of a teacher: those of its codec, ‖t‖ for the adjoint grid, token features on request."""
+    from teachercache.pipeline.codecs import get_codec  # with torch, which takes longer than a look at a row
+
     codec = get_codec(teacher.codec)
     layouts = codec.layout(teacher.num_levels, teacher.stored_grid, teacher.width)
     if teacher.grid.kind == "adjoint":
-        layouts[NORMS] = ArrayLayout((teacher.num_levels,), torch.float32, ("level",), {"of": "native map"})
+        attributes = {"of": "native map"}
+        layouts[NORMS] = ArrayLayout((teacher.num_levels,), np.dtype("float32"), ("level",), attributes)
     if teacher.cls_token:
         layouts[CLS_TOKEN] = ArrayLayout(
             (teacher.num_levels, teacher.width), codec.token_dtype, ("level", "channel"), {}
@@ -37,10 +39,6 @@ def teacher_layouts(teacher: TeacherSpec) -> dict[str, ArrayLayout]:
     return layouts
 
 
-def numpy_dtype(layout: ArrayLayout) -> np.dtype:
-    return np.dtype(str(layout.dtype).removeprefix("torch.")).newbyteorder("<")
-
-
 def unreadable(storage: Storage, what: str, error: Exception) -> CorruptShardError:
     return CorruptShardError(
         f"Features of teacher {what} cannot be read.",
@@ -48,11 +46,6 @@ def unreadable(storage: Storage, what: str, error: Exception) -> CorruptShardErr
         expected="the bytes that the commit records state",
         do=f"run: teachercache verify {storage.url}",
     )
-
-
-def feature_arrays(teacher: TeacherSpec) -> list[str]:
-    """The arrays that make up the features: all but the token features."""
-    return [name for name in teacher_layouts(teacher) if name not in (CLS_TOKEN, GLOBAL_FEATURE)]
 
 
 class ShardWriter(NewFiles):
@@ -76,6 +69,16 @@ class FeatureStore(ABC):
     @abstractmethod
     def shard_files(self, teacher: str, shard: int) -> list[str]:
         """The names of a shard's files, in one order for all shards. No file's bytes depend on its name."""
+
+    def stored_layouts(self, teacher: str) -> dict[str, ArrayLayout]:
+        """Every array of a teacher as its own files describe it. Raises `CorruptShardError`."""
+        try:
+            return self._stored_layouts(teacher)
+        except (FileNotFoundError, ValueError) as error:
+            raise unreadable(self.storage, teacher, error) from error
+
+    @abstractmethod
+    def _stored_layouts(self, teacher: str) -> dict[str, ArrayLayout]: ...
 
     def is_as_written(self, teacher: str) -> bool:
         """Whether the layout of a teacher's arrays is ours still: others may have compressed them since."""

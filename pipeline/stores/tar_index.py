@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from teachercache.pipeline.places.files import ChecksumWriter
 from teachercache.pipeline.places.storage import Storage
-from teachercache.pipeline.stores.shard_format import CHECKSUM_NBYTES, checksum
+from teachercache.pipeline.stores.shard_format import CHECKSUM_NBYTES, checksum, parse_index
 
 INDEX_NAME = "__index__"
 _COLUMNS = 3
@@ -71,15 +71,10 @@ def read_index(storage: Storage, name: str, num_rows: int) -> TarIndex:
         raise FileNotFoundError(name)
     start = file_nbytes - len(TAR_END) - nbytes - (-nbytes % tarfile.BLOCKSIZE)
     data = storage.read_range(name, start, nbytes) if start > 0 else b""
-    table, stored = data[:-CHECKSUM_NBYTES], data[-CHECKSUM_NBYTES:]
-    if len(data) != nbytes or checksum(table) != stored:
-        raise ValueError(f"{name} does not end in a sound index of {num_rows} rows")
-    index = np.frombuffer(table, "<u8").reshape(num_rows, _COLUMNS)
-    offset, row_nbytes, _ = index.T
-    limit = np.uint64(start)
-    if ((offset > limit) | (row_nbytes > limit - np.minimum(offset, limit))).any():
-        raise ValueError(f"{name}: its index names bytes beyond {start}, where the rows end")
-    return index
+    try:
+        return parse_index(data, num_rows, start + len(data), _COLUMNS)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def read_rows(

@@ -19,17 +19,17 @@ import google_crc32c
 import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
+from pydantic_core import from_json
 from safetensors import SafetensorError
 
-from teachercache.pipeline.codecs import ArrayLayout
 from teachercache.pipeline.places.storage import Storage
+from teachercache.pipeline.records.array_layout import ArrayLayout, stored_layout
 from teachercache.pipeline.records.rows import RowIndex
 from teachercache.pipeline.records.spec import CacheSpec
 from teachercache.pipeline.stores.feature_store import (
     Arrays,
     FeatureStore,
     ShardWriter,
-    numpy_dtype,
     teacher_layouts,
     unreadable,
 )
@@ -66,8 +66,7 @@ class TarShardWriter(ShardWriter):
     def write(self, offsets: Sequence[int], arrays: Mapping[str, NDArray]) -> None:
         assert arrays.keys() == self._layouts.keys(), (arrays.keys(), self._layouts.keys())
         data = {
-            name: np.ascontiguousarray(arrays[name], numpy_dtype(layout))
-            for name, layout in self._layouts.items()
+            name: np.ascontiguousarray(arrays[name], layout.dtype) for name, layout in self._layouts.items()
         }
         for place, offset in enumerate(offsets):
             row = safetensors.numpy.save({name: values[place] for name, values in data.items()})
@@ -77,6 +76,10 @@ class TarShardWriter(ShardWriter):
     def _end(self) -> None:
         add_member(self._file, INDEX_NAME, index_bytes(self._index))
         self._file.write(TAR_END)
+
+
+def _description(teacher: str) -> str:
+    return f"teachers/{teacher}/teacher.json"
 
 
 class WebDatasetStore(FeatureStore):
@@ -91,7 +94,7 @@ class WebDatasetStore(FeatureStore):
         arrays = {
             name: {
                 "shape": layout.shape,
-                "dtype": numpy_dtype(layout).name,
+                "dtype": layout.dtype.name,
                 "axes": layout.axes,
                 "attributes": layout.attributes,
             }
@@ -102,7 +105,14 @@ class WebDatasetStore(FeatureStore):
             "content_id": self.spec.shard_content_id(teacher, 0),
             "arrays": arrays,
         }
-        return {f"teachers/{teacher}/teacher.json": (json.dumps(description, indent=1) + "\n").encode()}
+        return {_description(teacher): (json.dumps(description, indent=1) + "\n").encode()}
+
+    def _stored_layouts(self, teacher: str) -> dict[str, ArrayLayout]:
+        try:
+            arrays = from_json(self.storage.read(_description(teacher)))["arrays"]
+            return {name: stored_layout(**array) for name, array in arrays.items()}
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"{_description(teacher)}: {type(error).__name__}: {error}") from error
 
     def shard_files(self, teacher: str, shard: int) -> list[str]:
         return [tar_name(teacher, shard)]

@@ -98,8 +98,9 @@ def test_inspecting_a_shard_shows_its_statistics(tmp_path: Path, images: Path) -
     assert [level["dead"] for level in levels] == [0] * 4
     file = tmp_path / "cache/stats/tiny/00000.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\xff")
-    found = shard_details(cache.manifest, 0)["teachers"]["tiny"]["channels"]
-    assert "not what its commit record says" in found
+    found = shard_details(cache.manifest, 0)["teachers"]["tiny"]
+    assert "stats/tiny/00000.safetensors is not the file that was committed" in found["state"]
+    assert found["channels"] is None
 
 
 def test_a_cache_computed_without_statistics_says_so(tmp_path: Path, images: Path) -> None:

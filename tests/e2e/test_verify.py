@@ -397,7 +397,7 @@ def test_the_command_finds_mends_and_compares(cache: Path) -> None:
     flip(shard_of(cache, "tiny", 1))
     status, text = teachercache("verify", "--full")
     assert status == 1
-    assert "commits/tiny/00001.json: teachers/tiny/codes/c/1" in text
+    assert "teachers/tiny/codes/c/1/0/0/0/0 is not the file that was committed" in text
     assert "teachercache repair" in text
     status, text = teachercache("repair", "batch_size=4")
     assert status == 0, text
