@@ -1,4 +1,4 @@
-"""`teachercache train RECIPE --dry-run`: what a run will cost, by its cache or, before there is one, by the
+"""`teachercache train RECIPE --dry-run`: the cost of a run, by its cache or, if it does not exist yet, by the
 recipe that builds the cache."""
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ from teachercache.student.training.train_recipe import TrainRecipe
 def plan_training(
     recipe: TrainRecipe, *, processes: int, tflops_per_gpu: float, num_samples: int | None = None
 ) -> TrainPlan:
-    """`num_samples` replaces the cache's, and is needed for epochs of a cache that is not there yet.
+    """`num_samples` replaces the cache's, and is needed for epochs of a cache that does not exist yet.
 
-    Raises `RecipeError` where there is neither the cache nor a shipped recipe of its name.
+    Raises `RecipeError` if there is neither the cache nor a shipped recipe of its name.
     """
-    image_size, specs, found = _cache_facts(recipe)
+    image_size, specs, num_cached = _cache_facts(recipe)
     for name in recipe.teachers or ():
         require_known("teacher of this cache", name, specs)
     names = specs if recipe.teachers is None else recipe.teachers
-    samples = num_samples or found
+    samples = num_samples or num_cached
     if samples is None and recipe.schedule.epochs:
         raise RecipeError(
-            "How long an epoch is cannot be told before there is a cache.",
+            "The length of an epoch is unknown before the cache exists.",
             got=f"schedule.epochs={recipe.schedule.epochs:g}, and no cache at {recipe.cache}",
             expected="the number of images",
             do="add --samples, such as 1281167 for ImageNet-1k",
         )
     tasks = None
     if recipe.multitask:
-        known = dataset_class(recipe.multitask.dataset.kind).tasks
-        tasks = {task: known[task] for task in recipe.multitask.tasks or known}
+        channels = dataset_class(recipe.multitask.dataset.kind).tasks
+        tasks = {task: channels[task] for task in recipe.multitask.tasks or channels}
     return make_train_plan(
         recipe,
         num_samples=round(recipe.fraction * samples) if samples else recipe.images_per_step(processes),

@@ -1,7 +1,7 @@
 """Token grids: bilinear resampling, its adjoint and least squares, and the pooling that is stored.
 
-Shapes: B batch, S levels, C channels, h×w the student's grid, H×W the teacher's; any of the two may be the
-finer. Resampling is `align_corners=False` and separable, U = A_H ⊗ A_W with A_H (H, h) and A_W (W, w). So are
+Shapes: B batch, S levels, C channels, h×w the student's grid, H×W the teacher's; either may be the finer.
+Resampling is `align_corners=False` and separable, U = A_H ⊗ A_W with A_H (H, h) and A_W (W, w). So are
 Uᵀ and UᵀU, which need those small matrices only: <U s, t> = <s, Uᵀt> holds to rounding.
 """
 
@@ -43,8 +43,8 @@ def gram(s_BChw: Tensor, grid: Size) -> Tensor:
 def least_squares(adjoint_BChw: Tensor, grid: Size) -> Tensor:
     """(UᵀU)⁺ Uᵀt: the student map whose upsampling to `grid` is nearest to t. The inverse of `gram`.
 
-    It holds what Uᵀt holds and looks like features: a constant t gives the same constant. Upsampled again, it
-    is all of t that a student on this grid can reach.
+    It carries the same information as Uᵀt and looks like features: a constant t gives the same constant.
+    Upsampled again, it is all of t that a student on this grid can reach.
     """
     return _separable(
         _inverse_gram_matrix, (adjoint_BChw.shape[-2], adjoint_BChw.shape[-1]), grid, adjoint_BChw
@@ -59,8 +59,8 @@ def nearest(t_BCHW: Tensor, grid: Size) -> Tensor:
 def stored_form(feature_maps_BSHWC: Tensor, grid: GridSpec) -> tuple[Tensor, Tensor | None]:
     """What is stored of a teacher's maps: (features on the stored grid, ‖t‖ (B, S) for the adjoint grid).
 
-    On the adjoint grid that is the `nearest` map: it says as much as Uᵀt, is features like the others, and
-    UᵀU damps what a codec does to it before a loss sees it.
+    On the adjoint grid that is the `nearest` map: it is equivalent to Uᵀt, looks like other features, and
+    UᵀU damps a codec's errors before a loss sees them.
     """
     if grid.kind != "adjoint":
         return pool(feature_maps_BSHWC, grid), None
@@ -75,9 +75,9 @@ def stored_form(feature_maps_BSHWC: Tensor, grid: GridSpec) -> tuple[Tensor, Ten
 def pool(feature_maps_BSHWC: Tensor, grid: GridSpec) -> Tensor:
     """Feature maps on the grid that is stored: (B, S, H, W, C) → (B, S, h, w, C), same dtype.
 
-    `native` returns the input as it is. `bilinear` resamples, and along an axis that shrinks the triangle
-    filter widens with the step (antialiasing), so that every teacher token counts; an axis that grows is
-    plain bilinear. float16 and bfloat16 are resampled in float32.
+    `native` returns the input unchanged. `bilinear` resamples; along an axis that shrinks, the triangle
+    filter widens with the step (antialiasing), so that every teacher token counts, and an axis that grows
+    is plain bilinear. float16 and bfloat16 are resampled in float32.
     """
     if grid.size is None:
         return feature_maps_BSHWC
@@ -118,13 +118,13 @@ def _inverse_gram_matrix(source: int, target: int) -> Tensor:
 def _placed(
     matrix: Callable[[int, int], Tensor], source: int, target: int, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
-    """The matrix where it is needed: a copy from the CPU at every step would hold up a GPU."""
+    """The matrix on its device, kept there: a copy from the CPU at every step would stall a GPU."""
     with torch.inference_mode(False):
         return matrix(source, target).to(device, dtype)
 
 
 def _separable(matrix: Callable[[int, int], Tensor], source: Size, target: Size, maps: Tensor) -> Tensor:
-    """rows @ map @ columnsᵀ for each map of (B, C, height, width), the two being `matrix` of either axis."""
+    """rows @ map @ columnsᵀ for each map of (B, C, height, width): `matrix` of either axis."""
     dtype = torch.promote_types(maps.dtype, torch.float32)
     rows, columns = (
         _placed(matrix, *sizes, maps.device, dtype) for sizes in zip(source, target, strict=True)

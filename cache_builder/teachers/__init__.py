@@ -1,4 +1,4 @@
-"""Frozen encoders: by preset or by timm name, from a recipe to features."""
+"""Frozen encoders, by preset or timm name: from a recipe to features."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The user's side of a teacher: what stands under `teachers.<name>:`, and how it becomes a `TeacherSpec`."""
+"""A teacher in a recipe: the keys under `teachers.<name>:`, and how they become a `TeacherSpec`."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ Pixels = Annotated[int, Field(ge=1)]
 
 
 class TeacherRecipe(Strict):
-    """One teacher, as a recipe states it. Everything left out is asked of the preset or the library.
+    """One teacher, as a recipe states it. The preset or the library decides everything left out.
 
     `preset` or `model` (any timm name, grounding-dino-tiny or -base) says which; without either, the
     teacher's own name does.
     `image_size` is one number or (height, width) in pixels. `block_indices` are 0-based positions, by
-    default the ends of the four quarters of the network; of one whose blocks differ in shape (ConvNeXt,
-    Swin, ResNet) those among the blocks that are shaped as the last is. `grid_size` is (height, width) in
-    tokens. `checkpoint` is a local file: safetensors, or for timm a .pth of tensors and plain values, such as
-    what a training code saves (`teacher`, behind `backbone.`).
+    default the ends of the four quarters of the network; if its blocks differ in shape (ConvNeXt, Swin,
+    ResNet), only blocks with the shape of the last one count. `grid_size` is (height, width) in tokens.
+    `checkpoint` is a local file: safetensors, or for timm a .pth of tensors and plain values, such as
+    training codes save (`teacher`, with the prefix `backbone.`).
     """
 
     preset: str | None = None
@@ -82,12 +82,12 @@ def resolve_teacher(
     """The complete spec of teacher `name` for views of `view_size` (height, width); needs no weights.
 
     The teacher sees the view at the nearest multiple of its patch (384 → 378 for patch 14). A preset
-    with a `longest_side` (SAM, 1024) keeps the view's aspect: 448×576 becomes 800×1024. GroundingDINO's
-    shorter side is 800, while the longer one is at most 1333: 384×384 becomes 800×800.
+    with a `longest_side` (SAM, 1024) keeps the view's aspect ratio: 448×576 becomes 800×1024. For
+    GroundingDINO the shorter side is 800, unless the longer one would exceed 1333: 384×384 becomes 800×800.
 
     `sak_compat` reproduces the reference instead: ImageNet statistics for all, every teacher at the
-    size of the view (a patch-14 teacher then drops the pixels that fill no patch), and SAM fed with
-    the rendered view, enlarged and padded to a square.
+    size of the view (a patch-14 teacher then drops the pixels that fill no patch), and SAM on the
+    rendered view, enlarged and padded to a square.
 
     Raises `UnknownTeacherError`, or `TeacherInputError` for a size, block or output that the model
     does not have.
@@ -131,17 +131,16 @@ def build_teacher(
 ) -> Teacher:
     """A frozen teacher with its weights on `device`; its `spec` carries the `weights_hash`.
 
-    From a name, `overrides` are the keys of a `TeacherRecipe`, and views have the default size:
+    For a name, `overrides` are the keys of a `TeacherRecipe`, and views have the default size:
     `build_teacher("dinov2_small", pretrained=False, image_size=224)`.
 
-    Raises `WeightsNotFoundError`, and `CacheMismatchError` when a spec that comes from a cache names
-    other weights.
+    Raises `WeightsNotFoundError`, and `CacheMismatchError` when a spec from a cache names other weights.
     """
     _keep_float32()
     if isinstance(teacher, str):
         teacher = resolve_teacher(teacher, TeacherRecipe(**overrides), ViewPolicy.model_validate({}).size)
     elif overrides:
-        raise TypeError(f"a TeacherSpec is complete; got {', '.join(overrides)} beside it")
+        raise TypeError(f"a TeacherSpec takes no overrides; got {', '.join(overrides)}")
     built = kind_of(teacher.model)(teacher)
     built.weights_hash = weights_hash(built)
     if teacher.weights_hash not in (None, built.weights_hash):
@@ -156,11 +155,11 @@ def build_teacher(
 
 
 def _keep_float32() -> None:
-    """Variables that some container images set would put TF32 into float32 features, without a trace."""
+    """Variables that some container images set would silently put TF32 into float32 features."""
     torch.set_float32_matmul_precision("highest")  # TORCH_ALLOW_TF32_CUBLAS_OVERRIDE begins with "high"
     if value := os.environ.get("NVIDIA_TF32_OVERRIDE"):
         raise TeacherError(
-            "A variable of the environment would change the arithmetic of teachers.",
+            "An environment variable would change the arithmetic of teachers.",
             got=f"NVIDIA_TF32_OVERRIDE={value}",
             expected="the precision that each teacher's spec states",
             do="unset NVIDIA_TF32_OVERRIDE",
@@ -208,7 +207,7 @@ def _nearest_multiple(size: tuple[float, float], patch: Size) -> Size:
 def _default_blocks(outputs: Outputs) -> tuple[int, ...]:
     """L/4, L/2, 3L/4 and L as 0-based positions, rounded up: 6, 13, 20, 26 of 27 blocks.
 
-    L counts the blocks that have the shape of the last one, which are all in a plain ViT.
+    L counts the blocks with the shape of the last one; in a plain ViT, that is all of them.
     """
     alike = [i for i, shape in enumerate(outputs.blocks) if shape == outputs.blocks[-1]]
     return tuple(sorted({alike[-(-len(alike) * quarter // 4) - 1] for quarter in (1, 2, 3, 4)}))
@@ -230,20 +229,20 @@ def _common_shape(name: str, outputs: Outputs, block_indices: tuple[int, ...]) -
             f"{i}: width {width}, grid {grid[0]}×{grid[1]}" for i, (width, grid) in enumerate(outputs.blocks)
         )
         raise TeacherInputError(
-            f"The levels of teacher {name} do not have one width and one grid.",
+            f"The levels of teacher {name} differ in width or grid.",
             got=f"block_indices {[*block_indices]} of {'; '.join(blocks)}",
             expected="blocks of the same width and the same grid",
-            do=f"choose such block_indices, for example [{last}]; other levels can be a teacher of their own",
+            do=f"choose such block_indices, for example [{last}]; make a second teacher for other levels",
         )
     return shapes.pop()
 
 
 def _require_outputs(name: str, architecture: Architecture, outputs: Outputs, recipe: TeacherRecipe) -> None:
-    for wanted, has, key in (
+    for requested, has, key in (
         (recipe.cls_token, outputs.has_cls_token, "cls_token"),
         (recipe.global_feature, outputs.global_width is not None, "global_feature"),
     ):
-        if wanted and not has:
+        if requested and not has:
             raise TeacherInputError(
                 f"Teacher {name} has no {key}.",
                 got=f"{key}: true for {architecture.model}",

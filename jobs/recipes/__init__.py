@@ -1,4 +1,4 @@
-"""The recipes that ship, as YAML files beside this one, and how a launcher finds them by name."""
+"""The recipes that we ship, as YAML files in this folder, and how launchers find them by name."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ SHIPPED = Path(__file__).parent
 
 
 def find_recipe(model: type[Model], path: str | Path, overrides: Sequence[str] = ()) -> Model:
-    """The recipe at `path`, or the one of that name here, with overrides applied. Raises `RecipeError`."""
+    """The recipe at `path`, or the one with that name here, with overrides. Raises `RecipeError`."""
     return load_recipe(model, path, overrides, shipped=SHIPPED)

@@ -1,4 +1,4 @@
-"""Decoded feature maps as they are looked at: a few rows at a time, in colours that compare over images."""
+"""Decoded feature maps to look at: a few rows at a time, in colours that are comparable across images."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from teachercache.pipeline.views import render_view
 if TYPE_CHECKING:
     from teachercache import FeatureCache
 
-MAX_TOKENS = 8192  # of one teacher, for everything that is learnt from tokens
+MAX_TOKENS = 8192  # of one teacher, to learn colours from
 _TRIED_RECORDS = 8
 _KEPT_ROWS = 3  # a decoded row of SAM-L is 67 MB
 
 
 def level_name(teacher: TeacherSpec, level: int) -> str:
-    """A level as pictures name it: counted from 1, with its block as `block_indices` counts, from 0."""
+    """A level's name in pictures: its number, from 1, and its block, from 0 as in `block_indices`."""
     return f"level {level + 1} (block {teacher.block_indices[level]})"
 
 
 class MapReader:
     """Maps of the teachers that can be read; `absent` says why others cannot.
 
-    `rows` are up to `num_rows` rows of one view, drawn by the seed, that every one of these teachers holds.
-    Colours are learnt over them.
+    `rows` are up to `num_rows` rows of one view, drawn by the seed, that all these teachers hold. Colours
+    are learnt over them.
     """
 
     def __init__(
@@ -80,12 +80,12 @@ class MapReader:
     def _tokens(self, teacher: str) -> Tensor:
         """(levels, N, C): at most `MAX_TOKENS` tokens, spread evenly over the chosen rows.
 
-        Rows that turn out to be damaged are left out. Raises `CacheError` when there is no other.
+        Rows that turn out to be damaged are left out. Raises `CacheError` when no row is left.
         """
         height, width = self.cache.spec.teachers[teacher].stored_grid
         step = -(-len(self.rows) * height * width // MAX_TOKENS)
         parts = []
-        damage = CacheError(f"Teacher {teacher} and the others have no row in common that can be read.")
+        damage = CacheError(f"Teacher {teacher} and the others have no readable row in common.")
         for row in self.rows:
             try:
                 parts.append(self.maps(teacher, row).flatten(1, 2)[:, ::step])
@@ -107,7 +107,7 @@ class MapReader:
 
 
 def _why_absent(cache: FeatureCache, teacher: str) -> str | None:
-    """Looks at a few records: where these cannot be read, there is more wrong than a shard."""
+    """Tries a few records: where none of them can be read, more than a shard is damaged."""
     reason = "no shard is committed yet"
     for shard in np.flatnonzero(cache.committed(teacher))[:_TRIED_RECORDS].tolist():
         try:

@@ -1,8 +1,8 @@
-"""Features in plain Zarr v3: one group a teacher, one chunk a row, one shard file a committed shard.
+"""Features in plain Zarr v3: one group per teacher, one chunk per row, one shard file per committed shard.
 
 Shard files are written here and not through zarr-python, because a shard has to be streamed (one of
 SAM's is gigabytes), fsynced, renamed and hashed as it is written. The format is that of the sharding
-codec (`shard_format`); a test holds these bytes equal to what zarr-python writes.
+codec (`shard_format`); a test compares the bytes with those that zarr-python writes.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def shard_file(teacher: str, array: str, shard: int, row_ndim: int) -> str:
 
 
 class ZarrShardWriter(ShardWriter):
-    """`layouts` by array, `names` of the arrays' files in the same order."""
+    """`layouts` by array; `names` of the arrays' files, in the same order."""
 
     def __init__(
         self, storage: Storage, names: Sequence[str], layouts: dict[str, ArrayLayout], rows: int
@@ -144,7 +144,7 @@ class ZarrStore(FeatureStore):
         """Rows at `places` in `shards`."""
         self.chunk_starts(teacher, name, shards, places, values.ndim - 1)
         array, as_buffer = self._array(teacher, name), default_buffer_prototype().nd_buffer.from_numpy_array
-        whole = array.chunks if array.shards is None else array.shards  # what zarr takes memory for
+        whole = array.chunks if array.shards is None else array.shards  # what zarr allocates
         shape = values.shape[1:]
         if array.shape[1:] != shape or math.prod(whole) > self.spec.rows_per_shard * math.prod(shape):
             raise ValueError(f"{name} is an array of {array.shape} in pieces of {whole}")
@@ -164,7 +164,7 @@ class ZarrStore(FeatureStore):
     def chunk_starts(self, teacher: str, name: str, shards: Ints, places: Ints, row_ndim: int) -> Index:
         """Where the rows at `places` in `shards` begin in their files, in bytes.
 
-        Raises `ValueError` for rows that a shard does not hold: zarr would give zeros for them.
+        Raises `ValueError` for rows that a shard does not hold: zarr would return zeros.
         """
         starts = np.empty(len(shards), np.uint64)
         distinct = np.unique(shards).tolist()
@@ -189,7 +189,7 @@ class ZarrStore(FeatureStore):
             raise unreadable(self.storage, teacher, error) from error
 
     def is_plain(self, teacher: str, name: str, values: NDArray) -> bool:
-        """Whether a chunk's bytes are a row's in memory, as `create` lays them out."""
+        """Whether a chunk's bytes are those of a row in memory, as `create` lays them out."""
         if (teacher, name) not in self._plain:
             self._plain[teacher, name] = self._is_plain(self._array(teacher, name), values)
         return self._plain[teacher, name]
@@ -207,7 +207,7 @@ class ZarrStore(FeatureStore):
     def _array(self, teacher: str, name: str) -> zarr.Array:
         if (teacher, name) not in self._arrays:
             folder = array_folder(teacher, name)
-            if not self.storage.exists(f"{folder}/zarr.json"):  # zarr would read a device for ever
+            if not self.storage.exists(f"{folder}/zarr.json"):  # zarr would read a device forever
                 raise FileNotFoundError(f"{folder}/zarr.json")
             with _as_value_errors(f"{folder}/zarr.json"):
                 self._arrays[teacher, name] = retrying(
@@ -225,7 +225,7 @@ class ZarrStore(FeatureStore):
 
 @contextmanager
 def _as_value_errors(what: str) -> Iterator[None]:
-    """Of what zarr meets in damaged or hostile files, every kind of error comes out."""
+    """Damaged or hostile files make zarr raise errors of every kind."""
     try:
         yield
     except StorageError:
@@ -249,7 +249,7 @@ def _read_index(storage: Storage, name: str, num_rows: int) -> Index:
 def _items(store: MemoryStore) -> Iterator[tuple[str, bytes]]:
     async def collect() -> list[tuple[str, bytes]]:
         prototype = default_buffer_prototype()
-        found = [(key, await store.get(key, prototype)) async for key in store.list()]
-        return [(key, buffer.to_bytes()) for key, buffer in found if buffer is not None]
+        buffers = [(key, await store.get(key, prototype)) async for key in store.list()]
+        return [(key, buffer.to_bytes()) for key, buffer in buffers if buffer is not None]
 
     yield from sorted(sync(collect()))

@@ -4,10 +4,10 @@ With U the bilinear upsampling from the student's grid to the teacher's, p is th
 is nearest to t (`teachercache.pipeline.grids.nearest`), so Uᵀt = UᵀU p, and <U s, t> = <U s, U p> = <p, UᵀU
 s>. Hence SAK's flattened cosine and the squared error follow exactly, in value and gradient. Other losses see
 t only through U p, the part of it that upsampled maps can reach: they are exact where the teacher's grid is
-the coarser one and approximate elsewhere. benchmarks/grids.py says how well.
+the coarser one and approximate elsewhere. benchmarks/grids.py measures how well.
 
-Shapes: B batch, C channels, h×w the student's grid; `grid` = (H, W) is the teacher's. All is computed in at
-least float32, autocast or not.
+Shapes: B batch, C channels, h×w the student's grid; `grid` = (H, W) is the teacher's. Everything is computed
+in at least float32, autocast or not.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def squared_error_from_adjoint(
 def token_cosine_from_adjoint(s_BChw: Tensor, p_BChw: Tensor, squared_norm_t_B: Tensor, grid: Size) -> Tensor:
     """cos(U s, t) of each teacher token (B, H, W), approximate: <U s, U p> / (‖U s‖ ‖U p‖ r).
 
-    What a token loses of its norm is not known, only what they lose together: r = ‖t‖ / ‖U p‖.
+    How much of its norm each token loses is unknown; r = ‖t‖ / ‖U p‖ is what they lose together.
     """
     with torch.autocast(s_BChw.device.type, enabled=False):
         s_BChw, p_BChw, squared_norm_t_B = _in_float(s_BChw, p_BChw, squared_norm_t_B)

@@ -1,4 +1,4 @@
-"""Representation similarity: how near a student comes to its teachers (SAK, Tables 3 and 17)."""
+"""Representation similarity: how close a student comes to its teachers (SAK, Tables 3 and 17)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from teachercache.student.sak.model import SAK
 
 @dataclass(frozen=True)
 class Similarity:
-    """Cosine similarity to one teacher, by level (the last ones, as many as both have) and over them."""
+    """Cosine similarity to one teacher, by level (the last ones, as many as both have) and on average."""
 
     levels: tuple[float, ...]
 
@@ -45,14 +45,14 @@ def representation_similarity(
     """Mean cosine similarity of student and cached features, for each of `teachers` (null: those that
     student and cache have in common).
 
-    One cosine for each token of the teacher's grid, to which the student's map is upsampled; averaged
-    over tokens and samples. (The paper does not say over what it takes its cosine.) Of an adjoint grid it is
-    the cosine to what a map on that grid can reach of the teacher's; the paper's needs a native one. Each
-    sample is seen once, in one of its views; `max_samples` of them are drawn by `seed`. Runs where the
-    student is. With `stem` the bare stem, which is aligned with nobody, is compared too, under "stem, NAME",
+    The student's map is upsampled to the teacher's grid; one cosine per token is averaged over tokens and
+    samples. (The paper does not say what its cosine is taken over.) For an adjoint grid it is the cosine to
+    the part of the teacher's map that a map on that grid can reach; the paper's needs a native grid. Each
+    sample is seen once, in one of its views; `seed` draws `max_samples` of them. Runs on the student's
+    device. With `stem`, the bare stem, which is aligned with no teacher, is compared too, under "stem, NAME",
     with the teachers of its width: row 1 of Table 17.
 
-    Raises `CacheError` where the cache cannot give this, `RecipeError` where the student cannot.
+    Raises `CacheError` if the cache does not allow this, `RecipeError` if the student does not.
     """
     names = cache.check_teachers(teachers or [name for name in student.teachers if name in cache.teachers])
     _require_fit(student, cache, names)
@@ -72,7 +72,7 @@ def representation_similarity(
                 targets_BSHWC = batch.features[name].decode(device)[:left]
                 compared = {name: maps[name]} | ({f"stem, {name}": stem_maps} if name in of_stem else {})
                 for title, levels in compared.items():
-                    count = min(len(levels), targets_BSHWC.shape[1])  # whose are fewer stands beside the last
+                    count = min(len(levels), targets_BSHWC.shape[1])  # compare the last ones that both have
                     cosines_BS[title].append(token_cosines(levels[-count:], targets_BSHWC[:, -count:]))
             left -= len(images_B3HW)
             if not left:
@@ -103,15 +103,15 @@ def _stem_maps(student: Student, pixels_B3HW: Tensor) -> list[Tensor]:
 def _of_stem_width(student: Student, cache: FeatureCache, names: Sequence[str]) -> list[str]:
     widths = {name: cache.spec.teachers[name].width for name in names}
     own = student.stem.width if isinstance(student, SAK) else None
-    found = [name for name, width in widths.items() if width == own]
-    if not found:
+    matching = [name for name, width in widths.items() if width == own]
+    if not matching:
         raise RecipeError(
-            "The bare stem can be compared with no teacher.",
+            "The bare stem cannot be compared with any teacher.",
             got=f"a {student.kind} student" if own is None else f"a stem of {own} channels",
             expected=f"the width of a teacher: {', '.join(f'{n} {w}' for n, w in widths.items())}",
             do="leave out --stem",
         )
-    return found
+    return matching
 
 
 def _require_fit(student: Student, cache: FeatureCache, names: Sequence[str]) -> None:
@@ -131,7 +131,7 @@ def _require_fit(student: Student, cache: FeatureCache, names: Sequence[str]) ->
         )
     if student.image_size != cache.spec.views.size:
         raise RecipeError(
-            "The student takes images of another size than the views of this cache.",
+            "The student's images and the views of this cache differ in size.",
             got=f"views of {cache.spec.views.size}",
             expected=student.image_size,
             do="measure on a cache whose views have the student's size",

@@ -102,7 +102,7 @@ def test_a_plan_within_a_budget(teachercache: Command, recipe: Path, monkeypatch
     monkeypatch.setattr("teachercache.cache_builder.budget.build_teacher", load)
     assert "No grid and codec fits this budget." in teachercache("plan", recipe, "budget=2 kB")[1]
     for budget in ("much", "1e400TB"):
-        assert "This is no number of bytes." in teachercache("plan", recipe, f"budget={budget}")[1]
+        assert "This is not a number of bytes." in teachercache("plan", recipe, f"budget={budget}")[1]
 
 
 def test_damage_is_found_and_named(teachercache: Command, recipe: Path, tmp_path: Path) -> None:
