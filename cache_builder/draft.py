@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 from teachercache.cache_builder.build_recipe import BuildRecipe
 from teachercache.cache_builder.calibrate import CalibrationSample
 from teachercache.cache_builder.moved_weights import with_checkpoints
-from teachercache.cache_builder.teachers import resolve_teacher
+from teachercache.cache_builder.teachers import resolve_teachers
 from teachercache.cache_builder.versions import versions
 from teachercache.pipeline.errors import CacheMismatchError
 from teachercache.pipeline.places.open_storage import open_storage
@@ -85,10 +85,7 @@ def growth(old: CacheSpec, new: CacheSpec) -> list[str]:
 
 def draft(recipe: BuildRecipe, progress: Callable[[int], None] | None = None) -> Draft:
     """Scan the source in parallel, telling `progress` of every new batch of samples; resolve the teachers."""
-    teachers = {
-        name: resolve_teacher(name, teacher, recipe.views.size, recipe.sak_compat)
-        for name, teacher in recipe.teachers.items()
-    }
+    teachers = resolve_teachers(recipe.teachers, recipe.views, recipe.sak_compat)
     source = open_source(recipe.source.path, recipe.source.kind)
     left_out = Counter[str]()
     samples, listing = _samples(recipe, source, progress, left_out)

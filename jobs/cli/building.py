@@ -111,7 +111,7 @@ def _candidates(
     from teachercache.cache_builder.budget import candidates
     from teachercache.cache_builder.teachers.teacher_recipe import student_grid
 
-    grid = student_grid(recipe.views.size)
+    grid = student_grid(recipe.views.stored_size, recipe.views.patch)
     stored = drafted.stored[0].teachers if drafted.stored else {}
     rows = min(recipe.calibration_rows, drafted.spec.dataset.num_samples)
     return {

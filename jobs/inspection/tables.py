@@ -11,6 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from teachercache.pipeline.records.spec import ViewPolicy
 from teachercache.pipeline.units import human_bytes, human_seconds
 
 if TYPE_CHECKING:  # they bring torch, which `inspect` has no time for
@@ -275,7 +276,11 @@ def _done(done: int, planned: int) -> Text:
 
 
 def _views(views: Mapping[str, Any]) -> str:
-    return f"{views['num_views']} of {views['policy']} at {_times(views['size'])}, seed {views['seed']}"
+    policy = ViewPolicy.model_validate(views)
+    facts = f"{policy.num_views} of {policy.policy} at {_times(policy.size)}, seed {policy.seed}"
+    if policy.margin:
+        facts += f", {policy.windows_per_axis**2} windows of each, stored at {_times(policy.stored_size)}"
+    return facts + (", in pairs of flips" if policy.flip == "pairs" else "")
 
 
 def _times(size: tuple[int, int]) -> str:

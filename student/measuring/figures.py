@@ -54,7 +54,7 @@ def norm_figure(
     student of other views or teachers, else as `FeatureCache.read` does.
     """
     rows = [int(cache.index.rows(_sample(cache, key), 0)) for key in keys]
-    reader = MapReader(cache)
+    reader = MapReader(cache, window=student is not None)
     views = [reader.view(row) for row in rows]
     maps_2HWC = {
         f"{name}\nteacher": torch.stack([_level(reader.maps(name, row), level) for row in rows])
