@@ -8,8 +8,8 @@ from pathlib import Path
 from rich.console import RenderableType
 
 from teachercache.cache_builder.build_recipe import BuildRecipe
+from teachercache.cache_builder.draft import resolved
 from teachercache.cache_builder.plan import bytes_per_row
-from teachercache.cache_builder.teachers import resolve_teacher
 from teachercache.cache_builder.teachers.flops import teacher_gmacs, teacher_parameters
 from teachercache.jobs.inspection.tables import columns_table, lines
 from teachercache.jobs.recipes import find_recipe
@@ -65,12 +65,7 @@ def _cache_facts(recipe: TrainRecipe) -> tuple[Size, dict[str, TeacherSpec], int
         spec = FeatureCache.open(recipe.cache).spec
     except CacheNotFoundError:
         build = find_recipe(BuildRecipe, Path(recipe.cache).name)
-        size = build.views.size
-        return (
-            size,
-            {n: resolve_teacher(n, t, size, build.sak_compat) for n, t in build.teachers.items()},
-            None,
-        )
+        return build.views.size, resolved(build), None
     return spec.views.size, dict(spec.teachers), spec.dataset.num_samples
 
 
@@ -103,7 +98,7 @@ def costs_table(recipe: TrainRecipe, plan: TrainPlan) -> RenderableType:
 
 def train_plan_table(plan: TrainPlan) -> RenderableType:
     size = plan.size
-    gpus = f"{plan.processes} GPUs at {plan.tflops_per_gpu:g} TFLOP/s sustained by each (--tflops-per-gpu)"
+    gpus = f"{plan.processes} GPUs at {plan.tflops_per_gpu:g} TFLOP/s sustained by each (--gpu)"
     rate = f"{human_bytes(round(plan.read_bytes_per_s))}/s of the cache, for {plan.images_per_s:,.0f} img/s"
     parts = ", ".join(f"{part} {count:,}" for part, count in size.parameters.items() if count)
     gmacs = ", ".join(f"{part} {count:.1f}" for part, count in size.gmacs_by_part.items())
