@@ -98,7 +98,7 @@ def costs_table(recipe: TrainRecipe, plan: TrainPlan) -> RenderableType:
 
 def train_plan_table(plan: TrainPlan) -> RenderableType:
     size = plan.size
-    gpus = f"{plan.processes} GPUs at {plan.tflops_per_gpu:g} TFLOP/s sustained by each (--tflops-per-gpu)"
+    gpus = f"{plan.processes} GPUs at {plan.tflops_per_gpu:g} TFLOP/s sustained by each (--gpu)"
     rate = f"{human_bytes(round(plan.read_bytes_per_s))}/s of the cache, for {plan.images_per_s:,.0f} img/s"
     parts = ", ".join(f"{part} {count:,}" for part, count in size.parameters.items() if count)
     gmacs = ", ".join(f"{part} {count:.1f}" for part, count in size.gmacs_by_part.items())
