@@ -1,4 +1,4 @@
-"""The path of the benchmark on a teacher with random weights; what it says of one that has none is worthless."""
+"""The path of the benchmark, on a teacher with random weights."""
 
 from __future__ import annotations
 
