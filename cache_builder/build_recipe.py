@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
+from teachercache.cache_builder.prices import PlanRecipe
 from teachercache.cache_builder.teachers.teacher_recipe import TeacherRecipe
 from teachercache.pipeline.records.spec import IMAGES, StoreKind, Strict, ViewPolicy
 from teachercache.pipeline.units import parse_bytes
@@ -39,13 +40,6 @@ class RunnerRecipe(Strict):
     gpus_per_actor: float | None = Field(None, ge=0)
     cpus_per_actor: float = Field(1, gt=0)
     stall_timeout_s: float = Field(600, gt=0)
-
-
-class PlanRecipe(Strict):
-    """The rates that `teachercache plan` assumes; measure and state your own."""
-
-    teacher_tflops_per_gpu: float = Field(300, gt=0)
-    student_images_per_s: float = Field(1000, gt=0)
 
 
 class BuildRecipe(Strict):

@@ -14,12 +14,13 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow as pa
 from rich.console import Console
 from rich.text import Text
 
 from teachercache.cache_builder.build_recipe import BuildRecipe
 from teachercache.cache_builder.calibrate import Calibration
-from teachercache.cache_builder.draft import Draft, draft, extend, growth
+from teachercache.cache_builder.draft import Draft, draft, extend, growth, new_spec
 from teachercache.cache_builder.kept_shards import kept_teacher
 from teachercache.cache_builder.moved_weights import with_checkpoints
 from teachercache.cache_builder.other_tables import other_tables
@@ -27,14 +28,15 @@ from teachercache.cache_builder.plan import Plan, make_plan, pending
 from teachercache.cache_builder.progress import BuildProgress
 from teachercache.cache_builder.runner import FailedShard, LocalRunner, Runner, Task, require_place
 from teachercache.cache_builder.stages import bottleneck
+from teachercache.cache_builder.teachers import resolve_teachers
 from teachercache.pipeline.cache import FeatureCache
-from teachercache.pipeline.errors import BuildError, CacheError, CacheMismatchError, place_error
+from teachercache.pipeline.errors import BuildError, CacheError, CacheMismatchError, RecipeError, place_error
 from teachercache.pipeline.places.open_storage import open_storage
 from teachercache.pipeline.places.processes import temporary_of
 from teachercache.pipeline.places.storage import Storage
 from teachercache.pipeline.places.whole_or_nothing import whole_or_nothing
 from teachercache.pipeline.records.manifest import SAMPLES_NAME, SPEC_NAME, VIEWS_NAME, Manifest, tables_name
-from teachercache.pipeline.records.spec import IMAGES, CacheSpec, TeacherSpec
+from teachercache.pipeline.records.spec import IMAGES, CacheSpec, DatasetSpec, TeacherSpec
 from teachercache.pipeline.records.stats_files import write_tables
 from teachercache.pipeline.records.tables import with_views_hashes
 from teachercache.pipeline.sources import left_out_line
@@ -76,6 +78,21 @@ def prepare(recipe: BuildRecipe, console: Console) -> tuple[Draft, CacheSpec, Pl
             console.print(Text(grown), soft_wrap=True)
     _require_other_tables(recipe, drafted)  # before the teachers are loaded
     return drafted, drafted.spec, make_plan(recipe, drafted.spec, storage, drafted.samples)
+
+
+def foresee(recipe: BuildRecipe, count: int, image_bytes: int) -> Plan:
+    """The plan for `count` images that are not there yet, of a mean size. Raises `RecipeError`."""
+    storage = open_storage(recipe.cache)
+    if Manifest(storage).exists() or recipe.budget is not None:
+        raise RecipeError(
+            "A plan without images is one of a new cache, without a budget.",
+            got=f"budget={recipe.budget}" if recipe.budget is not None else f"a cache at {storage.url}",
+            do="leave --samples out",
+        )
+    dataset = DatasetSpec(kind="source", location=recipe.source.path, num_samples=count, fingerprint="")
+    samples = pa.table({"nbytes": [image_bytes] * count})
+    teachers = resolve_teachers(recipe.teachers, recipe.views, recipe.sak_compat)
+    return make_plan(recipe, new_spec(recipe, teachers, dataset), storage, samples)
 
 
 def build(recipe: BuildRecipe, console: Console | None = None) -> BuildResult:

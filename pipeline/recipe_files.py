@@ -194,6 +194,10 @@ def _describe(model: type[BaseModel], problem: Any) -> str:
     if problem["type"] == "missing":
         return f"{key}: this required key is missing"
     message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "literal_error":
+        known = re.findall(r"'([^']*)'", problem["ctx"]["expected"])
+        near = difflib.get_close_matches(str(problem["input"]), known, 1)
+        message += f"; did you mean {near[0]}?" if near else ""
     if problem["type"] == "string_type":
         message += f'; in a file, quote text that YAML would read otherwise, {location[-1]}: "…"'
     return f"{key or 'recipe'}: {message} (got {problem['input']!r})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Annotated, Any, Self
 
 import torch
@@ -76,14 +77,43 @@ class TeacherRecipe(Strict):
         return self
 
 
+def resolve_teachers(
+    recipes: Mapping[str, TeacherRecipe], views: ViewPolicy, sak_compat: bool = False
+) -> dict[str, TeacherSpec]:
+    """The specs of teachers that see these views, their margin included.
+
+    Raises as `resolve_teacher`, and `TeacherInputError` where windows of the views cannot be cut out of an
+    adjoint grid.
+    """
+    own_grid = student_grid(views.stored_size, views.patch)
+    specs = {
+        name: resolve_teacher(name, recipe, views.stored_size, sak_compat, views.patch)
+        for name, recipe in recipes.items()
+    }
+    for name, spec in specs.items():
+        if views.margin and spec.grid.kind == "adjoint" and spec.grid.size != own_grid:
+            raise TeacherInputError(
+                f"The adjoint grid of teacher {name} is not that of the views with their margin.",
+                got=f"grid_size {spec.grid.size}",
+                expected=f"{own_grid}, a token for each {views.patch} pixels of the student (views.patch)",
+                do=f"leave out teachers.{name}.grid_size, and let views.patch be the student's",
+            )
+    return specs
+
+
 def resolve_teacher(
-    name: str, recipe: TeacherRecipe, view_size: Size, sak_compat: bool = False
+    name: str,
+    recipe: TeacherRecipe,
+    view_size: Size,
+    sak_compat: bool = False,
+    patch: int = STUDENT_PATCH,
 ) -> TeacherSpec:
     """The complete spec of teacher `name` for views of `view_size` (height, width); needs no weights.
 
     The teacher sees the view at the nearest multiple of its patch (384 → 378 for patch 14). A preset
-    with a `longest_side` (SAM, 1024) keeps the view's aspect ratio: 448×576 becomes 800×1024. For
-    GroundingDINO the shorter side is 800, unless the longer one would exceed 1333: 384×384 becomes 800×800.
+    with a `longest_side` (SAM, 1024) keeps the view's aspect: 448×576 becomes 800×1024. GroundingDINO's
+    shorter side is 800, while the longer one is at most 1333: 384×384 becomes 800×800. `patch` is the
+    student's, whose grid is stored where the recipe names a grid and no size.
 
     `sak_compat` reproduces the reference instead: ImageNet statistics for all, every teacher at the
     size of the view (a patch-14 teacher then drops the pixels that fill no patch), and SAM on the
@@ -100,7 +130,7 @@ def resolve_teacher(
     block_indices = recipe.block_indices or preset.block_indices or _default_blocks(outputs)
     width, native_grid = _common_shape(name, outputs, block_indices)
     _require_outputs(name, architecture, outputs, recipe)
-    grid_size = recipe.grid_size or student_grid(view_size)
+    grid_size = recipe.grid_size or student_grid(view_size, patch)
     return TeacherSpec(
         model=architecture.model,
         pretrained=recipe.pretrained is not False,
@@ -121,9 +151,9 @@ def resolve_teacher(
     )
 
 
-def student_grid(view_size: Size) -> Size:
-    """The token grid (h, w) of a student of patch 16 on views of this size in pixels."""
-    return max(1, view_size[0] // STUDENT_PATCH), max(1, view_size[1] // STUDENT_PATCH)
+def student_grid(view_size: Size, patch: int = STUDENT_PATCH) -> Size:
+    """The token grid (h, w) of a student of this patch on views of this size, both in pixels."""
+    return max(1, view_size[0] // patch), max(1, view_size[1] // patch)
 
 
 def build_teacher(

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from teachercache.pipeline.errors import CacheError
 from teachercache.pipeline.exploring.feature_pictures import PcaBasis, Picture
-from teachercache.pipeline.records.spec import TeacherSpec
+from teachercache.pipeline.records.spec import Size, TeacherSpec
 from teachercache.pipeline.views import render_view
+from teachercache.pipeline.windows import cut
 
 if TYPE_CHECKING:
     from teachercache import FeatureCache
@@ -31,8 +32,8 @@ def level_name(teacher: TeacherSpec, level: int) -> str:
 class MapReader:
     """Maps of the teachers that can be read; `absent` says why others cannot.
 
-    `rows` are up to `num_rows` rows of one view, drawn by the seed, that all these teachers hold. Colours
-    are learnt over them.
+    `rows` are up to `num_rows` rows of one view, drawn by the seed, that every one of these teachers holds.
+    Colours are learnt over them. `window`: of views with a margin their middle, as large as a student sees.
     """
 
     def __init__(
@@ -43,8 +44,10 @@ class MapReader:
         num_rows: int = 6,
         view: int = 0,
         seed: int = 0,
+        window: bool = False,
     ) -> None:
         self.cache = cache
+        self._window = cache.spec.views.middle if window else None
         self.teachers: list[str] = []
         self.absent: dict[str, str] = {}
         for name in cache.check_teachers(teachers):
@@ -75,7 +78,10 @@ class MapReader:
 
     def _maps(self, teacher: str, row: int) -> Tensor:
         """Features (levels, H, W, C) of one row; the last few are kept."""
-        return self.cache.feature_maps(teacher, np.array([row]))[0]
+        maps_1SHWC = self.cache.feature_maps(teacher, np.array([row]))
+        if self._window:
+            maps_1SHWC = cut(maps_1SHWC, np.array([self._window]), self.cache.spec.views)
+        return maps_1SHWC[0]
 
     def _tokens(self, teacher: str) -> Tensor:
         """(levels, N, C): at most `MAX_TOKENS` tokens, spread evenly over the chosen rows.
@@ -99,10 +105,12 @@ class MapReader:
         """The colours of one level of a teacher."""
         return PcaBasis.fit(self.tokens(teacher)[level])
 
-    def view(self, row: int) -> Picture:
-        """The pixels of a row's view. Raises as `FeatureCache.image` does."""
-        sample = int(self.cache.index.locate(row)[0])
-        pixels: Picture = render_view(self.cache.image(sample), self.cache.view(row)).permute(1, 2, 0).numpy()
+    def view(self, row: int, size: Size | None = None) -> Picture:
+        """The pixels of a row's view, at its own size or another. Raises as `FeatureCache.image` does."""
+        sample, view = int(self.cache.index.locate(row)[0]), self.cache.view(row)
+        if self._window:
+            view = view.window(self._window, self.cache.spec.views.size)
+        pixels: Picture = render_view(self.cache.image(sample), view, size).permute(1, 2, 0).numpy()
         return pixels
 
 

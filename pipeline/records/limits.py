@@ -91,8 +91,8 @@ def _sizes(spec: CacheSpec) -> Iterator[tuple[str, int, int]]:
     yield "rows_per_shard", spec.rows_per_shard, MAX_ROWS_PER_SHARD
     yield "the number of rows", spec.segments[-1].first_row + spec.segments[-1].num_rows, MAX_ROWS
     yield "the number of shards", spec.num_shards, MAX_SHARDS
-    for side in spec.views.size:
-        yield "views.size", side, MAX_SIDE
+    for side in spec.views.stored_size:
+        yield "views.size and margin", side, MAX_SIDE
     for name, teacher in spec.teachers.items():
         for what, value, most in _teacher_sizes(teacher):
             yield f"teachers.{name}: {what}", value, most

@@ -33,6 +33,7 @@ Size = tuple[int, int]  # (height, width)
 GridKind = Literal["native", "adjoint", "bilinear"]
 PolicyName = Literal["imagenet_train", "imagenet_eval", "multitask_train", "multitask_eval"]
 Photometric = Literal["color_jitter", "distortion"]
+Flip = Literal["random", "pairs"]
 Precision = Literal["float32", "bfloat16"]
 StoreKind = Literal["zarr", "webdataset"]
 
@@ -46,10 +47,13 @@ class Strict(BaseModel):
 class ViewPolicy(Strict):
     """How views are drawn. The drawn parameters in `views.parquet`, not this, are authoritative.
 
-    `scale`: for imagenet_train, the share of the image's area; for multitask_train, its magnification, 0.5
-    to 2 by default. `jitter_probability`: for multitask_train, that of each of brightness, contrast,
-    saturation and hue. `photometric`: what these do to pixels, see `View`; the default is "distortion" in a
-    new multitask_train, and "color_jitter" in a cache that does not state it.
+    `scale`: of imagenet_train the share of the image's area; of multitask_train how much the image is
+    magnified, 0.5 to 2 where nothing is said. `jitter_probability`: of multitask_train, for each of
+    brightness, contrast, saturation and hue. `photometric`: what these do to pixels, see `View`; "distortion"
+    where a new multitask_train says nothing, and "color_jitter" where a cache says nothing.
+    `margin`: by how many pixels of the student's input the view that is stored, and that teachers see, is
+    larger than `size` each way; the student sees a window of it, which moves by whole patches of `patch`
+    pixels. `flip`: "pairs" gives every crop twice, as it is and mirrored.
     """
 
     policy: PolicyName = "imagenet_train"
@@ -58,6 +62,9 @@ class ViewPolicy(Strict):
     seed: int = Field(0, ge=0)
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    margin: int = Field(0, ge=0)
+    patch: int = Field(16, ge=1)
+    flip: Flip = "random"
     flip_probability: float = Field(0.5, ge=0, le=1)
     crop_fraction: float = Field(0.875, gt=0, le=1)
     jitter_probability: float = Field(0.5, ge=0, le=1)
@@ -82,6 +89,9 @@ class ViewPolicy(Strict):
             fields.pop("jitter_probability", None)
         if self.policy != "multitask_train" or self.photometric == "color_jitter":
             fields.pop("photometric", None)
+        for name, old in (("margin", 0), ("patch", 16), ("flip", "random")):
+            if fields.get(name) == old:
+                del fields[name]
         return fields
 
     @model_validator(mode="after")
@@ -94,9 +104,47 @@ class ViewPolicy(Strict):
             raise ValueError(f"ratio must satisfy 0 < low <= high, got {self.ratio}")
         if min(self.size) < 1:
             raise ValueError(f"size must be two positive numbers of pixels, got {self.size}")
-        if self.policy in ("imagenet_eval", "multitask_eval") and self.num_views != 1:
-            raise ValueError(f"{self.policy} is one fixed view, so num_views must be 1, got {self.num_views}")
+        if self.is_fixed and (self.num_views != 1 or self.margin):
+            raise ValueError(
+                f"{self.policy} is one fixed view, so num_views must be 1 and margin 0, "
+                f"got {self.num_views} and {self.margin}"
+            )
+        if self.flip == "pairs" and self.num_views % 2:
+            raise ValueError(f"flip: pairs takes an even num_views, got {self.num_views}")
+        if self.margin and any(side % self.patch for side in (self.margin, *self.size)):
+            raise ValueError(
+                f"margin and size must be multiples of views.patch, {self.patch} pixels of the student, "
+                f"got {self.margin} and {self.size}"
+            )
+        if self.margin > min(self.size):  # else a window may miss an image that is small amid padding
+            raise ValueError(f"margin must not exceed size, got {self.margin} and {self.size}")
         return self
+
+    @property
+    def is_fixed(self) -> bool:
+        return self.policy in ("imagenet_eval", "multitask_eval")
+
+    @property
+    def stored_size(self) -> Size:
+        """(height, width) in pixels of the view that is stored and that teachers see."""
+        return self.size[0] + self.margin, self.size[1] + self.margin
+
+    @property
+    def windows_per_axis(self) -> int:
+        return self.margin // self.patch + 1
+
+    @property
+    def middle(self) -> tuple[int, int]:
+        """Where the window in the middle begins: (row, column), in pixels of the view."""
+        return (self.margin // self.patch // 2 * self.patch,) * 2
+
+    def seen_grid(self, grid: Size) -> Size:
+        """How many tokens of a grid over the whole view have their centres in every window."""
+        rows, columns = (
+            max(1, tokens * seen // stored)
+            for tokens, seen, stored in zip(grid, self.size, self.stored_size, strict=True)
+        )
+        return rows, columns
 
 
 class GridSpec(Strict):

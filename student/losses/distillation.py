@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from teachercache.pipeline.errors import explain
-from teachercache.pipeline.grids import upsample
-from teachercache.pipeline.records.spec import Size
+from teachercache.pipeline.grids import Grid, Places, upsample
 from teachercache.student.losses.adjoint import (
     flattened_cosine_from_adjoint,
     smooth_l1_from_adjoint,
@@ -31,11 +30,12 @@ DistanceKind = Literal["smooth_l1", "squared_error"]
 
 @dataclass
 class Target:
-    """One teacher's features of a batch, on the grid that they are known on, and the class token of its last
-    level, if known."""
+    """What one teacher says of a batch: its features, on the grid that they are known on, and the class token
+    of its last level where it is known. `grid`: that of the teacher, if it is not what the features fill."""
 
     feature_maps_BSHWC: Tensor
     cls_token_BC: Tensor | None = None
+    grid: Grid | None = None
 
     def __post_init__(self) -> None:
         self.num_levels = self.feature_maps_BSHWC.shape[1]
@@ -53,7 +53,7 @@ class Target:
         dtype = torch.promote_types(student_BChw.dtype, torch.float32)
         height, width, channels = teacher_BHWC.shape[1:]
         _require_width(level, student_BChw, channels)
-        student_BHWC = upsample(student_BChw.to(dtype), (height, width)).permute(0, 2, 3, 1)
+        student_BHWC = upsample(student_BChw.to(dtype), self.grid or (height, width)).permute(0, 2, 3, 1)
         teacher_BHWC = teacher_BHWC.to(dtype)
         measure = F.smooth_l1_loss if distance == "smooth_l1" else F.mse_loss
         difference = measure(student_BHWC, teacher_BHWC)
@@ -72,7 +72,7 @@ class AdjointTarget(Target):
     """
 
     norms_BS: Tensor = field(kw_only=True)
-    grid: Size = field(kw_only=True)
+    grid: Grid = field(kw_only=True)
 
     def compare(
         self, level: int, student_BChw: Tensor, cosine: CosineKind, distance: DistanceKind
@@ -94,7 +94,8 @@ class AdjointTarget(Target):
         if distance == "smooth_l1":
             difference = smooth_l1_from_adjoint(student_BChw, nearest_BChw, self.grid)
         else:
-            elements = self.grid[0] * self.grid[1] * nearest_BChw.shape[1]
+            height, width = self.grid.size if isinstance(self.grid, Places) else self.grid
+            elements = height * width * nearest_BChw.shape[1]
             difference = squared_error_from_adjoint(*arguments).mean() / elements
         return 1 - measure(*arguments).mean(), difference
 

@@ -53,7 +53,7 @@ def norm_figure(
     other views or teachers, otherwise as `FeatureCache.read` does.
     """
     rows = [int(cache.index.rows(_sample(cache, key), 0)) for key in keys]
-    reader = MapReader(cache)
+    reader = MapReader(cache, window=student is not None)
     views = [reader.view(row) for row in rows]
     maps_2HWC = {
         f"{name}\nteacher": torch.stack([_level(reader.maps(name, row), level) for row in rows])

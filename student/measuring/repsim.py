@@ -12,9 +12,10 @@ from torch.nn import functional as F
 
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import RecipeError
-from teachercache.pipeline.grids import upsample
+from teachercache.pipeline.grids import Grid, upsample
 from teachercache.pipeline.loading.loader import FeatureLoader
 from teachercache.pipeline.loading.sampler import ShardShuffleSampler
+from teachercache.pipeline.windows import cut, grid_in
 from teachercache.student.models.student import Student
 from teachercache.student.sak.model import SAK
 
@@ -62,18 +63,20 @@ def representation_similarity(
     device, was_training = student.mean.device, student.training
     cosines_BS: defaultdict[str, list[Tensor]] = defaultdict(list)
     student.eval()
-    with FeatureLoader(cache, sampler, names, threads=threads) as loader:
+    with FeatureLoader(cache, sampler, names, seed=seed, threads=threads) as loader:
         for batch in loader:
-            images_B3HW = batch.renders[student.image_size][:left].to(device)
+            images_B3HW = batch.images[:left].to(device)
             pixels_B3HW = student.normalize(images_B3HW)
             maps = student(pixels_B3HW, full=True).feature_maps
             stem_maps = _stem_maps(student, pixels_B3HW) if of_stem else []
             for name in names:
-                targets_BSHWC = batch.features[name].decode(device)[:left]
+                windows, views = batch.windows[:left], cache.spec.views
+                targets_BSHWC = cut(batch.features[name].decode(device)[:left], windows, views)
+                grid = grid_in(cache.spec.teachers[name].stored_grid, windows, views, device)
                 compared = {name: maps[name]} | ({f"stem, {name}": stem_maps} if name in of_stem else {})
                 for title, levels in compared.items():
-                    count = min(len(levels), targets_BSHWC.shape[1])  # compare the last ones that both have
-                    cosines_BS[title].append(token_cosines(levels[-count:], targets_BSHWC[:, -count:]))
+                    count = min(len(levels), targets_BSHWC.shape[1])  # the last ones that both have
+                    cosines_BS[title].append(token_cosines(levels[-count:], targets_BSHWC[:, -count:], grid))
             left -= len(images_B3HW)
             if not left:
                 break
@@ -84,12 +87,13 @@ def representation_similarity(
     }
 
 
-def token_cosines(student_SBChw: Sequence[Tensor], targets_BSHWC: Tensor) -> Tensor:
-    """(B, S): for each sample and level, the mean cosine over the tokens of the teacher's grid."""
+def token_cosines(student_SBChw: Sequence[Tensor], targets_BSHWC: Tensor, grid: Grid | None = None) -> Tensor:
+    """(B, S): for each sample and level, the mean cosine over the tokens of the teacher's grid,
+    by default that of the targets."""
     height, width = targets_BSHWC.shape[2:4]
     levels = []
     for student_BChw, target_BHWC in zip(student_SBChw, targets_BSHWC.unbind(1), strict=True):
-        student_BHWC = upsample(student_BChw, (height, width)).permute(0, 2, 3, 1)
+        student_BHWC = upsample(student_BChw, grid or (height, width)).permute(0, 2, 3, 1)
         levels.append(F.cosine_similarity(student_BHWC, target_BHWC, dim=-1).mean((1, 2)))
     return torch.stack(levels, dim=1)
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from teachercache.pipeline.errors import CheckpointError, RecipeError, TeacherCacheError, explain
 from teachercache.pipeline.places.durable import make_folder
-from teachercache.pipeline.records.spec import Size, TeacherSpec
+from teachercache.pipeline.records.spec import Size, TeacherSpec, ViewPolicy
 from teachercache.student.models.lora import merged_state_dict
 from teachercache.student.saving import replacing
 
@@ -193,11 +193,11 @@ def require_known(what: str, name: str, known: Collection[str]) -> None:
         )
 
 
-def teacher_facts(specs: Mapping[str, TeacherSpec]) -> dict[str, Any]:
-    """What `build_student` needs to know about the teachers of a cache."""
+def teacher_facts(specs: Mapping[str, TeacherSpec], views: ViewPolicy) -> dict[str, Any]:
+    """What `build_student` asks of the teachers of a cache, whose students see windows of these views."""
     return {
         "teacher_dims": {name: spec.width for name, spec in specs.items()},
-        "teacher_grids": {name: spec.stored_grid for name, spec in specs.items()},
+        "teacher_grids": {name: views.seen_grid(spec.stored_grid) for name, spec in specs.items()},
         "class_tokens": [name for name, spec in specs.items() if spec.cls_token],
     }
 

@@ -19,7 +19,8 @@ from tests.make_cache import build_recipe, make_cache, make_images
 ROOT = Path(__file__).parents[2]
 VERBS = (
     "plan build calibrate verify repair inspect report view merge subset convert train evaluate repsim "
-    "probe depth-probe figure remove-teacher push import-reference norms datasets"
+    "probe depth-probe figure remove-teacher push import-reference norms datasets "
+    "recipes presets codecs help-keys"
 )
 Command = Callable[..., tuple[int, str]]
 
