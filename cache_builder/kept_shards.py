@@ -11,7 +11,7 @@ from teachercache.pipeline.records.spec import CacheSpec, TeacherSpec
 
 
 def kept_teacher(manifest: Manifest, spec: CacheSpec, name: str, weights_hash: str) -> TeacherSpec | None:
-    """The teacher `name` of `spec` with what its committed shards were encoded with; None without shards.
+    """Teacher `name` of `spec` with the weights and tables of its committed shards; None without shards.
 
     Raises `CacheMismatchError` when they are those of another spec.
     """
@@ -20,20 +20,20 @@ def kept_teacher(manifest: Manifest, spec: CacheSpec, name: str, weights_hash: s
         return None
     tables = tables_name(name)
     has_tables = get_codec(spec.teachers[name].codec).needs_tables and manifest.storage.exists(tables)
-    found = {
+    hashes = {
         "weights_hash": weights_hash,
         "tables_hash": manifest.storage.checksum(tables) if has_tables else None,
     }
-    teacher = spec.teachers[name].model_copy(update=found)
+    teacher = spec.teachers[name].model_copy(update=hashes)
     teachers = {**spec.teachers, name: teacher}
     whole = CacheSpec.model_validate(spec.model_dump() | {"teachers": teachers, "cache_id": ""})
     store = FeatureCache(manifest.storage, whole).store
     for shard, record in manifest.commits(name, shards).items():
         if (problem := record_problem(record, whole, store.shard_files(name, shard))) is not None:
             raise CacheMismatchError(
-                f"{SPEC_NAME} is gone, and the shards that are left are not those of this recipe.",
+                f"{SPEC_NAME} is gone, and the remaining shards are not those of this recipe.",
                 got=problem.reason,
                 expected="the recipe, images, weights and library versions of the cache",
-                do=f"restore {SPEC_NAME} from a copy, mend the recipe, or choose another place (cache=…)",
+                do=f"restore {SPEC_NAME} from a copy, correct the recipe, or choose another place (cache=…)",
             )
     return teacher

@@ -20,7 +20,6 @@ from teachercache.pipeline.exploring.feature_pictures import heat, png_uri
 from teachercache.pipeline.exploring.map_reader import MapReader
 from teachercache.pipeline.grids import upsample
 from teachercache.pipeline.units import human_bytes
-from teachercache.pipeline.views import render_view
 from teachercache.student.models.student import Student
 
 _KEPT_ROWS = 4
@@ -42,7 +41,7 @@ class Comparisons:
 
     def __init__(self, cache: FeatureCache, student: Student | None = None) -> None:
         self.cache = cache
-        self.reader = MapReader(cache)
+        self.reader = MapReader(cache, window=student is not None)
         self._student = student
         per_teacher = _KEPT_ROWS * len(cache.teachers)
         self._predictions = lru_cache(_KEPT_ROWS)(self._predict)
@@ -115,10 +114,9 @@ class Comparisons:
 
     def _predict(self, row: int) -> dict[str, list[Tensor]]:
         assert self._student is not None
-        sample = int(self.cache.index.locate(row)[0])
-        pixels_3HW = render_view(self.cache.image(sample), self.cache.view(row), self._student.image_size)
+        pixels_HW3 = torch.from_numpy(self.reader.view(row, self._student.image_size))
         with torch.inference_mode():
-            output = self._student(self._student.normalize(pixels_3HW[None]), full=True)
+            output = self._student(self._student.normalize(pixels_HW3.permute(2, 0, 1)[None]), full=True)
         return dict(output.feature_maps)
 
     def _try_codec(self, codec: str, teacher: str, row: int) -> CodecTrial:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Picture = NDArray[np.uint8]
 
 _CELL_INCHES, _DPI = 1.5, 110
-_OUTLIER_SHARE = 0.01  # of the tokens at either end, which do not widen the range of a colour
+_OUTLIER_SHARE = 0.01  # of the tokens at either end, which do not widen a colour's range
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class PcaBasis:
     """Three directions that become red, green and blue, learnt over the tokens of several images, so that
     equal colours mean equal features in all of them.
 
-    Channels are standardised first, or the few outlier channels that ViTs have would be all that is seen.
+    Channels are standardised first, or the few outlier channels of ViTs would dominate the picture.
     """
 
     mean_C: Tensor
@@ -62,7 +62,7 @@ class PcaBasis:
 
 
 def finite(values: Tensor) -> Tensor:
-    """Zero in place of NaN and infinity, which would be all that is seen."""
+    """Zero in place of NaN and infinity, which would dominate the picture."""
     return torch.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
 
 
@@ -72,7 +72,7 @@ def token_norms(map_HWC: Tensor) -> Tensor:
 
 
 def heat(values_HW: Tensor, low: float, high: float) -> Picture:
-    """Scalars in viridis, which reads the same for every kind of colour vision; grey where not finite."""
+    """Scalars in viridis, which works for every kind of colour vision; grey where not finite."""
     from matplotlib import colormaps
 
     scaled_HW = ((values_HW - low) / max(high - low, 1e-12)).clamp(0, 1).double().numpy()
@@ -81,7 +81,7 @@ def heat(values_HW: Tensor, low: float, high: float) -> Picture:
 
 
 def picture_grid(columns: Sequence[tuple[str, Sequence[Picture]]], title: str) -> Figure:
-    """Pictures in columns with titles of their own, one line a sample."""
+    """Pictures in titled columns, one line per sample."""
     from matplotlib.figure import Figure
 
     num_lines = len(columns[0][1])
@@ -98,7 +98,7 @@ def picture_grid(columns: Sequence[tuple[str, Sequence[Picture]]], title: str) -
 
 
 def figure_pixels(figure: Figure) -> Picture:
-    """The figure as it would be saved to a file."""
+    """The pixels of the figure, as if saved to a file."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas = FigureCanvasAgg(figure)

@@ -1,4 +1,4 @@
-"""Shards that stay as they are, under other numbers: linked where one file system has both, else copied."""
+"""Shards that only change their numbers: linked within a file system, otherwise copied."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _BLOCK_NBYTES = 1 << 22
 
 
 def missing(source: FeatureCache, target: FeatureCache, shift: int = 0) -> Iterator[tuple[str, int]]:
-    """(teacher, shard of `source`) that it has committed and `target`, `shift` shards on, has not."""
+    """(teacher, shard) that `source` has committed and `target` has not; it adds `shift` to its number."""
     for name in target.spec.teachers_and_images:
-        done = target.manifest.committed_shards(name)
-        yield from ((name, shard) for shard in sorted(source.commits(name)) if shard + shift not in done)
+        committed = target.manifest.committed_shards(name)
+        yield from ((name, shard) for shard in sorted(source.commits(name)) if shard + shift not in committed)
 
 
 def whole_shards(source: FeatureCache, target: FeatureCache, shift: int, first_sample: int = 0) -> list[Step]:
@@ -84,7 +84,7 @@ def link_or_copy(source: Storage, name: str, record: FileRecord, target: Storage
         try:
             link(source.path(name), path)
         except OSError:
-            _copy(source, name, record, target, new_name)  # another file system, or one without links
+            _copy(source, name, record, target, new_name)  # on another file system, or one without links
     else:
         _copy(source, name, record, target, new_name)
 

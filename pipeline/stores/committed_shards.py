@@ -1,4 +1,4 @@
-"""Which shards and rows of a teacher a cache holds, and whether its files are those that were committed."""
+"""Which shards and rows of a teacher a cache holds, and whether its files are the committed ones."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from teachercache.pipeline.stores.image_tar import image_tar_name
 class CommittedShards:
     """The committed shards of one teacher, or of the copied images (teacher "images").
 
-    Each record and each file's ends are read once; what is committed later, a cache sees when it is reopened.
+    Each record and the ends of each file are read once; a cache sees later commits when it is reopened.
     """
 
     def __init__(self, store: FeatureStore, teacher: str) -> None:
@@ -51,7 +51,7 @@ class CommittedShards:
 
     @cached_property
     def _readable(self) -> NDArray[np.bool_]:
-        """The places of rows that are known to hold something; a look into it costs nothing."""
+        """Marks the rows that are known to hold something, so that a second question costs nothing."""
         return np.zeros(self._spec.num_shards * self._spec.rows_per_shard, bool)
 
     @cached_property
@@ -60,49 +60,49 @@ class CommittedShards:
 
     def records(self, shards: Iterable[int] | None = None) -> dict[int, CommitRecord]:
         """The commit records of these committed shards, or of all. Raises `CacheError` for damaged ones."""
-        wanted = np.flatnonzero(self.mask).tolist() if shards is None else list(shards)
-        unknown = [shard for shard in wanted if shard not in self._records]
+        numbers = np.flatnonzero(self.mask).tolist() if shards is None else list(shards)
+        unknown = [shard for shard in numbers if shard not in self._records]
         for shard, record in self.manifest.commits(self.teacher, unknown).items():
             if (problem := record_problem(record, self._spec)) is not None:
                 raise problem.error(self._storage)
             self._records[shard] = record
-        return {shard: self._records[shard] for shard in wanted}
+        return {shard: self._records[shard] for shard in numbers}
 
     def invalid_rows(self) -> NDArray[np.int64]:
-        """Ascending rows of committed shards that hold nothing. Raises as `records`."""
+        """The empty rows of committed shards, ascending. Raises as `records`."""
         rows = [row for record in self.records().values() for row in record.invalid_rows]
         return np.array(sorted(rows), np.int64)
 
     def readable(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Which of these rows are committed, and of an image that could be decoded.
+        """Which of these rows are committed and have an image that could be decoded.
 
-        Reads the records of their shards alone. Raises as `records`, `IndexError` for unknown rows.
+        Reads only the records of their shards. Raises as `records`, `IndexError` for unknown rows.
         """
-        known = self._readable
-        if rows.size and (rows.min() < 0 or rows.max() >= known.size or not known[rows].all()):
+        mask = self._readable
+        if rows.size and (rows.min() < 0 or rows.max() >= mask.size or not mask[rows].all()):
             self.index.locate(rows)
             shards = np.unique(rows // self._spec.rows_per_shard)
             for record in self.records(shards[self.mask[shards]].tolist()).values():
                 held = np.ones(record.num_rows, bool)
                 held[np.array(record.invalid_rows, np.int64) - record.first_row] = False
-                known[record.first_row : record.first_row + record.num_rows] = held
-        return known[rows]
+                mask[record.first_row : record.first_row + record.num_rows] = held
+        return mask[rows]
 
     def readable_rows(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """As `readable`, but a shard whose record is damaged holds no row, instead of an error."""
+        """As `readable`, but where a record is damaged, its shard has no readable row."""
         try:
             return self.readable(rows)
         except CacheError:
             shards = rows // self._spec.rows_per_shard
-            found, known = np.zeros(rows.size, bool), np.unique(shards)
-            if known.size > 1:
-                lower = shards < known[known.size // 2]
+            mask, numbers = np.zeros(rows.size, bool), np.unique(shards)
+            if numbers.size > 1:
+                lower = shards < numbers[numbers.size // 2]
                 for half in (lower, ~lower):
-                    found[half] = self.readable_rows(rows[half])
-            return found
+                    mask[half] = self.readable_rows(rows[half])
+            return mask
 
     def read(self, rows: NDArray[np.int64], out: Arrays) -> None:
-        """Fill the arrays of `out` with `rows`, which are `readable`, once their shards' ends were looked at.
+        """Fill the arrays of `out` with `rows`, which are `readable`, once their shards' ends are checked.
 
         Raises `CorruptShardError`.
         """
@@ -114,7 +114,7 @@ class CommittedShards:
         self.store.read(self.teacher, rows, out)
 
     def require_ends(self, shards: Sequence[int]) -> None:
-        """Compare the first and last bytes of committed shards with their records: are these the files?
+        """Compare the first and last bytes of committed shards with their records.
 
         Raises `CorruptShardError`.
         """

@@ -1,4 +1,4 @@
-"""What every feature store keeps: whole shards written once by one writer, rows read in any order."""
+"""What every feature store promises: one writer writes whole shards once; rows are read in any order."""
 
 from __future__ import annotations
 
@@ -53,22 +53,22 @@ class ShardWriter(NewFiles):
 
     @abstractmethod
     def write(self, offsets: Sequence[int], arrays: Mapping[str, NDArray]) -> None:
-        """Rows at `offsets` within the shard; every array has them first."""
+        """Write rows at `offsets` within the shard; rows are the first axis of every array."""
 
 
 class FeatureStore(ABC):
-    """The rows of every teacher of one cache, as its spec says; one that has grown is opened anew."""
+    """The rows of every teacher of one cache, as its spec says; reopen it after the cache has grown."""
 
     def __init__(self, storage: Storage, spec: CacheSpec) -> None:
         self.storage, self.spec = storage, spec
 
     @abstractmethod
     def layout_files(self, teacher: str) -> dict[str, bytes]:
-        """The files, by name, that describe a teacher's arrays; they follow from the spec."""
+        """The files, by name, that describe a teacher's arrays; the spec determines them."""
 
     @abstractmethod
     def shard_files(self, teacher: str, shard: int) -> list[str]:
-        """The names of a shard's files, in one order for all shards. No file's bytes depend on its name."""
+        """The names of a shard's files, in the same order for all shards; no file depends on its name."""
 
     def stored_layouts(self, teacher: str) -> dict[str, ArrayLayout]:
         """Every array of a teacher as its own files describe it. Raises `CorruptShardError`."""
@@ -81,11 +81,11 @@ class FeatureStore(ABC):
     def _stored_layouts(self, teacher: str) -> dict[str, ArrayLayout]: ...
 
     def is_as_written(self, teacher: str) -> bool:
-        """Whether the layout of a teacher's arrays is ours still: others may have compressed them since."""
+        """Whether a teacher's arrays still have our layout: others may have recompressed them."""
         return True
 
     def create(self, teacher: str) -> None:
-        """Lay out a teacher's arrays; where they are, those that the growth of the cache has changed."""
+        """Lay out a teacher's arrays; where they exist, update those that the cache's growth changes."""
         for name, data in self.layout_files(teacher).items():
             if not self.storage.exists(name) or self.storage.read(name) != data:
                 self.storage.write(name, data)
@@ -98,6 +98,6 @@ class FeatureStore(ABC):
     def read(self, teacher: str, rows: NDArray[np.int64], out: Arrays) -> None:
         """Fill the arrays of `out`, by name, with `rows` in that order, rows first.
 
-        `out` is C-contiguous and of the shapes and dtypes of `teacher_layouts`. Raises `CorruptShardError`
-        for files that are not what a shard's are, and for a row that holds nothing.
+        `out` is C-contiguous, with the shapes and dtypes of `teacher_layouts`. Raises `CorruptShardError`
+        for files that are not a sound shard, and for an empty row.
         """

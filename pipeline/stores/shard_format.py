@@ -3,8 +3,8 @@
 Each row's chunk, followed by its crc32c; then the index, a little-endian (offset, nbytes) pair of
 uint64 for each row, 2⁶⁴-1 twice for an absent chunk; then the index's own crc32c.
 
-Between chunks and index we write 16 bytes that no index names, so that no reader sees them: the xxh3-128 of
-all chunks. Two shards that differ anywhere so differ near their end (`Storage.ends`).
+Between chunks and index we write 16 bytes that no index names and no reader sees: the xxh3-128 of all chunks.
+So shards that differ anywhere also differ near their end (`Storage.ends`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from teachercache.pipeline.records.array_layout import ArrayLayout
 ABSENT = 2**64 - 1
 CHECKSUM_NBYTES = 4
 
-Index = NDArray[np.uint64]  # (rows, 2): offset and nbytes, the checksum included
+Index = NDArray[np.uint64]  # (rows, 2): offset, and nbytes with the checksum
 
 
 def checksum(data: bytes | memoryview) -> bytes:

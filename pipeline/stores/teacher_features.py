@@ -31,17 +31,17 @@ class TeacherFeatures:
         return self.load_codec()
 
     def load_codec(self) -> Codec:
-        """The codec, its tables read anew. Raises `CacheError` unless they can decode."""
+        """The codec with newly read tables. Raises `CacheError` unless they can decode."""
         teacher, codec = self._teacher, get_codec(self._teacher.codec)
         if codec.needs_tables:
             tables = read_tables(self._shards.manifest, self._name, teacher.tables_hash)
             layouts = codec.layout(teacher.num_levels, teacher.stored_grid, teacher.width)
             try:
-                codec.load_state(tables)  # sound tables decode codes that are all zero to something
+                codec.load_state(tables)  # sound tables can decode codes of zeros
                 Encoded(codec, _tensors(layouts, 1, torch.zeros)).decode()
             except (ArithmeticError, IndexError, RuntimeError, TypeError, ValueError) as error:
                 raise CacheError(
-                    f"{tables_name(self._name)} holds no tables of codec {teacher.codec} "
+                    f"{tables_name(self._name)} does not hold tables of codec {teacher.codec} "
                     f"for teacher {self._name}.",
                     got=f"{type(error).__name__}: {error}",
                     expected="the tables that the features were encoded with",
@@ -89,14 +89,14 @@ class TeacherFeatures:
         committed = self._shards.mask[shards]
         if not committed.all():
             raise IncompleteCacheError(
-                f"Rows of teacher {self._name} were asked for that are not committed.",
+                f"Some requested rows of teacher {self._name} are not committed.",
                 got=f"shard {', '.join(map(str, np.unique(shards[~committed])[:10]))}",
                 expected="rows of committed shards",
                 do="run the same build command again; it computes only what is missing",
             )
         row = int(rows[~readable].min())
         raise CacheError(
-            f"Row {row} holds nothing: its image could not be decoded.",
+            f"Row {row} is empty: its image could not be decoded.",
             got=f"sample {self._samples.key(int(self._shards.index.locate(row)[0]))}",
             expected="rows of `valid_samples()`",
             do=f"see {self._shards.store.storage.url}/quarantine for the reason",
@@ -127,6 +127,6 @@ def _first_rows(
             f"The buffer for {name} does not fit.",
             got="none" if buffer is None else f"{buffer.dtype} {tuple(buffer.shape)} on {buffer.device}",
             expected=f"{dtype} {shape}, contiguous, on the CPU",
-            do="make the buffers with cache.buffers(), for as many rows as are read at once",
+            do="make the buffers with cache.buffers(), for as many rows as you read at once",
         )
     )

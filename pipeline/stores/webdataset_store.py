@@ -1,4 +1,4 @@
-"""Features in tars that plain `webdataset` reads: one safetensors a row, one tar a committed shard.
+"""Features in tars that plain `webdataset` reads: one safetensors per row, one tar per committed shard.
 
     teachers/<teacher>/teacher.json     the teacher's spec, and the arrays of a row
     teachers/<teacher>/00042.tar        <key>.<view>.safetensors, rows in order, and `__index__` at the end
@@ -6,7 +6,7 @@
 `<key>` is percent-encoded where it has dots (`member_key`).
 
 A sample of `webdataset` is one image: its `__key__` is that of the copied images, and each view is a field.
-By the index (`tar_index`) a row is one read at its place; its checksum is always compared.
+With the index (`tar_index`), reading a row takes one read; its checksum is always compared.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _description(teacher: str) -> str:
 
 
 class WebDatasetStore(FeatureStore):
-    """`key` gives the key of a sample by its index."""
+    """`key` maps a sample's index to its key."""
 
     def __init__(self, storage: Storage, spec: CacheSpec, key: Callable[[int], str]) -> None:
         super().__init__(storage, spec)
@@ -132,10 +132,10 @@ class WebDatasetStore(FeatureStore):
             distinct, which = np.unique(shards, return_inverse=True)
             names = [tar_name(teacher, shard) for shard in distinct.tolist()]
             indexes = self.storage.each(lambda name: self._read_index(name, self.spec.rows_per_shard), names)
-            found = read_rows(
+            files = read_rows(
                 self.storage, [names[i] for i in which], [indexes[i] for i in which], places.tolist()
             )
-            for number, data in enumerate(found):
+            for number, data in enumerate(files):
                 tensors = safetensors.numpy.load(data)
                 for array, values in out.items():
                     tensor = tensors[array]

@@ -1,4 +1,4 @@
-"""Features in plain Zarr v3: one group a teacher, one chunk a row, one shard file a committed shard.
+"""Features in plain Zarr v3: one group per teacher, one chunk per row, one shard file per committed shard.
 
 Files are written here and not through zarr-python, because a shard has to be streamed (one of SAM's is
 gigabytes), fsynced, renamed and hashed as it is written. The format is that of the sharding codec
@@ -53,7 +53,7 @@ def shard_file(teacher: str, array: str, shard: int, row_ndim: int) -> str:
 
 
 class ZarrShardWriter(ShardWriter):
-    """`layouts` by array, `names` of the arrays' files in the same order."""
+    """`layouts` by array; `names` of the arrays' files, in the same order."""
 
     def __init__(
         self, storage: Storage, names: Sequence[str], layouts: dict[str, ArrayLayout], rows: int
@@ -133,7 +133,7 @@ class ZarrStore(FeatureStore):
     def chunk_starts(self, teacher: str, name: str, shards: Ints, places: Ints, row_ndim: int) -> Index:
         """Where the rows at `places` in `shards` begin in their files, in bytes.
 
-        Raises `ValueError` for rows that a shard does not hold: zarr would give zeros for them.
+        Raises `ValueError` for rows that a shard does not hold: zarr would return zeros.
         """
         starts = np.empty(len(shards), np.uint64)
         distinct = np.unique(shards).tolist()

@@ -146,7 +146,7 @@ def test_images_that_moved_are_found_where_they_are(tmp_path: Path) -> None:
 @pytest.mark.parametrize("rows", [[1.9], [True, False], [[0, 1], [2, 3]], ["0"]])
 def test_rows_are_whole_numbers(make: Make, images: Path, rows: Any) -> None:
     cache = make(images)
-    with pytest.raises(ValueError, match="Rows are whole numbers"):
+    with pytest.raises(ValueError, match="Rows must be a list of whole numbers"):
         cache.read(rows)
     assert len(cache.read([])[cache.teachers[0]].decode()) == 0
 

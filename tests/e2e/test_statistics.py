@@ -80,7 +80,7 @@ def test_damaged_statistics_are_found_and_mended(tmp_path: Path, images: Path) -
     damaged = bytearray(file.read_bytes())
     damaged[-1] ^= 1
     file.write_bytes(damaged)
-    with pytest.raises(CacheError, match=r"Shard 1 of tiny has no statistics(.|\n)*repair"):
+    with pytest.raises(CacheError, match=r"Shard 1 of tiny has no usable statistics(.|\n)*repair"):
         cache.statistics("tiny")
     assert [problem.file for problem in verify(cache, full=True)] == ["stats/tiny/00001.safetensors"]
     assert repair(cache, build_recipe("x", images).runner).left == []
@@ -116,5 +116,5 @@ def test_statistics_on_an_object_store_are_no_problem(tmp_path: Path, images: Pa
     cache.storage.remove("stats/tiny/00001.safetensors")
     (problem,) = summarize(cache)["problems"]
     assert "stats/tiny/00001.safetensors is missing" in problem
-    with pytest.raises(CacheError, match=r"Shard 1 of tiny has no statistics(.|\n)*repair"):
+    with pytest.raises(CacheError, match=r"Shard 1 of tiny has no usable statistics(.|\n)*repair"):
         cache.statistics("tiny")
