@@ -44,7 +44,7 @@ from teachercache.cache_builder import compute
 from teachercache.cache_builder.teachers import resolve_teacher
 from teachercache.cache_builder.teachers.registry import kind_of
 from teachercache.cache_builder.teachers.teacher_recipe import TeacherRecipe
-from teachercache.pipeline.codecs import Codec, Encoded, get_codec
+from teachercache.pipeline.codecs import Codec, Encoded, get_codec, torch_dtype
 from teachercache.pipeline.records.spec import Size, TeacherSpec
 from teachercache.pipeline.stores.feature_store import teacher_layouts
 from teachercache.student.losses.distillation import AdjointTarget, DistillationLoss, Target
@@ -289,7 +289,7 @@ def count_decode(fake: FakeTensorMode, spec: TeacherSpec, batch_size: int) -> tu
 
     def decode(roofline: Roofline) -> None:
         arrays = {
-            name: torch.empty(batch_size, *layout.shape, dtype=layout.dtype)
+            name: torch.empty(batch_size, *layout.shape, dtype=torch_dtype(layout.dtype))
             for name, layout in layouts.items()
         }
         with roofline.stage("decode"):
