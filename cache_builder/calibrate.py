@@ -1,4 +1,4 @@
-"""The calibration phase: a sample of rows, from which codecs learn their tables and are judged."""
+"""The calibration phase: codecs learn their tables and are judged on a sample of rows."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SPARE = 2.0  # more samples than rows are wanted, since some may not decode
 
 @dataclass(frozen=True)
 class CalibrationSample:
-    """Views spread evenly over the samples, with where their images are. Small; crosses process borders."""
+    """Views spread evenly over the samples, and where their images are. Small, to send to processes."""
 
     source: Source
     places: tuple[tuple[str, int, int], ...]
@@ -45,7 +45,7 @@ class CalibrationSample:
         count = min(int(num_rows * _SPARE), usable.size)
         chosen = usable[np.linspace(0, usable.size - 1, count).astype(int)]
         num_views = views.num_rows // samples.num_rows
-        lines = np.argsort(views["sample_index"].to_numpy(), kind="stable")  # those of a sample together
+        lines = np.argsort(views["sample_index"].to_numpy(), kind="stable")  # sample by sample
         table = ViewTable(views, photometric)
         columns = [samples[name].to_numpy()[chosen].tolist() for name in ("path", "offset", "nbytes")]
         drawn = tuple(
@@ -55,10 +55,10 @@ class CalibrationSample:
 
     def pixels(self, size: tuple[int, int], limit: int | None = None) -> Tensor:
         """uint8 (R, 3, height, width): the first `num_rows` (or `limit`) views whose images decode."""
-        wanted = min(limit or self.num_rows, self.num_rows)
+        num_rows = min(limit or self.num_rows, self.num_rows)
         renders: list[Tensor] = []
         for place, view in zip(self.places, self.views, strict=True):
-            if len(renders) == wanted:
+            if len(renders) == num_rows:
                 break
             try:
                 renders.append(render_view(decode_image(self.source.read(*place)), view, size))
@@ -66,10 +66,10 @@ class CalibrationSample:
                 continue  # the build will quarantine it, with the reason
         if not renders:
             raise EmptySourceError(
-                "Not one image of the calibration sample can be decoded.",
+                "None of the images of the calibration sample can be decoded.",
                 got=f"{len(self.places)} images of {self.source.location}",
                 expected="images that decode",
-                do="open some of them with an image viewer",
+                do="try to open some of them with an image viewer",
             )
         return torch.stack(renders)
 
@@ -103,7 +103,7 @@ class Calibration:
 def sample_features(
     teacher: Teacher, sample: CalibrationSample, grid: GridSpec, batch_size: int, limit: int | None = None
 ) -> Tensor:
-    """What is stored of the sample's features before encoding, (R, S, h, w, C) float32 on the CPU."""
+    """The sample's features as they enter the codec, (R, S, h, w, C) float32 on the CPU."""
     device = next(teacher.parameters()).device
     batches = sample.pixels(teacher.spec.render_size, limit).split(batch_size)
     maps = (stored_form(teacher(batch.to(device)).feature_maps_BSHWC, grid)[0] for batch in batches)
@@ -117,7 +117,7 @@ def calibrate(
     results = {}
     for name, teacher in teachers.items():
         codec = get_codec(teacher.spec.codec)
-        limit = None if codec.needs_tables else batch_size  # a plain codec learns nothing, and loses little
+        limit = None if codec.needs_tables else batch_size  # a plain codec learns nothing and loses little
         features_RSHWC = sample_features(teacher, sample, teacher.spec.grid, batch_size, limit).clone()
         codec.calibrate(features_RSHWC)
         fidelity = measure_fidelity(codec, features_RSHWC)

@@ -1,6 +1,6 @@
-"""From photographs to a trained student, in a few minutes on two cores: what `make demo` runs.
+"""From photographs to a trained student, in a few minutes on two cores: the script behind `make demo`.
 
-Everything goes to demo/<name of the images>/, a folder for each choice of images. Run again, it computes only
+Everything goes to demo/<name of the images>/, a folder for each choice of images. A second run computes only
 what is missing.
 """
 
@@ -74,14 +74,14 @@ def main() -> None:
     problems = verify(cache, full=True)
     if problems:
         raise TeacherCacheError(f"{len(problems)} shards differ from their commit records: {problems[0]}")
-    console.print("Every byte of every shard is what its commit record says.")
+    console.print("Every byte of every shard matches its commit record.")
     console.print(summary_table(summarize(cache)))
     pca_maps(cache, folder / "pca_maps.png")
 
     console.rule("3. Cache → student, under accelerate")
     train(cache, folder)
 
-    console.rule("4. What came out")
+    console.rule("4. Results")
     losses = loss_curve(folder / "run" / "metrics.jsonl", folder / "loss.png")
     student = load_student(folder / "run" / "student")
     trained = representation_similarity(student, cache)
@@ -95,10 +95,10 @@ def main() -> None:
     console.print(results(result, losses, representation_similarity(untrained, cache), trained))
     if not all(teacher.pretrained for teacher in cache.spec.teachers.values()):
         console.print(
-            "The teachers' weights are random: these figures show that the parts fit, nothing else."
+            "The teachers' weights are random: these figures only show that the parts work together."
         )
     console.print(f"Pictures: {folder / 'pca_maps.png'} and {folder / 'loss.png'}")
-    console.print(f"All of it in {time.monotonic() - started:.0f} s.")
+    console.print(f"All of this took {time.monotonic() - started:.0f} s.")
     look = f"{activation()}teachercache inspect {shlex.quote(str(folder / 'cache'))}"
     console.print(f"Look further: {look}")
 
@@ -116,13 +116,13 @@ def choose_images(folder: Path | None = None) -> list[Path]:
 
 
 def fingerprint(images: list[Path]) -> str:
-    """Of where they are and when they were written: other images get another folder."""
+    """A hash of where the images are and when they were written: other images get another folder."""
     facts = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in images]
     return xxhash.xxh3_64_hexdigest(repr(facts).encode())[:8]
 
 
 def collect_images(images: list[Path], folder: Path) -> Path:
-    """Copies of `images` in a new folder; one that exists is left as it is."""
+    """Copies of `images` in a new folder; an existing one is not changed."""
     if folder.exists():
         return folder
     partial = folder.with_name(folder.name + ".partial")
@@ -150,7 +150,7 @@ def build_recipe(
         for teacher in recipe.teachers.values():
             build_teacher(str(teacher.preset), pretrained=True)
     except WeightsNotFoundError as error:
-        console.print(f"Real weights cannot be had, so they are random:\n{error}", style="yellow")
+        console.print(f"Real weights cannot be loaded, so they are random:\n{error}", style="yellow")
         return recipe
     console.print("Teachers with their real weights.")
     return find_recipe(BuildRecipe, "demo", [*overrides, *real])
@@ -180,7 +180,7 @@ def train(cache: FeatureCache, folder: Path) -> None:
 
 
 def activation() -> str:
-    """What comes before a command of ours in a shell that does not find them yet."""
+    """The prefix for our commands in a shell that does not find them yet."""
     if shutil.which("teachercache"):
         return ""
     return f"source {os.path.relpath(sys.prefix)}/bin/activate && "

@@ -61,10 +61,10 @@ class TimmTeacher(Teacher):
             with torch.device("meta"), torch.inference_mode():
                 blank = timm.create_model(model, **size_argument(model, image_size)).eval()
                 final, maps = blank.forward_intermediates(torch.empty(1, 3, *image_size))
-                # SAM was never trained to have a global feature: its head averages the mask decoder's input.
+                # SAM was never trained for a global feature: its head averages the mask decoder's input.
                 global_feature &= not isinstance(blank, VisionTransformerSAM)
                 global_width = blank.forward_head(final).shape[-1] if global_feature else None
-        except Exception as reason:  # what timm trips over depends on the architecture
+        except Exception as reason:  # the error depends on the architecture
             raise TeacherInputError(
                 f"timm cannot run {model} at this image size.",
                 got=f"{image_size}: {type(reason).__name__}: {reason}",
@@ -78,7 +78,7 @@ class TimmTeacher(Teacher):
         )
 
     def compile_blocks(self) -> None:
-        """Each block by itself: equal blocks are compiled once, and `forward_intermediates` stays timm's."""
+        """Compile each block: equal blocks are compiled once, and `forward_intermediates` stays timm's."""
         names = (name for name in ("blocks", "stages", "layers") if hasattr(self.model, name))
         for block in getattr(self.model, next(names, ""), ()):
             block.compile()
@@ -109,6 +109,6 @@ class TimmTeacher(Teacher):
 
 
 def _has_cls_token(model: Any) -> bool:
-    # CaiT and VOLO add their class token behind the blocks: no prefix tokens come with their maps.
+    # CaiT and VOLO add their class token after the blocks: their maps come without prefix tokens.
     takes_prefix = "return_prefix_tokens" in signature(model.forward_intermediates).parameters
     return takes_prefix and getattr(model, "cls_token", None) is not None

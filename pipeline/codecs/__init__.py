@@ -15,7 +15,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import get_args
 
-from teachercache.pipeline.codecs.codec import ArrayLayout, Codec, Encoded, Standing
+from teachercache.pipeline.codecs.codec import Codec, Encoded, Standing, torch_dtype
 from teachercache.pipeline.codecs.dct import RINGS, SCALAR, GridDctCodec
 from teachercache.pipeline.codecs.quantized import SCHEMES, QuantizedCodec
 from teachercache.pipeline.codecs.scalar import BFloat16Codec, Float16Codec, Float32Codec
@@ -55,4 +55,4 @@ def get_codec(name: str) -> Codec:
         ) from None
 
 
-__all__ = ["ArrayLayout", "Codec", "Encoded", "Standing", "codec_names", "get_codec"]
+__all__ = ["Codec", "Encoded", "Standing", "codec_names", "get_codec", "torch_dtype"]

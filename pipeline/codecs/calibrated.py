@@ -7,12 +7,14 @@ from abc import abstractmethod
 from collections.abc import Collection
 from typing import Generic, Self, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from teachercache.pipeline.codecs.codec import ArrayLayout, Codec, may_arrive_late
+from teachercache.pipeline.codecs.codec import Codec, may_arrive_late, torch_dtype
 from teachercache.pipeline.codecs.outliers import num_slots
 from teachercache.pipeline.errors import CodecError
+from teachercache.pipeline.records.array_layout import ArrayLayout
 
 Coder = TypeVar("Coder")
 QUANTISED_VALUES = (
@@ -97,10 +99,9 @@ class CalibratedCodec(Codec, Generic[Coder]):
     @staticmethod
     def _outlier_layout(levels: int, grid: tuple[int, int]) -> dict[str, ArrayLayout]:
         shape, axes = (levels, num_slots(math.prod(grid))), ("level", "slot")
-        dtypes = torch.int32, torch.float16
         return {
-            name: ArrayLayout(shape, dtype, axes, {})
-            for name, dtype in zip(OUTLIER_ARRAYS, dtypes, strict=True)
+            name: ArrayLayout(shape, np.dtype(dtype), axes, {})
+            for name, dtype in zip(OUTLIER_ARRAYS, ("int32", "float16"), strict=True)
         }
 
     def _arrays_on(
@@ -110,7 +111,7 @@ class CalibratedCodec(Codec, Generic[Coder]):
         scales = tensors.get("scales")
         grid = (scales.shape[2], scales.shape[3]) if scales is not None and scales.ndim == 4 else (0, 0)
         layout = self.layout(levels, grid, width)
-        expected = {name: ((*array.shape,), array.dtype) for name, array in layout.items()}
+        expected = {name: ((*array.shape,), torch_dtype(array.dtype)) for name, array in layout.items()}
         got = {name: (tuple(tensor.shape[1:]), tensor.dtype) for name, tensor in tensors.items()}
         if any(got.get(name) != array for name, array in expected.items()):
             raise CodecError(

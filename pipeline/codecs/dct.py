@@ -33,7 +33,7 @@ from teachercache.pipeline.codecs.calibrated import (
     CalibratedCodec,
     row_blocks,
 )
-from teachercache.pipeline.codecs.codec import ArrayLayout, Encoded
+from teachercache.pipeline.codecs.codec import Encoded
 from teachercache.pipeline.codecs.lloyd_max import gaussian_distortion, gaussian_levels
 from teachercache.pipeline.codecs.normalisation import Hadamard
 from teachercache.pipeline.codecs.quantizer import (
@@ -45,6 +45,7 @@ from teachercache.pipeline.codecs.quantizer import (
 )
 from teachercache.pipeline.codecs.rings import RingQuantizer, num_ranks, ring_distortion, ring_levels
 from teachercache.pipeline.errors import CodecError
+from teachercache.pipeline.records.array_layout import ArrayLayout
 
 
 @dataclass(frozen=True)
@@ -169,10 +170,11 @@ class GridDctCodec(CalibratedCodec[_Coder]):
         num_bytes = _bit_budget(self.bits, levels * math.prod(grid), width) * width // 8
         attributes = {"codec": self.name, "bits": self.bits, "channels": width}
         frequencies = ("level_component", "row_frequency", "column_frequency")
+        half = np.dtype("float16")
         return {
-            "codes": ArrayLayout((num_bytes,), torch.uint8, ("byte",), attributes),
-            "scales": ArrayLayout((levels, *grid), torch.float16, frequencies, {}),
-            "token_scales": ArrayLayout((levels, *grid), torch.float16, ("level", "height", "width"), {}),
+            "codes": ArrayLayout((num_bytes,), np.dtype("uint8"), ("byte",), attributes),
+            "scales": ArrayLayout((levels, *grid), half, frequencies, {}),
+            "token_scales": ArrayLayout((levels, *grid), half, ("level", "height", "width"), {}),
             **self._outlier_layout(levels, grid),
         }
 

@@ -28,13 +28,14 @@ from teachercache.pipeline.codecs.calibrated import (
     CalibratedCodec,
     row_blocks,
 )
-from teachercache.pipeline.codecs.codec import ArrayLayout, Encoded
+from teachercache.pipeline.codecs.codec import Encoded
 from teachercache.pipeline.codecs.lloyd_max import gaussian_levels
 from teachercache.pipeline.codecs.normalisation import Hadamard, Normalisation, PhiS, Standardise
 from teachercache.pipeline.codecs.packing import packed_width
 from teachercache.pipeline.codecs.quantizer import ScalarQuantizer, TokenQuantizer, largest_magnitude
 from teachercache.pipeline.codecs.rings import RingQuantizer, ring_levels
 from teachercache.pipeline.codecs.trellis import TrellisQuantizer, trellis_levels
+from teachercache.pipeline.records.array_layout import ArrayLayout
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,8 @@ class QuantizedCodec(CalibratedCodec[tuple[Normalisation, TokenQuantizer]]):
         axes = ("level", "height", "width")
         code_shape = (levels, *grid, packed_width(width, self.bits))
         return {
-            "codes": ArrayLayout(code_shape, torch.uint8, (*axes, "byte"), attributes),
-            "scales": ArrayLayout((levels, *grid), torch.float16, axes, {}),
+            "codes": ArrayLayout(code_shape, np.dtype("uint8"), (*axes, "byte"), attributes),
+            "scales": ArrayLayout((levels, *grid), np.dtype("float16"), axes, {}),
             **self._outlier_layout(levels, grid),
         }
 

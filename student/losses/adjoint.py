@@ -4,10 +4,10 @@ With U the bilinear upsampling from the student's grid to the teacher's, p is th
 is nearest to t (`teachercache.pipeline.grids.nearest`), so Uᵀt = UᵀU p, and <U s, t> = <U s, U p> = <p, UᵀU
 s>. Hence SAK's flattened cosine and the squared error follow exactly, in value and gradient. Other losses see
 t only through U p, the part of it that upsampled maps can reach: they are exact where the teacher's grid is
-the coarser one and approximate elsewhere. benchmarks/grids.py says how well.
+the coarser one and approximate elsewhere. benchmarks/grids.py measures how well.
 
-Shapes: B batch, C channels, h×w the student's grid; `grid` = (H, W) is the teacher's. All is computed in at
-least float32, autocast or not.
+Shapes: B batch, C channels, h×w the student's grid; `grid` = (H, W) is the teacher's. Everything is computed
+in at least float32, autocast or not.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from teachercache.pipeline.grids import gram, upsample
-from teachercache.pipeline.records.spec import Size
+from teachercache.pipeline.grids import Grid, gram, upsample
 from teachercache.student.losses.cosine import cosine_similarity
 
 
 def flattened_cosine_from_adjoint(
-    s_BChw: Tensor, p_BChw: Tensor, squared_norm_t_B: Tensor, grid: Size, eps: float = 1e-8
+    s_BChw: Tensor, p_BChw: Tensor, squared_norm_t_B: Tensor, grid: Grid, eps: float = 1e-8
 ) -> Tensor:
     """cos(U s, t) (B,), exact, over each sample's whole map: <p, UᵀU s> / (‖U s‖ ‖t‖).
 
@@ -35,7 +34,7 @@ def flattened_cosine_from_adjoint(
 
 
 def squared_error_from_adjoint(
-    s_BChw: Tensor, p_BChw: Tensor, squared_norm_t_B: Tensor, grid: Size
+    s_BChw: Tensor, p_BChw: Tensor, squared_norm_t_B: Tensor, grid: Grid
 ) -> Tensor:
     """‖U s − t‖² (B,), exact, summed over the map: ‖U s‖² − 2 <p, UᵀU s> + ‖t‖².
 
@@ -47,10 +46,10 @@ def squared_error_from_adjoint(
         return squared_norm_s_B - 2 * product_B + squared_norm_t_B
 
 
-def token_cosine_from_adjoint(s_BChw: Tensor, p_BChw: Tensor, squared_norm_t_B: Tensor, grid: Size) -> Tensor:
+def token_cosine_from_adjoint(s_BChw: Tensor, p_BChw: Tensor, squared_norm_t_B: Tensor, grid: Grid) -> Tensor:
     """cos(U s, t) of each teacher token (B, H, W), approximate: <U s, U p> / (‖U s‖ ‖U p‖ r).
 
-    What a token loses of its norm is not known, only what they lose together: r = ‖t‖ / ‖U p‖.
+    How much of its norm each token loses is unknown; r = ‖t‖ / ‖U p‖ is what they lose together.
     """
     with torch.autocast(s_BChw.device.type, enabled=False):
         s_BChw, p_BChw, squared_norm_t_B = _in_float(s_BChw, p_BChw, squared_norm_t_B)
@@ -61,7 +60,7 @@ def token_cosine_from_adjoint(s_BChw: Tensor, p_BChw: Tensor, squared_norm_t_B: 
         return cosine_BHW * share_B[:, None, None]
 
 
-def smooth_l1_from_adjoint(s_BChw: Tensor, p_BChw: Tensor, grid: Size) -> Tensor:
+def smooth_l1_from_adjoint(s_BChw: Tensor, p_BChw: Tensor, grid: Grid) -> Tensor:
     """Smooth-L1 (beta = 1) of U s against U p, approximate: the mean over all elements, a scalar.
 
     Its gradient is exact where all differences to t and to U p are below 1.
@@ -72,7 +71,7 @@ def smooth_l1_from_adjoint(s_BChw: Tensor, p_BChw: Tensor, grid: Size) -> Tensor
 
 
 def _products(
-    s_BChw: Tensor, p_BChw: Tensor, squared_norm_t_B: Tensor, grid: Size
+    s_BChw: Tensor, p_BChw: Tensor, squared_norm_t_B: Tensor, grid: Grid
 ) -> tuple[Tensor, Tensor, Tensor]:
     """<U s, t>, ‖U s‖² and ‖t‖² (B,); the maps on `grid` are not formed."""
     s_BChw, p_BChw, squared_norm_t_B = _in_float(s_BChw, p_BChw, squared_norm_t_B)

@@ -330,5 +330,5 @@ def test_budgets_are_read(text: str, count: int) -> None:
 
 @pytest.mark.parametrize("text", ["much", "6 XB", "", "1..2GB", "1e400TB"])
 def test_what_is_no_budget_is_refused(text: str) -> None:
-    with pytest.raises(RecipeError, match="no number of bytes"):
+    with pytest.raises(RecipeError, match="not a number of bytes"):
         parse_bytes(text)
