@@ -3,10 +3,11 @@
     python -m benchmarks.grids
 
 For each pair of grids, the gradient with respect to the student's map is compared to that from the teacher's
-native map, for two students (random; near the target) and two kinds of targets (standardised channels; raw
-ones of unlike means and deviations). Entries are `cosine / relative error` of the gradient. Three targets:
-adjoint (‖t‖ and the map p = (UᵀU)⁺Uᵀt), pooled (bilinear with antialiasing, compared on the student's grid),
-and for the flattened cosine also 4-bit codes (int4-hadamard) of p and of Uᵀt.
+native map, for two students (random; near the target) and three kinds of targets (standardised channels; raw
+ones of unlike means and deviations; a trained DINOv2-S, where its package is installed). Entries are
+`cosine / relative error` of the gradient. Three targets: adjoint (‖t‖ and the map p = (UᵀU)⁺Uᵀt), pooled
+(bilinear with antialiasing, compared on the student's grid), and for the flattened cosine also 4-bit codes
+(int4-hadamard) of p and of Uᵀt.
 
 All but the codes is computed in float64. Prints one table and, last, one line of JSON.
 """
@@ -24,7 +25,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks import signals
+from benchmarks import signals, trained
 from teachercache.pipeline.codecs import get_codec
 from teachercache.pipeline.grids import adjoint, least_squares, nearest, pool, upsample
 from teachercache.pipeline.records.spec import GridSpec, Size
@@ -65,7 +66,11 @@ def targets(grid: Size) -> dict[str, Tensor]:
     standardised = (t - t.mean((0, 2, 3), keepdim=True)) / t.std((0, 2, 3), keepdim=True)
     generator = torch.Generator().manual_seed(2)
     mean, log_std = torch.randn(2, WIDTH, 1, 1, generator=generator, dtype=t.dtype)
-    return {"standardised": standardised, "raw": (standardised + 2 * mean) * log_std.exp()}
+    found = {"standardised": standardised, "raw": (standardised + 2 * mean) * log_std.exp()}
+    if not trained.missing():
+        levels_BSHWC = trained.features(trained.DINOV2, BATCH, grid, seed=0)
+        found["DINOv2-S"] = _channels_first(levels_BSHWC[:, -1:]).double()
+    return found
 
 
 def students(t: Tensor, grid: Size) -> dict[str, Tensor]:

@@ -21,13 +21,13 @@ import pyarrow.compute as pc
 from teachercache.cache_builder.build_recipe import BuildRecipe
 from teachercache.cache_builder.calibrate import CalibrationSample
 from teachercache.cache_builder.moved_weights import with_checkpoints
-from teachercache.cache_builder.teachers import resolve_teacher
+from teachercache.cache_builder.teachers import resolve_teachers
 from teachercache.cache_builder.versions import versions
 from teachercache.pipeline.errors import CacheMismatchError
 from teachercache.pipeline.places.open_storage import open_storage
 from teachercache.pipeline.records.manifest import Manifest
 from teachercache.pipeline.records.rows import divide_views
-from teachercache.pipeline.records.spec import CacheSpec, DatasetSpec, Segment
+from teachercache.pipeline.records.spec import CacheSpec, DatasetSpec, Segment, TeacherSpec
 from teachercache.pipeline.records.tables import dataset_fingerprint, labels_hash
 from teachercache.pipeline.sources import Source, open_source
 from teachercache.pipeline.views import draw_segment
@@ -85,34 +85,35 @@ def growth(old: CacheSpec, new: CacheSpec) -> list[str]:
 
 def draft(recipe: BuildRecipe, progress: Callable[[int], None] | None = None) -> Draft:
     """Scan the source in parallel, telling `progress` of every new batch of samples; resolve the teachers."""
-    teachers = {
-        name: resolve_teacher(name, teacher, recipe.views.size, recipe.sak_compat)
-        for name, teacher in recipe.teachers.items()
-    }
+    teachers = resolve_teachers(recipe.teachers, recipe.views, recipe.sak_compat)
     source = open_source(recipe.source.path, recipe.source.kind)
     left_out = Counter[str]()
     samples, listing = _samples(recipe, source, progress, left_out)
+    dataset = DatasetSpec(
+        kind=source.kind,
+        location=source.location,
+        num_samples=samples.num_rows,
+        fingerprint=dataset_fingerprint(samples),
+        listing=listing,
+        labels_hash=labels_hash(samples),
+    )
+    return Draft(new_spec(recipe, teachers, dataset), samples, source, left_out=left_out)
+
+
+def new_spec(recipe: BuildRecipe, teachers: dict[str, TeacherSpec], dataset: DatasetSpec) -> CacheSpec:
     num_views = recipe.views.num_views
-    spec = CacheSpec(
-        dataset=DatasetSpec(
-            kind=source.kind,
-            location=source.location,
-            num_samples=samples.num_rows,
-            fingerprint=dataset_fingerprint(samples),
-            listing=listing,
-            labels_hash=labels_hash(samples),
-        ),
+    return CacheSpec(
+        dataset=dataset,
         views=recipe.views,
         rows_per_shard=_whole_samples(recipe.rows_per_shard, num_views),
         images=recipe.images,
         store=recipe.store,
         covariance=recipe.covariance,
-        segments=(Segment(first_row=0, samples=(0, samples.num_rows), views=(0, num_views)),),
+        segments=(Segment(first_row=0, samples=(0, dataset.num_samples), views=(0, num_views)),),
         teachers=teachers,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         versions=versions(),
     )
-    return Draft(spec, samples, source, left_out=left_out)
 
 
 def _samples(

@@ -1,4 +1,4 @@
-"""`teachercache train RECIPE --dry-run`: what a run will cost, by its cache or, before there is one, by the
+"""`teachercache train RECIPE --dry-run`: the cost of a run, by its cache or, if it does not exist yet, by the
 recipe that builds the cache."""
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from rich.console import RenderableType
 
 from teachercache.cache_builder.build_recipe import BuildRecipe
 from teachercache.cache_builder.plan import bytes_per_row
-from teachercache.cache_builder.teachers import resolve_teacher
+from teachercache.cache_builder.teachers import resolve_teachers
 from teachercache.cache_builder.teachers.flops import teacher_gmacs, teacher_parameters
 from teachercache.jobs.inspection.tables import columns_table, lines
 from teachercache.jobs.recipes import find_recipe
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import CacheNotFoundError, RecipeError
-from teachercache.pipeline.records.spec import Size, TeacherSpec
+from teachercache.pipeline.records.spec import TeacherSpec, ViewPolicy
 from teachercache.pipeline.units import human_bytes
 from teachercache.student.datasets import dataset_class
 from teachercache.student.models.student import require_known, teacher_facts
@@ -26,31 +26,31 @@ from teachercache.student.training.train_recipe import TrainRecipe
 def plan_training(
     recipe: TrainRecipe, *, processes: int, tflops_per_gpu: float, num_samples: int | None = None
 ) -> TrainPlan:
-    """`num_samples` replaces the cache's, and is needed for epochs of a cache that is not there yet.
+    """`num_samples` replaces the cache's, and is needed for epochs of a cache that does not exist yet.
 
-    Raises `RecipeError` where there is neither the cache nor a shipped recipe of its name.
+    Raises `RecipeError` if there is neither the cache nor a shipped recipe of its name.
     """
-    image_size, specs, found = _cache_facts(recipe)
+    views, specs, num_cached = _cache_facts(recipe)
     for name in recipe.teachers or ():
         require_known("teacher of this cache", name, specs)
     names = specs if recipe.teachers is None else recipe.teachers
-    samples = num_samples or found
+    samples = num_samples or num_cached
     if samples is None and recipe.schedule.epochs:
         raise RecipeError(
-            "How long an epoch is cannot be told before there is a cache.",
+            "The length of an epoch is unknown before the cache exists.",
             got=f"schedule.epochs={recipe.schedule.epochs:g}, and no cache at {recipe.cache}",
             expected="the number of images",
             do="add --samples, such as 1281167 for ImageNet-1k",
         )
     tasks = None
     if recipe.multitask:
-        known = dataset_class(recipe.multitask.dataset.kind).tasks
-        tasks = {task: known[task] for task in recipe.multitask.tasks or known}
+        channels = dataset_class(recipe.multitask.dataset.kind).tasks
+        tasks = {task: channels[task] for task in recipe.multitask.tasks or channels}
     return make_train_plan(
         recipe,
         num_samples=round(recipe.fraction * samples) if samples else recipe.images_per_step(processes),
-        image_size=image_size,
-        **teacher_facts({name: specs[name] for name in names}),
+        image_size=views.size,
+        **teacher_facts({name: specs[name] for name in names}, views),
         num_levels={name: specs[name].num_levels for name in names},
         tasks=tasks,
         row_bytes=sum(bytes_per_row(specs[name]) for name in names),
@@ -59,19 +59,14 @@ def plan_training(
     )
 
 
-def _cache_facts(recipe: TrainRecipe) -> tuple[Size, dict[str, TeacherSpec], int | None]:
-    """(size of the views, teachers, number of samples)."""
+def _cache_facts(recipe: TrainRecipe) -> tuple[ViewPolicy, dict[str, TeacherSpec], int | None]:
+    """(views, teachers, number of samples)."""
     try:
         spec = FeatureCache.open(recipe.cache).spec
     except CacheNotFoundError:
         build = find_recipe(BuildRecipe, Path(recipe.cache).name)
-        size = build.views.size
-        return (
-            size,
-            {n: resolve_teacher(n, t, size, build.sak_compat) for n, t in build.teachers.items()},
-            None,
-        )
-    return spec.views.size, dict(spec.teachers), spec.dataset.num_samples
+        return build.views, resolve_teachers(build.teachers, build.views, build.sak_compat), None
+    return spec.views, dict(spec.teachers), spec.dataset.num_samples
 
 
 def costs_table(recipe: TrainRecipe, plan: TrainPlan) -> RenderableType:
@@ -103,7 +98,7 @@ def costs_table(recipe: TrainRecipe, plan: TrainPlan) -> RenderableType:
 
 def train_plan_table(plan: TrainPlan) -> RenderableType:
     size = plan.size
-    gpus = f"{plan.processes} GPUs at {plan.tflops_per_gpu:g} TFLOP/s sustained by each (--tflops-per-gpu)"
+    gpus = f"{plan.processes} GPUs at {plan.tflops_per_gpu:g} TFLOP/s sustained by each (--gpu)"
     rate = f"{human_bytes(round(plan.read_bytes_per_s))}/s of the cache, for {plan.images_per_s:,.0f} img/s"
     parts = ", ".join(f"{part} {count:,}" for part, count in size.parameters.items() if count)
     gmacs = ", ".join(f"{part} {count:.1f}" for part, count in size.gmacs_by_part.items())

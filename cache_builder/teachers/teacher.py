@@ -1,4 +1,4 @@
-"""What every teacher gives, what every kind of teacher can say of a model, and how pixels get in."""
+"""What every teacher returns, what every kind of teacher can tell about a model, and how pixels enter."""
 
 from __future__ import annotations
 
@@ -23,22 +23,24 @@ RGB = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a model is before an input size is chosen.
+    """A model before an input size is chosen.
 
     `model` is the complete name (with timm's tag), `patch` (h, w) what image sizes are multiples of.
+    `has_positions`: learnt ones, a map of them, which is resampled for another image size.
     """
 
     model: str
     patch: Size
     mean: RGB
     std: RGB
+    has_positions: bool = False
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a model gives at one input size: (width, grid) of every block, and what else it has.
+    """A model's outputs at one input size: (width, grid) of every block, and its other features.
 
-    `global_width` is None when it has no global feature, or none was asked for.
+    `global_width` is None when it has no global feature, or none was requested.
     """
 
     blocks: tuple[tuple[int, Size], ...]
@@ -52,7 +54,7 @@ class TeacherFeatures:
 
     `feature_maps_BSHWC` are raw block outputs: no final norm, prefix tokens dropped.
     `cls_token_BSC` is None for teachers without one (SAM, SigLIP), never zeros.
-    `global_feature_BD` is the projected or pooled image feature, when the spec asks for it.
+    `global_feature_BD` is the projected or pooled image feature, if the spec requests it.
     """
 
     feature_maps_BSHWC: Tensor
@@ -135,7 +137,7 @@ def preprocess(pixels_B3HW: Tensor, spec: TeacherSpec) -> Tensor:
     """
     if pixels_B3HW.dtype != torch.uint8 or pixels_B3HW.shape[1:] != (3, *spec.render_size):
         raise TeacherInputError(
-            f"These are not views for {spec.model}.",
+            f"These views do not fit {spec.model}.",
             got=f"{pixels_B3HW.dtype} of shape {tuple(pixels_B3HW.shape)}",
             expected=f"torch.uint8 of shape (B, 3, {spec.render_size[0]}, {spec.render_size[1]})",
             do="render the views at spec.render_size",

@@ -4,7 +4,7 @@ With U the bilinear upsampling from the student's grid to the teacher's, p is th
 is nearest to t (`teachercache.pipeline.grids.nearest`), so Uᵀt = UᵀU p, and <U s, t> = <U s, U p> = <p, UᵀU
 s>. Hence SAK's flattened cosine and the squared error follow exactly, in value and gradient. Other losses see
 t only through U p, the part of it that upsampled maps can reach: they are exact where the teacher's grid is
-the coarser one and approximate elsewhere. benchmarks/grids.py says how well.
+the coarser one and approximate elsewhere. benchmarks/grids.py measures how well.
 
 Shapes: B batch, C channels, h×w the student's grid; `grid` = (H, W) is the teacher's.
 """
@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from teachercache.pipeline.grids import gram, upsample
-from teachercache.pipeline.records.spec import Size
+from teachercache.pipeline.grids import Grid, gram, upsample
 from teachercache.student.losses.cosine import cosine_similarity
 
 _OF_A_MAP = (1, 2, 3)
@@ -29,7 +28,7 @@ class AdjointPair:
     All is computed in at least float32, autocast or not, and what two losses need of it once.
     """
 
-    def __init__(self, s_BChw: Tensor, p_BChw: Tensor, squared_norm_t_B: Tensor, grid: Size) -> None:
+    def __init__(self, s_BChw: Tensor, p_BChw: Tensor, squared_norm_t_B: Tensor, grid: Grid) -> None:
         self._s_BChw, self._p_BChw, self._squared_norm_t_B = (
             one.to(torch.promote_types(one.dtype, torch.float32))
             for one in (s_BChw, p_BChw, squared_norm_t_B)

@@ -121,9 +121,7 @@ def _train(recipe: TrainRecipe, stack: ExitStack) -> TrainResult:
     _require_fit(recipe, cache, teachers, images_per_step, sampler.num_samples)
     _require_folder(output)
     require_held = stack.enter_context(only_trainer(accelerator, output))
-    for notice in overruled(recipe) + notices(
-        recipe, cache.spec, [] if recipe.features == "online" else held
-    ):
+    for notice in overruled(recipe) + notices(recipe, cache.spec, held if recipe.reads_cache else []):
         accelerator.print(notice)
     total_steps, warmup_steps = recipe.schedule.steps(sampler.num_samples / images_per_step)
 
@@ -185,6 +183,9 @@ def _train(recipe: TrainRecipe, stack: ExitStack) -> TrainResult:
         reads,
         labels=tasks,
         extra_sizes=targets.extra_sizes,
+        fresh=recipe.features == "fresh",
+        jitter=recipe.student_jitter,
+        seed=recipe.seed,
         start_step=first_step * recipe.gradient_accumulation_steps,
         threads=recipe.loader.threads,
         prefetch=recipe.loader.prefetch,
@@ -227,7 +228,7 @@ def _build(
 ) -> Student:
     """The student, with `requires_grad` exactly where it learns."""
     wanted, image_size = recipe.student, cache.spec.views.size
-    facts = teacher_facts({name: cache.spec.teachers[name] for name in teachers})
+    facts = teacher_facts({name: cache.spec.teachers[name] for name in teachers}, cache.spec.views)
     if wanted.init_from and tasks is None:
         student: Student = grown_student(wanted.init_from, facts["teacher_dims"], image_size)
         require_kept(wanted, student)
@@ -325,12 +326,22 @@ def _require_fit(
 
 
 def _require_grids(recipe: TrainRecipe, cache: FeatureCache, held: list[str], student: Student) -> None:
-    """Raises `RecipeError` for an adjoint grid that is not the student's."""
-    if not isinstance(student, SAK) or not recipe.distills or recipe.features == "online":
+    """Raises `RecipeError` for windows that move by other steps than the student's tokens, and for an adjoint
+    grid that is not the student's."""
+    views, stem = cache.spec.views, getattr(student, "stem", None)
+    own = views.size[0] // views.patch, views.size[1] // views.patch
+    if views.margin and stem is not None and stem.grid != own:
+        raise RecipeError(
+            "The windows of this cache's views move by other steps than the student's tokens.",
+            got=f"{stem.grid} tokens of the stem {recipe.student.stem}",
+            expected=f"{own}, of {views.patch} pixels each (views.patch of the cache)",
+            do="choose a stem with patches of this size, or a cache whose views.patch is the stem's",
+        )
+    if not isinstance(student, SAK) or not recipe.distills or not recipe.reads_cache:
         return
     for name in held:
         spec = cache.spec.teachers[name]
-        if spec.grid.kind == "adjoint" and spec.stored_grid != student.stem.grid:
+        if spec.grid.kind == "adjoint" and views.seen_grid(spec.stored_grid) != student.stem.grid:
             raise RecipeError(
                 f"The adjoint grid of teacher {name} holds for one student grid alone.",
                 got=f"{student.stem.grid} tokens of the stem {recipe.student.stem}",

@@ -120,7 +120,7 @@ def make_train_plan(
             {name: (num_levels or {}).get(name, NUM_LEVELS) * recipe.distills for name in teacher_dims},
         ),
         image_size=image_size,
-        row_bytes=row_bytes if reads and recipe.features != "online" else 0,
+        row_bytes=row_bytes if reads and recipe.reads_cache else 0,
         processes=processes,
         tflops_per_gpu=tflops_per_gpu,
     )

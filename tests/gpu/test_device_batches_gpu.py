@@ -18,6 +18,7 @@ def test_what_is_computed_from_a_batch_comes_after_its_copy() -> None:
     sums = []
     for value in range(8):
         views = torch.full((64, 3, 512, 512), value, dtype=torch.uint8).pin_memory()
-        batch = Batch(value, np.arange(64), [], {(512, 512): views}, {}, {}, {}, {})
+        windows = np.zeros((64, 2), np.int64)
+        batch = Batch(value, np.arange(64), [], windows, views, {(512, 512): views}, {}, {}, {}, {})
         sums.append(on_device(batch).renders[512, 512].sum(dtype=torch.int64))
     assert [int(found) for found in sums] == [value * 64 * 3 * 512 * 512 for value in range(8)]

@@ -206,7 +206,7 @@ def test_levels_are_four_even_steps() -> None:
     ],
 )
 def test_normalize_takes_rgb_bytes_alone(images: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match=r"no RGB images(.|\n)*of shape \(B, 3, H, W\)"):
+    with pytest.raises(ValueError, match=r"Images must be RGB(.|\n)*of shape \(B, 3, H, W\)"):
         tiny(a=8).normalize(images)
 
 
