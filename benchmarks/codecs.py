@@ -1,6 +1,6 @@
-"""Rate, fidelity and speed of every codec on five kinds of features, or on those of a cache.
+"""Rate, fidelity and speed of every codec on several kinds of features, or on those of a cache.
 
-    python -m benchmarks.codecs                      synthetic features and a random ViT
+    python -m benchmarks.codecs                      synthetic features, a random ViT and trained teachers
     python -m benchmarks.codecs --cache PATH         the teachers of a cache stored as f16 or f32
     python -m benchmarks.codecs --ideas              also what was tried and not kept
 
@@ -27,12 +27,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks import signals
+from benchmarks import signals, trained
 from benchmarks.codec_ideas import IDEAS
 from teachercache.pipeline.codecs import Encoded, codec_names, get_codec
 from teachercache.pipeline.codecs.fidelity import compare, measure_fidelity
 
 LEVELS, GRID = 4, (24, 24)
+TRAINED_GRID = 16, 16
 COLUMNS = {  # key: (head, format)
     "float16_ratio": ("of f16", ".4f"),
     "cosine_mean": ("cosine", ".5f"),
@@ -53,6 +54,7 @@ def main() -> None:
     parser.add_argument("--teacher", help="one teacher of the cache (default: all)")
     parser.add_argument("--rows", type=int, default=8, help="rows to calibrate on, and as many to measure")
     parser.add_argument("--width", type=int, default=1024, help="channels of synthetic features")
+    parser.add_argument("--signals", nargs="+", help="these alone, of those that it prints (default: all)")
     parser.add_argument("--codecs", nargs="+", default=codec_names())
     parser.add_argument("--ideas", action="store_true", help="also codecs that did not win (slow)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -84,10 +86,16 @@ def _signals(args: argparse.Namespace) -> Iterator[tuple[str, Tensor, Tensor]]:
         "heavy-tailed": partial(signals.heavy_tailed, *shape),
         "massive": partial(signals.massive, *shape),
         "correlated": partial(signals.correlated, *shape),
+        "related levels": partial(signals.correlated, *shape, between_levels=0.3),
         "random ViT": partial(signals.photographs, args.rows, GRID),
+        "DINOv2-S": partial(trained.features, trained.DINOV2, args.rows, TRAINED_GRID),
+        "VGG16, ReLU": partial(trained.features, trained.VGG, args.rows, TRAINED_GRID),
     }
-    for name, make in kinds.items():
-        yield name, make(0).to(args.device), make(1).to(args.device)
+    if reason := trained.missing():
+        print(reason, file=sys.stderr)
+        del kinds["DINOv2-S"], kinds["VGG16, ReLU"]
+    for name in args.signals or kinds:
+        yield name, kinds[name](0).to(args.device), kinds[name](1).to(args.device)
 
 
 def measure(name: str, sample: Tensor, features: Tensor, repeats: int) -> dict[str, Any]:

@@ -3,10 +3,11 @@
     python -m benchmarks.grids
 
 For each pair of grids, the gradient with respect to the student's map is compared to that from the teacher's
-native map, for two students (random; near the target) and two kinds of targets (standardised channels; raw
-ones of unlike means and deviations). Entries are `cosine / relative error` of the gradient. Three targets:
-adjoint (‖t‖ and the map p = (UᵀU)⁺Uᵀt), pooled (bilinear with antialiasing, compared on the student's grid),
-and for the flattened cosine also 4-bit codes (int4-hadamard) of p and of Uᵀt.
+native map, for two students (random; near the target) and three kinds of targets (standardised channels; raw
+ones of unlike means and deviations; a trained DINOv2-S, where its package is installed). Entries are
+`cosine / relative error` of the gradient. Three targets: adjoint (‖t‖ and the map p = (UᵀU)⁺Uᵀt), pooled
+(bilinear with antialiasing, compared on the student's grid), and for the flattened cosine also 4-bit codes
+(int4-hadamard) of p and of Uᵀt.
 
 All but the codes is computed in float64. Prints one table and, last, one line of JSON.
 """
@@ -24,15 +25,11 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks import signals
+from benchmarks import signals, trained
 from teachercache.pipeline.codecs import get_codec
 from teachercache.pipeline.grids import adjoint, least_squares, nearest, pool, upsample
 from teachercache.pipeline.records.spec import GridSpec, Size
-from teachercache.student.losses.adjoint import (
-    flattened_cosine_from_adjoint,
-    smooth_l1_from_adjoint,
-    token_cosine_from_adjoint,
-)
+from teachercache.student.losses.adjoint import AdjointPair
 
 PAIRS: list[tuple[Size, Size]] = [  # (student, teacher)
     ((24, 24), (27, 27)),
@@ -69,7 +66,11 @@ def targets(grid: Size) -> dict[str, Tensor]:
     standardised = (t - t.mean((0, 2, 3), keepdim=True)) / t.std((0, 2, 3), keepdim=True)
     generator = torch.Generator().manual_seed(2)
     mean, log_std = torch.randn(2, WIDTH, 1, 1, generator=generator, dtype=t.dtype)
-    return {"standardised": standardised, "raw": (standardised + 2 * mean) * log_std.exp()}
+    found = {"standardised": standardised, "raw": (standardised + 2 * mean) * log_std.exp()}
+    if not trained.missing():
+        levels_BSHWC = trained.features(trained.DINOV2, BATCH, grid, seed=0)
+        found["DINOv2-S"] = _channels_first(levels_BSHWC[:, -1:]).double()
+    return found
 
 
 def students(t: Tensor, grid: Size) -> dict[str, Tensor]:
@@ -97,20 +98,20 @@ def losses(t: Tensor, student: Size) -> dict[str, tuple[Loss, Loss]]:
     def smooth_l1(s: Tensor) -> Tensor:
         return F.smooth_l1_loss(upsample(s, teacher), t)
 
+    def pair(s: Tensor, target: Tensor) -> AdjointPair:
+        return AdjointPair(s, target, squared_norm, teacher)
+
     def from_adjoint(target: Tensor) -> Loss:
-        return lambda s: flattened_cosine_from_adjoint(s, target, squared_norm, teacher)
+        return lambda s: pair(s, target).flattened_cosine()
 
     return {
         "flattened: adjoint": (from_adjoint(small), flattened),
         "flattened: pooled": (lambda s: F.cosine_similarity(s.flatten(1), pooled.flatten(1)), flattened),
         "flattened: adjoint, int4": (from_adjoint(_coded(small)), flattened),
         "flattened: int4 of Uᵀt": (from_adjoint(coded_adjoint), flattened),
-        "token: adjoint": (
-            lambda s: token_cosine_from_adjoint(s, small, squared_norm, teacher).mean(),
-            token,
-        ),
+        "token: adjoint": (lambda s: pair(s, small).token_cosine().mean(), token),
         "token: pooled": (lambda s: F.cosine_similarity(s, pooled, dim=1).mean(), token),
-        "smooth-L1: adjoint": (lambda s: smooth_l1_from_adjoint(s, small, teacher), smooth_l1),
+        "smooth-L1: adjoint": (lambda s: pair(s, small).smooth_l1(), smooth_l1),
         "smooth-L1: pooled": (lambda s: F.smooth_l1_loss(s, pooled), smooth_l1),
     }
 

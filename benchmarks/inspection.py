@@ -195,7 +195,7 @@ def make_large_cache(folder: Path, shards: int, teachers: int) -> FeatureCache:
 def commit_empty_shard(cache: FeatureCache, folder: Path, teacher: str, shard: int) -> None:
     files = {}
     for array, layout in teacher_layouts(cache.spec.teachers[teacher]).items():
-        chunk_nbytes = int(np.prod(layout.shape)) * layout.dtype.itemsize + CHECKSUM_NBYTES
+        chunk_nbytes = layout.row_nbytes + CHECKSUM_NBYTES
         nbytes = ROWS_PER_SHARD * chunk_nbytes + index_nbytes(ROWS_PER_SHARD)
         name = shard_file(teacher, array, shard, len(layout.shape))
         files[name] = FileRecord(nbytes=nbytes, checksum="0" * 32)

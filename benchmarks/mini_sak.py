@@ -27,13 +27,9 @@ import argparse
 import json
 import os
 import statistics
-import sys
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +39,7 @@ from rich.table import Table
 from torch import nn
 
 from benchmarks.mini_teachers import IMAGE_SIZE, MINI_VIT, TEACHERS, MiniScenes, alikeness, train_teacher
+from benchmarks.studies import Study, claim_folder, run_all, spread
 from teachercache import build, load_student
 from teachercache.cache_builder.build_recipe import BuildRecipe
 from teachercache.pipeline.cache import FeatureCache
@@ -58,7 +55,7 @@ from teachercache.student.training.train_recipe import TrainRecipe
 
 TASKS = ("semseg", "saliency", "normals", "depth", "boundary")  # parts of people are too small to be learnt
 SCALE = (1.0, 1.5)  # of the views: a magnified window, never padding
-RESULTS, SETTINGS = "results.json", "settings.json"
+RESULTS = "results.json"
 
 LABELS_ALONE = {"teachers": [], "student": {"fusion": "sum"}}
 STAGE_1: dict[str, dict[str, Any]] = {"paths": {}, "no paths": {"student": {"adapter_paths": False}}}
@@ -140,8 +137,10 @@ def main() -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # every part takes the accelerator that it finds
     claim_folder(arguments.output, settings)
     started = time.perf_counter()
-    studies = [Study(arguments.output / f"seed_{seed}", seed, settings) for seed in range(arguments.seeds)]
-    run_all(studies, arguments.processes)
+    studies = [
+        SeedStudy(arguments.output / f"seed_{seed}", seed, settings) for seed in range(arguments.seeds)
+    ]
+    run_all(studies, PHASES, arguments.processes)
     results = collect(studies) | {
         "wall_s": time.perf_counter() - started,
         "processes": arguments.processes,
@@ -181,21 +180,10 @@ def parse() -> tuple[argparse.Namespace, Settings]:
     return arguments, settings
 
 
-def claim_folder(output: Path, settings: Settings) -> None:
-    """One folder holds one experiment, or its seeds would not be of the same one."""
-    stated = json.dumps(asdict(settings), indent=2) + "\n"
-    file = output / SETTINGS
-    if file.exists() and file.read_text() != stated:
-        sys.exit(f"{file} states another experiment than this command: choose another --output, or delete it")
-    output.mkdir(parents=True, exist_ok=True)
-    file.write_text(stated)
-
-
 @dataclass(frozen=True)
-class Study:
-    """All of one seed, in one folder. What is done has its JSON in `results/`, and is not done again."""
+class SeedStudy(Study):
+    """All of one seed, in one folder."""
 
-    folder: Path
     seed: int
     settings: Settings
 
@@ -207,11 +195,6 @@ class Study:
     @property
     def labelled_scenes(self) -> Path:
         return self.folder / "scenes" / "labelled"
-
-    @property
-    def log(self) -> Path:
-        """What the parts say while they run; their progress bars would share one terminal."""
-        return self.folder / "log.txt"
 
     def make_scenes(self, *_: str) -> None:
         settings = self.settings
@@ -285,25 +268,6 @@ class Study:
         found = evaluate(load_student(trained), held_out, batch_size=32, threads=1)
         return {"scores": found.scores, "gates": found.gates, "parameters": found.parameters}
 
-    def result(self, what: str) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self._result(what).read_text())
-        return found
-
-    def is_done(self, step: str, name: str) -> bool:
-        return self._result(f"{step}, {name}").exists()
-
-    def do(self, step: str, name: str) -> float:
-        """Do one part of `PHASES` and write down what it found; returns the seconds that it took."""
-        file, started = self._result(f"{step}, {name}"), time.perf_counter()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("a") as log, redirect_stdout(log), redirect_stderr(log):
-            found = getattr(self, step)(name) or {}
-        seconds = time.perf_counter() - started
-        temporary = file.with_suffix(".partial")
-        temporary.write_text(json.dumps(found | {"seconds": seconds}) + "\n")
-        temporary.replace(file)
-        return seconds
-
     def _train(self, name: str, cache: str, steps: int, changes: Mapping[str, Any]) -> Path:
         settings = self.settings
         schedule = "poly" if "multitask" in changes else "cosine"  # those of the shipped recipes
@@ -346,11 +310,8 @@ class Study:
     def _run(self, name: str) -> Path:
         return self.folder / "runs" / name.replace(",", "").replace(" ", "_")
 
-    def _result(self, what: str) -> Path:
-        return self.folder / "results" / f"{what.replace(',', '').replace(' ', '_')}.json"
 
-
-PHASES: dict[str, Sequence[str]] = {  # each needs the one before, but for its own parts nothing
+PHASES: dict[str, Sequence[str]] = {
     "make_scenes": ["all"],
     "make_teacher": list(TEACHERS),
     "make_cache": ["many", "held out", "labelled"],
@@ -359,33 +320,7 @@ PHASES: dict[str, Sequence[str]] = {  # each needs the one before, but for its o
 }
 
 
-def run_all(studies: Sequence[Study], processes: int) -> None:
-    """Every phase of every study, its parts side by side, with a line for each that is done."""
-    left = {
-        step: [(study, name) for name in names for study in studies if not study.is_done(step, name)]
-        for step, names in PHASES.items()
-    }
-    total, done, started = sum(map(len, left.values())), 0, time.perf_counter()
-    threads = max(1, (os.cpu_count() or 1) // processes)
-    with ProcessPoolExecutor(processes, get_context("spawn"), _start_worker, (threads,)) as pool:
-        try:
-            for step, parts in left.items():
-                running = {pool.submit(study.do, step, name): (study.seed, name) for study, name in parts}
-                for part in as_completed(running):
-                    (seed, name), seconds = running[part], part.result()
-                    done += 1
-                    line = f"seed {seed}, {step.replace('_', ' ')}: {name} ({seconds:.0f} s)"
-                    print(f"[{done}/{total}, {time.perf_counter() - started:.0f} s] {line}", file=sys.stderr)
-        except BaseException:  # Ctrl-C too: what has not begun is for the next time
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-def _start_worker(threads: int) -> None:
-    torch.set_num_threads(threads)
-
-
-def collect(studies: Sequence[Study]) -> dict[str, Any]:
+def collect(studies: Sequence[SeedStudy]) -> dict[str, Any]:
     """Every figure as a list over the seeds, and what the claims of the paper come to."""
 
     def of(what: str, *keys: str) -> list[Any]:
@@ -484,17 +419,17 @@ def print_results(results: Mapping[str, Any]) -> None:
     table = _table("The teachers on scenes they have not seen", "teacher", "its task", "score", "a guess")
     for name, tasks in results["teachers"].items():
         for task, found in tasks.items():
-            table.add_row(name, _heading(task), _spread(found["score"]), _spread(found["guess"]))
+            table.add_row(name, _heading(task), spread(found["score"]), spread(found["guess"]))
     console.print(table)
 
     table = _table("How alike two teachers are", "teachers", "linear CKA of the last level (1: the same)")
     for pair, values in results["alikeness"].items():
-        table.add_row(pair, _spread(values, 3))
+        table.add_row(pair, spread(values, 3))
     console.print(table)
 
     table = _table("Table 17 in miniature: cosine to the teachers", "", *TEACHERS, "mean", "paper's mean")
     for row, (student, name) in SIMILARITY.items():
-        cells = (_spread(values, 3) for values in similarity[row].values())
+        cells = (spread(values, 3) for values in similarity[row].values())
         table.add_row(name, *cells, f"{PAPER_SIMILARITY[student]:.4f}")
     console.print(table)
 
@@ -502,8 +437,8 @@ def print_results(results: Mapping[str, Any]) -> None:
     table = _table("Table 3 in miniature", "paths, fusion", "similarity", *heads)
     for row, name in {"no paths": "no paths", "sum": "paths, sum", "mor": "paths, MoR"}.items():
         near = similarity["no paths" if row == "no paths" else "paths"]["mean"]
-        table.add_row(name, _spread(near, 3), *_score_cells(results, row))
-    table.add_row("single-task", "", *(_spread(scores["single"][task]) for task in TASKS), "0", "0")
+        table.add_row(name, spread(near, 3), *_score_cells(results, row))
+    table.add_row("single-task", "", *(spread(scores["single"][task]) for task in TASKS), "0", "0")
     console.print(table)
 
     table = _table("Table 4 in miniature", "distilled in", *heads)
@@ -516,7 +451,7 @@ def print_results(results: Mapping[str, Any]) -> None:
         digits = 3 if claim.startswith(PATHS_CLAIM) else 2
         table.add_row(
             claim,
-            _spread(found["differences"], digits, sign="+"),
+            spread(found["differences"], digits, sign="+"),
             f"{found['held']} of {seeds}",
             f"{found['paper']:+.{digits}f}",
             found["verdict"],
@@ -537,13 +472,8 @@ def _heading(task: str) -> str:
 
 
 def _score_cells(results: Mapping[str, Any], row: str) -> list[str]:
-    cells = [_spread(results["scores"][row][task]) for task in TASKS]
-    return [*cells, _spread(results["gain"][row], sign="+"), f"{PAPER_GAIN[row]:+.2f}"]
-
-
-def _spread(values: Sequence[float], digits: int = 2, sign: str = "") -> str:
-    mean = f"{statistics.mean(values):{sign}.{digits}f}"
-    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+    cells = [spread(results["scores"][row][task]) for task in TASKS]
+    return [*cells, spread(results["gain"][row], sign="+"), f"{PAPER_GAIN[row]:+.2f}"]
 
 
 if __name__ == "__main__":

@@ -253,6 +253,9 @@ class WorkloadSampler:
     def batch(self, step: int) -> Ints:
         return self._rows[next(self._orders)]
 
+    def epochs(self, step: int) -> Ints:
+        return np.zeros(self.batch_size_per_process, np.int64)
+
 
 def feature_loader(w: Workload) -> Iterator[Arrays]:
     with FeatureLoader(w.cache, WorkloadSampler(w), [w.teacher], images=False) as loader:

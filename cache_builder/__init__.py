@@ -1,6 +1,6 @@
 """The producer: teachers, extraction, runners, plan and repair.
 
-Names are imported on first use, so that a teacher can be built where zarr is not installed.
+Names are imported on first use, so that teachers can be built without zarr.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Are the stored features those of the teacher? Random rows are computed again, live, from their views.
 
-R rows, C channels last. What a codec promises is measured on the same rows: what its own round trip
-makes of the live features. To that comes the noise of the teacher's arithmetic, which another batch size
-or device changes.
+R rows, C channels last. A codec's promise is measured on the same rows, as its own round trip of the live
+features. The tolerance adds the noise of the teacher's arithmetic, which changes with the batch size and the
+device.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ _ROWS_AT_ONCE = 4  # SAM's features of one row are 67 MB, and three copies are c
 class Comparison:
     """Stored against live features: one level of one teacher (or its norms, its cls or global feature).
 
-    `cosine` is the mean over tokens, `max_error` the greatest absolute difference, `allowed_error` what
-    the codec and the noise explain. `kept`: that holds, and no row's cosine is below the round trip's.
+    `cosine` is the mean over tokens, `max_error` the largest absolute difference, `allowed_error` what
+    codec and noise explain. `kept`: the error is allowed, and no row's cosine is below the round trip's.
     """
 
     teacher: str
@@ -53,10 +53,10 @@ def compare_with_teachers(
     seed: int | None = None,
     checkpoints: Mapping[str, str] | None = None,
 ) -> list[Comparison]:
-    """Recompute `num_rows` random rows of every teacher (those it has, if fewer).
+    """Recompute `num_rows` random rows of every teacher (or all it has, if fewer).
 
-    `checkpoints`: files of weights that moved since the build, by teacher.
-    Raises what building a teacher raises, also for weights that are not those of the cache.
+    `checkpoints`: the new files of weights that moved since the build, by teacher.
+    Raises what building a teacher raises, including for weights that are not those of the cache.
     """
     generator = np.random.default_rng(seed)
     samples, views = np.arange(cache.num_samples)[:, None], np.arange(cache.num_views)
@@ -104,7 +104,7 @@ def _features(
 
 
 def _measure(stored: Tensor, live: Tensor, round_trip: Tensor) -> Tensor:
-    """(R, 5): cosine and greatest error of the stored features, those of the round trip, greatest value."""
+    """(R, 5): cosine and largest error of the stored features, those of the round trip, largest value."""
 
     def per_row(values: Tensor) -> Tensor:
         return values.flatten(1)

@@ -1,4 +1,4 @@
-"""The recipe of a build: what people write, checked. `draft.py` resolves it into a `CacheSpec`."""
+"""The recipe of a build, as people write it. `draft.py` resolves it into a `CacheSpec`."""
 
 from __future__ import annotations
 
@@ -7,30 +7,31 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
+from teachercache.cache_builder.prices import PlanRecipe
 from teachercache.cache_builder.teachers.teacher_recipe import TeacherRecipe
 from teachercache.pipeline.records.spec import IMAGES, StoreKind, Strict, ViewPolicy
 from teachercache.pipeline.units import parse_bytes
 
 
 class SourceRecipe(Strict):
-    """Where the images are. `kind: auto` looks at what is there."""
+    """Where the images are. `kind: auto` looks at the files."""
 
     path: str
     kind: str = "auto"
 
 
 class RunnerRecipe(Strict):
-    """Who computes. `num_actors`, `gpus_per_actor` and `cpus_per_actor` concern Ray alone.
+    """What computes. `num_actors`, `gpus_per_actor` and `cpus_per_actor` apply to Ray alone.
 
     `num_actors: null` uses the whole cluster, and nodes that join later; `gpus_per_actor: null` means
     1 where the cluster has GPUs and 0 where it has none. `shards_in_flight` shards a process overlap.
-    `compile`: torch.compile for the blocks of the teachers; their features then differ in the last bits.
+    `compile`: torch.compile for the teachers' blocks; null for on GPUs. Features differ in their last bits.
     `stall_timeout_s`: after how long without a batch or an image a shard counts as hanging.
     """
 
     kind: Literal["local", "ray"] = "local"
     device: str = "auto"
-    compile: bool = False
+    compile: bool | None = None
     batch_size: int = Field(16, ge=1)
     decode_threads: int = Field(4, ge=1)
     shards_in_flight: int = Field(2, ge=1)
@@ -41,21 +42,15 @@ class RunnerRecipe(Strict):
     stall_timeout_s: float = Field(600, gt=0)
 
 
-class PlanRecipe(Strict):
-    """The rates that `teachercache plan` assumes; measure yours and state them."""
-
-    teacher_tflops_per_gpu: float = Field(300, gt=0)
-    student_images_per_s: float = Field(1000, gt=0)
-
-
 class BuildRecipe(Strict):
     """A complete statement of a cache build.
 
     `calibration_rows`: from how many rows codecs learn their tables. `tables_from`: a cache whose tables they
     take instead, each teacher those of the same name there, so that the two caches can be merged.
+    `accept_loss`: build also where a codec ruins the features of a teacher, which is else an error.
     `budget` ("6TB", or a number of bytes): the most that features, their statistics and copied images may
-    take; `teachercache plan` says which grids and codecs keep to it. `covariance`: let the statistics of the
-    features have it, besides mean and variance.
+    take; `teachercache plan` says which grids and codecs fit it. `covariance`: include it in the statistics
+    of the features, in addition to mean and variance.
     """
 
     cache: str
@@ -65,6 +60,7 @@ class BuildRecipe(Strict):
     rows_per_shard: int = Field(256, ge=1)
     calibration_rows: int = Field(64, ge=1)
     tables_from: str | None = None
+    accept_loss: bool = False
     budget: int | None = Field(None, ge=0)
     covariance: bool = False
     images: Literal["reference", "copy"] = "reference"
@@ -88,8 +84,8 @@ class BuildRecipe(Strict):
     def _teachers_by_name(cls, value: Any) -> Any:
         """`[dinov2_large, sam_large]` is short for presets (or timm models) under their own names.
 
-        The tag of a timm model is left out of its name: a student has a part by the name of each teacher,
-        and no part's name can hold a dot.
+        The name omits the tag of a timm model: a student names a part after each teacher, and the name of a
+        part cannot contain a dot.
         """
         if isinstance(value, list):
             named = {
@@ -97,7 +93,7 @@ class BuildRecipe(Strict):
             }
             if len(named) < len(value):
                 raise ValueError(
-                    "two of these have one name; give them names: {one: {model: …}, other: {model: …}}"
+                    "two of these have the same name; give them names: {one: {model: …}, other: {model: …}}"
                 )
             return named
         if isinstance(value, dict):

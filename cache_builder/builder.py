@@ -1,10 +1,9 @@
 """`build`: from a recipe to a complete cache. Running it again continues where it stopped.
 
-Several jobs may build one cache at the same time, on one machine or many. Each takes the shards in an order
-of its own and skips what is committed already; a shard that two have computed is published by the first
-(`extract.py`), and `cache.json` is changed by one job at a time. While teachers load, another job may change
-it: what a job computes follows from the spec that it has then established, and what is committed is compared
-with that before it ends.
+Several jobs may build one cache at the same time, on one machine or many. Each takes the shards in its own
+order and skips those already committed; when two jobs have computed a shard, the first publishes it
+(`extract.py`). One job at a time changes `cache.json`. Another job may change it while teachers load: so each
+job establishes its spec after that, computes by it, and before it ends compares what is committed with it.
 """
 
 from __future__ import annotations
@@ -15,12 +14,13 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow as pa
 from rich.console import Console
 from rich.text import Text
 
 from teachercache.cache_builder.build_recipe import BuildRecipe
 from teachercache.cache_builder.calibrate import Calibration
-from teachercache.cache_builder.draft import Draft, draft, extend, growth
+from teachercache.cache_builder.draft import Draft, draft, extend, growth, spec_of
 from teachercache.cache_builder.kept_shards import kept_teacher
 from teachercache.cache_builder.moved_weights import with_checkpoints
 from teachercache.cache_builder.other_tables import other_tables
@@ -28,12 +28,14 @@ from teachercache.cache_builder.plan import Plan, make_plan, pending
 from teachercache.cache_builder.progress import BuildProgress
 from teachercache.cache_builder.runner import FailedShard, LocalRunner, Runner, Task, require_place
 from teachercache.cache_builder.stages import bottleneck
+from teachercache.cache_builder.teachers import resolve_teachers
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import (
     BuildError,
     CacheError,
     CacheMismatchError,
     Problems,
+    RecipeError,
     place_error,
 )
 from teachercache.pipeline.places.open_storage import open_storage
@@ -41,13 +43,13 @@ from teachercache.pipeline.places.processes import temporary_of
 from teachercache.pipeline.places.storage import Storage
 from teachercache.pipeline.places.whole_or_nothing import whole_or_nothing
 from teachercache.pipeline.records.manifest import SAMPLES_NAME, SPEC_NAME, VIEWS_NAME, Manifest, tables_name
-from teachercache.pipeline.records.spec import IMAGES, CacheSpec, TeacherSpec
+from teachercache.pipeline.records.spec import IMAGES, CacheSpec, DatasetSpec, TeacherSpec
 from teachercache.pipeline.records.stats_files import write_tables
 from teachercache.pipeline.records.tables import with_views_hashes
 from teachercache.pipeline.sources import left_out_line
 from teachercache.pipeline.terminal import Terminal
 
-_PROBE_NBYTES = 1 << 14  # a full disk takes empty files
+_PROBE_NBYTES = 1 << 14  # a full disk still accepts empty files
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class BuildResult:
 
 
 def prepare(recipe: BuildRecipe, console: Console) -> tuple[Draft, CacheSpec, Plan]:
-    """Scan, resolve, merge with the cache that may be there, and plan. Writes nothing."""
+    """Scan, resolve, merge with an existing cache, and plan. Writes nothing."""
     storage = open_storage(recipe.cache)
     manifest = Manifest(storage)
     with console.status("scanning the images, resolving the teachers") as status:
@@ -89,13 +91,27 @@ def prepare(recipe: BuildRecipe, console: Console) -> tuple[Draft, CacheSpec, Pl
     return drafted, drafted.spec, make_plan(recipe, drafted.spec, storage, drafted.samples)
 
 
-def build(recipe: BuildRecipe, console: Console | None = None) -> BuildResult:
-    """Build, continue, or extend by samples, views and teachers the cache that the recipe states.
+def foresee(recipe: BuildRecipe, count: int, image_bytes: int) -> Plan:
+    """The plan for `count` images that are not there yet, of a mean size. Raises `RecipeError`."""
+    storage = open_storage(recipe.cache)
+    if Manifest(storage).exists() or recipe.budget is not None:
+        raise RecipeError(
+            "A plan without images is one of a new cache, without a budget.",
+            got=f"budget={recipe.budget}" if recipe.budget is not None else f"a cache at {storage.url}",
+            do="leave --samples out",
+        )
+    dataset = DatasetSpec(kind="source", location=recipe.source.path, num_samples=count, fingerprint="")
+    samples = pa.table({"nbytes": [image_bytes] * count})
+    teachers = resolve_teachers(recipe.teachers, recipe.views, recipe.sak_compat)
+    return make_plan(recipe, spec_of(recipe, dataset, teachers), storage, samples)
 
-    It returns when all that the recipe asks for is committed, by this job or another. Raises
-    `CacheMismatchError` when another cache is at the path, or other weights than its own are in a checkpoint,
-    `DiskSpaceError` when the plan does not fit, and `BuildError`, after everything else is committed, when
-    shards failed for good.
+
+def build(recipe: BuildRecipe, console: Console | None = None) -> BuildResult:
+    """Build or continue the recipe's cache, or extend it by samples, views and teachers.
+
+    It returns when everything in the recipe is committed, by this job or another. Raises `CacheMismatchError`
+    when another cache is at the path or a checkpoint does not hold the cache's weights, `DiskSpaceError` when
+    the plan does not fit, and `BuildError` when shards failed for good, after all others are committed.
     """
     console = console or Terminal(stderr=True)
     storage = open_storage(recipe.cache)
@@ -105,23 +121,23 @@ def build(recipe: BuildRecipe, console: Console | None = None) -> BuildResult:
     names = list(recipe.teachers)
     planned = len(pending(manifest, spec, names))
     progress = BuildProgress(console)
-    if planned or _without_weights(spec):  # also where all that is missing is cache.json
+    if planned or _without_weights(spec):  # also where only cache.json is missing
         _require_writable(storage)
         storage.sweep()
         try:
             with _runner(recipe, {name: spec.teachers[name] for name in names}, planned) as runner:
                 spec = _establish(recipe, manifest, drafted, runner)
                 tasks = [Task(shard, missing) for shard, missing in pending(manifest, spec, names).items()]
-                random.Random().shuffle(tasks)  # its own order, or jobs that meet would go on side by side
+                random.Random().shuffle(tasks)  # an order of its own, or jobs that meet would stay in step
                 runner.num_shards = len(tasks)
                 with progress.of(len(tasks)):
                     failed = runner.run(storage.url, drafted.source.location, tasks, progress.on_commit)
                 left = pending(manifest, spec, names)
-                _count_untold(manifest, runner, left, progress)
+                _count_unreported(manifest, runner, left, progress)
         except OSError as error:
             require_place(error, storage.url)
             raise
-        storage.sweep()  # what processes that died on the way left behind
+        storage.sweep()  # remove files of processes that died
         if progress.shards:
             console.print(
                 bottleneck(progress.seconds, progress.seconds["wall"] / recipe.runner.shards_in_flight)
@@ -144,7 +160,7 @@ def build(recipe: BuildRecipe, console: Console | None = None) -> BuildResult:
 
 
 def _require_writable(storage: Storage) -> None:
-    """Raises `CacheError` before the teachers are loaded, instead of after."""
+    """Raises `CacheError`, before the time is spent on loading teachers."""
     probe = temporary_of(Path("write_probe")).name
     try:
         storage.write(probe, bytes(_PROBE_NBYTES))
@@ -153,7 +169,7 @@ def _require_writable(storage: Storage) -> None:
         words = place_error(error, storage.url) or {
             "got": f"{storage.url}: {error.strerror or error}",
             "expected": "a place where this user can make and delete files",
-            "do": "mend the mount, the permissions or the credentials, or choose another place (cache=…)",
+            "do": "fix the mount, the permissions or the credentials, or choose another place (cache=…)",
         }
         raise CacheError("The cache cannot be written here.", **words) from error
 
@@ -167,11 +183,10 @@ def _runner(recipe: BuildRecipe, teachers: Mapping[str, TeacherSpec], num_shards
 
 
 def _establish(recipe: BuildRecipe, manifest: Manifest, drafted: Draft, runner: Runner) -> CacheSpec:
-    """Make the cache on disk the one that was drafted, with what only loaded teachers tell.
+    """Write the drafted cache to disk, with the hashes and tables that need loaded teachers.
 
-    That takes time, in which another job may have done the same, or something else; its word stands. Returns
-    the spec of what this recipe asks for; the cache on disk may have more. Raises `CacheMismatchError` where
-    it has other rows by now.
+    That takes time, and what another job has written meanwhile stays. Returns the spec that this recipe asks
+    for; the cache on disk may have more. Raises `CacheMismatchError` if it now has other rows.
     """
     grows = drafted.stored is None or drafted.spec != drafted.stored[0]
     hashes, calibrations = dict[str, str](), dict[str, Calibration]()
@@ -180,27 +195,27 @@ def _establish(recipe: BuildRecipe, manifest: Manifest, drafted: Draft, runner: 
     if grows:
         calibrations = _calibrations(recipe, drafted, runner, hashes)
         if _is_overtaken(manifest, drafted):
-            drafted = draft(recipe)  # the other job may have seen images that came after ours were listed
+            drafted = draft(recipe)  # the other job may have listed newer images
     with manifest.storage.exclusive(SPEC_NAME):
-        wanted = drafted.spec
+        established = drafted.spec
         if grows:
-            if drafted.stored or manifest.exists():  # one that has vanished is not made anew from its end
+            if drafted.stored or manifest.exists():  # a cache that has vanished is not begun from its growth
                 drafted = extend(recipe, drafted, manifest)
                 _require_other_tables(recipe, drafted)
             with whole_or_nothing(manifest.storage, _new_files(manifest, drafted)):
-                wanted = _with_findings(manifest, drafted.spec, hashes, calibrations)
-                _lay_out(manifest, wanted, _without_weights(drafted.spec))
-                _write(manifest, drafted, wanted)
+                established = _with_findings(manifest, drafted.spec, hashes, calibrations)
+                _lay_out(manifest, established, _without_weights(drafted.spec))
+                _write(manifest, drafted, established)
         spec = manifest.spec()
-        _require_same_rows(manifest, spec, wanted)
+        _require_same_rows(manifest, spec, established)
         _lay_out(manifest, spec, spec.teachers)
-    return wanted
+    return established
 
 
 def _calibrations(
     recipe: BuildRecipe, drafted: Draft, runner: Runner, hashes: Mapping[str, str]
 ) -> dict[str, Calibration]:
-    """Of the new teachers: those of another cache where the recipe says so, else what a sample gives."""
+    """Calibrations of the new teachers: from `tables_from` where the recipe says so, else from a sample."""
     unknown = _without_weights(drafted.spec)
     loaded = {
         name: drafted.spec.teachers[name].model_copy(update={"weights_hash": hashes[name]})
@@ -208,12 +223,15 @@ def _calibrations(
     }
     calibrations = other_tables(recipe.tables_from, loaded)
     if rest := [name for name in unknown if name not in calibrations]:
-        calibrations |= runner.calibrate(drafted.calibration_sample(recipe.calibration_rows), rest)
+        learnt = runner.calibrate(drafted.calibration_sample(recipe.calibration_rows), rest)
+        for name, calibration in learnt.items() if not recipe.accept_loss else ():
+            calibration.require_fidelity(name, drafted.spec.teachers[name].codec)
+        calibrations |= learnt
     return calibrations
 
 
 def _require_other_tables(recipe: BuildRecipe, drafted: Draft) -> None:
-    """Raises `CacheMismatchError` where the cache cannot have, or has not, the tables of `tables_from`."""
+    """Raises `CacheMismatchError` if the cache cannot use, or does not use, the tables of `tables_from`."""
     other_tables(recipe.tables_from, {name: drafted.spec.teachers[name] for name in recipe.teachers})
 
 
@@ -224,34 +242,34 @@ def _lay_out(manifest: Manifest, spec: CacheSpec, names: Iterable[str]) -> None:
 
 
 def _new_files(manifest: Manifest, drafted: Draft) -> list[str]:
-    """What is written before there is a cache, or before it has its new teachers."""
+    """The files written before the cache exists, or before it has its new teachers."""
     store, new = FeatureCache(manifest.storage, drafted.spec).store, _without_weights(drafted.spec)
     layouts = [name for teacher in new for name in store.layout_files(teacher)]
     return [SPEC_NAME, SAMPLES_NAME, VIEWS_NAME, *map(tables_name, new), *layouts]
 
 
 def _is_overtaken(manifest: Manifest, drafted: Draft) -> bool:
-    known = drafted.stored[0].cache_id if drafted.stored else None
-    return manifest.exists() and manifest.spec().cache_id != known
+    id_when_drafted = drafted.stored[0].cache_id if drafted.stored else None
+    return manifest.exists() and manifest.spec().cache_id != id_when_drafted
 
 
-def _require_same_rows(manifest: Manifest, found: CacheSpec, wanted: CacheSpec) -> None:
-    """Raises `CacheMismatchError` unless `found` has the rows of `wanted`, under the same numbers."""
-    if _rows(wanted, wanted) != _rows(found, wanted):
+def _require_same_rows(manifest: Manifest, spec: CacheSpec, established: CacheSpec) -> None:
+    """Raises `CacheMismatchError` unless `spec` has the rows of `established`, under the same numbers."""
+    if _rows(established, established) != _rows(spec, established):
         raise CacheMismatchError(
-            "Another cache has taken the place of this one while it was built.",
-            got=f"{manifest.storage.url} with cache_id {found.cache_id}",
-            expected=f"the rows of cache_id {wanted.cache_id}, and what other jobs added behind them",
+            "Another cache has replaced this one during the build.",
+            got=f"{manifest.storage.url} with cache_id {spec.cache_id}",
+            expected=f"the rows of cache_id {established.cache_id}, then those that other jobs added",
             do="end the other job, or give this one another path (cache=…); then run the same command again",
         )
 
 
-def _rows(spec: CacheSpec, wanted: CacheSpec) -> list[object]:
-    """What the rows of the segments of `wanted` are in `spec`."""
-    names = [name for name in (*wanted.teachers, IMAGES) if name == IMAGES or name in spec.teachers]
+def _rows(spec: CacheSpec, established: CacheSpec) -> list[object]:
+    """How `spec` describes the rows of the segments of `established`."""
+    names = [name for name in (*established.teachers, IMAGES) if name == IMAGES or name in spec.teachers]
     return [
         (segment.first_row, segment.samples, name, spec.shard_content_id(name, shard))
-        for segment in spec.segments[: len(wanted.segments)]
+        for segment in spec.segments[: len(established.segments)]
         for shard in [segment.first_row // spec.rows_per_shard]
         for name in names
     ]
@@ -260,7 +278,7 @@ def _rows(spec: CacheSpec, wanted: CacheSpec) -> list[object]:
 def _with_findings(
     manifest: Manifest, spec: CacheSpec, hashes: Mapping[str, str], calibrations: Mapping[str, Calibration]
 ) -> CacheSpec:
-    """`spec` with the hashes of new teachers' weights, and their calibrated codecs."""
+    """`spec` with the hashes of new teachers' weights and of their codecs' tables."""
     teachers, fidelity = dict(spec.teachers), dict(spec.fidelity)
     for name in _without_weights(spec):
         teachers[name] = kept_teacher(manifest, spec, name, hashes[name]) or _calibrated(
@@ -271,14 +289,14 @@ def _with_findings(
 
 
 def _write(manifest: Manifest, drafted: Draft, spec: CacheSpec) -> None:
-    """The spec comes last; tables that are longer than it says are no problem. Recorded places stay."""
+    """Write the spec last: tables may be longer than it says. Recorded checkpoints stay."""
     stored = drafted.stored[0] if drafted.stored else None
     if stored is None or stored.segments != spec.segments:
         manifest.write_samples(drafted.samples)
         manifest.write_views(drafted.views)
-        known = len(stored.segments) if stored else 0  # an older cache states no hash; none is made up for it
-        new = with_views_hashes(spec, drafted.views)[known:]
-        spec = spec.changed(segments=(*spec.segments[:known], *new))
+        old = len(stored.segments) if stored else 0  # an older cache has no hashes, and does not get any now
+        new = with_views_hashes(spec, drafted.views)[old:]
+        spec = spec.changed(segments=(*spec.segments[:old], *new))
     if stored != spec:
         manifest.write_spec(with_checkpoints(spec, drafted.moved))
 
@@ -295,10 +313,12 @@ def _calibrated(
     return teacher.model_copy(update={"weights_hash": weights_hash, "tables_hash": tables_hash})
 
 
-def _count_untold(manifest: Manifest, runner: Runner, left: Collection[int], progress: BuildProgress) -> None:
-    """Count what processes of this job committed and, because they died, told nobody."""
+def _count_unreported(
+    manifest: Manifest, runner: Runner, left: Collection[int], progress: BuildProgress
+) -> None:
+    """Count the shards that processes of this job committed but, because they died, did not report."""
     for task, worker in runner.orphans:
-        if task.shard not in left and task.shard not in progress.told:
+        if task.shard not in left and task.shard not in progress.counted:
             records = {name: manifest.read_commit(name, task.shard) for name in task.names}
             progress.on_commit({name: one for name, one in records.items() if one.worker == worker})
 
@@ -306,15 +326,15 @@ def _count_untold(manifest: Manifest, runner: Runner, left: Collection[int], pro
 def _require_committed(
     left: Mapping[int, Collection[str]], failed: Sequence[FailedShard], total: int
 ) -> None:
-    """Raises `BuildError` for what is not committed; a process may fail after it has committed a shard."""
+    """Raises `BuildError` for uncommitted shards; a process may also fail after it has committed one."""
     if left:
         reasons = dict.fromkeys(left, "its commit record is gone") | {
             shard.shard: shard.reason for shard in failed if shard.shard in left
         }
         lines = "\n  - ".join(f"shard {shard}: {reason}" for shard, reason in reasons.items())
         raise BuildError(
-            f"{len(left)} of {total} shards failed; every other one is committed:\n  - {lines}",
-            do="mend the reason and run the same command again; it computes only what is missing",
+            f"{len(left)} of {total} shards failed; all others are committed:\n  - {lines}",
+            do="fix the cause and run the same command again; it computes only what is missing",
         )
 
 
@@ -324,7 +344,7 @@ def _say_what_others_added(manifest: Manifest, established: CacheSpec, console: 
     _require_same_rows(manifest, now, established)
     if added := growth(established, now):
         console.print(
-            f"Another job has let the cache grow meanwhile by {', '.join(added)}; "
+            f"Another job has meanwhile extended the cache by {', '.join(added)}; "
             f"{len(pending(manifest, now, list(now.teachers)))} shards are not committed yet.",
             soft_wrap=True,
         )

@@ -1,9 +1,9 @@
-"""The calibration phase: a sample of rows, from which codecs learn their tables and are judged."""
+"""The calibration phase: codecs learn their tables and are judged on a sample of rows."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import pyarrow as pa
@@ -11,20 +11,21 @@ import torch
 from torch import Tensor
 
 from teachercache.cache_builder.teachers import Teacher
-from teachercache.pipeline.codecs import get_codec
+from teachercache.pipeline.codecs import codec_names, get_codec
 from teachercache.pipeline.codecs.fidelity import measure_fidelity
-from teachercache.pipeline.errors import EmptySourceError, ImageDecodeError
+from teachercache.pipeline.errors import CodecError, EmptySourceError, ImageDecodeError
 from teachercache.pipeline.grids import stored_form
 from teachercache.pipeline.records.spec import GridSpec, Photometric
 from teachercache.pipeline.sources import Source, decode_image
 from teachercache.pipeline.views import View, ViewTable, render_view
 
+LEAST_COSINE = 0.95  # 99% of the tokens keep this much; int3-hadamard keeps .98 of usual features
 _SPARE = 2.0  # more samples than rows are wanted, since some may not decode
 
 
 @dataclass(frozen=True)
 class CalibrationSample:
-    """Views spread evenly over the samples, with where their images are. Small; crosses process borders."""
+    """Views spread evenly over the samples, and where their images are. Small, to send to processes."""
 
     source: Source
     places: tuple[tuple[str, int, int], ...]
@@ -44,7 +45,7 @@ class CalibrationSample:
         count = min(int(num_rows * _SPARE), usable.size)
         chosen = usable[np.linspace(0, usable.size - 1, count).astype(int)]
         num_views = views.num_rows // samples.num_rows
-        lines = np.argsort(views["sample_index"].to_numpy(), kind="stable")  # those of a sample together
+        lines = np.argsort(views["sample_index"].to_numpy(), kind="stable")  # sample by sample
         table = ViewTable(views, photometric)
         columns = [samples[name].to_numpy()[chosen].tolist() for name in ("path", "offset", "nbytes")]
         drawn = tuple(
@@ -54,10 +55,10 @@ class CalibrationSample:
 
     def pixels(self, size: tuple[int, int], limit: int | None = None) -> Tensor:
         """uint8 (R, 3, height, width): the first `num_rows` (or `limit`) views whose images decode."""
-        wanted = min(limit or self.num_rows, self.num_rows)
+        num_rows = min(limit or self.num_rows, self.num_rows)
         renders: list[Tensor] = []
         for place, view in zip(self.places, self.views, strict=True):
-            if len(renders) == wanted:
+            if len(renders) == num_rows:
                 break
             try:
                 renders.append(render_view(decode_image(self.source.read(*place)), view, size))
@@ -65,27 +66,44 @@ class CalibrationSample:
                 continue  # the build will quarantine it, with the reason
         if not renders:
             raise EmptySourceError(
-                "Not one image of the calibration sample can be decoded.",
+                "None of the images of the calibration sample can be decoded.",
                 got=f"{len(self.places)} images of {self.source.location}",
                 expected="images that decode",
-                do="open some of them with an image viewer",
+                do="try to open some of them with an image viewer",
             )
         return torch.stack(renders)
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """A codec's tables (none for codecs without), and what it lost on the sample."""
+    """A codec's tables (none for codecs without), and what it lost on the sample.
+
+    `better`: where that is more than `LEAST_COSINE` allows, the advised codecs that lose less, and what their
+    `cosine_p1` is.
+    """
 
     tables: dict[str, Tensor]
     fidelity: dict[str, float]
+    better: dict[str, float] = field(default_factory=dict)
+
+    def require_fidelity(self, teacher: str, codec: str) -> None:
+        """Raises `CodecError` where the codec ruins these features."""
+        if self.fidelity["cosine_p1"] >= LEAST_COSINE:
+            return
+        better = ", ".join(f"{name} ({cosine:.3f})" for name, cosine in self.better.items())
+        raise CodecError(
+            f"Codec {codec} loses too much of the features of teacher {teacher}.",
+            got="token cosines of {cosine_mean:.3f}, 1% below {cosine_p1:.3f}".format(**self.fidelity),
+            expected=f"1% below no less than {LEAST_COSINE}",
+            do=f"set teachers.{teacher}.codec to one that keeps to it: {better}; or set accept_loss=true",
+        )
 
 
 @torch.inference_mode()
 def sample_features(
     teacher: Teacher, sample: CalibrationSample, grid: GridSpec, batch_size: int, limit: int | None = None
 ) -> Tensor:
-    """What is stored of the sample's features before encoding, (R, S, h, w, C) float32 on the CPU."""
+    """The sample's features as they enter the codec, (R, S, h, w, C) float32 on the CPU."""
     device = next(teacher.parameters()).device
     batches = sample.pixels(teacher.spec.render_size, limit).split(batch_size)
     maps = (stored_form(teacher(batch.to(device)).feature_maps_BSHWC, grid)[0] for batch in batches)
@@ -99,8 +117,20 @@ def calibrate(
     results = {}
     for name, teacher in teachers.items():
         codec = get_codec(teacher.spec.codec)
-        limit = None if codec.needs_tables else batch_size  # a plain codec learns nothing, and loses little
+        limit = None if codec.needs_tables else batch_size  # a plain codec learns nothing and loses little
         features_RSHWC = sample_features(teacher, sample, teacher.spec.grid, batch_size, limit).clone()
         codec.calibrate(features_RSHWC)
-        results[name] = Calibration(codec.state(), asdict(measure_fidelity(codec, features_RSHWC)))
+        fidelity = measure_fidelity(codec, features_RSHWC)
+        better = _better_codecs(features_RSHWC) if fidelity.cosine_p1 < LEAST_COSINE else {}
+        results[name] = Calibration(codec.state(), asdict(fidelity), better)
     return results
+
+
+def _better_codecs(features_RSHWC: Tensor) -> dict[str, float]:
+    """Of the advised codecs that fit, those of `LEAST_COSINE`."""
+    found = {}
+    for codec in map(get_codec, codec_names("advised")):
+        rows_RSHWC = features_RSHWC[: codec.trial_rows[1]]
+        if codec.fits(rows_RSHWC.shape[-1]) and len(rows_RSHWC) >= codec.trial_rows[0]:
+            found[codec.name] = measure_fidelity(codec.calibrate(rows_RSHWC), rows_RSHWC).cosine_p1
+    return {name: cosine for name, cosine in found.items() if cosine >= LEAST_COSINE}

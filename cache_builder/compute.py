@@ -1,4 +1,4 @@
-"""Views to features as they are stored: teachers and codecs on their device, a thread that writes behind."""
+"""From views to stored features: teachers and codecs on their device, and a thread that writes."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from teachercache.cache_builder.device_copies import DeviceCopies
 from teachercache.cache_builder.stages import StageSeconds
 from teachercache.cache_builder.teachers import Teacher
 from teachercache.pipeline.cache import FeatureCache
+from teachercache.pipeline.codecs import torch_dtype
 from teachercache.pipeline.errors import CodecError
 from teachercache.pipeline.grids import stored_form
 from teachercache.pipeline.records.feature_stats import FeatureMoments
@@ -32,8 +33,8 @@ _WRITES_IN_FLIGHT = 4
 class Computing:
     """Teachers and codecs of a cache.
 
-    One thread computes for all shards: OpenMP keeps a team of threads for every thread that calls it,
-    and on a CPU two teams spin against each other.
+    One thread computes for all shards: OpenMP keeps a team of threads for each calling thread, and on a CPU
+    two teams spin against each other.
     """
 
     def __init__(self, cache: FeatureCache, teachers: Mapping[str, Teacher]) -> None:
@@ -47,7 +48,7 @@ class Computing:
     def encode(
         self, name: str, pixels: Mapping[Size, Tensor], seconds: StageSeconds
     ) -> tuple[dict[str, Tensor], FeatureMoments]:
-        """What goes to disk for one batch of one teacher, and its statistics, on the teacher's device."""
+        """The arrays to store for one batch of one teacher, and its statistics, on the teacher's device."""
         views = self._copies[name].start(pixels[self._cache.spec.teachers[name].render_size])
         return self._device.submit(self._compute, name, views, seconds).result()
 
@@ -72,27 +73,27 @@ class Computing:
 
 
 def _tokens(spec: TeacherSpec, cls_token: Tensor | None, global_feature: Tensor | None) -> dict[str, Tensor]:
-    """The token features in the dtypes of the layout. Raises `CodecError` for values they cannot hold."""
+    """The token features in the layout's dtypes. Raises `CodecError` for values that do not fit."""
     layouts = teacher_layouts(spec)
     tokens: dict[str, Tensor] = {}
     for name, tensor in ((CLS_TOKEN, cls_token), (GLOBAL_FEATURE, global_feature)):
         if name not in layouts or tensor is None:
             continue
-        tokens[name] = tensor.to(layouts[name].dtype)
+        tokens[name] = tensor.to(torch_dtype(layouts[name].dtype))
         if not torch.isfinite(tokens[name]).all():
             raise CodecError(
-                f"The {name} feature of {spec.model} cannot be stored beside codec {spec.codec}.",
+                f"The {name} feature of {spec.model} cannot be stored together with codec {spec.codec}.",
                 got=f"a largest magnitude of {tensor.abs().max().item():g}",
-                expected=f"finite values of at most {torch.finfo(layouts[name].dtype).max:g}",
+                expected=f"finite values of at most {torch.finfo(tokens[name].dtype).max:g}",
                 do="choose codec f32 if the values are finite; look at the teacher if they are not",
             )
     return tokens
 
 
 class Batches:
-    """Collects the views of one shard into batches, has them computed, and writes behind in one thread.
+    """Collects the views of one shard into batches, computes them, and writes them in another thread.
 
-    `moved` is called whenever a teacher is done with a batch; what it raises ends the shard.
+    `on_progress` is called whenever a teacher has finished a batch; an error that it raises ends the shard.
     """
 
     def __init__(
@@ -101,10 +102,10 @@ class Batches:
         writers: Mapping[str, ShardWriter],
         batch_size: int,
         seconds: StageSeconds,
-        moved: Callable[[], None],
+        on_progress: Callable[[], None],
     ) -> None:
         self._computing, self._writers, self._batch_size = computing, writers, batch_size
-        self._seconds, self._moved = seconds, moved
+        self._seconds, self._on_progress = seconds, on_progress
         self.moments: dict[str, FeatureMoments] = {}
         self._offsets: list[int] = []
         self._renders: list[Renders] = []
@@ -118,7 +119,7 @@ class Batches:
         self._writing.shutdown(cancel_futures=True)
 
     def add(self, offset: int, renders: Renders) -> None:
-        """The view of the row at `offset` within the shard."""
+        """Add the view of the row at `offset` within the shard."""
         self._offsets.append(offset)
         self._renders.append(renders)
         if len(self._offsets) == self._batch_size:
@@ -138,7 +139,7 @@ class Batches:
             tensors, moments = self._computing.encode(name, pixels, self._seconds)
             before = self.moments.get(name)
             self.moments[name] = moments if before is None else before.merge(moments)
-            self._moved()
+            self._on_progress()
             while len(self._writes) >= _WRITES_IN_FLIGHT:
                 self._writes.popleft().result()
             self._writes.append(self._writing.submit(self._write, writer, self._offsets, tensors))

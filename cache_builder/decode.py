@@ -1,4 +1,4 @@
-"""Images on their way to the teachers: threads read, decode and render them ahead of who takes them."""
+"""Images on their way to the teachers: threads read, decode and render them ahead of time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Renders = dict[Size, Tensor]  # uint8 (3, h, w) by (h, w)
 
 @dataclass
 class Sample:
-    """Its rows in the cache, and the renders of each, or the reason why there are none (and no data)."""
+    """A sample's rows in the cache, and the renders of each, or the reason why it has none (and no data)."""
 
     index: int
     rows: range
@@ -31,7 +31,7 @@ class Sample:
 
 
 class Decoding:
-    """A pool of threads, for one shard after another or two at a time. `views_ahead`: how many are ready."""
+    """A pool of threads, for one shard or two at a time, that keeps up to `views_ahead` views ready."""
 
     def __init__(self, cache: FeatureCache, threads: int, views_ahead: int) -> None:
         self._cache, self._threads, self._views_ahead = cache, threads, views_ahead
@@ -69,7 +69,7 @@ class Decoding:
             return self._cache.source_bytes(index)
 
     def _render(self, sample: Sample, data: bytes, sizes: set[Size]) -> list[Renders]:
-        """Raises `ImageDecodeError` also for an image of another size than the views were drawn for."""
+        """Raises `ImageDecodeError`, also if the views were drawn for an image of another size."""
         image = decode_image(data)
         width, height = (self._cache.samples[name][sample.index].as_py() for name in ("width", "height"))
         if image.size != (width, height):

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 from teachercache.cache_builder.build_recipe import BuildRecipe
 from teachercache.cache_builder.calibrate import CalibrationSample
 from teachercache.cache_builder.moved_weights import with_checkpoints
-from teachercache.cache_builder.teachers import resolve_teacher
+from teachercache.cache_builder.teachers import resolve_teachers
 from teachercache.cache_builder.versions import versions
 from teachercache.pipeline.codecs import get_codec
 from teachercache.pipeline.errors import CacheMismatchError, Problems
@@ -109,10 +109,10 @@ def draft(recipe: BuildRecipe, progress: Callable[[int], None] | None = None) ->
 
 def teachers_of(recipe: BuildRecipe, problems: Problems) -> dict[str, TeacherSpec]:
     """The teachers, without weights hashes; why one cannot be is noted in `problems`."""
-    found = {}
+    found = dict[str, TeacherSpec]()
     for name, teacher in recipe.teachers.items():
         with problems.noted():
-            found[name] = resolve_teacher(name, teacher, recipe.views.size, recipe.sak_compat)
+            found |= resolve_teachers({name: teacher}, recipe.views, recipe.sak_compat)
             get_codec(teacher.codec)
     return found
 

@@ -1,9 +1,9 @@
-"""One shard, from image bytes to commit records. No cluster in here.
+"""One shard, from image bytes to commit records. Knows no cluster.
 
 The stages overlap: a pool of threads reads, decodes and renders ahead; the calling thread runs the
-teachers and encodes on their device; one more thread moves codes to the host and writes. Two shards
-extracted at once by two threads of one `ShardExtractor` also hide each other's first decode and last
-write; their forward passes take turns.
+teachers and encodes on their device; one more thread moves codes to the host and writes. If two threads of a
+`ShardExtractor` extract two shards at once, each also hides the other's first decode and last write; their
+forward passes take turns.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from teachercache.pipeline.stores.image_tar import ImageTarWriter
 
 
 def worker_name() -> str:
-    """Of this process, as commit records have it."""
+    """The name of this process in commit records."""
     return f"{platform.node()}:{os.getpid()}"
 
 
@@ -61,7 +61,7 @@ def extract_shard(
 
 @dataclass
 class _Shard:
-    """A shard under way: what writes it for whom, and, once it is computed, what its records will say."""
+    """A shard in progress: its writers by teacher and, once it is computed, the content of its records."""
 
     number: int
     writers: dict[str, ShardWriter]
@@ -78,7 +78,7 @@ class _Shard:
 
 
 class ShardExtractor:
-    """Teachers on a device and a decoding pool, for one shard after another (or two at a time)."""
+    """Teachers on a device and a decoding pool, for one shard at a time (or two)."""
 
     def __init__(
         self,
@@ -91,7 +91,7 @@ class ShardExtractor:
         self._cache, self._batch_size = cache, batch_size
         self._decoding = Decoding(cache, decode_threads, views_ahead=2 * batch_size)
         self._computing = Computing(cache, teachers)
-        self._moved: dict[int, float] = {}
+        self._progressed_at: dict[int, float] = {}
         self._abandoned = False
 
     def __enter__(self) -> ShardExtractor:
@@ -102,21 +102,21 @@ class ShardExtractor:
         self._computing.close()
 
     def idle_s(self) -> dict[int, float]:
-        """The shards in flight, and for how long nothing has moved in each."""
+        """The shards in flight, and the seconds since each last made progress."""
         now = time.monotonic()
-        return {shard: now - moved for shard, moved in self._moved.copy().items()}
+        return {shard: now - progressed for shard, progressed in self._progressed_at.copy().items()}
 
     def abandon(self) -> None:
-        """End the shards in flight at their next batch: `BuildInterruptedError`, and no file is left."""
+        """End the shards in flight at their next batch, by `BuildInterruptedError`; no file is left."""
         self._abandoned = True
 
     def extract(self, shard: int, names: Collection[str], replace: bool = False) -> dict[str, CommitRecord]:
         """Extract and commit one shard for the named teachers, and "images" for the copied images.
 
-        What another job has committed already, or commits meanwhile, is left as it is and not returned;
-        with `replace`, it is replaced once all is computed, and stays as it is where that fails.
+        Shards that another job has already committed, or commits meanwhile, stay and are not returned;
+        `replace` replaces them once everything is computed, and leaves them unchanged if that fails.
         Raises `BuildInterruptedError` after `abandon()`, `CacheNotFoundError` when the cache has vanished,
-        `CacheMismatchError` for images that are not those that were planned, or computed before.
+        `CacheMismatchError` for images other than those of the plan or of earlier records.
         """
         is_committed = self._cache.manifest.is_committed
         committed = {name for name in names if not replace and is_committed(name, shard)}
@@ -128,15 +128,15 @@ class ShardExtractor:
         except AlreadyCommittedError:
             return self.extract(shard, missing)
         finally:
-            self._moved.pop(shard, None)
+            self._progressed_at.pop(shard, None)
 
-    def _move(self, shard: int) -> None:
-        self._moved[shard] = time.monotonic()
+    def _note_progress(self, shard: int) -> None:
+        self._progressed_at[shard] = time.monotonic()
         if self._abandoned:
             raise BuildInterruptedError(f"Shard {shard} was abandoned, since the process has to end.")
 
     def _require_cache(self) -> None:
-        """Writing makes folders; where a mount is gone, they would be made below the place it had."""
+        """Writing creates folders, and if the mount is gone, it would create them below the mount point."""
         if not self._cache.manifest.exists():
             raise CacheNotFoundError(
                 "The cache has vanished.",
@@ -158,7 +158,7 @@ class ShardExtractor:
             shard = _Shard(number, writers, tar)
             self._compute(shard)
             new = [] if replace else names
-            with cache.manifest.publishing(number, new, partial(self._move, number)):
+            with cache.manifest.publishing(number, new, partial(self._note_progress, number)):
                 files = self._publish(shard, replace)
                 shard.seconds.totals["wall"] = time.perf_counter() - start
                 records = {name: self._record(shard, name, files[name]) for name in names}
@@ -167,14 +167,14 @@ class ShardExtractor:
         return records
 
     def _compute(self, shard: _Shard) -> None:
-        """All that takes time. What it writes has no name yet."""
-        moved = partial(self._move, shard.number)
+        """All that takes time. The files that it writes have no name yet."""
+        progress = partial(self._note_progress, shard.number)
         source_digest = xxhash.xxh3_128()
         first_row = self._cache.spec.shard_rows(shard.number).start
-        with Batches(self._computing, shard.writers, self._batch_size, shard.seconds, moved) as batches:
-            moved()
+        with Batches(self._computing, shard.writers, self._batch_size, shard.seconds, progress) as batches:
+            progress()
             for sample in self._decoding.samples(shard.number, shard.writers, shard.seconds):
-                moved()
+                progress()
                 source_digest.update(sample.data)
                 if sample.reason is not None:
                     shard.quarantined.append(self._quarantine_entry(sample, sample.reason))
@@ -188,7 +188,7 @@ class ShardExtractor:
         shard.moments, shard.source_checksum = batches.moments, source_digest.hexdigest()
 
     def _publish(self, shard: _Shard, replace: bool) -> dict[str, dict[str, FileRecord]]:
-        """Every file but the records, without which these do not count."""
+        """Publish every file but the records; without those, the files do not count."""
         spec, manifest = self._cache.spec, self._cache.manifest
         require_same_images(manifest, spec, shard.number, shard.source_checksum, replaced=shard.names)
         files = {name: writer.publish() for name, writer in shard.writers.items()}

@@ -5,12 +5,13 @@ from __future__ import annotations
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.codecs import get_codec
 from teachercache.pipeline.errors import CacheMismatchError
-from teachercache.pipeline.records.manifest import SPEC_NAME, Manifest, commit_name, moments_name, tables_name
+from teachercache.pipeline.records.integrity import record_problem
+from teachercache.pipeline.records.manifest import SPEC_NAME, Manifest, tables_name
 from teachercache.pipeline.records.spec import CacheSpec, TeacherSpec
 
 
 def kept_teacher(manifest: Manifest, spec: CacheSpec, name: str, weights_hash: str) -> TeacherSpec | None:
-    """The teacher `name` of `spec` with what its committed shards were encoded with; None without shards.
+    """Teacher `name` of `spec` with the weights and tables of its committed shards; None without shards.
 
     Raises `CacheMismatchError` when they are those of another spec.
     """
@@ -19,25 +20,20 @@ def kept_teacher(manifest: Manifest, spec: CacheSpec, name: str, weights_hash: s
         return None
     tables = tables_name(name)
     has_tables = get_codec(spec.teachers[name].codec).needs_tables and manifest.storage.exists(tables)
-    found = {
+    hashes = {
         "weights_hash": weights_hash,
         "tables_hash": manifest.storage.checksum(tables) if has_tables else None,
     }
-    teacher = spec.teachers[name].model_copy(update=found)
+    teacher = spec.teachers[name].model_copy(update=hashes)
     teachers = {**spec.teachers, name: teacher}
     whole = CacheSpec.model_validate(spec.model_dump() | {"teachers": teachers, "cache_id": ""})
     store = FeatureCache(manifest.storage, whole).store
     for shard, record in manifest.commits(name, shards).items():
-        mismatch = record.mismatch(whole)
-        if mismatch is None:
-            files = sorted(record.files.keys() - {moments_name(name, shard)})
-            if files != sorted(store.shard_files(name, shard)):
-                mismatch = f"names {', '.join(files)}: no shard of a {whole.store} cache"
-        if mismatch is not None:
+        if (problem := record_problem(record, whole, store.shard_files(name, shard))) is not None:
             raise CacheMismatchError(
-                f"{SPEC_NAME} is gone, and the shards that are left are not those of this recipe.",
-                got=f"{commit_name(name, shard)} {mismatch}",
+                f"{SPEC_NAME} is gone, and the remaining shards are not those of this recipe.",
+                got=problem.reason,
                 expected="the recipe, images, weights and library versions of the cache",
-                do=f"restore {SPEC_NAME} from a copy, mend the recipe, or choose another place (cache=…)",
+                do=f"restore {SPEC_NAME} from a copy, correct the recipe, or choose another place (cache=…)",
             )
     return teacher

@@ -1,4 +1,4 @@
-"""Weights that moved since the build. A hash says what they are; where they lie may change."""
+"""Weights that moved since the build. Their hash identifies them; their place may change."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class MovedTeacher(Strict):
 
 
 class MovedRecipe(Strict):
-    """Teachers of a cache by name, whose weights are elsewhere now."""
+    """Teachers of a cache, by name, whose weights are now elsewhere."""
 
     teachers: dict[str, MovedTeacher] = Field(default_factory=dict)
 
@@ -28,22 +28,22 @@ class MovedRecipe(Strict):
 
 
 class RepairRecipe(RunnerRecipe, MovedRecipe):
-    """Who repairs, and where the weights are."""
+    """How to repair, and where the weights are."""
 
 
 def with_checkpoints(spec: CacheSpec, checkpoints: Mapping[str, str | None]) -> CacheSpec:
-    """`spec` with the weights of these teachers in other places; the hashes they must have stay.
+    """`spec` with the weights of these teachers in other places; their hashes stay the same.
 
     Raises `CacheError` for a teacher that `spec` does not have.
     """
     if unknown := checkpoints.keys() - spec.teachers.keys():
         raise CacheError(
-            "This cache holds no teacher of that name.",
+            "This cache has no teacher of that name.",
             got=", ".join(f"teachers.{name}.checkpoint" for name in sorted(unknown)),
             expected=f"one of {', '.join(spec.teachers)}",
         )
-    moved = {
+    teachers = {
         name: spec.teachers[name].model_copy(update={"checkpoint": path})
         for name, path in checkpoints.items()
     }
-    return spec.model_copy(update={"teachers": {**spec.teachers, **moved}})
+    return spec.model_copy(update={"teachers": {**spec.teachers, **teachers}})

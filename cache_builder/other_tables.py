@@ -1,4 +1,4 @@
-"""The codec tables of another cache (`tables_from`): what was encoded with the same tables can be merged."""
+"""The codec tables of another cache (`tables_from`): caches encoded with the same tables can be merged."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from teachercache.pipeline.records.stats_files import read_tables
 
 
 def other_tables(url: str | None, teachers: Mapping[str, TeacherSpec]) -> dict[str, Calibration]:
-    """Tables and fidelity that the cache at `url` has for those of these teachers whose codecs take tables.
+    """Tables and fidelity from the cache at `url`, for those of these teachers whose codecs need tables.
 
     Hashes that a teacher does not have yet are not compared. Raises `CacheMismatchError` with every reason
-    why features that are encoded with them could not be merged with that cache, and `CacheError` where it
+    why features encoded with these tables could not be merged with that cache, and `CacheError` where it
     cannot be read.
     """
     if url is None:
@@ -32,12 +32,12 @@ def other_tables(url: str | None, teachers: Mapping[str, TeacherSpec]) -> dict[s
             "The codec tables of that cache are not for these teachers:\n  - " + "\n  - ".join(differences),
             got=f"tables_from={url}",
             expected="a cache whose teachers of the same names have the same settings and weights",
-            do="take the settings of that cache, or leave tables_from out: the codecs then learn tables of "
-            "their own, and the two caches cannot be merged",
+            do="use the settings of that cache, or leave tables_from out: the codecs then learn their own "
+            "tables, and the two caches cannot be merged",
         )
     return {
         name: Calibration(
-            read_tables(manifest.storage, name, other.teachers[name].tables_hash),
+            read_tables(manifest, name, other.teachers[name].tables_hash),
             dict(other.fidelity.get(name, {})),
         )
         for name in calibrated

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ import pyarrow as pa
 import torch
 
 from teachercache.cache_builder.build_recipe import BuildRecipe
+from teachercache.cache_builder.prices import PlanRecipe
 from teachercache.cache_builder.teachers.flops import teacher_gmacs
 from teachercache.pipeline.errors import DiskSpaceError, Problems
 from teachercache.pipeline.places.storage import Storage
@@ -17,9 +17,9 @@ from teachercache.pipeline.records.feature_stats import FeatureMoments
 from teachercache.pipeline.records.manifest import Manifest
 from teachercache.pipeline.records.spec import IMAGES, CacheSpec, TeacherSpec
 from teachercache.pipeline.stores.feature_store import teacher_layouts
+from teachercache.pipeline.stores.shard_format import disk_nbytes
 from teachercache.pipeline.units import human_bytes
 
-_CHECKSUM_BYTES, _INDEX_BYTES = 4, 16  # crc32c behind every chunk; offset and size in the shard's index
 _HEADER_BYTES = 512  # of a file of statistics, at most
 
 
@@ -50,8 +50,7 @@ class Plan:
     image_bytes: int
     missing_image_bytes: int
     free_bytes: int | None
-    tflops_per_gpu: float
-    student_images_per_s: float
+    prices: PlanRecipe
 
     @property
     def bytes_per_row(self) -> int:
@@ -85,12 +84,12 @@ class Plan:
     @property
     def gpu_hours(self) -> float:
         flops = sum(2e9 * teacher.gmacs * teacher.missing_rows for teacher in self.teachers)
-        return flops / (self.tflops_per_gpu * 1e12) / 3600
+        return flops / (self.prices.tflops * 1e12) / 3600
 
     @property
-    def read_bytes_per_s(self) -> float:
-        """What training reads when the student takes `student_images_per_s`."""
-        return self.student_images_per_s * self.bytes_per_row
+    def views_per_s(self) -> float:
+        """What a GPU takes through all teachers."""
+        return self.prices.tflops * 1e12 / sum(2e9 * teacher.gmacs for teacher in self.teachers)
 
     def require(self, budget: int | None) -> None:
         """Raises what `require_space` and `require_budget` do, or both as one."""
@@ -150,24 +149,19 @@ def make_plan(recipe: BuildRecipe, spec: CacheSpec, storage: Storage, samples: p
         image_bytes=sum(images.values()),
         missing_image_bytes=sum(images[shard] for shard in images.keys() - manifest.committed_shards(IMAGES)),
         free_bytes=storage.free_bytes(),
-        tflops_per_gpu=recipe.plan.teacher_tflops_per_gpu,
-        student_images_per_s=recipe.plan.student_images_per_s,
+        prices=recipe.plan,
     )
 
 
 def _copied_bytes(spec: CacheSpec, samples: pa.Table) -> dict[int, int]:
     """Bytes of the source images that each shard of copies holds."""
     nbytes = samples["nbytes"].to_numpy()
-    places = {shard: spec.shard_samples(shard) for shard in spec.shards(IMAGES)}
-    return {shard: int(nbytes[place.start : place.stop].sum()) for shard, place in places.items()}
+    return {shard: int(nbytes[spec.shard_samples(shard)].sum()) for shard in spec.shards(IMAGES)}
 
 
 def bytes_per_row(teacher: TeacherSpec) -> int:
     """Bytes on disk of one row of a teacher, checksums and index included."""
-    layouts = teacher_layouts(teacher).values()
-    return sum(
-        math.prod(layout.shape) * layout.dtype.itemsize + _CHECKSUM_BYTES + _INDEX_BYTES for layout in layouts
-    )
+    return disk_nbytes(teacher_layouts(teacher).values())
 
 
 def statistics_bytes(teacher: TeacherSpec, covariance: bool) -> int:

@@ -1,4 +1,4 @@
-"""What a build shows while it runs: a live bar on a terminal, a line for every shard in a log."""
+"""What a build shows while it runs: a live bar on a terminal, one line per shard in a log."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from teachercache.pipeline.records.manifest import CommitRecord
 class BuildProgress:
     """Counts committed shards and views; `seconds` are the stages' sums over all shards so far.
 
-    `told`: the shards that are counted.
+    `counted`: the shards that are counted.
     """
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._total = 0
         self._start = time.monotonic()
-        self.told = set[int]()
+        self.counted = set[int]()
         self.views = 0
         self.seconds = dict.fromkeys((*STAGES, "wall"), 0.0)
         self._bar = Progress(
@@ -39,7 +39,7 @@ class BuildProgress:
         self._task = self._bar.add_task("", rate=0.0, stages="")
 
     def of(self, shards: int) -> Self:
-        """For so many shards."""
+        """Set the number of shards to build."""
         self._total = shards
         self._bar.update(self._task, total=shards)
         return self
@@ -53,7 +53,7 @@ class BuildProgress:
 
     @property
     def shards(self) -> int:
-        return len(self.told)
+        return len(self.counted)
 
     @property
     def wall_s(self) -> float:
@@ -64,15 +64,13 @@ class BuildProgress:
         return self.views / self.wall_s if self.wall_s else 0.0
 
     def on_commit(self, records: Mapping[str, CommitRecord]) -> None:
-        if not records:  # another job had it
+        if not records:  # another job committed it
             self._total -= 1
             self._bar.update(self._task, total=self._total)
             return
         record = next(iter(records.values()))
-        self.told.add(record.shard)
-        self._total = max(
-            self._total, self.shards
-        )  # one may be told of late, after it was taken for another's
+        self.counted.add(record.shard)
+        self._total = max(self._total, self.shards)  # a late report can follow one for another job's shard
         self.views += record.num_rows
         for stage, value in record.seconds.items():
             self.seconds[stage] += value

@@ -1,4 +1,4 @@
-"""The Ray cluster that a build joins: how it is found, whether its head still answers, and its actors."""
+"""The Ray cluster that a build joins: finding it, whether its head still answers, and its actors."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _CONNECT_TIMEOUT_S = 2.0
 
 
 class Head:
-    """Whether the head of the cluster still answers. Without it Ray's own calls wait, and end the process."""
+    """Whether the cluster's head still answers. Without it, Ray's calls hang, and then end the process."""
 
     def __init__(self) -> None:
         self._address: str = ray.get_runtime_context().gcs_address
         self._heard = time.monotonic()
 
     def answers(self) -> bool:
-        """Raises `BuildInterruptedError` when it has not answered for long."""
+        """Raises `BuildInterruptedError` when it has not answered for a long time."""
         if _answers(self._address):
             self._heard = time.monotonic()
             return True
@@ -67,7 +67,7 @@ def connect() -> None:
             do="start it with ray start --head, or unset RAY_ADDRESS to use a cluster of this machine",
         )
     noted = None if address else read_ray_address()
-    if noted is None or _answers(noted):  # Ray would try a dead cluster of this machine for ever
+    if noted is None or _answers(noted):  # Ray would try a dead cluster on this machine forever
         with contextlib.suppress(ConnectionError):
             ray.init(address="auto", **quiet)
     if not ray.is_initialized():
@@ -78,7 +78,7 @@ def connect() -> None:
 
 
 def _answers(address: str) -> bool:
-    """Whether something listens there; names that are no host and port, such as "auto", are left to Ray."""
+    """Whether something listens there; names other than host and port, such as "auto", are left to Ray."""
     host, colon, port = address.rpartition(":")
     if not colon or not port.isdigit() or "//" in host:
         return True
@@ -90,7 +90,7 @@ def _answers(address: str) -> bool:
 
 
 def answer_of(call: Any) -> Any:
-    """`ray.get`, with our own errors as they were raised in the actor (its constructor included)."""
+    """`ray.get`, which raises our own errors as the actor (or its constructor) raised them."""
     try:
         return ray.get(call)
     except RayTaskError as error:
@@ -102,5 +102,5 @@ def answer_of(call: Any) -> Any:
             "A Ray actor could not load the teachers.",
             got=str(error),
             expected="an actor that builds every teacher of the recipe",
-            do="mend the reason above; `teachercache build … runner.kind=local` shows it without Ray",
+            do="fix the cause above; `teachercache build … runner.kind=local` shows it without Ray",
         ) from error

@@ -1,8 +1,8 @@
 """The runner on a Ray cluster.
 
-Plain actors, fed from a queue of shards, give back commit records and nothing else: features go from
-the actor to the store. An actor that dies (its process, its node, preemption) or hangs is replaced, and the
-shards it had in flight are queued again; extraction is idempotent, so running one twice is harmless.
+Plain actors, fed from a queue of shards, return only commit records: features go from the actor to the
+store. An actor that dies (its process, its node, preemption) or hangs is replaced, and its shards in flight
+are queued again; extraction is idempotent, so running one twice is harmless.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _WATCH = "watch"
 
 
 class RayWorker(Worker):
-    """A worker that reports to Ray's metrics, and finishes its shards when it is told to go (SIGTERM)."""
+    """A worker that reports to Ray's metrics, and finishes its shards on SIGTERM."""
 
     def __init__(self, teachers: Mapping[str, TeacherSpec], runner: RunnerRecipe) -> None:
         super().__init__(teachers, runner)
@@ -61,7 +61,7 @@ class RayWorker(Worker):
         signal.signal(signal.SIGTERM, self._leave)
 
     def fill(self, url: str, images: str) -> str:
-        """Open the cache that shards are extracted into. Returns this process's name in commit records."""
+        """Open the cache to extract shards into. Returns this process's name in commit records."""
         self._extractor = self.open(url, images)
         return worker_name()
 
@@ -74,7 +74,7 @@ class RayWorker(Worker):
             raise BuildInterruptedError("This process has to end; it takes no more shards.")
         self._metrics.start()
         records = self._extractor.extract(shard, names)
-        for record in list(records.values())[:1]:  # all of them tell of the same views
+        for record in list(records.values())[:1]:  # all of them count the same views
             self._metrics.add(record)
         return records
 
@@ -97,7 +97,7 @@ class RayWorker(Worker):
 
 
 class _Metrics:
-    """What each actor did, at the Prometheus endpoint of its node."""
+    """The work of each actor, at the Prometheus endpoint of its node."""
 
     def __init__(self) -> None:
         keys = ("actor",)
@@ -122,7 +122,7 @@ class _Metrics:
             assert self._started is not None
             rate = self._total / (time.monotonic() - self._started)
         for stage in STAGES:
-            if record.seconds[stage] > 0:  # Ray refuses to add nothing
+            if record.seconds[stage] > 0:  # Ray refuses to add zero
                 self._seconds.inc(record.seconds[stage], self._tags | {"stage": stage})
         self._shards.inc(1, self._tags)
         self._views.inc(record.num_rows, self._tags)
@@ -131,7 +131,7 @@ class _Metrics:
 
 @dataclass(eq=False)
 class _Actor:
-    """An actor of the pool, and what it was asked: `opening` comes before any shard, `ping` is its pulse.
+    """An actor of the pool, and its pending calls: `opening` precedes any shard, `ping` is its pulse.
 
     `name` is the answer to `opening`.
     """
@@ -146,8 +146,8 @@ class _Actor:
 
 
 class RayRunner(Runner):
-    """As many actors as the nodes have room for and the shards can occupy (or `num_actors`), each with all
-    teachers loaded."""
+    """As many actors as fit the nodes and the shards can occupy (or `num_actors`), each with all teachers
+    loaded."""
 
     worker: ClassVar[type[Worker]] = RayWorker
 
@@ -165,7 +165,7 @@ class RayRunner(Runner):
         self._actors = [self._start_actor() for _ in range(self._wanted_actors())]
 
     def __exit__(self, *_: object) -> None:
-        if self._head.is_gone():  # every call to Ray would wait for it
+        if self._head.is_gone():  # every call to Ray would hang
             return
         for actor in self._actors:
             ray.kill(actor.handle)
@@ -220,8 +220,8 @@ class RayRunner(Runner):
     def _collect(self, queue: Queue, on_commit: OnCommit) -> None:
         owners = {call: actor for actor in self._actors for call in actor.running}
         owners |= {actor.opening: actor for actor in self._actors if actor.opening is not None}
-        done, _ = ray.wait(list(owners), num_returns=1, timeout=TICK_S)
-        for call in done:
+        finished, _ = ray.wait(list(owners), num_returns=1, timeout=TICK_S)
+        for call in finished:
             self._take(owners[call], call, queue, on_commit)
 
     def _take(self, actor: _Actor, call: Any, queue: Queue, on_commit: OnCommit) -> None:
@@ -232,7 +232,7 @@ class RayRunner(Runner):
             self._lose(actor, f"the process that ran it died: {error}", queue)
         except RayTaskError as error:
             cause = error.cause if isinstance(error.cause, Exception) else error
-            if call is actor.opening:  # no shard can be extracted by an actor that cannot open the cache
+            if call is actor.opening:  # an actor that cannot open the cache cannot extract
                 raise cause from error
             task = actor.running.pop(call)
             if isinstance(cause, BuildInterruptedError):
@@ -242,7 +242,7 @@ class RayRunner(Runner):
             assert self._place is not None
             require_place(cause, self._place[0])
             queue.retry_or_fail(task, describe(cause))
-        except RayError as error:  # its answer went with a node; what it committed stays
+        except RayError as error:  # its answer went with a node; its commits stay
             self._lose(actor, f"its answer was lost: {error}", queue)
         else:
             if call is actor.opening:
@@ -252,14 +252,14 @@ class RayRunner(Runner):
                 on_commit(answer)
 
     def _lose(self, actor: _Actor, reason: str, queue: Queue) -> None:
-        log.warning("an actor with %d shards is replaced: %s", len(actor.running), reason)
+        log.warning("replacing an actor with %d shards: %s", len(actor.running), reason)
         for task in actor.running.values():
             self.orphans.append((task, actor.name))
             queue.retry_or_fail(task, reason, died=True)
         self._replace(actor)
 
     def _replace(self, actor: _Actor) -> None:
-        ray.kill(actor.handle)  # it may only be out of reach
+        ray.kill(actor.handle)  # it may just be unreachable
         self._actors[self._actors.index(actor)] = self._start_actor()
 
     def _count_failed_start(self, dead: _Actor, error: RayActorError) -> None:
@@ -270,11 +270,11 @@ class RayRunner(Runner):
                 "The Ray actors die before they can open the cache.",
                 got=str(error),
                 expected="actors that load the teachers and open the cache",
-                do="look at the actors' logs (ray logs); memory and missing packages are the usual reasons",
+                do="look at the actors' logs (ray logs); memory and missing packages are the usual causes",
             ) from error
 
     def _feel_pulse(self, actor: _Actor, queue: Queue) -> None:
-        """Replace an actor in which a shard hangs, or that does not even answer."""
+        """Replace an actor in which a shard hangs, or that does not answer at all."""
         patience = self.recipe.stall_timeout_s
         waited = time.monotonic() - actor.asked
         if actor.opening is not None or not actor.running:
@@ -284,10 +284,10 @@ class RayRunner(Runner):
                 actor.ping = actor.handle.idle_s.options(concurrency_group=_WATCH).remote()
                 actor.asked = time.monotonic()
         elif ray.wait([actor.ping], timeout=0)[0]:
-            with contextlib.suppress(RayError):  # its shards tell of its death
+            with contextlib.suppress(RayError):  # its shards report its death
                 idle_s = max(ray.get(actor.ping).values(), default=0.0)
                 if idle_s > patience:
-                    self._lose(actor, f"nothing moved for {idle_s:.0f} s", queue)
+                    self._lose(actor, f"no progress for {idle_s:.0f} s", queue)
             actor.ping = None
         elif waited > patience:
             self._lose(actor, f"its process did not answer for {waited:.0f} s", queue)

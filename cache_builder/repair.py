@@ -1,8 +1,8 @@
 """Recompute exactly what is broken, and nothing else.
 
-A broken shard is replaced once it has been extracted again: what is still sound in it can be read until then,
-and stays where the images are gone or are others. Array layouts follow from the spec, the tables from
-the images and the view policy. `cache.json` and the codecs' tables follow from nothing; they are named.
+A broken shard is replaced once it has been extracted again: its sound parts can be read until then, and stay
+if the images are gone or have changed. The spec determines array layouts; the images and the view policy
+determine the tables. Nothing determines `cache.json` and the codecs' tables; they are only reported.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ from teachercache.cache_builder.runner import describe
 from teachercache.cache_builder.worker import Worker
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import CacheMismatchError, TeacherCacheError
+from teachercache.pipeline.records.integrity import Problem
 from teachercache.pipeline.records.manifest import SAMPLES_NAME, SPEC_NAME, VIEWS_NAME, commit_name
 from teachercache.pipeline.records.spec import IMAGES
 from teachercache.pipeline.records.tables import dataset_fingerprint, labels_hash, views_hash
-from teachercache.pipeline.verify import Problem, problems_of_shards, verify
+from teachercache.pipeline.verify import problems_of_shards, verify
 from teachercache.pipeline.views import draw_segment
 
 
 @dataclass(frozen=True)
 class Repaired:
-    """What was broken and is sound again, and what is left, each with the reason why."""
+    """The problems that were mended, and those that are left, each with its reason."""
 
     mended: list[Problem]
     left: list[Problem]
@@ -41,14 +42,14 @@ def repair(
     progress: Callable[[], None] = lambda: None,
     checkpoints: Mapping[str, str] | None = None,
 ) -> Repaired:
-    """Verify every byte of a cache, and mend what differs. Untouched shards stay untouched.
+    """Verify every byte of a cache, and mend what differs. Sound shards stay untouched.
 
-    Rows are the same bits again where the device, the library versions and `runner.batch_size` are those
-    of the build. `progress` is called after each shard that was verified. `checkpoints`: weights that moved
-    since the build, by teacher. Builds may go on meanwhile, and the cache may have grown since it was opened.
+    Rows are bitwise the same again if the device, the library versions and `runner.batch_size` are those
+    of the build. `progress` is called after each verified shard. `checkpoints`: weights that moved since the
+    build, by teacher. Builds may run at the same time, and the cache may have grown since it was opened.
     """
     checkpoints = checkpoints or {}
-    with_checkpoints(cache.spec, checkpoints)  # a wrong name is told before all is read
+    with_checkpoints(cache.spec, checkpoints)  # raises for a wrong name before reading everything
     cache.storage.sweep()
     problems = verify(cache, full=True, progress=progress)
     reasons: dict[Problem, str] = {}
@@ -62,7 +63,7 @@ def repair(
     broken = [problem for problem in problems if problem.shard is not None]
     failed = _extract(cache, broken, runner or RunnerRecipe(), checkpoints)
     reasons |= {problem: failed[problem.shard] for problem in broken if problem.shard in failed}
-    cache.storage.sweep()  # what processes that died on the way left behind
+    cache.storage.sweep()  # remove files of processes that died
     return Repaired(
         mended=[problem for problem in problems if problem not in reasons],
         left=[replace(problem, reason=reason) for problem, reason in reasons.items()],
@@ -70,15 +71,15 @@ def repair(
 
 
 def _in_order(problems: Iterable[Problem]) -> list[Problem]:
-    """The sample table comes first, since views are drawn for samples."""
+    """Sorted with the sample table first, since views are drawn for samples."""
     return sorted(problems, key=lambda problem: problem.file != SAMPLES_NAME)
 
 
 def _rebuild(cache: FeatureCache, problem: Problem) -> None:
-    """Make a file again as the cache is now, and not while a build lets it grow."""
+    """Make a file again for the cache as it is now, and not while a build extends it."""
     while True:
         cache = cache.reopened()
-        tables = _tables(cache, problem)  # can take longer than the lock may be held
+        tables = _tables(cache, problem)  # may take longer than a lock may be held
         with cache.storage.exclusive(SPEC_NAME):
             if cache.manifest.spec() != cache.spec:
                 continue
@@ -108,19 +109,19 @@ def _tables(cache: FeatureCache, problem: Problem) -> pa.Table | None:
 
 def _scan(cache: FeatureCache) -> pa.Table:
     samples = cache.source.scan(workers=os.cpu_count() or 1)
-    if (found := dataset_fingerprint(samples)) != cache.spec.dataset.fingerprint:
+    if (fingerprint := dataset_fingerprint(samples)) != cache.spec.dataset.fingerprint:
         raise CacheMismatchError(
             f"The images at {cache.source.location} are not those of the cache.",
-            got=f"{samples.num_rows} samples with fingerprint {found}",
+            got=f"{samples.num_rows} samples with fingerprint {fingerprint}",
             expected=f"{cache.num_samples} samples with fingerprint {cache.spec.dataset.fingerprint}",
-            do=f"bring the images back as they were, or restore {SAMPLES_NAME} from a copy",
+            do=f"restore the images as they were, or {SAMPLES_NAME} from a copy",
         )
-    if (found := labels_hash(samples)) != (cache.spec.dataset.labels_hash or found):
+    if (actual_hash := labels_hash(samples)) != (cache.spec.dataset.labels_hash or actual_hash):
         raise CacheMismatchError(
             f"The labels at {cache.source.location} are not those of the cache.",
-            got=f"labels with hash {found}",
+            got=f"labels with hash {actual_hash}",
             expected=cache.spec.dataset.labels_hash,
-            do=f"bring the labels back as they were, or restore {SAMPLES_NAME} from a copy",
+            do=f"restore the labels as they were, or {SAMPLES_NAME} from a copy",
         )
     return samples
 
@@ -128,10 +129,10 @@ def _scan(cache: FeatureCache) -> pa.Table:
 def _draw(cache: FeatureCache, samples: pa.Table) -> pa.Table:
     drawn = [(segment, draw_segment(cache.spec.views, segment, samples)) for segment in cache.spec.segments]
     for segment, lines in drawn:
-        if (found := views_hash(lines, segment.samples[0])) != (segment.views_hash or found):
+        if (actual_hash := views_hash(lines, segment.samples[0])) != (segment.views_hash or actual_hash):
             raise CacheMismatchError(
-                "The views that are drawn here are not those of the cache.",
-                got=f"views with hash {found}",
+                "The views drawn on this machine are not those of the cache.",
+                got=f"views with hash {actual_hash}",
                 expected=segment.views_hash,
                 do=f"restore {VIEWS_NAME} from a copy, or repair it on a machine like that of the build",
             )
@@ -144,7 +145,7 @@ def _extract(
     runner: RunnerRecipe,
     checkpoints: Mapping[str, str],
 ) -> dict[int, str]:
-    """Extract broken shards again. Returns the shards that could not be, and why."""
+    """Extract broken shards again. Returns those that failed, with the reason."""
     shards = sorted({problem.shard for problem in problems if problem.shard is not None})
     if not shards:
         return {}
@@ -159,12 +160,12 @@ def _extract(
 
     def again(shard: int) -> None:
         fresh = cache.reopened()
-        standing = problems_of_shards(fresh, True, [shard])
-        broken = names.intersection(problem.teacher for problem in standing if problem.teacher)
+        remaining = problems_of_shards(fresh, True, [shard])
+        broken = names.intersection(problem.teacher for problem in remaining if problem.teacher)
         if shard >= fresh.spec.num_shards:
             for name in broken:
                 cache.storage.remove(commit_name(name, shard))
-        elif standing and shard < cache.spec.num_shards:  # decoding alone makes the quarantine list again
+        elif remaining and shard < cache.spec.num_shards:  # without teachers, it remakes the quarantine list
             extractor.extract(shard, sorted(broken), replace=True)
 
     with ThreadPoolExecutor(runner.shards_in_flight) as pool:

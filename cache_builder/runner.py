@@ -1,4 +1,4 @@
-"""The interface of the two runners, and the one that needs no cluster."""
+"""The interface of both runners, and the runner that needs no cluster."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Task:
-    """One shard and who is still missing in it: teachers' names, and "images" for the copied images.
+    """One shard and what it still lacks: teachers' names, and "images" for the copied images.
 
-    `alone`: a process died with it, so it runs with no other shard beside it that could be blamed too.
+    `alone`: a process died with it, so it runs without other shards that would share the blame.
     """
 
     shard: int
@@ -60,7 +60,7 @@ class FailedShard:
 
 
 class Queue:
-    """The shards that wait, and those that failed for good. A shard that failed is tried again last."""
+    """Waiting shards, and those that failed for good. A failed shard is tried again last."""
 
     def __init__(self, tasks: Sequence[Task], max_attempts: int) -> None:
         self._waiting = deque(tasks)
@@ -71,7 +71,7 @@ class Queue:
         return len(self._waiting)
 
     def take(self, running: Collection[Task], limit: int) -> Task | None:
-        """The next task for a process with these `running`, or None while it has to wait."""
+        """The next task for a process with these `running`, or None if it has to wait."""
         if not self._waiting or len(running) >= limit or any(task.alone for task in running):
             return None
         if self._waiting[0].alone and running:
@@ -81,7 +81,7 @@ class Queue:
         return task
 
     def give_back(self, task: Task) -> None:
-        """It was not tried to the end, through no fault of its own."""
+        """Put back a task that did not end, through no fault of its own."""
         self._waiting.appendleft(task)
 
     def retry_or_fail(self, task: Task, reason: str, died: bool = False) -> None:
@@ -94,8 +94,8 @@ class Queue:
 
 
 class Runner(ABC):
-    """Loads the teachers on entering, gives them back on leaving. `num_shards`: how many will be asked of it,
-    where that is known. `orphans`: tasks that a process had when it died, and its name in commit records."""
+    """Loads the teachers on entering, releases them on leaving. `num_shards`: how many it will get, if known.
+    `orphans`: tasks of processes that died, each with the name of its process in commit records."""
 
     worker: ClassVar[type[Worker]] = Worker
 
@@ -113,7 +113,7 @@ class Runner(ABC):
 
     @abstractmethod
     def weights_hashes(self) -> dict[str, str]:
-        """Hash of every teacher's weights as the workers loaded them."""
+        """The hash of every teacher's weights, as the workers loaded them."""
 
     @abstractmethod
     def calibrate(self, sample: CalibrationSample, names: Collection[str]) -> dict[str, Calibration]:
@@ -123,9 +123,9 @@ class Runner(ABC):
     def run(self, url: str, images: str, tasks: Sequence[Task], on_commit: OnCommit) -> list[FailedShard]:
         """Extract all tasks into the cache at `url`, from `images`; returns those that failed for good.
 
-        SIGTERM and Ctrl-C end it within 20 seconds: shards in flight are finished, or abandoned where that
-        takes longer. Raises `BuildInterruptedError` then, and `BuildError` when the place of the cache
-        takes no more files.
+        SIGTERM and Ctrl-C end it within 20 seconds: shards in flight are finished, or abandoned if that
+        takes longer. It then raises `BuildInterruptedError`. Raises `BuildError` when no more files can be
+        written to the cache.
         """
 
 
@@ -175,8 +175,8 @@ class LocalRunner(Runner):
         on_commit: OnCommit,
         url: str,
     ) -> None:
-        done, _ = wait(running, timeout=TICK_S, return_when=FIRST_COMPLETED)
-        for future in done:
+        finished, _ = wait(running, timeout=TICK_S, return_when=FIRST_COMPLETED)
+        for future in finished:
             task, error = running.pop(future), future.exception()
             if error is None:
                 on_commit(future.result())
@@ -192,14 +192,14 @@ class LocalRunner(Runner):
             shards = ", ".join(map(str, sorted(hung)))
             raise BuildInterruptedError(
                 "The build hangs; everything before is committed.",
-                got=f"nothing moved in shard {shards} for {max(hung.values()):.0f} s",
+                got=f"no progress in shard {shards} for {max(hung.values()):.0f} s",
                 expected=f"a batch within runner.stall_timeout_s={self.recipe.stall_timeout_s:g}",
                 do="run the same command again, or with runner.kind=ray, which replaces processes that hang",
             )
 
 
 def _start(extractor: ShardExtractor, task: Task) -> Future[dict[str, CommitRecord]]:
-    """In a thread that does not keep the process alive: a teacher that hangs would, for ever."""
+    """Run in a daemon thread: otherwise a teacher that hangs would keep the process alive forever."""
     future: Future[dict[str, CommitRecord]] = Future()
 
     def work() -> None:
@@ -222,19 +222,19 @@ def interrupted(number: signal.Signals) -> BuildInterruptedError:
 
 
 def require_place(error: Exception, url: str) -> None:
-    """Raise for an error of the cache's place, which the next shard would meet as well."""
+    """Raise for an error of the cache's place, which would hit the next shard as well."""
     if isinstance(error, CacheNotFoundError):
         raise error
     if (words := place_error(error, url)) is not None:
         raise BuildError(
-            "The place of the cache takes no more files; everything committed stays.", **words
+            "No more files can be written to the cache; everything committed stays.", **words
         ) from error
 
 
 def describe(error: BaseException) -> str:
-    """A reason for people: our errors speak for themselves, others need the place they came from."""
+    """A readable reason: our errors speak for themselves, others need the line that raised them."""
     if (words := place_error(error, "")) is not None:
-        return explain("Its place takes no more files.", **words)
+        return explain("No more files can be written there.", **words)
     if isinstance(error, TeacherCacheError):
         return str(error)
     place = traceback.extract_tb(error.__traceback__)[-1] if error.__traceback__ else None

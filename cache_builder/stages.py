@@ -1,4 +1,4 @@
-"""Seconds spent in each stage of a build, and the bottleneck in words."""
+"""Seconds spent in each stage of a build, and a sentence about the bottleneck."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def bottleneck(seconds: Mapping[str, float], wall: float) -> str:
     other = max((stage for stage in STAGES if stage != "forward"), key=lambda stage: seconds[stage])
     advice = {
         "read": "faster or nearer source images",
-        "decode": "more runner.decode_threads, or more CPU cores a GPU",
+        "decode": "more runner.decode_threads, or more CPU cores per GPU",
         "encode": "a cheaper codec",
         "statistics": "covariance: false",
         "write": "a faster disk, or a smaller codec and grid",

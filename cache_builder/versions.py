@@ -12,10 +12,10 @@ _PACKAGES = ("teachercache", "torch", "torchvision", "timm", "transformers", "pi
 @cache
 def versions() -> dict[str, str]:
     """{package: version}; a package that is not installed is left out."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return installed

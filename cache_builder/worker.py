@@ -1,4 +1,4 @@
-"""What a process that computes features holds: the teachers on their device."""
+"""The teachers on their device, in a process that computes features."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from teachercache.pipeline.records.spec import TeacherSpec
 
 
 class Worker:
-    """Loads teachers once, for the cache that is opened."""
+    """Loads teachers once, then fills the caches that it opens."""
 
     def __init__(self, teachers: Mapping[str, TeacherSpec], runner: RunnerRecipe) -> None:
         device = _device(runner.device)
@@ -24,9 +24,9 @@ class Worker:
         self._teachers: dict[str, Teacher] = {
             name: build_teacher(spec, device=device) for name, spec in teachers.items()
         }
-        if runner.compile:
+        if device.startswith("cuda") if runner.compile is None else runner.compile:
             for teacher in self._teachers.values():
-                teacher.compile_blocks()
+                teacher.compile_blocks(runner.batch_size)
 
     def weights_hashes(self) -> dict[str, str]:
         return {name: teacher.weights_hash for name, teacher in self._teachers.items()}
@@ -36,17 +36,17 @@ class Worker:
         return calibrate({name: self._teachers[name] for name in names}, sample, self._runner.batch_size)
 
     def open(self, url: str, images: str | None = None) -> ShardExtractor:
-        """What fills a cache; `images`: where the source images are, if not where `cache.json` says.
+        """An extractor for a cache; `images`: where the source images are, if not where `cache.json` says.
 
-        Raises `CacheMismatchError` if its rows come from other weights.
+        Raises `CacheMismatchError` if the cache's rows come from other weights.
         """
         cache = FeatureCache.open(url, images)
-        for name, found in self.weights_hashes().items():
+        for name, loaded in self.weights_hashes().items():
             expected = cache.spec.teachers[name].weights_hash
-            if found != expected:
+            if loaded != expected:
                 raise CacheMismatchError(
-                    f"Teacher {name} has other weights here than the cache was built with.",
-                    got=f"weights hash {found}",
+                    f"Teacher {name} does not have the weights that the cache was built with.",
+                    got=f"weights hash {loaded}",
                     expected=f"{expected}, as in {url}/cache.json",
                     do="use the same weights file and library versions on every machine",
                 )
@@ -59,16 +59,16 @@ class Worker:
 
 
 def _device(name: str) -> str:
-    """Raises `BuildError` for a device that is not there."""
+    """Raises `BuildError` for a device that does not exist."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=name)
-    except (AssertionError, RuntimeError) as error:  # torch's own, for names, builds and drivers
+    except (AssertionError, RuntimeError) as error:  # torch raises these for names, builds and drivers
         raise BuildError(
             "The teachers cannot run on this device.",
             got=f"runner.device={name}: {str(error).splitlines()[0]}",
             expected="auto, cpu, cuda or cuda:N, where PyTorch finds one",
-            do="set runner.device=auto, or mend the driver (python -m torch.utils.collect_env shows it)",
+            do="set runner.device=auto, or fix the driver (python -m torch.utils.collect_env shows it)",
         ) from error
     return name

@@ -1,4 +1,4 @@
-"""What people launch: the command, the scripts, the demo, and the recipes."""
+"""What users launch: the command, the scripts, the demo, and the recipes."""
 
 if __name__ == "jobs":
     raise ImportError("`jobs` is imported as `teachercache.jobs`")

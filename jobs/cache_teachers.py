@@ -19,11 +19,11 @@ import os
 import sys
 from pathlib import Path
 
-if not __package__:  # run as a script: it sees the packages from where they lie, installed or not
+if not __package__:  # run as a script: it imports this checkout's packages, installed or not
     sys.path[0] = next(
         str(folder) for folder in Path(__file__).resolve().parents if (folder / "teachercache").is_dir()
     )
-    # So do the workers of a cluster that starts here.
+    # So do the workers of a cluster that it starts.
     path = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = f"{sys.path[0]}{os.pathsep}{path}" if path else sys.path[0]
 

@@ -1,12 +1,13 @@
-"""From photographs to a trained student, in a few minutes on two cores: what `make demo` runs.
+"""From photographs to a trained student, in a few minutes on two cores: the script behind `make demo`.
 
-Everything goes to demo/<name of the images>/, a folder for each choice of images. Run again, it computes only
+Everything goes to demo/<name of the images>/, a folder for each choice of images. A second run computes only
 what is missing.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shlex
 import shutil
@@ -54,30 +55,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="make demo", description=__doc__)
     parser.add_argument("--images", type=Path, help=f"a folder of images; {MAX_IMAGES} of them are used")
     parser.add_argument("--pretrained", action="store_true", help="real weights, where they can be had")
+    parser.add_argument("--trained", type=Path, help="DINOv2 ViT-S alone, with the weights of this file")
     arguments = parser.parse_args()
     console = Terminal()
     started = time.monotonic()
     chosen = choose_images(arguments.images)
     name = f"{arguments.images.resolve().name}_{fingerprint(chosen)}" if arguments.images else "photographs"
-    folder = Path("demo") / (name + "_pretrained" * arguments.pretrained)
+    folder = Path("demo") / (
+        name + ("_trained" if arguments.trained else "_pretrained" * arguments.pretrained)
+    )
 
     images = collect_images(chosen, folder / "images")
     console.rule("1. Teachers → cache, on a local Ray cluster")
-    result = build(build_recipe(folder, images, arguments.pretrained, console), console)
+    result = build(build_recipe(folder, images, arguments.pretrained, arguments.trained, console), console)
     cache = result.cache
 
     console.rule("2. Verify and inspect")
     problems = verify(cache, full=True)
     if problems:
         raise TeacherCacheError(f"{len(problems)} shards differ from their commit records: {problems[0]}")
-    console.print("Every byte of every shard is what its commit record says.")
+    console.print("Every byte of every shard matches its commit record.")
     console.print(summary_table(summarize(cache)))
     pca_maps(cache, folder / "pca_maps.png")
 
     console.rule("3. Cache → student, under accelerate")
     train(cache, folder)
 
-    console.rule("4. What came out")
+    console.rule("4. Results")
     losses = loss_curve(folder / "run" / "metrics.jsonl", folder / "loss.png")
     student = load_student(folder / "run" / "student")
     trained = representation_similarity(student, cache)
@@ -91,10 +95,10 @@ def main() -> None:
     console.print(results(result, losses, representation_similarity(untrained, cache), trained))
     if not all(teacher.pretrained for teacher in cache.spec.teachers.values()):
         console.print(
-            "The teachers' weights are random: these figures show that the parts fit, nothing else."
+            "The teachers' weights are random: these figures only show that the parts work together."
         )
     console.print(f"Pictures: {folder / 'pca_maps.png'} and {folder / 'loss.png'}")
-    console.print(f"All of it in {time.monotonic() - started:.0f} s.")
+    console.print(f"All of this took {time.monotonic() - started:.0f} s.")
     look = f"{activation()}teachercache inspect {shlex.quote(str(folder / 'cache'))}"
     console.print(f"Look further: {look}")
 
@@ -112,13 +116,13 @@ def choose_images(folder: Path | None = None) -> list[Path]:
 
 
 def fingerprint(images: list[Path]) -> str:
-    """Of where they are and when they were written: other images get another folder."""
+    """A hash of where the images are and when they were written: other images get another folder."""
     facts = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in images]
     return xxhash.xxh3_64_hexdigest(repr(facts).encode())[:8]
 
 
 def collect_images(images: list[Path], folder: Path) -> Path:
-    """Copies of `images` in a new folder; one that exists is left as it is."""
+    """Copies of `images` in a new folder; an existing one is not changed."""
     if folder.exists():
         return folder
     partial = folder.with_name(folder.name + ".partial")
@@ -130,8 +134,13 @@ def collect_images(images: list[Path], folder: Path) -> Path:
     return folder
 
 
-def build_recipe(folder: Path, images: Path, pretrained: bool, console: Console) -> BuildRecipe:
+def build_recipe(
+    folder: Path, images: Path, pretrained: bool, trained: Path | None, console: Console
+) -> BuildRecipe:
     overrides = [f"cache={folder / 'cache'}", f"source.path={images}"]
+    if trained:
+        dinov2 = f"teachers={{dinov2: {{preset: dinov2_small, checkpoint: {json.dumps(str(trained))}}}}}"
+        return find_recipe(BuildRecipe, "demo", [*overrides, dinov2])
     recipe = find_recipe(BuildRecipe, "demo", overrides)
     if not pretrained:
         console.print("Teachers with random weights (PRETRAINED=1 asks for the real ones).")
@@ -141,7 +150,7 @@ def build_recipe(folder: Path, images: Path, pretrained: bool, console: Console)
         for teacher in recipe.teachers.values():
             build_teacher(str(teacher.preset), pretrained=True)
     except WeightsNotFoundError as error:
-        console.print(f"Real weights cannot be had, so they are random:\n{error}", style="yellow")
+        console.print(f"Real weights cannot be loaded, so they are random:\n{error}", style="yellow")
         return recipe
     console.print("Teachers with their real weights.")
     return find_recipe(BuildRecipe, "demo", [*overrides, *real])
@@ -171,7 +180,7 @@ def train(cache: FeatureCache, folder: Path) -> None:
 
 
 def activation() -> str:
-    """What comes before a command of ours in a shell that does not find them yet."""
+    """The prefix for our commands in a shell that does not find them yet."""
     if shutil.which("teachercache"):
         return ""
     return f"source {os.path.relpath(sys.prefix)}/bin/activate && "

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-if not __package__:  # run as a script: it sees the packages from where they lie, installed or not
+if not __package__:  # run as a script: it imports this checkout's packages, installed or not
     sys.path[0] = next(
         str(folder) for folder in Path(__file__).resolve().parents if (folder / "teachercache").is_dir()
     )

@@ -1,4 +1,4 @@
-"""What every launcher shares: recipes from the command line, and errors as messages, not tracebacks."""
+"""What all launchers share: recipes from the command line, and errors as messages, not tracebacks."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ EXIT_FAILED, EXIT_USAGE = 1, 2
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call `main`; end with a message and exit status 1 on our errors (2 when the recipe is wrong).
+    """Call `main`; our errors end in a message and exit status 1 (2 for a wrong recipe).
 
-    A build that was interrupted ends at once, with threads that may hang in it: 143 after SIGTERM. Whatever
-    else is interrupted ends with 130.
+    An interrupted build ends at once, even if its threads hang, with 143 after SIGTERM. Any other interrupted
+    program ends with 130.
     """
     try:
         main()
@@ -33,15 +33,15 @@ def run(main: Callable[[], None]) -> None:
             os._exit(error.exit_status)
         raise SystemExit(EXIT_USAGE if isinstance(error, RecipeError) else EXIT_FAILED) from None
     except KeyboardInterrupt:
-        print("Interrupted. The same command goes on from what was saved.", file=sys.stderr)
+        print("Interrupted. The same command continues from what was saved.", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None
     finally:
-        if "torch" not in sys.modules:  # whose bindings want to be collected
-            gc.freeze()  # else Python looks for cycles in every module as it ends, a tenth of `inspect`
+        if "torch" not in sys.modules:  # torch's bindings have to be collected
+            gc.freeze()  # else Python searches all modules for cycles at exit, a tenth of `inspect`
 
 
 def require_absolute_in_job(key: str, path: str) -> None:
-    """Inside a Ray job the working folder is a throw-away copy: a relative path would be lost with it."""
+    """The working folder of a Ray job is a temporary copy: files at a relative path would be lost with it."""
     in_copy = "runtime_resources" in Path.cwd().parts
     if in_copy and "://" not in path and not Path(path).expanduser().is_absolute():
         raise RecipeError(

@@ -1,4 +1,4 @@
-"""`teachercache train RECIPE --dry-run`: what a run will cost, by its cache or, before there is one, by the
+"""`teachercache train RECIPE --dry-run`: the cost of a run, by its cache or, if it does not exist yet, by the
 recipe that builds the cache."""
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def costs_table(recipe: TrainRecipe, plan: TrainPlan) -> RenderableType:
 
 def train_plan_table(plan: TrainPlan) -> RenderableType:
     size = plan.size
-    gpus = f"{plan.processes} GPUs at {plan.tflops_per_gpu:g} TFLOP/s sustained by each (--tflops-per-gpu)"
+    gpus = f"{plan.processes} GPUs at {plan.tflops_per_gpu:g} TFLOP/s sustained by each (--gpu)"
     rate = f"{human_bytes(round(plan.read_bytes_per_s))}/s of the cache, for {plan.images_per_s:,.0f} img/s"
     parts = ", ".join(f"{part} {count:,}" for part, count in size.parameters.items() if count)
     gmacs = ", ".join(f"{part} {count:.1f}" for part, count in size.gmacs_by_part.items())

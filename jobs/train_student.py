@@ -9,7 +9,7 @@ RECIPE is a YAML file, or the name of one in jobs/recipes (for example sak_stage
     output=runs/base                    checkpoints, metrics and the finished student
     teachers=[dinov2,sam]               some of the cache's teachers (default: all)
     features=online                     run the teachers instead of reading their features
-    batch_size_per_process=16           images of each process and micro-batch
+    batch_size_per_process=16           images per process and micro-batch
 
 Run the same command again after any stop: it continues from the newest checkpoint. SIGTERM saves one
 first and ends with status 143.
@@ -21,7 +21,7 @@ import signal
 import sys
 from pathlib import Path
 
-if not __package__:  # run as a script: it sees the packages from where they lie, installed or not
+if not __package__:  # run as a script: it imports this checkout's packages, installed or not
     sys.path[0] = next(
         str(folder) for folder in Path(__file__).resolve().parents if (folder / "teachercache").is_dir()
     )

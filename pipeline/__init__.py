@@ -1,7 +1,7 @@
 """The data plane: sources, views, codecs, stores, and the cache that training reads.
 
-Names are imported on first use: teachers, codecs and losses need parts of this package, and none of
-what the stores need (zarr).
+Names are imported on first use, since teachers, codecs and losses use parts of this package without the
+stores' dependencies (zarr).
 """
 
 from __future__ import annotations

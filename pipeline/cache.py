@@ -17,10 +17,11 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 from torch import Tensor
 
-from teachercache.pipeline.codecs import ArrayLayout, Codec, Encoded
+from teachercache.pipeline.codecs import Codec, Encoded
 from teachercache.pipeline.errors import CacheError, IncompleteCacheError, explain
 from teachercache.pipeline.places.open_storage import open_storage
 from teachercache.pipeline.places.storage import Storage
+from teachercache.pipeline.records.array_layout import ArrayLayout
 from teachercache.pipeline.records.feature_stats import FeatureMoments
 from teachercache.pipeline.records.manifest import CommitRecord, Manifest
 from teachercache.pipeline.records.rows import RowIndex
@@ -77,9 +78,9 @@ class FeatureCache:
         """Open a cache at a folder or URL. `images`: where the source images are now, if they moved.
 
         Uncompressed shards are read directly; `direct=False` leaves them to zarr-python: the same rows,
-        slower. At its first touch a shard's ends are compared with its record, which tells whether it is that
-        shard. Rows on a local disk are verified only with `checksums`, all others always; copied images
-        only with `checksums`, wherever they are: a tar is read as a whole before its first image.
+        slower. The first read of a shard compares the ends of its file with its record, to make sure it is
+        that file. Rows on a local disk are verified only with `checksums`, all others always; copied images
+        only with `checksums`, wherever they are: their tar is then read whole before its first image.
 
         Raises `CacheNotFoundError` where there is none, `CacheError` where it cannot be understood.
         """
@@ -111,7 +112,7 @@ class FeatureCache:
 
     @property
     def samples(self) -> pa.Table:
-        """One line a sample, `teachercache.pipeline.sources.SAMPLE_SCHEMA`."""
+        """One line per sample, `teachercache.pipeline.sources.SAMPLE_SCHEMA`."""
         return self._samples.table
 
     @cached_property
@@ -122,7 +123,7 @@ class FeatureCache:
     def source(self) -> Source:
         """The images that the cache was built from, or where they are now.
 
-        Raises `SourceError` where only `cache.json` names a place that is followed by nobody (`own_places`).
+        Raises `SourceError` for a place that only `cache.json` names and that is not followed (`own_places`).
         """
         return self._images.source
 
@@ -144,7 +145,7 @@ class FeatureCache:
     def statistics(self, teacher: str) -> FeatureMoments:
         """Mean, variance and (if the recipe asked for it) covariance of a teacher's features, by level.
 
-        Over all committed rows, on the teacher's own grid and before any codec: one count for each token.
+        They cover all committed rows, on the teacher's own grid and before any codec, and count every token.
         """
         self.check_teachers([teacher])
         spec = self.spec.teachers[teacher]
@@ -174,9 +175,9 @@ class FeatureCache:
         return np.flatnonzero(valid)
 
     def readable(self, teacher: str, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Which of these rows a teacher holds: committed, and of an image that could be decoded.
+        """Which of these rows a teacher holds: those committed, whose image could be decoded.
 
-        Reads the records of their shards alone. Raises as `commits` does, `IndexError` for unknown rows.
+        Reads only the records of their shards. Raises as `commits` does, `IndexError` for unknown rows.
         """
         return self.shards[teacher].readable(rows)
 
@@ -188,12 +189,12 @@ class FeatureCache:
     ) -> dict[str, Encoded]:
         """Encoded features of `rows` by teacher; `.decode(device, dtype)` gives (rows, levels, H, W, C).
 
-        `out`: buffers of `buffers()` for at least as many rows; what is returned are their first ones.
+        `out`: buffers from `buffers()` for at least as many rows; views of their first rows are returned.
         Filling fresh memory costs several times as much.
 
         Raises `IndexError` for a row that is not in the cache, `IncompleteCacheError` for one whose
         shard is not committed, `CacheError` for one whose image was quarantined, `CorruptShardError` for
-        damaged files, `ValueError` for buffers that do not fit and for rows that are no numbers.
+        damaged files, `ValueError` for buffers that do not fit and for rows that are not whole numbers.
         """
         rows = _row_numbers(rows)
         encoded = {}
@@ -224,7 +225,7 @@ class FeatureCache:
     def buffers(
         self, num_rows: int, teachers: Sequence[str] | None = None, *, pin_memory: bool = False
     ) -> dict[str, Encoded]:
-        """Memory to read into, again and again, for `read(rows, teachers, out=buffers)`."""
+        """Reusable memory for `read(rows, teachers, out=buffers)`."""
         return {
             name: self.features[name].buffers(num_rows, pin_memory) for name in self.check_teachers(teachers)
         }
@@ -264,15 +265,15 @@ class FeatureCache:
         return decode_image(self.image_bytes(sample_index))
 
     def image_bytes(self, sample_index: int) -> bytes:
-        """The encoded image: from the cache's own copies where it has them.
+        """The encoded image, from the cache's own copies where it has them.
 
-        Raises `CacheMismatchError` for an image that is not the one that was cached, `CorruptShardError`, in
-        a cache opened with `checksums`, for a tar that was damaged.
+        Raises `CacheMismatchError` for an image other than the one that was cached, and `CorruptShardError`,
+        in a cache opened with `checksums`, for a damaged tar.
         """
         return self._images.read(sample_index)
 
     def source_bytes(self, sample_index: int) -> bytes:
-        """The image as the source holds it, whatever was copied. Raises as `image_bytes`."""
+        """The image in the source, even where a copy exists. Raises as `image_bytes`."""
         return self._images.read_source(sample_index)
 
 
@@ -281,10 +282,11 @@ def _row_numbers(rows: ArrayLike) -> NDArray[np.int64]:
     if numbers.ndim != 1 or (numbers.size and numbers.dtype.kind not in "iu"):
         raise ValueError(
             explain(
-                "Rows are whole numbers, one behind the other.",
+                "Rows must be a list of whole numbers.",
                 got=f"{numbers.dtype} of shape {numbers.shape}",
                 expected="a number or a list of numbers",
-                do="np.flatnonzero() turns a mask into numbers; cache.index.rows() finds those of samples",
+                do="turn a mask into numbers with np.flatnonzero(); find the rows of samples with "
+                "cache.index.rows()",
             )
         )
     return numbers.astype(np.int64)

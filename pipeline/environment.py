@@ -1,4 +1,4 @@
-"""What a recipe takes from the environment (`${oc.env:HOME}`) is said: recipes, too, come from strangers."""
+"""Logs what a recipe takes from the environment (`${oc.env:HOME}`): recipes, too, come from strangers."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def _env(name: str, *default: str | None) -> str | None:
     return value
 
 
-# However deep it stands in other interpolations.
+# However deeply it is nested in other interpolations.
 OmegaConf.register_resolver("oc.env", _env, replace=True)
 
 
 @contextmanager
 def named_variables(recipe: object) -> Iterator[None]:
-    """Says which variables were looked at meanwhile: their names, not what they hold."""
+    """Log the names, not the values, of the variables that are read meanwhile."""
     names = set[str]()
     token = _names.set(names)
     try:

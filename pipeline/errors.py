@@ -1,7 +1,7 @@
 """Every error that teachercache raises on purpose, in one tree.
 
     TeacherCacheError
-    ├── RecipeError (ValueError)              a recipe or an override that cannot be meant
+    ├── RecipeError (ValueError)              a recipe or an override that makes no sense
     ├── SourceError
     │   ├── SourceNotFoundError (FileNotFoundError)
     │   ├── EmptySourceError                  a source without a single image
@@ -13,13 +13,13 @@
     ├── CacheError
     │   ├── CacheNotFoundError (FileNotFoundError)
     │   ├── CacheMismatchError                another spec at the same path
-    │   ├── IncompleteCacheError              committed shards are missing
+    │   ├── IncompleteCacheError              shards are not committed yet
     │   ├── AlreadyCommittedError             another job committed this shard; ours is dropped
     │   ├── IrregularFileError (FileNotFoundError)   a pipe, a device or a folder where a file should be
     │   └── CorruptShardError                 a commit record whose files differ
     ├── CodecError (ValueError)
     ├── DiskSpaceError (OSError)
-    ├── StorageError (OSError)                a file or a store that failed at every attempt
+    ├── StorageError (OSError)                a file or a store that failed on every attempt
     ├── BuildError                            shards failed; everything else is committed
     │   └── BuildInterruptedError             a signal or a hang ended the build; the same command continues
     ├── TrainingError (FloatingPointError)    a loss that is no longer finite
@@ -55,8 +55,14 @@ def explain(problem: str, *, got: object = None, expected: object = None, do: st
     return "\n".join(lines)
 
 
+def in_a_line(error: BaseException) -> str:
+    """What an error says, for lists of many."""
+    problem, got = getattr(error, "problem", f"{type(error).__name__}: {error}"), getattr(error, "got", None)
+    return (problem if got is None else f"{problem.rstrip('.')}: {got}").splitlines()[0]
+
+
 def place_error(error: BaseException, url: str) -> dict[str, str] | None:
-    """`got`, `expected` and `do` for an error of the place that is written to (a full disk), else None."""
+    """`got`, `expected` and `do` for an error of the place written to (such as a full disk), else None."""
     if not isinstance(error, OSError) or error.errno not in _PLACE_ERRORS:
         return None
     expected, do = _PLACE_ERRORS[error.errno]
@@ -73,7 +79,7 @@ class TeacherCacheError(Exception):
     def __init__(
         self, problem: str, *, got: object = None, expected: object = None, do: str | None = None
     ) -> None:
-        self.problem = problem
+        self.problem, self.got = problem, got
         super().__init__(explain(problem, got=got, expected=expected, do=do))
 
     def __str__(self) -> str:  # KeyError and OSError would otherwise repr() or number the message
@@ -88,7 +94,7 @@ def _rebuild(kind: type[TeacherCacheError], text: str) -> TeacherCacheError:
 
 
 class RecipeError(TeacherCacheError, ValueError):
-    """A recipe file or a `key=value` override that cannot be meant."""
+    """A recipe file or a `key=value` override that makes no sense."""
 
 
 class Problems(list[TeacherCacheError]):
@@ -140,7 +146,7 @@ class TeacherInputError(TeacherError, ValueError):
 
 
 class WeightsNotFoundError(TeacherError, FileNotFoundError):
-    """Pretrained weights could not be had from the hub, nor from a file."""
+    """Pretrained weights are neither on the hub nor in a file."""
 
 
 class CacheError(TeacherCacheError):
@@ -156,15 +162,15 @@ class CacheMismatchError(CacheError):
 
 
 class IncompleteCacheError(CacheError):
-    """Rows were asked for whose shards are not committed."""
+    """The shards of requested rows are not committed."""
 
 
 class AlreadyCommittedError(CacheError):
-    """Another job has committed this shard meanwhile; never leaves a build."""
+    """Another job has committed this shard in the meantime; a build handles this itself."""
 
 
 class IrregularFileError(CacheError, FileNotFoundError):
-    """A pipe, a device or a folder under the name of a file; it counts as no file."""
+    """A pipe, a device or a folder under the name of a file; it counts as missing."""
 
 
 class CorruptShardError(CacheError):
@@ -180,9 +186,9 @@ class DiskSpaceError(TeacherCacheError, OSError):
 
 
 class StorageError(TeacherCacheError, OSError):
-    """A file could not be read, or a store did not answer, at several attempts; it may be sound all the same.
+    """A file could not be read, or a store did not answer, in several attempts; the data may still be sound.
 
-    Its `errno` is EIO, whatever the attempts met: an error of the system, not of what a file holds.
+    Its `errno` is always EIO: the system failed, not the content of a file.
     """
 
     def __init__(
@@ -197,9 +203,9 @@ class BuildError(TeacherCacheError):
 
 
 class BuildInterruptedError(BuildError):
-    """A build, or a process of it, was ended before all shards were done; the same command continues.
+    """A build, or one of its processes, was ended before all shards were done; the same command continues.
 
-    `exit_status` is that of the shell's convention: 143 after SIGTERM, 130 after Ctrl-C.
+    `exit_status` follows the shell's convention: 143 after SIGTERM, 130 after Ctrl-C.
     """
 
     exit_status = 1
@@ -210,4 +216,4 @@ class TrainingError(TeacherCacheError, FloatingPointError):
 
 
 class CheckpointError(TeacherCacheError):
-    """A checkpoint that is missing, damaged or of another run, or a folder that another run writes into."""
+    """A checkpoint that is missing, damaged or from another run, or a folder that another run writes to."""

@@ -1,14 +1,15 @@
 """Token grids: bilinear resampling, its adjoint and least squares, and the pooling that is stored.
 
-Shapes: B batch, S levels, C channels, h×w the student's grid, H×W the teacher's; any of the two may be the
-finer. Resampling is `align_corners=False` and separable, U = A_H ⊗ A_W with A_H (H, h) and A_W (W, w). So are
+Shapes: B batch, S levels, C channels, h×w the student's grid, H×W the teacher's; either may be the finer.
+Resampling is `align_corners=False` and separable, U = A_H ⊗ A_W with A_H (H, h) and A_W (W, w). So are
 Uᵀ and UᵀU, which need those small matrices only: <U s, t> = <s, Uᵀt> holds to rounding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,12 +18,38 @@ from torch.nn import functional as F
 from teachercache.pipeline.records.spec import GridSpec, Size
 
 
-def upsample(s_BChw: Tensor, grid: Size) -> Tensor:
+class Places(NamedTuple):
+    """A grid of tokens that does not fill the student's map evenly, and another in each image: the centres of
+    its rows (B, H) and columns (B, W), as shares of the map."""
+
+    rows_BH: Tensor
+    columns_BW: Tensor
+
+    @property
+    def size(self) -> Size:
+        return self.rows_BH.shape[1], self.columns_BW.shape[1]
+
+    def weights(self, maps_BChw: Tensor) -> tuple[Tensor, Tensor]:
+        """A_H (B, 1, H, h) and A_W (B, 1, W, w) of U for such maps."""
+        rows, columns = (
+            tent_weights(centres, side)[:, None].to(maps_BChw.dtype)
+            for centres, side in zip(self, maps_BChw.shape[2:], strict=True)
+        )
+        return rows, columns
+
+
+Grid = Size | Places
+
+
+def upsample(s_BChw: Tensor, grid: Grid) -> Tensor:
     """U s: (B, C, h, w) → (B, C, *grid), bilinear, `align_corners=False`, no antialiasing.
 
     This is the resampling that SAK's loss applies to the student. Where `grid` is the coarser one it samples,
     as `F.interpolate` does.
     """
+    if isinstance(grid, Places):
+        rows, columns = grid.weights(s_BChw)
+        return _sandwich(rows, s_BChw, columns)
     return F.interpolate(s_BChw, size=grid, mode="bilinear", align_corners=False)
 
 
@@ -35,16 +62,20 @@ def adjoint(t_BCHW: Tensor, grid: Size) -> Tensor:
     return _separable(_adjoint_matrix, grid, (t_BCHW.shape[-2], t_BCHW.shape[-1]), t_BCHW)
 
 
-def gram(s_BChw: Tensor, grid: Size) -> Tensor:
+def gram(s_BChw: Tensor, grid: Grid) -> Tensor:
     """UᵀU s: what `adjoint` gives for a teacher map that is U s; the map on `grid` is never formed."""
+    if isinstance(grid, Places):
+        with torch.autocast(s_BChw.device.type, enabled=False):
+            rows, columns = grid.weights(s_BChw)
+            return _sandwich(rows.mT @ rows, s_BChw, columns.mT @ columns)
     return _separable(_gram_matrix, (s_BChw.shape[-2], s_BChw.shape[-1]), grid, s_BChw)
 
 
 def least_squares(adjoint_BChw: Tensor, grid: Size) -> Tensor:
     """(UᵀU)⁺ Uᵀt: the student map whose upsampling to `grid` is nearest to t. The inverse of `gram`.
 
-    It holds what Uᵀt holds and looks like features: a constant t gives the same constant. Upsampled again, it
-    is all of t that a student on this grid can reach.
+    It carries the same information as Uᵀt and looks like features: a constant t gives the same constant.
+    Upsampled again, it is all of t that a student on this grid can reach.
     """
     return _separable(
         _inverse_gram_matrix, (adjoint_BChw.shape[-2], adjoint_BChw.shape[-1]), grid, adjoint_BChw
@@ -56,11 +87,18 @@ def nearest(t_BCHW: Tensor, grid: Size) -> Tensor:
     return least_squares(adjoint(t_BCHW, grid), (t_BCHW.shape[-2], t_BCHW.shape[-1]))
 
 
+def upsampled_norms(maps_BShwC: Tensor, grid: Grid) -> Tensor:
+    """‖U s‖ (B, S) of student maps (B, S, h, w, C)."""
+    levels = [level_BhwC.permute(0, 3, 1, 2) for level_BhwC in maps_BShwC.unbind(1)]
+    squares = [(level_BChw * gram(level_BChw, grid)).flatten(1).sum(1) for level_BChw in levels]
+    return torch.stack(squares, 1).clamp(min=0).sqrt()
+
+
 def stored_form(feature_maps_BSHWC: Tensor, grid: GridSpec) -> tuple[Tensor, Tensor | None]:
     """What is stored of a teacher's maps: (features on the stored grid, ‖t‖ (B, S) for the adjoint grid).
 
-    On the adjoint grid that is the `nearest` map: it says as much as Uᵀt, is features like the others, and
-    UᵀU damps what a codec does to it before a loss sees it.
+    On the adjoint grid that is the `nearest` map: it is equivalent to Uᵀt, looks like other features, and
+    UᵀU damps a codec's errors before a loss sees them.
     """
     if grid.kind != "adjoint":
         return pool(feature_maps_BSHWC, grid), None
@@ -75,9 +113,9 @@ def stored_form(feature_maps_BSHWC: Tensor, grid: GridSpec) -> tuple[Tensor, Ten
 def pool(feature_maps_BSHWC: Tensor, grid: GridSpec) -> Tensor:
     """Feature maps on the grid that is stored: (B, S, H, W, C) → (B, S, h, w, C), same dtype.
 
-    `native` returns the input as it is. `bilinear` resamples, and along an axis that shrinks the triangle
-    filter widens with the step (antialiasing), so that every teacher token counts; an axis that grows is
-    plain bilinear. float16 and bfloat16 are resampled in float32.
+    `native` returns the input unchanged. `bilinear` resamples; along an axis that shrinks, the triangle
+    filter widens with the step (antialiasing), so that every teacher token counts, and an axis that grows
+    is plain bilinear. float16 and bfloat16 are resampled in float32.
     """
     if grid.size is None:
         return feature_maps_BSHWC
@@ -86,6 +124,14 @@ def pool(feature_maps_BSHWC: Tensor, grid: GridSpec) -> Tensor:
     pooled_NChw = F.interpolate(working, size=grid.size, mode="bilinear", align_corners=False, antialias=True)
     pooled_NhwC = pooled_NChw.permute(0, 2, 3, 1).to(feature_maps_BSHWC.dtype).contiguous()
     return pooled_NhwC.view(*feature_maps_BSHWC.shape[:2], *pooled_NhwC.shape[1:])
+
+
+def tent_weights(centres: Tensor, source: int) -> Tensor:
+    """(…, target, source): what bilinear sampling at `centres` (…, target), shares of an axis, takes of each
+    of its tokens. `interpolation_matrix` for centres anywhere."""
+    tokens = torch.arange(source, device=centres.device)
+    places = (centres * source - 0.5).clamp(0, source - 1)
+    return (1 - (places[..., None] - tokens).abs()).clamp(min=0)
 
 
 @cache
@@ -114,20 +160,36 @@ def _inverse_gram_matrix(source: int, target: int) -> Tensor:
     return inverse
 
 
-@cache
+def made_once(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`cache` for small tensors on their device, where a copy from the CPU at every step would hold up a GPU;
+    for compiled code they are constants."""
+    cached = cache(make)
+
+    def find(*arguments: Hashable) -> Tensor:
+        with torch.inference_mode(False):
+            return cached(*arguments)
+
+    found: Callable[..., Tensor] = torch.compiler.assume_constant_result(find)
+    return found
+
+
+@made_once
 def _placed(
     matrix: Callable[[int, int], Tensor], source: int, target: int, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
-    """The matrix where it is needed: a copy from the CPU at every step would hold up a GPU."""
-    with torch.inference_mode(False):
-        return matrix(source, target).to(device, dtype)
+    return matrix(source, target).to(device, dtype)
 
 
 def _separable(matrix: Callable[[int, int], Tensor], source: Size, target: Size, maps: Tensor) -> Tensor:
-    """rows @ map @ columnsᵀ for each map of (B, C, height, width), the two being `matrix` of either axis."""
+    """rows @ map @ columnsᵀ for each map of (B, C, height, width): `matrix` of either axis."""
     dtype = torch.promote_types(maps.dtype, torch.float32)
     rows, columns = (
         _placed(matrix, *sizes, maps.device, dtype) for sizes in zip(source, target, strict=True)
     )
+    return _sandwich(rows, maps.to(dtype), columns).to(maps.dtype)
+
+
+def _sandwich(rows: Tensor, maps: Tensor, columns: Tensor) -> Tensor:
+    """rows @ map @ columnsᵀ in the dtype of the maps, autocast or not."""
     with torch.autocast(maps.device.type, enabled=False):
-        return (rows @ maps.to(dtype) @ columns.T).to(maps.dtype)
+        return rows @ maps @ columns.mT

@@ -1,4 +1,4 @@
-"""What a pool makes of many items, in their order, a few ahead of who takes them."""
+"""Map a pool over many items, in order, a few items ahead of the consumer."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ Made = TypeVar("Made")
 def ordered_map(
     pool: Executor, make: Callable[[Item], Made], items: Iterable[Item], ahead: int
 ) -> Iterator[Made]:
-    """`make(item)` of every item; `ahead` more are under way while one is taken.
+    """`make(item)` of every item; up to `ahead` more are in progress while one is consumed.
 
-    Those that have not begun are cancelled when one fails, or when the iterator is closed.
+    Those not yet begun are cancelled when one fails, or when the iterator is closed.
     """
     pending: deque[Future[Made]] = deque()
     try:

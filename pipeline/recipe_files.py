@@ -3,8 +3,8 @@
 `load_recipe(BuildRecipe, "imagenet.yaml", ["views.num_views=4"])` → `BuildRecipe`. An unknown key is
 an error that names the nearest known one.
 
-YAML takes `on`, `1e3`, `0x10`, `010` or `a: b` for something else than text. The model knows what a key
-holds, so text stays text: in a file every plain scalar, in an override all that stands behind the `=`.
+YAML does not read `on`, `1e3`, `0x10`, `010` or `a: b` as text. The model knows what a key holds, so text
+stays text: every plain scalar in a file, everything after the `=` in an override.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def load_recipe(
 
 
 def load_overrides(model: type[Model], overrides: Sequence[str], origin: str) -> Model:
-    """A `model` of nothing but overrides. Raises `RecipeError`."""
+    """A `model` made of overrides alone. Raises `RecipeError`."""
     return _load(model, b"", overrides, origin)
 
 
@@ -64,13 +64,13 @@ def _load(model: type[Model], text: bytes, overrides: Sequence[str], origin: str
             f"Recipe {origin} cannot be read.",
             got=_first_line(error),
             expected="YAML of `key: value` lines, and overrides such as views.num_views=4",
-            do="mend that line; text that YAML reads otherwise stands in quotes",
+            do="fix that line; quote text that YAML would read as something else",
         ) from error
     return check_recipe(model, content, origin)
 
 
 def check_recipe(model: type[Model], content: Any, origin: str) -> Model:
-    """`content` as a `model`; every problem in it is named in one `RecipeError`."""
+    """`content` as a `model`; one `RecipeError` names every problem in it."""
     try:
         return model.model_validate(content)
     except ValidationError as error:
@@ -78,7 +78,7 @@ def check_recipe(model: type[Model], content: Any, origin: str) -> Model:
         raise RecipeError(
             f"Recipe {origin} has {len(problems)} problem{'s' * (len(problems) > 1)}:\n  - "
             + "\n  - ".join(problems),
-            do="mend these keys in the file or among the overrides",
+            do="fix these keys in the file or in the overrides",
         ) from error
 
 
@@ -99,7 +99,7 @@ def _find(path: Path, shipped: Path | None) -> Path:
 
 
 def _parse(model: type[BaseModel], override: str) -> tuple[str, Any]:
-    """(dotted key, value) of an override; the value replaces what the recipe has there."""
+    """(dotted key, value) of an override; the value replaces the recipe's."""
     key, equals, text = override.partition("=")
     if not equals or not key.strip() or not text.strip():
         raise RecipeError(
@@ -116,13 +116,13 @@ def _parse(model: type[BaseModel], override: str) -> tuple[str, Any]:
     literal = is_text or (_may_be_text(kinds) and text[0] not in "{[" and text != "~")
     node = None if literal else _compose(text)
     if node is None:
-        return key, re.sub(r"(\\*)\$\{", r"\1\1\\${", text)  # to OmegaConf, a `${` that is no interpolation
+        return key, re.sub(r"(\\*)\$\{", r"\1\1\\${", text)  # OmegaConf must not interpolate it
     _keep_text(node, model, location)
     return key, OmegaConf.create(_yaml(yaml.SequenceNode("tag:yaml.org,2002:seq", [node])))[0]
 
 
 def _compose(text: str) -> yaml.Node | None:
-    """The YAML that all of `text` is: what is none, or has a comment, is left for the model to refuse."""
+    """All of `text` as YAML, or None: the model then refuses text that is not YAML or has a comment."""
     try:
         node = yaml.compose(text, yaml.SafeLoader)
     except yaml.YAMLError:
@@ -135,7 +135,7 @@ def _yaml(node: yaml.Node) -> str:
 
 
 def _keep_text(node: yaml.Node, model: type[BaseModel], location: tuple[str, ...]) -> None:
-    """Make text to YAML what is text to `model`, and what is a number to YAML but to nobody else."""
+    """Mark as text what `model` takes for text, and numbers in notations that only YAML understands."""
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             if key.tag == _MERGE:
@@ -163,12 +163,12 @@ def _is_text(kind: Any) -> bool:
 
 
 def _may_be_text(kinds: Iterable[Any]) -> bool:
-    """Whether a scalar can only be text here: in the place of a model or a mapping it names one."""
+    """Whether a scalar here can only be text; in place of a model or a mapping, it is a name."""
     return all(_is_text(kind) or _is_model(kind) or _is_mapping(kind) for kind in kinds)
 
 
 def _name_the_items(config: Any, key: str) -> None:
-    """A list of names on the way to `key` is short for a mapping of them: make it one."""
+    """Turn a list of names on the path to `key` into the mapping that it abbreviates."""
     parts = key.split(".")
     for end in range(1, len(parts)):
         above = ".".join(parts[:end])
@@ -196,15 +196,19 @@ def _describe(model: type[BaseModel], problem: Any) -> str:
         hint = f"did you mean {near[0]}?" if near else f"known keys here: {', '.join(known)}"
         return f"{key}: unknown key; {hint}"
     if problem["type"] == "missing":
-        return f"{key}: this key is needed and is not there"
+        return f"{key}: this required key is missing"
     message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "literal_error":
+        known = re.findall(r"'([^']*)'", problem["ctx"]["expected"])
+        near = difflib.get_close_matches(str(problem["input"]), known, 1)
+        message += f"; did you mean {near[0]}?" if near else ""
     if problem["type"] == "string_type":
-        message += f'; in a file, text that YAML reads otherwise stands in quotes, {location[-1]}: "…"'
+        message += f'; in a file, quote text that YAML would read otherwise, {location[-1]}: "…"'
     return f"{key or 'recipe'}: {message} (got {problem['input']!r})"
 
 
 def _annotations(annotation: Any, location: Sequence[int | str]) -> Iterator[Any]:
-    """What `annotation` says of the value at `location`: one type for each option of a union."""
+    """The types that `annotation` allows for the value at `location`, one per option of a union."""
     if get_origin(annotation) is Annotated:
         annotation = get_args(annotation)[0]
     if get_origin(annotation) in (Union, types.UnionType):

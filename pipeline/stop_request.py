@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C, noted instead of died of."""
+"""SIGTERM and Ctrl-C, noted instead of obeyed at once."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any, Self
 
 
 class StopRequest:
-    """Notes the signals, signs of a scheduler or a user who is about to end the job, while it is entered.
+    """While entered, notes the signals by which a scheduler or a user announces the end of the job.
 
-    A second Ctrl-C acts at once; a second SIGTERM does not, since launchers pass on what also came directly.
-    Outside the main thread, where Python lets nobody handle signals, nothing is noted.
+    A second Ctrl-C acts at once; a second SIGTERM does not, since launchers forward signals that also arrive
+    directly. Outside the main thread, where Python cannot handle signals, nothing is noted.
     """
 
     def __init__(self, *signals: signal.Signals) -> None:

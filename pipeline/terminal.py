@@ -1,6 +1,6 @@
-"""What is printed is meant literally: `[b]`, `:smile:` and long lines are parts of paths that people copy.
+"""Text is printed literally: `[b]`, `:smile:` and long lines are parts of paths that people copy.
 
-Nothing else makes a terminal. Style is asked for by `style=` or by a `Text`.
+All terminals are made here. Callers ask for style with `style=` or a `Text`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from rich.text import Text
 
 
 class Terminal(Console):
-    """Takes no text for markup, emoji or something to highlight, and breaks no line (the terminal does)."""
+    """Interprets no markup or emoji, highlights nothing and wraps no lines (the terminal does)."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(markup=False, emoji=False, highlight=False, **options)
@@ -35,17 +35,17 @@ class _LiteralStatus(Status):
 
 
 def _literal(text: Any) -> Any:
-    """A string as a spinner takes it without looking for markup in it."""
+    """A string in a form in which a spinner does not look for markup."""
     return Text(text) if isinstance(text, str) else text
 
 
 def progress_bar(console: Console, *, disable: bool = False, transient: bool = False) -> Progress:
-    """What is done, of how much, and when all will be."""
+    """Shows how much is done, of how much, and when it will finish."""
     what = TextColumn("{task.description}", markup=False)
     columns = what, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     return Progress(*columns, console=console, disable=disable, transient=transient)
 
 
 def in_markdown(text: str) -> str:
-    """A name or path as Markdown that shows it as it is."""
+    """A name or path as Markdown that shows it literally."""
     return re.sub(r"([\\`*\[\]<>|~&]|(?<![a-zA-Z0-9])_|_(?![a-zA-Z0-9]))", r"\\\1", text)

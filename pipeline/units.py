@@ -31,4 +31,4 @@ def parse_bytes(text: str) -> int:
     try:
         return int(float(match[1]) * _BYTES[match[2]]) if match else int(text)
     except (ValueError, OverflowError):
-        raise RecipeError("This is no number of bytes.", got=repr(text), expected="such as 6TB") from None
+        raise RecipeError("This is not a number of bytes.", got=repr(text), expected="such as 6TB") from None

@@ -13,9 +13,7 @@ cache.json              a checksum in itself; without it there is no cache to op
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -23,41 +21,24 @@ import numpy as np
 
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.codecs import get_codec
-from teachercache.pipeline.errors import CacheError, StorageError
-from teachercache.pipeline.places.local_storage import LocalStorage
+from teachercache.pipeline.errors import CacheError, in_a_line
 from teachercache.pipeline.places.locks import LOCK_SUFFIX
 from teachercache.pipeline.places.processes import TEMPORARY_SUFFIX, is_abandoned, is_stale
 from teachercache.pipeline.places.storage import Storage
+from teachercache.pipeline.records.integrity import Depth, Problem, check_shards, table_problems
 from teachercache.pipeline.records.manifest import (
+    RESTORE_TABLES,
     SAMPLES_NAME,
     SPEC_NAME,
     VIEWS_NAME,
-    CommitRecord,
     commit_name,
     quarantine_name,
     tables_name,
 )
-from teachercache.pipeline.records.spec import IMAGES
 from teachercache.pipeline.records.tables import segment_lines
-from teachercache.pipeline.stores.image_tar import image_tar_name
 from teachercache.pipeline.views import draw_segment
 
 _ROUNDED_OTHERWISE = 1e-3  # share of values
-_THREADS = 8  # waiting for disks and object stores; hashing releases the GIL
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A file that cannot be trusted, and why.
-
-    `teacher` (or "images") and `shard` say what it belongs to: both for a shard and its record, the shard
-    alone for a quarantine list, the teacher alone for the layout of its arrays, neither for the tables.
-    """
-
-    file: str
-    reason: str
-    teacher: str | None = None
-    shard: int | None = None
 
 
 def verify(
@@ -92,21 +73,17 @@ def problems_of_shards(
     invalid: dict[int, set[int]] = {
         shard: set() for shard in cache.manifest.quarantined() if shards is None or shard in shards
     }
-    with ThreadPoolExecutor(_THREADS) as pool:
-        wanted = [
-            (teacher, shard)
-            for teacher in cache.spec.teachers_and_images
-            for shard in sorted(cache.manifest.committed_shards(teacher))
-            if shards is None or shard in shards
-        ]
-        for found, record in pool.map(lambda one: _check_shard(cache, one[0], one[1], full), wanted):
-            problems += found
-            if record is not None:
-                if record.invalid_rows:
-                    invalid.setdefault(record.shard, set()).update(record.invalid_rows)
-                if record.source_checksum:
-                    images[record.shard][record.teacher] = record.source_checksum
-            progress()
+    depth = Depth.BYTES if full else Depth.ENDS
+    for checked in check_shards(
+        cache.manifest, cache.spec, depth, shards, lambda teacher, shard: cache.shards[teacher].files(shard)
+    ):
+        problems += checked.problems
+        if (record := checked.record) is not None:
+            if record.invalid_rows:
+                invalid.setdefault(record.shard, set()).update(record.invalid_rows)
+            if record.source_checksum:
+                images[record.shard][record.teacher] = record.source_checksum
+        progress()
     problems += mixed_images_problems(images)
     for shard, rows in sorted(invalid.items()):
         problems += quarantine_problems(cache, shard, rows, set(images[shard].values()))
@@ -115,45 +92,8 @@ def problems_of_shards(
 
 def _problems_of_the_rest(cache: FeatureCache, full: bool) -> list[Problem]:
     layouts = [problem for teacher in cache.teachers for problem in layout_problems(cache, teacher)]
-    return layouts + table_problems(cache, full)
-
-
-def _check_shard(
-    cache: FeatureCache, teacher: str, shard: int, full: bool
-) -> tuple[list[Problem], CommitRecord | None]:
-    problem = partial(Problem, teacher=teacher, shard=shard)
-    name = commit_name(teacher, shard)
-    try:
-        record = cache.manifest.read_commit(teacher, shard)
-        if (mismatch := record.mismatch(cache.spec)) is not None:
-            return [problem(name, f"{name} {mismatch}")], None
-        if missing := _shard_files(cache, teacher, shard).difference(record.files):
-            return [problem(name, f"{name} does not name {', '.join(sorted(missing))}")], None
-        wrong = [(file, f"{name}: {file} {reason}") for file, reason in _wrong_files(cache, record, full)]
-    except (CacheError, FileNotFoundError, StorageError) as error:
-        if isinstance(error, StorageError) and not isinstance(cache.storage, LocalStorage):
-            raise  # a store that does not answer does not answer for any file; a disk has bad places
-        return [problem(name, str(error))], None
-    return [problem(*pair) for pair in wrong], record
-
-
-def _shard_files(cache: FeatureCache, teacher: str, shard: int) -> set[str]:
-    if teacher == IMAGES:
-        return {image_tar_name(shard)}
-    return set(cache.store.shard_files(teacher, shard))
-
-
-def _wrong_files(cache: FeatureCache, record: CommitRecord, full: bool) -> Iterator[tuple[str, str]]:
-    for name, file in record.files.items():
-        size = cache.storage.size(name)
-        if size is None:
-            yield name, "is missing"
-        elif size != file.nbytes:
-            yield name, f"has {size} bytes, expected {file.nbytes}"
-        elif full and (checksum := cache.storage.checksum(name)) != file.checksum:
-            yield name, f"has checksum {checksum}, expected {file.checksum}"
-        elif not full and file.ends and (ends := cache.storage.ends([name], [size])) != [file.ends]:
-            yield name, f"begins or ends otherwise than what was committed: hash {ends[0]}, not {file.ends}"
+    tables = table_problems(cache.manifest, cache.spec)
+    return layouts + tables + (_content_problems(cache, {problem.file for problem in tables}) if full else [])
 
 
 def mixed_images_problems(images: Mapping[int, Mapping[str, str]]) -> list[Problem]:
@@ -161,20 +101,16 @@ def mixed_images_problems(images: Mapping[int, Mapping[str, str]]) -> list[Probl
 
     `images`: the `source_checksum` of each shard's records by teacher.
     """
-    problems = []
-    for shard, checksums in sorted(images.items()):
-        if len(set(checksums.values())) > 1:
-            stated = ", ".join(f"{teacher}: {checksum}" for teacher, checksum in checksums.items())
-            problems += [
-                Problem(
-                    name := commit_name(teacher, shard),
-                    f"{name} and the shard's other records are of different images: {stated}",
-                    teacher=teacher,
-                    shard=shard,
-                )
-                for teacher in checksums
-            ]
-    return problems
+    return [
+        Problem(
+            name, f"{name} and the shard's other records are of different images: {stated}", teacher, shard
+        )
+        for shard, checksums in sorted(images.items())
+        if len(set(checksums.values())) > 1
+        for stated in [", ".join(f"{teacher}: {checksum}" for teacher, checksum in checksums.items())]
+        for teacher in checksums
+        for name in [commit_name(teacher, shard)]
+    ]
 
 
 def quarantine_problems(
@@ -192,7 +128,7 @@ def quarantine_problems(
         elif images and (listed - invalid or source not in (None, *images)):
             reason = f"{name} is not of the images that the shard's records are of"
     except (CacheError, FileNotFoundError) as error:
-        reason = str(error)
+        reason = in_a_line(error)
     return [] if reason is None else [Problem(name, reason, shard=shard)]
 
 
@@ -200,40 +136,35 @@ def layout_problems(cache: FeatureCache, teacher: str) -> list[Problem]:
     """Of a teacher's zarr.json files, which follow from the spec."""
     problems = []
     for name, expected in cache.store.layout_files(teacher).items():
-        try:
-            found = cache.storage.read(name)
-        except FileNotFoundError:
-            problems.append(Problem(name, f"{name} is missing", teacher=teacher))
-            continue
+        found = cache.storage.read(name) if cache.storage.exists(name) else None
         if found != expected:
-            problems.append(Problem(name, f"{name} is not what follows from {SPEC_NAME}", teacher=teacher))
+            what = "is missing" if found is None else f"is not what follows from {SPEC_NAME}"
+            problems.append(Problem(name, f"{name} {what}", teacher=teacher))
     return problems
 
 
-def table_problems(cache: FeatureCache, full: bool) -> list[Problem]:
-    """Of the sample table, the view table and the codecs' tables."""
-    checks = {SAMPLES_NAME: _check_samples, VIEWS_NAME: _check_views}
+def _content_problems(cache: FeatureCache, known: Collection[str]) -> list[Problem]:
+    """Of what the tables say, but those that are known to be broken."""
+    checks: dict[str, Callable[[], object]] = {
+        SAMPLES_NAME: lambda: cache.manifest.samples(cache.spec),
+        VIEWS_NAME: partial(_require_drawn_views, cache),
+    }
     for name, teacher in cache.spec.teachers.items():
         if get_codec(teacher.codec).needs_tables:
-            checks[tables_name(name)] = partial(_check_codec_tables, teacher=name)
+            checks[tables_name(name)] = cache.features[name].load_codec
     problems = []
     for name, check in checks.items():
-        reason = None if cache.storage.exists(name) else f"{name} is missing"
-        if full and reason is None:
-            try:
-                reason = check(cache)
-            except CacheError as error:
-                reason = str(error)
-        if reason is not None:
-            problems.append(Problem(name, reason))
+        if name in known:
+            continue
+        try:
+            check()
+        except CacheError as error:
+            do = RESTORE_TABLES if name not in (SAMPLES_NAME, VIEWS_NAME) else None
+            problems.append(Problem(name, in_a_line(error), do=do))
     return problems
 
 
-def _check_samples(cache: FeatureCache) -> None:
-    cache.manifest.samples(cache.spec)
-
-
-def _check_views(cache: FeatureCache) -> str | None:
+def _require_drawn_views(cache: FeatureCache) -> None:
     """Of segments whose hash is not stated, by drawing them again: a float may be rounded otherwise here."""
     views = cache.manifest.views(cache.spec)
     for segment, lines in segment_lines(cache.spec, views):
@@ -242,12 +173,9 @@ def _check_views(cache: FeatureCache) -> str | None:
             for name in lines.schema.names:
                 one, other = (table[name].to_numpy() for table in (lines, drawn))
                 if np.mean(one != other) > _ROUNDED_OTHERWISE:
-                    return f"{VIEWS_NAME}: {name} is not what the view policy draws for these samples"
-    return None
-
-
-def _check_codec_tables(cache: FeatureCache, teacher: str) -> None:
-    cache.features[teacher].load_codec()
+                    raise CacheError(
+                        f"{VIEWS_NAME}: {name} is not what the view policy draws for these samples."
+                    )
 
 
 def _in_use(storage: Storage, name: str) -> bool:

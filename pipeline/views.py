@@ -10,38 +10,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import torch
-import xxhash
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 from torchvision.transforms.v2 import functional as F
 
+from teachercache.pipeline.crops import PIXEL_TOLERANCE, draw_crops
 from teachercache.pipeline.errors import CacheError
 from teachercache.pipeline.records.limits import MAX_SIDE
 from teachercache.pipeline.records.spec import Photometric, Segment, Size, ViewPolicy
 from teachercache.pipeline.records.tables import VIEW_SCHEMA
 
-_CROP_ATTEMPTS = 10  # as torchvision's RandomResizedCrop, before it falls back to a centre crop
-_DRAWS_PER_VIEW = 2 * _CROP_ATTEMPTS + 3
 _BLOCK_SAMPLES = 1 << 16
 _MAX_PIXEL, _MIN_PIXELS, _MAX_FACTOR = 1e7, 1e-3, 1e3  # what a view table may ask for
-_PIXEL_TOLERANCE = 1e-3  # of a rendered pixel: boxes are stored as float32
 
 PADDING = (124, 116, 104)
 """The colour outside the image: ImageNet's mean, which normalisation takes to about zero."""
 
-# (low, high, what changes nothing) of brightness, contrast, saturation and hue, after the multi-task
-# community's PhotoMetricDistortion: ±32 is a quarter of mid-grey, ±18 of OpenCV's 180 hues is ±0.1.
-_JITTER = ((0.75, 1.25, 1.0), (0.5, 1.5, 1.0), (0.5, 1.5, 1.0), (-0.1, 0.1, 0.0))
-
-Floats = NDArray[np.float64]
 Indices = NDArray[np.int64]
 
 
@@ -50,7 +42,7 @@ class View:
     """One view of one sample.
 
     `box` is (left, top, right, bottom) in pixels of the decoded source image, EXIF orientation
-    applied; what it holds outside the image is padding. `size` is (height, width) of the student's input.
+    applied; what it holds outside the image is padding. `size` is (height, width) in pixels of the student.
     1 keeps brightness, contrast and saturation, 0 keeps the hue. As "color_jitter" they are torchvision's
     factors, whose contrast keeps the image's mean. As "distortion" they are those of the multi-task
     community's PhotoMetricDistortion: brightness adds 128 · (brightness - 1), contrast multiplies pixels, so
@@ -71,6 +63,27 @@ class View:
         """Pixels of the student's input per source pixel, the geometric mean of both axes."""
         left, top, right, bottom = self.box
         return float(np.sqrt(self.size[0] / (bottom - top) * self.size[1] / (right - left)))
+
+    def window(self, place: Sequence[int], size: Size) -> View:
+        """The part of this view, `size` pixels large, that begins at `place` (row, column) of its pixels."""
+        if size == self.size:
+            return self
+        (top, first), (height, width) = place, size
+        first = self.size[1] - first - width if self.flip else first
+        left, upper, right, lower = self.box
+        across, down = (right - left) / self.size[1], (lower - upper) / self.size[0]
+        x, y = left + first * across, upper + top * down
+        return replace(self, box=(x, y, x + width * across, y + height * down), size=size)
+
+    def jittered(self, brightness: float, contrast: float, saturation: float, hue: float) -> View:
+        """This view with more jitter than its own: factors multiply, hues add up."""
+        return replace(
+            self,
+            brightness=self.brightness * brightness,
+            contrast=self.contrast * contrast,
+            saturation=self.saturation * saturation,
+            hue=(self.hue + hue + 0.5) % 1 - 0.5,
+        )
 
 
 def render_view(image: Image.Image, view: View, size: Size | None = None) -> Tensor:
@@ -181,8 +194,8 @@ def _seen(low: float, high: float, source: int, rendered: int) -> _Seen:
     if not (abs(low) <= _MAX_PIXEL and abs(high) <= _MAX_PIXEL and high - low >= _MIN_PIXELS):
         raise _impossible((low, high))
     step = (high - low) / rendered
-    first = max(0, math.ceil(-low / step - _PIXEL_TOLERANCE))
-    last = min(rendered, math.floor((source - low) / step + _PIXEL_TOLERANCE))
+    first = max(0, math.ceil(-low / step - PIXEL_TOLERANCE))
+    last = min(rendered, math.floor((source - low) / step + PIXEL_TOLERANCE))
     start = low + first * step if first else low
     end = low + last * step if last < rendered else high
     return _Seen(first, last - first, max(0.0, start), min(float(source), end))
@@ -217,58 +230,23 @@ def draw_views(
 
     A sample of unknown size (0 × 0: its header could not be read) gets an empty box.
     """
-    blocks = []
+    blocks, numbers = [], np.arange(*views)
     for start in range(0, len(sample_keys), _BLOCK_SAMPLES):
-        stop = min(start + _BLOCK_SAMPLES, len(sample_keys))
-        blocks.append(
-            _draw_block(
-                policy,
-                sample_keys[start:stop],
-                np.asarray(widths[start:stop], np.float64),
-                np.asarray(heights[start:stop], np.float64),
-                np.arange(*views),
-                first_sample + start,
-            )
-        )
+        keys = sample_keys[start : start + _BLOCK_SAMPLES]
+        w, h = (np.asarray(side[start : start + len(keys)], np.float64) for side in (widths, heights))
+        box, flip, jitter = draw_crops(policy, keys, w, h, numbers)
+        first, count = first_sample + start, flip.size
+        columns = [
+            np.repeat(np.arange(first, first + len(keys)), len(numbers)),
+            np.tile(numbers.astype(np.int32), len(keys)),
+            *(side.astype(np.float32).ravel() for side in box),
+            flip.ravel(),
+            *(factor.astype(np.float32).ravel() for factor in jitter),
+            *(np.full(count, side, np.int32) for side in policy.stored_size),
+        ]
+        arrays = [pa.array(column) for column in columns]
+        blocks.append(pa.RecordBatch.from_arrays(arrays, schema=VIEW_SCHEMA))
     return pa.Table.from_batches(blocks, schema=VIEW_SCHEMA)
-
-
-def _draw_block(
-    policy: ViewPolicy,
-    sample_keys: Sequence[str],
-    widths: Floats,
-    heights: Floats,
-    views: NDArray[np.int64],
-    first_sample: int,
-) -> pa.RecordBatch:
-    shape = (len(sample_keys), len(views))
-    width, height = (np.broadcast_to(side[:, None], shape) for side in (widths, heights))
-    uniforms = _uniforms(policy.seed, sample_keys, views)
-    flip = uniforms[..., -1] < policy.flip_probability
-    jitter = [np.full(shape, neutral) for _, _, neutral in _JITTER]
-    if policy.policy == "imagenet_eval":
-        left, top, right, bottom = _centre_crop(policy, width, height)
-    elif policy.policy == "multitask_eval":
-        left, top, right, bottom = _whole_image(policy, width, height)
-    elif policy.policy == "multitask_train":
-        left, top, right, bottom = _magnified_crop(policy, width, height, uniforms)
-        jitter = _draw_jitter(policy, uniforms)
-    else:
-        left, top, right, bottom = _random_resized_crop(policy, width, height, uniforms)
-    if policy.policy in ("imagenet_eval", "multitask_eval"):
-        flip = np.zeros(shape, bool)
-    count = left.size
-    samples = np.arange(first_sample, first_sample + shape[0])
-    columns = [
-        np.repeat(samples, shape[1]),
-        np.tile(views.astype(np.int32), shape[0]),
-        *(side.astype(np.float32).ravel() for side in (left, top, right, bottom)),
-        flip.ravel(),
-        *(factor.astype(np.float32).ravel() for factor in jitter),
-        np.full(count, policy.size[0], np.int32),
-        np.full(count, policy.size[1], np.int32),
-    ]
-    return pa.RecordBatch.from_arrays([pa.array(column) for column in columns], schema=VIEW_SCHEMA)
 
 
 def draw_segment(policy: ViewPolicy, segment: Segment, samples: pa.Table) -> pa.Table:
@@ -277,103 +255,6 @@ def draw_segment(policy: ViewPolicy, segment: Segment, samples: pa.Table) -> pa.
     key, width, height = (samples[name][first:end] for name in ("key", "width", "height"))
     sizes = width.to_numpy(), height.to_numpy()
     return draw_views(policy, key.to_pylist(), *sizes, segment.views, first)
-
-
-def _random_resized_crop(
-    policy: ViewPolicy, width: Floats, height: Floats, uniforms: Floats
-) -> tuple[Floats, Floats, Floats, Floats]:
-    """torchvision's RandomResizedCrop for many samples at once: first of ten attempts that fits."""
-    attempts = uniforms[..., : 2 * _CROP_ATTEMPTS].reshape(*width.shape, _CROP_ATTEMPTS, 2)
-    area = (width * height)[..., None] * _between(attempts[..., 0], *policy.scale)
-    ratio = np.exp(_between(attempts[..., 1], np.log(policy.ratio[0]), np.log(policy.ratio[1])))
-    crop_width, crop_height = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
-    fits = (
-        (crop_width >= 1)
-        & (crop_width <= width[..., None])
-        & (crop_height >= 1)
-        & (crop_height <= height[..., None])
-    )
-    first = np.argmax(fits, axis=-1)[..., None]
-    w = np.take_along_axis(crop_width, first, -1)[..., 0]
-    h = np.take_along_axis(crop_height, first, -1)[..., 0]
-    left = np.floor(uniforms[..., -3] * (width - w + 1))
-    top = np.floor(uniforms[..., -2] * (height - h + 1))
-
-    fallback = ~fits.any(-1)
-    w = np.where(fallback, np.minimum(width, np.rint(height * policy.ratio[1])), w)
-    h = np.where(fallback, np.minimum(height, np.rint(width / policy.ratio[0])), h)
-    left = np.where(fallback, np.floor((width - w) / 2), left)
-    top = np.where(fallback, np.floor((height - h) / 2), top)
-    return left, top, left + w, top + h
-
-
-def _centre_crop(policy: ViewPolicy, width: Floats, height: Floats) -> tuple[Floats, Floats, Floats, Floats]:
-    """Resize so that the crop takes `crop_fraction` of the tighter side, then crop the centre."""
-    out_height, out_width = policy.size
-    source_per_output = policy.crop_fraction * np.minimum(width / out_width, height / out_height)
-    w, h = out_width * source_per_output, out_height * source_per_output
-    left, top = (width - w) / 2, (height - h) / 2
-    return left, top, left + w, top + h
-
-
-def _magnified_crop(
-    policy: ViewPolicy, width: Floats, height: Floats, uniforms: Floats
-) -> tuple[Floats, Floats, Floats, Floats]:
-    """A window of the view's size in the image magnified by `scale`, whose sides keep their ratio."""
-    magnification = _between(uniforms[..., 0], *policy.scale)
-    left, right = _window(width, policy.size[1], magnification, uniforms[..., 1])
-    top, bottom = _window(height, policy.size[0], magnification, uniforms[..., 2])
-    return left, top, right, bottom
-
-
-def _whole_image(policy: ViewPolicy, width: Floats, height: Floats) -> tuple[Floats, Floats, Floats, Floats]:
-    """All of the image amid padding, as it is or, where it would not fit, shrunk so that it does."""
-    out_height, out_width = policy.size
-    known_width, known_height = np.maximum(width, 1), np.maximum(height, 1)
-    shrink = np.minimum(np.minimum(out_width / known_width, out_height / known_height), 1)
-    left, right = _window(width, out_width, shrink, np.zeros_like(width))
-    top, bottom = _window(height, out_height, shrink, np.zeros_like(height))
-    return left, top, right, bottom
-
-
-def _window(side: Floats, out: int, magnification: Floats, uniform: Floats) -> tuple[Floats, Floats]:
-    """Where `out` pixels of the magnified axis lie in source pixels; a shorter axis lies amid padding."""
-    spare = np.floor(side * magnification + _PIXEL_TOLERANCE) - out
-    offset = np.where(spare >= 0, np.floor(uniform * (spare + 1)), -np.floor(-spare / 2))
-    known = side > 0
-    return known * offset / magnification, known * (offset + out) / magnification
-
-
-def _draw_jitter(policy: ViewPolicy, uniforms: Floats) -> list[Floats]:
-    """Brightness, contrast, saturation and hue of each view."""
-    used = uniforms[..., 3 : 3 + 2 * len(_JITTER)]
-    return [
-        np.where(
-            used[..., 2 * i] < policy.jitter_probability, _between(used[..., 2 * i + 1], low, high), neutral
-        )
-        for i, (low, high, neutral) in enumerate(_JITTER)
-    ]
-
-
-def _between(uniform: Floats, low: float, high: float) -> Floats:
-    return low + uniform * (high - low)
-
-
-def _uniforms(seed: int, sample_keys: Sequence[str], views: NDArray[np.int64]) -> Floats:
-    """(samples, views, draws) numbers in [0, 1): SplitMix64 at counter (view, draw), keyed by the sample.
-
-    Steele et al., "Fast splittable pseudorandom number generators", 2014: the k-th output is a mix
-    of state + k·γ, so any element is computed on its own, and numpy computes all of them at once.
-    """
-    keys = np.array([xxhash.xxh3_64_intdigest(key.encode(), seed) for key in sample_keys], np.uint64)
-    draws = np.arange(1, _DRAWS_PER_VIEW + 1, dtype=np.uint64)
-    counters = views.astype(np.uint64)[:, None] * np.uint64(_DRAWS_PER_VIEW) + draws
-    z = keys[:, None, None] + counters * np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    z ^= z >> np.uint64(31)
-    uniforms: Floats = (z >> np.uint64(11)).astype(np.float64) * 2.0**-53
-    return uniforms
 
 
 class ViewTable:

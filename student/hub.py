@@ -1,4 +1,4 @@
-"""A student for others: the way to the Hugging Face Hub."""
+"""Push a student to the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ CARD_FILE = "README.md"
 
 
 def push_to_hub(folder: str | os.PathLike[str], repository: str, *, private: bool = False) -> str:
-    """Upload a saved student, with its model card where there is one, and return the address.
+    """Upload a saved student, with its model card if it has one, and return the address.
 
-    `repository`: "user/name", made if it is not there. Logs in as huggingface_hub does (HF_TOKEN).
-    Raises `CheckpointError` where the folder holds no whole student, and where the Hub does not take it.
+    `repository`: "user/name", created if missing. Logs in as huggingface_hub does (HF_TOKEN).
+    Raises `CheckpointError` if the folder does not hold a complete student, or the Hub refuses it.
     """
     place = find_saved(folder)
     read_config(place)
@@ -36,7 +36,7 @@ def push_to_hub(folder: str | os.PathLike[str], repository: str, *, private: boo
     try:
         api.create_repo(repository, private=private, exist_ok=True)
         uploaded = api.upload_folder(repo_id=repository, folder_path=place, allow_patterns=files)
-    except Exception as error:  # its own errors, those of values and those of whatever speaks HTTP for it
+    except Exception as error:  # huggingface_hub's own, ValueErrors and those of its HTTP client
         raise CheckpointError(
             f"The student was not pushed to {repository}.",
             got=error,

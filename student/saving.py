@@ -1,4 +1,4 @@
-"""Files of a run that are there whole or not at all, after a power cut too, or else an error in words."""
+"""Write files of a run whole or not at all, even after a power cut, or raise a clear error."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """A name to write a file to, which becomes `target` when the block ends, and goes when it fails."""
+    """A name to write a file to; it becomes `target` when the block ends, and is removed if it fails."""
     temporary = temporary_of(target)
     try:
         yield temporary
@@ -31,12 +31,12 @@ def replacing(target: Path) -> Iterator[Path]:
         raise
 
 
-_GOES_ON = "it goes on from the newest checkpoint, and those that were written before are whole"
+_GOES_ON = "it continues from the newest checkpoint, and earlier ones are complete"
 
 
 @contextmanager
 def saving(what: str, place: Path, then: str = _GOES_ON) -> Iterator[None]:
-    """Raises `DiskSpaceError` where a disk or a quota is full, `CheckpointError` where it fails otherwise."""
+    """Raises `DiskSpaceError` if a disk or a quota is full, `CheckpointError` if it fails otherwise."""
     try:
         yield
     except TeacherCacheError:
@@ -49,12 +49,12 @@ def saving(what: str, place: Path, then: str = _GOES_ON) -> Iterator[None]:
         raise kind(
             f"{what} cannot be written.",
             got=f"{place}: {os.strerror(number) if number else error}",
-            expected="room for it, in a folder that this user may write to",
+            expected="room for it, in a folder that this user can write to",
             do=f"make room or choose another place, and run the same command again: {then}",
         ) from error
 
 
 def _number_in(error: SafetensorError) -> int | None:
-    """safetensors writes files itself, and says why it cannot in its text alone."""
-    found = re.search(r"\(os error (\d+)\)", str(error))
-    return int(found[1]) if found else None
+    """The errno of a failed write, which safetensors states only in its message."""
+    match = re.search(r"\(os error (\d+)\)", str(error))
+    return int(match[1]) if match else None

@@ -1,4 +1,4 @@
-"""Where the time of a step goes, and the sentence that says what limits a run."""
+"""Where the time of a step goes, and a sentence about what limits a run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STAGES = {
 
 
 class StageTimer:
-    """Seconds of each stage. On CUDA they are the device's own, so the host never waits to take them."""
+    """Seconds of each stage. On CUDA the device takes them, so the host never waits for them."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
@@ -55,20 +55,19 @@ class StageTimer:
 def bottleneck(seconds: Mapping[str, float], steps: int) -> str:
     """One sentence on what a run spent its time on; `seconds` are the sums over `steps` steps.
 
-    `read` and `decode` are spent by the loader's threads beside the step; they only name what a wait
-    was for.
+    The loader's threads spend `read` and `decode` in parallel; they only tell what a wait was for.
     """
     total = sum(seconds.get(stage, 0.0) for stage in STAGES)
     if not total:
         return "No step was left to take."
     share = {stage: seconds.get(stage, 0.0) / total for stage in STAGES}
     worst = max(share, key=lambda stage: share[stage])
-    sentence = f"Bottleneck: {STAGES[worst]}, {share[worst]:.0%} of {total / steps:.3g} s a step"
+    sentence = f"Bottleneck: {STAGES[worst]}, {share[worst]:.0%} of {total / steps:.3g} s per step"
     if worst != "wait":
         return f"{sentence}; {STAGES['wait']} took {share['wait']:.0%}."
     read, decode = (seconds.get(stage, 0.0) / steps for stage in ("read", "decode"))
     what = "reading features" if read > decode else "decoding images"
     return (
         f"{sentence}, mostly for {what} (the threads spent {read:.3g} s reading and {decode:.3g} s decoding "
-        "a step): raise loader.threads, or put the cache on a faster disk."
+        "per step): raise loader.threads, or put the cache on a faster disk."
     )

@@ -11,6 +11,7 @@ from PIL import Image
 
 from teachercache.cache_builder.build_recipe import BuildRecipe
 from teachercache.pipeline.cache import FeatureCache
+from teachercache.pipeline.codecs import torch_dtype
 from teachercache.pipeline.places.open_storage import open_storage
 from teachercache.pipeline.records.manifest import CommitRecord, Manifest
 from teachercache.pipeline.records.spec import (
@@ -67,8 +68,8 @@ def features(spec: CacheSpec, teacher: str) -> dict[str, torch.Tensor]:
         values = torch.randn((rows, *layout.shape), generator=generator)
         arrays[name] = (
             values.to(torch.bfloat16).view(torch.uint16)
-            if layout.dtype == torch.uint16
-            else values.to(layout.dtype)
+            if layout.dtype == np.uint16
+            else values.to(torch_dtype(layout.dtype))
         )
     return arrays
 

@@ -18,9 +18,9 @@ _WEIGHT_PRODUCTS = (torch.ops.aten.convolution, torch.ops.aten.mm, torch.ops.ate
 def teacher_gmacs(spec: TeacherSpec) -> float:
     """10⁹ multiply-accumulates of one view, in the convention of fvcore and of SAK's Table 21.
 
-    Counted are the products with weights: convolutions and linear layers, up to the last block that
-    is tapped. Left out, as fvcore leaves them out, are the products of fused attention; they add 12%
-    to DINOv2-L at 378² (221 → 247) and 14% to SAM-L at 1024² (1308 → 1489).
+    Products with weights count: convolutions and linear layers, up to the last block that is tapped.
+    Products of fused attention do not, as in fvcore; they would add 12% to DINOv2-L at 378² (221 → 247)
+    and 14% to SAM-L at 1024² (1308 → 1489).
     """
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         _blank(spec)(torch.empty(1, 3, *spec.render_size, dtype=torch.uint8))
@@ -29,10 +29,10 @@ def teacher_gmacs(spec: TeacherSpec) -> float:
 
 
 def teacher_parameters(spec: TeacherSpec) -> int:
-    """Of all that runs, up to the last block that is tapped: no final norm, neck or classifier (Table 21)."""
+    """Parameters up to the last block that is tapped, without final norm, neck or classifier (Table 21)."""
     with torch.device("meta"):
         teacher = _blank(spec)
-        ran = set[nn.Module](module for module in teacher.children())  # asked by name, they call no hook
+        ran = set[nn.Module](module for module in teacher.children())  # by name, they trigger no hook
         for module in teacher.modules():
             module.register_forward_hook(lambda module, *_: ran.add(module))
         teacher(torch.empty(1, 3, *spec.render_size, dtype=torch.uint8))

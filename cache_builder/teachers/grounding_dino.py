@@ -1,7 +1,7 @@
 """The image side of GroundingDINO as a teacher, through transformers: no text model is made or loaded.
 
-A student of KPU detects objects "by integrating GroundingDINO's decoder" (KPU, Inference): it has to give
-what everything behind the image side takes (encoder, query selection, decoder), four maps of one width:
+A student of KPU detects objects "by integrating GroundingDINO's decoder" (KPU, Inference): it has to produce
+the input of everything after the image side (encoder, query selection, decoder), four maps of one width:
 
 | block | stride | from                                           |
 |-------|--------|------------------------------------------------|
@@ -10,19 +10,19 @@ what everything behind the image side takes (encoder, query selection, decoder),
 | 2     | 32     | its fourth                                     |
 | 3     | 64     | its fourth, by a 3×3 convolution of stride 2   |
 
-These maps are the blocks of this teacher, in the form in which `GroundingDinoModel` flattens them; text meets
-them later. They differ in grid, so a teacher holds one of them: block 1 by its presets, whose stride is the
-patch of a student. Whoever wants to plug in the decoder makes four teachers, with `block_indices` [0] to [3].
-Stages of Swin that a map does not need are cut off, so their weights are no part of the hash.
+These maps are the blocks of this teacher, in the form in which `GroundingDinoModel` flattens them, before any
+text. Their grids differ, so a teacher holds one map: by its presets block 1, whose stride is a student's
+patch. To plug in the decoder, make four teachers, with `block_indices` [0] to [3]. Stages of Swin that a map
+does not need are cut off, and their weights do not enter the hash.
 
-Views are rendered as its processor resizes images, the shorter side to 800 or, if that is less, the longer
-one to 1333, and to the nearest multiples of 32, Swin's last stride. A square view becomes 800×800, with grids
-of 100, 50, 25 and 13.
+Views are rendered at the size to which its processor resizes images: the shorter side to 800 or, if that is
+smaller, the longer one to 1333, then to the nearest multiples of 32, Swin's last stride. A square view
+becomes 800×800, with grids of 100, 50, 25 and 13.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -109,10 +109,10 @@ class GroundingDinoTeacher(Teacher):
         blocks = tuple((m.shape[1], (m.shape[2], m.shape[3])) for m in maps)
         return Outputs(blocks=blocks, has_cls_token=False, global_width=None)
 
-    def compile_blocks(self) -> None:
-        """Each stage by itself. Blocks, shifted or not, at two batch sizes are more than torch keeps."""
-        for stage in self.model.backbone.conv_encoder.model.swin.encoder.layers:
-            stage.compile()
+    def repeated_parts(self) -> Iterable[nn.Module]:
+        """Stages: blocks, shifted or not, are more than torch keeps compiled."""
+        stages: Iterable[nn.Module] = self.model.backbone.conv_encoder.model.swin.encoder.layers
+        return stages
 
     def forward(self, pixels_B3HW: Tensor) -> TeacherFeatures:
         with torch.inference_mode(), autocast(self.spec, pixels_B3HW.device):
@@ -126,7 +126,7 @@ class GroundingDinoTeacher(Teacher):
 
 
 def _transformers() -> tuple[Any, Any]:
-    """(transformers, its module of GroundingDINO), imported for those who have such a teacher."""
+    """(transformers, its GroundingDINO module), imported only if a teacher needs it."""
     try:
         import transformers
         from transformers.models.grounding_dino import modeling_grounding_dino
@@ -148,7 +148,7 @@ def _config(model: str) -> Any:
 
 @cache
 def _image_side() -> Any:
-    """The class of what `GroundingDinoModel` has before its encoder, under the same names."""
+    """A class with the parts of `GroundingDinoModel` before its encoder, under the same names."""
     _, modeling = _transformers()
     base: Any = modeling.GroundingDinoPreTrainedModel
 
@@ -163,17 +163,17 @@ def _image_side() -> Any:
             self.input_proj_vision = nn.ModuleList(
                 nn.Sequential(convolution, nn.GroupNorm(32, config.d_model)) for convolution in convolutions
             )
-            # What older files lack and what they hold beside it, which Swin's own class knows.
+            # Keys that older files lack or have in addition, as Swin's own class lists them.
             self._keys_to_ignore_on_load_missing = swin.model._keys_to_ignore_on_load_missing
             self._keys_to_ignore_on_load_unexpected = swin.model._keys_to_ignore_on_load_unexpected
             self.post_init()
 
         def end_with(self, index: int) -> None:
-            """Leave out what no map up to this one needs."""
+            """Drop the parts that no map up to this one needs."""
             swin = self.backbone.conv_encoder.model.swin
             swin.encoder.layers = swin.encoder.layers[: index + 2]
             swin.encoder.layers[-1].downsample = None
-            swin.layernorm = nn.Identity()  # of the last stage; its result is not used
+            swin.layernorm = nn.Identity()  # the last stage's, whose result is not used
             self.input_proj_vision = self.input_proj_vision[: index + 1]
 
         def forward(self, images_B3HW: Tensor, indices: Sequence[int]) -> list[Tensor]:
@@ -197,7 +197,7 @@ def _create_model(spec: TeacherSpec) -> Any:
                 config=config,
                 state_dict=_read_image_side(_weights_file(spec)),
                 dtype=torch.float32,
-                ignore_mismatched_sizes=True,  # it would raise without their names
+                ignore_mismatched_sizes=True,  # or it would raise without naming them
                 output_loading_info=True,
             )
         except Exception as reason:  # from the hub, the file system, safetensors or transformers
@@ -213,7 +213,7 @@ def _create_model(spec: TeacherSpec) -> Any:
 
 
 def _weights_file(spec: TeacherSpec) -> Path:
-    """The checkpoint, the one in a folder that is the checkpoint, or the hub's, which is downloaded."""
+    """The checkpoint file, that in a checkpoint folder, or a download from the hub."""
     if spec.checkpoint:
         path = Path(spec.checkpoint)
         path = path / WEIGHTS_NAME if path.is_dir() else path
@@ -225,7 +225,7 @@ def _weights_file(spec: TeacherSpec) -> Path:
 
 
 def _read_image_side(path: Path) -> dict[str, Tensor]:
-    """Those tensors of a whole model alone; the others are not read."""
+    """The image side's tensors of a whole model; the others are not read."""
     with safe_open(path, framework="pt") as file:
         names = {key.removeprefix("model."): key for key in file.keys()}  # noqa: SIM118
         return {name: file.get_tensor(key) for name, key in names.items() if name.startswith(_IMAGE_SIDE)}

@@ -1,4 +1,4 @@
-"""Which teachers there are. A new one is a row in `presets.yaml`; a new kind is a class in `_KINDS`."""
+"""The known teachers. A new one is a row in `presets.yaml`; a new kind is a class in `_KINDS`."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _KINDS: tuple[type[Teacher], ...] = (TimmTeacher, GroundingDinoTeacher)
 
 
 class Preset(Strict):
-    """A row of `presets.yaml`. Views are rendered at `longest_side` pixels; None: at their own size.
+    """A row of `presets.yaml`. Views are rendered at `longest_side` pixels, or their own size if it is None.
 
-    With `shortest_side`, at the smaller of the two sizes. `block_indices`: those of a recipe without any.
+    With `shortest_side`, the smaller of the two sizes counts. `block_indices`: the default for recipes.
     """
 
     model: str
@@ -46,13 +46,13 @@ def find_preset(name: str) -> Preset:
 
 
 def find_model(model: str) -> Preset:
-    """A model as a preset: the row that holds it, if there is one. Raises `UnknownTeacherError`."""
+    """A model as a preset, from its row if it has one. Raises `UnknownTeacherError`."""
     complete = kind_of(model).describe(model).model
     return next((row for row in presets().values() if row.model == complete), Preset(model=complete))
 
 
 def find_teacher(name: str) -> Preset:
-    """A preset of this name, else a model of this name. Raises `UnknownTeacherError`."""
+    """The preset, or else the model, of this name. Raises `UnknownTeacherError`."""
     return find_preset(name) if name in presets() else find_model(name)
 
 

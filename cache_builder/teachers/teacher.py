@@ -1,9 +1,9 @@
-"""What every teacher gives, what every kind of teacher can say of a model, and how pixels get in."""
+"""What every teacher returns, what every kind of teacher can tell about a model, and how pixels enter."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,9 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
+from teachercache.cache_builder.teachers.sam_attention import FoldedAttention
 from teachercache.pipeline.errors import TeacherInputError
+from teachercache.pipeline.grids import made_once
 from teachercache.pipeline.records.spec import Size, TeacherSpec
 from teachercache.pipeline.views import enlarge_and_pad
 
@@ -21,22 +23,24 @@ RGB = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a model is before an input size is chosen.
+    """A model before an input size is chosen.
 
     `model` is the complete name (with timm's tag), `patch` (h, w) what image sizes are multiples of.
+    `has_positions`: learnt ones, a map of them, which is resampled for another image size.
     """
 
     model: str
     patch: Size
     mean: RGB
     std: RGB
+    has_positions: bool = False
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a model gives at one input size: (width, grid) of every block, and what else it has.
+    """A model's outputs at one input size: (width, grid) of every block, and its other features.
 
-    `global_width` is None when it has no global feature, or none was asked for.
+    `global_width` is None when it has no global feature, or none was requested.
     """
 
     blocks: tuple[tuple[int, Size], ...]
@@ -50,12 +54,19 @@ class TeacherFeatures:
 
     `feature_maps_BSHWC` are raw block outputs: no final norm, prefix tokens dropped.
     `cls_token_BSC` is None for teachers without one (SAM, SigLIP), never zeros.
-    `global_feature_BD` is the projected or pooled image feature, when the spec asks for it.
+    `global_feature_BD` is the projected or pooled image feature, if the spec requests it.
     """
 
     feature_maps_BSHWC: Tensor
     cls_token_BSC: Tensor | None
     global_feature_BD: Tensor | None
+
+    def first(self, count: int) -> TeacherFeatures:
+        """Those of the first `count` views."""
+        others = (self.cls_token_BSC, self.global_feature_BD)
+        return TeacherFeatures(
+            self.feature_maps_BSHWC[:count], *(one if one is None else one[:count] for one in others)
+        )
 
 
 class Teacher(nn.Module, ABC):
@@ -71,6 +82,7 @@ class Teacher(nn.Module, ABC):
     def __init__(self, spec: TeacherSpec) -> None:
         super().__init__()
         self.spec = spec
+        self._batch_size = 0
 
     @classmethod
     @abstractmethod
@@ -87,8 +99,31 @@ class Teacher(nn.Module, ABC):
         """Raises `TeacherInputError` when the model cannot take this size."""
 
     @abstractmethod
-    def compile_blocks(self) -> None:
-        """Run torch.compile over what the network repeats, before the first forward pass."""
+    def repeated_parts(self) -> Iterable[nn.Module]:
+        """What the network repeats, to be compiled one by one: equal parts are compiled once."""
+
+    def compile_blocks(self, batch_size: int) -> None:
+        """Run torch.compile over `repeated_parts`, before the first forward pass.
+
+        Fewer views than `batch_size` are filled up to it: another number would be compiled anew.
+        """
+        for part in self.repeated_parts():
+            part.compile(dynamic=False)
+        self._batch_size = batch_size
+
+    def keep_rounded(self) -> None:
+        """Keep weights in bfloat16 where autocast would round them at every pass, with the same result."""
+        if self.spec.precision == "bfloat16":
+            for module in self.modules():
+                if isinstance(module, nn.Linear | nn.Conv2d | FoldedAttention):
+                    module.to(torch.bfloat16)
+
+    def __call__(self, pixels_B3HW: Tensor) -> TeacherFeatures:
+        count, missing = len(pixels_B3HW), max(0, self._batch_size - len(pixels_B3HW))
+        if missing:
+            pixels_B3HW = torch.cat([pixels_B3HW, pixels_B3HW[-1:].expand(missing, -1, -1, -1)])
+        features: TeacherFeatures = super().__call__(pixels_B3HW)
+        return features.first(count) if missing else features
 
     @abstractmethod
     def forward(self, pixels_B3HW: Tensor) -> TeacherFeatures:
@@ -102,18 +137,21 @@ def preprocess(pixels_B3HW: Tensor, spec: TeacherSpec) -> Tensor:
     """
     if pixels_B3HW.dtype != torch.uint8 or pixels_B3HW.shape[1:] != (3, *spec.render_size):
         raise TeacherInputError(
-            f"These are not views for {spec.model}.",
+            f"These views do not fit {spec.model}.",
             got=f"{pixels_B3HW.dtype} of shape {tuple(pixels_B3HW.shape)}",
             expected=f"torch.uint8 of shape (B, 3, {spec.render_size[0]}, {spec.render_size[1]})",
             do="render the views at spec.render_size",
         )
-    # From pageable memory this copy waits for nothing on the device.
-    mean_std = torch.tensor([spec.mean, spec.std]).to(pixels_B3HW.device, non_blocking=True)
-    mean, std = mean_std.view(2, 1, 3, 1, 1)
+    mean, std = _statistics(spec.mean, spec.std, pixels_B3HW.device)
     x: Tensor = (pixels_B3HW.float() / 255 - mean) / std
     if spec.render_size == spec.image_size:
         return x
     return enlarge_and_pad(x, spec.image_size)
+
+
+@made_once
+def _statistics(mean: RGB, std: RGB, device: torch.device) -> Tensor:
+    return torch.tensor([mean, std], device=device).view(2, 1, 3, 1, 1)
 
 
 def autocast(spec: TeacherSpec, device: torch.device) -> Any:

@@ -1,8 +1,9 @@
-"""The user's side of a teacher: what stands under `teachers.<name>:`, and how it becomes a `TeacherSpec`."""
+"""A teacher in a recipe: the keys under `teachers.<name>:`, and how they become a `TeacherSpec`."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Annotated, Any, Self
 
 import torch
@@ -21,6 +22,7 @@ from teachercache.pipeline.records.spec import (
     GridKind,
     GridSpec,
     Precision,
+    Resampling,
     Size,
     Strict,
     TeacherSpec,
@@ -35,7 +37,7 @@ Pixels = Annotated[int, Field(ge=1)]
 
 
 class TeacherRecipe(Strict):
-    """One teacher, as a recipe states it. Everything left out is asked of the preset or the library.
+    """One teacher, as a recipe states it. The preset or the library decides everything left out.
 
     `preset` or `model` (any timm name, grounding-dino-tiny or -base) says which; without either, the
     teacher's own name does.
@@ -43,7 +45,8 @@ class TeacherRecipe(Strict):
     default the ends of the four quarters of the network; of one whose blocks differ in shape (ConvNeXt,
     Swin, ResNet) those among the blocks that are shaped as the last is. `grid_size` is (height, width) in
     tokens. `checkpoint` is a local file: safetensors, or for timm a .pth of tensors and plain values, such as
-    what a training code saves (`teacher`, behind `backbone.`).
+    what a training code saves (`teacher`, behind `backbone.`). `resample_positions`: how a plain ViT's are
+    fitted to the image size: with antialiasing as timm does it, or "plain" as most authors' code.
     """
 
     preset: str | None = None
@@ -61,6 +64,7 @@ class TeacherRecipe(Strict):
     mean: RGB | None = None
     std: RGB | None = None
     random_seed: int = 0
+    resample_positions: Resampling = "antialias"
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -70,24 +74,55 @@ class TeacherRecipe(Strict):
             raise ValueError(f"grid 'native' takes no grid_size, got {self.grid_size}")
         if self.checkpoint and self.pretrained is False:
             raise ValueError("a checkpoint and pretrained=false contradict each other: leave one out")
+        if self.resample_positions == "plain" and self.pretrained is False:
+            raise ValueError("random weights have no positions to resample: leave resample_positions out")
         indices = self.block_indices
         if indices is not None and (not indices or indices[0] < 0 or sorted(set(indices)) != [*indices]):
             raise ValueError(f"block_indices must be 0-based and increasing, got {[*indices]}")
         return self
 
 
+def resolve_teachers(
+    recipes: Mapping[str, TeacherRecipe], views: ViewPolicy, sak_compat: bool = False
+) -> dict[str, TeacherSpec]:
+    """The specs of teachers that see these views, their margin included.
+
+    Raises as `resolve_teacher`, and `TeacherInputError` where windows of the views cannot be cut out of an
+    adjoint grid.
+    """
+    own_grid = student_grid(views.stored_size, views.patch)
+    specs = {
+        name: resolve_teacher(name, recipe, views.stored_size, sak_compat, views.patch)
+        for name, recipe in recipes.items()
+    }
+    for name, spec in specs.items():
+        if views.margin and spec.grid.kind == "adjoint" and spec.grid.size != own_grid:
+            raise TeacherInputError(
+                f"The adjoint grid of teacher {name} is not that of the views with their margin.",
+                got=f"grid_size {spec.grid.size}",
+                expected=f"{own_grid}, a token for each {views.patch} pixels of the student (views.patch)",
+                do=f"leave out teachers.{name}.grid_size, and let views.patch be the student's",
+            )
+    return specs
+
+
 def resolve_teacher(
-    name: str, recipe: TeacherRecipe, view_size: Size, sak_compat: bool = False
+    name: str,
+    recipe: TeacherRecipe,
+    view_size: Size,
+    sak_compat: bool = False,
+    patch: int = STUDENT_PATCH,
 ) -> TeacherSpec:
     """The complete spec of teacher `name` for views of `view_size` (height, width); needs no weights.
 
     The teacher sees the view at the nearest multiple of its patch (384 → 378 for patch 14). A preset
     with a `longest_side` (SAM, 1024) keeps the view's aspect: 448×576 becomes 800×1024. GroundingDINO's
-    shorter side is 800, while the longer one is at most 1333: 384×384 becomes 800×800.
+    shorter side is 800, while the longer one is at most 1333: 384×384 becomes 800×800. `patch` is the
+    student's, whose grid is stored where the recipe names a grid and no size.
 
     `sak_compat` reproduces the reference instead: ImageNet statistics for all, every teacher at the
-    size of the view (a patch-14 teacher then drops the pixels that fill no patch), and SAM fed with
-    the rendered view, enlarged and padded to a square.
+    size of the view (a patch-14 teacher then drops the pixels that fill no patch), and SAM on the
+    rendered view, enlarged and padded to a square.
 
     Raises `UnknownTeacherError`, or `TeacherInputError` for a size, block or output that the model
     does not have.
@@ -100,7 +135,7 @@ def resolve_teacher(
     block_indices = recipe.block_indices or preset.block_indices or _default_blocks(outputs)
     width, native_grid = _common_shape(name, outputs, block_indices)
     _require_outputs(name, architecture, outputs, recipe)
-    grid_size = recipe.grid_size or student_grid(view_size)
+    grid_size = recipe.grid_size or student_grid(view_size, patch)
     return TeacherSpec(
         model=architecture.model,
         pretrained=recipe.pretrained is not False,
@@ -118,12 +153,13 @@ def resolve_teacher(
         cls_token=recipe.cls_token,
         global_width=outputs.global_width,
         precision=recipe.precision,
+        resample_positions=recipe.resample_positions,
     )
 
 
-def student_grid(view_size: Size) -> Size:
-    """The token grid (h, w) of a student of patch 16 on views of this size in pixels."""
-    return max(1, view_size[0] // STUDENT_PATCH), max(1, view_size[1] // STUDENT_PATCH)
+def student_grid(view_size: Size, patch: int = STUDENT_PATCH) -> Size:
+    """The token grid (h, w) of a student of this patch on views of this size, both in pixels."""
+    return max(1, view_size[0] // patch), max(1, view_size[1] // patch)
 
 
 def build_teacher(
@@ -131,17 +167,16 @@ def build_teacher(
 ) -> Teacher:
     """A frozen teacher with its weights on `device`; its `spec` carries the `weights_hash`.
 
-    From a name, `overrides` are the keys of a `TeacherRecipe`, and views have the default size:
+    For a name, `overrides` are the keys of a `TeacherRecipe`, and views have the default size:
     `build_teacher("dinov2_small", pretrained=False, image_size=224)`.
 
-    Raises `WeightsNotFoundError`, and `CacheMismatchError` when a spec that comes from a cache names
-    other weights.
+    Raises `WeightsNotFoundError`, and `CacheMismatchError` when a spec from a cache names other weights.
     """
     _keep_float32()
     if isinstance(teacher, str):
         teacher = resolve_teacher(teacher, TeacherRecipe(**overrides), ViewPolicy.model_validate({}).size)
     elif overrides:
-        raise TypeError(f"a TeacherSpec is complete; got {', '.join(overrides)} beside it")
+        raise TypeError(f"a TeacherSpec takes no overrides; got {', '.join(overrides)}")
     built = kind_of(teacher.model)(teacher)
     built.weights_hash = weights_hash(built)
     if teacher.weights_hash not in (None, built.weights_hash):
@@ -151,16 +186,17 @@ def build_teacher(
             expected=f"weights with hash {teacher.weights_hash}",
             do="give the same checkpoint and library versions, or build another cache",
         )
+    built.keep_rounded()
     built.spec = teacher.model_copy(update={"weights_hash": built.weights_hash})
     return built.to(device)
 
 
 def _keep_float32() -> None:
-    """Variables that some container images set would put TF32 into float32 features, without a trace."""
+    """Variables that some container images set would silently put TF32 into float32 features."""
     torch.set_float32_matmul_precision("highest")  # TORCH_ALLOW_TF32_CUBLAS_OVERRIDE begins with "high"
     if value := os.environ.get("NVIDIA_TF32_OVERRIDE"):
         raise TeacherError(
-            "A variable of the environment would change the arithmetic of teachers.",
+            "An environment variable would change the arithmetic of teachers.",
             got=f"NVIDIA_TF32_OVERRIDE={value}",
             expected="the precision that each teacher's spec states",
             do="unset NVIDIA_TF32_OVERRIDE",
@@ -208,7 +244,7 @@ def _nearest_multiple(size: tuple[float, float], patch: Size) -> Size:
 def _default_blocks(outputs: Outputs) -> tuple[int, ...]:
     """L/4, L/2, 3L/4 and L as 0-based positions, rounded up: 6, 13, 20, 26 of 27 blocks.
 
-    L counts the blocks that have the shape of the last one, which are all in a plain ViT.
+    L counts the blocks with the shape of the last one; in a plain ViT, that is all of them.
     """
     alike = [i for i, shape in enumerate(outputs.blocks) if shape == outputs.blocks[-1]]
     return tuple(sorted({alike[-(-len(alike) * quarter // 4) - 1] for quarter in (1, 2, 3, 4)}))
@@ -230,23 +266,29 @@ def _common_shape(name: str, outputs: Outputs, block_indices: tuple[int, ...]) -
             f"{i}: width {width}, grid {grid[0]}×{grid[1]}" for i, (width, grid) in enumerate(outputs.blocks)
         )
         raise TeacherInputError(
-            f"The levels of teacher {name} do not have one width and one grid.",
+            f"The levels of teacher {name} differ in width or grid.",
             got=f"block_indices {[*block_indices]} of {'; '.join(blocks)}",
             expected="blocks of the same width and the same grid",
-            do=f"choose such block_indices, for example [{last}]; other levels can be a teacher of their own",
+            do=f"choose such block_indices, for example [{last}]; make a second teacher for other levels",
         )
     return shapes.pop()
 
 
 def _require_outputs(name: str, architecture: Architecture, outputs: Outputs, recipe: TeacherRecipe) -> None:
-    for wanted, has, key in (
-        (recipe.cls_token, outputs.has_cls_token, "cls_token"),
-        (recipe.global_feature, outputs.global_width is not None, "global_feature"),
+    for requested, has, what, key in (
+        (recipe.cls_token, outputs.has_cls_token, "cls_token", "cls_token"),
+        (recipe.global_feature, outputs.global_width is not None, "global_feature", "global_feature"),
+        (
+            recipe.resample_positions == "plain",
+            architecture.has_positions,
+            "map of learnt positions",
+            "resample_positions",
+        ),
     ):
-        if wanted and not has:
+        if requested and not has:
             raise TeacherInputError(
-                f"Teacher {name} has no {key}.",
-                got=f"{key}: true for {architecture.model}",
-                expected=f"{key}: false",
+                f"Teacher {name} has no {what}.",
+                got=f"{key}: {str(getattr(recipe, key)).lower()} for {architecture.model}",
+                expected=f"{key}: {str(TeacherRecipe.model_fields[key].default).lower()}",
                 do=f"leave {key} out for this teacher",
             )

@@ -1,11 +1,11 @@
-"""A timm model, with its weights or without any.
+"""A timm model, with or without its weights.
 
-The same model by hand, random weights included:
+To make the same model by hand, even with random weights:
 
     torch.manual_seed(spec.random_seed)
     model = timm.create_model(spec.model, pretrained=spec.pretrained, img_size=spec.image_size).eval()
 
-without `img_size` for architectures that take any size: those for which
+Leave out `img_size` for architectures that take any size: those for which
 `timm.models.get_model_input_config(model)["fixed_input_size"]` is false (SAM, DINOv3, ConvNeXt).
 """
 
@@ -18,6 +18,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers import resample_abs_pos_embed
 from timm.models import get_model_input_config
 from torch import Tensor, nn
 
@@ -37,14 +38,14 @@ _EXPECTED = "every weight but the classifier's"
 
 @cache
 def blank_model(model: str) -> Any:
-    """`model` at its own size without weights: on the meta device it costs milliseconds."""
+    """`model` at its own size, without weights, which takes milliseconds on the meta device."""
     with torch.device("meta"):
         blank = timm.create_model(model)
     if not hasattr(blank, "forward_intermediates"):
         raise TeacherInputError(
-            f"timm cannot give the block outputs of {model}.",
+            f"timm cannot return the block outputs of {model}.",
             got="an architecture without forward_intermediates",
-            expected="one with it: every ViT, ConvNeXt, Swin and ResNet has it",
+            expected="an architecture with it, such as any ViT, ConvNeXt, Swin or ResNet",
             do="choose another model",
         )
     return blank
@@ -56,7 +57,7 @@ def native_size(model: str) -> Size:
 
 
 def size_argument(model: str, image_size: Size) -> dict[str, Size]:
-    """What `timm.create_model` must be told of the image size."""
+    """The arguments that tell `timm.create_model` the image size."""
     return {"img_size": image_size} if get_model_input_config(blank_model(model))["fixed_input_size"] else {}
 
 
@@ -83,33 +84,43 @@ def _inner_weights(spec: TeacherSpec) -> dict[str, Tensor] | None:
     assert spec.checkpoint is not None
     try:
         return inner_weights(spec.checkpoint, blank_model(spec.model).state_dict())
-    except Exception:  # as timm has met it, and said
+    except Exception:  # timm has met and logged it too
         return None
 
 
 def _load(spec: TeacherSpec, overlay: dict[str, Any] | None) -> Any:
     """The model with the weights that `overlay` names to timm, or those of the hub."""
-    size = size_argument(spec.model, spec.image_size)
+    size = size_argument(spec.model, spec.image_size) if spec.resample_positions == "antialias" else {}
     with seeded(spec.random_seed), _recorded_keys(type(blank_model(spec.model))) as wrong_keys:
         try:
             _require_source(spec)
             model = timm.create_model(spec.model, pretrained=True, pretrained_cfg_overlay=overlay, **size)
         except Exception as reason:  # from the hub, the file system, safetensors or load_state_dict
             raise weights_not_found(spec, f"{type(reason).__name__}: {reason}", _EXPECTED) from reason
-    if spec.global_width is None:  # then nothing that is kept passes through the classifier
+    if spec.global_width is None:  # then no stored feature passes through the classifier
         heads = model.pretrained_cfg.get("classifier") or ()
         prefixes = tuple(f"{head}." for head in ((heads,) if isinstance(heads, str) else heads))
         wrong_keys = [(what, key) for what, key in wrong_keys if not key.startswith(prefixes)]
     if wrong_keys:
         raise weights_not_found(spec, differing(wrong_keys), _EXPECTED)
+    if spec.resample_positions == "plain":
+        _resample_plainly(model, spec.image_size)
     return model
+
+
+def _resample_plainly(model: Any, image_size: Size) -> None:
+    """Positions as the authors of DINOv2 and Transformers fit them: bicubic, without timm's antialiasing."""
+    native, prefix_tokens = model.pos_embed, 0 if model.no_embed_class else model.num_prefix_tokens
+    model.set_input_size(image_size)
+    grid = model.patch_embed.grid_size
+    model.pos_embed = nn.Parameter(resample_abs_pos_embed(native, grid, None, prefix_tokens, antialias=False))
 
 
 @contextmanager
 def _recorded_keys(model_class: type[nn.Module]) -> Iterator[list[tuple[str, str]]]:
     """Yields a list that receives every ("missing", key) and ("unexpected", key) of a loaded state dict.
 
-    timm loads some families with `strict=False` and only logs what it left at random.
+    timm loads some families with `strict=False` and only logs which weights stay random.
     """
     keys: list[tuple[str, str]] = []
     original = model_class.load_state_dict

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from functools import cache
 from inspect import signature
 from typing import Any
@@ -10,9 +10,11 @@ from typing import Any
 import timm
 import torch
 from timm.layers import PatchEmbed
+from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_sam import VisionTransformerSAM
-from torch import Tensor
+from torch import Tensor, nn
 
+from teachercache.cache_builder.teachers.sam_attention import fold_positions
 from teachercache.cache_builder.teachers.teacher import (
     Architecture,
     Outputs,
@@ -35,6 +37,7 @@ class TimmTeacher(Teacher):
     def __init__(self, spec: TeacherSpec) -> None:
         super().__init__(spec)
         self.model = create_model(spec).eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        fold_positions(self.model, spec.native_grid)
 
     @classmethod
     @cache
@@ -51,6 +54,7 @@ class TimmTeacher(Teacher):
             patch=embed.patch_size if isinstance(embed, PatchEmbed) else (1, 1),
             mean=config["mean"],
             std=config["std"],
+            has_positions=isinstance(blank, VisionTransformer) and blank.pos_embed is not None,
         )
 
     @classmethod
@@ -59,10 +63,10 @@ class TimmTeacher(Teacher):
             with torch.device("meta"), torch.inference_mode():
                 blank = timm.create_model(model, **size_argument(model, image_size)).eval()
                 final, maps = blank.forward_intermediates(torch.empty(1, 3, *image_size))
-                # SAM was never trained to have a global feature: its head averages the mask decoder's input.
+                # SAM was never trained for a global feature: its head averages the mask decoder's input.
                 global_feature &= not isinstance(blank, VisionTransformerSAM)
                 global_width = blank.forward_head(final).shape[-1] if global_feature else None
-        except Exception as reason:  # what timm trips over depends on the architecture
+        except Exception as reason:  # the error depends on the architecture
             raise TeacherInputError(
                 f"timm cannot run {model} at this image size.",
                 got=f"{image_size}: {type(reason).__name__}: {reason}",
@@ -75,11 +79,9 @@ class TimmTeacher(Teacher):
             global_width=global_width,
         )
 
-    def compile_blocks(self) -> None:
-        """Each block by itself: equal blocks are compiled once, and `forward_intermediates` stays timm's."""
+    def repeated_parts(self) -> Iterable[nn.Module]:
         names = (name for name in ("blocks", "stages", "layers") if hasattr(self.model, name))
-        for block in getattr(self.model, next(names, ""), ()):
-            block.compile()
+        return getattr(self.model, next(names, ""), ())
 
     def forward(self, pixels_B3HW: Tensor) -> TeacherFeatures:
         spec = self.spec
@@ -107,6 +109,6 @@ class TimmTeacher(Teacher):
 
 
 def _has_cls_token(model: Any) -> bool:
-    # CaiT and VOLO add their class token behind the blocks: no prefix tokens come with their maps.
+    # CaiT and VOLO add their class token after the blocks: their maps come without prefix tokens.
     takes_prefix = "return_prefix_tokens" in signature(model.forward_intermediates).parameters
     return takes_prefix and getattr(model, "cls_token", None) is not None

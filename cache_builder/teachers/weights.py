@@ -1,4 +1,4 @@
-"""What every kind of teacher needs to make weights or to load them."""
+"""What every kind of teacher needs to make or load weights."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ WEIGHTS_NAME = "model.safetensors"
 _ENTRIES = ("teacher", "student", "model", "module", "encoder", "backbone")  # the first that fits is taken
 _CHUNK = re.compile(r"\bblocks\.\d+(?=\.\d+\.)")  # DINOv2 trains blocks in chunks; a block keeps its number
 
-_ONE_AT_A_TIME = threading.Lock()  # torch's generator, and the libraries' classes, all threads share
+_ONE_AT_A_TIME = threading.Lock()  # all threads share torch's generator and the libraries' classes
 
 
 @contextmanager
 def seeded(random_seed: int) -> Iterator[None]:
-    """Models made in here have the weights of the seed, whatever other threads make."""
+    """Models made inside get the seed's weights, whatever other threads do."""
     with _ONE_AT_A_TIME, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(random_seed)
         yield
@@ -51,44 +51,44 @@ def require_hub(repository: str) -> None:
 
 
 def differing(keys: Sequence[tuple[str, str]]) -> str:
-    """What to say of keys such as ("missing", "norm.weight")."""
+    """A message about keys such as ("missing", "norm.weight")."""
     first = ", ".join(f"{what} {key}" for what, key in keys[:8])
     return f"{len(keys)} keys that differ: {first}"
 
 
 def inner_weights(path: str | Path, names: Collection[str]) -> dict[str, Tensor] | None:
-    """The weights of a model with these parameters in what a training code saved, or None.
+    """The weights of a model with these parameters from a training code's checkpoint, or None.
 
-    They are in an entry of the file, such as the `teacher` of DINO, iBOT and DINOv2, and behind one prefix,
-    such as `backbone.`; heads and whatever else is beside them are left out. Nothing is unpickled but tensors
-    and plain values. Raises what reading the file does.
+    They are in an entry of the file, such as `teacher` in DINO, iBOT and DINOv2, and share a prefix, such as
+    `backbone.`; heads and anything else are left out. Only tensors and plain values are unpickled. Raises
+    what reading the file does.
     """
     content = load_state_dict(str(path))
     entries = (content, *(content.get(entry) for entry in _ENTRIES))
-    found = (_behind_prefix(entry, names) for entry in entries if isinstance(entry, Mapping))
-    return next((weights for weights in found if weights is not None), None)
+    candidates = (_after_prefix(entry, names) for entry in entries if isinstance(entry, Mapping))
+    return next((weights for weights in candidates if weights is not None), None)
 
 
-def _behind_prefix(entry: Mapping[str, Any], names: Collection[str]) -> dict[str, Tensor] | None:
-    """The tensors behind the prefix that gives most of the names, if one does."""
+def _after_prefix(entry: Mapping[str, Any], names: Collection[str]) -> dict[str, Tensor] | None:
+    """The tensors after the prefix that gives most of the names, if there is one."""
     weights = {
         key: value for key, value in clean_state_dict(dict(entry)).items() if isinstance(value, Tensor)
     }
     if not any(_CHUNK.search(name) for name in names):
         weights = {_CHUNK.sub("blocks", key): value for key, value in weights.items()}
     parts = ((key.split("."), value) for key, value in weights.items())
-    known, prefixes = set(names), Counter[str]()
+    parameters, prefixes = set(names), Counter[str]()
     for path, _ in parts:
-        prefixes.update(".".join(path[:i]) for i in range(len(path)) if ".".join(path[i:]) in known)
+        prefixes.update(".".join(path[:i]) for i in range(len(path)) if ".".join(path[i:]) in parameters)
     (prefix, most), (_, next_most) = [*prefixes.most_common(2), ("", 0), ("", 0)][:2]
-    if 2 * most < len(known) or most == next_most:
+    if 2 * most < len(parameters) or most == next_most:
         return None
     start = f"{prefix}." if prefix else ""
     return {key.removeprefix(start): value for key, value in weights.items() if key.startswith(start)}
 
 
 def _content(path: Path) -> str:
-    """What a file of weights holds, in words."""
+    """Describe the content of a weights file."""
     try:
         content = load_state_dict(str(path))
     except Exception as reason:  # from torch, safetensors or the file system
@@ -109,7 +109,7 @@ def weights_not_found(spec: TeacherSpec, got: str, expected: str) -> WeightsNotF
     if spec.checkpoint and (path := Path(spec.checkpoint)).is_file():
         got = f"{got}; the file {_content(path)}"
     return WeightsNotFoundError(
-        f"The pretrained weights of {spec.model} could not be had from {source}.",
+        f"The pretrained weights of {spec.model} could not be loaded from {source}.",
         got=got,
         expected=f"{expected}, from a file or from a hub that answers",
         do="pass a file (teachers.<name>.checkpoint=/path/model.safetensors), "

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from importlib import metadata
+from typing import Annotated
+
 import typer
 
-from teachercache.jobs.cli import building, inspection, integrity, rearranging, students
+from teachercache.jobs.cli import building, inspection, integrity, listing, rearranging, students
 from teachercache.jobs.launch import run
 
 app = typer.Typer(
@@ -15,16 +18,36 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-for verb in (
-    *(building.plan, building.build, building.calibrate),
-    *(integrity.verify, integrity.repair),
-    *(inspection.inspect, inspection.report, inspection.view),
-    *(students.train, students.evaluate, students.repsim, students.probe, students.depth_probe),
-    *(students.figure, students.remove_teacher, students.push, students.import_reference),
-    *(inspection.norms, students.datasets),
-    *(rearranging.merge, rearranging.subset, rearranging.convert),
-):
-    app.command()(verb)
+VERBS = {
+    "Build a cache": (building.plan, building.build, building.calibrate, integrity.verify, integrity.repair),
+    "Look at a cache": (inspection.inspect, inspection.report, inspection.view, inspection.norms),
+    "Train a student": (students.train, students.remove_teacher, students.push, students.import_reference),
+    "Measure a student": (
+        *(students.evaluate, students.repsim, students.probe, students.depth_probe, students.figure),
+    ),
+    "Rearrange caches": (rearranging.merge, rearranging.subset, rearranging.convert),
+    "What there is": (
+        *(listing.recipes, listing.presets, listing.codecs, listing.help_keys),
+        *(students.datasets,),
+    ),
+}
+for use, verbs in VERBS.items():
+    for verb in verbs:
+        app.command(rich_help_panel=use)(verb)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"teachercache {metadata.version('teachercache')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None: ...
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""`python -m teachercache.jobs.cli`, where the command itself is not on the path."""
+"""`python -m teachercache.jobs.cli`, for when the command itself is not on the path."""
 
 from teachercache.jobs.cli import main
 

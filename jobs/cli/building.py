@@ -16,9 +16,19 @@ if TYPE_CHECKING:
     from teachercache.pipeline.records.spec import TeacherSpec
 
 
-def plan(recipe: RecipeArgument, overrides: Overrides = None) -> None:
-    """Print what a build will cost (rows, bytes, files, GPU-hours), before anything runs.
+def plan(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Images, while there are none.")] = None,
+    image_bytes: Annotated[int, typer.Option(min=1, help="With --samples: the mean of a file.")] = 110_000,
+    runs: Annotated[str | None, typer.Option(help="Trainings that will read the cache (1).")] = None,
+    epochs: Annotated[str | None, typer.Option(help="Of each training (30).")] = None,
+    gpu: Annotated[str | None, typer.Option(help="The kind of GPU (h100).")] = None,
+    tflops_per_gpu: Annotated[str | None, typer.Option(help="What it sustains, if known.")] = None,
+) -> None:
+    """Print what a build will cost (rows, bytes, files, GPU-hours), and whether it pays; nothing runs.
 
+    It pays where teachers that run in every training cost more, at the recipe's prices (`plan.usd_per_…=`).
     Exits with status 1 when the disk is too small.
 
     With `budget=6TB` it loads the teachers, tries codecs on a calibration sample, and says which grids and
@@ -27,13 +37,18 @@ def plan(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     Example: `teachercache plan imagenet1k_vitl source.path=/data/train cache=/data/cache budget=6TB`
     """
     from teachercache.cache_builder.build_recipe import BuildRecipe
-    from teachercache.cache_builder.builder import prepare
+    from teachercache.cache_builder.builder import foresee, prepare
     from teachercache.jobs.inspection.tables import options_table, plan_table
     from teachercache.jobs.recipes import find_recipe
     from teachercache.pipeline.units import human_bytes
 
-    checked = find_recipe(BuildRecipe, recipe, overrides or [])
-    drafted, _, result = prepare(checked, console)
+    use = {"runs": runs, "epochs": epochs, "gpu": gpu, "teacher_tflops_per_gpu": tflops_per_gpu}
+    stated = [f"plan.{key}={value}" for key, value in use.items() if value is not None]
+    checked = find_recipe(BuildRecipe, recipe, [*(overrides or []), *stated])
+    if samples is not None:
+        result = foresee(checked, samples, image_bytes)
+    else:
+        drafted, _, result = prepare(checked, console)
     console.print(plan_table(result))
     if checked.budget is not None:
         from teachercache.cache_builder.budget import choose, require_possible
@@ -113,7 +128,7 @@ def _candidates(
     from teachercache.cache_builder.budget import candidates
     from teachercache.cache_builder.teachers.teacher_recipe import student_grid
 
-    grid = student_grid(recipe.views.size)
+    grid = student_grid(recipe.views.stored_size, recipe.views.patch)
     stored = drafted.stored[0].teachers if drafted.stored else {}
     rows = min(recipe.calibration_rows, drafted.spec.dataset.num_samples)
     return {

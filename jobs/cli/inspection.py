@@ -37,13 +37,13 @@ def inspect(
     asked = [name for name, value in (("shard", shard), ("row", row), ("key", key)) if value is not None]
     if len(asked) > 1:
         raise RecipeError(
-            "Only one thing can be looked at closely.",
+            "Only one thing can be shown in detail.",
             got=" ".join(f"--{name}" for name in asked),
             expected="one of --shard, --row and --key",
             do="run the command once for each",
         )
     manifest = Manifest(open_storage(cache))
-    found: dict[str, Any]
+    content: dict[str, Any]
     table: Callable[[Mapping[str, Any]], RenderableType]
     if asked:
         from teachercache.jobs.inspection import detail_tables, details
@@ -51,17 +51,17 @@ def inspect(
         from teachercache.jobs.inspection.summary import summarize
         from teachercache.jobs.inspection.tables import summary_table
     if shard is not None:
-        found, table = details.shard_details(manifest, shard), detail_tables.shard_table
+        content, table = details.shard_details(manifest, shard), detail_tables.shard_table
     elif row is not None:
-        found, table = details.row_details(manifest, row), detail_tables.row_table
+        content, table = details.row_details(manifest, row), detail_tables.row_table
     elif key is not None:
-        found, table = details.sample_details(manifest, key), detail_tables.sample_table
+        content, table = details.sample_details(manifest, key), detail_tables.sample_table
     else:
-        found, table = summarize(manifest), summary_table
+        content, table = summarize(manifest), summary_table
     if as_json:
-        print_json(found)
+        print_json(content)
     else:
-        console.print(table(found))
+        console.print(table(content))
     if pictures is not None:
         from teachercache.jobs.inspection.pictures import pca_maps
         from teachercache.pipeline.cache import FeatureCache
@@ -73,8 +73,8 @@ def inspect(
 def report(
     cache: CacheArgument,
     output: Annotated[Path, typer.Option("-o", "--output", help="The page to write.")] = Path("report.html"),
-    samples: Annotated[int, typer.Option(min=1, help="How many samples are shown.")] = 12,
-    seed: Annotated[int, typer.Option(min=0, help="Which samples are shown.")] = 0,
+    samples: Annotated[int, typer.Option(min=1, help="How many samples to show.")] = 12,
+    seed: Annotated[int, typer.Option(min=0, help="Which samples to show.")] = 0,
     images: Images = None,
 ) -> None:
     """Write one self-contained page to send to a colleague: what is in it, and what the teachers see.
@@ -99,7 +99,7 @@ def view(
     ] = None,
     images: Images = None,
     server_name: Annotated[
-        str, typer.Option(help="Address to listen at; 0.0.0.0 lets in everyone who can reach this machine.")
+        str, typer.Option(help="Address to listen on; 0.0.0.0 lets in everyone who can reach this machine.")
     ] = "127.0.0.1",
     port: Annotated[
         int | None, typer.Option(min=1, max=65535, help="Default: the first free one from 7860 on.")

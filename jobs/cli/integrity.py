@@ -1,4 +1,4 @@
-"""Verbs that say whether a cache is what was built, and mend it: verify and repair."""
+"""Verbs that check whether a cache is still what was built, and mend it: verify and repair."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def verify(
     overrides: Overrides = None,
     images: Images = None,
 ) -> None:
-    """Check a cache: is every file what was written? Exits with status 1 when one differs.
+    """Check that every file of a cache is still what was written. Exits with status 1 if one differs.
 
-    `--against-teacher` also asks whether what was written is right: it loads the teachers, renders the
-    stored views and compares with the stored features, as exactly as the codec promises. Weights that moved
-    since the build are found by `teachers.NAME.checkpoint=PATH`.
+    `--against-teacher` also checks whether what was written is right: it loads the teachers, renders the
+    stored views and compares their features with the stored ones, as exactly as the codec promises. For
+    weights that moved since the build, give `teachers.NAME.checkpoint=PATH`.
 
     Example: `teachercache verify /data/cache --full --against-teacher 32`
     """
@@ -42,12 +42,12 @@ def verify(
     from teachercache.pipeline.verify import strays
     from teachercache.pipeline.verify import verify as verify_cache
 
-    moved = load_overrides(MovedRecipe, overrides or [], "overrides of this comparison")
+    weights = load_overrides(MovedRecipe, overrides or [], "overrides of this comparison")
     if overrides and not against_teacher:
         raise RecipeError(
             "Only --against-teacher loads teachers.",
             got=" ".join(overrides),
-            expected="--against-teacher N beside it",
+            expected="--against-teacher N as well",
             do="add --against-teacher, or leave the overrides out",
         )
     opened = FeatureCache.open(cache, images)
@@ -55,11 +55,11 @@ def verify(
     shards = sum(len(opened.manifest.committed_shards(name)) for name in names)
     problems = verify_cache(opened, full=full, progress=_progress(shards))
     for problem in problems:
-        console.print(problem.reason, style="red")
+        console.print(problem.reason + (f"; {problem.do}" if problem.do else ""), style="red")
     if problems:
         console.print(
             f"{len(problems)} problems among {shards} shards and their records. `teachercache repair "
-            f"{shlex.quote(opened.storage.url)}` makes these files again and no other.",
+            f"{shlex.quote(opened.storage.url)}` makes these files again and no others.",
         )
         raise typer.Exit(EXIT_FAILED)
     depth = "every byte" if full else "records and sizes; --full reads every byte"
@@ -67,8 +67,8 @@ def verify(
     if missing := sum(len(opened.spec.shards(name)) for name in names) - shards:
         console.print(f"{missing} further shards are not committed; `teachercache build` computes them.")
     if full and (unknown := strays(opened)):
-        console.print(f"{len(unknown)} files are not of this cache: {', '.join(unknown[:3])}, …")
-    if against_teacher and not _against_teacher(opened, against_teacher, moved.checkpoints):
+        console.print(f"{len(unknown)} files do not belong to this cache: {', '.join(unknown[:3])}, …")
+    if against_teacher and not _against_teacher(opened, against_teacher, weights.checkpoints):
         raise typer.Exit(EXIT_FAILED)
 
 
@@ -90,27 +90,27 @@ def _against_teacher(cache: FeatureCache, num_rows: int, checkpoints: Mapping[st
 
     with console.status(f"recomputing {num_rows} rows"):
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        found = compare_with_teachers(cache, num_rows, device=device, checkpoints=checkpoints)
-    for one in found:
+        comparisons = compare_with_teachers(cache, num_rows, device=device, checkpoints=checkpoints)
+    for one in comparisons:
         verdict = "as promised" if one.kept else "NOT WHAT THE CODEC PROMISES"
         console.print(
-            f"{one.teacher} {one.what}: cosine {one.cosine:.6f}, greatest error {one.max_error:.3g}, "
+            f"{one.teacher} {one.what}: cosine {one.cosine:.6f}, largest error {one.max_error:.3g}, "
             f"{cache.spec.teachers[one.teacher].codec} allows {one.allowed_error:.3g}: {verdict}",
             style=None if one.kept else "red",
         )
-    compared = {one.teacher for one in found}
+    compared = {one.teacher for one in comparisons}
     for name in cache.teachers:
         if name not in compared:
-            console.print(f"{name}: no row is committed, so nothing could be compared", style="red")
-    return compared == set(cache.teachers) and all(one.kept for one in found)
+            console.print(f"{name}: no row is committed, so there is nothing to compare", style="red")
+    return compared == set(cache.teachers) and all(one.kept for one in comparisons)
 
 
 def repair(cache: CacheArgument, overrides: Overrides = None, images: Images = None) -> None:
-    """Compute again what `verify --full` finds broken, and nothing else.
+    """Recompute what `verify --full` finds broken, and nothing else.
 
-    Overrides are those of a recipe's `runner`; with the batch_size of the build the rows are the same
-    bits as before. `teachers.NAME.checkpoint=PATH` finds weights that moved since the build. Exits with
-    status 1 when something could not be mended, and names it.
+    Overrides are those of a recipe's `runner`; with the batch_size of the build, rows are bitwise the same
+    as before. For weights that moved since the build, give `teachers.NAME.checkpoint=PATH`. Exits with
+    status 1 if something could not be mended, and names it.
 
     Example: `teachercache repair /data/cache batch_size=64`
     """
@@ -122,11 +122,11 @@ def repair(cache: CacheArgument, overrides: Overrides = None, images: Images = N
     recipe = load_overrides(RepairRecipe, overrides or [], "runner of this repair")
     opened = FeatureCache.open(cache, images)
     shards = sum(len(opened.manifest.committed_shards(name)) for name in opened.spec.teachers_and_images)
-    done = repair_cache(opened, recipe, _progress(shards), recipe.checkpoints)
-    for problem in done.mended:
+    repaired = repair_cache(opened, recipe, _progress(shards), recipe.checkpoints)
+    for problem in repaired.mended:
         console.print(f"mended: {problem.file}")
-    for problem in done.left:
+    for problem in repaired.left:
         console.print(f"{problem.file}: {problem.reason}", style="red")
-    if done.left:
+    if repaired.left:
         raise typer.Exit(EXIT_FAILED)
-    console.print(f"{opened.storage.url} is sound; {len(done.mended)} files were mended.")
+    console.print(f"{opened.storage.url} is sound; {len(repaired.mended)} files were mended.")

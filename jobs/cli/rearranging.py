@@ -1,4 +1,4 @@
-"""Verbs that make a cache of others and compute nothing: merge, subset and convert."""
+"""Verbs that make a cache from others and compute nothing: merge, subset and convert."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def merge(
     caches: Annotated[list[str], typer.Argument(metavar="CACHE…", help="Two or more caches.")],
     output: Output,
 ) -> None:
-    """Make one cache of several over disjoint samples with the same specs; nothing is computed.
+    """Merge caches of disjoint samples with the same specs into one; nothing is computed.
 
-    Shards are hard-linked where that is possible, else copied. Run it again to continue after any stop.
+    Shards are hard-linked where possible, and otherwise copied. Run it again to continue after any stop.
 
     Example: `teachercache merge /data/part0 /data/part1 -o /data/cache`
     """
@@ -34,7 +34,7 @@ def merge(
 def subset(
     cache: CacheArgument,
     output: Output,
-    keys: Annotated[Path | None, typer.Option(help="A file with the key of a sample in each line.")] = None,
+    keys: Annotated[Path | None, typer.Option(help="A file with the key of a sample on each line.")] = None,
     fraction: Annotated[float | None, typer.Option(help="A random part of the samples.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Which part.")] = 0,
     teachers: Annotated[str, typer.Option(help="Teachers to keep, separated by commas.")] = "",
@@ -46,8 +46,8 @@ def subset(
     from teachercache.pipeline.rearranging.subset import subset as take_subset
 
     names = [name.strip() for name in teachers.split(",")] if teachers else None
-    wanted = None if keys is None else [line for line in keys.read_text().splitlines() if line]
-    steps = take_subset(cache, output, keys=wanted, fraction=fraction, seed=seed, teachers=names)
+    chosen = None if keys is None else [line for line in keys.read_text().splitlines() if line]
+    steps = take_subset(cache, output, keys=chosen, fraction=fraction, seed=seed, teachers=names)
     _rearrange(steps, "packing")
 
 
@@ -60,10 +60,10 @@ def convert(
     split: Annotated[str, typer.Option(help="theia: train, val or test.")] = "train",
     images: Images = None,
 ) -> None:
-    """Write the rows of a cache in the other kind of store, or as Theia's training code reads them.
+    """Write the rows of a cache to the other kind of store, or in the form that Theia's training code reads.
 
-    Between webdataset and zarr nothing changes but the store: the rows, records and content ids are the
-    same. Run it again to continue after any stop.
+    Between webdataset and zarr only the store changes: the rows, records and content ids are the same.
+    Run it again to continue after any stop.
 
     Example: `teachercache convert /data/cache -o /data/tars --to webdataset`
     """
@@ -85,7 +85,7 @@ def convert(
                 dataset=dataset,
                 split=split,
                 level=level,
-                progress=lambda done: bar.advance(task, done),
+                progress=lambda count: bar.advance(task, count),
             )
         console.print(f"{output}/{dataset}: {count} samples of {', '.join(opened.teachers)}")
     else:

@@ -34,7 +34,10 @@ def train(
     samples: Annotated[
         int | None, typer.Option(min=1, help="Of a dry run: images of a cache that is yet to be built.")
     ] = None,
-    tflops_per_gpu: Annotated[float, typer.Option(min=0.001, help="Of a dry run: the rate assumed.")] = 200,
+    gpu: Annotated[str, typer.Option(help="Of a dry run: the kind of GPU.")] = "h100",
+    tflops_per_gpu: Annotated[
+        float | None, typer.Option(min=0.001, help="What it sustains, if known.")
+    ] = None,
     costs: Annotated[
         bool, typer.Option("--costs", help="Of a dry run: what teachers and student cost (SAK, Table 21).")
     ] = False,
@@ -48,9 +51,12 @@ def train(
 
     checked = find_recipe(TrainRecipe, recipe, overrides or [])
     if dry_run:
+        from teachercache.cache_builder.prices import GPUS, PlanRecipe
         from teachercache.jobs.train_dry_run import costs_table, plan_training, train_plan_table
+        from teachercache.pipeline.recipe_files import check_recipe
 
-        plan = plan_training(checked, processes=processes, tflops_per_gpu=tflops_per_gpu, num_samples=samples)
+        rate = tflops_per_gpu or GPUS[check_recipe(PlanRecipe, {"gpu": gpu}, "--dry-run").gpu].training
+        plan = plan_training(checked, processes=processes, tflops_per_gpu=rate, num_samples=samples)
         console.print(train_plan_table(plan))
         if costs:
             console.print(costs_table(checked, plan))

@@ -1,4 +1,4 @@
-"""What the verbs share: their terminal, and the arguments that mean the same everywhere."""
+"""What the verbs share: their terminal, and arguments with the same meaning everywhere."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides, such as views.num_views=4.")
 ]
 Images = Annotated[
-    str | None, typer.Option(help="Where the source images are, if they moved, or are at another URL.")
+    str | None, typer.Option(help="Where the source images are, if they moved or are at another URL.")
 ]
 StudentArgument = Annotated[
     str, typer.Argument(metavar="STUDENT", help="A folder that `train` wrote (…/student).")
@@ -40,5 +40,5 @@ def print_result(record: object, markdown: str, as_json: bool) -> None:
 
 
 def print_json(data: object) -> None:
-    """Without colours: `inspect --json` lists thousands of shards, and drawing them took half its time."""
+    """Print without colours, which took half the time of `inspect --json` with its thousands of shards."""
     typer.echo(json.dumps(data, indent=2))

@@ -13,20 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from teachercache.jobs.inspection.feature_facts import (
-    CodecTrial,
-    cosine_error,
-    finite,
-    rows_to_learn_from,
-    try_codec,
-)
+from teachercache.jobs.inspection.feature_facts import CodecTrial, cosine_error, try_codec
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import CacheError
 from teachercache.pipeline.exploring.feature_pictures import heat, png_uri
 from teachercache.pipeline.exploring.map_reader import MapReader
 from teachercache.pipeline.grids import upsample
 from teachercache.pipeline.units import human_bytes
-from teachercache.pipeline.views import render_view
 from teachercache.student.models.student import Student
 
 _KEPT_ROWS = 4
@@ -48,7 +41,7 @@ class Comparisons:
 
     def __init__(self, cache: FeatureCache, student: Student | None = None) -> None:
         self.cache = cache
-        self.reader = MapReader(cache)
+        self.reader = MapReader(cache, window=student is not None)
         self._student = student
         per_teacher = _KEPT_ROWS * len(cache.teachers)
         self._predictions = lru_cache(_KEPT_ROWS)(self._predict)
@@ -121,20 +114,14 @@ class Comparisons:
 
     def _predict(self, row: int) -> dict[str, list[Tensor]]:
         assert self._student is not None
-        sample = int(self.cache.index.locate(row)[0])
-        pixels_3HW = render_view(self.cache.image(sample), self.cache.view(row), self._student.image_size)
+        pixels_HW3 = torch.from_numpy(self.reader.view(row, self._student.image_size))
         with torch.inference_mode():
-            output = self._student(self._student.normalize(pixels_3HW[None]), full=True)
+            output = self._student(self._student.normalize(pixels_HW3.permute(2, 0, 1)[None]), full=True)
         return dict(output.feature_maps)
 
     def _try_codec(self, codec: str, teacher: str, row: int) -> CodecTrial:
         others = [other for other in self.reader.rows if other != row]
-        learnt_from = rows_to_learn_from(codec, others or [row])
-        calibration, maps = (
-            finite(torch.stack([self.reader.maps(teacher, number) for number in rows]))
-            for rows in (learnt_from, [row])
-        )
-        return try_codec(codec, calibration, maps)
+        return try_codec(codec, self.reader, teacher, others or [row], [row])
 
 
 def _error(error_HW: Tensor, note: str) -> Drawing:

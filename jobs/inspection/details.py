@@ -1,12 +1,10 @@
 """One shard, one row or one sample of a cache, as plain data. No torch here, as in `summary.py`.
 
-A row's chunks are read from the shard files and their checksums compared; float features give norms.
+Rows are read as training reads them, their checksums compared; float features give norms.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,32 +12,21 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import safetensors.numpy
-import xxhash
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
-from teachercache.jobs.inspection.summary import (
-    Problems,
-    array_metadata,
-    describe,
-    file_problems,
-    quarantined,
-)
-from teachercache.pipeline.errors import CacheError
+from teachercache.pipeline.errors import CacheError, in_a_line
 from teachercache.pipeline.places.storage import Storage
+from teachercache.pipeline.records.array_layout import ArrayLayout
+from teachercache.pipeline.records.integrity import Checked, Depth, check_shards, file_problems, quarantine
 from teachercache.pipeline.records.manifest import SAMPLES_NAME, VIEWS_NAME, CommitRecord, Manifest
 from teachercache.pipeline.records.rows import RowIndex
+from teachercache.pipeline.records.sample_table import SampleTable
 from teachercache.pipeline.records.spec import CacheSpec
-from teachercache.pipeline.stores.shard_format import (
-    ABSENT,
-    CHECKSUM_NBYTES,
-    checksum,
-    index_nbytes,
-    parse_index,
-)
-from teachercache.pipeline.stores.tar_index import read_index, read_rows, tar_name
+from teachercache.pipeline.records.tables import table_line
+from teachercache.pipeline.stores.committed_shards import CommittedShards
+from teachercache.pipeline.stores.open_store import open_store
 
-_MAX_CHUNK_NBYTES = 1 << 30  # a chunk is one row; larger ones are not ours
 _NEAR_KEYS = 5
 _NORMS = ("min", "mean", "max")
 
@@ -50,19 +37,19 @@ def shard_details(manifest: Manifest, shard: int) -> dict[str, Any]:
     if not 0 <= shard < spec.num_shards:
         raise _not_here("shard", shard, spec.num_shards)
     rows, samples = spec.shard_rows(shard), spec.shard_samples(shard)
-    problems: Problems = []
+    entries, unreadable = quarantine(manifest)
     return {
         "shard": shard,
         "rows": [rows[0], rows[-1]],
         "samples": [samples[0], samples[-1]],
         "views": spec.shard_segment(shard).num_views,
-        "teachers": {name: _shard_state(manifest, spec, name, shard) for name in spec.teachers_and_images},
-        "quarantined": [
-            entry.model_dump(mode="json")
-            for entry in quarantined(manifest, problems)
-            if entry.sample_index in samples
-        ],
-        "problems": problems,
+        "teachers": {name: {"state": "not committed"} for name in spec.teachers_and_images}
+        | {
+            checked.teacher: _shard_state(manifest.storage, checked)
+            for checked in check_shards(manifest, spec, Depth.ENDS, [shard])
+        },
+        "quarantined": [entry.model_dump(mode="json") for entry in entries if entry.sample_index in samples],
+        "problems": [problem.reason for problem in unreadable],
     }
 
 
@@ -74,7 +61,7 @@ def row_details(manifest: Manifest, row: int) -> dict[str, Any]:
     except IndexError:
         raise _not_here("row", row, spec.num_rows) from None
     shard, place = divmod(row, spec.rows_per_shard)
-    problems: Problems = []
+    problems: list[str] = []
     return {
         "row": row,
         "shard": shard,
@@ -82,7 +69,7 @@ def row_details(manifest: Manifest, row: int) -> dict[str, Any]:
         "view_index": view,
         "sample": _line(manifest.storage, SAMPLES_NAME, sample, problems) | {"sample_index": sample},
         "view": _line(manifest.storage, VIEWS_NAME, line, problems),
-        "teachers": {name: _row_state(manifest, spec, name, shard, place) for name in spec.teachers},
+        "teachers": {shards.teacher: _row_state(shards, row) for shards in _committed(manifest, spec)},
         "problems": problems,
     }
 
@@ -94,8 +81,10 @@ def sample_details(manifest: Manifest, key: str) -> dict[str, Any]:
     segments = [segment for segment in spec.segments if sample in range(*segment.samples)]
     held = [view for segment in segments for view in range(*segment.views)]
     rows = RowIndex(spec.segments).rows(sample, held).tolist()
-    problems: Problems = []
-    reasons = [entry.reason for entry in quarantined(manifest, problems) if entry.sample_index == sample]
+    entries, unreadable = quarantine(manifest)
+    problems = [problem.reason for problem in unreadable]
+    reasons = [entry.reason for entry in entries if entry.sample_index == sample]
+    committed = _committed(manifest, spec)
     return {
         "sample": _line(manifest.storage, SAMPLES_NAME, sample, problems) | {"sample_index": sample},
         "rows": [
@@ -103,10 +92,7 @@ def sample_details(manifest: Manifest, key: str) -> dict[str, Any]:
                 "row": row,
                 "view_index": view,
                 "shard": row // spec.rows_per_shard,
-                "teachers": {
-                    name: _row_state(manifest, spec, name, *divmod(row, spec.rows_per_shard))["state"]
-                    for name in spec.teachers
-                },
+                "teachers": {shards.teacher: _row_state(shards, row)["state"] for shards in committed},
             }
             for row, view in zip(rows, held, strict=True)
         ],
@@ -115,17 +101,21 @@ def sample_details(manifest: Manifest, key: str) -> dict[str, Any]:
     }
 
 
-def _shard_state(manifest: Manifest, spec: CacheSpec, teacher: str, shard: int) -> dict[str, Any]:
-    record = _record(manifest, teacher, shard)
-    if not isinstance(record, CommitRecord):
-        return {"state": record}
-    mismatch = record.mismatch(spec)
-    problems = [mismatch] if mismatch else file_problems(manifest.storage.size, record)
-    problems = problems or _exchanged(manifest, record)
+def _committed(manifest: Manifest, spec: CacheSpec) -> list[CommittedShards]:
+    """What each teacher has."""
+    store = open_store(manifest.storage, spec, SampleTable(manifest, spec).key, direct=True, checksums=True)
+    return [CommittedShards(store, name) for name in spec.teachers]
+
+
+def _shard_state(storage: Storage, checked: Checked) -> dict[str, Any]:
+    record, problems = checked.record, checked.problems
+    state = f"broken: {problems[0].reason}" if problems else "committed"
+    if record is None:
+        return {"state": state}
     return {
-        "state": f"broken: {problems[0]}" if problems else "committed",
+        "state": state,
         "nbytes": record.nbytes,
-        "channels": None if problems else _channels(manifest.storage, record),
+        "channels": None if problems else _channels(storage, record),
         **record.model_dump(mode="json", exclude={"teacher", "shard", "members"}),
     }
 
@@ -135,14 +125,13 @@ def _channels(storage: Storage, record: CommitRecord) -> list[dict[str, float]] 
 
     None where the shard was computed without, and why where they cannot be read.
     """
-    name = next((name for name in record.files if name.startswith("stats/")), None)
-    if name is None:
+    files = {name: file for name, file in record.files.items() if name.startswith("stats/")}
+    if not files:
         return None
+    if problems := file_problems(storage, record.model_copy(update={"files": files}), Depth.BYTES):
+        return f"broken: {problems[0].reason}"
     try:
-        data = storage.read_range(name, 0, _MAX_CHUNK_NBYTES)
-        if xxhash.xxh3_128_hexdigest(data) != record.files[name].checksum:
-            raise ValueError(f"{name} is not what its commit record says")
-        moments = safetensors.numpy.load(data)
+        moments = safetensors.numpy.load(storage.read(*files))
         spread_SC = np.sqrt(moments["squares"] / max(int(moments["count"]), 1))
         mean_SC = moments["mean"]
         return [
@@ -155,103 +144,42 @@ def _channels(storage: Storage, record: CommitRecord) -> list[dict[str, float]] 
             }
             for mean_C, spread_C in zip(mean_SC, spread_SC, strict=True)
         ]
-    except (CacheError, OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
-        return f"broken: {describe(error)}"
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        return f"broken: {in_a_line(error)}"
 
 
-def _row_state(manifest: Manifest, spec: CacheSpec, teacher: str, shard: int, place: int) -> dict[str, Any]:
-    record = _record(manifest, teacher, shard)
-    if not isinstance(record, CommitRecord):
-        return {"state": record}
-    if shard * spec.rows_per_shard + place in record.invalid_rows:
-        return {"state": "invalid: its image could not be decoded"}
+def _row_state(shards: CommittedShards, row: int) -> dict[str, Any]:
+    """Whether a teacher's row can be read, and what is in it."""
+    rows = np.array([row])
     try:
-        if problems := _exchanged(manifest, record):
-            raise ValueError(problems[0])
-        metadata = array_metadata(manifest.storage, spec, teacher)
-        if spec.store == "webdataset":
-            arrays = _tar_row(manifest.storage, spec, teacher, shard, place, metadata)
-        else:
-            arrays = {
-                name: _chunk(manifest.storage, spec, record, f"teachers/{teacher}/{name}/", array, place)
-                for name, array in metadata.items()
-            }
-    except (CacheError, OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
-        return {"state": f"broken: {describe(error)}"}
+        if not shards.readable(rows)[0]:
+            is_committed = shards.mask[row // shards.store.spec.rows_per_shard]
+            return {"state": "invalid: its image could not be decoded" if is_committed else "not committed"}
+        layouts = shards.store.stored_layouts(shards.teacher)
+        arrays = {name: layout.empty(1) for name, layout in layouts.items()}
+        shards.read(rows, arrays)
+    except (CacheError, OSError) as error:
+        return {"state": f"broken: {in_a_line(error)}"}
     return {
         "state": "sound",
         "arrays": {
-            name: {"dtype": values.dtype.name, "shape": list(values.shape), "nbytes": values.nbytes}
-            for name, values in arrays.items()
+            name: {"dtype": _dtype(layout), "shape": list(layout.shape), "nbytes": layout.row_nbytes}
+            for name, layout in layouts.items()
         },
-        "token_norms": _token_norms(arrays["codes"]) if "codes" in arrays else None,
+        "token_norms": _token_norms(arrays["codes"][0], _dtype(layouts["codes"]))
+        if "codes" in arrays
+        else None,
     }
 
 
-def _exchanged(manifest: Manifest, record: CommitRecord) -> Problems:
-    return [f"{name} is not the file that was committed" for name in manifest.exchanged([record])]
+def _dtype(layout: ArrayLayout) -> str:
+    return str(layout.attributes.get("bits_of", layout.dtype.name))
 
 
-def _record(manifest: Manifest, teacher: str, shard: int) -> CommitRecord | str:
-    try:
-        return manifest.read_commit(teacher, shard)
-    except FileNotFoundError:
-        return "not committed"
-    except (CacheError, OSError) as error:
-        return f"broken: {describe(error)}"
-
-
-def _chunk(
-    storage: Storage,
-    spec: CacheSpec,
-    record: CommitRecord,
-    folder: str,
-    metadata: Mapping[str, Any],
-    place: int,
-) -> NDArray:
-    """One row of one array, its checksum compared. Raises `ValueError` where it is not what it should be."""
-    file = next((name for name in record.files if name.startswith(folder)), None)
-    file_nbytes = storage.size(file) if file else None
-    if file is None or file_nbytes is None:
-        raise ValueError(f"the shard's file in {folder} is missing")
-    end_nbytes = min(index_nbytes(spec.rows_per_shard), file_nbytes)
-    end = storage.read_range(file, file_nbytes - end_nbytes, end_nbytes)
-    offset, nbytes = parse_index(end, spec.rows_per_shard, file_nbytes)[place].tolist()
-    dtype, shape = np.dtype(metadata["data_type"]), tuple(metadata["shape"][1:])
-    expected = math.prod(shape) * dtype.itemsize + CHECKSUM_NBYTES
-    if offset == ABSENT:
-        raise ValueError(f"{file} holds no chunk for this row")
-    if nbytes != expected or nbytes > _MAX_CHUNK_NBYTES:
-        raise ValueError(f"{file} holds {nbytes:,} bytes for this row, expected {expected:,}")
-    data = storage.read_range(file, offset, nbytes)
-    if checksum(data[:-CHECKSUM_NBYTES]) != data[-CHECKSUM_NBYTES:]:
-        raise ValueError(f"{file}: the checksum of this row is wrong")
-    return _as_float(np.frombuffer(data[:-CHECKSUM_NBYTES], dtype.newbyteorder("<")).reshape(shape), metadata)
-
-
-def _tar_row(
-    storage: Storage,
-    spec: CacheSpec,
-    teacher: str,
-    shard: int,
-    place: int,
-    metadata: Mapping[str, Mapping[str, Any]],
-) -> dict[str, NDArray]:
-    """One row of a tar, its checksum compared."""
-    name = tar_name(teacher, shard)
-    (row,) = read_rows(storage, [name], [read_index(storage, name, spec.rows_per_shard)], [place])
-    arrays = safetensors.numpy.load(row)
-    return {array: _as_float(arrays[array], metadata[array]) for array in metadata}
-
-
-def _as_float(values: NDArray, metadata: Mapping[str, Any]) -> NDArray:
-    if metadata.get("attributes", {}).get("bits_of") == "bfloat16":
-        values = (values.astype(np.uint32) << 16).view(np.float32)
-    return values
-
-
-def _token_norms(codes_SHWC: NDArray) -> list[dict[str, float | None]] | None:
+def _token_norms(codes_SHWC: NDArray, dtype: str) -> list[dict[str, float | None]] | None:
     """Of each level of float features: least, mean and largest norm of a token, and values not finite."""
+    if dtype == "bfloat16":
+        codes_SHWC = (codes_SHWC.astype(np.uint32) << 16).view(np.float32)
     if codes_SHWC.dtype.kind != "f":
         return None
     levels: list[dict[str, float | None]] = []
@@ -286,19 +214,14 @@ def _find(storage: Storage, key: str) -> int:
     )
 
 
-def _line(storage: Storage, name: str, index: int, problems: Problems) -> dict[str, Any]:
+def _line(storage: Storage, name: str, index: int, problems: list[str]) -> dict[str, Any]:
     """One line of a table; nothing, and a problem, where it cannot be read."""
     try:
         with storage.open_read(name) as file:
-            table = pq.ParquetFile(file)
-            group = 0
-            while index >= (lines := table.metadata.row_group(group).num_rows):
-                index, group = index - lines, group + 1
-            line: dict[str, Any] = table.read_row_group(group).slice(index, 1).to_pylist()[0]
+            return table_line(file, index)
     except (OSError, IndexError, RuntimeError, pa.ArrowException) as error:
-        problems.append(f"{name} cannot be read: {describe(error)}")
+        problems.append(f"{name} cannot be read: {in_a_line(error)}")
         return {}
-    return line
 
 
 def _keys(storage: Storage) -> pa.ChunkedArray:
@@ -307,7 +230,7 @@ def _keys(storage: Storage) -> pa.ChunkedArray:
     except (OSError, KeyError, pa.ArrowException) as error:
         raise CacheError(
             f"{SAMPLES_NAME} of this cache cannot be read, so no key can be looked up.",
-            got=describe(error),
+            got=in_a_line(error),
             expected="the table that the build wrote before any shard",
             do="restore it from a copy",
         ) from error

@@ -14,9 +14,9 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from teachercache.jobs.inspection.comparisons import Comparisons, Drawing
-from teachercache.jobs.inspection.summary import describe, summarize
+from teachercache.jobs.inspection.summary import summarize
 from teachercache.pipeline.cache import FeatureCache
-from teachercache.pipeline.errors import CacheError, TeacherCacheError
+from teachercache.pipeline.errors import CacheError, TeacherCacheError, in_a_line
 from teachercache.pipeline.exploring.feature_pictures import jpeg_uri
 from teachercache.pipeline.exploring.map_reader import level_name
 from teachercache.student.models.student import Student
@@ -129,7 +129,7 @@ class Explorer:
         try:
             summary = summarize(self.cache)
         except (TeacherCacheError, OSError) as error:
-            return [describe(error)]
+            return [in_a_line(error)]
         shards, committed = summary["shards"], summary["committed"]
         short = [
             f"{name} {committed[name]:,} of {shards:,} shards"
@@ -148,38 +148,19 @@ class Explorer:
         similarity = cache(lambda name: maps.similarity(name, row, level, patch, other))
         columns = [
             _Column("Features", "principal components", lambda name: maps.features(name, row, level)),
-            _Column(
-                "In this image",
-                "cosine to the patch",
-                lambda name: similarity(name)[0],
-            ),
-            _Column(
-                "In the other image",
-                "cosine to that patch",
-                lambda name: similarity(name)[1],
-                of_other=True,
-            ),
+            _Column("In this image", "cosine to the patch", lambda name: similarity(name)[0]),
+            _Column("In the other image", "cosine to that patch", lambda name: similarity(name)[1], True),
         ]
         if self._has_student:
+            features, error = maps.student_features, maps.student_error
             columns += [
-                _Column(
-                    "Student",
-                    "in the teacher's colours",
-                    lambda name: maps.student_features(name, row, level),
-                ),
-                _Column(
-                    "Student's error",
-                    "1 − cosine to the teacher",
-                    lambda name: maps.student_error(name, row, level),
-                ),
+                _Column("Student", "in the teacher's colours", lambda name: features(name, row, level)),
+                _Column("Student's error", "1 − cosine to the teacher", lambda name: error(name, row, level)),
             ]
         if codec is not None:
+            of_codec = maps.codec_error
             columns.append(
-                _Column(
-                    codec,
-                    "its error, 1 − cosine",
-                    lambda name: maps.codec_error(name, row, level, codec),
-                )
+                _Column(codec, "its error, 1 − cosine", lambda name: of_codec(name, row, level, codec))
             )
         return columns
 
@@ -223,4 +204,4 @@ def _title(text: str, words: str = "") -> str:
 
 
 def _missing(error: Exception) -> str:
-    return f'<div class="missing">{escape(str(error).splitlines()[0])}</div>'
+    return f'<div class="missing">{escape(in_a_line(error))}</div>'

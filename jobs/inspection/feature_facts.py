@@ -15,17 +15,14 @@ from torch.nn import functional as F
 from teachercache.pipeline.codecs import get_codec
 from teachercache.pipeline.codecs.fidelity import Fidelity, compare
 from teachercache.pipeline.errors import CodecError
+from teachercache.pipeline.exploring.feature_pictures import finite
+from teachercache.pipeline.exploring.map_reader import MapReader
 from teachercache.pipeline.grids import pool
 from teachercache.pipeline.records.feature_stats import FeatureMoments
 from teachercache.pipeline.records.spec import GridSpec
 
 _SHOWN_NORMS = (0.01, 0.99)  # quantiles; few tokens with huge norms must not take the range
 _LOUD = 10.0  # times the energy of the median channel
-
-
-def finite(maps_x: Tensor) -> Tensor:
-    """Zero in place of NaN and infinity."""
-    return torch.nan_to_num(maps_x, posinf=0, neginf=0)
 
 
 @dataclass(frozen=True)
@@ -110,11 +107,17 @@ def rows_to_learn_from(codec: str, rows: Sequence[int]) -> Sequence[int]:
     return rows[:most]
 
 
-def try_codec(name: str, calibration_RSHWC: Tensor, maps_RSHWC: Tensor) -> CodecTrial:
-    """Encode and decode `maps_RSHWC` with tables learnt from other rows.
+def try_codec(
+    name: str, reader: MapReader, teacher: str, others: Sequence[int], tried: Sequence[int]
+) -> CodecTrial:
+    """Encode and decode the `tried` rows of a teacher with tables learnt from others.
 
-    Raises `CodecError` for values that the codec cannot hold.
+    Raises `CodecError` for values that the codec cannot hold, and where the others are too few.
     """
+    calibration_RSHWC, maps_RSHWC = (
+        finite(torch.stack([reader.maps(teacher, row) for row in rows]))
+        for rows in (rows_to_learn_from(name, others), tried)
+    )
     encoded = get_codec(name).calibrate(calibration_RSHWC).encode(maps_RSHWC)
     decoded_RSHWC = encoded.decode()
     return CodecTrial(

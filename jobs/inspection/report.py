@@ -7,15 +7,12 @@ from datetime import UTC, datetime
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from teachercache.jobs.inspection.charts import channel_curve, error_curve, matrix, norm_histogram, number
 from teachercache.jobs.inspection.feature_facts import (
     CodecTrial,
     LevelFacts,
-    finite,
     linear_cka,
-    rows_to_learn_from,
     try_codec,
 )
 from teachercache.jobs.inspection.page import (
@@ -33,16 +30,16 @@ from teachercache.jobs.inspection.page import (
     table,
     timeline_rows,
 )
-from teachercache.jobs.inspection.summary import records, summarize
+from teachercache.jobs.inspection.summary import summarize
 from teachercache.jobs.inspection.tables import quarantine_line, summary_facts, warnings, what_was_checked
 from teachercache.jobs.inspection.teacher_maps import TeacherMaps
 from teachercache.jobs.inspection.timeline import timeline
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.codecs import codec_names, get_codec
-from teachercache.pipeline.errors import CodecError, TeacherCacheError
+from teachercache.pipeline.errors import CodecError, TeacherCacheError, in_a_line
 from teachercache.pipeline.exploring.feature_pictures import heat, jpeg_uri, png_uri
 from teachercache.pipeline.exploring.map_reader import MapReader
-from teachercache.pipeline.records.manifest import CommitRecord
+from teachercache.pipeline.records.integrity import Depth, check_shards
 from teachercache.pipeline.units import human_bytes, human_seconds
 
 _TRIAL_ROWS = 2  # others are what the tables are learnt from
@@ -103,13 +100,8 @@ def _overview(cache: FeatureCache, reader: MapReader) -> list[str]:
 
 
 def _history(cache: FeatureCache) -> str:
-    found = (
-        record
-        for name in cache.spec.teachers_and_images
-        for _, record in records(cache.manifest, name)
-        if isinstance(record, CommitRecord)
-    )
-    history = timeline(found)
+    checked = check_shards(cache.manifest, cache.spec, Depth.RECORD)
+    history = timeline(shard.record for shard in checked if shard.record is not None)
     if history is None:
         return section("How it was built", note="No commit record says when its shard was made.")
     begin, end = (
@@ -163,7 +155,7 @@ def _sample(reader: MapReader, row: int, teachers: Sequence[TeacherMaps]) -> str
     try:
         photo = picture(jpeg_uri(reader.view(row)), f"{key}, view {view}", "photo")
     except (TeacherCacheError, OSError) as error:
-        photo = placeholder(f"the image cannot be had: {str(error).splitlines()[0]}")
+        photo = placeholder(f"the image cannot be had: {in_a_line(error)}")
     num_levels = max(teacher.spec.num_levels for teacher in teachers)
     blocks = (range(num_levels)[first : first + _MAPS // 2] for first in range(0, num_levels, _MAPS // 2))
     maps = "".join(_sample_maps(row, teachers, levels) for levels in blocks)
@@ -252,7 +244,7 @@ def _codecs(reader: MapReader, teacher: TeacherMaps) -> str:
         note=f"Against what is stored, which is {teacher.spec.codec}, of {len(tried)} rows. Tables are "
         "learnt from 2 others, those of a dct from 6 at most; cosine and L2 are taken after each channel is "
         "standardised, the maps and the curve of features as they are. NaN and infinity count as zero. "
-        "int4-trellis encodes too slowly for this page: see `view`. What the stored codec itself lost "
+        "Codecs with rings encode too slowly for this page: see `view`. What the stored codec itself lost "
         "is measured when a cache is built: see the first table.",
     )
 
@@ -261,18 +253,10 @@ def _trial(
     reader: MapReader, teacher: str, codec: str, others: Sequence[int], tried: Sequence[int]
 ) -> CodecTrial | str:
     """What the codec makes of the `tried` rows, or why it cannot."""
-
-    def maps(rows: Sequence[int]) -> Tensor:
-        return finite(torch.stack([reader.maps(teacher, row) for row in rows]))
-
     try:
-        learnt_from = rows_to_learn_from(codec, others)
+        return try_codec(codec, reader, teacher, others, tried)
     except CodecError as error:
         return error.problem
-    try:
-        return try_codec(codec, maps(learnt_from), maps(tried))
-    except CodecError as error:
-        return f"cannot hold these rows: {error.problem}"
 
 
 def _trial_facts(codec: str, trial: CodecTrial | str) -> list[str]:

@@ -7,39 +7,22 @@ shards takes less time than that import. Nothing that is broken ends it; it beco
 from __future__ import annotations
 
 import gc
-import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Protocol
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from teachercache.pipeline.errors import CacheError
-from teachercache.pipeline.places.local_storage import LocalStorage
-from teachercache.pipeline.places.remote_storage import RemoteStorage
+from teachercache.pipeline.errors import CacheError, in_a_line
 from teachercache.pipeline.places.storage import Storage
-from teachercache.pipeline.records.manifest import (
-    SAMPLES_NAME,
-    VIEWS_NAME,
-    CommitRecord,
-    Manifest,
-    QuarantineEntry,
-    tables_name,
-)
-from teachercache.pipeline.records.spec import IMAGES, CacheSpec
-from teachercache.pipeline.stores.shard_format import CHECKSUM_NBYTES
-
-_REMOTE_THREADS = 32
-_INDEX_ENTRY_NBYTES = 16
-
-Problems = list[str]
+from teachercache.pipeline.records.integrity import Depth, check_shards, quarantine, table_problems
+from teachercache.pipeline.records.manifest import CommitRecord, Manifest
+from teachercache.pipeline.records.sample_table import SampleTable
+from teachercache.pipeline.stores.feature_store import FeatureStore
+from teachercache.pipeline.stores.open_store import open_store
+from teachercache.pipeline.stores.shard_format import disk_nbytes
 
 
 class Stored(Protocol):
@@ -65,10 +48,15 @@ def summarize(cache: Stored) -> dict[str, Any]:
     """Everything that `inspect` shows. Raises `CacheError` only where `cache.json` cannot be read."""
     manifest = Manifest(cache.storage)
     spec = manifest.spec()
-    problems: Problems = []
-    for name, num_rows in ((SAMPLES_NAME, spec.dataset.num_samples), (VIEWS_NAME, spec.num_rows)):
-        problems += _table_problems(manifest.storage, name, num_rows)
-    tallies = {name: _tally(manifest, spec, name, problems) for name in spec.teachers_and_images}
+    store = open_store(manifest.storage, spec, SampleTable(manifest, spec).key, direct=True, checksums=False)
+    found = table_problems(manifest, spec)
+    tallies = {name: _Tally() for name in spec.teachers_and_images}
+    for checked in check_shards(manifest, spec, Depth.SIZES):
+        found += checked.problems
+        if checked.record is not None:
+            tallies[checked.teacher].add(checked.record)
+    entries, unreadable = quarantine(manifest)
+    problems = [problem.reason for problem in (*found, *unreadable)]
     return {
         "url": manifest.storage.url,
         "cache_id": spec.cache_id,
@@ -83,13 +71,13 @@ def summarize(cache: Stored) -> dict[str, Any]:
         "teachers": {
             name: teacher.model_dump(mode="json")
             | {"stored_grid": teacher.stored_grid, "fidelity": spec.fidelity.get(name)}
-            | {"bytes_per_row": _bytes_per_row(manifest.storage, spec, name, problems)}
+            | {"bytes_per_row": _bytes_per_row(store, name, problems)}
             | tallies[name].facts()
             for name, teacher in spec.teachers.items()
         },
         "committed": {name: tally.shards for name, tally in tallies.items()},
         "planned": {name: len(spec.shards(name)) for name in tallies},
-        "quarantined": [entry.model_dump(mode="json") for entry in quarantined(manifest, problems)],
+        "quarantined": [entry.model_dump(mode="json") for entry in entries],
         "problems": problems,
     }
 
@@ -151,130 +139,10 @@ def covered(spans: Iterable[tuple[float, float]]) -> float:
     return total
 
 
-def _tally(manifest: Manifest, spec: CacheSpec, teacher: str, problems: Problems) -> _Tally:
-    tally = _Tally()
-    if teacher in spec.teachers and (tables_hash := spec.teachers[teacher].tables_hash):
-        problems += _tables_problems(manifest.storage, teacher, tables_hash)
-    num_shards, size = spec.num_shards, _size_of(manifest.storage, teacher)  # they take time
-    for shard, record in records(manifest, teacher):
-        if isinstance(record, str):
-            problems.append(record)
-        elif shard >= num_shards or record.content_id != spec.shard_content_id(teacher, shard):
-            problems.append(f"{teacher} shard {shard}: {record.mismatch(spec)}")
-        else:
-            tally.add(record)
-            problems += file_problems(size, record)
-    return tally
-
-
-def _size_of(storage: Storage, teacher: str) -> Callable[[str], int | None]:
-    """Bytes of a file by its name. On an object store listings have them all; each alone is a request."""
-    if not isinstance(storage, RemoteStorage):
-        return storage.size
-    folders = [IMAGES] if teacher == IMAGES else [f"teachers/{teacher}", f"stats/{teacher}"]
-    return {name: size for folder in folders for name, size in storage.sizes(folder).items()}.get
-
-
-def records(manifest: Manifest, teacher: str) -> Iterator[tuple[int, CommitRecord | str]]:
-    """(shard, its record, or why there is none) of every committed shard, in order."""
-
-    def read(shard: int) -> tuple[int, CommitRecord | str]:
-        try:
-            return shard, manifest.read_commit(teacher, shard)
-        except (CacheError, OSError) as error:
-            return shard, describe(error)
-
-    shards = sorted(manifest.committed_shards(teacher))
-    if isinstance(manifest.storage, LocalStorage):  # threads would only wait for each other
-        yield from map(read, shards)
-    else:
-        with ThreadPoolExecutor(_REMOTE_THREADS) as pool:
-            yield from pool.map(read, shards)
-
-
-def file_problems(size_of: Callable[[str], int | None], record: CommitRecord) -> Problems:
-    """Files of a record that are missing or of another size."""
-    problems = []
-    for path, file in record.files.items():
-        try:
-            size = size_of(path)
-        except CacheError as error:
-            problems.append(f"{record.teacher} shard {record.shard}: {path}: {describe(error)}")
-            continue
-        if size != file.nbytes:
-            found = "is missing" if size is None else f"has {size:,} bytes"
-            problems.append(f"{path} {found}, expected {file.nbytes:,}")
-    return problems
-
-
-def array_metadata(storage: Storage, spec: CacheSpec, teacher: str) -> dict[str, dict[str, Any]]:
-    """What a teacher's `zarr.json` (or `teacher.json`) say of its arrays. Raises `OSError`, `ValueError`."""
-    folder = f"teachers/{teacher}"
-    if spec.store == "webdataset":
-        described = json.loads(storage.read(f"{folder}/teacher.json"))["arrays"]
-        return {
-            name: {
-                "shape": [spec.num_rows, *array["shape"]],
-                "data_type": array["dtype"],
-                "attributes": array["attributes"],
-            }
-            for name, array in described.items()
-        }
-    arrays = [name for name in storage.names(folder) if name.isidentifier()]  # no file that others leave
-    if not arrays:
-        raise FileNotFoundError(f"{folder} holds no array")
-    return {array: json.loads(storage.read(f"{folder}/{array}/zarr.json")) for array in arrays}
-
-
-def quarantined(manifest: Manifest, problems: Problems) -> list[QuarantineEntry]:
-    """Every quarantined sample; a list that cannot be read is one of `problems`."""
-    entries = _attempt(manifest.quarantine, problems, default=list[QuarantineEntry]())
-    return list({entry.sample_index: entry for entry in entries}.values())  # each segment has its own
-
-
-def describe(error: Exception) -> str:
-    """One line."""
-    text = error.problem if isinstance(error, CacheError) else f"{type(error).__name__}: {error}"
-    return text.splitlines()[0]
-
-
-def _bytes_per_row(storage: Storage, spec: CacheSpec, teacher: str, problems: Problems) -> int | None:
+def _bytes_per_row(store: FeatureStore, teacher: str, problems: list[str]) -> int | None:
     """Bytes on disk of one row, checksums and index included, as the arrays' own metadata states it."""
-
-    def total() -> int:
-        return sum(
-            math.prod(array["shape"][1:]) * np.dtype(array["data_type"]).itemsize
-            + CHECKSUM_NBYTES
-            + _INDEX_ENTRY_NBYTES
-            for array in array_metadata(storage, spec, teacher).values()
-        )
-
-    about = f"teachers/{teacher} cannot be understood: "
-    found: int | None = _attempt(total, problems, default=None, about=about)
-    return found
-
-
-def _attempt(read: Callable[[], Any], problems: Problems, default: Any, about: str = "") -> Any:
     try:
-        return read()
-    except (CacheError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        problems.append(about + describe(error))
-        return default
-
-
-def _table_problems(storage: Storage, name: str, num_rows: int) -> Problems:
-    try:
-        with storage.open_read(name) as file:
-            found = pq.ParquetFile(file).metadata.num_rows
-    except (OSError, pa.ArrowException) as error:
-        return [f"{name} cannot be read: {describe(error)}"]
-    return [] if found >= num_rows else [f"{name} has {found:,} lines, expected {num_rows:,}"]
-
-
-def _tables_problems(storage: Storage, teacher: str, tables_hash: str) -> Problems:
-    name = tables_name(teacher)
-    try:
-        found = storage.checksum(name)
-    except OSError:
-        return [f"{name} is missing; the codes of {teacher} cannot be decoded without it"]
-    return [] if found == tables_hash else [f"{name} is not what {teacher} was encoded with"]
+        return disk_nbytes(store.stored_layouts(teacher).values())
+    except CacheError as error:
+        problems.append(in_a_line(error))
+        return None

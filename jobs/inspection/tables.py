@@ -11,6 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from teachercache.pipeline.records.spec import ViewPolicy
 from teachercache.pipeline.units import human_bytes, human_seconds
 
 if TYPE_CHECKING:  # they bring torch, which `inspect` has no time for
@@ -24,8 +25,12 @@ _SHOWN = 8
 
 
 def plan_table(plan: Plan) -> RenderableType:
-    """What a build will cost."""
-    spec = plan.spec
+    """What a build will cost, beside teachers that run in every training."""
+    from teachercache.cache_builder.break_even import break_even
+    from teachercache.cache_builder.prices import GPUS
+
+    spec, prices, found = plan.spec, plan.prices, break_even(plan)
+    origin = "stated" if prices.teacher_tflops_per_gpu else f"{prices.gpu}, {GPUS[prices.gpu].origin}"
     columns = {
         teacher.name: {
             **_teacher_facts(teacher.spec.model_dump(mode="json")),
@@ -46,10 +51,19 @@ def plan_table(plan: Plan) -> RenderableType:
         "bytes": f"{human_bytes(plan.total_bytes)} ({human_bytes(plan.bytes_per_row)} a view)",
         "to write": f"{human_bytes(plan.missing_bytes)} ({free})",
         "teachers": f"{gmacs:,.1f} GMACs a view, {2e-6 * gmacs * spec.num_rows:,.3g} PFLOP in all",
-        "GPU-hours": f"{plan.gpu_hours:,.3g} at {plan.tflops_per_gpu:g} TFLOP/s sustained by a GPU "
-        "(plan.teacher_tflops_per_gpu)",
-        "training": f"reads {human_bytes(round(plan.read_bytes_per_s))}/s at {plan.student_images_per_s:g} "
-        "img/s (plan.student_images_per_s)",
+        "GPU-hours": f"{plan.gpu_hours:,.3g} at {prices.tflops:g} TFLOP/s sustained by a GPU ({origin})",
+        "building": f"writes {human_bytes(prices.gpus * plan.views_per_s * plan.bytes_per_row)}/s on "
+        f"{prices.gpus} GPUs of {plan.views_per_s:,.3g} views/s each",
+        "training": f"reads {human_bytes(prices.student_images_per_s * plan.bytes_per_row)}/s at "
+        f"{prices.student_images_per_s:g} img/s",
+        "online": f"${found.online:,.2f} for teachers, {found.online_gpu_hours:,.4g} GPU-hours a run: "
+        f"{prices.runs} × {prices.epochs:g} epochs",
+        "cached": f"${found.cached:,.2f}: ${found.build:,.2f} to build, ${found.keep:,.2f} to keep, "
+        f"${found.read:,.2f} to read",
+        "prices": f"${3600 * prices.gpu_usd_per_s:g} a GPU-hour, ${prices.usd_per_tb_month:g} a TB-month × "
+        f"{prices.months:g}, ${prices.usd_per_million_requests:g} a million requests, "
+        f"{prices.storage_gb_per_s:g} GB/s",
+        "advice": found.verdict,
     }
     return Group(columns_table("teacher", columns), lines(totals))
 
@@ -275,7 +289,11 @@ def _done(done: int, planned: int) -> Text:
 
 
 def _views(views: Mapping[str, Any]) -> str:
-    return f"{views['num_views']} of {views['policy']} at {_times(views['size'])}, seed {views['seed']}"
+    policy = ViewPolicy.model_validate(views)
+    facts = f"{policy.num_views} of {policy.policy} at {_times(policy.size)}, seed {policy.seed}"
+    if policy.margin:
+        facts += f", {policy.windows_per_axis**2} windows of each, stored at {_times(policy.stored_size)}"
+    return facts + (", in pairs of flips" if policy.flip == "pairs" else "")
 
 
 def _times(size: tuple[int, int]) -> str:

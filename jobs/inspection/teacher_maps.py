@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from teachercache.jobs.inspection.feature_facts import FactCollector, LevelFacts, common_grid, finite
-from teachercache.pipeline.errors import CacheError
-from teachercache.pipeline.exploring.feature_pictures import heat, png_uri, token_norms
+from teachercache.jobs.inspection.feature_facts import FactCollector, LevelFacts, common_grid
+from teachercache.pipeline.errors import CacheError, in_a_line
+from teachercache.pipeline.exploring.feature_pictures import finite, heat, png_uri, token_norms
 from teachercache.pipeline.exploring.map_reader import MapReader, level_name
 
 _COMMON_TOKENS = 2048
@@ -44,7 +44,7 @@ class TeacherMaps:
             try:
                 yield row, reader.maps(self.name, row)
             except CacheError as error:
-                self.damaged[row] = error.problem
+                self.damaged[row] = in_a_line(error)
 
     def _draw(self, reader: MapReader, row: int, maps_SHWC: Tensor) -> None:
         for level, (level_facts, map_HWC) in enumerate(zip(self.levels, maps_SHWC, strict=True)):

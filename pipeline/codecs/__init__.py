@@ -15,8 +15,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import get_args
 
-from teachercache.pipeline.codecs.codec import ArrayLayout, Codec, Encoded, Standing
-from teachercache.pipeline.codecs.dct import GridDctCodec
+from teachercache.pipeline.codecs.codec import Codec, Encoded, Standing, torch_dtype
+from teachercache.pipeline.codecs.dct import RINGS, SCALAR, GridDctCodec
 from teachercache.pipeline.codecs.quantized import SCHEMES, QuantizedCodec
 from teachercache.pipeline.codecs.scalar import BFloat16Codec, Float16Codec, Float32Codec
 from teachercache.pipeline.errors import CodecError
@@ -29,7 +29,9 @@ for _bits in (8, 6, 5, 4, 3):
         if _bits in _scheme.rates:
             _CODECS[f"int{_bits}{_suffix}"] = partial(QuantizedCodec, f"int{_bits}{_suffix}", _bits, _scheme)
     if _bits in (4, 3):
-        _CODECS[f"int{_bits}-dct"] = partial(GridDctCodec, f"int{_bits}-dct", _bits)
+        for _suffix, _quantisation in (("-dct", SCALAR), ("-dct-rings", RINGS)):
+            _name = f"int{_bits}{_suffix}"
+            _CODECS[_name] = partial(GridDctCodec, _name, _bits, _quantisation)
 
 
 def codec_names(standing: Standing | None = None) -> list[str]:
@@ -53,4 +55,4 @@ def get_codec(name: str) -> Codec:
         ) from None
 
 
-__all__ = ["ArrayLayout", "Codec", "Encoded", "Standing", "codec_names", "get_codec"]
+__all__ = ["Codec", "Encoded", "Standing", "codec_names", "get_codec", "torch_dtype"]

@@ -7,14 +7,19 @@ from abc import abstractmethod
 from collections.abc import Collection
 from typing import Generic, Self, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from teachercache.pipeline.codecs.codec import ArrayLayout, Codec, may_arrive_late
+from teachercache.pipeline.codecs.codec import Codec, may_arrive_late, torch_dtype
 from teachercache.pipeline.codecs.outliers import num_slots
 from teachercache.pipeline.errors import CodecError
+from teachercache.pipeline.records.array_layout import ArrayLayout
 
 Coder = TypeVar("Coder")
+QUANTISED_VALUES = (
+    2**20
+)  # at a time: a search through a trellis takes as many steps for one token as for many
 OUTLIER_ARRAYS = ("outlier_places", "outlier_values")
 
 
@@ -22,6 +27,7 @@ class CalibratedCodec(Codec, Generic[Coder]):
     """A codec that is its tables, kept on the CPU; a `Coder` is what works with them on one device."""
 
     needs_tables = True
+    whole_bytes = False  # the channels of a token must be a multiple of 8
     table_names: tuple[str, ...]
 
     def __init__(self, name: str, bits: int, advised: Collection[int], reported: Collection[int]) -> None:
@@ -32,6 +38,18 @@ class CalibratedCodec(Codec, Generic[Coder]):
         self.reported = bits in reported
         self._tables: dict[str, Tensor] = {}
         self._coders: dict[torch.device, Coder] = {}
+
+    def fits(self, width: int) -> bool:
+        return not self.whole_bytes or width % 8 == 0
+
+    def _require_fit(self, width: int) -> None:
+        if not self.fits(width):
+            raise CodecError(
+                f"Codec {self.name} needs whole bytes for the channels of a token.",
+                got=f"{width} channels",
+                expected="a multiple of 8",
+                do=f"use int{self.bits}-hadamard",
+            )
 
     @abstractmethod
     def _learn(self, features_RSHWC: Tensor) -> dict[str, Tensor]:
@@ -81,10 +99,9 @@ class CalibratedCodec(Codec, Generic[Coder]):
     @staticmethod
     def _outlier_layout(levels: int, grid: tuple[int, int]) -> dict[str, ArrayLayout]:
         shape, axes = (levels, num_slots(math.prod(grid))), ("level", "slot")
-        dtypes = torch.int32, torch.float16
         return {
-            name: ArrayLayout(shape, dtype, axes, {})
-            for name, dtype in zip(OUTLIER_ARRAYS, dtypes, strict=True)
+            name: ArrayLayout(shape, np.dtype(dtype), axes, {})
+            for name, dtype in zip(OUTLIER_ARRAYS, ("int32", "float16"), strict=True)
         }
 
     def _arrays_on(
@@ -94,7 +111,7 @@ class CalibratedCodec(Codec, Generic[Coder]):
         scales = tensors.get("scales")
         grid = (scales.shape[2], scales.shape[3]) if scales is not None and scales.ndim == 4 else (0, 0)
         layout = self.layout(levels, grid, width)
-        expected = {name: ((*array.shape,), array.dtype) for name, array in layout.items()}
+        expected = {name: ((*array.shape,), torch_dtype(array.dtype)) for name, array in layout.items()}
         got = {name: (tuple(tensor.shape[1:]), tensor.dtype) for name, tensor in tensors.items()}
         if any(got.get(name) != array for name, array in expected.items()):
             raise CodecError(
@@ -114,12 +131,13 @@ class CalibratedCodec(Codec, Generic[Coder]):
             )
 
 
-def row_blocks(features_RSHWC: Tensor) -> list[slice]:
-    """The rows to work on at a time: all, but one by one on a CPU, whose caches hold no more.
+def row_blocks(features_RSHWC: Tensor, least_values: int = 1) -> list[slice]:
+    """The rows to work on at a time: all, but on a CPU, whose caches are small, as few as hold these values.
 
     There is one block, an empty one, where there is no row.
     """
     num_rows = len(features_RSHWC)
     if num_rows and features_RSHWC.device.type == "cpu" and not torch.compiler.is_compiling():
-        return [slice(row, row + 1) for row in range(num_rows)]
+        step = -(-least_values // max(features_RSHWC[0].numel(), 1))
+        return [slice(row, row + step) for row in range(0, num_rows, step)]
     return [slice(None)]

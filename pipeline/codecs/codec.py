@@ -4,22 +4,21 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from teachercache.pipeline.records.array_layout import ArrayLayout
 
 Standing = Literal["advised", "special", "experiment"]
 
 
-@dataclass(frozen=True)
-class ArrayLayout:
-    """One Zarr array of a teacher: its shape behind the row axis, its dtype and its axes' names."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    axes: tuple[str, ...]
-    attributes: dict[str, Any]
+def torch_dtype(dtype: np.dtype) -> torch.dtype:
+    """What holds an array of this dtype."""
+    found: torch.dtype = getattr(torch, dtype.name)
+    return found
 
 
 class Codec(ABC):
@@ -37,7 +36,7 @@ class Codec(ABC):
     reported: bool = False
     least_rows: ClassVar[int] = 1
     trial_rows: ClassVar[tuple[int, int]] = (1, 2)
-    token_dtype: ClassVar[torch.dtype] = torch.float16
+    token_dtype: ClassVar[np.dtype] = np.dtype("float16")
 
     def fits(self, width: int) -> bool:
         """Whether it can encode tokens of `width` channels."""

@@ -8,14 +8,18 @@ A coefficient is one (level, row frequency, column frequency) with its C channel
 float16 scale and a number of bits, 0 to 8, that the calibration sample sets: each bit goes where it lowers
 the error most (reverse water-filling). The bytes a row takes are those of the hadamard codec at most.
 
+    int4-dct          Lloyd-Max levels; up to 8 bits
+    int4-dct-rings    the quantiser of int4-rings; up to 6 bits, since more gain nothing with so many levels
+
 Shapes: R rows, S levels, H×W grid, C channels, N = S·H·W coefficients.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -23,44 +27,80 @@ from numpy.typing import NDArray
 from scipy.fft import dct
 from torch import Tensor
 
-from teachercache.pipeline.codecs.calibrated import OUTLIER_ARRAYS, CalibratedCodec, row_blocks
-from teachercache.pipeline.codecs.codec import ArrayLayout, Encoded
+from teachercache.pipeline.codecs.calibrated import (
+    OUTLIER_ARRAYS,
+    QUANTISED_VALUES,
+    CalibratedCodec,
+    row_blocks,
+)
+from teachercache.pipeline.codecs.codec import Encoded
 from teachercache.pipeline.codecs.lloyd_max import gaussian_distortion, gaussian_levels
 from teachercache.pipeline.codecs.normalisation import Hadamard
 from teachercache.pipeline.codecs.quantizer import (
     ScalarQuantizer,
+    TokenQuantizer,
     divide_by_scales,
     finite_half,
     root_mean_square,
 )
+from teachercache.pipeline.codecs.rings import RingQuantizer, num_ranks, ring_distortion, ring_levels
 from teachercache.pipeline.errors import CodecError
+from teachercache.pipeline.records.array_layout import ArrayLayout
 
-MOST_BITS = 8
+
+@dataclass(frozen=True)
+class Quantisation:
+    """Of coefficients of 1 to `most_bits` bits. `distortion`: that of unit Gaussian values, from 0 bits on.
+
+    `levels` are those of all bits in one table, `part` those of some bits in it.
+    """
+
+    most_bits: int
+    distortion: Callable[[int], float]
+    levels: Callable[[], NDArray[np.floating]]
+    part: Callable[[int], slice]
+    quantizer: Callable[[Tensor], TokenQuantizer]
+
+
+def _all_gaussian_levels() -> NDArray[np.float64]:
+    return np.concatenate([gaussian_levels(bits) for bits in range(1, 9)])
+
+
+def _part_of_gaussian_levels(bits: int) -> slice:
+    return slice(2**bits - 2, 2 ** (bits + 1) - 2)
+
+
+def _part_of_ring_levels(bits: int) -> slice:
+    return slice(num_ranks(bits))
+
+
+SCALAR = Quantisation(8, gaussian_distortion, _all_gaussian_levels, _part_of_gaussian_levels, ScalarQuantizer)
+RINGS = Quantisation(6, ring_distortion, partial(ring_levels, 6), _part_of_ring_levels, RingQuantizer)
 
 
 @dataclass(frozen=True)
 class _Group:
     """The coefficients of one number of bits, and their place in the bytes of a row."""
 
-    quantizer: ScalarQuantizer
+    quantizer: TokenQuantizer
     positions: Tensor
     code_bytes: slice
 
 
 class _Coder:
-    def __init__(self, tables: dict[str, Tensor]) -> None:
+    def __init__(self, tables: dict[str, Tensor], quantisation: Quantisation) -> None:
         self.normalisation = Hadamard(tables)
         self.bases = tables["level_basis"], tables["row_basis"], tables["column_basis"]
         self.shape_SHW = tables["bits"].shape
-        self.groups = list(self._groups(tables["bits"].flatten(), tables["levels"]))
+        self.groups = self._groups(tables["bits"].flatten(), tables["levels"], quantisation)
 
-    def _groups(self, bits_N: Tensor, levels: Tensor) -> list[_Group]:
+    def _groups(self, bits_N: Tensor, levels: Tensor, quantisation: Quantisation) -> list[_Group]:
         groups, start = [], 0
-        for bits in range(MOST_BITS, 0, -1):
+        for bits in range(quantisation.most_bits, 0, -1):
             positions = (bits_N == bits).nonzero().squeeze(1)
             end = start + len(positions) * self.normalisation.width * bits // 8
             if len(positions):
-                quantizer = ScalarQuantizer(levels[2**bits - 2 : 2 ** (bits + 1) - 2])
+                quantizer = quantisation.quantizer(levels[quantisation.part(bits)])
                 groups.append(_Group(quantizer, positions, slice(start, end)))
             start = end
         return groups
@@ -76,9 +116,8 @@ class _Coder:
             )
 
     def encode(self, features_RSHWC: Tensor) -> dict[str, Tensor]:
-        tokens, *outliers = self.normalisation.split(features_RSHWC)
-        token_scales = finite_half(root_mean_square(tokens))
-        spectrum_RNC = _transform(divide_by_scales(tokens, token_scales), self.bases).flatten(1, 3)
+        transformed = [self._transformed(features_RSHWC[rows]) for rows in row_blocks(features_RSHWC)]
+        spectrum_RNC, token_scales, *outliers = map(torch.cat, zip(*transformed, strict=True))
         scales_RN = spectrum_RNC.new_zeros(spectrum_RNC.shape[:2], dtype=torch.float16)
         codes = []
         for group in self.groups:
@@ -91,6 +130,13 @@ class _Coder:
             "token_scales": token_scales.squeeze(-1),
             **dict(zip(OUTLIER_ARRAYS, outliers, strict=True)),
         }
+
+    def _transformed(self, features_RSHWC: Tensor) -> tuple[Tensor, ...]:
+        """Coefficients (R, N, C), the tokens' scales, and the outliers: their places and values."""
+        tokens, *outliers = self.normalisation.split(features_RSHWC)
+        token_scales = finite_half(root_mean_square(tokens))
+        spectrum = _transform(divide_by_scales(tokens, token_scales), self.bases)
+        return spectrum.flatten(1, 3), token_scales, *outliers
 
     def decode(self, codes: Tensor, scales_RSHW: Tensor, token_scales_RSHW: Tensor, out: Tensor) -> None:
         width = self.normalisation.width
@@ -112,28 +158,23 @@ class GridDctCodec(CalibratedCodec[_Coder]):
     table_names = (*Hadamard.table_names, "level_basis", "row_basis", "column_basis", "bits", "levels")
     least_rows = 8  # fewer say too little about the mean squares by which it divides its bits
     trial_rows = 4, 6  # a table has an entry for every place of a map
+    whole_bytes = True
 
-    def __init__(self, name: str, bits: int) -> None:
-        super().__init__(name, bits, advised=(4,), reported=(4,))
-
-    def fits(self, width: int) -> bool:
-        return width % 8 == 0
+    def __init__(self, name: str, bits: int, quantisation: Quantisation) -> None:
+        is_fast = quantisation is SCALAR
+        super().__init__(name, bits, advised=(4,) if is_fast else (4, 3), reported=(4,) if is_fast else ())
+        self.quantisation = quantisation
 
     def layout(self, levels: int, grid: tuple[int, int], width: int) -> dict[str, ArrayLayout]:
-        if not self.fits(width):
-            raise CodecError(
-                f"Codec {self.name} needs whole bytes for the channels of a token.",
-                got=f"{width} channels",
-                expected="a multiple of 8",
-                do=f"use int{self.bits}-hadamard",
-            )
+        self._require_fit(width)
         num_bytes = _bit_budget(self.bits, levels * math.prod(grid), width) * width // 8
         attributes = {"codec": self.name, "bits": self.bits, "channels": width}
         frequencies = ("level_component", "row_frequency", "column_frequency")
+        half = np.dtype("float16")
         return {
-            "codes": ArrayLayout((num_bytes,), torch.uint8, ("byte",), attributes),
-            "scales": ArrayLayout((levels, *grid), torch.float16, frequencies, {}),
-            "token_scales": ArrayLayout((levels, *grid), torch.float16, ("level", "height", "width"), {}),
+            "codes": ArrayLayout((num_bytes,), np.dtype("uint8"), ("byte",), attributes),
+            "scales": ArrayLayout((levels, *grid), half, frequencies, {}),
+            "token_scales": ArrayLayout((levels, *grid), half, ("level", "height", "width"), {}),
             **self._outlier_layout(levels, grid),
         }
 
@@ -152,25 +193,26 @@ class GridDctCodec(CalibratedCodec[_Coder]):
         for unit_RSHWC in _unit_rows(normalisation, features_RSHWC):
             power_SHW += _transform(unit_RSHWC, bases).square().mean(-1).sum(0)
         budget = _bit_budget(self.bits, power_SHW.numel(), channels)
-        bits_SHW = allocate_bits(power_SHW.flatten().cpu().numpy(), budget).reshape(power_SHW.shape)
-        levels_by_bits = np.concatenate([gaussian_levels(bits) for bits in range(1, MOST_BITS + 1)])
+        power_N = power_SHW.flatten().cpu().numpy()
+        bits_SHW = allocate_bits(power_N, budget, self.quantisation).reshape(power_SHW.shape)
         return normalisation.tables | {
             "level_basis": bases[0],
             "row_basis": bases[1],
             "column_basis": bases[2],
             "bits": torch.from_numpy(bits_SHW.astype(np.uint8)),
-            "levels": torch.from_numpy(levels_by_bits).float(),
+            "levels": torch.from_numpy(self.quantisation.levels()).float(),
         }
 
     def _coder(self, tables: dict[str, Tensor]) -> _Coder:
-        return _Coder(tables)
+        return _Coder(tables, self.quantisation)
 
     @torch.no_grad()
     def encode(self, features_RSHWC: Tensor) -> Encoded:
         coder = self._on(features_RSHWC.device)
         coder.require_shape(features_RSHWC)
         with torch.autocast(features_RSHWC.device.type, enabled=False):
-            parts = [coder.encode(features_RSHWC[rows]) for rows in row_blocks(features_RSHWC)]
+            blocks = row_blocks(features_RSHWC, QUANTISED_VALUES)
+            parts = [coder.encode(features_RSHWC[rows]) for rows in blocks]
             arrays = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         return Encoded(self, arrays)
 
@@ -190,15 +232,18 @@ class GridDctCodec(CalibratedCodec[_Coder]):
         return features_RSHWC
 
 
-def allocate_bits(power_N: NDArray[np.float64], budget: int) -> NDArray[np.int64]:
-    """Bits (N,) of each coefficient, 0 to `MOST_BITS` and `budget` in all, for the least error by its power.
+def allocate_bits(
+    power_N: NDArray[np.float64], budget: int, quantisation: Quantisation = SCALAR
+) -> NDArray[np.int64]:
+    """Bits (N,) of each coefficient and `budget` in all, for the least error by its power.
 
-    The distortion of the Gaussian quantiser is convex in its bits, so taking the largest gains is optimal.
+    The distortion of a quantiser is convex in its bits, so taking the largest gains is optimal.
     """
-    distortion = np.array([gaussian_distortion(bits) for bits in range(MOST_BITS + 1)])
+    most_bits = quantisation.most_bits
+    distortion = np.array([quantisation.distortion(bits) for bits in range(most_bits + 1)])
     gains = np.multiply.outer(power_N, -np.diff(distortion))
     best = np.argsort(-gains, axis=None, kind="stable")[:budget]
-    return np.bincount(best // MOST_BITS, minlength=len(power_N))
+    return np.bincount(best // most_bits, minlength=len(power_N))
 
 
 def _bit_budget(bits: int, num_coefficients: int, width: int) -> int:

@@ -42,7 +42,7 @@ def measure_fidelity(codec: Codec, features_RSHWC: Tensor) -> Fidelity:
     """Encode, decode and compare these rows, a few at a time; the codec must be calibrated."""
     _, levels, *grid, width = features_RSHWC.shape
     layout = codec.layout(levels, (grid[0], grid[1]), width)
-    row_bytes = sum(math.prod(array.shape) * array.dtype.itemsize for array in layout.values())
+    row_bytes = sum(array.row_nbytes for array in layout.values())
     decoded = (
         codec.encode(rows_RSHWC).decode(features_RSHWC.device, torch.float32)
         for rows_RSHWC in features_RSHWC.split(ROWS_AT_ONCE)

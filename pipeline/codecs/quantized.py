@@ -4,6 +4,7 @@
     int4-hadamard   standardised and rotated, so nearly Gaussian: Lloyd-Max levels of a unit Gaussian
     int4-phi-s      the same after PHI-S instead
     int4-trellis    as int4-hadamard, but a code and the one before it choose among 256 levels
+    int4-rings      as int4-hadamard, but with a trellis over even levels and an entropy code of fixed length
 
 Shapes: R rows, S levels, H×W grid, C channels. docs/codecs.md states the bytes, and
 `teachercache.pipeline.codecs.reference` decodes them with numpy alone.
@@ -21,13 +22,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from teachercache.pipeline.codecs.calibrated import OUTLIER_ARRAYS, CalibratedCodec, row_blocks
-from teachercache.pipeline.codecs.codec import ArrayLayout, Encoded
+from teachercache.pipeline.codecs.calibrated import (
+    OUTLIER_ARRAYS,
+    QUANTISED_VALUES,
+    CalibratedCodec,
+    row_blocks,
+)
+from teachercache.pipeline.codecs.codec import Encoded
 from teachercache.pipeline.codecs.lloyd_max import gaussian_levels
 from teachercache.pipeline.codecs.normalisation import Hadamard, Normalisation, PhiS, Standardise
 from teachercache.pipeline.codecs.packing import packed_width
 from teachercache.pipeline.codecs.quantizer import ScalarQuantizer, TokenQuantizer, largest_magnitude
+from teachercache.pipeline.codecs.rings import RingQuantizer, ring_levels
 from teachercache.pipeline.codecs.trellis import TrellisQuantizer, trellis_levels
+from teachercache.pipeline.records.array_layout import ArrayLayout
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,7 @@ class Scheme:
     rates: tuple[int, ...] = (8, 6, 5, 4, 3)
     advised: tuple[int, ...] = ()
     reported: tuple[int, ...] = ()
+    whole_bytes: bool = False
 
 
 def _even_levels(bits: int) -> NDArray[np.float64]:
@@ -54,8 +63,9 @@ SCHEMES = {  # by the suffix of the name
         Hadamard, gaussian_levels, ScalarQuantizer, advised=(8, 6, 5, 4, 3), reported=(8, 4, 3)
     ),
     "-phi-s": Scheme(PhiS, gaussian_levels, ScalarQuantizer),
-    # No report tries it: two rows of SAM-L alone would take a third of the minute that a report may take.
-    "-trellis": Scheme(Hadamard, trellis_levels, TrellisQuantizer, rates=(4, 3), advised=(4,)),
+    # No report tries these: two rows of SAM-L alone would take a third of the minute that a report may take.
+    "-trellis": Scheme(Hadamard, trellis_levels, TrellisQuantizer, rates=(4, 3)),
+    "-rings": Scheme(Hadamard, ring_levels, RingQuantizer, rates=(4, 3), advised=(4,), whole_bytes=True),
 }
 
 
@@ -63,19 +73,22 @@ class QuantizedCodec(CalibratedCodec[tuple[Normalisation, TokenQuantizer]]):
     def __init__(self, name: str, bits: int, scheme: Scheme) -> None:
         super().__init__(name, bits, scheme.advised, scheme.reported)
         self.scheme = scheme
+        self.whole_bytes = scheme.whole_bytes
         self.table_names = (*scheme.normalisation.table_names, "levels")
 
     def layout(self, levels: int, grid: tuple[int, int], width: int) -> dict[str, ArrayLayout]:
+        self._require_fit(width)
         attributes = {"codec": self.name, "bits": self.bits, "channels": width}
         axes = ("level", "height", "width")
         code_shape = (levels, *grid, packed_width(width, self.bits))
         return {
-            "codes": ArrayLayout(code_shape, torch.uint8, (*axes, "byte"), attributes),
-            "scales": ArrayLayout((levels, *grid), torch.float16, axes, {}),
+            "codes": ArrayLayout(code_shape, np.dtype("uint8"), (*axes, "byte"), attributes),
+            "scales": ArrayLayout((levels, *grid), np.dtype("float16"), axes, {}),
             **self._outlier_layout(levels, grid),
         }
 
     def _learn(self, features_RSHWC: Tensor) -> dict[str, Tensor]:
+        self._require_fit(features_RSHWC.shape[-1])
         levels = torch.tensor(self.scheme.levels(self.bits), dtype=torch.float32)
         return self.scheme.normalisation.calibrate(features_RSHWC).tables | {"levels": levels}
 
@@ -88,8 +101,12 @@ class QuantizedCodec(CalibratedCodec[tuple[Normalisation, TokenQuantizer]]):
         normalisation.require_shape(features_RSHWC)
         parts = []
         with torch.autocast(features_RSHWC.device.type, enabled=False):
-            for rows in row_blocks(features_RSHWC):
-                tokens, *outliers = normalisation.split(features_RSHWC[rows])
+            for block in row_blocks(features_RSHWC, QUANTISED_VALUES):
+                split = [
+                    normalisation.split(features_RSHWC[block][rows])
+                    for rows in row_blocks(features_RSHWC[block])
+                ]
+                tokens, *outliers = map(torch.cat, zip(*split, strict=True))
                 parts.append((*quantizer.quantise(tokens), *outliers))
             arrays = [torch.cat(part) for part in zip(*parts, strict=True)]
         return Encoded(self, dict(zip(("codes", "scales", *OUTLIER_ARRAYS), arrays, strict=True)))

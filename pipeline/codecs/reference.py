@@ -21,13 +21,19 @@ def decode(codec: str, arrays: Arrays, tables: Arrays) -> Array:
     """Features (R, S, H, W, C), float32, of any `int…` codec."""
     precision, _, scheme = codec.partition("-")
     bits = int(precision.removeprefix("int"))
-    if scheme == "dct":
+    if scheme.startswith("dct"):
         tokens_RSHWC = _dct(arrays, tables)
     else:
-        codes = _unpack(arrays["codes"], bits, tables["mean"].shape[1])
-        levels = tables["levels"].ravel()[_trellis(codes, tables["levels"]) if scheme == "trellis" else codes]
+        packed, width = arrays["codes"], tables["mean"].shape[1]
+        if scheme == "rings":
+            levels = _rings(packed, bits, width, tables["levels"])
+        else:
+            codes = _unpack(packed, bits, width)
+            levels = tables["levels"].ravel()[
+                _trellis(codes, tables["levels"]) if scheme == "trellis" else codes
+            ]
         tokens_RSHWC = levels * arrays["scales"][..., None].astype(np.float32)
-    if scheme in ("hadamard", "trellis", "dct"):
+    if scheme in ("hadamard", "trellis", "rings", "dct", "dct-rings"):
         rotation_CC = np.kron(tables["left"], tables["right"]) * tables["signs"]
         tokens_RSHWC = tokens_RSHWC @ rotation_CC
     elif scheme == "phi-s":
@@ -43,6 +49,29 @@ def decode(codec: str, arrays: Arrays, tables: Arrays) -> Array:
     np.put_along_axis(flat_RSn, places_RSK, mean_RSK + std_RSK * arrays["outlier_values"], 2)
     features: Array = flat_RSn.reshape(tokens_RSHWC.shape)
     return features
+
+
+def _rings(packed: Array, bits: int, width: int, table: Array) -> Array:
+    """Value by value, as the signs depend on those before."""
+    low_bytes = width * (bits - 1) // 8
+    low = (
+        _unpack(packed[..., :low_bytes], bits - 1, width)
+        if bits > 1
+        else np.zeros((*packed.shape[:-1], width), int)
+    )
+    unary = _unpack(packed[..., low_bytes:], 1, width)
+    places = np.nonzero(unary)[-1].reshape(*unary.shape[:-1], width // 2)  # of the one that ends each ring
+    rings = np.diff(places, prepend=-1) - 1
+    ranks = rings * 4 ** (bits - 1) + low[..., 1::2] * 2 ** (bits - 1) + low[..., ::2]
+    a = table[ranks].reshape(unary.shape)
+    v, z = np.floor(a / 2).astype(int) % 2, np.zeros_like(unary)
+    for t in range(width):
+        for before in (v[..., t - i] for i in (1, 4, 5) if t >= i):
+            z[..., t] ^= before
+        if t >= 6:
+            z[..., t] ^= z[..., t - 6]
+    levels: Array = np.where(z, -a, a) * 2.0 ** (1 - bits)
+    return levels
 
 
 def _unpack(packed: Array, bits: int, width: int) -> Array:
@@ -74,8 +103,11 @@ def _dct(arrays: Arrays, tables: Arrays) -> Array:
         (positions,) = np.nonzero(bits_N == bits)
         end = start + len(positions) * width * bits // 8
         packed = codes[:, start:end].reshape(len(codes), len(positions), width * bits // 8)
-        levels = tables["levels"][2**bits - 2 : 2 ** (bits + 1) - 2]
-        spectrum_RNC[:, positions] = levels[_unpack(packed, bits, width)]
+        if tables["levels"].ndim == 2:
+            spectrum_RNC[:, positions] = _rings(packed, bits, width, tables["levels"])
+        else:
+            levels = tables["levels"][2**bits - 2 : 2 ** (bits + 1) - 2]
+            spectrum_RNC[:, positions] = levels[_unpack(packed, bits, width)]
         start = end
     spectrum = spectrum_RNC.reshape(len(codes), *tables["bits"].shape, width)
     spectrum = spectrum * arrays["scales"][..., None].astype(np.float32)

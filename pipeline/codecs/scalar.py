@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from teachercache.pipeline.codecs.codec import ArrayLayout, Codec, Encoded, may_arrive_late
+from teachercache.pipeline.codecs.codec import Codec, Encoded, may_arrive_late, torch_dtype
 from teachercache.pipeline.errors import CodecError
+from teachercache.pipeline.records.array_layout import ArrayLayout
 
 CODE_AXES = ("level", "height", "width", "channel")
 
 
 class _FloatCodec(Codec):
     dtype: ClassVar[torch.dtype]
-    stored_dtype: ClassVar[torch.dtype]
+    stored_dtype: ClassVar[np.dtype]
     attributes: ClassVar[dict[str, Any]] = {}
 
     def layout(self, levels: int, grid: tuple[int, int], width: int) -> dict[str, ArrayLayout]:
@@ -31,7 +33,7 @@ class _FloatCodec(Codec):
                 expected=f"finite values of at most {torch.finfo(self.dtype).max:g}",
                 do="choose bf16 or f32 if the values are finite; look at the teacher if they are not",
             )
-        return Encoded(self, {"codes": codes.contiguous().view(self.stored_dtype)})
+        return Encoded(self, {"codes": codes.contiguous().view(torch_dtype(self.stored_dtype))})
 
     def decode_tensors(
         self, tensors: dict[str, Tensor], device: torch.device | str, dtype: torch.dtype
@@ -43,14 +45,16 @@ class _FloatCodec(Codec):
 class Float32Codec(_FloatCodec):
     name = "f32"
     standing = "special"
-    dtype = stored_dtype = token_dtype = torch.float32
+    dtype = torch.float32
+    stored_dtype = token_dtype = np.dtype("float32")
 
 
 class Float16Codec(_FloatCodec):
     name = "f16"
     standing = "advised"
     reported = True
-    dtype = stored_dtype = torch.float16
+    dtype = torch.float16
+    stored_dtype = np.dtype("float16")
 
 
 class BFloat16Codec(_FloatCodec):
@@ -59,5 +63,5 @@ class BFloat16Codec(_FloatCodec):
     name = "bf16"
     standing = "special"
     dtype = torch.bfloat16
-    stored_dtype = torch.uint16
+    stored_dtype = np.dtype("uint16")
     attributes: ClassVar[dict[str, Any]] = {"bits_of": "bfloat16"}

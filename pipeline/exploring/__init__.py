@@ -1,1 +1,1 @@
-"""A cache as it is looked at: maps in colours, one sample in a notebook, labelled arrays."""
+"""Ways to look at a cache: maps in colours, one sample in a notebook, labelled arrays."""

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Picture = NDArray[np.uint8]
 
 _CELL_INCHES, _DPI = 1.5, 110
-_OUTLIER_SHARE = 0.01  # of the tokens at either end, which do not widen the range of a colour
+_OUTLIER_SHARE = 0.01  # of the tokens at either end, which do not widen a colour's range
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class PcaBasis:
     """Three directions that become red, green and blue, learnt over the tokens of several images, so that
     equal colours mean equal features in all of them.
 
-    Channels are standardised first, or the few outlier channels that ViTs have would be all that is seen.
+    Channels are standardised first, or the few outlier channels of ViTs would dominate the picture.
     """
 
     mean_C: Tensor
@@ -43,7 +43,7 @@ class PcaBasis:
 
     @classmethod
     def fit(cls, tokens_NC: Tensor) -> Self:
-        tokens_NC = _finite(tokens_NC.float())
+        tokens_NC = finite(tokens_NC.float())
         std_C, mean_C = torch.std_mean(tokens_NC, 0, correction=0)
         unit_NC = torch.where(std_C > 0, (tokens_NC - mean_C) / std_C, 0)
         _, vectors_CC = torch.linalg.eigh(unit_NC.T @ unit_NC / len(unit_NC))
@@ -55,14 +55,14 @@ class PcaBasis:
         return cls(mean_C, std_C, axes_C3, low_3, high_3)
 
     def picture(self, map_HWC: Tensor) -> Picture:
-        unit_HWC = torch.where(self.std_C > 0, (_finite(map_HWC) - self.mean_C) / self.std_C, 0)
+        unit_HWC = torch.where(self.std_C > 0, (finite(map_HWC) - self.mean_C) / self.std_C, 0)
         colours_HW3 = (unit_HWC @ self.axes_C3 - self.low_3) / (self.high_3 - self.low_3).clamp_min(1e-12)
         pixels: Picture = (colours_HW3.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
         return pixels
 
 
-def _finite(values: Tensor) -> Tensor:
-    """Zero in place of NaN and infinity, which would be all that is seen."""
+def finite(values: Tensor) -> Tensor:
+    """Zero in place of NaN and infinity, which would dominate the picture."""
     return torch.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
 
 
@@ -72,7 +72,7 @@ def token_norms(map_HWC: Tensor) -> Tensor:
 
 
 def heat(values_HW: Tensor, low: float, high: float) -> Picture:
-    """Scalars in viridis, which reads the same for every kind of colour vision; grey where not finite."""
+    """Scalars in viridis, which works for every kind of colour vision; grey where not finite."""
     from matplotlib import colormaps
 
     scaled_HW = ((values_HW - low) / max(high - low, 1e-12)).clamp(0, 1).double().numpy()
@@ -81,7 +81,7 @@ def heat(values_HW: Tensor, low: float, high: float) -> Picture:
 
 
 def picture_grid(columns: Sequence[tuple[str, Sequence[Picture]]], title: str) -> Figure:
-    """Pictures in columns with titles of their own, one line a sample."""
+    """Pictures in titled columns, one line per sample."""
     from matplotlib.figure import Figure
 
     num_lines = len(columns[0][1])
@@ -98,7 +98,7 @@ def picture_grid(columns: Sequence[tuple[str, Sequence[Picture]]], title: str) -
 
 
 def figure_pixels(figure: Figure) -> Picture:
-    """The figure as it would be saved to a file."""
+    """The pixels of the figure, as if saved to a file."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas = FigureCanvasAgg(figure)

@@ -17,16 +17,16 @@ _DIMENSIONS = ("sample", "view", "level", "height", "width", "channel")
 
 
 def to_xarray(cache: FeatureCache, teachers: Sequence[str] | None = None) -> xarray.DataTree:
-    """Decoded features, one group a teacher, read when they are used.
+    """Decoded features, one group per teacher, read on use.
 
     tree = cache.to_xarray()
     tree["dinov2/features"].sel(sample="n01440764/n01440764_10026", view=0, level=4).values
 
     `features` is float32, in the order sample, view, level, height, width, channel: what `cache[key]` gives.
     `attrs["grid"]` is the kind of grid that they are stored on. `valid` (sample, view) says which rows the
-    teacher holds; all others are NaN: of a quarantined sample, of a shard that is not committed, or whose
-    commit record is damaged. Samples are labelled by key, levels from 1, and beside them the coordinate
-    `block`, which counts from 0 as `block_indices` does. Needs the package xarray.
+    teacher holds; all others are NaN: rows of quarantined samples, and of shards that are not committed or
+    whose commit record is damaged. Samples are labelled by key and levels from 1; the coordinate `block`
+    counts from 0, as `block_indices` does. Needs the package xarray.
     Reading raises `CorruptShardError` for damaged features.
     """
     import xarray
@@ -34,7 +34,7 @@ def to_xarray(cache: FeatureCache, teachers: Sequence[str] | None = None) -> xar
     from xarray.core import indexing
 
     class Lazy(BackendArray):
-        """`read` gives the rows (rows, …) of whatever samples and views are asked for."""
+        """`read` returns values (rows, …) for any row numbers."""
 
         def __init__(
             self,

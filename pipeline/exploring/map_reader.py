@@ -1,4 +1,4 @@
-"""Decoded feature maps as they are looked at: a few rows at a time, in colours that compare over images."""
+"""Decoded feature maps to look at: a few rows at a time, in colours that are comparable across images."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from teachercache.pipeline.errors import CacheError
+from teachercache.pipeline.errors import CacheError, in_a_line
 from teachercache.pipeline.exploring.feature_pictures import PcaBasis, Picture
-from teachercache.pipeline.records.spec import TeacherSpec
+from teachercache.pipeline.records.spec import Size, TeacherSpec
 from teachercache.pipeline.views import render_view
+from teachercache.pipeline.windows import cut
 
 if TYPE_CHECKING:
     from teachercache import FeatureCache
 
-MAX_TOKENS = 8192  # of one teacher, for everything that is learnt from tokens
+MAX_TOKENS = 8192  # of one teacher, to learn colours from
 _TRIED_RECORDS = 8
 _KEPT_ROWS = 3  # a decoded row of SAM-L is 67 MB
 
 
 def level_name(teacher: TeacherSpec, level: int) -> str:
-    """A level as pictures name it: counted from 1, with its block as `block_indices` counts, from 0."""
+    """A level's name in pictures: its number, from 1, and its block, from 0 as in `block_indices`."""
     return f"level {level + 1} (block {teacher.block_indices[level]})"
 
 
@@ -32,7 +33,7 @@ class MapReader:
     """Maps of the teachers that can be read; `absent` says why others cannot.
 
     `rows` are up to `num_rows` rows of one view, drawn by the seed, that every one of these teachers holds.
-    Colours are learnt over them.
+    Colours are learnt over them. `window`: of views with a margin their middle, as large as a student sees.
     """
 
     def __init__(
@@ -43,8 +44,10 @@ class MapReader:
         num_rows: int = 6,
         view: int = 0,
         seed: int = 0,
+        window: bool = False,
     ) -> None:
         self.cache = cache
+        self._window = cache.spec.views.middle if window else None
         self.teachers: list[str] = []
         self.absent: dict[str, str] = {}
         for name in cache.check_teachers(teachers):
@@ -75,17 +78,20 @@ class MapReader:
 
     def _maps(self, teacher: str, row: int) -> Tensor:
         """Features (levels, H, W, C) of one row; the last few are kept."""
-        return self.cache.feature_maps(teacher, np.array([row]))[0]
+        maps_1SHWC = self.cache.feature_maps(teacher, np.array([row]))
+        if self._window:
+            maps_1SHWC = cut(maps_1SHWC, np.array([self._window]), self.cache.spec.views)
+        return maps_1SHWC[0]
 
     def _tokens(self, teacher: str) -> Tensor:
         """(levels, N, C): at most `MAX_TOKENS` tokens, spread evenly over the chosen rows.
 
-        Rows that turn out to be damaged are left out. Raises `CacheError` when there is no other.
+        Rows that turn out to be damaged are left out. Raises `CacheError` when no row is left.
         """
         height, width = self.cache.spec.teachers[teacher].stored_grid
         step = -(-len(self.rows) * height * width // MAX_TOKENS)
         parts = []
-        damage = CacheError(f"Teacher {teacher} and the others have no row in common that can be read.")
+        damage = CacheError(f"Teacher {teacher} and the others have no readable row in common.")
         for row in self.rows:
             try:
                 parts.append(self.maps(teacher, row).flatten(1, 2)[:, ::step])
@@ -99,21 +105,23 @@ class MapReader:
         """The colours of one level of a teacher."""
         return PcaBasis.fit(self.tokens(teacher)[level])
 
-    def view(self, row: int) -> Picture:
-        """The pixels of a row's view. Raises as `FeatureCache.image` does."""
-        sample = int(self.cache.index.locate(row)[0])
-        pixels: Picture = render_view(self.cache.image(sample), self.cache.view(row)).permute(1, 2, 0).numpy()
+    def view(self, row: int, size: Size | None = None) -> Picture:
+        """The pixels of a row's view, at its own size or another. Raises as `FeatureCache.image` does."""
+        sample, view = int(self.cache.index.locate(row)[0]), self.cache.view(row)
+        if self._window:
+            view = view.window(self._window, self.cache.spec.views.size)
+        pixels: Picture = render_view(self.cache.image(sample), view, size).permute(1, 2, 0).numpy()
         return pixels
 
 
 def _why_absent(cache: FeatureCache, teacher: str) -> str | None:
-    """Looks at a few records: where these cannot be read, there is more wrong than a shard."""
+    """Tries a few records: where none of them can be read, more than a shard is damaged."""
     reason = "no shard is committed yet"
     for shard in np.flatnonzero(cache.committed(teacher))[:_TRIED_RECORDS].tolist():
         try:
             cache.commits(teacher, [shard])
         except CacheError as error:
-            reason = error.problem
+            reason = in_a_line(error)
         else:
             return None
     return reason

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from numpy.typing import NDArray
 from torch import Tensor
 
-from teachercache.pipeline.errors import TeacherCacheError
+from teachercache.pipeline.errors import TeacherCacheError, in_a_line
 from teachercache.pipeline.exploring.feature_pictures import jpeg_uri, png_uri
 from teachercache.pipeline.exploring.map_reader import MapReader, level_name
 
@@ -22,7 +22,7 @@ _STYLE = "width:110px;height:110px;image-rendering:pixelated;display:block"
 
 @lru_cache(2)
 def _reader(cache: FeatureCache) -> MapReader:
-    """Colours are learnt once for all the samples of a cache that are looked at."""
+    """Learns colours once for all samples of a cache that are shown."""
     return MapReader(cache)
 
 
@@ -57,7 +57,7 @@ class SampleView:
         return f"SampleView({self.key!r}, number {self.sample_index} of {self.cache.storage.url})"
 
     def _repr_html_(self) -> str:
-        """The first view beside the principal components of every teacher's levels."""
+        """The first view, and the principal components of every teacher's levels."""
         lines = [_line("view", [_cell(lambda: jpeg_uri(self.pixels()), f"row {self.row()}")])]
         for name in self.cache.teachers:
             spec = self.cache.spec.teachers[name]
@@ -82,5 +82,5 @@ def _cell(uri: Callable[[], str], title: str) -> str:
     try:
         shown = f"<img style='{_STYLE}' alt='{escape(title)}' src='{uri()}'>"
     except (TeacherCacheError, OSError) as error:
-        shown = escape(str(error).splitlines()[0])
+        shown = escape(in_a_line(error))
     return f"<td style='text-align:left;vertical-align:top'>{shown}{escape(title)}</td>"

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,14 +22,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from teachercache.pipeline.cache import FeatureCache
-from teachercache.pipeline.codecs import Encoded
+from teachercache.pipeline.codecs import Encoded, torch_dtype
+from teachercache.pipeline.crops import StudentJitter, draw_jitter, draw_window
 from teachercache.pipeline.errors import CacheError, ImageDecodeError, SourceError, TeacherCacheError, explain
 from teachercache.pipeline.loading.batch_memory import BatchMemory, TensorLayout
 from teachercache.pipeline.records.spec import Size
 from teachercache.pipeline.stores.feature_store import CLS_TOKEN, GLOBAL_FEATURE
-from teachercache.pipeline.views import View, render_view
+from teachercache.pipeline.views import View, draw_view, render_view
 
-_LABELS = "labels/"  # no name of a teacher
+_LABELS, _IMAGES = "labels/", "images/"  # no names of teachers
 
 
 class Sampler(Protocol):
@@ -40,6 +41,9 @@ class Sampler(Protocol):
 
     def batch(self, step: int) -> NDArray[np.int64]:
         """The rows of one batch; steps are asked for in order."""
+
+    def epochs(self, step: int) -> NDArray[np.int64]:
+        """The epoch that each of these rows is of."""
 
 
 class Labels(Protocol):
@@ -57,8 +61,10 @@ class Labels(Protocol):
 class Batch:
     """One process's part of a global batch (b rows).
 
-    `renders` are uint8 (b, 3, h, w) by (h, w); the student's own size is always there. `features` and
-    `cls_tokens` are still encoded, on the CPU. `labels` by task, where the loader was given some.
+    `images` are what the student sees, uint8 (b, 3, h, w): the windows of the views that begin at `windows`,
+    (b, 2) rows and columns in pixels of the view, with the student's own jitter. `renders` are whole views by
+    (h, w), and the `images` where these are that. `features` and `cls_tokens`, of whole views, are still
+    encoded, on the CPU. `labels` by task, of the windows, where the loader was given some.
     `seconds`: `read` and `decode` are summed over threads, `wait` is what the consumer waited for.
 
     The loader makes a later batch in the same memory once this one and all views of its tensors are gone;
@@ -68,11 +74,32 @@ class Batch:
     step: int
     rows: NDArray[np.int64]
     sample_keys: list[str]
+    windows: NDArray[np.int64]
+    images: Tensor
     renders: dict[Size, Tensor]
     features: dict[str, Encoded]
     cls_tokens: dict[str, Tensor]
     labels: dict[str, Tensor]
     seconds: dict[str, float]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch with every tensor as `change` gives it, `images` once where they are a render, too."""
+        images = change(self.images)
+
+        def changed(tensors: dict[Any, Tensor]) -> dict[Any, Tensor]:
+            return {
+                name: images if tensor is self.images else change(tensor) for name, tensor in tensors.items()
+            }
+
+        features = {name: replace(one, arrays=changed(one.arrays)) for name, one in self.features.items()}
+        return replace(
+            self,
+            images=images,
+            renders=changed(self.renders),
+            features=features,
+            cls_tokens=changed(self.cls_tokens),
+            labels=changed(self.labels),
+        )
 
 
 @dataclass
@@ -89,7 +116,10 @@ class FeatureLoader:
 
     `features=False` leaves the cached features unread (training with online teachers), `images=False`
     the images; `extra_sizes` asks for renders at further sizes, such as the teachers' own; `labels` come
-    along with the images. Memory for `prefetch` + 2 batches goes round, while the consumer holds one.
+    along with the images. `fresh`: views are drawn anew at each epoch, instead of those of the cache.
+    `jitter`: what is changed of the student's pixels alone. `seed`: by which windows, fresh views and jitter
+    are drawn. Memory for `prefetch` + 2 batches goes round, while
+    the consumer holds one.
     """
 
     def __init__(
@@ -102,6 +132,9 @@ class FeatureLoader:
         images: bool = True,
         extra_sizes: Collection[Size] = (),
         labels: Labels | None = None,
+        fresh: bool = False,
+        jitter: StudentJitter | None = None,
+        seed: int = 0,
         start_step: int = 0,
         threads: int = 2,
         prefetch: int = 2,
@@ -118,8 +151,12 @@ class FeatureLoader:
         self._cache = cache
         self._sampler = sampler
         self._teachers = cache.check_teachers(teachers) if features else []
-        self._sizes = sorted({cache.spec.views.size, *extra_sizes}) if images else []
-        self._labels = labels
+        self._views, self._seed = cache.spec.views, seed
+        self._images, self._labels = images, labels
+        self._fresh, self._jitter = fresh, jitter
+        self._sees_whole = images and not (self._views.margin or jitter)
+        own = {self._views.size} if self._sees_whole else set()
+        self._sizes = sorted({*own, *extra_sizes}) if images else []
         self._steps = count(start_step)
         self._threads = threads
         self._prefetch = prefetch
@@ -134,11 +171,13 @@ class FeatureLoader:
         self._pool.shutdown(cancel_futures=True)
 
     def __iter__(self) -> Iterator[Batch]:
+        # Not `ordered_map`: a batch is many tasks in one memory, and one that failed or was interrupted stays
+        # first for the next iterator, where a generator that raised is at its end.
         while True:
             while len(self._pending) <= self._prefetch:
                 self._pending.append(self._submit(next(self._steps)))
             batch = self._collect(self._pending[0])
-            self._pending.popleft()  # what could not be read, or was interrupted, is not passed over
+            self._pending.popleft()
             yield batch
 
     def _layouts(self) -> dict[Hashable, TensorLayout]:
@@ -147,25 +186,33 @@ class FeatureLoader:
         layouts: dict[Hashable, TensorLayout] = {
             size: ((num_rows, 3, *size), torch.uint8) for size in self._sizes
         }
+        num_windows = num_rows if self._images and not self._sees_whole else 0
+        layouts[_IMAGES] = (num_windows, 3, *self._views.size), torch.uint8
         for task, (shape, dtype) in self._label_layouts().items():
             layouts[_LABELS, task] = (num_rows, *shape), dtype
         for teacher in self._teachers:
             for array, layout in self._cache.layouts(teacher).items():
                 if array != GLOBAL_FEATURE:
-                    layouts[teacher, array] = (num_rows, *layout.shape), layout.dtype
+                    layouts[teacher, array] = (num_rows, *layout.shape), torch_dtype(layout.dtype)
         return layouts
 
     def _label_layouts(self) -> Mapping[str, TensorLayout]:
-        return self._labels.layouts if self._labels and self._sizes else {}
+        return self._labels.layouts if self._labels and self._images else {}
 
     def _submit(self, step: int) -> _Pending:
         rows = self._sampler.batch(step)
         samples, _, lines = self._cache.index.locate(rows)
+        keys = [self._cache.key(sample) for sample in samples.tolist()]
+        epochs = self._sampler.epochs(step).tolist()
         tensors = self._memory.take()
         batch = Batch(
             step=step,
             rows=rows,
-            sample_keys=[self._cache.key(sample) for sample in samples.tolist()],
+            sample_keys=keys,
+            windows=np.array(
+                [draw_window(self._views, self._seed, *at) for at in zip(keys, epochs, strict=True)]
+            ),
+            images=tensors[self._views.size if self._sees_whole else _IMAGES],
             renders={size: tensors[size] for size in self._sizes},
             features={
                 teacher: Encoded(
@@ -193,9 +240,9 @@ class FeatureLoader:
             for part in parts
         ]
         renders = [
-            self._pool.submit(self._render, batch, i, sample, line)
-            for i, (sample, line) in enumerate(zip(samples.tolist(), lines.tolist(), strict=True))
-            if self._sizes
+            self._pool.submit(self._render, batch, i, *place)
+            for i, place in enumerate(zip(samples.tolist(), lines.tolist(), epochs, strict=True))
+            if self._images
         ]
         return _Pending(batch, reads, renders)
 
@@ -222,10 +269,11 @@ class FeatureLoader:
         if teacher in batch.cls_tokens:
             self._cache.read_tokens(rows, teacher, CLS_TOKEN, out=batch.cls_tokens[teacher][part])
 
-    def _render(self, batch: Batch, i: int, sample: int, line: int) -> float:
+    def _render(self, batch: Batch, i: int, sample: int, line: int, epoch: int) -> float:
         start = time.perf_counter()
         try:
-            self._render_sample(batch, i, sample, line)
+            view = self._fresh_view(sample, epoch) if self._fresh else self._cache.views.view(line)
+            self._render_sample(batch, i, sample, view, epoch)
         except Exception as error:
             if isinstance(error, TeacherCacheError) and not isinstance(error, ImageDecodeError):
                 raise
@@ -239,12 +287,22 @@ class FeatureLoader:
             ) from error
         return time.perf_counter() - start
 
-    def _render_sample(self, batch: Batch, i: int, sample: int, line: int) -> None:
-        image, view = self._cache.image(sample), self._cache.views.view(line)
+    def _fresh_view(self, sample: int, epoch: int) -> View:
+        width, height = (self._cache.samples[name][sample].as_py() for name in ("width", "height"))
+        policy = self._views.model_copy(update={"seed": self._seed})
+        return draw_view(policy, self._cache.key(sample), width, height, epoch)
+
+    def _render_sample(self, batch: Batch, i: int, sample: int, view: View, epoch: int) -> None:
+        image = self._cache.image(sample)
         for size, pixels in batch.renders.items():
             pixels[i] = render_view(image, view, size)
+        seen = view.window(batch.windows[i].tolist(), self._views.size)
+        if self._jitter:
+            seen = seen.jittered(*draw_jitter(self._jitter, self._seed, batch.sample_keys[i], epoch))
+        if not self._sees_whole:
+            batch.images[i] = render_view(image, seen)
         if self._labels:
-            for task, values in self._labels.read(batch.sample_keys[i], view).items():
+            for task, values in self._labels.read(batch.sample_keys[i], seen).items():
                 batch.labels[task][i] = values
 
     def _collect(self, pending: _Pending) -> Batch:

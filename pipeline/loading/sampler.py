@@ -98,9 +98,7 @@ class ShardShuffleSampler:
 
     def batch(self, step: int) -> Ints:
         """This rank's rows of one global batch, at the cost of the windows it touches."""
-        start = step * self.global_batch_size + self._first_of_rank
-        positions = np.arange(start, start + self.batch_size_per_process)
-        epochs = positions // self.num_samples
+        positions, epochs = self._positions(step), self.epochs(step)
         samples = np.concatenate(
             [
                 self._epoch_slice(int(epoch), positions[epochs == epoch] % self.num_samples)
@@ -111,6 +109,14 @@ class ShardShuffleSampler:
             samples * 0x9E3779B1 + self._view_offset % 2**31
         ) >> 15  # multiplicative hash, one a sample
         return self.cache.index.rows(samples, (epochs + offsets) % self.cache.num_views)
+
+    def epochs(self, step: int) -> Ints:
+        """The epoch of each of these rows."""
+        return self._positions(step) // self.num_samples
+
+    def _positions(self, step: int) -> Ints:
+        start = step * self.global_batch_size + self._first_of_rank
+        return np.arange(start, start + self.batch_size_per_process)
 
     def _epoch_slice(self, epoch: int, positions: Ints) -> Ints:
         ends = self._epoch_windows(epoch)[1]

@@ -1,1 +1,1 @@
-"""Where bytes lie: folders and object stores, the locks on them, and the processes that hold those."""
+"""Where bytes are kept: folders and object stores, locks on them, and the processes that hold the locks."""

@@ -1,4 +1,4 @@
-"""Names that survive a crash of the machine: a new one is on the disk once the folder it is in was synced."""
+"""File names that survive a crash of the machine: a new one is on disk once its folder is synced."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def fsync(path: Path) -> None:
-    """Of a file its bytes, of a folder the names in it."""
+    """Sync the bytes of a file, or the names in a folder."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -21,18 +21,18 @@ def make_folder(folder: Path) -> None:
         return
     make_folder(folder.parent)
     folder.mkdir(exist_ok=True)
-    if os.access(folder.parent, os.R_OK):  # else it may be written to, and cannot be opened to be synced
+    if os.access(folder.parent, os.R_OK):  # without read permission it cannot be opened to sync it
         fsync(folder.parent)
 
 
 def link(existing: Path, new: Path) -> None:
-    """A second name for a file, in a folder that is made where it is not there. Raises `OSError`."""
+    """Give a file a second name, in a folder that is made if missing. Raises `OSError`."""
     make_folder(new.parent)
     new.hardlink_to(existing)
     fsync(new.parent)
 
 
 def rename(existing: Path, new: Path) -> None:
-    """The new name replaces what has it; folders too (then nothing may have it)."""
+    """Replaces a file that has the new name. Renames folders too, if nothing has the new name."""
     existing.replace(new)
     fsync(new.parent)

@@ -1,4 +1,4 @@
-"""The files that a storage hands out: hashed as they are written, read again where a read fails."""
+"""The files that a storage opens: hashed as they are written, and read again where a read fails."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HEAD_NBYTES, TAIL_NBYTES = 1 << 12, 1 << 16  # the tail holds the index of up to
 
 
 class ChecksumWriter:
-    """A write-only file that hashes what passes through: one pass over the bytes, none to verify."""
+    """A write-only file that hashes the bytes as they pass, so that they need not be read for that."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -50,7 +50,7 @@ def ends_hash(head: bytes, tail: bytes) -> str:
 
 
 class RereadFile(io.RawIOBase):
-    """A file to read that is opened anew, at the same place, where a read of it fails for the moment."""
+    """A file that is reopened, at the same position, when a read of it fails temporarily."""
 
     def __init__(self, open_file: Callable[[], IO[bytes]], what: str) -> None:
         self._open_file, self._what = open_file, what
@@ -64,7 +64,7 @@ class RereadFile(io.RawIOBase):
         return self._file
 
     def _forget(self) -> None:
-        with suppress(OSError):  # it is given up because it fails
+        with suppress(OSError):  # it is closed because it fails
             self._opened().close()
         self._file = None
 

@@ -1,4 +1,4 @@
-"""Files in a folder: they get their names when they are whole, and stay after a crash of the machine."""
+"""Files in a folder: they get their names once they are complete, and survive a crash of the machine."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class LocalStorage(Storage):
         return Path(self._path(name))
 
     def _path(self, name: str) -> str:
-        """`path` without the cost of one, which counts where thousands of records are read."""
+        """`path` without the cost of a `Path`, which matters where thousands of records are read."""
         return f"{self.url}/{safe_name(name)}"
 
     def _open(self, name: str) -> IO[bytes]:
@@ -47,10 +47,10 @@ class LocalStorage(Storage):
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)
             raise IrregularFileError(
-                "This is no regular file.",
+                "This is not a regular file.",
                 got=path,
                 expected="a file, or a link to one",
-                do="remove what is there; do not use this place if you did not put it there",
+                do="remove it; if you did not put it there, do not use this place",
             )
         return descriptor
 
@@ -103,8 +103,8 @@ class LocalStorage(Storage):
     def _create(self, name: str, data: bytes) -> bool:
         """`write_new` where a file cannot have two names (exFAT, some network mounts).
 
-        It is there before its bytes are, so others may read a part of them, and who dies in between leaves
-        a part behind: an unreadable lock counts for a while (`_is_stale`).
+        The file exists before its bytes do, so others may read a part of them, and a process that dies in
+        between leaves a part behind: an unreadable lock counts for a while (`is_stale`).
         """
         target = self.path(name)
         try:
@@ -113,7 +113,7 @@ class LocalStorage(Storage):
             return False
         except OSError as error:
             raise CacheError(
-                "No file can be made here that only one process can make.",
+                "No file can be created exclusively here.",
                 got=f"{target}: no hard links, and without them: {error.strerror or error}",
                 expected="a file system with hard links or exclusive creation (O_EXCL)",
                 do="choose another place for the cache (cache=…)",
@@ -130,14 +130,14 @@ class LocalStorage(Storage):
         return True
 
     def _break(self, lock: str, holder: bytes) -> None:
-        """Only one process can move a lock away; one that was taken over meanwhile is put back."""
+        """Only one process can move a lock away; a lock taken over in the meantime is put back."""
         aside = temporary_of(self.path(lock))
         try:
             self.path(lock).rename(aside)
         except FileNotFoundError:
             return
-        if (moved := aside.read_bytes()) != holder:
-            self.write_new(lock, moved)
+        if (new_holder := aside.read_bytes()) != holder:
+            self.write_new(lock, new_holder)
         aside.unlink()
 
     def _size(self, name: str) -> int | None:
@@ -186,7 +186,7 @@ class LocalStorage(Storage):
         return shutil.disk_usage(existing).free
 
     def sweep(self) -> list[str]:
-        """What processes of other machines left goes once it was seen unchanged for long (`_unchanged_s`)."""
+        """Files of processes on other machines go once they have not changed for long (`_unchanged_s`)."""
         gone = []
         for path in self.root.rglob(f"*{TEMPORARY_SUFFIX}"):
             if is_abandoned(path, self._unchanged_s(path)):
@@ -203,8 +203,8 @@ class LocalStorage(Storage):
         return sorted(str(path.relative_to(self.root)) for path in gone)
 
     def _unchanged_s(self, path: Path) -> float:
-        """For how long this object has seen the file as it is, by the clock of this machine: file systems
-        and other machines have clocks of their own, which may be off by any time."""
+        """For how long this object has seen the file unchanged, by the clock of this machine: the clocks of
+        file systems and other machines may be off by any amount."""
         try:
             status = path.stat()
         except FileNotFoundError:

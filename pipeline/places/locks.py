@@ -1,4 +1,4 @@
-"""One holder of a name at a time, over all processes and machines that see one storage."""
+"""Locks: a name has one holder at a time among all processes and machines that see a storage."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 class Lockable(ABC):
-    """What locks ask of a storage: to read, to write what is not there yet, to remove."""
+    """What locks need from a storage: to read, to write a file that does not exist yet, to remove."""
 
     url: str
 
@@ -30,7 +30,7 @@ class Lockable(ABC):
 
     @abstractmethod
     def write_new(self, name: str, data: bytes) -> bool:
-        """Write a file that is not there yet, and say whether it was this call that did."""
+        """Write a file unless it exists, and return whether this call wrote it."""
 
     @abstractmethod
     def remove(self, name: str) -> None:
@@ -38,12 +38,12 @@ class Lockable(ABC):
 
     @contextmanager
     def exclusive(self, name: str, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
-        """One holder of this name at a time, over all processes and machines; the others wait.
+        """Hold this name, alone among all processes and machines; the others wait.
 
-        The holder's process is noted in `<name>.lock`. Of one that died here the lock is taken over at once,
-        of one on another machine once it has been seen unchanged for ten minutes, by the clock of who waits;
-        so what is held for has to be shorter. `waiting` is called again and again by those who wait, and ends
-        it by raising. The time in the lock is for people: no clock but one's own tells how old it is.
+        `<name>.lock` names the holder's process. The lock of a process that died on this machine is taken
+        over at once, one from another machine after ten minutes without a change, by the clock of the process
+        that waits; so hold it for less. `waiting` is called repeatedly while waiting, which it ends by
+        raising. The time in the lock is for people: another machine's clock does not tell its age.
         """
         lock, own = f"{name}{LOCK_SUFFIX}", f"{Process.this().tag()}~{time.time():.0f}".encode()
         try:
@@ -54,11 +54,11 @@ class Lockable(ABC):
                 self.remove(lock)
 
     def _acquire(self, lock: str, own: bytes, waiting: Callable[[], None]) -> None:
-        """Who wrote the lock is read, not taken from the answer to the write, which can be lost on its way.
+        """The lock is read to see who wrote it, since the answer to the write can get lost.
 
-        Somebody who took a new lock for the stale one before it may also have removed it.
+        Another process may also have removed it, taking it for the stale one before it.
         """
-        began, told = time.monotonic(), False
+        began, has_warned = time.monotonic(), False
         seen, since = None, began
         while True:
             holder = self._read_if_there(lock)
@@ -73,16 +73,16 @@ class Lockable(ABC):
             if holder is not None and is_stale(holder, now - since):
                 self._break(lock, holder)
                 continue
-            if not told and now - began > _SAY_SO_AFTER_S:
+            if not has_warned and now - began > _SAY_SO_AFTER_S:
                 log.warning("waiting for %s/%s, held by %s", self.url, lock, describe_holder(holder))
-                told = True
+                has_warned = True
             waiting()
             time.sleep(random.uniform(0.5, 1.5) * _POLL_S)
 
     def _break(self, lock: str, holder: bytes) -> None:
-        """Remove a stale lock, unless somebody has taken it over: two who look at once would both hold it.
+        """Remove a stale lock, unless it was taken over: two processes that look at once would both hold it.
 
-        Here they look at different times; a lock of the dead and both within a request is what remains.
+        The random pause keeps them apart, except where both look within the time of one request.
         """
         time.sleep(random.uniform(0, _BREAK_WITHIN_S))
         if self._read_if_there(lock) == holder:

@@ -1,7 +1,7 @@
-"""Where a cache may send its reader by itself: strangers write the place of the images into `cache.json`.
+"""Which places a cache may make its reader open: strangers write the images' place into `cache.json`.
 
-fsspec opens any URL, so whoever looks at a cache would ask whatever host it names, inside a network that its
-author cannot reach. What the user names is followed wherever it leads.
+fsspec opens any URL, so reading a cache would contact whatever host it names, even inside a network that its
+author cannot reach. A place that the user names is always followed.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import shlex
 
 from teachercache.pipeline.errors import SourceError
 
-_HERE = ("file", "memory")  # of this machine or this process: nobody is asked
+_HERE = ("file", "memory")  # on this machine or in this process: no host is contacted
 _OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci", "oss")
 NAME_IMAGES = (
     "images=PATH for `teachercache train`, --images PATH for verbs that have it, "
@@ -19,7 +19,7 @@ NAME_IMAGES = (
 
 
 def is_followed(location: str, cache: str) -> bool:
-    """Local paths are, and what lies in the bucket that the cache itself was opened from."""
+    """True for local paths, and for the bucket that the cache itself was opened from."""
     if "::" in location:  # a chain of protocols, in any of its parts
         return False
     protocol, scheme_ends, _ = location.partition("://")
@@ -31,9 +31,9 @@ def require_followed(location: str, cache: str) -> None:
     if not is_followed(location, cache):
         raise SourceError(
             "The images of this cache are at a place that is opened only if you name it.",
-            got=f"{location}, which {cache}/cache.json states",
-            expected="a local path, or the bucket of the cache: any other host was chosen by who wrote the "
-            "cache, and would be asked from your machine",
+            got=f"{location}, from {cache}/cache.json",
+            expected="a local path, or the bucket of the cache: the cache's author chose any other host, and "
+            "your machine would contact it",
             do=f"if you trust it, name that very place, {shlex.quote(location)}, or where you have the "
             f"images: {NAME_IMAGES}",
         )

@@ -1,7 +1,7 @@
-"""Who holds a lock, and who writes a file: processes that others can tell the living from the dead of.
+"""The processes that hold locks and write files, in a form that tells others whether they still run.
 
-A process notes itself as a tag, in a lock or in the name of its temporary files. Of a process on this machine
-the tag says whether it still runs; of one elsewhere only time can tell.
+A process leaves its tag in a lock or in the name of its temporary files. The tag of a process on this machine
+shows whether it still runs; for one elsewhere only time can tell.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import Self
 import xxhash
 
 TEMPORARY_SUFFIX = ".partial"
-_LOCK_TIMEOUT_S = 600.0  # of a holder elsewhere, from when its lock was first seen here
+_LOCK_TIMEOUT_S = 600.0  # for a holder elsewhere, from when its lock was first seen here
 _LOCK_IS_WRITTEN_WITHIN_S = 10.0
 _REMOTE_WRITER_TIMEOUT_S = 24 * 3600.0
 
 
 @dataclass(frozen=True)
 class Process:
-    """Who holds a lock or writes a file. `machine` tells containers apart that share a host's name."""
+    """A process that holds a lock or writes a file. `machine` tells apart containers of one host name."""
 
     node: str
     machine: str
@@ -37,7 +37,7 @@ class Process:
 
     @classmethod
     def of(cls, tag: str) -> Self:
-        """Raises `ValueError` for what is no tag."""
+        """Raises `ValueError` for anything but a tag."""
         node, machine, pid, started, _ = tag.rsplit("~", 4)
         return cls(node, machine, int(pid), int(started))
 
@@ -45,7 +45,7 @@ class Process:
         return f"{self.node}~{self.machine}~{self.pid}~{self.started}~{uuid.uuid4().hex[:8]}"
 
     def is_alive(self) -> bool | None:
-        """None where that cannot be told from here: on another machine, or in another container."""
+        """None where this process cannot tell: on another machine, or in another container."""
         if not self.machine or self.machine != _machine():
             return None
         return _running_since(self.pid) == self.started  # a later process may have its number
@@ -53,7 +53,7 @@ class Process:
 
 @cache
 def _machine() -> str:
-    """This boot of this machine, and the namespace that its process numbers are of; "" where not known."""
+    """This boot of this machine, and the namespace of its process numbers; "" where unknown."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text()
         return xxhash.xxh3_64_hexdigest(f"{boot}{Path('/proc/self/ns/pid').readlink()}".encode())
@@ -76,10 +76,10 @@ def temporary_of(target: Path) -> Path:
 
 
 def is_stale(holder: bytes, unchanged_s: float) -> bool:
-    """Whether the process that noted itself here has died, or been silent elsewhere for too long.
+    """Whether the process that left this tag has died, or been silent elsewhere for too long.
 
-    `unchanged_s`: for how long the lock has been seen like this, by the clock of who asks. What the lock says
-    of time is by another clock. It may still be being written.
+    `unchanged_s`: for how long the lock has been seen like this, by the caller's clock; the time in the lock
+    is by another clock. The lock may still be being written.
     """
     try:
         alive = Process.of(holder.decode().rpartition("~")[0]).is_alive()
@@ -99,7 +99,7 @@ def describe_holder(holder: bytes | None) -> str:
 def is_abandoned(temporary: Path, unchanged_s: float) -> bool:
     """Whether the process that wrote this file has died, or writes elsewhere and has not for a day.
 
-    `unchanged_s`: for how long the file has been seen like this, by the clock of who asks.
+    `unchanged_s`: for how long the file has been seen like this, by the caller's clock.
     """
     try:
         alive = Process.of(temporary.name.removesuffix(TEMPORARY_SUFFIX)).is_alive()

@@ -24,7 +24,7 @@ _HTTP_S = 15.0
 
 
 def client_options(url: str) -> dict[str, Any]:
-    """What fsspec is told for a URL, beside what the user tells it (FSSPEC_S3): when to give up on it."""
+    """Options for fsspec in addition to the user's (FSSPEC_S3): when to give up on a store."""
     if url.partition("://")[0] in ("http", "https") and find_spec("aiohttp") is not None:
         from aiohttp import ClientTimeout
 
@@ -42,9 +42,8 @@ def client_options(url: str) -> dict[str, Any]:
 class RemoteStorage(Storage):
     """A prefix on an object store, through fsspec. A file appears when its upload completes.
 
-    Nothing is remembered of listings, because other machines write to the same place. Requests that fail
-    for the moment (5xx, throttling, timeouts) are repeated by the client library, s3fs for S3, and reads
-    once more here.
+    Listings are not cached, because other machines write to the same place. The client library, s3fs for
+    S3, repeats requests that fail temporarily (5xx, throttling, timeouts); reads are repeated here as well.
     """
 
     def __init__(self, url: str) -> None:
@@ -72,7 +71,7 @@ class RemoteStorage(Storage):
             if is_passing(error) or isinstance(error, StorageError):
                 raise
             size = self.size(name)
-            if size is not None and size <= offset:  # object stores refuse a range without a byte
+            if size is not None and size <= offset:  # object stores refuse an empty range
                 return b""
             raise
         return data
@@ -112,7 +111,7 @@ class RemoteStorage(Storage):
         except BaseException:
             file.discard()
             if isinstance(file, AbstractBufferedFile):
-                file.closed = True  # or it would be flushed when it is collected
+                file.closed = True  # or the garbage collector would flush it
             raise
         file.commit()
 
@@ -134,8 +133,8 @@ class RemoteStorage(Storage):
         pending = [self._path(folder) if folder else self._root]
         while pending:
             path = pending.pop()
-            found = retrying(partial(self.filesystem.ls, path, detail=True), path)
-            listed = sorted(found, key=lambda entry: entry["name"])
+            listing = retrying(partial(self.filesystem.ls, path, detail=True), path)
+            listed = sorted(listing, key=lambda entry: entry["name"])
             for entry in listed:
                 if entry["type"] == "file" and entry["name"] != path:
                     yield entry["name"].removeprefix(f"{self._root}/"), entry["size"]
@@ -143,8 +142,8 @@ class RemoteStorage(Storage):
 
     def sizes(self, folder: str) -> dict[str, int]:
         """Bytes of every file below `folder` by name, in few requests where the store lists deep folders."""
-        found = self._retrying(lambda name: self.filesystem.find(self._path(name), detail=True), folder)
-        return {path.removeprefix(f"{self._root}/"): int(entry["size"]) for path, entry in found.items()}
+        listing = self._retrying(lambda name: self.filesystem.find(self._path(name), detail=True), folder)
+        return {path.removeprefix(f"{self._root}/"): int(entry["size"]) for path, entry in listing.items()}
 
     def remove(self, name: str) -> None:
         try:

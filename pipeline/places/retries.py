@@ -1,7 +1,7 @@
-"""Reads that fail for the moment are repeated, a few times and in one way everywhere.
+"""Reads that fail temporarily are repeated, a few times and in the same way everywhere.
 
 A network mount that is remounted (ESTALE), a disk or a store that stumbles (EIO, 503), a connection that is
-cut: the next try mostly succeeds. What is not there, not allowed or full stays so, and is not tried again.
+cut: the next try usually succeeds. A file that is missing or forbidden, or a full disk, is not tried again.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import TypeVar
 from teachercache.pipeline.errors import StorageError
 
 _PAUSES_S = (0.1, 0.3, 1.0, 3.0)
-_NO_MORE_AFTER_S = 30.0  # clients have patience of their own, which is not to be had five times over
+_NO_MORE_AFTER_S = 30.0  # clients wait and retry themselves; do not multiply that by five
 _PASSING = {
     *(errno.EIO, errno.EREMOTEIO, errno.ESTALE, errno.EAGAIN, errno.EINTR, errno.EBUSY, errno.ETIMEDOUT),
     *(errno.ECONNRESET, errno.ECONNABORTED, errno.ECONNREFUSED, errno.EPIPE, errno.ESHUTDOWN),
     *(errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH, errno.ENETRESET),
 }
-# By name, since no client library need be installed: botocore's and aiohttp's, which are no OSErrors.
+# By name, since the client libraries may be missing: those of botocore and aiohttp that are not OSErrors.
 _PASSING_KINDS = {"HTTPClientError", "ClientConnectionError", "ClientPayloadError", "IncompleteReadError"}
 _TOO_MANY_REQUESTS, _SERVER_ERROR = 429, 500
 
@@ -43,9 +43,9 @@ def is_passing(error: BaseException) -> bool:
 
 
 def retrying(read: Callable[[], Result], what: str, again: Callable[[], object] = lambda: None) -> Result:
-    """What `read` returns. `again` is called before it is repeated, to forget what went stale, say.
+    """What `read` returns. `again` is called before every repetition, for example to drop a stale handle.
 
-    Raises `StorageError`, which names `what`, for an error of the moment that outlasts all attempts, and any
+    Raises `StorageError`, which names `what`, for a temporary error that outlasts all attempts, and any
     other error at once.
     """
     began = time.monotonic()
@@ -58,7 +58,7 @@ def retrying(read: Callable[[], Result], what: str, again: Callable[[], object] 
             spent_s = time.monotonic() - began
             if attempt > len(_PAUSES_S) or spent_s > _NO_MORE_AFTER_S:
                 raise _given_up(error, what, attempt, spent_s) from error
-            log.info("%s: %s; it is read again", what, error)
+            log.info("%s: %s; reading it again", what, error)
         time.sleep(pause_s * random.uniform(0.5, 1.5))  # or all processes would come back at once
         again()
     raise AssertionError  # the last attempt returns or raises
@@ -67,7 +67,7 @@ def retrying(read: Callable[[], Result], what: str, again: Callable[[], object] 
 def _given_up(error: Exception, what: str, attempts: int, spent_s: float) -> StorageError:
     reason = getattr(error, "strerror", None) or error
     return StorageError(
-        f"{what} cannot be read for the moment.",
+        f"{what} cannot be read at the moment.",
         got=f"{type(error).__name__}: {reason}, {attempts} times within {spent_s:.0f} s",
         expected="a disk, mount or store that gives the file",
         do="look at the disk, the mount or the connection (dmesg names failing disks), then run the same "

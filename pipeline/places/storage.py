@@ -1,6 +1,6 @@
 """Where bytes live: a local folder, or any `fsspec` URL (`s3://bucket/prefix`, `memory://…`).
 
-Everything a cache writes goes through `Storage`, because the commit protocol rests on its promise:
+Everything a cache writes goes through `Storage`, because the commit protocol relies on its promise:
 a name either does not exist or holds all of its bytes. Locally that is temporary name → fsync →
 rename → fsync of the folder; on an object store it is a single PUT (or a completed multipart upload).
 """
@@ -31,8 +31,8 @@ Result = TypeVar("Result")
 class Storage(Lockable):
     """A folder of whole files. Names are relative POSIX paths and cannot leave the folder.
 
-    Whatever is read is read again where it fails for the moment (`retrying`), and raises `StorageError`, with
-    the file's name, where it fails for longer.
+    A read that fails temporarily is repeated (`retrying`), and raises `StorageError`, with the file's name,
+    when it keeps failing.
     """
 
     def open_read(self, name: str) -> IO[bytes]:
@@ -62,10 +62,10 @@ class Storage(Lockable):
 
     @abstractmethod
     def walk(self, folder: str = "") -> Iterator[tuple[str, int]]:
-        """(name, bytes) of every file below `folder`, lazily, in one order everywhere.
+        """(name, bytes) of every file below `folder`, lazily, in the same order on every system.
 
         The files of a folder come before its subfolders, each sorted by name. Symbolic links are
-        followed; a dangling one is listed as the file it claims to be, a link to a folder above is not
+        followed; a dangling one is listed as the file it claims to be, and a link to a folder above is not
         entered. Raises `FileNotFoundError` for a missing folder.
         """
 
@@ -87,9 +87,9 @@ class Storage(Lockable):
     def _read(self, name: str) -> bytes: ...
 
     def read_range(self, name: str, offset: int, nbytes: int) -> bytes:
-        """`nbytes` bytes from `offset`: fewer where the file ends, and no memory taken for the rest."""
+        """`nbytes` bytes from `offset`, or fewer (and no memory for the rest) where the file ends."""
         if offset < 0 or nbytes < 0:  # offsets, too, come from files we read
-            raise CacheError(f"{nbytes} bytes from {offset} are no bytes of {name}.")
+            raise CacheError(f"{name} has no range of {nbytes} bytes from {offset}.")
         return self._retrying(self._read_range, name, offset, nbytes)
 
     @abstractmethod
@@ -102,15 +102,15 @@ class Storage(Lockable):
     def ends(self, names: Sequence[str], sizes: Sequence[int]) -> list[str]:
         """xxh3-64, in hex, of the first 4 and the last 64 KiB of files that should have these sizes.
 
-        Tells files apart at the cost of two small reads each. Raises `FileNotFoundError`.
+        Distinguishes files at the cost of two small reads each. Raises `FileNotFoundError`.
         """
         starts = [*(0 for _ in sizes), *(max(0, size - TAIL_NBYTES) for size in sizes)]
         lengths = [min(size, most) for most in (HEAD_NBYTES, TAIL_NBYTES) for size in sizes]
-        found = self.read_ranges([*names, *names], starts, lengths)
-        return [ends_hash(*pair) for pair in zip(found[: len(names)], found[len(names) :], strict=True)]
+        parts = self.read_ranges([*names, *names], starts, lengths)
+        return [ends_hash(*pair) for pair in zip(parts[: len(names)], parts[len(names) :], strict=True)]
 
     def each(self, read: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-        """What `read` gives for each item, side by side where every read waits for an answer."""
+        """The result of `read` for each item, in parallel where every read waits for an answer."""
         return [read(item) for item in items]
 
     def write(self, name: str, data: Buffer) -> None:
@@ -143,12 +143,12 @@ def safe_name(name: str) -> str:
 
 @contextmanager
 def first_contact(storage: Storage) -> Iterator[None]:
-    """Raises `CacheError` for whatever a store says to who does not reach it."""
+    """Turn any error of a store that cannot be reached into a `CacheError`."""
     try:
         yield
     except (TeacherCacheError, FileNotFoundError, NotADirectoryError):
         raise
-    except Exception as error:  # every object store has its own, for hosts, buckets and credentials
+    except Exception as error:  # every object store has its own errors for hosts, buckets and credentials
         raise CacheError(
             "This place cannot be read.",
             got=f"{type(error).__name__}: {error}",

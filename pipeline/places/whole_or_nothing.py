@@ -1,4 +1,4 @@
-"""Full disks: said in words, and a new cache is begun as a whole or not at all."""
+"""Full disks: a clear error, and a new cache is begun as a whole or not at all."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from teachercache.pipeline.places.storage import Storage
 
 @contextmanager
 def room_at(url: str) -> Iterator[None]:
-    """Raises `DiskSpaceError` when the place takes no more files."""
+    """Raises `DiskSpaceError` when no more files can be written there."""
     try:
         yield
     except OSError as error:
-        if (words := place_error(error, url)) is None:
+        if (details := place_error(error, url)) is None:
             raise
-        raise DiskSpaceError("This place takes no more files; what is whole there stays.", **words) from error
+        raise DiskSpaceError("No more files can be written here; complete ones stay.", **details) from error
 
 
 @contextmanager
 def whole_or_nothing(storage: Storage, names: Iterable[str]) -> Iterator[None]:
-    """Remove those of these files that were not there before, in this order, when what is done here fails."""
+    """When the body fails, remove those of these files that did not exist before, in this order."""
     new = [name for name in names if not storage.exists(name)]
     try:
         yield

@@ -1,4 +1,4 @@
-"""The same cache in the other kind of store."""
+"""Copy a cache into the other kind of store."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from teachercache.pipeline.records.spec import IMAGES, StoreKind
 
 
 def convert(url: str, out: str, store: StoreKind) -> Rearrangement:
-    """The same rows in the other kind of store; content ids and `cache_id` stay, and so do the records.
+    """The same rows in the other kind of store; content ids, `cache_id` and records stay the same.
 
     Raises `CacheMismatchError` where another cache is at `out`.
     """
@@ -31,7 +31,7 @@ def convert(url: str, out: str, store: StoreKind) -> Rearrangement:
             "There is nothing to convert.",
             got=f"{url}, a {store} cache",
             expected="a cache of the other kind",
-            do="copy the folder, if a copy is wanted",
+            do="copy the folder if you want a copy",
         )
     target = lay_out(
         out, source.spec.changed(store=store), [source], source.samples, source.manifest.views(source.spec)

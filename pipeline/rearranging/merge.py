@@ -1,4 +1,4 @@
-"""One cache of several over disjoint samples."""
+"""Merge caches of disjoint samples into one."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from teachercache.pipeline.sources.place import Place
 
 
 def merge(urls: Sequence[str], out: str) -> Rearrangement:
-    """One cache of several over disjoint samples of the same specs, in the order of `urls`.
+    """Merge caches of disjoint samples and equal specs into one, in the order of `urls`.
 
-    Rows keep their order within each; those of the first keep their numbers. Raises `CacheMismatchError`
-    with every reason why these cannot be one cache.
+    Rows keep their order within each cache; those of the first keep their numbers. Raises
+    `CacheMismatchError` with every reason why the caches cannot be merged.
     """
     sources = [FeatureCache.open(url) for url in urls]
     first = sources[0].spec
@@ -45,13 +45,13 @@ def merge(urls: Sequence[str], out: str) -> Rearrangement:
         examples = ", ".join(shared.slice(0, 3).to_pylist())
         differences.append(f"{len(shared):,} samples are in more than one of them: {examples}")
     if len(sources) < 2:
-        differences.append("there is only one")
+        differences.append("there is only one cache")
     if differences:
         raise CacheMismatchError(
             "These caches cannot be merged:\n  - " + "\n  - ".join(differences),
             expected="caches of disjoint samples with the same views, shards, images and teachers",
-            do="build what differs again with one recipe, parts with codecs that learn tables with "
-            "tables_from=FIRST; or take disjoint parts with `teachercache subset`",
+            do="build the caches that differ again with one recipe, and with tables_from=FIRST if its codec "
+            "learns tables; or take disjoint parts with `teachercache subset`",
         )
     location, tables = _one_location(sources)
     samples = pa.concat_tables(tables)
@@ -74,7 +74,7 @@ def merge(urls: Sequence[str], out: str) -> Rearrangement:
     dataset = first.dataset.model_copy(
         update={
             "location": location,
-            "listing": None,  # that of one part would let a later build pass over the images of the others
+            "listing": None,  # the listing of one part would make a later build skip the images of the others
             "num_samples": samples.num_rows,
             "fingerprint": dataset_fingerprint(samples),
             "labels_hash": labels_hash_of(sources, samples),
@@ -89,9 +89,9 @@ def merge(urls: Sequence[str], out: str) -> Rearrangement:
 
 
 def _one_location(sources: Sequence[FeatureCache]) -> tuple[str, list[pa.Table]]:
-    """A folder that all images are below, and the sample tables with paths relative to it.
+    """The folder that contains all images, and the sample tables with paths relative to it.
 
-    By names alone: the images may be away, where caches hold copies.
+    It follows from names alone: the images may be gone, where caches hold copies.
     """
     locations = [source.spec.dataset.location for source in sources]
     if len(set(locations)) == 1:

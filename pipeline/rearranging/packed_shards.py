@@ -1,8 +1,7 @@
-"""Shards whose rows come from others: written anew, and not decoded."""
+"""New shards packed from rows of others, without decoding."""
 
 from __future__ import annotations
 
-import math
 import platform
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -15,7 +14,6 @@ from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.rearranging.rearrangement import Step
 from teachercache.pipeline.records.manifest import CommitRecord, FileRecord, QuarantineEntry
 from teachercache.pipeline.records.spec import IMAGES
-from teachercache.pipeline.stores.feature_store import Arrays, numpy_dtype
 from teachercache.pipeline.stores.image_tar import ImageTarWriter
 
 _BATCH_NBYTES = 1 << 26
@@ -29,8 +27,8 @@ def packed_shards(source: FeatureCache, target: FeatureCache, chosen: Ints) -> I
 
     def invalid_rows(teacher: str) -> set[int]:
         """Every view of every sample that could not be decoded."""
-        found = [row for record in source.commits(teacher).values() for row in record.invalid_rows]
-        samples = np.unique(source.index.locate(found)[0])
+        invalid = [row for record in source.commits(teacher).values() for row in record.invalid_rows]
+        samples = np.unique(source.index.locate(invalid)[0])
         return set(source.index.rows(samples[:, None], np.arange(source.num_views)).ravel().tolist())
 
     def pack(teacher: str, shard: int, invalid: set[int], old: Ints) -> None:
@@ -68,12 +66,15 @@ def packed_shards(source: FeatureCache, target: FeatureCache, chosen: Ints) -> I
         )
 
     for teacher in target.spec.teachers_and_images:
-        done, committed, invalid = target.manifest.committed_shards(teacher), source.commits(teacher), None
+        packed, committed, invalid = target.manifest.committed_shards(teacher), source.commits(teacher), None
         for shard in target.spec.shards(teacher):
             samples, views, _ = target.index.locate(target.spec.shard_rows(shard))
             old = source.index.rows(chosen[samples], views)
             needed = source.index.rows(chosen[samples], 0) if teacher == IMAGES else old
-            if shard in done or not set((needed // source.spec.rows_per_shard).tolist()) <= committed.keys():
+            if (
+                shard in packed
+                or not set((needed // source.spec.rows_per_shard).tolist()) <= committed.keys()
+            ):
                 continue
             invalid = invalid_rows(teacher) if invalid is None else invalid
             yield Step(teacher, shard, partial(pack, teacher, shard, invalid, old))
@@ -82,18 +83,15 @@ def packed_shards(source: FeatureCache, target: FeatureCache, chosen: Ints) -> I
 def write_rows(
     source: FeatureCache, target: FeatureCache, teacher: str, shard: int, old: Ints, invalid: set[int]
 ) -> dict[str, FileRecord]:
-    """Rows `old` of `source`, but for invalid ones, as a shard of `target`; encoded, as they are."""
+    """Write rows `old` of `source`, except invalid ones, as a shard of `target`, without decoding."""
     for old_shard in np.unique(old // source.spec.rows_per_shard).tolist():
-        source.shards[teacher].require_sound(old_shard)  # what is wrong would be sealed as if it were right
+        source.shards[teacher].require_sound(old_shard)  # or the new checksum would cover damaged bytes
     layouts = source.layouts(teacher)
-    row_nbytes = sum(math.prod(layout.shape) * layout.dtype.itemsize for layout in layouts.values())
+    row_nbytes = sum(layout.row_nbytes for layout in layouts.values())
     valid = np.array([place for place, row in enumerate(old.tolist()) if row not in invalid], np.int64)
     with target.store.write_shard(teacher, shard) as writer:
         for places in np.array_split(valid, max(1, -(-valid.size * row_nbytes // _BATCH_NBYTES))):
-            arrays: Arrays = {
-                name: np.empty((len(places), *layout.shape), numpy_dtype(layout))
-                for name, layout in layouts.items()
-            }
+            arrays = {name: layout.empty(len(places)) for name, layout in layouts.items()}
             if len(places):
                 source.store.read(teacher, old[places], arrays)
                 writer.write(places.tolist(), arrays)
@@ -106,5 +104,5 @@ def _write_images(
     with ImageTarWriter(target.storage, shard) as tar:
         for sample in target.spec.shard_samples(shard):
             data = source.image_bytes(int(chosen[sample]))
-            tar.add(target.key(sample), data or None)  # an image that was quarantined has no bytes
+            tar.add(target.key(sample), data or None)  # a quarantined image has no bytes
         return tar.publish(), tuple(tar.members)

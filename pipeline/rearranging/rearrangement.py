@@ -1,4 +1,4 @@
-"""A new cache of caches: laid out, and filled step by step."""
+"""A new cache made of others: laid out, and filled step by step."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from teachercache.pipeline.records.tables import labels_hash
 
 @dataclass(frozen=True)
 class Step:
-    """One shard of one teacher (or of "images") that the new cache shall have, by its number there."""
+    """Makes one shard of one teacher (or of "images"), numbered as in the new cache."""
 
     teacher: str
     shard: int
@@ -31,7 +31,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Rearrangement:
-    """A new cache that is laid out, and what is left to do to fill it."""
+    """A new cache that is laid out, and the steps that still have to fill it."""
 
     url: str
     steps: list[Step]
@@ -39,8 +39,8 @@ class Rearrangement:
     def run(self, progress: Callable[[], None] = lambda: None) -> FeatureCache:
         """Fill the cache; `progress` is called after each step.
 
-        What a build into the same place, or the same command, has committed meanwhile stays. Raises
-        `DiskSpaceError` when the place takes no more files.
+        Shards that a build or the same command has committed there in the meantime stay. Raises
+        `DiskSpaceError` when no more files can be written there.
         """
         storage = open_storage(self.url)
         storage.sweep()
@@ -52,14 +52,14 @@ class Rearrangement:
                 ):
                     step.make()
                 progress()
-        storage.sweep()  # what processes that died on the way left behind
+        storage.sweep()  # remove files of processes that died
         return FeatureCache.open(self.url)
 
 
 def lay_out(
     out: str, spec: CacheSpec, sources: Sequence[FeatureCache], samples: pa.Table, views: pa.Table
 ) -> FeatureCache:
-    """The new cache, empty or as far as it got."""
+    """The new cache, empty or as complete as an earlier run left it."""
     storage = open_storage(out)
     with room_at(storage.url), storage.exclusive(SPEC_NAME):
         return _begin(storage, spec, sources, samples, views)
@@ -70,15 +70,15 @@ def _begin(
 ) -> FeatureCache:
     manifest = Manifest(storage)
     if manifest.exists():
-        found = manifest.spec()
-        if (found.cache_id, found.store) != (spec.cache_id, spec.store):
+        existing = manifest.spec()
+        if (existing.cache_id, existing.store) != (spec.cache_id, spec.store):
             raise CacheMismatchError(
                 "Another cache is at this path.",
-                got=f"{storage.url}: {found.store}, cache_id {found.cache_id}",
+                got=f"{storage.url}: {existing.store}, cache_id {existing.cache_id}",
                 expected=f"nothing, or the beginning of this very cache: {spec.store}, {spec.cache_id}",
                 do="choose another place (-o …)",
             )
-        return FeatureCache(storage, found)
+        return FeatureCache(storage, existing)
     target = FeatureCache(storage, spec)
     for name in (*spec.teachers, IMAGES):
         if left := manifest.committed_shards(name):
@@ -101,7 +101,7 @@ def _begin(
 
 
 def labels_hash_of(sources: Sequence[FeatureCache], samples: pa.Table) -> str | None:
-    """What could not be checked in the sources is not vouched for in what is made of them."""
+    """None unless all sources have one: labels that could not be checked there get no hash here."""
     return labels_hash(samples) if all(source.spec.dataset.labels_hash for source in sources) else None
 
 

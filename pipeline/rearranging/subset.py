@@ -1,4 +1,4 @@
-"""A cache of some samples and teachers of another."""
+"""Make a cache of some samples and teachers of another."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def subset(
 ) -> Rearrangement:
     """A cache of some samples (those of `keys`, or a random `fraction`) and some teachers of another.
 
-    A smaller fraction with the same seed holds a part of what a larger one holds. Without a choice of
-    samples, shards stay as they are; else their rows are packed anew. A shard whose rows are not all
-    committed in the cache is left out, and is made when the same command runs after they are.
+    A smaller fraction with the same seed is a subset of a larger one. Without a choice of samples, shards
+    stay as they are; otherwise their rows are packed into new ones. A shard whose rows are not all committed
+    in the cache is left out; run the same command again once they are.
     """
     source = FeatureCache.open(url, checksums=True)
     names = source.check_teachers(teachers)
@@ -90,16 +90,16 @@ def _chosen(source: FeatureCache, keys: Iterable[str] | None, fraction: float | 
     if keys is not None and fraction is not None:
         raise CacheError("A subset is chosen by keys or by a fraction, not by both.", do="give one of them")
     if keys is not None:
-        wanted = pa.array(sorted(set(keys)), pa.string())
-        places = pc.index_in(wanted, value_set=source.samples["key"])
+        distinct_keys = pa.array(sorted(set(keys)), pa.string())
+        places = pc.index_in(distinct_keys, value_set=source.samples["key"])
         if places.null_count:
-            unknown = wanted.filter(pc.is_null(places)).to_pylist()
+            unknown = distinct_keys.filter(pc.is_null(places)).to_pylist()
             near = difflib.get_close_matches(unknown[0], source.samples["key"].to_pylist(), 1)
             raise CacheError(
-                f"{len(unknown)} of {len(wanted)} keys are not in this cache.",
+                f"{len(unknown)} of {len(distinct_keys)} keys are not in this cache.",
                 got=", ".join(unknown[:3]),
                 expected=f"keys of {source.storage.url}/samples.parquet",
-                do=f"did you mean {near[0]}?" if near else "give whole keys, one a line",
+                do=f"did you mean {near[0]}?" if near else "give whole keys, one per line",
             )
         chosen = np.sort(places.to_numpy())
     else:
@@ -110,6 +110,6 @@ def _chosen(source: FeatureCache, keys: Iterable[str] | None, fraction: float | 
             "This subset would be empty.",
             got="no key" if keys is not None else f"a fraction of {fraction} of {source.num_samples} samples",
             expected="at least one sample",
-            do="give more keys, or a greater fraction, at most 1",
+            do="give more keys, or a larger fraction, up to 1",
         )
     return chosen.astype(np.int64)

@@ -1,4 +1,4 @@
-"""A cache as the data set that Theia's training code reads.
+"""Export a cache as the data set that Theia's training code reads.
 
 Layout of github.com/bdaiinstitute/theia, `doc/dataset_format.md` and `theia/dataset/data_utils.py`:
 
@@ -7,9 +7,9 @@ Layout of github.com/bdaiinstitute/theia, `doc/dataset_format.md` and `theia/dat
     <out>/<dataset>/splits.json                                     samples of each split
     <out>/<dataset>/<dataset>_<split>.json                          what the split was made from; ours alone
 
-`embedding` is (C, H, W) and `cls_token` (C,), both bfloat16, of one level: Theia learns from one map a
-teacher. Its loader zips the columns, so all tars hold the same samples in the same order, and leaves a sample
-out where a teacher has none. Each view becomes a sample, with the very pixels that the teachers saw.
+`embedding` is (C, H, W) and `cls_token` (C,), both bfloat16, of one level: Theia learns from one map per
+teacher. Its loader zips the columns, so all tars hold the same samples in the same order; a sample that any
+teacher lacks is left out. Each view becomes a sample, with exactly the pixels that the teachers saw.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ def export_theia(
     samples_per_shard: int = 1000,
     progress: Callable[[int], None] = lambda _: None,
 ) -> int:
-    """Write the data set; returns how many samples it has. Tars that are there are kept: they are whole.
+    """Write the data set; returns its number of samples. Existing tars are kept: they are complete.
 
     `level` counts the stored levels of each teacher, -1 is the last. `progress` is called with the number
     of samples of each finished column of a tar. Raises `CacheError` for a level that is not stored and for
-    keys that `webdataset` would cut, `CacheMismatchError` where another export of this split is.
+    keys that `webdataset` would cut, `CacheMismatchError` where there is another export of this split.
     """
     for name, teacher in cache.spec.teachers.items():
         if not -teacher.num_levels <= level < teacher.num_levels:
@@ -102,19 +102,19 @@ def export_theia(
 
 
 def _claim(storage: Storage, name: str, made_from: dict[str, Any]) -> None:
-    """Note what a split is made from. Raises `CacheMismatchError` where it was made from something else."""
+    """Record what a split is made from. Raises `CacheMismatchError` if it was made from something else."""
     data = (json.dumps(made_from, indent=2) + "\n").encode()
     folder, _, stem = name.removesuffix(".json").rpartition("/")
     columns = ("images", *made_from["levels"])
-    found = None
+    existing = None
     if storage.exists(name):
-        found = storage.read(name)
+        existing = storage.read(name)
     elif any(tar.startswith(f"{stem}-") for column in columns for tar in storage.names(f"{folder}/{column}")):
-        found = b"tars without that file"
-    if found not in (None, data):
+        existing = b"tars without that file"
+    if existing not in (None, data):
         raise CacheMismatchError(
             f"Another export is at {storage.url}/{folder}.",
-            got=f"{name}: {' '.join(found.decode(errors='replace').split())}",
+            got=f"{name}: {' '.join(existing.decode(errors='replace').split())}",
             expected=f"nothing, or the beginning of this very export: {json.dumps(made_from)}",
             do="choose another place (-o …), another --split or another --dataset",
         )
@@ -122,23 +122,23 @@ def _claim(storage: Storage, name: str, made_from: dict[str, Any]) -> None:
 
 
 def _splits(storage: Storage, dataset: str) -> dict[str, int]:
-    """What another export has written: validation images are another cache."""
+    """The splits that other exports have written, since validation images are another cache."""
     name = f"{dataset}/splits.json"
-    found = json.loads(storage.read(name)) if storage.exists(name) else {}
-    return {split: count for split, count in found.items() if split in _SPLITS}
+    counts = json.loads(storage.read(name)) if storage.exists(name) else {}
+    return {split: count for split, count in counts.items() if split in _SPLITS}
 
 
 def _keys(cache: FeatureCache, rows: NDArray[np.int64]) -> list[str]:
-    """A key for each row, without the dots and slashes at which loaders cut."""
+    """A key for each row, without the dots and slashes where loaders cut keys."""
     samples, views, _ = cache.index.locate(rows)
     plain = [cache.key(sample).replace(".", "_").replace("/", "_") for sample in samples.tolist()]
     keys = [f"{key}_v{view}" if cache.num_views > 1 else key for key, view in zip(plain, views, strict=True)]
     twice = [key for key, count in Counter(keys).items() if count > 1]
     if twice:
         raise CacheError(
-            "Keys of this cache are the same without dots and slashes.",
+            "Without dots and slashes, some keys of this cache are equal.",
             got=", ".join(twice[:3]),
-            expected="names that differ in more than that",
+            expected="keys that differ in other characters too",
             do="rename the images, or export a subset",
         )
     return keys

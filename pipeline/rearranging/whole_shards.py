@@ -1,4 +1,4 @@
-"""Shards that stay as they are, under other numbers: linked where one file system has both, else copied."""
+"""Shards that only change their numbers: linked within a file system, otherwise copied."""
 
 from __future__ import annotations
 
@@ -6,32 +6,34 @@ from collections.abc import Iterator
 from functools import partial
 
 from teachercache.pipeline.cache import FeatureCache
-from teachercache.pipeline.errors import CorruptShardError
 from teachercache.pipeline.places.durable import link
 from teachercache.pipeline.places.local_storage import LocalStorage
 from teachercache.pipeline.places.storage import Storage
 from teachercache.pipeline.rearranging.rearrangement import Step
-from teachercache.pipeline.records.manifest import CommitRecord, FileRecord, moments_name, quarantine_name
-from teachercache.pipeline.records.spec import IMAGES
-from teachercache.pipeline.stores.image_tar import image_tar_name
+from teachercache.pipeline.records.integrity import Depth, Problem, fault
+from teachercache.pipeline.records.manifest import (
+    CommitRecord,
+    FileRecord,
+    commit_name,
+    moments_name,
+    quarantine_name,
+)
 
 _BLOCK_NBYTES = 1 << 22
 
 
 def missing(source: FeatureCache, target: FeatureCache, shift: int = 0) -> Iterator[tuple[str, int]]:
-    """(teacher, shard of `source`) that it has committed and `target`, `shift` shards on, has not."""
+    """(teacher, shard) that `source` has committed and `target` has not; it adds `shift` to its number."""
     for name in target.spec.teachers_and_images:
-        done = target.manifest.committed_shards(name)
-        yield from ((name, shard) for shard in sorted(source.commits(name)) if shard + shift not in done)
+        committed = target.manifest.committed_shards(name)
+        yield from ((name, shard) for shard in sorted(source.commits(name)) if shard + shift not in committed)
 
 
 def whole_shards(source: FeatureCache, target: FeatureCache, shift: int, first_sample: int = 0) -> list[Step]:
     """Steps that give `target` the shards of `source` under numbers greater by `shift`."""
 
     def names(cache: FeatureCache, teacher: str, shard: int, record: CommitRecord) -> list[str]:
-        if teacher == IMAGES:
-            return [image_tar_name(shard)]
-        files = cache.store.shard_files(teacher, shard)
+        files = cache.shards[teacher].files(shard)
         has_statistics = any(name.startswith("stats/") for name in record.files)
         return [*files, moments_name(teacher, shard)] if has_statistics else files
 
@@ -39,7 +41,8 @@ def whole_shards(source: FeatureCache, target: FeatureCache, shift: int, first_s
         record, new_shard = source.commits(teacher)[shard], shard + shift
         old, new = names(source, teacher, shard, record), names(target, teacher, new_shard, record)
         if set(record.files) != set(old):
-            raise _corrupt(source.storage, f"a record that names {sorted(record.files)}, not {old}")
+            name = commit_name(teacher, shard)
+            raise Problem(name, f"{name} names {sorted(record.files)}, expected {old}").error(source.storage)
         for name, new_name in zip(old, new, strict=True):
             link_or_copy(source.storage, name, record.files[name], target.storage, new_name)
         take_over_quarantine(source, target, shard, new_shard, first_sample)
@@ -73,17 +76,15 @@ def take_over_quarantine(
 
 
 def link_or_copy(source: Storage, name: str, record: FileRecord, target: Storage, new_name: str) -> None:
-    if source.size(name) != record.nbytes:
-        raise _corrupt(source, f"{name} with {source.size(name)} bytes, not the {record.nbytes} committed")
-    if record.ends and source.ends([name], [record.nbytes]) != [record.ends]:
-        raise _corrupt(source, f"{name} with other first or last bytes than were committed")
+    if (reason := fault(source, name, record, Depth.ENDS)) is not None:
+        raise Problem(name, reason).error(source)
     if isinstance(source, LocalStorage) and isinstance(target, LocalStorage):
         path = target.path(new_name)
         path.unlink(missing_ok=True)  # without a record it does not exist
         try:
             link(source.path(name), path)
         except OSError:
-            _copy(source, name, record, target, new_name)  # another file system, or one without links
+            _copy(source, name, record, target, new_name)  # on another file system, or one without links
     else:
         _copy(source, name, record, target, new_name)
 
@@ -93,13 +94,5 @@ def _copy(source: Storage, name: str, record: FileRecord, target: Storage, new_n
         while block := file.read(_BLOCK_NBYTES):
             copy.write(block)
         if copy.checksum != record.checksum:
-            raise _corrupt(source, f"{name} with checksum {copy.checksum}")
-
-
-def _corrupt(source: Storage, got: str) -> CorruptShardError:
-    return CorruptShardError(
-        "A shard of this cache is broken.",
-        got=got,
-        expected="the files that the commit records state",
-        do=f"run: teachercache repair {source.url}",
-    )
+            reason = fault(source, name, record, Depth.BYTES) or f"{name} changed while it was copied"
+            raise Problem(name, reason).error(source)

@@ -1,1 +1,1 @@
-"""What a cache says of itself: spec, rows, tables, commit records, and the seals and limits on them."""
+"""How a cache describes itself: spec, rows, tables, commit records, and their seals and limits."""

@@ -1,9 +1,8 @@
-"""Running moments of features, per level and channel, that shards compute apart and merge later.
+"""Running moments of features, per level and channel: computed for each shard and merged later.
 
 Shapes: R rows, S levels, H×W grid, C channels. All sums are centred (Chan, Golub & LeVeque 1983), so a large
-mean costs no digits; those within a few rows are float32, exact to 1e-7, all others float64. Merging is
-associative and commutative up to rounding, near 1e-15; merge in shard order where the very bits must be
-repeatable.
+mean costs no digits; sums within a few rows are float32, exact to 1e-7, all others float64. Merging is
+associative and commutative up to rounding, near 1e-15; merge in shard order for bitwise repeatable results.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ class FeatureMoments:
         """The moments of these rows, on their device."""
         _, levels, _, _, width = features_RSHWC.shape
         moments = cls.empty(levels, width, covariance).to(features_RSHWC.device)
-        at_once = 1 if features_RSHWC.device.type == "cpu" else _ROWS_AT_ONCE  # one stays in a CPU's cache
+        at_once = 1 if features_RSHWC.device.type == "cpu" else _ROWS_AT_ONCE  # one fits a CPU's cache
         for rows_RSHWC in features_RSHWC.split(at_once):
             tokens_SNC = rows_RSHWC.transpose(0, 1).flatten(1, 3).float()
             moments = moments.merge(cls._of_tokens(tokens_SNC, covariance))
@@ -83,7 +82,7 @@ class FeatureMoments:
         return (self.squares_SC / max(self.count, 1)).sqrt()
 
     def covariance_SCC(self) -> Tensor:
-        """Covariance of the population. Raises `ValueError` where it was not asked for."""
+        """Covariance of the population. Raises `ValueError` if it was not requested."""
         if self.products_SCC is None:
             raise ValueError("these moments hold no covariance: build them with covariance=True")
         return self.products_SCC / max(self.count, 1)
@@ -93,7 +92,7 @@ class FeatureMoments:
         return type(self)(self.count, self.mean_SC.to(device), self.squares_SC.to(device), products_SCC)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What `safetensors` saves; `from_tensors` is the way back."""
+        """The tensors for `safetensors` to save; `from_tensors` is the inverse."""
         tensors = {
             "count": torch.tensor(self.count),
             "mean": self.mean_SC,
@@ -103,13 +102,13 @@ class FeatureMoments:
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> Self:
-        """Raises `ValueError` for tensors that are no moments."""
+        """Raises `ValueError` for tensors that are not moments."""
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         mean_shape = shapes.get("mean", ())
         expected = {"count": (), "mean": mean_shape, "squares": mean_shape}
         expected |= {"products": (*mean_shape, *mean_shape[1:])} if "products" in tensors else {}
         if len(mean_shape) != 2 or shapes != expected:
-            raise ValueError(f"tensors of the shapes {shapes} are no moments of levels and channels")
+            raise ValueError(f"tensors of shapes {shapes} are not moments of levels and channels")
         if tensors["count"].dtype != torch.int64 or not all(
             tensor.dtype == torch.float64 for name, tensor in tensors.items() if name != "count"
         ):

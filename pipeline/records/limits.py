@@ -1,6 +1,6 @@
-"""What a cache may say of itself. Sizes in `cache.json` decide what is allocated, so they are bounded first.
+"""Bounds on what a cache may state: sizes in `cache.json` decide what is allocated, so check them first.
 
-The limits are far above any cache that makes sense, and far below what a number in a file can ask for.
+The limits are far above any cache that makes sense, and far below what a number in a file can request.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MAX_SHARDS = 1 << 24
 MAX_ROWS_PER_SHARD = 1 << 20
 MAX_SIDE = 1 << 14  # pixels of a view, tokens of a grid
 MAX_VALUES_PER_ROW = 1 << 28
-MAX_ROWS_PER_FILE_BYTE = 64  # of the tables; run lengths could ask for terabytes from a few bytes
+MAX_ROWS_PER_FILE_BYTE = 64  # of the tables; run lengths could turn a few bytes into terabytes
 _LINES_AT_ONCE = 64
 MAX_TABLE_NBYTES, MAX_NBYTES_PER_LINE = 1 << 28, 1 << 10  # of a table, on disk and in memory, added up
 
@@ -41,7 +41,7 @@ def check_limits(spec: CacheSpec) -> None:
         (start, stop), (first, last) = segment.samples, segment.views
         whole_shards = segment.first_row % spec.rows_per_shard == 0 and segment.first_row >= end
         if not (whole_shards and 0 <= start < stop <= spec.dataset.num_samples and 0 <= first < last):
-            raise _implausible("a segment", segment, "blocks of existing samples, one behind the other")
+            raise _implausible("a segment", segment, "blocks of existing samples, in order")
         end = segment.first_row + segment.num_rows
         covered += segment.num_rows
     overlap = any(_overlap(one, other) for one, other in combinations(spec.segments, 2))
@@ -50,10 +50,10 @@ def check_limits(spec: CacheSpec) -> None:
 
 
 def check_table(data: bytes) -> None:
-    """Raises `ValueError` for a Parquet table whose lines would take far more memory than lines of ours.
+    """Raises `ValueError` for a Parquet table whose lines would take far more memory than ours do.
 
-    One long text in a dictionary is as many texts as there are lines, so texts are looked at before they
-    are unfolded: all of them only where the longest could be too much in every line.
+    A long text in a dictionary can repeat in every line, so texts are checked before they are expanded, and
+    all of them only where the longest, in every line, would be too much.
     """
     with pq.ParquetFile(pa.BufferReader(data)) as file:
         num_rows, columns = file.metadata.num_rows, file.schema_arrow
@@ -74,9 +74,7 @@ def check_table(data: bytes) -> None:
             if longest * num_rows <= limit:
                 continue
             nbytes = 0
-            for batch in file.iter_batches(
-                _LINES_AT_ONCE, columns=[name]
-            ):  # what a footer says need not be true
+            for batch in file.iter_batches(_LINES_AT_ONCE, columns=[name]):  # a footer may lie
                 nbytes += pc.sum(pc.binary_length(batch[0].dictionary).take(batch[0].indices)).as_py() or 0
                 if nbytes > limit:
                     raise ValueError(f"{num_rows:,} lines with {nbytes:,} bytes of {name} and more")
@@ -93,8 +91,8 @@ def _sizes(spec: CacheSpec) -> Iterator[tuple[str, int, int]]:
     yield "rows_per_shard", spec.rows_per_shard, MAX_ROWS_PER_SHARD
     yield "the number of rows", spec.segments[-1].first_row + spec.segments[-1].num_rows, MAX_ROWS
     yield "the number of shards", spec.num_shards, MAX_SHARDS
-    for side in spec.views.size:
-        yield "views.size", side, MAX_SIDE
+    for side in spec.views.stored_size:
+        yield "views.size and margin", side, MAX_SIDE
     for name, teacher in spec.teachers.items():
         for what, value, most in _teacher_sizes(teacher):
             yield f"teachers.{name}: {what}", value, most
@@ -112,7 +110,7 @@ def _teacher_sizes(teacher: TeacherSpec) -> Iterator[tuple[str, int, int]]:
 
 def _implausible(what: str, got: object, expected: str) -> CacheError:
     return CacheError(
-        f"This cache states what cannot be: {what}.",
+        f"This cache states an impossible value: {what}.",
         got=got,
         expected=expected,
         do="do not use this cache: it was damaged or made to do harm",

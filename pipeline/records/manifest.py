@@ -3,8 +3,8 @@
 Commit order of a shard: its files, each whole (`Storage.open_write`); its quarantine list, if any;
 its commit record, last. A shard without a commit record does not exist.
 
-The record holds the checksums of the shard's files. What no record names carries its own (`seal`), as a
-last entry "checksum": a key of JSON objects, the last line of a quarantine list, metadata of a table.
+The record holds the checksums of the shard's files. A file that no record names carries its own (`seal`), in
+a last entry "checksum": a key of JSON objects, the last line of a quarantine list, metadata of a table.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from typing import Any, Self, TypeVar
 
 import pyarrow as pa
+import xxhash
 from pydantic import Field, ValidationError, model_validator
 from pydantic_core import from_json
 
@@ -47,8 +48,9 @@ from teachercache.pipeline.records.tables import (
 SPEC_NAME = "cache.json"
 SAMPLES_NAME = "samples.parquet"
 VIEWS_NAME = "views.parquet"
+RESTORE_TABLES = "restore it from a copy; the codes cannot be decoded without it"
 _READ_THREADS = 16
-_MAX_RECORD_BYTES = 1 << 26  # that of a shard of a million copied images
+_MAX_RECORD_BYTES = 1 << 26  # enough for a shard of a million copied images
 
 Model = TypeVar("Model", bound=Strict)
 
@@ -56,8 +58,8 @@ Model = TypeVar("Model", bound=Strict)
 class FileRecord(Strict):
     """Size in bytes and xxh3-128 checksum of one committed file.
 
-    `ends` is the xxh3-64 of its first 4 and last 64 KiB, by which a reader tells at first touch whether this
-    is the file; empty in older records.
+    `ends` is the xxh3-64 of its first 4 and last 64 KiB, by which a reader recognises the file when it first
+    opens it; empty in older records.
     """
 
     nbytes: int = Field(ge=0)
@@ -66,14 +68,14 @@ class FileRecord(Strict):
 
     @classmethod
     def of(cls, file: ChecksumWriter) -> Self:
-        """What was written, once it is all there."""
+        """The record of a file that is completely written."""
         return cls(nbytes=file.nbytes, checksum=file.checksum, ends=file.ends)
 
 
 class CommitRecord(Strict):
     """What makes one shard of one teacher (or of the copied images) exist.
 
-    `invalid_rows` are absolute row numbers whose image could not be decoded; they hold no data.
+    `invalid_rows` are the absolute numbers of rows whose image could not be decoded; they hold no data.
     `seconds` are summed over threads, except `wall`. `worker` names the process that computed the shard, as
     host:pid; it is empty in older records, and where rows were copied. `members` (images only) are the byte
     ranges (offset, nbytes) of each sample of the shard in its tar, (0, 0) for an invalid one.
@@ -176,30 +178,30 @@ class Manifest:
         return spec
 
     def samples(self, spec: CacheSpec) -> pa.Table:
-        """The samples of `spec`, one line each; a growth that goes on writes further lines behind them.
+        """The samples of `spec`, one line each; a cache that is growing has further lines after them.
 
         Raises `CacheError` unless they are those that the spec was made with.
         """
         dataset = spec.dataset
         table = self._table(SAMPLES_NAME, SAMPLE_SCHEMA, dataset.num_samples).combine_chunks()
-        found = {"fingerprint": dataset_fingerprint(table), "labels_hash": labels_hash(table)}
+        hashes = {"fingerprint": dataset_fingerprint(table), "labels_hash": labels_hash(table)}
         for name, stated in (("fingerprint", dataset.fingerprint), ("labels_hash", dataset.labels_hash)):
-            if stated is not None and found[name] != stated:
-                raise self._foreign(SAMPLES_NAME, f"samples with {name} {found[name]}", stated)
+            if stated is not None and hashes[name] != stated:
+                raise self._foreign(SAMPLES_NAME, f"samples with {name} {hashes[name]}", stated)
         return table
 
     def views(self, spec: CacheSpec) -> pa.Table:
-        """The views of `spec`, one line a row, segment by segment; otherwise as `samples`."""
+        """The views of `spec`, one line per row, segment by segment; otherwise as `samples`."""
         table = self._table(VIEWS_NAME, VIEW_SCHEMA, spec.num_rows)
         for segment, lines in segment_lines(spec, table):
-            found = views_hash(lines, segment.samples[0])
-            if segment.views_hash is not None and found != segment.views_hash:
-                raise self._foreign(VIEWS_NAME, f"views with hash {found}", segment.views_hash)
+            actual = views_hash(lines, segment.samples[0])
+            if segment.views_hash is not None and actual != segment.views_hash:
+                raise self._foreign(VIEWS_NAME, f"views with hash {actual}", segment.views_hash)
         return table
 
     def _foreign(self, name: str, got: str, stated: str) -> CacheError:
         return CacheError(
-            f"{name} is sound, and not the table of this cache.",
+            f"{name} is sound, but it is not the table of this cache.",
             got=got,
             expected=f"{stated}, as in {SPEC_NAME}: the table that the features were computed with",
             do=f"restore it from a copy of this very cache, or run: teachercache repair {self.storage.url}",
@@ -209,16 +211,16 @@ class Manifest:
     def publishing(
         self, shard: int, teachers: Iterable[str], waiting: Callable[[], None] = lambda: None
     ) -> Iterator[None]:
-        """Held from before a shard's files get their names until its records are written.
+        """A lock held from before a shard's files get their names until its records are written.
 
-        So of several jobs that computed the same shard one publishes it, files and records together.
+        Of several jobs that computed the same shard, one publishes it, files and records together.
         Raises `AlreadyCommittedError` for the others, which call `waiting` until then.
         """
         with self.storage.exclusive(publishing_name(shard), waiting):
-            done = [teacher for teacher in teachers if self.is_committed(teacher, shard)]
-            if done:
+            committed = [teacher for teacher in teachers if self.is_committed(teacher, shard)]
+            if committed:
                 raise AlreadyCommittedError(
-                    f"Shard {shard} of {', '.join(done)} was committed by another job meanwhile."
+                    f"Another job has committed shard {shard} of {', '.join(committed)} in the meantime."
                 )
             yield
 
@@ -229,15 +231,15 @@ class Manifest:
         self.storage.write(commit_name(record.teacher, record.shard), _json_bytes(record))
 
     def committed_shards(self, teacher: str) -> set[int]:
-        """Shards that have a commit record; a listing, no record is read."""
+        """Shards that have a commit record, by a listing: no record is read."""
         return _numbers(self.storage.names(f"commits/{teacher}"), ".json")
 
     def commits(self, teacher: str, shards: Iterable[int] | None = None) -> dict[int, CommitRecord]:
         """The commit records of a teacher, by shard."""
-        wanted = sorted(self.committed_shards(teacher) if shards is None else shards)
+        numbers = sorted(self.committed_shards(teacher) if shards is None else shards)
         with ThreadPoolExecutor(_READ_THREADS) as pool:
-            records = pool.map(lambda shard: self.read_commit(teacher, shard), wanted)
-            return dict(zip(wanted, records, strict=True))
+            records = pool.map(lambda shard: self.read_commit(teacher, shard), numbers)
+            return dict(zip(numbers, records, strict=True))
 
     def read_commit(self, teacher: str, shard: int) -> CommitRecord:
         name = commit_name(teacher, shard)
@@ -251,30 +253,30 @@ class Manifest:
             )
         return record
 
-    def exchanged(self, records: Iterable[CommitRecord]) -> list[str]:
-        """Files of these records whose first and last bytes are not those that were committed.
-
-        Without the statistics, which are read whole. Raises `FileNotFoundError`.
-        """
-        files = {
-            name: file
-            for record in records
-            for name, file in record.files.items()
-            if file.ends and not name.startswith("stats/")
-        }
-        found = self.storage.ends(list(files), [file.nbytes for file in files.values()])
-        return [name for (name, file), ends in zip(files.items(), found, strict=True) if ends != file.ends]
+    def codec_tables(self, teacher: str, tables_hash: str | None) -> bytes:
+        """A codec's tables, as safetensors. Raises `CacheError` unless they are those of the spec."""
+        name = tables_name(teacher)
+        data = self.storage.read(name) if self.storage.exists(name) else None
+        found = None if data is None else xxhash.xxh3_128_hexdigest(data)
+        if data is None or found != tables_hash:
+            raise CacheError(
+                f"{name} is not what the features of {teacher} were encoded with.",
+                got="no such file" if data is None else f"checksum {found}",
+                expected=f"checksum {tables_hash}, as in {SPEC_NAME}",
+                do=RESTORE_TABLES,
+            )
+        return data
 
     def write_quarantine(
         self, shard: int, entries: list[QuarantineEntry], source_checksum: str | None = None
     ) -> None:
-        """`source_checksum`: that of the shard's records, which says what images the list is of."""
+        """`source_checksum`: that of the shard's records, which identifies the images of the list."""
         end = {"source_checksum": source_checksum, "checksum": UNSEALED}
         lines = [entry.model_dump_json() for entry in entries] + [json.dumps(end)]
         self.storage.write(quarantine_name(shard), seal("".join(line + "\n" for line in lines).encode()))
 
     def quarantine(self) -> list[QuarantineEntry]:
-        """Every quarantined sample, in order of shards."""
+        """Every quarantined sample, in the order of the shards."""
         return [entry for shard in sorted(self.quarantined()) for entry in self.read_quarantine(shard)]
 
     def quarantined(self) -> set[int]:
@@ -339,14 +341,14 @@ def _parse(model: type[Model], name: str, text: bytes) -> Model:
             got=_first_problem(error),
             expected=f"what this version of teachercache writes (schema {SCHEMA_VERSION})",
             do="run `teachercache verify` on the cache; if another version wrote it, read it with that "
-            "one, or build it anew",
+            "one, or build it again",
         ) from error
 
 
 def _numbers(names: Iterable[str], suffix: str) -> set[int]:
-    """The shards that files called 00042.json are of."""
-    found = (re.fullmatch(r"([0-9]{5,12})" + re.escape(suffix), name) for name in names)
-    return {int(match[1]) for match in found if match}
+    """The shards whose files these are; those are named like 00042.json."""
+    matches = (re.fullmatch(r"([0-9]{5,12})" + re.escape(suffix), name) for name in names)
+    return {int(match[1]) for match in matches if match}
 
 
 def _first_problem(error: Exception) -> str:
@@ -369,7 +371,7 @@ def commit_name(teacher: str, shard: int) -> str:
 
 
 def publishing_name(shard: int) -> str:
-    """What is held exclusively by who changes a shard."""
+    """The lock that a process holds while it changes a shard."""
     return f"commits/{shard:05d}"
 
 

@@ -13,7 +13,7 @@ Ints = NDArray[np.int64]
 
 
 def divide_views(views: tuple[int, int], rows_per_shard: int) -> list[tuple[int, int]]:
-    """`views` in as few blocks as fit whole samples into shards: their sizes divide `rows_per_shard`."""
+    """Divide `views` into as few blocks as possible whose sizes divide `rows_per_shard`."""
     blocks, (first, end) = list[tuple[int, int]](), views
     while first < end:
         size = next(size for size in range(end - first, 0, -1) if rows_per_shard % size == 0)
@@ -51,7 +51,7 @@ class RowIndex:
         return rows
 
     def locate(self, rows: ArrayLike) -> tuple[Ints, Ints, Ints]:
-        """(samples, views, lines of the view table) of rows. Raises `IndexError` for an unknown row."""
+        """(samples, views, lines in the view table) of rows. Raises `IndexError` for an unknown row."""
         rows = np.asarray(rows, np.int64)
         number = np.searchsorted(self._first_rows, rows, side="right") - 1
         samples, views, lines = (np.zeros(rows.shape, np.int64) for _ in range(3))

@@ -1,4 +1,4 @@
-"""The samples of a cache by number and by key, read when they are first asked for."""
+"""The samples of a cache by number and by key, read on first use."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Seals: a file of metadata states the checksum of its own bytes, so that its reader finds any damage.
+"""Seals: a metadata file states the checksum of its own bytes, so that its reader notices any damage.
 
-Shards are sealed by their commit records. What has no record above it (`cache.json`, the tables, the
-records themselves, quarantine lists) is written with `UNSEALED` as its last mark of this kind; `seal`
-replaces it by the xxh3-128 of the file with that blank in it. Works for any format that can hold a string.
+Commit records seal shards. A file that has no record (`cache.json`, the tables, the records themselves,
+quarantine lists) is written with `UNSEALED` near its end; `seal` replaces the last `UNSEALED` by the xxh3-128
+of the file with that blank in it. This works for any format that can hold a string.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ UNSEALED = (_MARK + _BLANK).decode()
 
 
 def seal(data: bytes) -> bytes:
-    """`data`, which holds `UNSEALED`, with its checksum in that place."""
+    """`data`, with its checksum in place of the last `UNSEALED`."""
     start = data.rindex(_MARK + _BLANK) + len(_MARK)
     return data[:start] + _checksum(data, start) + data[start + _DIGITS :]
 
@@ -27,7 +27,7 @@ def is_intact(data: bytes) -> bool:
 
 
 def _checksum(data: bytes, start: int) -> bytes:
-    """Of `data` with a blank at `start`, in hex."""
+    """The checksum of `data` with a blank at `start`, in hex."""
     view = memoryview(data)
     digest = xxhash.xxh3_128(view[:start])
     digest.update(_BLANK)

@@ -3,7 +3,7 @@
 Row identity.  row = sample_index * num_views + view_index          (within a `Segment`)
 Content identity.  `CacheSpec.shard_content_id(teacher, shard)` hashes all that decides the bytes of that
 teacher's rows in the shard's segment: its images, its views, the teacher. Every commit record carries it, so
-rows of two specs can never be mixed in one cache, and it stays what it was when the cache grows around it.
+rows of two specs never mix in one cache, and it stays the same when the cache grows.
 """
 
 from __future__ import annotations
@@ -37,23 +37,28 @@ Size = tuple[int, int]  # (height, width)
 GridKind = Literal["native", "adjoint", "bilinear"]
 PolicyName = Literal["imagenet_train", "imagenet_eval", "multitask_train", "multitask_eval"]
 Photometric = Literal["color_jitter", "distortion"]
+Flip = Literal["random", "pairs"]
 Precision = Literal["float32", "bfloat16"]
+Resampling = Literal["antialias", "plain"]
 StoreKind = Literal["zarr", "webdataset"]
 
 
 class Strict(BaseModel):
-    """A model that rejects unknown keys and cannot be changed after it was checked."""
+    """An immutable model that rejects unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class ViewPolicy(Strict):
-    """How views are drawn. The drawn parameters in `views.parquet`, not this, are the truth.
+    """How views are drawn. The drawn parameters in `views.parquet`, not this, are authoritative.
 
     `scale`: of imagenet_train the share of the image's area; of multitask_train how much the image is
     magnified, 0.5 to 2 where nothing is said. `jitter_probability`: of multitask_train, for each of
     brightness, contrast, saturation and hue. `photometric`: what these do to pixels, see `View`; "distortion"
     where a new multitask_train says nothing, and "color_jitter" where a cache says nothing.
+    `margin`: by how many pixels of the student's input the view that is stored, and that teachers see, is
+    larger than `size` each way; the student sees a window of it, which moves by whole patches of `patch`
+    pixels. `flip`: "pairs" gives every crop twice, as it is and mirrored.
     """
 
     policy: PolicyName = "imagenet_train"
@@ -62,6 +67,9 @@ class ViewPolicy(Strict):
     seed: int = Field(0, ge=0)
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    margin: int = Field(0, ge=0)
+    patch: int = Field(16, ge=1)
+    flip: Flip = "random"
     flip_probability: float = Field(0.5, ge=0, le=1)
     crop_fraction: float = Field(0.875, gt=0, le=1)
     jitter_probability: float = Field(0.5, ge=0, le=1)
@@ -80,12 +88,15 @@ class ViewPolicy(Strict):
 
     @model_serializer(mode="wrap")
     def _content(self, content: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without what came later and does not concern this policy: caches are known by a hash of this."""
+        """Omits later additions that do not concern this policy, because its hash identifies caches."""
         fields: dict[str, Any] = content(self)
         if self.policy != "multitask_train":
             fields.pop("jitter_probability", None)
         if self.policy != "multitask_train" or self.photometric == "color_jitter":
             fields.pop("photometric", None)
+        for name, old in (("margin", 0), ("patch", 16), ("flip", "random")):
+            if fields.get(name) == old:
+                del fields[name]
         return fields
 
     @model_validator(mode="after")
@@ -98,16 +109,54 @@ class ViewPolicy(Strict):
             raise ValueError(f"ratio must satisfy 0 < low <= high, got {self.ratio}")
         if min(self.size) < 1:
             raise ValueError(f"size must be two positive numbers of pixels, got {self.size}")
-        if self.policy in ("imagenet_eval", "multitask_eval") and self.num_views != 1:
-            raise ValueError(f"{self.policy} is one fixed view, so num_views must be 1, got {self.num_views}")
+        if self.is_fixed and (self.num_views != 1 or self.margin):
+            raise ValueError(
+                f"{self.policy} is one fixed view, so num_views must be 1 and margin 0, "
+                f"got {self.num_views} and {self.margin}"
+            )
+        if self.flip == "pairs" and self.num_views % 2:
+            raise ValueError(f"flip: pairs takes an even num_views, got {self.num_views}")
+        if self.margin and any(side % self.patch for side in (self.margin, *self.size)):
+            raise ValueError(
+                f"margin and size must be multiples of views.patch, {self.patch} pixels of the student, "
+                f"got {self.margin} and {self.size}"
+            )
+        if self.margin > min(self.size):  # else a window may miss an image that is small amid padding
+            raise ValueError(f"margin must not exceed size, got {self.margin} and {self.size}")
         return self
+
+    @property
+    def is_fixed(self) -> bool:
+        return self.policy in ("imagenet_eval", "multitask_eval")
+
+    @property
+    def stored_size(self) -> Size:
+        """(height, width) in pixels of the view that is stored and that teachers see."""
+        return self.size[0] + self.margin, self.size[1] + self.margin
+
+    @property
+    def windows_per_axis(self) -> int:
+        return self.margin // self.patch + 1
+
+    @property
+    def middle(self) -> tuple[int, int]:
+        """Where the window in the middle begins: (row, column), in pixels of the view."""
+        return (self.margin // self.patch // 2 * self.patch,) * 2
+
+    def seen_grid(self, grid: Size) -> Size:
+        """How many tokens of a grid over the whole view have their centres in every window."""
+        rows, columns = (
+            max(1, tokens * seen // stored)
+            for tokens, seen, stored in zip(grid, self.size, self.stored_size, strict=True)
+        )
+        return rows, columns
 
 
 class GridSpec(Strict):
     """The token grid that is stored: the teacher's own, or one of `size` (h, w).
 
-    `adjoint` stores ‖t‖ and the map that comes nearest to the teacher's when it is upsampled: SAK's
-    flattened cosine and the squared error follow exactly. `bilinear` stores pooled features.
+    `adjoint` stores ‖t‖ and the map that comes nearest to the teacher's when upsampled: SAK's flattened
+    cosine and the squared error follow exactly. `bilinear` stores pooled features.
     """
 
     kind: GridKind = "native"
@@ -130,6 +179,7 @@ class TeacherSpec(Strict):
     `checkpoint` says where weights came from; `weights_hash` says what they are. `tables_hash` is that of
     the codec's calibrated tables, for codecs that have some.
     `native_grid` and `width` are what the model gives; `grid` says what is stored.
+    `resample_positions`: how positions are fitted to `image_size`; a cache that says nothing has the default.
     """
 
     model: str
@@ -150,6 +200,15 @@ class TeacherSpec(Strict):
     cls_token: bool = False
     global_width: int | None = None
     precision: Precision = "float32"
+    resample_positions: Resampling = "antialias"
+
+    @model_serializer(mode="wrap")
+    def _content(self, content: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without what came later and is as it always was: caches are known by a hash of this."""
+        fields: dict[str, Any] = content(self)
+        if self.resample_positions == "antialias":
+            fields.pop("resample_positions", None)
+        return fields
 
     @property
     def num_levels(self) -> int:
@@ -163,8 +222,8 @@ class TeacherSpec(Strict):
 class DatasetSpec(Strict):
     """Which images. `location` is for people; fingerprint, count and `labels_hash` are identity.
 
-    `listing` is that of the source's files; while it stays the same, a build need not scan them again.
-    `labels_hash` is that of the samples' labels; None in caches that were made before it was there.
+    `listing` is the hash of the source's file list; while it stays the same, builds skip the scan.
+    `labels_hash` is that of the samples' labels; None in caches made before it was introduced.
     """
 
     kind: str
@@ -178,10 +237,10 @@ class DatasetSpec(Strict):
 class Segment(Strict):
     """A block of rows: samples × views, samples-major, starting at `first_row`.
 
-    A cache starts with one segment. Appending samples or views appends segments, so no row that is
-    on disk ever changes its number. `first_row` is a multiple of `rows_per_shard`. `fingerprint` is that of
-    the segment's samples; None, in a cache that has never grown, stands for that of the dataset.
-    `views_hash` is that of the segment's lines in the view table; None in caches made before it was there.
+    A cache starts with one segment. Appending samples or views appends segments, so no row on disk ever
+    changes its number. `first_row` is a multiple of `rows_per_shard`. `fingerprint` is that of the segment's
+    samples; None, in a cache that has never grown, means that of the dataset. `views_hash` is that of the
+    segment's lines in the view table; None in caches made before it was introduced.
     """
 
     first_row: int = Field(ge=0)
@@ -202,7 +261,7 @@ class Segment(Strict):
 class CacheSpec(Strict):
     """The content of `cache.json`. `fidelity`: what each teacher's codec lost on the calibration sample.
 
-    `covariance`: whether the statistics of the features keep it, which takes 8 C² bytes a level and shard.
+    `covariance`: whether the statistics of the features keep it, 8 C² bytes per level and shard.
     """
 
     schema_version: Literal[2] = SCHEMA_VERSION
@@ -218,7 +277,7 @@ class CacheSpec(Strict):
     versions: dict[str, str]
     fidelity: dict[str, dict[str, float]] = {}
     cache_id: str = ""
-    _content_ids: dict[str, list[str]] = PrivateAttr(default_factory=dict)  # by teacher, one a segment
+    _content_ids: dict[str, list[str]] = PrivateAttr(default_factory=dict)  # by teacher, one per segment
 
     @field_validator("views", mode="before")
     @classmethod
@@ -245,12 +304,12 @@ class CacheSpec(Strict):
 
     @property
     def num_rows(self) -> int:
-        """Rows in all segments, the padding of each segment's last shard not counted."""
+        """Rows in all segments, without the padding of each segment's last shard."""
         return sum(segment.num_rows for segment in self.segments)
 
     @property
     def teachers_and_images(self) -> list[str]:
-        """What shards are of: every teacher, and "images" where the images are copied."""
+        """The names that shards belong to: every teacher, and "images" where the images are copied."""
         return [*self.teachers, *([IMAGES] if self.images == "copy" else [])]
 
     @property
@@ -284,7 +343,7 @@ class CacheSpec(Strict):
         raise IndexError(f"shard {shard} is not in 0…{self.num_shards - 1}")
 
     def shards(self, teacher: str) -> list[int]:
-        """The shards of a teacher; of the copied images, which are copied with the first view alone."""
+        """The shards of a teacher, or of the copied images, which only first views have."""
         count = range(self.num_shards)
         if teacher != IMAGES:
             return list(count)
@@ -312,7 +371,7 @@ class CacheSpec(Strict):
         return digest([first, *more]) if more else first
 
     def _segment_content_id(self, teacher: str, segment: Segment) -> str:
-        """Independent of where the segment lies, so that it may be found again in a merged cache."""
+        """Independent of where the segment lies, so that a merged cache recognises it."""
         num_samples = segment.samples[1] - segment.samples[0]
         base = {
             "schema_version": self.schema_version,
@@ -337,9 +396,9 @@ class CacheSpec(Strict):
         return digest(content)
 
     def differences(self, other: CacheSpec) -> dict[str, tuple[object, object]]:
-        """What rows and features follow from and is not the same in both: (ours, theirs) by its name.
+        """What decides rows and features and differs between the specs: (ours, theirs) by name.
 
-        Fields of a teacher are compared where both have it. Where its weights lie is no difference.
+        Fields of a teacher are compared where both have it, except for where its weights lie.
         """
         pairs: dict[str, tuple[object, object]] = {
             name: (getattr(self, name), getattr(other, name))
@@ -356,7 +415,7 @@ class CacheSpec(Strict):
         return {name: (one, two) for name, (one, two) in pairs.items() if one != two}
 
     def changed(self, **changes: Any) -> CacheSpec:
-        """This spec with other fields, checked again and with the `cache_id` that follows."""
+        """This spec with other fields, checked again, with the new `cache_id`."""
         return CacheSpec.model_validate(self.model_dump() | changes | {"cache_id": ""})
 
 

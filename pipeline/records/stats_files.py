@@ -1,4 +1,4 @@
-"""What lies in `stats/`: the tables that codecs decode with, and the moments of every shard's features."""
+"""The files in `stats/`: the tables that codecs decode with, and the moments of every shard's features."""
 
 from __future__ import annotations
 
@@ -12,39 +12,33 @@ from torch import Tensor
 from teachercache.pipeline.errors import CacheError, CorruptShardError
 from teachercache.pipeline.places.storage import Storage
 from teachercache.pipeline.records.feature_stats import FeatureMoments
-from teachercache.pipeline.records.manifest import SPEC_NAME, FileRecord, Manifest, moments_name, tables_name
+from teachercache.pipeline.records.manifest import (
+    RESTORE_TABLES,
+    FileRecord,
+    Manifest,
+    moments_name,
+    tables_name,
+)
 
 
 def write_tables(storage: Storage, teacher: str, tables: dict[str, Tensor]) -> str:
-    """Keep a codec's calibrated tables; returns their hash, for the teacher's spec."""
+    """Store a codec's calibrated tables; returns their hash, for the teacher's spec."""
     data = safetensors.torch.save(tables)
     storage.write(tables_name(teacher), data)
     return xxhash.xxh3_128_hexdigest(data)
 
 
-def read_tables(storage: Storage, teacher: str, tables_hash: str | None) -> dict[str, Tensor]:
+def read_tables(manifest: Manifest, teacher: str, tables_hash: str | None) -> dict[str, Tensor]:
     """A codec's tables. Raises `CacheError` unless they are those of the spec."""
-    name = tables_name(teacher)
-    try:
-        data = storage.read(name)
-    except FileNotFoundError:
-        data = b""
-    found = xxhash.xxh3_128_hexdigest(data)
-    if found != tables_hash:
-        raise CacheError(
-            f"{name} is not what the features of {teacher} were encoded with.",
-            got=f"checksum {found}" if data else "no such file",
-            expected=f"checksum {tables_hash}, as in {SPEC_NAME}",
-            do="restore it from a copy; the codes cannot be decoded without it",
-        )
+    data = manifest.codec_tables(teacher, tables_hash)
     try:
         tables: dict[str, Tensor] = safetensors.torch.load(data)
     except (SafetensorError, KeyError, RuntimeError, ValueError) as error:
         raise CacheError(
-            f"{name} of this cache cannot be read.",
+            f"{tables_name(teacher)} of this cache cannot be read.",
             got=f"{type(error).__name__}: {error}",
             expected="the codec's tables, as safetensors",
-            do="restore it from a copy; the codes cannot be decoded without it",
+            do=RESTORE_TABLES,
         ) from error
     return tables
 
@@ -52,7 +46,7 @@ def read_tables(storage: Storage, teacher: str, tables_hash: str | None) -> dict
 def write_moments(
     storage: Storage, teacher: str, shard: int, moments: FeatureMoments
 ) -> dict[str, FileRecord]:
-    """Keep the statistics of a shard's features beside its record, which names the returned file."""
+    """Store the statistics of a shard's features; its commit record shall name the returned file."""
     name = moments_name(teacher, shard)
     with storage.open_write(name) as file:
         file.write(safetensors.torch.save(moments.to("cpu").tensors()))
@@ -64,8 +58,8 @@ def merged_moments(
 ) -> FeatureMoments:
     """The statistics of these shards together, merged in their order: the same bits every time.
 
-    `shape` is (levels, channels). Shards without a valid row have none. Raises `CacheError` where others
-    do not, `CorruptShardError` for files that hold something else.
+    `shape` is (levels, channels). Shards without a valid row have none. Raises `CacheError` where other
+    shards have none, `CorruptShardError` for files that hold something else.
     """
     storage, total = manifest.storage, None
     for record in manifest.commits(teacher, shards).values():
@@ -75,8 +69,8 @@ def merged_moments(
         data = storage.read(names[0]) if names and storage.exists(names[0]) else b""
         if xxhash.xxh3_128_hexdigest(data) != (record.files[names[0]].checksum if names else None):
             raise CacheError(
-                f"Shard {record.shard} of {teacher} has no statistics that can be used.",
-                got="a damaged file" if names else "a shard that was computed without",
+                f"Shard {record.shard} of {teacher} has no usable statistics.",
+                got="a damaged file" if names else "a shard that was computed without statistics",
                 expected=f"{moments_name(teacher, record.shard)}, as the commit record names it",
                 do=f"run: teachercache repair {storage.url}"
                 if names
@@ -88,12 +82,12 @@ def merged_moments(
                 raise ValueError(f"moments of (levels, channels) {tuple(moments.mean_SC.shape)}")
         except (SafetensorError, KeyError, RuntimeError, ValueError) as error:
             raise CorruptShardError(
-                f"{names[0]} holds no statistics of {teacher}.",
+                f"{names[0]} does not hold statistics of {teacher}.",
                 got=f"{type(error).__name__}: {error}",
                 expected=f"count, mean and squares of (levels, channels) {shape}",
                 do=f"run: teachercache repair {storage.url}",
             ) from error
         total = moments if total is None else total.merge(moments)
     if total is None:
-        raise CacheError(f"There is no committed row of {teacher} to have statistics of.")
+        raise CacheError(f"There are no statistics of {teacher}: none of its rows is committed.")
     return total

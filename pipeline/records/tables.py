@@ -1,6 +1,6 @@
-"""The two tables of a cache: samples.parquet, one line a sample, and views.parquet, one line a row.
+"""The two tables of a cache: samples.parquet, one line per sample, and views.parquet, one line per row.
 
-`cache.json` holds hashes of what in the tables decides what a row means; where images lie is not in them.
+`cache.json` holds hashes of all columns that decide what a row means; the hashes ignore where images lie.
 
 path: relative to the source's folder. offset: bytes into that file (Parquet: row number in it).
 width, height: pixels, EXIF orientation applied; 0 unless status is "ok". status: "ok" or the reason
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
@@ -57,8 +58,8 @@ VIEW_SCHEMA = pa.schema(
 def dataset_fingerprint(samples: pa.Table) -> str:
     """xxh3-128, in hex, of what the samples are: key, nbytes, width, height, head_hash.
 
-    `samples` is sorted by key, as `scan` gives it. Where the images lie, how they were listed and by
-    how many workers, on which machine and when does not matter.
+    `samples` is sorted by key, as `scan` returns it. It does not matter where the images lie, nor when, on
+    which machine and by how many workers they were listed.
     """
     digest = xxhash.xxh3_128()
     _add_text(digest, samples["key"])
@@ -108,8 +109,18 @@ def with_views_hashes(spec: CacheSpec, views: pa.Table) -> tuple[Segment, ...]:
     )
 
 
+def table_line(file: IO[bytes], index: int) -> dict[str, Any]:
+    """One line of a table, of which only its row group is read. Raises `ArrowException`, or `IndexError` or
+    `RuntimeError` for a table that ends before it."""
+    table, group = pq.ParquetFile(file), 0
+    while index >= (lines := table.metadata.row_group(group).num_rows):
+        index, group = index - lines, group + 1
+    line: dict[str, Any] = table.read_row_group(group).slice(index, 1).to_pylist()[0]
+    return line
+
+
 def table_bytes(table: pa.Table) -> bytes:
-    """The table as Parquet. Its checksum is among the key-value pairs, which end the file."""
+    """The table as Parquet. Its checksum is among the key-value pairs at the end of the file."""
     sink = io.BytesIO()
     with pq.ParquetWriter(sink, table.schema, compression="zstd") as writer:
         writer.write_table(table)
@@ -124,7 +135,7 @@ def table_lines(data: bytes, schema: pa.Schema, num_rows: int) -> pa.Table:
         if file.metadata.num_rows < num_rows:
             raise ValueError(f"{file.metadata.num_rows:,} lines, expected {num_rows:,}")
         table = file.read().cast(schema)
-    table.validate(full=True)  # text that is not UTF-8, say
+    table.validate(full=True)  # such as text that is not UTF-8
     for column in set(schema.names) - {"label"}:
         if table[column].null_count:
             raise pa.ArrowInvalid(f"{column} has lines without a value")

@@ -1,6 +1,6 @@
 """Where images come from: four kinds of source, one sample table, one decode.
 
-    source = open_source("/data/imagenet/train")       the kind is told by looking
+    source = open_source("/data/imagenet/train")       detects the kind
     samples = source.scan(workers=8)                   SAMPLE_SCHEMA, sorted by key
     image = decode_image(source.read(path, offset, nbytes))
 
@@ -46,9 +46,9 @@ def source_kinds() -> list[str]:
 
 
 def open_source(location: str | os.PathLike[str], kind: str = "auto") -> Source:
-    """The images at a folder, file, pattern or fsspec URL; "auto" tells the kind by looking.
+    """The images at a folder, file, pattern or fsspec URL; "auto" looks at the files to detect the kind.
 
-    Raises `SourceNotFoundError`, `EmptySourceError`, and `SourceError` when the kind cannot be told.
+    Raises `SourceNotFoundError`, `EmptySourceError`, and `SourceError` when the kind is ambiguous.
     """
     if kind != "auto" and kind not in _SOURCES:
         raise RecipeError(
@@ -62,12 +62,12 @@ def open_source(location: str | os.PathLike[str], kind: str = "auto") -> Source:
 
 
 def _look(place: Place) -> str:
-    """The kind that all of the first files of a place have: images, tars or Parquet files."""
+    """The kind that the first files of a place have in common: images, tars or Parquet files."""
     files = [
         file for file in islice(place.files(), _FILES_LOOKED_AT) if not basename(file[0]).startswith("._")
     ]
-    known = {splitext(name)[1].lower() for name, _ in files} & set(_KIND_OF_SUFFIX)
-    kinds = {_KIND_OF_SUFFIX[suffix] for suffix in known}
+    suffixes = {splitext(name)[1].lower() for name, _ in files} & set(_KIND_OF_SUFFIX)
+    kinds = {_KIND_OF_SUFFIX[suffix] for suffix in suffixes}
     if not kinds and any(is_image_name(name) for name, _ in files):
         kinds = {ImageFolderSource.kind}
     if kinds == {WebDatasetSource.kind}:
@@ -77,8 +77,8 @@ def _look(place: Place) -> str:
         raise no_image_error(place.location, [name for name, _ in files], "no image here")
     if len(kinds) > 1:
         raise SourceError(
-            "It cannot be told what kind of source this is.",
-            got=f"{' and '.join(sorted(kinds))}, by {', '.join(sorted(known))} files in {place.location}",
+            "The kind of this source is ambiguous.",
+            got=f"{' and '.join(sorted(kinds))}, by {', '.join(sorted(suffixes))} files in {place.location}",
             expected="one kind of images, tars or Parquet files",
             do="name the kind, or choose files with a pattern such as …/train-*.tar",
         )

@@ -1,14 +1,14 @@
 """One encoded image: its size from the header, its pixels as RGB. One decode for all teachers.
 
-The format is told by the first bytes, never by the name. Rules that decide pixels:
+The first bytes decide the format, never the name. Rules that decide pixels:
 
 - EXIF orientation is applied (in a PNG, that of an eXIf chunk before the pixels, where the
   specification wants it). ICC profiles are ignored: every teacher was trained on uncorrected values.
-- Transparency is laid over white, as a page shows it: the colours behind it are arbitrary.
+- Transparent pixels are laid over white, as on a page: the colours behind them are arbitrary.
 - 16-bit gray is divided by 257, so that 65535 becomes 255. Pillow itself reduces 16-bit RGB (high byte).
 - CMYK of a JPEG is inverted as its Adobe marker says; a JPEG without the marker is not inverted.
-- Of an animation, the first frame; of a PNG the image that a viewer without animations shows.
-- No metadata costs an image, however long or damaged (`metadata.py`).
+- An animation gives its first frame; an animated PNG, the image that other viewers show.
+- Metadata never makes an image unreadable, however long or damaged it is (`metadata.py`).
 
 Pillow's plugins are opened directly: `Image.open` would warn about large images before we can refuse
 them, and its EXIF parser warns about damaged tags through process-wide state that threads cannot guard.
@@ -38,8 +38,8 @@ from teachercache.pipeline.sources.metadata import (
     tiff_without_metadata,
 )
 
-MAX_PIXELS = 178_956_970  # where Pillow itself refuses: 512 MiB of RGB
-MAX_FILE_BYTES = 8 * MAX_PIXELS  # 16-bit RGBA of that many pixels, not compressed
+MAX_PIXELS = 178_956_970  # Pillow's own limit: 512 MiB of RGB
+MAX_FILE_BYTES = 8 * MAX_PIXELS  # uncompressed 16-bit RGBA of that many pixels
 HEAD_BYTES = 16_384
 
 _ORIENTATION_TAG = 0x0112
@@ -56,7 +56,7 @@ _TRANSPOSE = {
 
 
 class _JpegFile(JpegImageFile):
-    """A JPEG whose EXIF is left to `exif_orientation` (the resolution, all Pillow wants, is not used)."""
+    """A JPEG whose EXIF only `exif_orientation` reads (Pillow wants the resolution, which is not used)."""
 
     def getexif(self) -> Image.Exif:
         return Image.Exif()
@@ -76,12 +76,7 @@ _WITHOUT_METADATA: dict[type[ImageFile], Callable[[bytes], bytes]] = {
     PngImageFile: png_without_metadata,
     TiffImageFile: tiff_without_metadata,
 }
-_PROBED_BY_HEAD = (
-    _JpegFile,
-    PngImageFile,
-    GifImageFile,
-    BmpImageFile,
-)  # the others may keep what we need behind the pixels
+_PROBED_BY_HEAD = (_JpegFile, PngImageFile, GifImageFile, BmpImageFile)  # others may store sizes after pixels
 
 
 def probe_size(head: bytes, nbytes: int, read_all: Callable[[], bytes]) -> tuple[int, int]:
@@ -113,11 +108,11 @@ def decode_image(data: bytes) -> Image.Image:
         rgb = _to_rgb(image)
     except ImageDecodeError:
         raise
-    except Exception as error:  # Pillow's decoders raise nearly any type for damaged data
+    except Exception as error:  # Pillow's decoders raise almost any type for damaged data
         raise ImageDecodeError(f"the pixels cannot be decoded: {_describe(error)}") from error
     if orientation in _TRANSPOSE:
         rgb = rgb.transpose(_TRANSPOSE[orientation])
-    rgb.info = {}  # the orientation is spent: whoever looks for it must not turn the image again
+    rgb.info = {}  # nobody shall apply the orientation a second time
     return rgb
 
 
@@ -183,7 +178,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), rgba).convert("RGB")
     if image.mode == "CMYK" and image.format == "JPEG" and "adobe" not in image.info:
-        image = ImageChops.invert(image)  # Pillow takes every CMYK JPEG for Adobe's, and inverts it
+        image = ImageChops.invert(image)  # Pillow inverts every CMYK JPEG, as if it were Adobe's
     return image.convert("RGB")
 
 

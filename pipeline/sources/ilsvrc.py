@@ -16,7 +16,7 @@ from teachercache.pipeline.sources.tar import TarSource, read_range, tar_members
 
 
 class _ClassTar(NamedTuple):
-    """A member of the outer tar, in bytes [start, end): mostly a class, or what is wrong there."""
+    """A member of the outer tar, in bytes [start, end): usually a class, else a `problem`."""
 
     path: str
     name: str
@@ -28,7 +28,7 @@ class _ClassTar(NamedTuple):
 class ILSVRCSource(TarSource):
     """Images stay where they are, two tars deep, and are read by byte range.
 
-    The key is the name of the image, such as `n01440764_10026`, the label its class, `n01440764`.
+    The key is the name of the image, such as `n01440764_10026`; the label is its class, `n01440764`.
     """
 
     kind = "ilsvrc"
@@ -43,7 +43,7 @@ class ILSVRCSource(TarSource):
                             f"{path} is not a tar of class tars.",
                             got=f"an image in it, {printable(member.name)}",
                             expected="one tar for each class, as in ILSVRC2012_img_train.tar",
-                            do="give the path of that tar alone, or kind: webdataset for a flat one",
+                            do="give the path of that tar alone, or set kind: webdataset for a flat one",
                         )
                     if member.problem is None or is_class_tar(member.name):
                         yield _ClassTar(path, member.name, member.offset, end, None)

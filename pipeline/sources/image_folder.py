@@ -25,7 +25,7 @@ Files = list[tuple[str, int]]
 class ImageFolderSource(Source):
     """Images below a folder, by suffix in any case; hidden files and folders (.name) are left out.
 
-    The key is the path without its suffix (with it, where two files differ in nothing else), the label
+    The key is the path without its suffix (with it, where two files differ in nothing else); the label is
     the name of the folder that holds the file.
     """
 

@@ -1,7 +1,7 @@
-"""Sample keys: which names may be one, and what happens when two samples have the same.
+"""Sample keys: which names can be keys, and what happens when two samples share one.
 
 Names inside tars are data from strangers. A name that could leave a folder, break a line or not be
-written at all never becomes a path or a usable key: its sample is kept out by `status`.
+written at all never becomes a path or a usable key: its `status` excludes the sample.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ def name_problem(name: str) -> str | None:
 
 
 def printable(name: str) -> str:
-    """`name` in printable ASCII, shortened: for the rows of samples that are kept out."""
+    """`name` in printable ASCII, shortened: for the rows of excluded samples."""
     return name[:_SHOWN_CHARACTERS].encode("unicode_escape").decode("ascii")
 
 
 def with_unique_keys(table: pa.Table) -> pa.Table:
-    """`table` with every key occurring once; its column `qualified_key` is used up.
+    """`table` with unique keys, and without its column `qualified_key`.
 
-    Samples that share a key take their qualified one (with suffix or container), all of them, so
-    that no listing order decides who keeps the short name. Where even that is shared (one name
-    twice in one tar) the first in the tar has it, and the later ones are kept out by `status`, under
-    the key and their offset. `table` must come in the order (path, offset).
+    All samples that share a key take their qualified one (with suffix or container), so that the
+    listing order does not decide which keeps the short name. Where they share even that (one name
+    twice in one tar), the first in the tar has it; a `status` excludes the later ones, whose key gets
+    their offset. `table` must come in the order (path, offset).
     """
     table = table.combine_chunks()
     keys, status = table["key"], table["status"]

@@ -1,8 +1,8 @@
-"""Encoded images without their metadata, byte by byte as they are in all that decides pixels.
+"""Strip the metadata from encoded images; all bytes that decide pixels stay the same.
 
-Metadata is ignored, so it must not cost an image: Pillow refuses one for long texts, odd profiles and wrong
-checksums of them, and warns about damaged tags, which is an exception wherever warnings are errors. Those
-limits are process-wide; what never reaches Pillow needs none. What cannot be followed is left as it is.
+Metadata is ignored, so it must not make an image unreadable: Pillow refuses images with long texts, odd
+profiles or wrong checksums of these, and warns about damaged tags, which raises where warnings are errors.
+Its limits are process-wide; bytes that never reach it need none. A file that cannot be parsed is unchanged.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ _SHORTEST_SEGMENT = 11  # with a JFIF or Adobe version
 _COMMENT, _SCAN = 0xFE, 0xDA
 _ANCILLARY = 0x20  # the bit of a chunk's first letter: no decoder needs to know it
 
-# Of TIFF 6.0 and libtiff: what says how pixels are stored, compressed, coloured and turned. Dates, texts,
-# resolutions, profiles, GeoTIFF and the directories of EXIF and GPS are left.
+# Tags of TIFF 6.0 and libtiff that say how pixels are stored, compressed, coloured and turned; not dates,
+# texts, resolutions, profiles, GeoTIFF and the directories of EXIF and GPS.
 _TIFF_READ = {256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 284, 292, 293, 317, 320, 322, 323, 324}
 _TIFF_READ |= {325, 332, 334, 338, 339, 347, *range(512, 522), 529, 530, 531, 532}
 
@@ -24,7 +24,7 @@ _TIFF_ORIENTATIONS = {(274, 3, 1), (274, 4, 1)}  # tag, type (SHORT or LONG) and
 
 
 def jpeg_without_metadata(data: bytes) -> bytes:
-    """Up to the first scan, only segments that a decoder uses, and those of EXIF."""
+    """Drop segments before the first scan, except those that a decoder uses and EXIF."""
     kept, kept_to, start = [], 0, 2
     while start < len(data) - 3:
         marker = data[start + 1]
@@ -49,7 +49,7 @@ def jpeg_without_metadata(data: bytes) -> bytes:
 
 
 def png_without_metadata(data: bytes) -> bytes:
-    """The critical chunks, the transparency, and a sound eXIf before the pixels; no animation."""
+    """Keep the critical chunks, the transparency, and a sound eXIf before the pixels; no animation."""
     view, kept, start, at_pixels = memoryview(data), [memoryview(data)[:8]], 8, False
     while start < len(data):
         nbytes, kind = int.from_bytes(data[start : start + 4], "big"), data[start + 4 : start + 8]
@@ -69,7 +69,7 @@ def _is_sound(chunk: memoryview) -> bool:
 
 
 def tiff_without_metadata(data: bytes) -> bytes:
-    """The first directory alone, in its place, with the tags that decide pixels."""
+    """Keep only the first directory, in its place, with the tags that decide pixels."""
     order = "<" if data.startswith(b"II") else ">"
     try:
         (start,) = struct.unpack_from(order + "I", data, 4)

@@ -1,7 +1,7 @@
 """Parquet files in the Hub's image layout, such as `ILSVRC/imagenet-1k`.
 
-Column `image` is struct{bytes, path}, of which `path` is not read; column `label`, if there is one,
-holds integers or names.
+Column `image` is struct{bytes, path}, whose `path` is not read; the optional column `label` holds integers
+or names.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _FOOTERS_KEPT = 4096
 
 
 class _RowGroup(NamedTuple):
-    """Rows [first_row, first_row + num_rows) of a file, or what is wrong with the file."""
+    """Rows [first_row, first_row + num_rows) of a file, or the file's `problem`."""
 
     path: str
     group: int
@@ -39,12 +39,12 @@ class _RowGroup(NamedTuple):
 
 
 class ParquetSource(Source):
-    """A Parquet file, or those of a folder or pattern (as `data/train-*.parquet`).
+    """A Parquet file, or those of a folder or pattern (such as `data/train-*.parquet`).
 
     The key is `<file without suffix>/<row>`, never a name from `image.path`, so that samples, which are
-    sorted by key, keep the order of the rows. A row is read by its number: its whole row group is
-    decoded, and the last few are kept, so that reading in the order of the file is cheap and any other
-    is not. The Hub's imagenet-1k is shuffled: sorted by `image.path`, each image would cost a row group.
+    sorted by key, keep the order of the rows. To read a row, its whole row group is decoded, and the last
+    few groups are kept: reading in the order of the file is cheap, any other order is not. The Hub's
+    imagenet-1k is shuffled: sorted by `image.path`, each image would cost a row group.
     """
 
     kind = "parquet"
@@ -137,7 +137,7 @@ def _check_layout(path: str, schema: pa.Schema) -> None:
     raise SourceError(
         f"{path} is not in the Hub's image layout.",
         got=", ".join(f"{field.name}: {field.type}" for field in schema),
-        expected="a column image: struct<bytes: binary, …>, and maybe a column label",
+        expected="a column image: struct<bytes: binary, …>, and optionally a column label",
         do="save it with `datasets` and a column of type Image(), or choose other files with a pattern",
     )
 
@@ -175,12 +175,12 @@ def _first_rows(url: str, path: str) -> np.ndarray:
 
 @lru_cache(_ROW_GROUPS_KEPT)
 def _row_group(url: str, path: str, group: int) -> pa.ChunkedArray:
-    """The encoded images of a row group. Kept per process, so that a source itself holds no state."""
+    """The encoded images of a row group, cached per process, so that a source itself holds no state."""
     with _open(url, path) as file:
         return pa.chunked_array([_images(batch) for batch in _batches(file, group, ["image.bytes"])])
 
 
-# Threads that come to a new row group together decode it once. Groups share a lock, so that there are few.
+# Threads that reach a new row group together decode it once. Groups share locks, so that there are few.
 _LOCKS = [Lock() for _ in range(16)]
 
 
@@ -188,11 +188,11 @@ def _renew_locks() -> None:
     _LOCKS[:] = [Lock() for _ in _LOCKS]
 
 
-os.register_at_fork(after_in_child=_renew_locks)  # whoever held one is not in the child to release it
+os.register_at_fork(after_in_child=_renew_locks)  # the thread that holds one does not exist in the child
 
 
 def _is_system_error(error: Exception) -> bool:
-    """Whether the disk or the network failed, rather than what the file holds."""
+    """Whether the disk or the network failed, rather than the file's content."""
     return getattr(error, "errno", None) is not None
 
 

@@ -1,4 +1,4 @@
-"""Where images lie: a location taken apart into a folder and the files of it that are meant."""
+"""Where images lie: a location, split into a folder and a selection of its files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Place:
     """A folder (everything below it), one file, or the files that match a pattern such as `train-*.tar`.
 
     `storage` is the folder that sample paths are relative to: the folder itself, the one that holds
-    the file, or what stands before the first part of a location with `*`, `?` or `[`.
+    the file, or the part of a location before the first component with `*`, `?` or `[`.
     `**` matches folders of any depth.
     """
 
@@ -46,7 +46,7 @@ class Place:
             is_folder, is_file = retrying(partial(_is_folder_or_file, filesystem, path), text)
         except TeacherCacheError:
             raise
-        except Exception as error:  # every object store has its own, for hosts, buckets and credentials
+        except Exception as error:  # every object store has its own errors for hosts, buckets and credentials
             raise SourceError(
                 "This place cannot be opened.",
                 got=f"{text}: {type(error).__name__}: {error}",
@@ -73,7 +73,7 @@ class Place:
 
     @staticmethod
     def root(location: str, paths: Iterable[str]) -> str:
-        """The folder that samples' `paths` are relative to, told by names alone: nothing need be there."""
+        """The folder that samples' `paths` are relative to, from names alone: nothing need exist there."""
         folder, _, name = location.rpartition("/")
         if magic := _MAGIC.search(location):
             return location[: magic.start()].rpartition("/")[0] or "/"
@@ -84,7 +84,7 @@ class Place:
         return isinstance(self.storage, LocalStorage)
 
     def files(self) -> Iterator[tuple[str, int]]:
-        """(path relative to `storage`, bytes) of every file that is meant, in one order everywhere."""
+        """(path relative to `storage`, bytes) of every selected file, in the same order on every system."""
         if self.selection is None:
             yield from self.storage.walk()
         elif (nbytes := self.storage.size(self.selection)) is not None:
@@ -104,11 +104,11 @@ class Place:
 
 
 def _is_folder_or_file(filesystem: Any, path: str) -> tuple[bool, bool]:
-    """`isdir` and `isfile` would say no where a store does not answer."""
+    """Raises where a store does not answer; `isdir` and `isfile` would return False."""
     try:
         kind = filesystem.info(path)["type"]
     except (FileNotFoundError, NotADirectoryError):
         return False, False
-    if kind == "file" and "http" in filesystem.protocol:  # there every page is one, a listing too
+    if kind == "file" and "http" in filesystem.protocol:  # over HTTP every page is a file, even a listing
         return filesystem.isdir(path), True
     return kind == "directory", kind == "file"

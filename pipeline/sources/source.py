@@ -1,4 +1,4 @@
-"""What every source gives: a sample table, and random access to the encoded images it lists."""
+"""What every source offers: a sample table, and random access to the encoded images in it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ IMAGE_SUFFIXES = (*PHOTO_SUFFIXES, ".apng", ".gif", ".bmp", ".tif", ".tiff")  # 
 
 _UNIT_SCHEMA = SAMPLE_SCHEMA.append(pa.field("qualified_key", pa.string()))
 
-_SECONDS_ALONE = 2.0  # what starting processes costs
+_SECONDS_ALONE = 2.0  # the cost of starting processes
 _REMOTE_THREADS = 32
 _UNITS_AHEAD_PER_WORKER = 4
 _NAMES_LOOKED_AT = 10_000
@@ -57,11 +57,11 @@ class Source(ABC):
         """The rows of one unit, `SampleRows.table()`. Runs in another process or thread."""
 
     def _names(self) -> Iterator[str]:
-        """The names in which images are looked for, to say what was found when none is one."""
+        """The names among which images are sought, for the error when there are none."""
         return (name for name, _ in self.place.files())
 
     def _other_files(self) -> Iterable[str]:
-        """What a scan leaves out before it comes to units, a kind for each file."""
+        """The kind of each file that a scan leaves out before it reaches units."""
         return ()
 
     def listing(self) -> str:
@@ -79,10 +79,10 @@ class Source(ABC):
     ) -> pa.Table:
         """The table of all samples, `SAMPLE_SCHEMA`, sorted by key (which is unique).
 
-        Every image that is there has a row; what cannot be used (an unreadable header, an unsafe name,
-        the place where a tar is cut) has a `status` that says why. `progress` is called with the number
-        of rows since its last call. Local files are read by `workers` processes, remote ones by threads.
-        `left_out` counts, by kind, what is no image and belongs to none (`left_out_line` says it in words).
+        Every image has a row; one that cannot be used (an unreadable header, an unsafe name, the place
+        where a tar is cut) has a `status` that says why. `progress` is called with the number of rows
+        since its last call. `workers` processes read local files, threads read remote ones. `left_out`
+        counts, by kind, files that neither are nor describe images (`left_out_line` formats it).
         Raises `EmptySourceError`, `SourceNotFoundError`, `SourceError`.
         """
         tables = []
@@ -101,14 +101,14 @@ class Source(ABC):
                 "A source cannot be read.",
                 got=str(error),
                 expected=f"files under {self.location} that stay there and may be read",
-                do="mend the permissions or the mount, and run the same command again",
+                do="fix the permissions or the mount, and run the same command again",
             ) from error
         except BrokenProcessPool as error:
             raise SourceError(
                 "A process that was scanning images died.",
                 got=f"{workers} workers",
                 expected="memory for each, and code in a script file, below `if __name__ == '__main__'`",
-                do="scan with fewer workers; with one, no process is started",
+                do="scan with fewer workers; one worker starts no process",
             ) from error
         samples = pa.concat_tables([_UNIT_SCHEMA.empty_table(), *tables])
         if not pc.any(pc.equal(samples["status"], OK)).as_py():
@@ -118,7 +118,7 @@ class Source(ABC):
     def read(self, path: str, offset: int, nbytes: int) -> bytes:
         """The encoded image that a row of the sample table locates.
 
-        Raises `SourceNotFoundError` when the file is gone, `ImageDecodeError` when it was shortened.
+        Raises `SourceNotFoundError` when the file is gone, `ImageDecodeError` when it was truncated.
         """
         try:
             data = self.place.storage.read_range(path, offset, nbytes)
@@ -138,7 +138,7 @@ class Source(ABC):
             else:
                 return
             pool = ProcessPoolExecutor(workers, get_context("spawn"))  # fork copies locks of other threads
-        else:  # this is waiting, not work; and a process would see no memory:// files
+        else:  # reading is waiting, not work; and a process would not see memory:// files
             workers = _REMOTE_THREADS
             pool = ThreadPoolExecutor(workers)
         with pool:
@@ -157,8 +157,8 @@ class Source(ABC):
 
     def _unchanged(self, data: bytes | None, path: str, nbytes: int) -> bytes:
         if data is None or len(data) != nbytes:
-            found = "nothing" if data is None else f"{len(data):,} bytes"
-            raise ImageDecodeError(f"{path} changed since it was scanned: {found} instead of {nbytes:,}")
+            length = "nothing" if data is None else f"{len(data):,} bytes"
+            raise ImageDecodeError(f"{path} changed since it was scanned: {length} instead of {nbytes:,}")
         return data
 
     def _gone(self, path: str) -> SourceNotFoundError:
@@ -166,7 +166,7 @@ class Source(ABC):
             f"{path} is gone.",
             got=f"no such file under {self.location}",
             expected="the images that the cache was built from",
-            do="check the mount, or name the new place of the images",
+            do="check the mount, or name the images' new place",
         )
 
     def _empty(self, samples: pa.Table) -> EmptySourceError:
@@ -176,14 +176,14 @@ class Source(ABC):
                 f"None of the {samples.num_rows:,} images can be read.",
                 got=f"{key} in {path}: {status}",
                 expected="at least one JPEG, PNG, WebP, GIF, BMP or TIFF image",
-                do="open some of them with an image viewer",
+                do="try to open some of them with an image viewer",
             )
         names = list(islice(self._names(), _NAMES_LOOKED_AT))
         return no_image_error(self.location, names, f"no image for a source of kind {self.kind}")
 
 
 class SampleRows:
-    """Collects the rows of one unit, and counts what it leaves out by kind."""
+    """Collects the rows of one unit, and counts what it leaves out, by kind."""
 
     def __init__(self) -> None:
         self.left_out = Counter[str]()
@@ -216,20 +216,20 @@ class SampleRows:
         self._append(key, path, offset, nbytes, *size, label, status, _hash(head), qualified_key)
 
     def reject(self, path: str, offset: int, nbytes: int, status: str, name: str = "") -> None:
-        """A place in a file that holds no usable image, named by `name` or else by the place."""
+        """A place in a file without a usable image; its key is `name`, or else the place."""
         key = (printable(name) if name_problem(name) else name) or f"{path}#{offset}"
         self._append(key, path, offset, nbytes, 0, 0, None, status, _hash(b""), key)
 
     def label(self, labels: Mapping[str, str | None]) -> int:
-        """Give images without a label those of `labels`, by key; returns how many `labels` have an image."""
-        keys, known = self._columns["key"], self._columns["label"]
-        known[:] = [
-            labels.get(key) if label is None else label for key, label in zip(keys, known, strict=True)
+        """Label images without a label from `labels`, by key; returns how many `labels` have an image."""
+        keys, column = self._columns["key"], self._columns["label"]
+        column[:] = [
+            labels.get(key) if label is None else label for key, label in zip(keys, column, strict=True)
         ]
         return len(labels.keys() & set(keys))
 
     def table(self) -> pa.Table:
-        left_out = {_LEFT_OUT: json.dumps(found)} if (found := +self.left_out) else None
+        left_out = {_LEFT_OUT: json.dumps(counts)} if (counts := +self.left_out) else None
         return pa.table(self._columns, schema=_UNIT_SCHEMA.with_metadata(left_out))
 
     def _append(self, *values: object) -> None:
@@ -238,7 +238,7 @@ class SampleRows:
 
 
 def is_image_name(name: str) -> bool:
-    """By its suffix; macOS leaves a hidden `._a.jpg` beside `a.jpg`, and that is none."""
+    """Decides by the suffix; the hidden `._a.jpg` that macOS puts next to `a.jpg` is not an image."""
     return splitext(name)[1].lower() in IMAGE_SUFFIXES and not basename(name).startswith(".")
 
 
@@ -247,7 +247,7 @@ def kind_of(name: str) -> str:
 
 
 def left_out_line(num_images: int, left_out: Counter[str]) -> str | None:
-    """What a scan counted, in one line; None where nothing was left out."""
+    """One line about what a scan left out; None where it left out nothing."""
     if not left_out:
         return None
     named = left_out.most_common(_KINDS_NAMED)
@@ -263,10 +263,10 @@ def _is_container(path: str, suffix: str) -> bool:
 
 def no_image_error(location: str, names: Iterable[str], problem: str) -> EmptySourceError:
     suffixes = Counter(splitext(name)[1].lower() or "no suffix" for name in names)
-    found = ", ".join(f"{count:,} × {suffix}" for suffix, count in suffixes.most_common(5))
+    counts = ", ".join(f"{count:,} × {suffix}" for suffix, count in suffixes.most_common(5))
     return EmptySourceError(
         f"There is {problem}.",
-        got=f"{location} with {found or 'no file at all'}",
+        got=f"{location} with {counts or 'no file at all'}",
         expected=f"names that end in {', '.join(IMAGE_SUFFIXES)}, in any case: files, or members of tars",
         do="check the path; convert other formats first",
     )

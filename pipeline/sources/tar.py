@@ -26,7 +26,7 @@ class TarMember(NamedTuple):
 
 
 class _Link(NamedTuple):
-    """A link with its header at `offset`. A hard one leads to the last file of that name before it."""
+    """A link with its header at `offset`. A hard link leads to the last file of that name before it."""
 
     name: str
     offset: int
@@ -35,7 +35,7 @@ class _Link(NamedTuple):
 
 
 class _Header(tarfile.TarInfo):
-    """A header of which, in the plain case, only type, name and size are parsed: twice as fast a scan."""
+    """A header that, in the plain case, parses only type, name and size, which makes scans twice as fast."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
@@ -56,12 +56,12 @@ def tar_members(
 ) -> Iterator[TarMember]:
     """The regular files of the tar that lies in bytes [start, end) of `file`, lazily, in order.
 
-    A link to one of them is a member at the place of its header, with the bytes of the other. Links that
-    lead to no file of the tar, and sparse files, are counted in `left_out`. A tar with links is read twice.
+    A link to a file in the tar gives a member at the link's position, with the bytes of the file. `left_out`
+    counts sparse files and links that lead to no file in the tar. A tar with links is read twice.
 
     A tar that is cut or damaged gives all members before the damage, and then the damage itself: the
     last item has a `problem` (and the name of the member that was cut, if it had one). A tar without
-    the zero block that ends every tar counts as cut. `file` may be read from between two items.
+    the zero block that ends every tar counts as cut. The caller may read from `file` between items.
     """
     entries: dict[str, list[TarMember | _Link]] = {}
     for entry in _entries(file, start, end, left_out):
@@ -73,14 +73,14 @@ def tar_members(
                 entries.setdefault(other.name, []).append(other)
         if entry.is_hard and entry.target == entry.name:
             continue  # GNU tar's second mention of one file
-        if (found := _follow(entry, entries)) is not None:
-            yield TarMember(entry.name, found.offset, found.nbytes)
+        if (target := _follow(entry, entries)) is not None:
+            yield TarMember(entry.name, target.offset, target.nbytes)
         elif left_out is not None:
             left_out["link that leads to no file"] += 1
 
 
 def _follow(entry: TarMember | _Link, entries: dict[str, list[TarMember | _Link]]) -> TarMember | None:
-    """The file that a link leads to, over other links."""
+    """The file that a link leads to, possibly through other links."""
     for _ in range(_LONGEST_CHAIN):
         if isinstance(entry, TarMember):
             return entry if entry.problem is None else None

@@ -36,14 +36,14 @@ class _Field(NamedTuple):
 class WebDatasetSource(TarSource):
     """A tar, or the tars of a folder or pattern. Members are read by byte range, never extracted.
 
-    As webdataset has it, a member's key ends and its field begins at the first dot of its base name, and
-    the members of one sample lie together: beside `a.jpg`, `a.seg.png` is the field `seg.png` of sample
-    `a`, and so is a `tif` beside a `jpg`. Only in a sample without a plain image field are members such as
-    `a.1.jpg` images, named without suffix.
-    The label is the text of `cls`, or else `label` in `json`: of the member named as the image but for its
-    suffix, wherever in the tar that is, or else of the sample. A key that occurs in several tars becomes
-    `<tar without suffix>/<key>` in each; of those in one tar, the first sample has it so, and the
-    later ones get the status "duplicate key" under `<tar without suffix>/<key>#<offset>`.
+    As in webdataset, a member's key ends and its field begins at the first dot of its base name, and the
+    members of one sample are adjacent: next to `a.jpg`, `a.seg.png` is the field `seg.png` of sample `a`,
+    and so is a `tif` next to a `jpg`. Members such as `a.1.jpg` are images, named without suffix, only in a
+    sample without a plain image field.
+    The label is the text of `cls`, or else `label` in `json`: from the member with the image's name and
+    another suffix, anywhere in the tar, or else from the sample. A key that occurs in several tars becomes
+    `<tar without suffix>/<key>` in each; within one tar, the first sample keeps that key, and later
+    ones get the status "duplicate key" under `<tar without suffix>/<key>#<offset>`.
     """
 
     kind = "webdataset"
@@ -53,7 +53,7 @@ class WebDatasetSource(TarSource):
 
     def _scan_unit(self, unit: tuple[str, int]) -> pa.Table:
         path, tar_nbytes = unit
-        rows, apart = SampleRows(), dict[str, str | None]()
+        rows, stray_labels = SampleRows(), dict[str, str | None]()
         with self.place.storage.open_read(path) as file:
             members = tar_members(file, 0, tar_nbytes, rows.left_out)
             for key, group in groupby(_fields(members, rows), attrgetter("key")):
@@ -66,7 +66,7 @@ class WebDatasetSource(TarSource):
                     read_first = partial(read_range, file, offset)
                     rows.add(own_key, qualified_key, path, offset, nbytes, label, read_first)
                 named = {key, *(splitext(image.name)[0] for image in images)} if images else set()
-                apart |= {name: label for name, label in labels.items() if label and name not in named}
+                stray_labels |= {n: label for n, label in labels.items() if label and n not in named}
                 rows.left_out["unreadable label"] += list(labels.values()).count(None)
                 for _, field, member in sample:
                     name, offset, nbytes, problem = member
@@ -76,12 +76,12 @@ class WebDatasetSource(TarSource):
                         rows.left_out[printable(f".{field}") + " beside an image"] += 1
                     elif not images and splitext(name)[0] not in labels:
                         rows.left_out[kind_of(name)] += 1
-        rows.left_out["label without an image"] += len(apart) - rows.label(apart)
+        rows.left_out["label without an image"] += len(stray_labels) - rows.label(stray_labels)
         return rows.table()
 
 
 def _fields(members: Iterable[TarMember], rows: SampleRows) -> Iterator[_Field]:
-    """All but the names that webdataset passes over: those do not part a sample."""
+    """The fields of all members; names that webdataset ignores do not split a sample."""
     for member in members:
         match = _NAME.fullmatch(member.name)
         if match:
@@ -101,8 +101,8 @@ def _images(sample: list[_Field]) -> list[TarMember]:
 
 
 def _labels(file: IO[bytes], sample: list[_Field]) -> dict[str, str | None]:
-    """The labels of a sample, None where one is unreadable, by the name without suffix of what holds it."""
-    labels, texts = dict[str, str | None](), set[str]()  # a `.cls` counts more than a `.json`, the first most
+    """The labels of a sample, None for unreadable ones, by their member's name without suffix."""
+    labels, texts = dict[str, str | None](), set[str]()  # the first `.cls` wins, else the first `.json`
     for _, _, member in sample:
         name, suffix = splitext(member.name)
         if suffix.lower() not in (".cls", ".json") or member.problem is not None:

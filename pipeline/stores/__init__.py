@@ -1,1 +1,1 @@
-"""Shards of features: how they are written, and who reads them from where they lie."""
+"""Shards of features: how they are written, and how they are read from disks and object stores."""

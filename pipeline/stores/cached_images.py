@@ -1,4 +1,4 @@
-"""The images of a cache, each with its features: from the cache's own copies, or from where they lie."""
+"""The images behind the features: from the cache's own copies, or from the source."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from teachercache.pipeline.stores.image_tar import image_tar_name
 
 
 class CachedImages:
-    """`place`: where the images are, unless as in `cache.json`.
+    """`place`: where the images are now, if not where `cache.json` says.
 
-    With `checksums` a tar of copies is read as a whole before its first image.
+    With `checksums`, a tar of copies is read whole before its first image.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class CachedImages:
 
     @cached_property
     def source(self) -> Source:
-        """Raises `SourceError` where only `cache.json` names a place that is followed by nobody."""
+        """Raises `SourceError` for a place that only `cache.json` names and that is not followed."""
         location = self._spec.dataset.location
         if self._place is None:
             require_followed(location, self._storage.url)
@@ -39,25 +39,25 @@ class CachedImages:
         except SourceNotFoundError as error:
             if self._place is not None:
                 raise
-            raise self._moved() from error
+            raise self._gone() from error
 
     def read(self, sample_index: int) -> bytes:
         """The encoded image. Raises as `FeatureCache.image_bytes`."""
         if self._spec.images != "copy" or self._place is not None:
             return self.read_source(sample_index)
-        # tars are by the shards of first views
+        # a tar has the number of the shard that holds its samples' first views
         shard = int(self._copies.index.rows(sample_index, 0)) // self._spec.rows_per_shard
         first_sample = self._spec.shard_samples(shard)[0]
         offset, nbytes = self._copies.records([shard])[shard].members[sample_index - first_sample]
         if self._checksums:
             self._copies.require_sound(shard)
         data = self._storage.read_range(image_tar_name(shard), offset, nbytes)
-        if data or nbytes:  # a sample that was quarantined has no copy
+        if data or nbytes:  # a quarantined sample has no copy
             self._require_cached(sample_index, data)
         return data
 
     def read_source(self, sample_index: int) -> bytes:
-        """The image as the source holds it, whatever was copied. Raises as `read`."""
+        """The image in the source, even where a copy exists. Raises as `read`."""
         path, offset, nbytes = self._facts(sample_index, "path", "offset", "nbytes")
         source = self.source
         try:
@@ -65,7 +65,7 @@ class CachedImages:
         except SourceNotFoundError as error:
             if self._place is not None:
                 raise
-            raise self._moved(path) from error
+            raise self._gone(path) from error
         self._require_cached(sample_index, data)
         return data
 
@@ -74,22 +74,22 @@ class CachedImages:
         return tuple(samples[name][sample_index].as_py() for name in columns)
 
     def _require_cached(self, sample_index: int, data: bytes) -> None:
-        """Features of one image and pixels of another train without a sign."""
+        """Without this check, features of one image and pixels of another would train silently."""
         key, nbytes, head_hash = self._facts(sample_index, "key", "nbytes", "head_hash")
         if (len(data), xxhash.xxh3_64_intdigest(data[:HEAD_BYTES])) != (nbytes, head_hash):
             raise CacheMismatchError(
                 f"The image of sample {key} has changed since the cache was planned.",
                 got=f"another image of {len(data):,} bytes",
                 expected=f"the image of {nbytes:,} bytes that {SAMPLES_NAME} describes",
-                do="bring the images back as they were, name the place where they are (images=…), "
+                do="restore the images as they were, name the place where they are (images=…), "
                 "or build a new cache",
             )
 
-    def _moved(self, path: str = "") -> SourceNotFoundError:
-        """Only `cache.json` said where the images are; this says how to name another place."""
+    def _gone(self, path: str = "") -> SourceNotFoundError:
+        """Only `cache.json` names the images' place; this error says how to name another."""
         location = self._spec.dataset.location
         return SourceNotFoundError(
-            "The images are not where the cache was built from them.",
+            "The images are no longer where they were when the cache was built.",
             got=f"no {path} in {location}" if path else f"nothing at {location}",
             expected="the images that the cache was built from",
             do=f"check the mount, or name their new place: {NAME_IMAGES}",

@@ -1,8 +1,8 @@
-"""Shards on a local disk, read straight into the caller's memory, without zarr between.
+"""Shards on a local disk, read straight into the caller's memory, without zarr.
 
-A row is one `pread` at the place that the shard's index states. That is as fast as copying out of a
-mapped file, and a file that is cut while it is open is an error instead of a SIGBUS. A shard's index is
-checked once, when the shard is opened; the rows' own checksums only on request.
+A row takes one `pread` at the offset in the shard's index. That is as fast as copying from a mapped file,
+and a file that is truncated while open gives an error instead of a SIGBUS. A shard's index is checked once,
+when the shard is opened; the rows' own checksums only on request.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from teachercache.pipeline.stores.shard_format import (
 )
 from teachercache.pipeline.stores.zarr_store import Ints, ZarrStore, shard_file
 
-OPEN_SHARDS = 256  # file descriptors; a shuffling window of 16 shards of three teachers needs some 150
+OPEN_SHARDS = 256  # file descriptors; a shuffling window of 16 shards of three teachers needs about 150
 
 
 class ShardFile:
     """An open shard whose chunks are `row_nbytes` long. Threads and forked processes may share it: reads
-    name their place, so there is no file position to fight over.
+    state their offset, so they share no file position.
 
-    Its file is closed when nobody holds it any more, so a shard that is pushed out of the set of open ones
-    while it is read stays open until then.
+    Its file is closed when the last reference is gone, so a shard that drops out of the set of open ones
+    during a read stays open until the read ends.
     """
 
     def __init__(self, storage: LocalStorage, name: str, num_rows: int, row_nbytes: int) -> None:
@@ -53,7 +53,7 @@ class ShardFile:
         self._starts: list[int] = index[:, 0].tolist()
 
     def read(self, place: int, out: memoryview, verify: bool) -> None:
-        """Fill `out` with the row at `place`. Raises `ValueError` where it cannot be had."""
+        """Fill `out` with the row at `place`. Raises `ValueError` if it is absent or damaged."""
         start = self._starts[place]
         if start == ABSENT:
             raise ValueError(f"{self._name} holds no row {place}")
@@ -67,7 +67,7 @@ class ShardFile:
 
 
 class DirectStore(ZarrStore):
-    """`ZarrStore` for local disks. Arrays that others have compressed or chunked anew go through zarr.
+    """`ZarrStore` for local disks. Arrays that others have recompressed or rechunked go through zarr.
 
     `checksums` verifies every row that is read (zarr always does).
     """
@@ -86,7 +86,7 @@ class DirectStore(ZarrStore):
             retrying(
                 partial(self._read_row, file, self.spec.rows_per_shard, place, chunk),
                 f"{self.storage.url}/{file}",
-                again=self._open.cache_clear,  # a descriptor that went stale stays so
+                again=self._open.cache_clear,  # a stale descriptor stays stale
             )
 
     def _read_row(self, file: str, num_rows: int, place: int, out: memoryview) -> None:

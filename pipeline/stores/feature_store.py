@@ -1,4 +1,4 @@
-"""What every feature store keeps: whole shards written once by one writer, rows read in any order."""
+"""What every feature store promises: one writer writes whole shards once; rows are read in any order."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from teachercache.pipeline.codecs import ArrayLayout, get_codec
 from teachercache.pipeline.errors import CorruptShardError
 from teachercache.pipeline.places.storage import Storage
+from teachercache.pipeline.records.array_layout import ArrayLayout
 from teachercache.pipeline.records.spec import CacheSpec, TeacherSpec
 from teachercache.pipeline.stores.new_files import NewFiles
 
@@ -24,10 +23,13 @@ NORMS = "norms"
 
 def teacher_layouts(teacher: TeacherSpec) -> dict[str, ArrayLayout]:
     """Every array of a teacher: those of its codec, ‖t‖ for the adjoint grid, token features on request."""
+    from teachercache.pipeline.codecs import get_codec  # with torch, which takes longer than a look at a row
+
     codec = get_codec(teacher.codec)
     layouts = codec.layout(teacher.num_levels, teacher.stored_grid, teacher.width)
     if teacher.grid.kind == "adjoint":
-        layouts[NORMS] = ArrayLayout((teacher.num_levels,), torch.float32, ("level",), {"of": "native map"})
+        attributes = {"of": "native map"}
+        layouts[NORMS] = ArrayLayout((teacher.num_levels,), np.dtype("float32"), ("level",), attributes)
     if teacher.cls_token:
         layouts[CLS_TOKEN] = ArrayLayout(
             (teacher.num_levels, teacher.width), codec.token_dtype, ("level", "channel"), {}
@@ -35,10 +37,6 @@ def teacher_layouts(teacher: TeacherSpec) -> dict[str, ArrayLayout]:
     if teacher.global_width:
         layouts[GLOBAL_FEATURE] = ArrayLayout((teacher.global_width,), codec.token_dtype, ("channel",), {})
     return layouts
-
-
-def numpy_dtype(layout: ArrayLayout) -> np.dtype:
-    return np.dtype(str(layout.dtype).removeprefix("torch.")).newbyteorder("<")
 
 
 def unreadable(storage: Storage, what: str, error: Exception) -> CorruptShardError:
@@ -50,39 +48,44 @@ def unreadable(storage: Storage, what: str, error: Exception) -> CorruptShardErr
     )
 
 
-def feature_arrays(teacher: TeacherSpec) -> list[str]:
-    """The arrays that make up the features: all but the token features."""
-    return [name for name in teacher_layouts(teacher) if name not in (CLS_TOKEN, GLOBAL_FEATURE)]
-
-
 class ShardWriter(NewFiles):
     """Takes the rows of one shard in ascending order; rows never written are absent."""
 
     @abstractmethod
     def write(self, offsets: Sequence[int], arrays: Mapping[str, NDArray]) -> None:
-        """Rows at `offsets` within the shard; every array has them first."""
+        """Write rows at `offsets` within the shard; rows are the first axis of every array."""
 
 
 class FeatureStore(ABC):
-    """The rows of every teacher of one cache, as its spec says; one that has grown is opened anew."""
+    """The rows of every teacher of one cache, as its spec says; reopen it after the cache has grown."""
 
     def __init__(self, storage: Storage, spec: CacheSpec) -> None:
         self.storage, self.spec = storage, spec
 
     @abstractmethod
     def layout_files(self, teacher: str) -> dict[str, bytes]:
-        """The files, by name, that describe a teacher's arrays; they follow from the spec."""
+        """The files, by name, that describe a teacher's arrays; the spec determines them."""
 
     @abstractmethod
     def shard_files(self, teacher: str, shard: int) -> list[str]:
-        """The names of a shard's files, in one order for all shards. No file's bytes depend on its name."""
+        """The names of a shard's files, in the same order for all shards; no file depends on its name."""
+
+    def stored_layouts(self, teacher: str) -> dict[str, ArrayLayout]:
+        """Every array of a teacher as its own files describe it. Raises `CorruptShardError`."""
+        try:
+            return self._stored_layouts(teacher)
+        except (FileNotFoundError, ValueError) as error:
+            raise unreadable(self.storage, teacher, error) from error
+
+    @abstractmethod
+    def _stored_layouts(self, teacher: str) -> dict[str, ArrayLayout]: ...
 
     def is_as_written(self, teacher: str) -> bool:
-        """Whether the layout of a teacher's arrays is ours still: others may have compressed them since."""
+        """Whether a teacher's arrays still have our layout: others may have recompressed them."""
         return True
 
     def create(self, teacher: str) -> None:
-        """Lay out a teacher's arrays; where they are, those that the growth of the cache has changed."""
+        """Lay out a teacher's arrays; where they exist, update those that the cache's growth changes."""
         for name, data in self.layout_files(teacher).items():
             if not self.storage.exists(name) or self.storage.read(name) != data:
                 self.storage.write(name, data)
@@ -95,6 +98,6 @@ class FeatureStore(ABC):
     def read(self, teacher: str, rows: NDArray[np.int64], out: Arrays) -> None:
         """Fill the arrays of `out`, by name, with `rows` in that order, rows first.
 
-        `out` is C-contiguous and of the shapes and dtypes of `teacher_layouts`. Raises `CorruptShardError`
-        for files that are not what a shard's are, and for a row that holds nothing.
+        `out` is C-contiguous, with the shapes and dtypes of `teacher_layouts`. Raises `CorruptShardError`
+        for files that are not a sound shard, and for an empty row.
         """

@@ -24,7 +24,7 @@ class ImageTarWriter(NewFiles):
         self.members: list[tuple[int, int]] = []
 
     def add(self, key: str, image: bytes | None) -> None:
-        """The next sample of the shard; None keeps the place of one that cannot be decoded."""
+        """Add the next sample of the shard; None stands for one that cannot be decoded."""
         if image is None:
             self.members.append((0, 0))
             return

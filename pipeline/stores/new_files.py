@@ -1,4 +1,4 @@
-"""Files that are written together, and get their names together."""
+"""Files that are written together and get their names together."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class NewFiles(ABC):
         self._unpublished.__exit__(type(dropped), dropped, None)
 
     def publish(self) -> dict[str, FileRecord]:
-        """End the files and give them their names, under which they appear whole. Returns their records."""
+        """Finish the files and make them appear under their names. Returns their records."""
         self._end()
         self._unpublished.close()
         return {name: FileRecord.of(file) for name, file in self._files.items()}
 
     @abstractmethod
     def _end(self) -> None:
-        """Write what comes behind the last row."""
+        """Write what follows the last row."""

@@ -1,4 +1,4 @@
-"""The store that a cache's shards are read and written with."""
+"""Open the store that reads and writes a cache's shards."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from teachercache.pipeline.stores.zarr_store import ZarrStore
 def open_store(
     storage: Storage, spec: CacheSpec, key: Callable[[int], str], *, direct: bool, checksums: bool
 ) -> FeatureStore:
-    """The store of the cache `spec`. `key` gives a sample's key by its index; else as `FeatureCache.open`."""
+    """The store of the cache `spec`. `key` maps a sample's index to its key; see also `FeatureCache.open`."""
     if spec.store == "webdataset":
         return WebDatasetStore(storage, spec, key)
     if not direct:

@@ -1,7 +1,7 @@
-"""Uncompressed shards on an object store: all rows of a read are asked for at once, one range each.
+"""Uncompressed shards on an object store: a read requests all its rows at once, one range each.
 
 A request takes tens of milliseconds and zarr makes two for each row, one after the other. Here a shard's
-index is fetched once and kept, and what a batch costs is about one request's time.
+index is fetched once and kept, and a batch takes about the time of one request.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from teachercache.pipeline.stores.zarr_store import Ints, ZarrStore, shard_file
 
 
 class RangeStore(ZarrStore):
-    """`ZarrStore` for object stores. Arrays that others have compressed or chunked anew go through zarr.
+    """`ZarrStore` for object stores. Arrays that others have recompressed or rechunked go through zarr.
 
     Every row's checksum is verified, as zarr does.
     """
@@ -26,8 +26,8 @@ class RangeStore(ZarrStore):
         starts = self.chunk_starts(teacher, name, shards, places, values.ndim - 1)
         row_nbytes = values[:1].nbytes
         chunk_nbytes = [row_nbytes + CHECKSUM_NBYTES] * len(files)
-        found = self.storage.read_ranges(files, starts.tolist(), chunk_nbytes)
-        for value, file, place, data in zip(values, files, places.tolist(), found, strict=True):
+        chunks = self.storage.read_ranges(files, starts.tolist(), chunk_nbytes)
+        for value, file, place, data in zip(values, files, places.tolist(), chunks, strict=True):
             row, stored = memoryview(data)[:row_nbytes], data[row_nbytes:]
             if checksum(row) != stored:  # also where bytes are missing
                 raise ValueError(f"{file}: the checksum of row {place} is wrong")

@@ -3,20 +3,24 @@
 Each row's chunk, followed by its crc32c; then the index, a little-endian (offset, nbytes) pair of
 uint64 for each row, 2⁶⁴-1 twice for an absent chunk; then the index's own crc32c.
 
-Between chunks and index we write 16 bytes that no index names, so that no reader sees them: the xxh3-128 of
-all chunks. Two shards that differ anywhere so differ near their end (`Storage.ends`).
+Between chunks and index we write 16 bytes that no index names and no reader sees: the xxh3-128 of all chunks.
+So shards that differ anywhere also differ near their end (`Storage.ends`).
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
+from teachercache.pipeline.records.array_layout import ArrayLayout
+
 ABSENT = 2**64 - 1
 CHECKSUM_NBYTES = 4
 
-Index = NDArray[np.uint64]  # (rows, 2): offset and nbytes, the checksum included
+Index = NDArray[np.uint64]  # (rows, 2): offset, and nbytes with the checksum
 
 
 def checksum(data: bytes | memoryview) -> bytes:
@@ -32,18 +36,23 @@ def index_nbytes(num_rows: int) -> int:
     return empty_index(num_rows).nbytes + CHECKSUM_NBYTES
 
 
-def parse_index(end: bytes, num_rows: int, file_nbytes: int) -> Index:
-    """The index in the last `index_nbytes(num_rows)` bytes of a file.
+def disk_nbytes(layouts: Iterable[ArrayLayout]) -> int:
+    """Bytes that one row takes in these arrays, its checksums and its places in the indexes included."""
+    return sum(layout.row_nbytes + CHECKSUM_NBYTES + empty_index(1).nbytes for layout in layouts)
+
+
+def parse_index(end: bytes, num_rows: int, file_nbytes: int, columns: int = 2) -> Index:
+    """The index in the last bytes of a file, `index_nbytes(num_rows)` of them where it has two columns.
 
     Raises `ValueError` unless its checksum is right and every chunk lies inside the file.
     """
-    if len(end) != index_nbytes(num_rows):
+    if len(end) != 8 * columns * num_rows + CHECKSUM_NBYTES:
         raise ValueError(f"{file_nbytes} bytes are too few for an index of {num_rows} rows")
     table, stored = end[:-CHECKSUM_NBYTES], end[-CHECKSUM_NBYTES:]
     if checksum(table) != stored:
         raise ValueError("the checksum of its index is wrong")
-    index = np.frombuffer(table, "<u8").reshape(num_rows, 2)
-    offset, nbytes = index[(index != ABSENT).any(1)].T
+    index = np.frombuffer(table, "<u8").reshape(num_rows, columns)
+    offset, nbytes = index[(index != ABSENT).any(1)].T[:2]
     limit = np.uint64(file_nbytes - len(end))
     if ((offset > limit) | (nbytes > limit - np.minimum(offset, limit))).any():
         raise ValueError(f"its index names bytes beyond {limit}, where the chunks end")

@@ -1,8 +1,8 @@
-"""The tars that we write, and where the rows of a tar of features are: the member `__index__`, its last.
+"""The tars that we write, and the index of the rows in a tar of features: its last member, `__index__`.
 
 A little-endian (offset, nbytes, crc32c) of uint64 for each row of the shard, zeros for an absent one; then
-the crc32c of all that. `webdataset` passes over members with names of this kind. No torch here: `inspect`
-reads it too.
+the crc32c of all that. `webdataset` skips members with such names. This module does not import torch, since
+`inspect` reads the index too.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from teachercache.pipeline.places.files import ChecksumWriter
 from teachercache.pipeline.places.storage import Storage
-from teachercache.pipeline.stores.shard_format import CHECKSUM_NBYTES, checksum
+from teachercache.pipeline.stores.shard_format import CHECKSUM_NBYTES, checksum, parse_index
 
 INDEX_NAME = "__index__"
 _COLUMNS = 3
@@ -32,8 +32,8 @@ def tar_name(teacher: str, shard: int) -> str:
 def member_key(key: str) -> str:
     """A sample's key as the name of a member: `webdataset` cuts names at the first dot of their last part.
 
-    Dots there are percent-encoded, and so are "%" and two underscores that a key begins with, since
-    `webdataset` passes over members named `__…__`; `urllib.parse.unquote` is the way back.
+    Dots there are percent-encoded, and so are "%" and two underscores at the start of a key, since
+    `webdataset` skips members named `__…__`; `urllib.parse.unquote` is the inverse.
     """
     folder, slash, name = key.rpartition("/")
     member = folder + slash + name.replace("%", "%25").replace(".", "%2E")
@@ -41,9 +41,9 @@ def member_key(key: str) -> str:
 
 
 def add_member(tar: ChecksumWriter, name: str, data: bytes) -> int:
-    """Append a file to a tar; returns where its bytes begin. `TAR_END` comes behind the last one.
+    """Append a file to a tar; returns where its bytes begin. Write `TAR_END` after the last one.
 
-    `tarfile` would seek, and objects of a store are written in one go.
+    `tarfile` would seek, but files on an object store are written in one go.
     """
     header = tarfile.TarInfo(name)
     header.size = len(data)
@@ -71,22 +71,17 @@ def read_index(storage: Storage, name: str, num_rows: int) -> TarIndex:
         raise FileNotFoundError(name)
     start = file_nbytes - len(TAR_END) - nbytes - (-nbytes % tarfile.BLOCKSIZE)
     data = storage.read_range(name, start, nbytes) if start > 0 else b""
-    table, stored = data[:-CHECKSUM_NBYTES], data[-CHECKSUM_NBYTES:]
-    if len(data) != nbytes or checksum(table) != stored:
-        raise ValueError(f"{name} does not end in a sound index of {num_rows} rows")
-    index = np.frombuffer(table, "<u8").reshape(num_rows, _COLUMNS)
-    offset, row_nbytes, _ = index.T
-    limit = np.uint64(start)
-    if ((offset > limit) | (row_nbytes > limit - np.minimum(offset, limit))).any():
-        raise ValueError(f"{name}: its index names bytes beyond {start}, where the rows end")
-    return index
+    try:
+        return parse_index(data, num_rows, start + len(data), _COLUMNS)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def read_rows(
     storage: Storage, names: Sequence[str], indexes: Sequence[TarIndex], places: Sequence[int]
 ) -> list[bytes]:
-    """The safetensors of rows, each of a tar with its index. Raises `ValueError` where one is absent or not
-    what the index states."""
+    """The safetensors of rows, each from a tar with its index. Raises `ValueError` for a row that is absent
+    or differs from what the index states."""
     entries = [index[place].tolist() for index, place in zip(indexes, places, strict=True)]
     for name, place, (_, nbytes, _) in zip(names, places, entries, strict=True):
         if not nbytes:

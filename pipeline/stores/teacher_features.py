@@ -11,13 +11,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from teachercache.pipeline.codecs import ArrayLayout, Codec, Encoded, get_codec
+from teachercache.pipeline.codecs import Codec, Encoded, get_codec, torch_dtype
 from teachercache.pipeline.errors import CacheError, IncompleteCacheError, explain
-from teachercache.pipeline.records.manifest import tables_name
+from teachercache.pipeline.records.array_layout import ArrayLayout
+from teachercache.pipeline.records.manifest import RESTORE_TABLES, tables_name
 from teachercache.pipeline.records.sample_table import SampleTable
 from teachercache.pipeline.records.stats_files import read_tables
 from teachercache.pipeline.stores.committed_shards import CommittedShards
-from teachercache.pipeline.stores.feature_store import feature_arrays, teacher_layouts
+from teachercache.pipeline.stores.feature_store import CLS_TOKEN, GLOBAL_FEATURE, teacher_layouts
 
 
 class TeacherFeatures:
@@ -30,21 +31,21 @@ class TeacherFeatures:
         return self.load_codec()
 
     def load_codec(self) -> Codec:
-        """The codec, its tables read anew. Raises `CacheError` unless they can decode."""
+        """The codec with newly read tables. Raises `CacheError` unless they can decode."""
         teacher, codec = self._teacher, get_codec(self._teacher.codec)
         if codec.needs_tables:
-            tables = read_tables(self._shards.store.storage, self._name, teacher.tables_hash)
+            tables = read_tables(self._shards.manifest, self._name, teacher.tables_hash)
             layouts = codec.layout(teacher.num_levels, teacher.stored_grid, teacher.width)
             try:
-                codec.load_state(tables)  # sound tables decode codes that are all zero to something
+                codec.load_state(tables)  # sound tables can decode codes of zeros
                 Encoded(codec, _tensors(layouts, 1, torch.zeros)).decode()
             except (ArithmeticError, IndexError, RuntimeError, TypeError, ValueError) as error:
                 raise CacheError(
-                    f"{tables_name(self._name)} holds no tables of codec {teacher.codec} "
+                    f"{tables_name(self._name)} does not hold tables of codec {teacher.codec} "
                     f"for teacher {self._name}.",
                     got=f"{type(error).__name__}: {error}",
                     expected="the tables that the features were encoded with",
-                    do="restore it from a copy; the codes cannot be decoded without it",
+                    do=RESTORE_TABLES,
                 ) from error
         return codec
 
@@ -56,7 +57,8 @@ class TeacherFeatures:
     @cached_property
     def feature_layouts(self) -> dict[str, ArrayLayout]:
         """The arrays of the encoded features alone."""
-        return {array: self.layouts[array] for array in feature_arrays(self._teacher)}
+        tokens = (CLS_TOKEN, GLOBAL_FEATURE)
+        return {array: layout for array, layout in self.layouts.items() if array not in tokens}
 
     def buffers(self, num_rows: int, pin_memory: bool) -> Encoded:
         empty = partial(torch.empty, pin_memory=pin_memory)
@@ -72,16 +74,14 @@ class TeacherFeatures:
         readable = self._shards.readable(rows)
         if not readable.all():
             self._refuse(rows, readable)
-        self._shards.require_touched(rows // self._shards.store.spec.rows_per_shard)
         if out is None:
             tensors = _tensors(layouts, len(rows), torch.empty)
         else:
             tensors = {
-                name: _first_rows(out, name, (len(rows), *layout.shape), layout.dtype)
+                name: _first_rows(out, name, (len(rows), *layout.shape), torch_dtype(layout.dtype))
                 for name, layout in layouts.items()
             }
-        values = {name: tensor.numpy() for name, tensor in tensors.items()}
-        self._shards.store.read(self._name, rows, values)
+        self._shards.read(rows, {name: tensor.numpy() for name, tensor in tensors.items()})
         return tensors
 
     def _refuse(self, rows: NDArray[np.int64], readable: NDArray[np.bool_]) -> NoReturn:
@@ -89,14 +89,14 @@ class TeacherFeatures:
         committed = self._shards.mask[shards]
         if not committed.all():
             raise IncompleteCacheError(
-                f"Rows of teacher {self._name} were asked for that are not committed.",
+                f"Some requested rows of teacher {self._name} are not committed.",
                 got=f"shard {', '.join(map(str, np.unique(shards[~committed])[:10]))}",
                 expected="rows of committed shards",
                 do="run the same build command again; it computes only what is missing",
             )
         row = int(rows[~readable].min())
         raise CacheError(
-            f"Row {row} holds nothing: its image could not be decoded.",
+            f"Row {row} is empty: its image could not be decoded.",
             got=f"sample {self._samples.key(int(self._shards.index.locate(row)[0]))}",
             expected="rows of `valid_samples()`",
             do=f"see {self._shards.store.storage.url}/quarantine for the reason",
@@ -106,7 +106,10 @@ class TeacherFeatures:
 def _tensors(
     layouts: Mapping[str, ArrayLayout], num_rows: int, make: Callable[..., Tensor]
 ) -> dict[str, Tensor]:
-    return {name: make((num_rows, *layout.shape), dtype=layout.dtype) for name, layout in layouts.items()}
+    return {
+        name: make((num_rows, *layout.shape), dtype=torch_dtype(layout.dtype))
+        for name, layout in layouts.items()
+    }
 
 
 def _first_rows(
@@ -124,6 +127,6 @@ def _first_rows(
             f"The buffer for {name} does not fit.",
             got="none" if buffer is None else f"{buffer.dtype} {tuple(buffer.shape)} on {buffer.device}",
             expected=f"{dtype} {shape}, contiguous, on the CPU",
-            do="make the buffers with cache.buffers(), for as many rows as are read at once",
+            do="make the buffers with cache.buffers(), for as many rows as you read at once",
         )
     )

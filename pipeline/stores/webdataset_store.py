@@ -1,4 +1,4 @@
-"""Features in tars that plain `webdataset` reads: one safetensors a row, one tar a committed shard.
+"""Features in tars that plain `webdataset` reads: one safetensors per row, one tar per committed shard.
 
     teachers/<teacher>/teacher.json     the teacher's spec, and the arrays of a row
     teachers/<teacher>/00042.tar        <key>.<view>.safetensors, rows in order, and `__index__` at the end
@@ -6,7 +6,7 @@
 `<key>` is percent-encoded where it has dots (`member_key`).
 
 A sample of `webdataset` is one image: its `__key__` is that of the copied images, and each view is a field.
-By the index (`tar_index`) a row is one read at its place; its checksum is always compared.
+With the index (`tar_index`), reading a row takes one read; its checksum is always compared.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ import google_crc32c
 import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
+from pydantic_core import from_json
 from safetensors import SafetensorError
 
-from teachercache.pipeline.codecs import ArrayLayout
 from teachercache.pipeline.places.storage import Storage
+from teachercache.pipeline.records.array_layout import ArrayLayout, stored_layout
 from teachercache.pipeline.records.rows import RowIndex
 from teachercache.pipeline.records.spec import CacheSpec
 from teachercache.pipeline.stores.feature_store import (
     Arrays,
     FeatureStore,
     ShardWriter,
-    numpy_dtype,
     teacher_layouts,
     unreadable,
 )
@@ -66,8 +66,7 @@ class TarShardWriter(ShardWriter):
     def write(self, offsets: Sequence[int], arrays: Mapping[str, NDArray]) -> None:
         assert arrays.keys() == self._layouts.keys(), (arrays.keys(), self._layouts.keys())
         data = {
-            name: np.ascontiguousarray(arrays[name], numpy_dtype(layout))
-            for name, layout in self._layouts.items()
+            name: np.ascontiguousarray(arrays[name], layout.dtype) for name, layout in self._layouts.items()
         }
         for place, offset in enumerate(offsets):
             row = safetensors.numpy.save({name: values[place] for name, values in data.items()})
@@ -79,8 +78,12 @@ class TarShardWriter(ShardWriter):
         self._file.write(TAR_END)
 
 
+def _description(teacher: str) -> str:
+    return f"teachers/{teacher}/teacher.json"
+
+
 class WebDatasetStore(FeatureStore):
-    """`key` gives the key of a sample by its index."""
+    """`key` maps a sample's index to its key."""
 
     def __init__(self, storage: Storage, spec: CacheSpec, key: Callable[[int], str]) -> None:
         super().__init__(storage, spec)
@@ -91,7 +94,7 @@ class WebDatasetStore(FeatureStore):
         arrays = {
             name: {
                 "shape": layout.shape,
-                "dtype": numpy_dtype(layout).name,
+                "dtype": layout.dtype.name,
                 "axes": layout.axes,
                 "attributes": layout.attributes,
             }
@@ -102,7 +105,14 @@ class WebDatasetStore(FeatureStore):
             "content_id": self.spec.shard_content_id(teacher, 0),
             "arrays": arrays,
         }
-        return {f"teachers/{teacher}/teacher.json": (json.dumps(description, indent=1) + "\n").encode()}
+        return {_description(teacher): (json.dumps(description, indent=1) + "\n").encode()}
+
+    def _stored_layouts(self, teacher: str) -> dict[str, ArrayLayout]:
+        try:
+            arrays = from_json(self.storage.read(_description(teacher)))["arrays"]
+            return {name: stored_layout(**array) for name, array in arrays.items()}
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"{_description(teacher)}: {type(error).__name__}: {error}") from error
 
     def shard_files(self, teacher: str, shard: int) -> list[str]:
         return [tar_name(teacher, shard)]
@@ -122,10 +132,10 @@ class WebDatasetStore(FeatureStore):
             distinct, which = np.unique(shards, return_inverse=True)
             names = [tar_name(teacher, shard) for shard in distinct.tolist()]
             indexes = self.storage.each(lambda name: self._read_index(name, self.spec.rows_per_shard), names)
-            found = read_rows(
+            files = read_rows(
                 self.storage, [names[i] for i in which], [indexes[i] for i in which], places.tolist()
             )
-            for number, data in enumerate(found):
+            for number, data in enumerate(files):
                 tensors = safetensors.numpy.load(data)
                 for array, values in out.items():
                     tensor = tensors[array]

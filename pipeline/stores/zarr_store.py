@@ -1,40 +1,27 @@
-"""Features in plain Zarr v3: one group a teacher, one chunk a row, one shard file a committed shard.
+"""Features in plain Zarr v3: one group per teacher, one chunk per row, one shard file per committed shard.
 
-Shard files are written here and not through zarr-python, because a shard has to be streamed (one of
-SAM's is gigabytes), fsynced, renamed and hashed as it is written. The format is that of the sharding
-codec (`shard_format`); a test holds these bytes equal to what zarr-python writes.
+Files are written here and not through zarr-python, because a shard has to be streamed (one of SAM's is
+gigabytes), fsynced, renamed and hashed as it is written. The format is that of the sharding codec
+(`shard_format`, `zarr_metadata`); tests hold these bytes equal to what zarr-python writes.
 """
 
 from __future__ import annotations
 
-import math
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import lru_cache, partial
+from collections.abc import Mapping, Sequence
+from functools import cached_property, lru_cache, partial
+from typing import TYPE_CHECKING
 
 import numpy as np
-import zarr
 from numpy.typing import NDArray
-from zarr.abc.store import Store
-from zarr.codecs import BytesCodec, Crc32cCodec
-from zarr.core.buffer import default_buffer_prototype
-from zarr.core.sync import sync
-from zarr.storage import FsspecStore, LocalStore, MemoryStore
 
-from teachercache.pipeline.codecs import ArrayLayout
-from teachercache.pipeline.errors import StorageError
 from teachercache.pipeline.places.files import ChecksumWriter
-from teachercache.pipeline.places.local_storage import LocalStorage
-from teachercache.pipeline.places.remote_storage import client_options
-from teachercache.pipeline.places.retries import retrying
 from teachercache.pipeline.places.storage import Storage
+from teachercache.pipeline.records.array_layout import ArrayLayout
 from teachercache.pipeline.records.spec import CacheSpec
 from teachercache.pipeline.stores.feature_store import (
     Arrays,
     FeatureStore,
     ShardWriter,
-    numpy_dtype,
     teacher_layouts,
     unreadable,
 )
@@ -46,6 +33,10 @@ from teachercache.pipeline.stores.shard_format import (
     index_nbytes,
     parse_index,
 )
+from teachercache.pipeline.stores.zarr_metadata import array_json, group_json, layout_of
+
+if TYPE_CHECKING:
+    from teachercache.pipeline.stores.through_zarr import ThroughZarr
 
 _KEPT_INDEXES = 1024
 
@@ -62,7 +53,7 @@ def shard_file(teacher: str, array: str, shard: int, row_ndim: int) -> str:
 
 
 class ZarrShardWriter(ShardWriter):
-    """`layouts` by array, `names` of the arrays' files in the same order."""
+    """`layouts` by array; `names` of the arrays' files, in the same order."""
 
     def __init__(
         self, storage: Storage, names: Sequence[str], layouts: dict[str, ArrayLayout], rows: int
@@ -77,7 +68,7 @@ class ZarrShardWriter(ShardWriter):
         for array, values in arrays.items():
             file, layout = self._file_of[array], self._layouts[array]
             assert values.shape == (len(offsets), *layout.shape), (array, values.shape, layout.shape)
-            data = np.ascontiguousarray(values, numpy_dtype(layout))
+            data = np.ascontiguousarray(values, layout.dtype)
             for offset, chunk in zip(offsets, data, strict=True):
                 start = file.nbytes
                 _write_checked(file, chunk.tobytes())
@@ -98,31 +89,18 @@ def _write_checked(file: ChecksumWriter, data: bytes) -> None:
 class ZarrStore(FeatureStore):
     def __init__(self, storage: Storage, spec: CacheSpec) -> None:
         super().__init__(storage, spec)
-        self._arrays: dict[tuple[str, str], zarr.Array] = {}
-        self._plain: dict[tuple[str, str], bool] = {}
+        self._layout = lru_cache(None)(partial(_read_layout, storage, spec.rows_per_shard))
         self._read_index = lru_cache(_KEPT_INDEXES)(partial(_read_index, storage))
 
     def layout_files(self, teacher: str) -> dict[str, bytes]:
-        memory = MemoryStore()
         description = self.spec.teachers[teacher].model_dump(mode="json")
-        group = zarr.create_group(
-            memory, attributes={"teacher": description, "content_id": self.spec.shard_content_id(teacher, 0)}
-        )
-        for name, layout in teacher_layouts(self.spec.teachers[teacher]).items():
-            group.create_array(
-                name,
-                shape=(self.spec.num_shards * self.spec.rows_per_shard, *layout.shape),
-                shards=(self.spec.rows_per_shard, *layout.shape),
-                chunks=(1, *layout.shape),
-                dtype=numpy_dtype(layout),
-                filters=None,
-                serializer=BytesCodec(),
-                compressors=[Crc32cCodec()],
-                fill_value=0,
-                dimension_names=("row", *layout.axes),
-                attributes=layout.attributes,
-            )
-        return {f"teachers/{teacher}/{key}": value for key, value in _items(memory)}
+        attributes = {"teacher": description, "content_id": self.spec.shard_content_id(teacher, 0)}
+        num_rows, rows_per_shard = self.spec.num_shards * self.spec.rows_per_shard, self.spec.rows_per_shard
+        arrays = {
+            f"{array_folder(teacher, name)}/zarr.json": array_json(layout, num_rows, rows_per_shard)
+            for name, layout in teacher_layouts(self.spec.teachers[teacher]).items()
+        }
+        return dict(sorted([*arrays.items(), (f"teachers/{teacher}/zarr.json", group_json(attributes))]))
 
     def shard_files(self, teacher: str, shard: int) -> list[str]:
         layouts = teacher_layouts(self.spec.teachers[teacher])
@@ -143,28 +121,19 @@ class ZarrStore(FeatureStore):
     def _read_array(self, teacher: str, name: str, shards: Ints, places: Ints, values: NDArray) -> None:
         """Rows at `places` in `shards`."""
         self.chunk_starts(teacher, name, shards, places, values.ndim - 1)
-        array, as_buffer = self._array(teacher, name), default_buffer_prototype().nd_buffer.from_numpy_array
-        whole = array.chunks if array.shards is None else array.shards  # what zarr takes memory for
-        shape = values.shape[1:]
-        if array.shape[1:] != shape or math.prod(whole) > self.spec.rows_per_shard * math.prod(shape):
-            raise ValueError(f"{name} is an array of {array.shape} in pieces of {whole}")
         rows = shards * self.spec.rows_per_shard + places
-        with _as_value_errors(f"{array_folder(teacher, name)}"):
+        self._zarr.read(array_folder(teacher, name), rows, values, self.spec.rows_per_shard)
 
-            def read(number: int) -> None:  # one row after another: zarr gathers a list of rows by value
-                row = int(rows[number])
-                rows_of = partial(array.get_basic_selection, out=as_buffer(values[number : number + 1]))
-                retrying(
-                    partial(rows_of, slice(row, row + 1)),
-                    f"{self.storage.url}/{array_folder(teacher, name)}",
-                )
+    @cached_property
+    def _zarr(self) -> ThroughZarr:
+        from teachercache.pipeline.stores.through_zarr import ThroughZarr  # slow to import, and seldom needed
 
-            self.storage.each(read, range(len(rows)))
+        return ThroughZarr(self.storage)
 
     def chunk_starts(self, teacher: str, name: str, shards: Ints, places: Ints, row_ndim: int) -> Index:
         """Where the rows at `places` in `shards` begin in their files, in bytes.
 
-        Raises `ValueError` for rows that a shard does not hold: zarr would give zeros for them.
+        Raises `ValueError` for rows that a shard does not hold: zarr would return zeros.
         """
         starts = np.empty(len(shards), np.uint64)
         distinct = np.unique(shards).tolist()
@@ -179,59 +148,28 @@ class ZarrStore(FeatureStore):
             starts[here] = chunks[:, 0]
         return starts
 
+    def _stored_layouts(self, teacher: str) -> dict[str, ArrayLayout]:
+        names = self.storage.names(f"teachers/{teacher}")
+        arrays = [name for name in names if name.isidentifier()]  # no file that others leave
+        if not arrays:
+            raise FileNotFoundError(f"teachers/{teacher} holds no array")
+        return {name: self._layout(teacher, name)[0] for name in arrays}
+
     def is_as_written(self, teacher: str) -> bool:
-        try:
-            return all(
-                self.is_plain(teacher, name, np.empty((0, *layout.shape), numpy_dtype(layout)))
-                for name, layout in teacher_layouts(self.spec.teachers[teacher]).items()
-            )
-        except (ValueError, FileNotFoundError) as error:
-            raise unreadable(self.storage, teacher, error) from error
+        return all(self._layout(teacher, name)[1] for name in self.stored_layouts(teacher))
 
     def is_plain(self, teacher: str, name: str, values: NDArray) -> bool:
         """Whether a chunk's bytes are a row's in memory, as `create` lays them out."""
-        if (teacher, name) not in self._plain:
-            self._plain[teacher, name] = self._is_plain(self._array(teacher, name), values)
-        return self._plain[teacher, name]
-
-    def _is_plain(self, array: zarr.Array, values: NDArray) -> bool:
-        row_shape = values.shape[1:]
-        return (
-            array.dtype == values.dtype
-            and array.chunks == (1, *row_shape)
-            and array.shards == (self.spec.rows_per_shard, *row_shape)
-            and (array.filters, array.compressors) == ((), (Crc32cCodec(),))
-            and array.serializer in (BytesCodec(endian=None), BytesCodec(endian=sys.byteorder))
-        )
-
-    def _array(self, teacher: str, name: str) -> zarr.Array:
-        if (teacher, name) not in self._arrays:
-            folder = array_folder(teacher, name)
-            if not self.storage.exists(f"{folder}/zarr.json"):  # zarr would read a device for ever
-                raise FileNotFoundError(f"{folder}/zarr.json")
-            with _as_value_errors(f"{folder}/zarr.json"):
-                self._arrays[teacher, name] = retrying(
-                    lambda: zarr.open_array(self._zarr_store(), path=folder, mode="r"),
-                    f"{self.storage.url}/{folder}/zarr.json",
-                )
-        return self._arrays[teacher, name]
-
-    def _zarr_store(self) -> Store:
-        if isinstance(self.storage, LocalStorage):
-            return LocalStore(self.storage.root, read_only=True)
-        options = client_options(self.storage.url)
-        return FsspecStore.from_url(self.storage.url, storage_options=options, read_only=True)
+        layout, plain = self._layout(teacher, name)
+        return plain and (layout.dtype, layout.shape) == (values.dtype, values.shape[1:])
 
 
-@contextmanager
-def _as_value_errors(what: str) -> Iterator[None]:
-    """Of what zarr meets in damaged or hostile files, every kind of error comes out."""
+def _read_layout(storage: Storage, rows_per_shard: int, teacher: str, name: str) -> tuple[ArrayLayout, bool]:
+    file = f"{array_folder(teacher, name)}/zarr.json"
     try:
-        yield
-    except StorageError:
-        raise
-    except Exception as error:
-        raise ValueError(f"{what}: {type(error).__name__}: {error}") from error
+        return layout_of(storage.read(file), rows_per_shard)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
 
 
 def _read_index(storage: Storage, name: str, num_rows: int) -> Index:
@@ -244,12 +182,3 @@ def _read_index(storage: Storage, name: str, num_rows: int) -> Index:
         return parse_index(end, num_rows, file_nbytes)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-
-
-def _items(store: MemoryStore) -> Iterator[tuple[str, bytes]]:
-    async def collect() -> list[tuple[str, bytes]]:
-        prototype = default_buffer_prototype()
-        found = [(key, await store.get(key, prototype)) async for key in store.list()]
-        return [(key, buffer.to_bytes()) for key, buffer in found if buffer is not None]
-
-    yield from sorted(sync(collect()))

@@ -1,4 +1,4 @@
-"""Data sets with labels of dense tasks (docs/datasets.md).
+"""Data sets with labels for dense tasks (docs/datasets.md).
 
 dataset = open_dataset("nyud", "/data/NYUDv2", "val")
 dataset.tasks                      {"semseg": 40, "depth": 1, …}: channels of a prediction
@@ -26,8 +26,8 @@ def dataset_class(kind: str) -> type[LabelledDataset]:
     """Raises `RecipeError` for a kind that is not in `DATASETS`."""
     require_known("data set", kind, DATASETS)
     module, name = _CLASSES[kind]
-    found: type[LabelledDataset] = getattr(import_module(module), name)
-    return found
+    dataset: type[LabelledDataset] = getattr(import_module(module), name)
+    return dataset
 
 
 def open_dataset(kind: str, root: str | os.PathLike[str], split: str = "train") -> LabelledDataset:

@@ -1,4 +1,4 @@
-"""Boundaries between the classes of a label map: those to learn, and those to be measured against."""
+"""Boundaries between the classes of a label map: those to learn from, and those to measure against."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from skimage.morphology import thin
 
 
 def partition_boundaries(classes_HW: NDArray) -> NDArray[np.uint8]:
-    """1 where the pixel below, on the right, or below on the right is of another class, thinned.
+    """1 where the pixel below, on the right, or below on the right has another class, thinned.
 
-    What SEISM measures predictions against: `bwmorph(seg2bmap(classes), 'thin', 'Inf')`. Of BSDS's
-    segmentations it makes BSDS's own boundaries, to the pixel. Unthinned, diagonals are two pixels wide,
-    and a prediction, which is thinned, could never match them all.
+    SEISM measures predictions against this: `bwmorph(seg2bmap(classes), 'thin', 'Inf')`. It turns BSDS's
+    segmentations into BSDS's own boundaries, to the pixel. Unthinned, diagonals are two pixels wide, and a
+    prediction, which is thinned, could never match them all.
     """
     padded = np.pad(classes_HW, (0, 1), mode="edge")
     others = padded[1:, :-1], padded[:-1, 1:], padded[1:, 1:]

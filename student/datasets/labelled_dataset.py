@@ -1,4 +1,4 @@
-"""A data set with labels: images under the keys that a cache knows them by, and an array for each task."""
+"""A data set with labels: images under their keys in a cache, and an array for each task."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from teachercache.pipeline.sources import decode_image
 from teachercache.pipeline.sources.keys import name_problem, printable
 
 _SHOWN_FILES = 3
-_DAMAGE = (  # what the readers of all these formats raise over files that are not what they should be
+_DAMAGE = (  # what the readers of all these formats raise for damaged files
     *(ValueError, LookupError, TypeError, AttributeError, NotImplementedError, SyntaxError),
     *(OSError, EOFError, MatReadError, SafetensorError, TokenError, zlib.error),
 )
@@ -32,7 +32,7 @@ _DAMAGE = (  # what the readers of all these formats raise over files that are n
 
 @dataclass(frozen=True)
 class Finding:
-    """What a split has of one kind of file. `missing` names the first few that are not there."""
+    """How many files of one kind a split has. `missing` names the first few missing ones."""
 
     split: str
     what: str
@@ -48,10 +48,10 @@ class LabelledDataset(ABC):
     predicted boundary may be off, as a fraction of the diagonal. `keys[i]` is the sample key of image i in a
     cache whose source is `images_folder`.
 
-    `FILES`: where the file of a key may be, by what it holds: the first place that has it. `LISTS`: the file
-    that lists a split's keys, and how many there are in the published data set.
+    `FILES`: where the file of a key may be, by its content; the first place that has it counts. `LISTS`: the
+    file that lists a split's keys, and how many the published data set has.
 
-    Raises `SourceNotFoundError` where the split is not there, `SourceError` for a list with unsafe names.
+    Raises `SourceNotFoundError` where the split is missing, `SourceError` for a list with unsafe names.
     """
 
     name: ClassVar[str]
@@ -83,7 +83,7 @@ class LabelledDataset(ABC):
         return self.root / self.LISTS[self.split][0]
 
     def image(self, index: int) -> Image.Image:
-        """The image as a cache's builder decodes it: RGB, upright."""
+        """The image, decoded as by a cache's builder: RGB, upright."""
         return decode_image(self.image_bytes(index))
 
     def image_bytes(self, index: int) -> bytes:
@@ -93,12 +93,11 @@ class LabelledDataset(ABC):
     def labels(
         self, index: int, tasks: Iterable[str] | None = None, measured: bool = False
     ) -> dict[str, NDArray]:
-        """The labels of an image, of all tasks or of some, as `teachercache.student.datasets.labels.IGNORE`
-        says.
+        """The labels of an image for all or some tasks, as in `teachercache.student.datasets.labels.IGNORE`.
 
-        `measured`: those that predictions are measured against, where they are not those to learn from.
-        Raises `SourceNotFoundError` for a file that is gone, `SourceError` for one that cannot be read or
-        does not have the size of its image.
+        `measured`: those that predictions are measured against, where they differ from those to learn from.
+        Raises `SourceNotFoundError` for a missing file, `SourceError` for one that cannot be read or does not
+        have the size of its image.
         """
         key = self.keys[index]
         with Image.open(self._path("images", key)) as image:
@@ -117,7 +116,7 @@ class LabelledDataset(ABC):
         return labels
 
     def check(self) -> list[Finding]:
-        """What is there and what is not, for each kind of file of this split."""
+        """How complete each kind of file of this split is."""
         expected = self.LISTS[self.split][1] or len(self.keys)
         findings = [Finding(self.split, self.LISTS[self.split][0], len(self.keys), expected)]
         for what, places in self.FILES.items():
@@ -134,7 +133,7 @@ class LabelledDataset(ABC):
         return findings
 
     def link_images(self, folder: str | os.PathLike[str]) -> Path:
-        """Fill `folder`/<split> with links to this split's images, so that it is a source under its keys.
+        """Fill `folder`/<split> with links to this split's images, which makes it a source with its keys.
 
         For data sets that keep the images of all splits in one folder. Returns the folder of the split.
         """
@@ -149,7 +148,7 @@ class LabelledDataset(ABC):
 
     @abstractmethod
     def _label(self, task: str, key: str, size: Size) -> NDArray:
-        """The labels of one task. What it raises over a damaged file names that file."""
+        """The labels of one task. Its errors for damaged files name the file."""
 
     def _measured_label(self, task: str, key: str, size: Size) -> NDArray:
         return self._label(task, key, size)
@@ -159,9 +158,9 @@ class LabelledDataset(ABC):
         for key in keys:
             if problem := name_problem(key):
                 raise SourceError(
-                    f"{self.list_file} lists a key that cannot be one.",
+                    f"{self.list_file} lists an impossible key.",
                     got=f"{printable(key)}: {problem}",
-                    expected="names of files without their suffix, one a line",
+                    expected="names of files without their suffix, one per line",
                     do="unpack the data set again",
                 )
         return keys
@@ -174,7 +173,7 @@ class LabelledDataset(ABC):
         path = self._find(what, key)
         if path is None:
             raise SourceNotFoundError(
-                f"{self.name} has no {what} of {key}.",
+                f"{self.name} has no {what} for {key}.",
                 got=f"nothing in {self.root}",
                 expected=" or ".join(place.format(split=self.split, key=key) for place in self.FILES[what]),
                 do=self._advice(),
@@ -195,7 +194,7 @@ class LabelledDataset(ABC):
 
 
 def check_folder(dataset: type[LabelledDataset], root: str | os.PathLike[str]) -> list[Finding]:
-    """What all splits of a data set have and lack in the folder `root`."""
+    """How complete all splits of a data set are in the folder `root`."""
     findings = []
     for split, (path, count) in dataset.LISTS.items():
         if (Path(root).expanduser() / path).is_file():
@@ -220,7 +219,7 @@ def read_array(path: Path, variable: str) -> NDArray:
 def unit_normals(normals_HW3: NDArray) -> NDArray[np.float32]:
     """(3, H, W) of length 1, from vectors or from an image that holds (n + 1) · 255 / 2.
 
-    Where they are shorter than 0.5 they have no direction: 0.
+    Vectors shorter than 0.5 have no direction and become 0.
     """
     if normals_HW3.dtype == np.uint8:
         normals_HW3 = 2.0 * normals_HW3 / 255.0 - 1.0

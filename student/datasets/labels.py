@@ -1,4 +1,4 @@
-"""Labels of dense tasks: what they are as arrays, and the same view of them that the student sees.
+"""Labels of dense tasks as arrays, and rendered in the view that the student sees.
 
 H, W  the source image     h, w  the view
 """
@@ -27,7 +27,7 @@ IGNORE: dict[str, int] = {
     "depth": 0,
     "normals": 0,
 }
-"""By task: what a pixel without a label holds.
+"""By task: the value of a pixel without a label.
 
 semseg, parts, saliency, boundary   uint8 (H, W)        the class; of saliency and boundary 0 or 1
 depth                               float32 (H, W)      metres along the camera's axis
@@ -40,8 +40,8 @@ def render_labels(labels: Labels, view: View, size: Size | None = None) -> dict[
     """The labels of `render_view(image, view, size)`, pixel by pixel; the dtypes stay.
 
     Nearest neighbour. Depth is divided by the view's magnification, since an object that is twice as large
-    seems to be half as far; the x of normals changes its sign in a flip; what is padding in the image is
-    ignored. Parts are ignored as a whole where the view shows none, as in the data sets' reference code.
+    seems half as far away; a flip changes the sign of the normals' x; padding gets the ignored label. Parts
+    are ignored as a whole where the view shows none, as in the data sets' reference code.
 
     Raises `ValueError` for a task that is not in `IGNORE`, or labels whose sizes differ.
     """
@@ -53,7 +53,7 @@ def render_labels(labels: Labels, view: View, size: Size | None = None) -> dict[
                 "These labels cannot be rendered.",
                 got=f"{', '.join(f'{task} {array.shape}' for task, array in labels.items())}",
                 expected=f"one size, and tasks among {', '.join(IGNORE)}",
-                do="resize the labels to their image when they are read",
+                do="resize the labels to their image when you read them",
             )
         )
     rendered: dict[str, Tensor] = {}
@@ -61,19 +61,19 @@ def render_labels(labels: Labels, view: View, size: Size | None = None) -> dict[
         rows, columns = source_pixels(view, image_size, size)
         outside = (rows < 0)[:, None] | (columns < 0)
         for task, array in labels.items():
-            moved = array[..., rows[:, None], columns]
-            moved[..., outside] = IGNORE[task]
+            label = array[..., rows[:, None], columns]
+            label[..., outside] = IGNORE[task]
             if task == "depth":
-                moved /= array.dtype.type(view.magnification)
+                label /= array.dtype.type(view.magnification)
             elif task == "normals" and view.flip:
-                moved[0] *= -1
+                label[0] *= -1
             elif task == "parts":
-                moved = ignored_without_parts(moved)
-            rendered[task] = torch.from_numpy(moved)
+                label = ignored_without_parts(label)
+            rendered[task] = torch.from_numpy(label)
     return rendered
 
 
 def ignored_without_parts(parts_HW: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """`parts_HW`, or, where it names no part at all, an array that ignores every pixel."""
+    """`parts_HW`, or an array that ignores every pixel if it names no part at all."""
     names_parts = bool(((parts_HW > 0) & (parts_HW != IGNORE_INDEX)).any())
     return parts_HW if names_parts else np.full_like(parts_HW, IGNORE_INDEX)

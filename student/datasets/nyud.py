@@ -15,9 +15,8 @@ from teachercache.student.datasets.labelled_dataset import LabelledDataset, read
 class NYUD(LabelledDataset):
     """795 images to train on and 654 to evaluate.
 
-    semseg: 40 classes; the background of the files (0) is ignored. depth: metres. boundary: as given, to
-    learn from; SEISM takes it for a partition, so predictions are measured against the thinned outlines of
-    its lines.
+    semseg: 40 classes; the background of the files (0) is ignored. depth: metres. boundary: learnt as it is;
+    SEISM takes it for a partition, so predictions are measured against the thinned outlines of its lines.
     """
 
     name = "nyud"

@@ -26,8 +26,8 @@ _PART_NAMES = (
 )
 _PART_OF_NAME = {name: part for part, names in enumerate(_PART_NAMES) for name in names}
 
-# Of PASCAL-Context's 459 classes those that NYUD-v2 has too, by name, and the TV monitor: the normals were
-# distilled from a network trained there, and ASTMT trusts them on these alone.
+# Those of PASCAL-Context's 459 classes that NYUD-v2 has too, by name, and the TV monitor: the normals were
+# distilled from a network trained there, and ASTMT trusts them only on these classes.
 _CLASSES_WITH_NORMALS = np.array(
     [
         *(3, 4, 6, 9, 10, 11, 13, 15, 17, 18, 22, 23, 29, 30, 33, 34, 36, 37, 38, 39, 41, 43, 46, 49, 50, 51),
@@ -47,8 +47,8 @@ class PascalContext(LabelledDataset):
 
     semseg: the 21 classes of PASCAL VOC. parts: head, torso, upper and lower arms, upper and lower legs;
     ignored in images without a person whose parts are annotated. saliency and normals: distilled, by
-    ASTMT's authors. boundary: where the classes of PASCAL-Context change, found by a Laplacian to learn from,
-    and as SEISM does to be measured against; thinned in both.
+    ASTMT's authors. boundary: where the classes of PASCAL-Context change, by a Laplacian to learn from and by
+    SEISM's method to measure against; both are thinned.
     """
 
     name = "pascal_context"
@@ -97,5 +97,5 @@ def _parts(annotation: dict[str, Any], size: Size) -> NDArray[np.uint8]:
 
 
 def _structs(value: Any) -> Iterator[dict[str, Any]]:
-    """The elements of a MATLAB struct array, which scipy gives bare where it is one and empty where none."""
+    """The elements of a MATLAB struct array; scipy returns a single one bare, and none as an empty array."""
     yield from [value] if isinstance(value, dict) else value

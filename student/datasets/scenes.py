@@ -1,4 +1,4 @@
-"""The synthetic scenes as a data set in a folder: what stage 2 runs on where the real sets are not at hand.
+"""The synthetic scenes as a data set in a folder, for stage 2 where the real data sets are not at hand.
 
 python -m teachercache.student.datasets.scenes OUT --train 200 --val 50 --size 128 128
 teachercache build RECIPE source.path=OUT/images/train …
@@ -24,7 +24,7 @@ from teachercache.student.datasets.synthetic.scene_renderer import CLASSES, rend
 
 
 class Scenes(LabelledDataset):
-    """What `write_scenes` wrote; the labels are those of `scene_renderer.Scene`."""
+    """The data set that `write_scenes` writes; its labels are those of `scene_renderer.Scene`."""
 
     name = "scenes"
     tasks: ClassVar = {
@@ -52,8 +52,8 @@ def write_scenes(root: str | Path, train: int, val: int, size: Size = (128, 128)
     """Render scenes 0 … train - 1 for training and the next `val` for evaluation into the folder `root`.
 
     images/<split>/<key>.png, labels/<split>/<key>.safetensors, and <split>.txt with the keys, written last.
-    The same arguments write the same pixels. Scenes of an earlier set in this folder go; other files stay.
-    Raises `RecipeError` where images of another data set have the names of scenes.
+    The same arguments write the same pixels. Earlier scenes in this folder are deleted; other files stay.
+    Raises `RecipeError` if images of another data set have the names of scenes.
     """
     root = Path(root)
     for split in Scenes.LISTS:
@@ -74,7 +74,7 @@ def write_scenes(root: str | Path, train: int, val: int, size: Size = (128, 128)
 
 
 def _require_own(images: Path, labels: Path) -> None:
-    """A scene's labels are written before its image, so an image without them is none."""
+    """A scene's labels are written before its image, so an image without labels is not a scene."""
     for image in images.glob(f"{'[0-9]' * 6}.png"):
         if not (labels / f"{image.stem}.safetensors").exists():
             raise RecipeError(

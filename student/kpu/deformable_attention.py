@@ -7,23 +7,23 @@ D  width       M  heads        d  width of a head         S  maps      P  points
 from __future__ import annotations
 
 import math
-from functools import cache
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from teachercache.pipeline.grids import made_once
 from teachercache.pipeline.records.spec import Size
 
-Grids = tuple[Size, ...]  # of several maps, whose tokens stand one map behind the other
+Grids = tuple[Size, ...]  # of several maps, whose tokens follow each other map by map
 
 
 class DeformableAttention(nn.Module):
     """Σ_heads W_m Σ_maps Σ_points A · values(place) (Deformable DETR, Eq. 3).
 
-    Each head of a query looks at `num_points` places of every map, bilinearly, zeros outside. The places,
-    relative to where the query itself stands, and the weights A are linear in the query. `value_ratio` is
-    the width of the values / `width`.
+    Each head of a query samples `num_points` places of every map, bilinearly, with zeros outside. The places,
+    relative to the query's own, and the weights A are linear in the query. `value_ratio` is the width of the
+    values / `width`.
     """
 
     def __init__(
@@ -39,8 +39,8 @@ class DeformableAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """As the original: each head looks in a direction of its own, its points 1 to P cells away, and all
-        count alike, whatever the query."""
+        """As in the original: each head looks in its own direction, its points 1 to P cells away, all with
+        equal weight, whatever the query."""
         num_heads, num_maps, num_points = self._shape
         angles_M = torch.arange(num_heads) * (2 * math.pi / num_heads)
         directions_M2 = torch.stack([angles_M.cos(), angles_M.sin()], dim=-1)
@@ -58,10 +58,10 @@ class DeformableAttention(nn.Module):
     def forward(
         self, queries_BQD: Tensor, query_grids: Grids, features_BND: Tensor, feature_grids: Grids
     ) -> Tensor:
-        """(B, Q, D): what the queries, tokens of maps of `query_grids`, find in those of `feature_grids`.
+        """(B, Q, D): what the queries, tokens of maps on `query_grids`, gather from maps on `feature_grids`.
 
-        Grids need not match: a place is a share of height and width. Places, weights and sampling are in
-        float32 under autocast, where 16 bits would move a place by a quarter of a cell.
+        Grids need not match: a place is a fraction of height and width. Places, weights and sampling stay in
+        float32 under autocast, since 16 bits would move a place by a quarter of a cell.
         """
         num_heads, num_maps, num_points = self._shape
         dtype = torch.promote_types(queries_BQD.dtype, torch.float32)
@@ -72,7 +72,7 @@ class DeformableAttention(nn.Module):
         weights_BQMSP = weights_BQMR.unflatten(-1, (num_maps, num_points))
         values_BNE = self.values(features_BND).to(dtype)
         centres_Q2 = centres(query_grids, values_BNE.device, dtype)
-        found_GdQ = []  # G = B·M
+        gathered_GdQ = []  # G = B·M
         sizes = [height * width for height, width in feature_grids]
         for i, values_BnE in enumerate(values_BNE.split(sizes, dim=1)):
             places_BQMP2 = centres_Q2[:, None, None] + offsets_BQMSP2[:, :, :, i] * cell(
@@ -82,25 +82,23 @@ class DeformableAttention(nn.Module):
             places_GQP2 = places_BQMP2.transpose(1, 2).flatten(0, 1)
             samples_GdQP = F.grid_sample(maps_GdHW, 2 * places_GQP2 - 1, align_corners=False)
             weights_GQP = weights_BQMSP[:, :, :, i].transpose(1, 2).flatten(0, 1)
-            found_GdQ.append((samples_GdQP * weights_GQP[:, None]).sum(-1))
-        found_BEQ = torch.stack(found_GdQ).sum(0).view(len(queries_BQD), values_BNE.shape[-1], -1)
-        output_BQD: Tensor = self.output(found_BEQ.transpose(1, 2))
+            gathered_GdQ.append((samples_GdQP * weights_GQP[:, None]).sum(-1))
+        gathered_BEQ = torch.stack(gathered_GdQ).sum(0).view(len(queries_BQD), values_BNE.shape[-1], -1)
+        output_BQD: Tensor = self.output(gathered_BEQ.transpose(1, 2))
         return output_BQD
 
 
-@cache
+@made_once
 def centres(grids: Grids, device: torch.device, dtype: torch.dtype) -> Tensor:
     """(Q, 2): x and y of the centre of every cell, as shares of width and height, map behind map."""
-    with torch.inference_mode(False):
-        maps = []
-        for height, width in grids:
-            y, x = ((torch.arange(n, device=device, dtype=dtype) + 0.5) / n for n in (height, width))
-            maps.append(torch.cartesian_prod(y, x).flip(-1))
-        return torch.cat(maps)
+    maps = []
+    for height, width in grids:
+        y, x = ((torch.arange(n, device=device, dtype=dtype) + 0.5) / n for n in (height, width))
+        maps.append(torch.cartesian_prod(y, x).flip(-1))
+    return torch.cat(maps)
 
 
-@cache
+@made_once
 def cell(grid: Size, device: torch.device, dtype: torch.dtype) -> Tensor:
     """(2,): width and height of a cell, as shares of the map's."""
-    with torch.inference_mode(False):
-        return torch.tensor([1 / grid[1], 1 / grid[0]], device=device, dtype=dtype)
+    return torch.tensor([1 / grid[1], 1 / grid[0]], device=device, dtype=dtype)

@@ -17,7 +17,7 @@ from teachercache.pipeline.records.spec import Size
 
 
 class Features(NamedTuple):
-    """X = {x, V}: an image's feature (B, C), None of a teacher without class token, and map (B, C, H, W)."""
+    """X = {x, V}: an image's feature (B, C), None for teachers without class token, and map (B, C, H, W)."""
 
     image: Tensor | None
     map: Tensor
@@ -28,7 +28,7 @@ class Features(NamedTuple):
 
 
 class Alignment(NamedTuple):
-    """All that Eq. 1 to 3 compare of one teacher: `student` X with `t2s`, h_t2s(X^t); `s2t`, h_s2t(X), and
+    """All that Eq. 1 to 3 compare for one teacher: `student` X with `t2s`, h_t2s(X^t); `s2t`, h_s2t(X), and
     `rec`, h_rec(h_t2s(X^t)), with `teacher` X^t. None where the student is built without them."""
 
     student: Features
@@ -39,9 +39,9 @@ class Alignment(NamedTuple):
 
 
 class Projection(nn.Module):
-    """h of one teacher: the map is resampled to a grid, then an MLP of one hidden layer maps each of its
-    tokens, and another the image's feature where there is one. (The paper does not say how wide the hidden
-    layer is, or what bends it; here it has the student's width, and GELU.)"""
+    """h of one teacher: the map is resampled to a grid, then an MLP with one hidden layer maps each of its
+    tokens, and another the image's feature, if any. (The paper does not state the width and activation of
+    the hidden layer; here they are the student's width and GELU.)"""
 
     def __init__(self, before: int, after: int, hidden: int, with_image: bool) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class Projection(nn.Module):
 
 class LatentSpace(nn.Module):
     """h_s2t, h_t2s and h_rec of every teacher; h_s2t alone without `unification`, no h_rec without
-    `reconstruction`. `class_tokens`: the teachers that have one, for which image features are projected."""
+    `reconstruction`. `class_tokens`: the teachers with a class token, which need image features."""
 
     def __init__(
         self,

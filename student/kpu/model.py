@@ -1,5 +1,5 @@
-"""KPU's student: a frozen sentinel teacher, an adapter that learns from the others beside it, and the spaces
-that they are compared in (KPU, "Knowledge Preservation and Unification").
+"""KPU's student: a frozen sentinel teacher, an adapter next to it that learns from the others, and the spaces
+in which they are compared (KPU, "Knowledge Preservation and Unification").
 
 B  images      D  width of the sentinel      C  width of a teacher
 h, w  grid of one of the student's maps      H, W  grid of a teacher
@@ -36,16 +36,16 @@ class ImageRepresentation(NamedTuple):
 
 
 class KPU(Student):
-    """`stem` is the sentinel, any plain ViT of timm. `teacher_grids`: (H, W) of each teacher's map as it is
-    compared; the one of V's scales whose grid is nearest to it stands for the teacher. `class_tokens`: the
-    teachers that have one, which x is compared with.
+    """`stem` is the sentinel, any plain ViT of timm. `teacher_grids`: (H, W) of each teacher's map as
+    compared; the scale of V whose grid is nearest to it represents the teacher. `class_tokens`: the teachers
+    with a class token, which x is compared with.
 
     Table 2's rows: `preservation=False` trains the ViT itself, without an adapter; `unification` and
-    `reconstruction` are Eq. 2 and 3. x is the sentinel's last class token (the mean of its patch tokens where
-    it has none) behind a norm.
+    `reconstruction` are Eq. 2 and 3. x is the sentinel's last class token (or the mean of its patch tokens)
+    after a norm.
 
-    What is compared with no teacher is not trained: scales of V that are nearest to none, and the norm of x
-    where no teacher has a class token.
+    Parts that are not compared with any teacher are not trained: scales of V that are nearest to none, and
+    the norm of x where no teacher has a class token.
     """
 
     kind = "kpu"
@@ -72,7 +72,7 @@ class KPU(Student):
         _require_no_tasks(tasks or {})
         if reconstruction and not unification:
             raise RecipeError(
-                "Reconstruction leads back from the shared space, and there is none.",
+                "Reconstruction starts from the shared space, which only unification makes.",
                 got="reconstruction without unification",
                 expected="both, unification alone, or neither (KPU, Table 2)",
                 do="set unification, or leave out reconstruction",
@@ -114,13 +114,13 @@ class KPU(Student):
     def features(self, pixels_B3HW: Tensor) -> ImageRepresentation:
         """X of normalised pixels; V at strides 4, 8, 16 and 32, or without a ViT-Adapter on the ViT's grid.
 
-        Scales that were compared with no teacher (all but `scales`) end in layers that nothing has trained.
+        Scales that are not compared with a teacher (all but `scales`) end in untrained layers.
         """
         return self._represent(pixels_B3HW, range(len(STRIDES)) if self.vit_adapter else [0])
 
     def project(self, pixels_B3HW: Tensor) -> dict[str, Features]:
-        """h_s2t(X) for each teacher: what stands for its class token and map of raw tokens, before any norm
-        and head of the teacher's own."""
+        """h_s2t(X) for each teacher: the student's version of its class token and map of raw tokens, before
+        any norm and head of the teacher's own."""
         student = self._for_teachers(pixels_B3HW)
         return {
             name: self.latent_space.s2t[name](features, self._grids[name])
@@ -134,8 +134,8 @@ class KPU(Student):
         maps: bool = True,
         teachers: Mapping[str, Features] | None = None,
     ) -> Any:
-        """As `Student.forward`: for each teacher one map (B, C, H, W), its last level's. With the features
-        of `teachers` an `Alignment` for each, which is what training compares."""
+        """As `Student.forward`: one map (B, C, H, W) per teacher, for its last level. With the features of
+        `teachers`, an `Alignment` for each, which is what training compares."""
         if teachers is not None:
             student = self._for_teachers(pixels_B3HW)
             return {
@@ -146,7 +146,7 @@ class KPU(Student):
         return StudentOutput(feature_maps, {}, {}) if full else feature_maps
 
     def keep_levels(self, teacher: str, count: int) -> None:
-        """Nothing to exclude: one level is all that is compared."""
+        """Nothing to exclude: only one level is compared."""
 
     def parameters_by_part(self) -> dict[str, int]:
         return count_by_part(self, _PARTS)
@@ -156,7 +156,7 @@ class KPU(Student):
         return {name: (height, width) for name, (height, width) in self.config["teacher_grids"].items()}
 
     def _nearest_scale(self, grid: Size) -> int:
-        """The scale of V with the number of tokens that is nearest to the grid's, by their ratio."""
+        """The scale of V whose number of tokens is nearest to the grid's, by their ratio."""
         if self.vit_adapter is None:
             return 0
         height, width = self.image_size
@@ -164,7 +164,7 @@ class KPU(Student):
         return min(range(len(sizes)), key=lambda scale: abs(math.log(sizes[scale] / math.prod(grid))))
 
     def _for_teachers(self, pixels_B3HW: Tensor) -> dict[str, Features]:
-        """For each teacher what is compared with it: x, and one scale of V."""
+        """What is compared with each teacher: x, and one scale of V."""
         image_BD, maps_BDhw = self._represent(pixels_B3HW, self.scales)
         by_scale = dict(zip(self.scales, maps_BDhw, strict=True))
         return {name: Features(image_BD, by_scale[scale]) for name, scale in self._scales.items()}
@@ -207,7 +207,7 @@ def _require_grids(teacher_dims: Mapping[str, int], teacher_grids: Mapping[str, 
 def _require_no_tasks(tasks: Mapping[str, int]) -> None:
     if tasks:
         raise RecipeError(
-            "A KPU represents images; no task can be trained on it here.",
+            "A KPU represents images; it cannot be trained on tasks here.",
             got=f"the tasks {', '.join(tasks)}",
             expected="none",
             do="leave out tasks, or choose kind sak",

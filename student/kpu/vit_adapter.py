@@ -1,8 +1,8 @@
-"""ViT-Adapter (Chen et al., 2022): what learns beside a ViT that stays as it is (KPU, "Knowledge Adapter").
+"""ViT-Adapter (Chen et al., 2022): learns next to a frozen ViT (KPU, "Knowledge Adapter").
 
 B  images      D  width       n  patch tokens of the ViT
 C1 … C4        the adapter's maps (B, D, h, w), a quarter to a thirty-second of the image's sides
-N  tokens of C2, C3 and C4, one map behind the other
+N  tokens of C2, C3 and C4, map by map
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ _EXTRA_EXTRACTORS = 2
 
 
 class ViTAdapter(nn.Module):
-    """Convolutions look at the image (`SpatialPrior`); before each quarter of the ViT's blocks an injector
-    adds what they see to its patch tokens, behind it an extractor brings theirs back, and two more at the
-    end. Class token and registers pass by.
+    """Convolutions look at the image (`SpatialPrior`); before each quarter of the ViT's blocks, an injector
+    adds their maps to the patch tokens, and after it an extractor takes the tokens back, with two more at the
+    end. Class token and registers bypass the adapter.
 
-    All as the original, but for the norms: `GroupNorm` stands for its `SyncBatchNorm`, so that nothing
+    All is as in the original, except for the norms: `GroupNorm` replaces its `SyncBatchNorm`, so that nothing
     depends on how a batch is divided (docs/design.md). A new injector adds nothing: its gamma is 0.
     """
 
-    extractors: Any  # a ModuleList of ModuleLists, which its type cannot say
+    extractors: Any  # a ModuleList of ModuleLists, which its type cannot express
 
     def __init__(self, width: int, level_depths: Collection[int]) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class ViTAdapter(nn.Module):
         return last_BND, [output(scale) for scale in scales]
 
     def keep_scales(self, scales: Collection[int]) -> None:
-        """Exclude from training what leads to other maps than those of `scales` alone."""
+        """Exclude from training the parts that lead only to maps outside `scales`."""
         for scale, norm in enumerate(self.norms):
             norm.requires_grad_(scale in scales)
         for layer in (self.up, self.prior.projections[0]):
@@ -102,7 +102,7 @@ class ViTAdapter(nn.Module):
 
 
 class SpatialPrior(nn.Module):
-    """What convolutions see of the image: C1 to C4 before any interaction (the spatial prior module)."""
+    """Convolutions over the image: C1 to C4 before any interaction (the spatial prior module)."""
 
     def __init__(self, width: int, conv_width: int = _CONV_WIDTH) -> None:
         super().__init__()
@@ -142,7 +142,7 @@ class Injector(nn.Module):
 
 
 class Extractor(nn.Module):
-    """The adapter's tokens take from the ViT's, then pass a feed-forward layer (ViT-Adapter, Eq. 2 and 3)."""
+    """The adapter's tokens attend to the ViT's, then a feed-forward layer follows (ViT-Adapter, Eq. 2, 3)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -180,7 +180,7 @@ def _tokens(map_BDhw: Tensor) -> Tensor:
 
 
 def _maps(tokens_BND: Tensor, grids: Grids) -> list[Tensor]:
-    """The maps (B, D, h, w) whose tokens stand one map behind the other."""
+    """The maps (B, D, h, w) whose tokens follow each other map by map."""
     parts_BnD = tokens_BND.split([math.prod(grid) for grid in grids], dim=1)
     return [part.transpose(1, 2).unflatten(2, grid) for part, grid in zip(parts_BnD, grids, strict=True)]
 
@@ -200,7 +200,7 @@ def _convolution(before: int, after: int, stride: int = 1) -> nn.Sequential:
 
 
 def _initialise(module: nn.Module) -> None:
-    """As the original; `nn.Module.apply` comes to an attention after its layers."""
+    """As in the original; `nn.Module.apply` reaches an attention after its layers."""
     if isinstance(module, DeformableAttention):
         module.reset_parameters()
     elif isinstance(module, nn.Linear):

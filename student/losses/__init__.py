@@ -1,4 +1,4 @@
-"""What training minimises: distillation (SAK), alignment (KPU), and the tasks of labels."""
+"""The losses of training: distillation (SAK), alignment (KPU), and tasks with labels."""
 
 from __future__ import annotations
 

@@ -4,10 +4,9 @@ With U the bilinear upsampling from the student's grid to the teacher's, p is th
 is nearest to t (`teachercache.pipeline.grids.nearest`), so Uᵀt = UᵀU p, and <U s, t> = <U s, U p> = <p, UᵀU
 s>. Hence SAK's flattened cosine and the squared error follow exactly, in value and gradient. Other losses see
 t only through U p, the part of it that upsampled maps can reach: they are exact where the teacher's grid is
-the coarser one and approximate elsewhere. benchmarks/grids.py says how well.
+the coarser one and approximate elsewhere. benchmarks/grids.py measures how well.
 
-Shapes: B batch, C channels, h×w the student's grid; `grid` = (H, W) is the teacher's. All is computed in at
-least float32, autocast or not.
+Shapes: B batch, C channels, h×w the student's grid; `grid` = (H, W) is the teacher's.
 """
 
 from __future__ import annotations
@@ -16,70 +15,76 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from teachercache.pipeline.grids import gram, upsample
-from teachercache.pipeline.records.spec import Size
+from teachercache.pipeline.grids import Grid, gram, upsample
 from teachercache.student.losses.cosine import cosine_similarity
 
+_OF_A_MAP = (1, 2, 3)
 
-def flattened_cosine_from_adjoint(
-    s_BChw: Tensor, p_BChw: Tensor, squared_norm_t_B: Tensor, grid: Size, eps: float = 1e-8
-) -> Tensor:
-    """cos(U s, t) (B,), exact, over each sample's whole map: <p, UᵀU s> / (‖U s‖ ‖t‖).
 
-    `eps` bounds each norm from below, as in `F.cosine_similarity`.
+class AdjointPair:
+    """A student map s (B, C, h, w) with what is stored of the teacher map t that it is compared with: p
+    (B, C, h, w), and ‖t‖² (B,).
+
+    All is computed in at least float32, autocast or not, and what two losses need of it once.
     """
-    with torch.autocast(s_BChw.device.type, enabled=False):
-        product_B, squared_norm_s_B, squared_norm_t_B = _products(s_BChw, p_BChw, squared_norm_t_B, grid)
-        norms_B = squared_norm_s_B.clamp(min=eps**2).sqrt() * squared_norm_t_B.clamp(min=eps**2).sqrt()
-        return product_B / norms_B
 
+    def __init__(self, s_BChw: Tensor, p_BChw: Tensor, squared_norm_t_B: Tensor, grid: Grid) -> None:
+        self._s_BChw, self._p_BChw, self._squared_norm_t_B = (
+            one.to(torch.promote_types(one.dtype, torch.float32))
+            for one in (s_BChw, p_BChw, squared_norm_t_B)
+        )
+        self._grid = grid
+        # Filled in when they are asked for; the lock of a `cached_property` would end a compiled graph.
+        self._products: tuple[Tensor, Tensor] | None = None
+        self._upsampled: tuple[Tensor, Tensor] | None = None
 
-def squared_error_from_adjoint(
-    s_BChw: Tensor, p_BChw: Tensor, squared_norm_t_B: Tensor, grid: Size
-) -> Tensor:
-    """‖U s − t‖² (B,), exact, summed over the map: ‖U s‖² − 2 <p, UᵀU s> + ‖t‖².
+    def flattened_cosine(self, eps: float = 1e-8) -> Tensor:
+        """cos(U s, t) (B,), exact, over each sample's whole map: <p, UᵀU s> / (‖U s‖ ‖t‖).
 
-    The three terms cancel as s nears t, so in float32 the value keeps an error of about 1e-7·‖t‖²; the
-    gradient 2 UᵀU (s − p) has no such loss.
-    """
-    with torch.autocast(s_BChw.device.type, enabled=False):
-        product_B, squared_norm_s_B, squared_norm_t_B = _products(s_BChw, p_BChw, squared_norm_t_B, grid)
-        return squared_norm_s_B - 2 * product_B + squared_norm_t_B
+        `eps` bounds each norm from below, as in `F.cosine_similarity`.
+        """
+        product_B, squared_norm_s_B = self._exact_products()
+        norm_s_B, norm_t_B = (
+            one.clamp(min=eps**2).sqrt() for one in (squared_norm_s_B, self._squared_norm_t_B)
+        )
+        return product_B / (norm_s_B * norm_t_B)
 
+    def squared_error(self) -> Tensor:
+        """‖U s − t‖² (B,), exact, summed over the map: ‖U s‖² − 2 <p, UᵀU s> + ‖t‖².
 
-def token_cosine_from_adjoint(s_BChw: Tensor, p_BChw: Tensor, squared_norm_t_B: Tensor, grid: Size) -> Tensor:
-    """cos(U s, t) of each teacher token (B, H, W), approximate: <U s, U p> / (‖U s‖ ‖U p‖ r).
+        The three terms cancel as s nears t, so in float32 the value keeps an error of about 1e-7·‖t‖²; the
+        gradient 2 UᵀU (s − p) has no such loss.
+        """
+        product_B, squared_norm_s_B = self._exact_products()
+        return squared_norm_s_B - 2 * product_B + self._squared_norm_t_B
 
-    What a token loses of its norm is not known, only what they lose together: r = ‖t‖ / ‖U p‖.
-    """
-    with torch.autocast(s_BChw.device.type, enabled=False):
-        s_BChw, p_BChw, squared_norm_t_B = _in_float(s_BChw, p_BChw, squared_norm_t_B)
-        reached_BCHW = upsample(p_BChw, grid)
-        squared_norm_reached_B = reached_BCHW.square().flatten(1).sum(1)
-        share_B = (squared_norm_reached_B / squared_norm_t_B.clamp(min=1e-30)).sqrt()
-        cosine_BHW = cosine_similarity(upsample(s_BChw, grid), reached_BCHW, dim=1)
-        return cosine_BHW * share_B[:, None, None]
+    def token_cosine(self) -> Tensor:
+        """cos(U s, t) of each teacher token (B, H, W), approximate: <U s, U p> / (‖U s‖ ‖U p‖ r).
 
+        What a token loses of its norm is not known, only what they lose together: r = ‖t‖ / ‖U p‖.
+        """
+        student_BCHW, reached_BCHW = self._on_grid()
+        squared_norm_reached_B = reached_BCHW.square().sum(_OF_A_MAP)
+        share_B = (squared_norm_reached_B / self._squared_norm_t_B.clamp(min=1e-30)).sqrt()
+        return cosine_similarity(student_BCHW, reached_BCHW, dim=1) * share_B[:, None, None]
 
-def smooth_l1_from_adjoint(s_BChw: Tensor, p_BChw: Tensor, grid: Size) -> Tensor:
-    """Smooth-L1 (beta = 1) of U s against U p, approximate: the mean over all elements, a scalar.
+    def smooth_l1(self) -> Tensor:
+        """Smooth-L1 (beta = 1) of U s against U p, approximate: the mean over all elements, a scalar.
 
-    Its gradient is exact where all differences to t and to U p are below 1.
-    """
-    with torch.autocast(s_BChw.device.type, enabled=False):
-        s_BChw, p_BChw = _in_float(s_BChw, p_BChw)
-        return F.smooth_l1_loss(upsample(s_BChw, grid), upsample(p_BChw, grid))
+        Its gradient is exact where all differences to t and to U p are below 1.
+        """
+        return F.smooth_l1_loss(*self._on_grid())
 
+    def _exact_products(self) -> tuple[Tensor, Tensor]:
+        """<U s, t> and ‖U s‖² (B,); the maps on `grid` are not formed."""
+        if self._products is None:
+            gram_s_BChw = gram(self._s_BChw, self._grid)
+            product_B = (self._p_BChw * gram_s_BChw).sum(_OF_A_MAP)
+            self._products = product_B, (self._s_BChw * gram_s_BChw).sum(_OF_A_MAP)
+        return self._products
 
-def _products(
-    s_BChw: Tensor, p_BChw: Tensor, squared_norm_t_B: Tensor, grid: Size
-) -> tuple[Tensor, Tensor, Tensor]:
-    """<U s, t>, ‖U s‖² and ‖t‖² (B,); the maps on `grid` are not formed."""
-    s_BChw, p_BChw, squared_norm_t_B = _in_float(s_BChw, p_BChw, squared_norm_t_B)
-    gram_s_BChw = gram(s_BChw, grid)
-    product_B, squared_norm_s_B = ((one * gram_s_BChw).flatten(1).sum(1) for one in (p_BChw, s_BChw))
-    return product_B, squared_norm_s_B, squared_norm_t_B
-
-
-def _in_float(*tensors: Tensor) -> list[Tensor]:
-    return [tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
+    def _on_grid(self) -> tuple[Tensor, Tensor]:
+        """U s and U p (B, C, H, W)."""
+        if self._upsampled is None:
+            self._upsampled = upsample(self._s_BChw, self._grid), upsample(self._p_BChw, self._grid)
+        return self._upsampled

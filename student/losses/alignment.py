@@ -1,4 +1,4 @@
-"""What training a KPU minimises: L = L_t2s + L_s2t + λ L_rec (KPU, Eq. 4)."""
+"""The loss of a KPU: L = L_t2s + L_s2t + λ L_rec (KPU, Eq. 4)."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class AlignmentLoss:
     teacher_weights: Mapping[str, float] = field(default_factory=dict)
 
     def __call__(self, alignments: Mapping[str, Alignment]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Eq. 4, whose three sums are means over teachers, and the terms for the log, detached: of each
-        teacher and space ("s2t", "t2s", "rec") L_align and what it is made of."""
+        """Eq. 4, whose three sums are means over teachers, and the detached terms for the log: L_align and
+        its parts, for each teacher and space ("s2t", "t2s", "rec")."""
         losses: list[Tensor] = []
         terms: dict[str, Tensor] = {}
         for name, alignment in alignments.items():
@@ -58,9 +58,9 @@ class AlignmentLoss:
             loss = loss + self.image_weight * parts["image_cosine"]
         return loss, parts
 
-    def _pairs(self, found: Alignment) -> Iterator[tuple[str, float, Features, Features]]:
-        yield "s2t", 1.0, found.s2t, found.teacher
-        if found.t2s is not None:
-            yield "t2s", 1.0, found.student, found.t2s
-        if found.rec is not None:
-            yield "rec", self.reconstruction_weight, found.rec, found.teacher
+    def _pairs(self, alignment: Alignment) -> Iterator[tuple[str, float, Features, Features]]:
+        yield "s2t", 1.0, alignment.s2t, alignment.teacher
+        if alignment.t2s is not None:
+            yield "t2s", 1.0, alignment.student, alignment.t2s
+        if alignment.rec is not None:
+            yield "rec", self.reconstruction_weight, alignment.rec, alignment.teacher

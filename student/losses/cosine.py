@@ -1,4 +1,4 @@
-"""The cosine as a loss, without the copies of both maps, each divided by its norms, that
+"""The cosine as a loss, without the normalised copies of both maps that
 `torch.nn.functional.cosine_similarity` makes and keeps for the gradient."""
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def cosine_similarity(a: Tensor, b: Tensor, dim: int, eps: float = 1e-8) -> Tensor:
-    """<a, b> / (‖a‖ ‖b‖) along `dim`, each norm bounded from below by `eps`, as PyTorch's."""
+    """<a, b> / (‖a‖ ‖b‖) along `dim`, each norm bounded from below by `eps`, as in PyTorch."""
     norm_a, norm_b = (torch.linalg.vector_norm(one, dim=dim).clamp_min(eps) for one in (a, b))
     cosine: Tensor = (a * b).sum(dim) / (norm_a * norm_b)
     return cosine

@@ -1,4 +1,4 @@
-"""What distillation minimises.
+"""The loss of distillation.
 
 B  images     S     levels      C  channels of the teacher
 h, w          grid of the student          H, W  grid of the teacher
@@ -15,14 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from teachercache.pipeline.errors import explain
-from teachercache.pipeline.grids import upsample
-from teachercache.pipeline.records.spec import Size
-from teachercache.student.losses.adjoint import (
-    flattened_cosine_from_adjoint,
-    smooth_l1_from_adjoint,
-    squared_error_from_adjoint,
-    token_cosine_from_adjoint,
-)
+from teachercache.pipeline.grids import Grid, Places, upsample
+from teachercache.student.losses.adjoint import AdjointPair
 from teachercache.student.losses.cosine import cosine_similarity
 
 CosineKind = Literal["flattened", "token"]
@@ -32,10 +26,11 @@ DistanceKind = Literal["smooth_l1", "squared_error"]
 @dataclass
 class Target:
     """What one teacher says of a batch: its features, on the grid that they are known on, and the class token
-    of its last level where it is known."""
+    of its last level where it is known. `grid`: that of the teacher, if it is not what the features fill."""
 
     feature_maps_BSHWC: Tensor
     cls_token_BC: Tensor | None = None
+    grid: Grid | None = None
 
     def __post_init__(self) -> None:
         self.num_levels = self.feature_maps_BSHWC.shape[1]
@@ -53,26 +48,26 @@ class Target:
         dtype = torch.promote_types(student_BChw.dtype, torch.float32)
         height, width, channels = teacher_BHWC.shape[1:]
         _require_width(level, student_BChw, channels)
-        student_BHWC = upsample(student_BChw.to(dtype), (height, width)).permute(0, 2, 3, 1)
+        student_BHWC = upsample(student_BChw.to(dtype), self.grid or (height, width)).permute(0, 2, 3, 1)
         teacher_BHWC = teacher_BHWC.to(dtype)
         measure = F.smooth_l1_loss if distance == "smooth_l1" else F.mse_loss
-        apart = measure(student_BHWC, teacher_BHWC)
+        difference = measure(student_BHWC, teacher_BHWC)
         if cosine == "flattened":
             student_BHWC, teacher_BHWC = student_BHWC.flatten(1), teacher_BHWC.flatten(1)
-        return (1 - cosine_similarity(student_BHWC, teacher_BHWC, dim=-1)).mean(), apart
+        return (1 - cosine_similarity(student_BHWC, teacher_BHWC, dim=-1)).mean(), difference
 
 
 @dataclass
 class AdjointTarget(Target):
-    """Of the teacher's maps t on its `grid`, the maps on the student's grid (B, S, h, w, C) that come nearest
-    to them when they are upsampled, and ‖t‖ (B, S): t is not formed.
+    """For the teacher's maps t on its `grid`: the maps on the student's grid (B, S, h, w, C) that come
+    nearest to t when upsampled, and ‖t‖ (B, S); t is never formed.
 
     The flattened cosine and the squared error are those of the native map, exactly; the token cosine and
     smooth-L1 are approximations (`teachercache.student.losses.adjoint`).
     """
 
     norms_BS: Tensor = field(kw_only=True)
-    grid: Size = field(kw_only=True)
+    grid: Grid = field(kw_only=True)
 
     def compare(
         self, level: int, student_BChw: Tensor, cosine: CosineKind, distance: DistanceKind
@@ -82,21 +77,19 @@ class AdjointTarget(Target):
         if student_BChw.shape[-2:] != nearest_BChw.shape[-2:]:
             raise ValueError(
                 explain(
-                    "An adjoint target holds for one student grid alone.",
+                    "An adjoint target holds for one student grid only.",
                     got=f"a student on {tuple(student_BChw.shape[-2:])}",
                     expected=f"{tuple(nearest_BChw.shape[-2:])}, the grid of the cache",
-                    do="build the cache with grid_size as the student's, or grid: native",
+                    do="build the cache with the student's grid as grid_size, or with grid: native",
                 )
             )
-        squared_norm_B = self.norms_BS[:, level].square()
-        known = (student_BChw, nearest_BChw, squared_norm_B, self.grid)
-        measure = flattened_cosine_from_adjoint if cosine == "flattened" else token_cosine_from_adjoint
+        pair = AdjointPair(student_BChw, nearest_BChw, self.norms_BS[:, level].square(), self.grid)
+        cosines = pair.flattened_cosine() if cosine == "flattened" else pair.token_cosine()
         if distance == "smooth_l1":
-            apart = smooth_l1_from_adjoint(student_BChw, nearest_BChw, self.grid)
-        else:
-            elements = self.grid[0] * self.grid[1] * nearest_BChw.shape[1]
-            apart = squared_error_from_adjoint(*known).mean() / elements
-        return 1 - measure(*known).mean(), apart
+            return 1 - cosines.mean(), pair.smooth_l1()
+        height, width = self.grid.size if isinstance(self.grid, Places) else self.grid
+        elements = height * width * nearest_BChw.shape[1]
+        return 1 - cosines.mean(), pair.squared_error().mean() / elements
 
 
 def _require_width(level: int, student_BChw: Tensor, channels: int) -> None:
@@ -105,7 +98,7 @@ def _require_width(level: int, student_BChw: Tensor, channels: int) -> None:
             explain(
                 f"Student and teacher have different widths at level {level}.",
                 got=f"{student_BChw.shape[1]} channels from the student",
-                expected=f"{channels} channels, as the teacher has",
+                expected=f"{channels} channels, like the teacher",
                 do="build the student with this width in teacher_dims",
             )
         )
@@ -113,8 +106,8 @@ def _require_width(level: int, student_BChw: Tensor, channels: int) -> None:
 
 @dataclass
 class LossOutput:
-    """`total` has the gradient. The others are detached, (S,) for each teacher: `levels` the terms of
-    the sum before the teacher's weight, `cosine` (as 1 - cosine) and `distance` what they are made of."""
+    """`total` has the gradient. The others are detached, (S,) for each teacher: `levels` are the terms of
+    the sum before the teacher's weight, `cosine` (as 1 - cosine) and `distance` their parts."""
 
     total: Tensor
     levels: dict[str, Tensor]
@@ -125,9 +118,9 @@ class LossOutput:
 class DistillationLoss(nn.Module):
     """Σ_teachers w · Σ_levels (0.9 · (1 - cosine) + 0.1 · smooth-L1) (SAK, Eq. 5).
 
-    `cosine="flattened"` takes one cosine for each image over its whole map, as the authors' code does;
-    `"token"` takes one for each token of the teacher's grid. Both are then averaged over what they were
-    taken for; smooth-L1 (beta = 1), or the squared error, is averaged over all elements.
+    `cosine="flattened"` takes one cosine per image, over its whole map, as the authors' code does;
+    `"token"` takes one per token of the teacher's grid. The cosines are then averaged; smooth-L1 (beta = 1),
+    or the squared error, is averaged over all elements.
     `teacher_weights` are 1 by default.
     Computed in float32 (float64 stays float64), autocast or not.
     """
@@ -173,9 +166,9 @@ def _require_pairs(student: Mapping[str, Sequence[Tensor]], targets: Mapping[str
     if student.keys() != targets.keys():
         raise ValueError(
             explain(
-                "Student and targets are not of the same teachers.",
+                "Student and targets have different teachers.",
                 got=f"a student of {', '.join(student) or 'none'}",
-                expected=f"{', '.join(targets) or 'none'}, as there are targets",
+                expected=f"{', '.join(targets) or 'none'}, like the targets",
                 do="build the student for the teachers that it is distilled from",
             )
         )
@@ -185,7 +178,7 @@ def _require_pairs(student: Mapping[str, Sequence[Tensor]], targets: Mapping[str
                 explain(
                     f"Student and teacher {teacher} have different numbers of levels.",
                     got=f"{len(levels)} levels from the student",
-                    expected=f"{targets[teacher].num_levels} levels, as the teacher has",
+                    expected=f"{targets[teacher].num_levels} levels, like the teacher",
                     do="choose as many block_indices for the teacher as the student has levels",
                 )
             )

@@ -2,8 +2,8 @@
 
 B  images     C  channels of a prediction     H, W  the image
 
-Each loss is a mean over the pixels of the batch that are annotated, and 0 where none is. It is computed in
-at least float32, autocast or not, and without waiting for the device.
+Each loss is a mean over the annotated pixels of the batch, and 0 if there are none. It is computed in at
+least float32, autocast or not, and without waiting for the device.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from teachercache.pipeline.errors import explain
 from teachercache.student.metrics.dense import IGNORE_INDEX
 from teachercache.student.models.student import require_known
 
-BOUNDARY_WEIGHT = 0.95  # of boundary pixels; the others weigh 1 - 0.95
+BOUNDARY_WEIGHT = 0.95  # for boundary pixels; the others weigh 1 - 0.95
 
 
 def cross_entropy(logits_BCHW: Tensor, labels_BHW: Tensor) -> Tensor:
-    """Of classes, segmentation and parts; labels of any integer dtype."""
+    """The loss of segmentation and parts; labels of any integer dtype."""
     loss_BHW = F.cross_entropy(logits_BCHW, labels_BHW.long(), ignore_index=IGNORE_INDEX, reduction="none")
     return _mean(loss_BHW, labels_BHW != IGNORE_INDEX)
 
 
 def balanced_cross_entropy(logits_B2HW: Tensor, labels_BHW: Tensor) -> Tensor:
-    """Of saliency (class 1): a class weighs the share that the other has of the batch's annotated pixels."""
+    """The loss of saliency (class 1): each class weighs the other's share of the batch's annotated pixels."""
     valid_BHW, salient_BHW = labels_BHW != IGNORE_INDEX, labels_BHW == 1
     share = _mean(salient_BHW.to(logits_B2HW.dtype), valid_BHW)
     loss_BHW = F.cross_entropy(logits_B2HW, labels_BHW.long(), ignore_index=IGNORE_INDEX, reduction="none")
@@ -37,19 +37,19 @@ def balanced_cross_entropy(logits_B2HW: Tensor, labels_BHW: Tensor) -> Tensor:
 
 
 def normals_l1(normals_B3HW: Tensor, target_B3HW: Tensor) -> Tensor:
-    """|n - t| summed over x, y and z, n scaled to unit length. A pixel is left out whose target has no
-    direction or the ignore index in a channel."""
+    """|n - t| summed over x, y and z, with n scaled to unit length. Pixels whose target has no direction, or
+    the ignore index in a channel, are left out."""
     valid_BHW = (target_B3HW != IGNORE_INDEX).all(1) & (target_B3HW != 0).any(1)
     return _mean((F.normalize(normals_B3HW, dim=1) - target_B3HW).abs().sum(1), valid_BHW)
 
 
 def depth_l1(depth_B1HW: Tensor, target_BHW: Tensor) -> Tensor:
-    """|d - t| in the unit of the depths; without a measurement where t ≤ 0."""
+    """|d - t| in the unit of the depths; t ≤ 0 means no measurement."""
     return _mean((depth_B1HW.squeeze(1) - target_BHW).abs(), target_BHW > 0)
 
 
 def boundary_cross_entropy(logits_B1HW: Tensor, labels_BHW: Tensor) -> Tensor:
-    """Binary cross-entropy that weighs a boundary pixel 0.95 and another 0.05."""
+    """Binary cross-entropy that weighs boundary pixels 0.95 and all others 0.05."""
     logits_BHW = logits_B1HW.squeeze(1)
     boundary_BHW = (labels_BHW == 1).to(logits_BHW.dtype)
     weight_BHW = BOUNDARY_WEIGHT * boundary_BHW + (1 - BOUNDARY_WEIGHT) * (1 - boundary_BHW)
@@ -59,8 +59,7 @@ def boundary_cross_entropy(logits_B1HW: Tensor, labels_BHW: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class TaskLoss:
-    """`channels` of the prediction and of the target, None for any number and for a target without a
-    channel axis."""
+    """`channels` of the prediction (None for any number) and of the target (None for no channel axis)."""
 
     function: Callable[[Tensor, Tensor], Tensor]
     weight: float
@@ -76,7 +75,7 @@ TASK_LOSSES: dict[str, TaskLoss] = {
     "boundary": TaskLoss(boundary_cross_entropy, 50.0, channels=1),
     "depth": TaskLoss(depth_l1, 1.0, channels=1),
 }
-"""By name of the task: its loss and the weight that the paper gives it."""
+"""By task: its loss and the paper's weight."""
 
 
 @dataclass
@@ -88,9 +87,9 @@ class TaskLossOutput:
 
 
 class MultiTaskLoss(nn.Module):
-    """Σ_tasks w_t · L_t, the second term of SAK's Eq. 6, with the weights of B.5 where none is given.
+    """Σ_tasks w_t · L_t, the second term of SAK's Eq. 6, by default with the weights of B.5.
 
-    Raises `RecipeError` for a task that has no loss, and for the weight of a task that is not trained.
+    Raises `RecipeError` for a task without a loss, and for the weight of a task that is not trained.
     """
 
     def __init__(self, tasks: Iterable[str], weights: Mapping[str, float] | None = None) -> None:
@@ -103,9 +102,9 @@ class MultiTaskLoss(nn.Module):
         self.weights = {task: TASK_LOSSES[task].weight for task in self.tasks} | dict(weights or {})
 
     def forward(self, predictions: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> TaskLossOutput:
-        """`predictions` (B, C, H, W) as the student gives them; `targets` (B, H, W), normals (B, 3, H, W).
+        """`predictions` (B, C, H, W) from the student; `targets` (B, H, W), normals (B, 3, H, W).
 
-        Raises `ValueError` where their shapes do not fit each other and the task.
+        Raises `ValueError` unless their shapes fit each other and the task.
         """
         losses = {}
         for task in self.tasks:

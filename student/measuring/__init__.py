@@ -1,1 +1,1 @@
-"""How good a finished student is: tasks, likeness to its teachers, linear probes, figures."""
+"""Measure a finished student: tasks, similarity to its teachers, linear probes, figures."""

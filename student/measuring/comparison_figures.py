@@ -1,4 +1,4 @@
-"""Figures that compare models (SAK, Figures 1 left, 3 and 5), of the paper's tables and one's own scores."""
+"""Figures that compare models (SAK, Figures 1 left, 3 and 5), from the paper's tables and your own scores."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from teachercache.student.metrics import mtl_gain
 
 _COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
 _SHARE = re.compile(r"(?P<model>.+), (?P<percent>[\d.]+)% of the data")
-_BACKBONE = "ViT-B"  # of all that these figures show
+_BACKBONE = "ViT-B"  # of all models in these figures
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What a model reached on a data set, by task, as `scores.json` and the paper's tables have it."""
+    """A model's scores on a data set, by task, as in `scores.json` and the paper's tables."""
 
     name: str
     dataset: str
@@ -34,7 +34,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Panel:
-    """Numbers of one part of a figure: for each model its values by task, or by percent of the data."""
+    """The numbers of one part of a figure: each model's values by task, or by percent of the data."""
 
     title: str
     ylabel: str
@@ -44,17 +44,17 @@ class Panel:
 def comparison(number: int, own: Sequence[Scores] = ()) -> list[Panel]:
     """The numbers of Figure `number`, the paper's and below them those of `own`, in percent.
 
-    1: gains of frozen models over the frozen ViT, and in the name their mean over their standard deviation
-    across tasks. 3: gains over the single-task baseline on each data set, and in the name their mean, Δm.
-    5: Δm by the percent of the data; of one's own a name must end in ", 25% of the data".
-    Raises `RecipeError` for another figure or such a name, and for scores that are no part of the figure.
+    1: gains of frozen models over the frozen ViT; the name states their mean over their standard deviation
+    across tasks. 3: gains over the single-task baseline on each data set; the name states their mean, Δm.
+    5: Δm by the percent of the data; your own names must end as in ", 25% of the data".
+    Raises `RecipeError` for other figures or names, and for scores that the figure does not show.
     """
     if number not in _FIGURES:
         raise RecipeError(
-            "The paper has no figure of this number that compares models.",
+            "The paper has no figure with this number that compares models.",
             got=f"Figure {number}",
             expected="1 (its left half), 3 or 5",
-            do="see docs/recipes.md for what draws the others",
+            do="see docs/recipes.md for the others",
         )
     panels = _FIGURES[number](own)
     shown = {name.partition("\n")[0] for panel in panels for name in panel.models}
@@ -82,15 +82,15 @@ def comparison_figure(number: int, own: Sequence[Scores] = ()) -> Figure:
 
 
 def read_scores(named: str) -> Scores:
-    """ "NAME=FILE", a scores.json of `teachercache evaluate -o`. Raises `RecipeError` where it is none."""
+    """ "NAME=FILE", a scores.json from `teachercache evaluate -o`. Raises `RecipeError` for anything else."""
     name, _, file = named.partition("=")
     try:
-        found = json.loads(Path(file).read_text())
-        scores = {task: float(score) for task, score in found["scores"].items() if score is not None}
-        return Scores(name, str(found["dataset"]), scores)
+        record = json.loads(Path(file).read_text())
+        scores = {task: float(score) for task, score in record["scores"].items() if score is not None}
+        return Scores(name, str(record["dataset"]), scores)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RecipeError(
-            "These are no scores.",
+            "This file has no scores.",
             got=f"{named}: {type(error).__name__}: {error}",
             expected="NAME=FILE, where FILE is the scores.json of an evaluation",
             do="evaluate a student with -o FOLDER, and give NAME=FOLDER/scores.json",
@@ -133,16 +133,16 @@ def _shares(own: Sequence[Scores]) -> list[Panel]:
     panel = Panel("PASCAL-Context, parts of the data (SAK, Figure 5; Table 18)", "Δm, %")
     rows = [Scores(row.model, "pascal_context", row.scores) for row in paper_rows("pascal_context", None, 18)]
     for one in [*rows, *(one for one in own if one.dataset == "pascal_context")]:
-        found = _SHARE.fullmatch(one.name)
-        if found is None:
+        match = _SHARE.fullmatch(one.name)
+        if match is None:
             raise RecipeError(
-                "The name does not say on which part of the data this model was trained.",
+                "The name does not say which part of the data this model was trained on.",
                 got=one.name,
                 expected='a name such as "mine, 25% of the data"',
-                do="name it so, with the percent that multitask.dataset.fraction had",
+                do="give it such a name, with the percent of multitask.dataset.fraction",
             )
         gain = float(np.mean(list(_gains(one.scores, baseline).values())))
-        panel.models.setdefault(found["model"], {})[found["percent"]] = gain
+        panel.models.setdefault(match["model"], {})[match["percent"]] = gain
     return [panel]
 
 
@@ -150,16 +150,16 @@ _FIGURES: dict[int, Callable[[Sequence[Scores]], list[Panel]]] = {1: _frozen, 3:
 
 
 def _model(name: str) -> str:
-    found = _SHARE.fullmatch(name)
-    return found["model"] if found else name
+    match = _SHARE.fullmatch(name)
+    return match["model"] if match else name
 
 
 def _gains(scores: Mapping[str, float], baseline: Mapping[str, float]) -> dict[str, float]:
-    """By task, in percent. Raises `RecipeError` where a task is missing, without which no mean compares."""
+    """Gains by task, in percent. Raises `RecipeError` for missing tasks: means need the same tasks."""
     if missing := baseline.keys() - scores.keys():
         raise RecipeError(
-            "Scores of a figure are of all its tasks.",
-            got=f"none of {', '.join(sorted(missing))}",
+            "A figure needs scores of all its tasks.",
+            got=f"no score of {', '.join(sorted(missing))}",
             expected=", ".join(baseline),
             do="give the scores of a student of all these tasks",
         )

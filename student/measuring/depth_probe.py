@@ -1,8 +1,8 @@
 """How well one linear layer reads depth out of frozen maps (SAK, Table 27: lin. 1 and lin. 4).
 
-After DINOv2's protocol (Li et al., 2024): patch tokens with the class token beside each, of the last level
-or of all four, four times as fine, and a linear layer to 256 depths, of which the prediction is the mean. It
-learns by the scale-invariant loss, AdamW, a cosine with a warm-up of a third.
+Follows DINOv2's protocol (Li et al., 2024): the class token is concatenated to every patch token, of the last
+level or of all four, four times as fine; a linear layer gives weights of 256 depths, whose mean is predicted.
+It learns with the scale-invariant loss, AdamW, and a cosine with a warm-up over a third.
 
 B  images     D  width     h, w  grid of the tokens     H, W  the image     K  depths
 """
@@ -33,7 +33,7 @@ from teachercache.student.training.schedule import cosine_with_warmup
 
 _NEAREST_M, _FARTHEST_M, _DEPTHS = 0.001, 10.0, 256
 _FINER = 4
-_VARIANCE_SHARE = 0.85  # of the mean logarithm's square, what the scale-invariant loss forgives
+_VARIANCE_SHARE = 0.85  # of the mean logarithm's square, which the scale-invariant loss forgives
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,9 @@ class DepthProbe:
 
 
 class FrozenMaps:
-    """The maps of a stem, or of a student's path (`expert`: a teacher's name), of images of `size`.
+    """The maps of a stem, or of a student's path (`expert`: a teacher's name), for images of `size`.
 
-    Four levels, each with the class token beside every patch token, where the stem has one.
+    Four levels, each with the stem's class token, if any, concatenated to every patch token.
 
     Raises `RecipeError` for a student without a stem or an expert that it does not have.
     """
@@ -68,10 +68,10 @@ class FrozenMaps:
             mean, std = source.mean.flatten(), source.std.flatten()
         else:
             raise RecipeError(
-                "Depth is probed on the maps of a stem and of its paths.",
+                "Depth is probed on the maps of a stem and its paths.",
                 got=f"a student of kind {source.kind}",
                 expected="a student of kind sak, or a stem",
-                do="give one of those",
+                do="choose one of these",
             )
         source.eval().requires_grad_(False)
         self.stem.resize(size)
@@ -121,8 +121,8 @@ class LinearDepth(nn.Module):
 
 def scale_invariant_loss(depth_BHW: Tensor, target_BHW: Tensor) -> Tensor:
     """√(mean(g²) - 0.85 · mean(g)²) of g = log d - log t, where t was measured (Eigen et al., 2014)."""
-    known = (target_BHW > _NEAREST_M) & (target_BHW < _FARTHEST_M)
-    difference_N = depth_BHW[known].clamp(min=_NEAREST_M).log() - target_BHW[known].log()
+    measured = (target_BHW > _NEAREST_M) & (target_BHW < _FARTHEST_M)
+    difference_N = depth_BHW[measured].clamp(min=_NEAREST_M).log() - target_BHW[measured].log()
     mean = difference_N.mean()
     return (difference_N.square().mean() - _VARIANCE_SHARE * mean.square()).clamp(min=1e-9).sqrt()
 
@@ -141,14 +141,14 @@ def depth_probe(
     threads: int = 2,
     progress: Callable[[str], object] | None = None,
 ) -> DepthProbe:
-    """Train the layer on `levels` (1: the last, or 4) of `train`, half of it flipped, and measure `test`.
+    """Train the layer on `levels` (1: the last, or 4) of `train`, half of it flipped, and measure on `test`.
 
     Raises `RecipeError` for a data set without depth and for another number of levels.
     """
     usable = all("depth" in data.tasks and data.keys for data in (train, test))
     if levels not in (1, NUM_LEVELS) or not usable:
         raise RecipeError(
-            "Depth cannot be probed so.",
+            "Depth cannot be probed like this.",
             got=f"{levels} levels, on {train.name} and {test.name}",
             expected="1 or 4 levels, and images with depth",
             do="choose nyud or scenes, and 1 or 4",
@@ -181,38 +181,38 @@ def depth_probe(
         for images_B3HW, depth_BHW, magnification_B in _batches(
             test, range(len(test.keys)), maps.size, batch_size, threads
         ):
-            found = head(torch.cat(maps(images_B3HW.to(device))[-levels:], dim=1)).cpu()
-            metres_B11 = magnification_B[:, None, None]  # an image that is shown smaller seems farther away
-            metric.update(found * metres_B11, depth_BHW * metres_B11)
+            predicted_BHW = head(torch.cat(maps(images_B3HW.to(device))[-levels:], dim=1)).cpu()
+            metres_B11 = magnification_B[:, None, None]  # a smaller image seems farther away
+            metric.update(predicted_BHW * metres_B11, depth_BHW * metres_B11)
     return DepthProbe(name, levels, metric.compute(), steps, len(train.keys), len(test.keys))
 
 
 def depth_table(probes: list[DepthProbe]) -> str:
-    """Markdown: what was probed, and the paper's rows."""
+    """Markdown: the probes, and the paper's rows."""
     first = probes[0]
     data = f"{first.train_images:,} images to train, {first.test_images:,} to test, {first.steps:,} steps"
     lines = [f"| {data} | lin. 1 RMSE (m ↓) | lin. 4 RMSE (m ↓) |", "|---|---|---|"]
     for name in dict.fromkeys(probe.name for probe in probes):
-        found = {probe.levels: f"{probe.rmse_m:.3f}" for probe in probes if probe.name == name}
-        lines.append(f"| {name} | {found.get(1, '–')} | {found.get(NUM_LEVELS, '–')} |")
+        rmse = {probe.levels: f"{probe.rmse_m:.3f}" for probe in probes if probe.name == name}
+        lines.append(f"| {name} | {rmse.get(1, '–')} | {rmse.get(NUM_LEVELS, '–')} |")
     for name, (one, four) in DEPTH_PROBES.items():
         lines.append(f"| *{name} (SAK, Table 27)* | {one:.3f} | {four:.3f} |")
     return "\n".join(lines) + "\n"
 
 
 def _shuffled(order: np.random.Generator, count: int, total: int) -> Iterator[int]:
-    done = 0
-    while done < total:
-        for number in order.permutation(count)[: total - done].tolist():
+    drawn = 0
+    while drawn < total:
+        for number in order.permutation(count)[: total - drawn].tolist():
             yield number
-            done += 1
+            drawn += 1
 
 
 def _batches(
     dataset: LabelledDataset, numbers: range | Iterator[int], size: Size, batch_size: int, threads: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Whole images as `evaluate` shows them: uint8 (B, 3, H, W), depth (B, H, W) as it looks there, and how
-    much each was magnified (B,)."""
+    """Whole images as in `evaluate`: uint8 (B, 3, H, W), their depth (B, H, W) as it looks there, and the
+    magnification of each (B,)."""
     policy = ViewPolicy(policy="multitask_eval", size=size)
 
     def make(number: int) -> tuple[Tensor, Tensor, Tensor]:

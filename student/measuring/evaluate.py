@@ -1,10 +1,10 @@
-"""How well a student does its tasks on a split of a data set (SAK, B.4).
+"""Measure how well a student does its tasks on a split of a data set (SAK, B.4).
 
-Images are seen whole (`multitask_eval`), labels move with them, and what lies in the padding is not
-measured. Under `accelerate launch` or `torchrun` every process takes its share of the images.
+The student sees whole images (`multitask_eval`), labels follow them, and padding is not measured. Under
+`accelerate launch` or `torchrun` every process takes its share of the images.
 
-    <output>/scores.json      what was measured, of whom, on what
-    <output>/scores.md        the same as a table, beside rows of the paper
+    <output>/scores.json      the scores, with student and data set
+    <output>/scores.md        the same as a table, with rows of the paper
     <output>/predictions/     a folder for each task, one PNG for each image
     <output>/*.png            a panel of predictions, and the routers' gates
 """
@@ -49,16 +49,16 @@ from teachercache.student.saving import replacing, saving
 from teachercache.student.training.student_recipe import unfit_experts
 
 PANEL_IMAGES = 4
-_MEASURES_AGAIN = "it measures again, from the start"
+_MEASURES_AGAIN = "it measures everything again"
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """`scores`: in percent, degrees (normals) and metres (depth), by task. `gates`: for each task the mean
     weight of each expert, (levels, experts), where the student has routers. `backbone`: "ViT-S", "ViT-B" or
-    "ViT-L" for a student of one of the paper's sizes. `parameters`: of all that predicting takes. `further`:
-    other measures of a task, by name, in percent: oisF and AP of boundaries, maxF as the salient-object
-    literature has it."""
+    "ViT-L" for a student of one of the paper's sizes. `parameters`: the number used to predict. `further`:
+    other measures of a task, by name, in percent: oisF and AP of boundaries, maxF as in the salient-object
+    literature."""
 
     student: str
     backbone: str | None
@@ -79,15 +79,15 @@ class Evaluation:
         return 100 * mtl_gain(shared, {task: baseline[task] for task in shared}, lower)
 
     def record(self) -> dict[str, Any]:
-        """All of it as JSON has it: null for the measures of a task of which nothing was labelled."""
+        """Everything, for JSON: null for the measures of a task without any label."""
         further = {task: _measured(measures) for task, measures in self.further.items()}
         return asdict(self) | {"scores": _measured(self.scores), "further": further}
 
     def markdown(self, baseline: Mapping[str, float] | None = None, table: int | None = None) -> str:
-        """A table: this student and its single-task `baseline`, if it has one of its own, then rows of the
-        paper (`paper_rows`), with the gains that are printed there.
+        """A table: this student and its own single-task `baseline`, if any, then rows of the paper
+        (`paper_rows`) with the gains printed there.
 
-        This student's gain refers to its own baseline, or else to the paper's of its size.
+        This student's gain refers to its own baseline, or else to the paper's for its size.
         """
         tasks = list(self.scores)
         single = single_task_scores(self.dataset, self.backbone)
@@ -147,12 +147,12 @@ def evaluate(
     """Measure every task that student and data set have in common, on the device that accelerate finds.
 
     `cache`: of the same images in `multitask_eval` views, for a student that works on teachers' features.
-    `boundary_processes` match boundaries beside the student, which is most of the work of that task.
+    `boundary_processes` match boundaries in parallel to the student, which is most of the work of that task.
     `baseline`: single-task scores to state gains against (`read_baseline`), instead of the paper's.
     `table`: show the rows of this table of the paper, instead of those of its comparisons.
     Every process gets the same result; the main one writes `output`.
-    Raises `RecipeError` where there is no common task, no image, or no such table, `DiskSpaceError` or
-    `CheckpointError` where `output` cannot be written.
+    Raises `RecipeError` if there is no common task, no image, or no such table, `DiskSpaceError` or
+    `CheckpointError` if `output` cannot be written.
     """
     tasks = [task for task in student.tasks if task in dataset.tasks]
     if not tasks:
@@ -164,10 +164,10 @@ def evaluate(
         )
     if not dataset.keys:
         raise RecipeError(
-            "There is no image to evaluate on.",
+            "There are no images to evaluate on.",
             got=f"no key in the {dataset.split} split of {dataset.name}",
             expected="at least one",
-            do="name another split, or look at the data set with `teachercache datasets`",
+            do="name another split, or check the data set with `teachercache datasets`",
         )
     if table is not None:
         paper_rows(dataset.name, None, table)
@@ -193,8 +193,8 @@ def evaluate(
             inputs: dict[str, Any] = {"full": True, "maps": False}
             if cache is not None and student.reads_features:
                 inputs["features"] = _features(cache, student.teachers, items, state.device)
-            found: StudentOutput = student(student.normalize(images_B3HW), **inputs)
-            estimates = {task: TASK_OUTPUTS[task].estimate(found.predictions[task].float()) for task in tasks}
+            outputs: StudentOutput = student(student.normalize(images_B3HW), **inputs)
+            estimates = {t: TASK_OUTPUTS[t].estimate(outputs.predictions[t].float()) for t in tasks}
             if "depth" in estimates:
                 nearer_B = estimates["depth"].new_tensor([item.magnification for item in items])
                 estimates["depth"] *= nearer_B[:, None, None]
@@ -203,7 +203,7 @@ def evaluate(
                 update(metrics[task], estimates[task], labels)
                 if task in second_metrics:
                     update(second_metrics[task], estimates[task], labels)
-            for task, gates_BSE in found.gates.items():
+            for task, gates_BSE in outputs.gates.items():
                 gates[task].append(gates_BSE.double().sum(0).cpu())
             shown = {task: values.cpu().numpy() for task, values in estimates.items()}
             panel.add(items, shown)
@@ -228,20 +228,20 @@ def evaluate(
         further={t: more for t in tasks if (more := further(t, metrics[t], second_metrics.get(t)))},
     )
     if output and state.is_main_process:
-        with saving("What was measured", Path(output), _MEASURES_AGAIN):
+        with saving("The scores", Path(output), _MEASURES_AGAIN):
             _write(evaluation, Path(output), student.experts, panel, evaluation.markdown(baseline, table))
     return evaluation
 
 
 def process_state() -> PartialState:
-    """Who this process is among those that the launcher started."""
-    return PartialState(cpu=not torch.accelerator.is_available())  # unless told so, CPUs work alone, silently
+    """This process among those that the launcher started."""
+    return PartialState(cpu=not torch.accelerator.is_available())  # else CPUs silently work alone
 
 
 @dataclass(frozen=True)
 class _Item:
-    """A sample as the student sees it, its labels on the same pixels, depth in metres of the room: an image
-    that is shown smaller seems farther away by 1 / `magnification`, and so does what is predicted of it."""
+    """A sample as the student sees it, its labels on the same pixels, with depth in the room's metres: a
+    smaller image seems farther away by 1 / `magnification`, in predictions too."""
 
     key: str
     image_3HW: Tensor
@@ -251,7 +251,7 @@ class _Item:
 
 @dataclass
 class _Panel:
-    """The first few samples with what was predicted of them, for a figure."""
+    """The first few samples and their predictions, for a figure."""
 
     tasks: list[str]
     room: int
@@ -276,7 +276,7 @@ def _batches(
     batch_size: int,
     threads: int,
 ) -> Iterator[list[_Item]]:
-    """Samples in order, made by threads a few batches ahead."""
+    """Samples in order, which threads make a few batches ahead."""
     policy = ViewPolicy(policy="multitask_eval", size=size)
 
     def make(number: int) -> _Item:
@@ -291,7 +291,7 @@ def _batches(
 
 
 def _mean(sums: Mapping[str, list[Tensor]], count: int) -> dict[str, Tensor]:
-    """Means over all processes, of which some may have had no image."""
+    """Means over all processes, even if some had no image."""
     parts: list[dict[str, Tensor]] = gather_object([{task: sum(own) for task, own in sums.items()}])
     tasks = max(parts, key=len)
     return {
@@ -315,20 +315,20 @@ def _require_cache(student: Student, cache: FeatureCache | None, keys: Sequence[
         "This student works on its teachers' features of the images.",
         got=got,
         expected=expected,
-        do="build one from the images of this split, and give it as --cache",
+        do="build one from the images of this split, and pass it as --cache",
     )
 
 
 def _features(
     cache: FeatureCache, teachers: list[str], items: Sequence[_Item], device: torch.device
 ) -> dict[str, Tensor]:
-    """(B, S, H, W, C) of each teacher."""
+    """(B, S, H, W, C) for each teacher."""
     rows = cache.index.rows([cache.find(item.key) for item in items], 0)
     return {name: encoded.decode(device) for name, encoded in cache.read(rows, teachers).items()}
 
 
 def _save_predictions(folder: Path, items: list[_Item], estimates: Mapping[str, NDArray]) -> None:
-    """One PNG a task and sample: class indices, probabilities · 255, or depth in millimetres (16 bits);
+    """One PNG per task and sample: class indices, probabilities · 255, or depth in millimetres (16 bits);
     normals as colours."""
     for task, values in estimates.items():
         for item, estimate in zip(items, values, strict=True):
@@ -338,20 +338,20 @@ def _save_predictions(folder: Path, items: list[_Item], estimates: Mapping[str, 
 
 
 def read_baseline(files: Iterable[str | Path], dataset: str) -> dict[str, float]:
-    """Single-task scores out of the `scores.json` of evaluations, one or more tasks a file.
+    """Single-task scores from the `scores.json` of evaluations, one or more tasks per file.
 
-    Raises `RecipeError` for a file that is none, or of another data set.
+    Raises `RecipeError` for any other file, and for scores on another data set.
     """
     scores: dict[str, float] = {}
     for file in files:
         try:
-            found = json.loads(Path(file).read_text())
-            measured, got = found["scores"], found["dataset"]
+            record = json.loads(Path(file).read_text())
+            measured, got = record["scores"], record["dataset"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             measured, got = None, f"{type(error).__name__}: {error}"
         if measured is None or got != dataset:
             raise RecipeError(
-                f"{file} holds no baseline.",
+                f"{file} does not hold a baseline.",
                 got=str(got),
                 expected=f"the scores.json of an evaluation on {dataset}",
                 do="evaluate the single-task students with -o FOLDER, and give FOLDER/scores.json of each",

@@ -20,12 +20,11 @@ from teachercache.student.models.student import NUM_LEVELS, Student
 from teachercache.student.sak.model import SAK
 
 EXPERT_COLOURS = ("#777777", "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
-"""The stem grey, then Okabe and Ito's, which are told apart by every kind of colour vision."""
+"""Grey for the stem, then Okabe and Ito's, which every kind of colour vision can distinguish."""
 
 
 def gate_figure(gates: Mapping[str, NDArray], experts: Sequence[str]) -> Figure:
-    """The weight of each expert, a bar for each level, by task. `gates`: (levels, experts), means over
-    images."""
+    """The weight of each expert by task, one bar per level. `gates`: (levels, experts), means over images."""
     figure = Figure(figsize=(1.2 + 2 * len(gates), 2.9), dpi=150, layout="constrained")
     axes = figure.subplots(1, len(gates), sharey=True, squeeze=False)[0]
     for axis, (task, weights_SE) in zip(axes, gates.items(), strict=True):
@@ -39,7 +38,7 @@ def gate_figure(gates: Mapping[str, NDArray], experts: Sequence[str]) -> Figure:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("weight")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
-    figure.suptitle("What the routers take from each expert, mean over images", fontsize=10)
+    figure.suptitle("The routers' weight of each expert, mean over images", fontsize=10)
     return figure
 
 
@@ -47,14 +46,14 @@ def norm_figure(
     cache: FeatureCache, keys: tuple[str, str], student: Student | None = None, level: int = -1
 ) -> Figure:
     """Norms of the tokens of two images of one scene, and of their difference (SAK, Figure 6): each teacher
-    of the cache, beside it what the student makes of that teacher, and the student's stem.
+    of the cache, next to it the student's version of that teacher, and the student's stem.
 
-    The first view of each sample. The two maps of a column share one scale, stated above it, and the
-    difference has its own, from 0. Raises `RecipeError` for a key or a level that is not there and for a
-    student of other views or teachers, else as `FeatureCache.read` does.
+    Shows the first view of each sample. The two maps of a column share one scale, stated above it; the
+    difference has its own, from 0. Raises `RecipeError` for a missing key or level and for a student of
+    other views or teachers, otherwise as `FeatureCache.read` does.
     """
     rows = [int(cache.index.rows(_sample(cache, key), 0)) for key in keys]
-    reader = MapReader(cache)
+    reader = MapReader(cache, window=student is not None)
     views = [reader.view(row) for row in rows]
     maps_2HWC = {
         f"{name}\nteacher": torch.stack([_level(reader.maps(name, row), level) for row in rows])
@@ -74,7 +73,7 @@ def norm_figure(
         columns,
         f"Norms of the tokens of two images and of their difference, level {level % NUM_LEVELS + 1}"
         + (" (random weights)" if random else "")
-        + "\nfrom dark to bright: the range of the norms; the range of the difference, above each column",
+        + "\nabove each column, from dark to bright: the range of the norms; the range of the difference",
     )
     text = "norm of the\ndifference of\nthe tokens\nabove"
     figure.axes[2 * len(columns)].text(
@@ -93,7 +92,7 @@ def norm_figure(
 def _student_maps(
     student: Student, cache: FeatureCache, views: Sequence[Picture], level: int
 ) -> dict[str, Tensor]:
-    """(2, h, w, C) of the stem, and of each path in the space of its teacher."""
+    """(2, h, w, C) for the stem, and for each path in the space of its teacher."""
     if not isinstance(student, SAK) or student.image_size != cache.spec.views.size:
         raise RecipeError(
             "The student does not see the views of this cache.",
@@ -104,15 +103,15 @@ def _student_maps(
     images_23HW = torch.stack([torch.from_numpy(view).permute(2, 0, 1) for view in views])
     pixels_23HW = student.eval().normalize(images_23HW.to(student.mean.device))
     stem_2nD = student.representations(pixels_23HW).stem[level]
-    found = {"student's\nstem": stem_2nD.unflatten(1, student.stem.grid)}
+    titled = {"student's\nstem": stem_2nD.unflatten(1, student.stem.grid)}
     feature_maps = student(pixels_23HW, full=True).feature_maps
     for name in cache.check_teachers(student.teachers):
-        found[f"{name}\nstudent"] = feature_maps[name][level].permute(0, 2, 3, 1)
-    return {title: maps.float().cpu() for title, maps in found.items()}
+        titled[f"{name}\nstudent"] = feature_maps[name][level].permute(0, 2, 3, 1)
+    return {title: maps.float().cpu() for title, maps in titled.items()}
 
 
 def _place(title: str, teachers: Sequence[str]) -> tuple[int, bool]:
-    """The stem behind all, each teacher before the student's path."""
+    """Sort key: the stem last, each teacher before the student's path."""
     name = title.split("\n")[0]
     number = teachers.index(name) if name in teachers else len(teachers)
     return number, title.endswith("student")
@@ -146,10 +145,10 @@ def prediction_figure(
     labels: Mapping[str, Sequence[NDArray]],
     estimates: Mapping[str, Sequence[NDArray]],
 ) -> Figure:
-    """A line for each image: the image, then for each task the label and the prediction."""
+    """One line per image: the image, then for each task the label and the prediction."""
     columns: list[tuple[str, Sequence[Picture]]] = [("image", images)]
     for task, values in estimates.items():
         show, title = TASK_OUTPUTS[task].picture, TASK_OUTPUTS[task].title
         columns.append((f"{title}\nlabel", [show(label) for label in labels[task]]))
         columns.append((f"{title}\nstudent", [show(estimate) for estimate in values]))
-    return picture_grid(columns, "Labels and what the student makes of the images")
+    return picture_grid(columns, "Labels and the student's predictions")

@@ -1,6 +1,6 @@
-"""One vector for each labelled image: what a student makes of the image, or what a cache holds of a teacher.
+"""One vector per labelled image: a student's features, or a teacher's features from a cache.
 
-As DINOv2 does for linear classifiers, class tokens stand beside the means of the patch tokens.
+As in DINOv2's linear classifiers, class tokens are concatenated with the means of the patch tokens.
 
 B  images     N  patch tokens     D  width of the stem     C  width of a teacher
 F  numbers of one vector
@@ -32,7 +32,7 @@ Tokens = Literal["cls", "mean"]
 
 
 class ImageFeatures(Protocol):
-    """Images by number, 0 to len(labels) - 1: the label and the features of each."""
+    """The labels and features of images, by number from 0 to len(labels) - 1."""
 
     @property
     def width(self) -> int: ...
@@ -45,10 +45,10 @@ class ImageFeatures(Protocol):
 
 
 class CachedTeacherFeatures:
-    """The last level of a teacher, of the first view of every sample that the cache holds.
+    """A teacher's last level, for the first view of every sample that the cache holds.
 
-    `tokens`: "cls" reads stored class tokens and nothing else, "mean" takes the mean of the patch tokens,
-    which an adjoint grid keeps exactly. None: both, where the cache has class tokens.
+    `tokens`: "cls" reads only stored class tokens, "mean" averages the patch tokens, which an adjoint grid
+    keeps exactly. None: both, if the cache has class tokens.
     """
 
     def __init__(
@@ -76,16 +76,16 @@ class CachedTeacherFeatures:
 
     def read(self, numbers: Sequence[int]) -> Tensor:
         starts = range(0, len(numbers), self._batch_size)
-        found = torch.empty(len(numbers), self.width)
+        vectors = torch.empty(len(numbers), self.width)
 
         def make(start: int) -> None:
             part = slice(start, start + self._batch_size)
             rows = self.cache.index.rows(self._samples[list(numbers[part])], 0)
-            found[part] = torch.cat([self._vectors(rows, kind) for kind in self._kinds], dim=1)
+            vectors[part] = torch.cat([self._vectors(rows, kind) for kind in self._kinds], dim=1)
 
         for _ in in_threads(make, starts, 1, self._threads):
             pass
-        return found
+        return vectors
 
     def _vectors(self, rows: ArrayLike, kind: Tokens) -> Tensor:
         if kind == "cls":
@@ -96,9 +96,9 @@ class CachedTeacherFeatures:
 
 
 def mean_token(tokens_BNC: Tensor, spec: TeacherSpec) -> Tensor:
-    """(B, C): the mean of the tokens of a teacher's own grid, of features as the cache holds them.
+    """(B, C): the mean of the tokens on a teacher's own grid, from features as the cache holds them.
 
-    Of an adjoint grid it is exact: upsampling can reach a constant map, so that U p and t have the same sum.
+    It is exact for an adjoint grid: upsampling can reach a constant map, so that U p and t have the same sum.
     """
     if spec.grid.kind == "adjoint":
         ones = torch.ones(1, 1, *spec.native_grid, dtype=tokens_BNC.dtype, device=tokens_BNC.device)
@@ -108,13 +108,13 @@ def mean_token(tokens_BNC: Tensor, spec: TeacherSpec) -> Tensor:
 
 
 def require_same_teacher(one: CachedTeacherFeatures, other: CachedTeacherFeatures) -> None:
-    """Raises `CacheMismatchError` where two caches hold different teachers under one name."""
+    """Raises `CacheMismatchError` if two caches hold different teachers under one name."""
     facts = ("model", "weights_hash", "image_size", "block_indices", "width")
     for fact in facts:
         mine, theirs = getattr(one.spec, fact), getattr(other.spec, fact)
         if mine != theirs:
             raise CacheMismatchError(
-                f"Teacher {one.teacher} is another one in the cache to test on.",
+                f"Teacher {one.teacher} differs in the cache to test on.",
                 got=f"{fact} {theirs}",
                 expected=f"{fact} {mine}, as in the cache to train on",
                 do="build both caches with the same recipe",
@@ -123,9 +123,9 @@ def require_same_teacher(one: CachedTeacherFeatures, other: CachedTeacherFeature
 
 class StudentFeatures:
     """The last level of each expert of a student: the stem's class token, and the means of the patch tokens
-    of the stem and of every path; of a KPU x, and the mean of each map that is compared with teachers. Images
-    are seen as `imagenet_eval` views of `image_size`, or else of the size that the student was trained on.
-    Runs where the student is.
+    of the stem and of every path; for a KPU, x and the mean of each map that is compared with teachers. The
+    student sees `imagenet_eval` views of `image_size`, by default the size that it was trained on. Runs on
+    the student's device.
 
     Raises `RecipeError` for a student that works on its teachers' features.
     """
@@ -140,10 +140,10 @@ class StudentFeatures:
     ) -> None:
         if not isinstance(student, SAK | KPU):
             raise RecipeError(
-                "This student sees no images by itself, so there is nothing of it to probe.",
+                "This student has no features of its own to probe.",
                 got=f"a student of kind {student.kind}",
                 expected="a student of kind sak or kpu",
-                do="probe its teachers: give caches of them, and no student",
+                do="probe its teachers: pass their caches, and no student",
             )
         self.student = student.eval()
         self.size = image_size or student.image_size
@@ -162,14 +162,14 @@ class StudentFeatures:
 
     @torch.no_grad()
     def read(self, numbers: Sequence[int]) -> Tensor:
-        """Raises as `Source.read` and `decode_image` do where an image cannot be read."""
-        student, found, done = self.student, torch.empty(len(numbers), self.width), 0
+        """Raises as `Source.read` and `decode_image` do if an image cannot be read."""
+        student, vectors, start = self.student, torch.empty(len(numbers), self.width), 0
         student.stem.resize(self.size)
         for images in in_threads(self._image, numbers, self._batch_size, self._threads):
             pixels_B3HW = student.normalize(torch.stack(images).to(student.mean.device))
-            found[done : done + len(images)] = self._vectors(pixels_B3HW).cpu()
-            done += len(images)
-        return found
+            vectors[start : start + len(images)] = self._vectors(pixels_B3HW).cpu()
+            start += len(images)
+        return vectors
 
     def _image(self, number: int) -> Tensor:
         sample = self._samples[number]
@@ -180,8 +180,8 @@ class StudentFeatures:
     def _vectors(self, pixels_B3HW: Tensor) -> Tensor:
         student = self.student
         if isinstance(student, KPU):
-            found = student.features(pixels_B3HW)
-            return torch.cat([found.image, *(found.maps[i].mean((2, 3)) for i in student.scales)], dim=1)
+            image_BD, maps = student.features(pixels_B3HW)
+            return torch.cat([image_BD, *(maps[i].mean((2, 3)) for i in student.scales)], dim=1)
         prefix, tokens_BND = student.stem.num_prefix_tokens, student.stem(pixels_B3HW)
         vectors_BD = [tokens_BND[-1][:, 0]] if student.stem.has_class_token else []
         vectors_BD.append(tokens_BND[-1][:, prefix:].mean(1))

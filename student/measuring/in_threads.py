@@ -1,4 +1,4 @@
-"""Batches of what threads make, a few ahead of who takes them."""
+"""Batches of items that threads make, a few ahead of the consumer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _BATCHES_AHEAD = 2
 def in_threads(
     make: Callable[[int], Made], numbers: Iterable[int], batch_size: int, threads: int
 ) -> Iterator[list[Made]]:
-    """`make(number)` of every number, in their order, `batch_size` at a time; the last may be fewer."""
+    """`make(number)` of every number, in order, `batch_size` at a time; the last batch may be smaller."""
     with ThreadPoolExecutor(threads, thread_name_prefix="make") as pool:
         made = ordered_map(pool, make, numbers, _BATCHES_AHEAD * batch_size)
         while batch := list(islice(made, batch_size)):

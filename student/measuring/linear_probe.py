@@ -1,12 +1,12 @@
-"""How well a linear classifier tells the classes of images from frozen features (SAK, Table 26).
+"""How well a linear classifier predicts the classes of images from frozen features (SAK, Table 26).
 
 probe = linear_probe(CachedTeacherFeatures(train, "dinov2"), CachedTeacherFeatures(val, "dinov2"))
 probe.top1                                                        percent
 
-The paper trains one by SGD with DINOv2's settings, and the routers of SAK with it. Here the classifier is the
-optimum of a convex problem, multinomial logistic regression on standardised features, so nothing is to be
-tuned but how strongly its weights are held down. That is chosen on a tenth of the training images; the test
-images are seen once, at the end. Under a launcher every process holds its share of the features.
+The paper trains one by SGD with DINOv2's settings, together with SAK's routers. Here the classifier is the
+optimum of a convex problem, multinomial logistic regression on standardised features, so that only the
+strength of its L2 penalty has to be tuned: on a tenth of the training images. The test images are seen once,
+at the end. Under a launcher every process holds its share of the features.
 
 N  images of this process     F  features     K  classes
 """
@@ -31,7 +31,7 @@ from teachercache.student.measuring.paper_results import LINEAR_PROBES
 from teachercache.student.metrics import Top1
 
 STRENGTHS = tuple(10.0**exponent for exponent in range(0, -7, -1))
-"""Of the L2 penalty, from strong to weak."""
+"""Strengths of the L2 penalty, from strong to weak."""
 
 _HELD_OUT = 0.1
 _CHUNK = 8192  # images whose logits are in memory at once
@@ -40,8 +40,8 @@ _IMAGENET_CLASSES = 1000
 
 @dataclass(frozen=True)
 class Probe:
-    """`top1` on the test images and `held_out`, by strength of the penalty, on the training images that chose
-    `l2`; in percent. `features`: numbers of one image. `processes` shared the work."""
+    """`top1` on the test images and, by strength of the penalty, `held_out` on the training images that chose
+    `l2`; both in percent. `features`: the length of an image's vector. `processes` shared the work."""
 
     name: str
     top1: float
@@ -55,7 +55,7 @@ class Probe:
 
 
 def probe_table(probes: Sequence[Probe]) -> str:
-    """Markdown: what was probed, and beside 1000 classes the paper's probes of ImageNet-1k."""
+    """Markdown: the probes and, for 1000 classes, the paper's probes of ImageNet-1k."""
     first = probes[0]
     data = f"{first.classes} classes, {first.train_images:,} images to train, {first.test_images:,} to test"
     lines = [f"| {data} | top-1 (% ↑) | features | L2 |", "|---|---|---|---|"]
@@ -77,8 +77,8 @@ def linear_probe(
     """Train a classifier on `train`, choosing among `strengths`, and measure it on `test`.
 
     `seed` draws the tenth that chooses. Every process gets the same result.
-    Raises `RecipeError` where labels are missing, where there is but one class, and for classes that only the
-    test images have.
+    Raises `RecipeError` for missing labels, for a single class, and for classes that only the test images
+    have.
     """
     state, tell = process_state(), progress or (lambda _: None)
     classes = _classes(train.labels, test.labels)
@@ -104,7 +104,7 @@ def linear_probe(
         start = fit(features_NF, classes_N, len(classes), l2, rows=fitted, start=start)
         weights[l2] = start
         scores[l2] = top1(start, features_NF, classes_N, rows=held_out)
-    best = max(strengths, key=lambda l2: scores[l2])  # the first of equals
+    best = max(strengths, key=lambda l2: scores[l2])  # the first, if equal
     tell(f"{name}: all training images")
     final = fit(features_NF, classes_N, len(classes), best, start=weights[best])
     del features_NF
@@ -132,7 +132,7 @@ def fit(
     start: Tensor | None = None,
     max_iterations: int = 200,
 ) -> Tensor:
-    """(K, F + 1), the bias last: what minimises mean cross-entropy + `l2` / 2 · ‖weights without bias‖².
+    """(K, F + 1), the bias last: the minimum of mean cross-entropy + `l2` / 2 · ‖weights without bias‖².
 
     Over the images of all processes, or `rows` of each; by L-BFGS from `start` or from zero.
     """
@@ -164,7 +164,7 @@ def fit(
 
 
 def top1(weights_KE: Tensor, features_NF: Tensor, classes_N: Tensor, rows: Tensor | None = None) -> float:
-    """In percent, over the images of all processes or `rows` of each."""
+    """Accuracy in percent, over the images of all processes or `rows` of each."""
     rows = torch.arange(len(classes_N), device=classes_N.device) if rows is None else rows
     metric = Top1()
     for part in rows.split(_CHUNK):
@@ -200,14 +200,12 @@ def _classes(train: Sequence[str | None], test: Sequence[str | None]) -> list[st
             )
     classes = sorted({label for label in train if label is not None})
     if len(classes) < 2:
-        raise RecipeError(
-            "There is nothing to tell apart.", got=f"{len(classes)} class", expected="two or more"
-        )
+        raise RecipeError("There are too few classes.", got=f"{len(classes)} class", expected="two or more")
     if strangers := sorted({label for label in test if label is not None} - set(classes)):
         raise RecipeError(
             "The test images have classes that no training image has.",
             got=", ".join(strangers[:3]),
-            expected=f"some of the {len(classes)} of the training images, such as {classes[0]}",
-            do="give two parts of one data set, with the same folders for classes",
+            expected=f"some of the {len(classes)} classes of the training images, such as {classes[0]}",
+            do="choose two parts of one data set, with the same folders for classes",
         )
     return classes

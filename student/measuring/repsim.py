@@ -1,4 +1,4 @@
-"""Representation similarity: how near a student comes to its teachers (SAK, Tables 3 and 17)."""
+"""Representation similarity: how close a student comes to its teachers (SAK, Tables 3 and 17)."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from torch.nn import functional as F
 
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import RecipeError
-from teachercache.pipeline.grids import upsample
+from teachercache.pipeline.grids import Grid, upsample
 from teachercache.pipeline.loading.loader import FeatureLoader
 from teachercache.pipeline.loading.sampler import ShardShuffleSampler
+from teachercache.pipeline.windows import cut, grid_in
 from teachercache.student.models.student import Student
 from teachercache.student.sak.model import SAK
 
 
 @dataclass(frozen=True)
 class Similarity:
-    """Cosine similarity to one teacher, by level (the last ones, as many as both have) and over them."""
+    """Cosine similarity to one teacher, by level (the last ones, as many as both have) and on average."""
 
     levels: tuple[float, ...]
 
@@ -45,14 +46,14 @@ def representation_similarity(
     """Mean cosine similarity of student and cached features, for each of `teachers` (null: those that
     student and cache have in common).
 
-    One cosine for each token of the teacher's grid, to which the student's map is upsampled; averaged
-    over tokens and samples. (The paper does not say over what it takes its cosine.) Of an adjoint grid it is
-    the cosine to what a map on that grid can reach of the teacher's; the paper's needs a native one. Each
-    sample is seen once, in one of its views; `max_samples` of them are drawn by `seed`. Runs where the
-    student is. With `stem` the bare stem, which is aligned with nobody, is compared too, under "stem, NAME",
+    The student's map is upsampled to the teacher's grid; one cosine per token is averaged over tokens and
+    samples. (The paper does not say what its cosine is taken over.) For an adjoint grid it is the cosine to
+    the part of the teacher's map that a map on that grid can reach; the paper's needs a native grid. Each
+    sample is seen once, in one of its views; `seed` draws `max_samples` of them. Runs on the student's
+    device. With `stem`, the bare stem, which is aligned with no teacher, is compared too, under "stem, NAME",
     with the teachers of its width: row 1 of Table 17.
 
-    Raises `CacheError` where the cache cannot give this, `RecipeError` where the student cannot.
+    Raises `CacheError` if the cache does not allow this, `RecipeError` if the student does not.
     """
     names = cache.check_teachers(teachers or [name for name in student.teachers if name in cache.teachers])
     _require_fit(student, cache, names)
@@ -62,18 +63,20 @@ def representation_similarity(
     device, was_training = student.mean.device, student.training
     cosines_BS: defaultdict[str, list[Tensor]] = defaultdict(list)
     student.eval()
-    with FeatureLoader(cache, sampler, names, threads=threads) as loader:
+    with FeatureLoader(cache, sampler, names, seed=seed, threads=threads) as loader:
         for batch in loader:
-            images_B3HW = batch.renders[student.image_size][:left].to(device)
+            images_B3HW = batch.images[:left].to(device)
             pixels_B3HW = student.normalize(images_B3HW)
             maps = student(pixels_B3HW, full=True).feature_maps
             stem_maps = _stem_maps(student, pixels_B3HW) if of_stem else []
             for name in names:
-                targets_BSHWC = batch.features[name].decode(device)[:left]
+                windows, views = batch.windows[:left], cache.spec.views
+                targets_BSHWC = cut(batch.features[name].decode(device)[:left], windows, views)
+                grid = grid_in(cache.spec.teachers[name].stored_grid, windows, views, device)
                 compared = {name: maps[name]} | ({f"stem, {name}": stem_maps} if name in of_stem else {})
                 for title, levels in compared.items():
-                    count = min(len(levels), targets_BSHWC.shape[1])  # whose are fewer stands beside the last
-                    cosines_BS[title].append(token_cosines(levels[-count:], targets_BSHWC[:, -count:]))
+                    count = min(len(levels), targets_BSHWC.shape[1])  # the last ones that both have
+                    cosines_BS[title].append(token_cosines(levels[-count:], targets_BSHWC[:, -count:], grid))
             left -= len(images_B3HW)
             if not left:
                 break
@@ -84,12 +87,13 @@ def representation_similarity(
     }
 
 
-def token_cosines(student_SBChw: Sequence[Tensor], targets_BSHWC: Tensor) -> Tensor:
-    """(B, S): for each sample and level, the mean cosine over the tokens of the teacher's grid."""
+def token_cosines(student_SBChw: Sequence[Tensor], targets_BSHWC: Tensor, grid: Grid | None = None) -> Tensor:
+    """(B, S): for each sample and level, the mean cosine over the tokens of the teacher's grid,
+    by default that of the targets."""
     height, width = targets_BSHWC.shape[2:4]
     levels = []
     for student_BChw, target_BHWC in zip(student_SBChw, targets_BSHWC.unbind(1), strict=True):
-        student_BHWC = upsample(student_BChw, (height, width)).permute(0, 2, 3, 1)
+        student_BHWC = upsample(student_BChw, grid or (height, width)).permute(0, 2, 3, 1)
         levels.append(F.cosine_similarity(student_BHWC, target_BHWC, dim=-1).mean((1, 2)))
     return torch.stack(levels, dim=1)
 
@@ -103,15 +107,15 @@ def _stem_maps(student: Student, pixels_B3HW: Tensor) -> list[Tensor]:
 def _of_stem_width(student: Student, cache: FeatureCache, names: Sequence[str]) -> list[str]:
     widths = {name: cache.spec.teachers[name].width for name in names}
     own = student.stem.width if isinstance(student, SAK) else None
-    found = [name for name, width in widths.items() if width == own]
-    if not found:
+    matching = [name for name, width in widths.items() if width == own]
+    if not matching:
         raise RecipeError(
-            "The bare stem can be compared with no teacher.",
+            "The bare stem cannot be compared with any teacher.",
             got=f"a {student.kind} student" if own is None else f"a stem of {own} channels",
             expected=f"the width of a teacher: {', '.join(f'{n} {w}' for n, w in widths.items())}",
             do="leave out --stem",
         )
-    return found
+    return matching
 
 
 def _require_fit(student: Student, cache: FeatureCache, names: Sequence[str]) -> None:
@@ -131,7 +135,7 @@ def _require_fit(student: Student, cache: FeatureCache, names: Sequence[str]) ->
         )
     if student.image_size != cache.spec.views.size:
         raise RecipeError(
-            "The student takes images of another size than the views of this cache.",
+            "The student's images and the views of this cache differ in size.",
             got=f"views of {cache.spec.views.size}",
             expected=student.image_size,
             do="measure on a cache whose views have the student's size",

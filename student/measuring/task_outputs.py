@@ -1,4 +1,4 @@
-"""What each task's predictions say of an image, how that is measured, and how it is shown.
+"""For each task, what a prediction means, how it is measured, and how it is shown.
 
 B  images     C  channels     H, W  the image
 """
@@ -19,7 +19,7 @@ from teachercache.student.metrics import RMSE, BoundaryBenchmark, MaxF, MeanAngu
 from teachercache.student.metrics.dense import IGNORE_INDEX
 
 Rgb = NDArray[np.uint8]
-_MAX_DEPTH_M = 10.0  # of the pictures; indoor scenes and ours end there
+_MAX_DEPTH_M = 10.0  # in pictures; indoor scenes and ours end there
 
 
 Metric = MeanIoU | MaxF | MeanAngularError | RMSE | BoundaryBenchmark
@@ -27,12 +27,12 @@ Metric = MeanIoU | MaxF | MeanAngularError | RMSE | BoundaryBenchmark
 
 @dataclass(frozen=True)
 class TaskOutput:
-    """`estimate`: (B, C, H, W) as the student gives it → classes (B, H, W), probabilities (B, H, W), unit
-    vectors (B, 3, H, W) or metres (B, H, W). `picture` shows one of them, or one label, as uint8 RGB;
-    `encode` makes the pixels of a file that keeps it.
-    `new_metric` takes the number of channels and, for boundaries, the greatest distance of a match as a
-    fraction of the diagonal, and what evaluates images in parallel. `new_second` is another definition of
-    it, by a name of its own, which is stated beside it and enters no gain."""
+    """`estimate`: the student's (B, C, H, W) → classes (B, H, W), probabilities (B, H, W), unit vectors
+    (B, 3, H, W) or metres (B, H, W). `picture` shows one of them, or one label, as uint8 RGB; `encode` turns
+    it into the pixels of a file.
+    `new_metric` takes the number of channels and, for boundaries, the largest distance of a match as a
+    fraction of the diagonal, and an executor. `new_second` is another definition of the metric, with its own
+    name, which is reported in addition and does not enter gains."""
 
     title: str
     metric: str
@@ -46,8 +46,8 @@ class TaskOutput:
 
 
 def update(metric: Metric, estimates: Tensor, labels: Tensor) -> None:
-    """Add a batch: what `TaskOutput.estimate` gave, and the labels. Boundaries are measured inside the
-    padding, image by image."""
+    """Add a batch: results of `TaskOutput.estimate`, and the labels. Boundaries are measured image by image,
+    without the padding."""
     if not isinstance(metric, BoundaryBenchmark):
         metric.update(estimates, labels)
         return
@@ -59,14 +59,14 @@ def update(metric: Metric, estimates: Tensor, labels: Tensor) -> None:
 
 
 def value(metric: Metric) -> float:
-    """In percent, degrees or metres."""
+    """The metric's value in percent, degrees or metres."""
     if isinstance(metric, BoundaryBenchmark):
         return 100 * metric.compute().ods_f
     return metric.compute() * (100 if isinstance(metric, MeanIoU | MaxF) else 1)
 
 
 def further(task: str, metric: Metric, second: Metric | None) -> dict[str, float]:
-    """Other measures of a task by name, in percent: of boundaries oisF and AP, else that of `new_second`."""
+    """Other measures of a task by name, in percent: oisF and AP for boundaries, else that of `new_second`."""
     if isinstance(metric, BoundaryBenchmark):
         scores = metric.compute()
         return {"oisF": 100 * scores.ois_f, "AP": 100 * scores.ap}
@@ -95,7 +95,7 @@ def _probability(logits_B1HW: Tensor) -> Tensor:
 
 
 def _palette_picture(classes_HW: NDArray) -> Rgb:
-    """Class 0 black, unannotated pixels white, the others in colours of equal lightness steps."""
+    """Class 0 is black, unannotated pixels are white, the others have colours in equal lightness steps."""
     names = "tab20", "tab20b", "tab20c"
     colours = np.vstack([matplotlib.colormaps[name](np.arange(20))[:, :3] for name in names])
     palette = np.full((256, 3), 255, np.uint8)

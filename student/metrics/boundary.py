@@ -28,18 +28,18 @@ from teachercache.student.metrics.sum_metric import SumMetric, check_same_shape
 Floats = npt.NDArray[np.floating]
 Counts = npt.NDArray[np.int64]
 
-_TASKS_PER_IMAGE = 2  # so that one image alone keeps two processes busy
+_TASKS_PER_IMAGE = 2  # so that a single image keeps two processes busy
 _MAX_PENDING_IMAGES = 64  # bounds the memory that waiting images take
 
 
 def boundary_counts(
     probability_HW: Floats, targets_AHW: Bools, thresholds_T: Floats, max_distance: float = 0.0075
 ) -> Counts:
-    """What one image adds to precision and recall at every threshold (BSDS, `evaluation_bdry_image`).
+    """One image's counts for precision and recall at every threshold (BSDS, `evaluation_bdry_image`).
 
     `max_distance`: how far apart matched pixels may be, as a fraction of the image diagonal.
-    Returns int64 (T, 4): true pixels matched and in all, over all annotators; predicted pixels matched with
-    any annotator and in all. Predictions are thinned at every threshold; targets are taken as they are.
+    Returns int64 (T, 4): true pixels matched and in total, over all annotators; predicted pixels matched with
+    any annotator and in total. Predictions are thinned at every threshold; targets are not changed.
     """
     radius_px = max_distance * float(np.hypot(*probability_HW.shape))
     # The maps are nested, so those of equal size are equal.
@@ -82,9 +82,9 @@ class BoundaryScores:
 def scores_of(thresholds_T: Floats, counts_T4: Counts, ois_counts_4: Counts) -> BoundaryScores:
     """Scores from counts that are summed over images (BSDS, `collect_eval_bdry`).
 
-    ODS interpolates precision and recall linearly between thresholds, in 100 steps, where SEISM takes the
-    best of the thresholds (`precision_T` and `recall_T` give it; it is lower by some 1e-4). AP is the mean
-    precision at recall 0, 0.01 … 1, zero outside the recalls that were reached.
+    ODS interpolates precision and recall linearly between thresholds, in 100 steps, while SEISM takes the
+    best threshold (use `precision_T` and `recall_T`; it is lower by about 1e-4). AP is the mean precision at
+    recall 0, 0.01 … 1, and zero outside the recalls that were reached.
     """
     recall_T, precision_T = _recall_and_precision(counts_T4)
     step_S = np.linspace(0, 1, 100)
@@ -127,11 +127,11 @@ class BoundaryBenchmark(SumMetric):
     """odsF, oisF and AP over a data set, image by image.
 
     `max_distance`: 0.0075 (BSDS, PASCAL-Context) or 0.011 (NYUD-v2) of the image diagonal.
-    `nms_radius`: of the non-maximum suppression before thresholding (`edge_nms`); None takes predictions as
-    they are, as the BSDS benchmark itself does.
-    `executor`: evaluates images in parallel; one of processes, since the work holds the interpreter lock:
+    `nms_radius`: of the non-maximum suppression before thresholding (`edge_nms`); None skips it, as the BSDS
+    benchmark itself does.
+    `executor`: evaluates images in parallel; use processes, since the work holds the interpreter lock:
     `ProcessPoolExecutor(2, mp_context=get_context("spawn"))`.
-    `progress`: called with the number of images that are done.
+    `progress`: called with the number of finished images.
     """
 
     def __init__(
@@ -156,9 +156,9 @@ class BoundaryBenchmark(SumMetric):
         self._images_done = 0
 
     def update(self, probability_HW: Tensor | Floats, targets_AHW: Tensor | npt.NDArray) -> None:
-        """One image: boundary probabilities in [0, 1], and the boundary map (0 or 1) of every annotator.
+        """Add an image: boundary probabilities in [0, 1], and the boundary map (0 or 1) of every annotator.
 
-        A single target may come as (H, W). With an executor this returns before the image is evaluated.
+        A single target may have the shape (H, W). With an executor this returns before the evaluation.
         Raises `ValueError` when sizes differ or values are not probabilities.
         """
         probability_HW, targets_AHW = _array(probability_HW), _array(targets_AHW)
@@ -168,7 +168,7 @@ class BoundaryBenchmark(SumMetric):
         if not (probability_HW.min() >= 0 and probability_HW.max() <= 1):
             raise ValueError(
                 explain(
-                    "A boundary map holds values that are no probabilities.",
+                    "A boundary map holds values that are not probabilities.",
                     got=f"{probability_HW.min()} to {probability_HW.max()}",
                     expected="0 to 1",
                     do="pass the logits through a sigmoid",

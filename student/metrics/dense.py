@@ -1,7 +1,7 @@
 """Metrics of the dense tasks (SAK, B.4): segmentation, saliency, surface normals, depth.
 
 Legend: B images, C classes, H, W pixels, T thresholds. Ratios are fractions, not percent.
-`update` takes tensors of any device; `compute` gives nan for what nothing was seen of.
+`update` takes tensors on any device; `compute` returns nan if there was nothing to measure.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from teachercache.pipeline.errors import explain
 from teachercache.student.metrics.sum_metric import SumMetric, check_same_shape
 
 IGNORE_INDEX = 255
-"""The label of pixels that nobody annotated, in every data set of the multi-task community."""
+"""The label of unannotated pixels, in every data set of the multi-task community."""
 
-_BETA_SQUARED = 0.3  # weighs precision over recall, in SAK and in the salient-object literature alike
+_BETA_SQUARED = 0.3  # weighs precision over recall, both in SAK and in the salient-object literature
 
 
 class MeanIoU(SumMetric):
@@ -112,7 +112,7 @@ class MaxF(SumMetric):
         """Pixels hit and pixels predicted at every threshold (T,), and salient pixels, on the CPU."""
         valid_HW = target_HW != self.ignore_index
         salient_N = target_HW[valid_HW] > 0
-        # How many thresholds a pixel reaches says for each of them whether it is reached.
+        # The number of thresholds that a pixel reaches tells for each threshold whether it is reached.
         thresholds_T = self.thresholds_T.to(prediction_HW.device)
         reached_N = torch.bucketize(prediction_HW[valid_HW].float(), thresholds_T, right=True)
         bins = len(thresholds_T) + 1
@@ -138,7 +138,7 @@ def _f_measure(hits_T: Tensor, predicted_T: Tensor, salient: Tensor) -> Tensor:
 class MeanAngularError(SumMetric):
     """Mean angle between predicted and true surface normals, in degrees, over all annotated pixels.
 
-    Left out are pixels whose target has `ignore_index` in a channel or no direction (the zero vector).
+    Pixels whose target has `ignore_index` in a channel or no direction (the zero vector) are left out.
     A prediction of zero length is 90° off, as in SAK's code.
     """
 

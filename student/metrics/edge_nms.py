@@ -1,4 +1,4 @@
-"""Non-maximum suppression of soft boundary maps, as the evaluation of SAK does before it matches.
+"""Non-maximum suppression of soft boundary maps, as in SAK's evaluation, before matching.
 
 A twin of `nms_process.m` of that evaluation, which is `edgesNmsMex` of Dollár's structured edge toolbox with
 r = 4, s = 5, m = 1.01, on a map smoothed by `convTri(·, 1)` and oriented by `convTri(·, 4)`.
@@ -28,14 +28,14 @@ def triangle_filter(image_HW: Floats, radius: int) -> Floats:
 def edge_nms(probability_HW: npt.ArrayLike, radius: int = 4) -> Floats:
     """Keep the pixels of a soft boundary map that are the strongest along the normal of their boundary.
 
-    `probability_HW`: in [0, 1], at least 2×2. `radius`: pixels looked at on either side, at whole distances
-    and interpolated bilinearly. Returns the smoothed map, float32, with zeros where it was suppressed.
+    `probability_HW`: in [0, 1], at least 2×2. `radius`: pixels compared on either side, at whole distances,
+    interpolated bilinearly. Returns the smoothed map, float32, with zeros where it was suppressed.
     """
     edge_HW = triangle_filter(np.asarray(probability_HW, np.float32), 1)
     slope_y, slope_x = np.gradient(triangle_filter(edge_HW, 4))
     curvature_xx = np.gradient(slope_x, axis=1)
     curvature_yy, curvature_xy = np.gradient(slope_y)
-    # The toolbox takes atan(a / b) modulo π; atan2 differs by π at most, and both sides are looked at.
+    # The toolbox takes atan(a / b) modulo π; atan2 differs by π at most, and both sides are compared.
     normal_HW = np.arctan2(curvature_yy * np.sign(-curvature_xy), curvature_xx + 1e-5)
     step_y, step_x = np.sin(normal_HW), np.cos(normal_HW)
 

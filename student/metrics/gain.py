@@ -1,4 +1,4 @@
-"""Multi-task gain: how much a student of many tasks wins over one student per task."""
+"""Multi-task gain: how much a student of many tasks gains over one student per task."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def mtl_gain(
 ) -> float:
     """Mean relative gain over the single-task baseline (SAK, Eq. 7), a fraction: times 100 it is Δm%.
 
-    `scores`, `single_task`: task → its metric, in any unit as long as both have the same.
+    `scores`, `single_task`: task → its metric, in any unit that is the same in both.
     `lower_is_better`: the tasks whose metric is an error (normals, depth).
     Raises `ValueError` when the tasks differ or a baseline is zero.
     """
@@ -30,7 +30,7 @@ def mtl_gain(
     if zero := [task for task, score in single_task.items() if score == 0]:
         raise ValueError(
             explain(
-                "A gain relative to zero has no value.",
+                "A gain relative to zero is undefined.",
                 got=f"a baseline of 0 for {', '.join(zero)}",
                 expected="baselines other than 0",
                 do="check the single-task run",

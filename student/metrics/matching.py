@@ -1,18 +1,18 @@
-"""One-to-one matching of boundary pixels at minimum cost, as `correspondPixels` of the BSDS benchmark.
+"""One-to-one matching of boundary pixels at minimum cost, like `correspondPixels` of the BSDS benchmark.
 
 Two pixels may be matched when they are at most a given distance apart. BSDS minimises
 
     Σ round(100 · distance) over matched pairs  +  outlier cost · (pixels of both maps − matched pairs),
 
-with an outlier cost of a hundred times the greatest distance: nearly always a matching of maximum
-cardinality, and among those one of least distance. Here this is minimised exactly, by shortest augmenting
+with an outlier cost of a hundred times the largest distance: almost always a matching of maximum
+cardinality, and among those one of minimum distance. Here this is minimised exactly, by shortest augmenting
 paths in scipy.
 
-BSDS minimises it by Goldberg's CSA on a graph with outliers, which must be matched too: a pixel is tied to
-six of them, and each of them to six others, all drawn at random. An outlier that nobody drew takes a pixel
-away, so BSDS leaves about one pair in a thousand unmatched, other ones from run to run. Where several
-matchings cost the same, which pixels are matched is open in both. `benchmarks/boundary.py` runs BSDS's own
-code beside this and prints what all that does to odsF.
+BSDS minimises it by Goldberg's CSA on a graph with outliers, which must be matched too: each pixel is tied to
+six of them, and each outlier to six others, all drawn at random. An outlier that is never drawn takes a pixel
+away, so BSDS leaves about one pair in a thousand unmatched, different ones in each run. Where several
+matchings cost the same, both may match other pixels. `benchmarks/boundary.py` runs BSDS's own code for
+comparison and prints the effect on odsF.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from scipy.sparse.csgraph import connected_components, min_weight_full_bipartite
 Ints = npt.NDArray[np.intp]
 Bools = npt.NDArray[np.bool_]
 
-# The solver's time grows faster than its problem, and a call has a price: small components share one.
+# The solver's time grows faster than its problem, and each call has a cost: small components share one.
 _EDGES_PER_CALL = 1500
 
 
 class Candidates(NamedTuple):
-    """The E pairs that may be matched. Pixels are numbered row by row among those set in their map."""
+    """The E pairs that may be matched. The set pixels of each map are numbered row by row."""
 
     prediction_E: Ints
     target_E: Ints
@@ -70,7 +70,7 @@ def find_candidates(prediction_HW: Bools, target_HW: Bools, max_distance_px: flo
 
 
 def match(candidates: Candidates) -> tuple[Ints, Ints]:
-    """The pixels (of the prediction, of the target) of the pairs of a matching of minimum cost."""
+    """The pixels (of the prediction, of the target) that a matching of minimum cost pairs."""
     if not len(candidates.prediction_E):
         return candidates.prediction_E, candidates.target_E
     pairs = [_solve(candidates.subset(part)) for part in _independent_parts(candidates)]
@@ -79,7 +79,7 @@ def match(candidates: Candidates) -> tuple[Ints, Ints]:
 
 
 def _independent_parts(candidates: Candidates) -> list[Ints]:
-    """Indices of the candidates, cut into runs of whole connected components."""
+    """Indices of the candidates, divided into groups of whole connected components."""
     first_target = candidates.prediction_E.max() + 1
     nodes = first_target + candidates.target_E.max() + 1
     edges = (candidates.prediction_E, first_target + candidates.target_E)
@@ -92,11 +92,11 @@ def _independent_parts(candidates: Candidates) -> list[Ints]:
 
 
 def _solve(candidates: Candidates) -> tuple[Ints, Ints]:
-    """One part, as a square assignment problem, the only kind that the solver starts with a good guess.
+    """Solve one part as a square assignment problem, the only kind that the solver starts with a good guess.
 
     Rows are the P predicted pixels and a stand-in for each of the T true ones; columns are the true pixels
-    and a stand-in for each predicted one. A pixel that is not matched takes its own stand-in; the stand-ins
-    of two matched pixels take each other.
+    and a stand-in for each predicted one. An unmatched pixel takes its own stand-in; the stand-ins of two
+    matched pixels take each other.
     """
     prediction_ids, prediction_E = np.unique(candidates.prediction_E, return_inverse=True)
     target_ids, target_E = np.unique(candidates.target_E, return_inverse=True)
@@ -109,7 +109,7 @@ def _solve(candidates: Candidates) -> tuple[Ints, Ints]:
         (num_predicted + target_E, num_true + prediction_E, np.zeros(len(target_E))),
     ]
     row, column, weight = (np.concatenate(part) for part in zip(*blocks, strict=True))
-    # No edge of a sparse graph weighs zero, and all assignments have as many edges: so each weighs one more.
+    # Edges of a sparse graph cannot weigh zero. All assignments have as many edges, so each weighs one more.
     side = num_predicted + num_true
     row, column = min_weight_full_bipartite_matching(
         csr_array((1 + weight, (row, column)), shape=(side, side))

@@ -1,4 +1,4 @@
-"""Metrics whose whole state is sums: they stream, merge, and add up over processes."""
+"""Metrics whose entire state is sums: they stream, merge, and add up over processes."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from teachercache.pipeline.errors import explain
 class SumMetric:
     """A metric that is a function of sums over the data.
 
-    Counts are int64, so no split of the data changes a bit of them. The float64 sums (angles, squared errors,
-    F-measures of images) do not depend on the split beyond rounding, about 1e-15 a term.
+    Counts are int64, so they do not depend on how the data is split. The float64 sums (angles, squared
+    errors, F-measures of images) depend on it only by rounding, about 1e-15 per term.
     """
 
     def __init__(self, **sums: Tensor) -> None:
         self._sums = sums
 
     def state(self) -> dict[str, Tensor]:
-        """The sums by name, on the CPU: all that this metric remembers."""
+        """The sums by name, on the CPU: the entire state of this metric."""
         return self._sums
 
     def merge(self, other: Self) -> None:
-        """Add what `other`, a metric made with the same arguments, has seen."""
+        """Add the sums of `other`, a metric made with the same arguments."""
         mine, theirs = self.state(), other.state()
         shapes, other_shapes = ({n: tuple(s.shape) for n, s in sums.items()} for sums in (mine, theirs))
         if type(self) is not type(other) or shapes != other_shapes:
@@ -34,16 +34,16 @@ class SumMetric:
                     "Only metrics of one kind, made with the same arguments, can be merged.",
                     got=f"{type(other).__name__} {other_shapes}",
                     expected=f"{type(self).__name__} {shapes}",
-                    do="make every part of one metric with the same arguments",
+                    do="make all parts of a metric with the same arguments",
                 )
             )
         for name, addend in theirs.items():
             mine[name] += addend
 
     def reduce(self, add_up: Callable[[Tensor], Tensor]) -> None:
-        """Replace every sum by its sum over all processes; to be called once, after the last update.
+        """Replace every sum by its sum over all processes; call this once, after the last update.
 
-        `add_up` adds a CPU tensor up over the processes; with accelerate
+        `add_up` sums a CPU tensor over the processes; with accelerate
         `lambda x: accelerator.reduce(x.to(accelerator.device), "sum").cpu()`.
         """
         sums = self.state()
@@ -52,7 +52,7 @@ class SumMetric:
 
 
 def check_same_shape(prediction_shape: tuple[int, ...], target_shape: tuple[int, ...]) -> None:
-    """Raise `ValueError` unless prediction and target have the same shape, which broadcasting would hide."""
+    """Raise `ValueError` unless prediction and target have the same shape: broadcasting would hide it."""
     if tuple(prediction_shape) != tuple(target_shape):
         raise ValueError(
             explain(

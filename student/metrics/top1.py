@@ -9,7 +9,7 @@ from teachercache.student.metrics.sum_metric import SumMetric, check_same_shape
 
 
 class Top1(SumMetric):
-    """The fraction of samples whose predicted class is the true one. nan where nothing was seen."""
+    """The fraction of samples whose predicted class is the true one; nan without samples."""
 
     def __init__(self) -> None:
         super().__init__(

@@ -1,1 +1,1 @@
-"""Parts that students are made of: the base class, stems, routers, heads, and the amalgam of teachers."""
+"""The parts of students: the base class, stems, routers, heads, and the amalgam of teachers."""

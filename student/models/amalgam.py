@@ -1,7 +1,7 @@
-"""Tasks learnt straight from the teachers' features: frozen teachers and heads, with no encoder to run.
+"""Tasks learnt directly from the teachers' features: frozen teachers and heads, with no encoder to run.
 
-Table 12's "Freeze" is one teacher with `fusion="sum"`; Table 19's upper bounds are three teachers and a
-learnt stem beside them. The features come out of a cache, so the teachers cost a step nothing.
+Table 12's "Freeze" is one teacher with `fusion="sum"`; Table 19's upper bounds are three teachers plus a
+learnt stem. The features come from a cache, so the teachers do not slow down a step.
 
 B  images     S  levels     h, w  grid of the experts, n = h·w     D  width of the experts
 C  width of a teacher       H, W  grid of a teacher's features
@@ -26,13 +26,13 @@ _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Amalgam(Student):
-    """`stem`: a timm ViT that learns beside the teachers, as one more expert; None for none.
+    """`stem`: a timm ViT that learns along with the teachers, as one more expert, or None.
 
-    Experts have the stem's width, or the widest teacher's; a teacher of another width is mapped to it by a
-    linear layer for each level. They are fused on the stem's grid; without a stem on the finest among those
-    of the features that are given, so that SAM's 64×64 tokens alone stay 64×64. (The paper does not say on
-    which. On the stem's 32×32, at 512², routers take 6.2 G MACs more than a sum and concatenation 6570 G, as
-    in Table 19, which has 6 and 6570; on SAM's 64×64 it would be 24.7 and 6705.)
+    Experts have the stem's width, or the widest teacher's; linear layers, one per level, map teachers of
+    another width to it. They are fused on the stem's grid or, without a stem, on the finest grid of the given
+    features, so that SAM's 64×64 tokens alone stay 64×64. (The paper does not state the grid. On the stem's
+    32×32, at 512², routers take 6.2 G MACs more than a sum and concatenation 6570 G, as in Table 19, which
+    has 6 and 6570; on SAM's 64×64 it would be 24.7 and 6705.)
     """
 
     kind = "amalgam"
@@ -84,7 +84,7 @@ class Amalgam(Student):
     ) -> dict[str, Tensor] | StudentOutput:
         """As `Student.forward`; `features`: for each teacher (B, S, H, W, C), on any grid.
 
-        Raises `ValueError` where the features of a teacher are missing.
+        Raises `ValueError` if the features of a teacher are missing.
         """
         experts = [self._stem_maps(pixels_B3HW)] if self.stem else []
         for name in self.teachers:

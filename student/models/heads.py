@@ -20,7 +20,7 @@ from teachercache.student.models.student import NUM_LEVELS
 class SimpleHead(nn.Module):
     """SAK's head (4.1): each level linear to C/4 → resized → together through a 3×3 convolution → 1×1.
 
-    The norm is a BatchNorm, as in the authors' code; several processes should train it as a SyncBatchNorm.
+    The norm is a BatchNorm, as in the authors' code; train it as a SyncBatchNorm in several processes.
     """
 
     def __init__(self, width: int, num_outputs: int, size: Size) -> None:
@@ -46,9 +46,9 @@ class SimpleHead(nn.Module):
 class UPerHead(nn.Module):
     """UPerNet (Xiao et al., 2018) on a plain ViT: pyramid pooling of the last level, a feature pyramid.
 
-    The levels of a ViT share one grid; they are resized to 1, 1/2, 1/4 and 1/8 of `size` to be a pyramid.
-    The norm is of each pixel's channels, so that a batch of one image trains, also where a map was pooled
-    to one pixel.
+    The levels of a ViT share one grid; they are resized to 1, 1/2, 1/4 and 1/8 of `size` to form a pyramid.
+    The norm is over each pixel's channels, so that a batch of one image can train, even where a map is
+    pooled to one pixel.
     """
 
     def __init__(
@@ -102,5 +102,5 @@ def _conv(channels_in: int, channels_out: int, kernel: int) -> nn.Sequential:
 
 
 HEADS: dict[str, type[SimpleHead | UPerHead]] = {"simple": SimpleHead, "upernet": UPerHead}
-"""The decoders by name. `Head(width, num_outputs, size)` makes (B, num_outputs, *size) of four levels
-(B, width, h, w)."""
+"""The decoders by name. `Head(width, num_outputs, size)` turns four levels (B, width, h, w) into
+(B, num_outputs, *size)."""

@@ -1,9 +1,9 @@
-"""LoRA (Hu et al., 2022): train W + B·A in the place of W, with A and B of low rank and W frozen.
+"""LoRA (Hu et al., 2022): train W + B·A in place of W, with A and B of low rank and W frozen.
 
     add_lora(student.stem, rank=16)      before the optimizer is made
     merge_lora(student.stem)             afterwards: the same function, as plain layers
 
-It is a way to train, not part of a student: what `save_pretrained` writes is merged.
+It is a way to train, not part of a student: `save_pretrained` writes merged weights.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class LowRank(nn.Module):
 def add_lora(module: nn.Module, rank: int) -> None:
     """Freeze `module`, and give each of its linear layers a trainable update of this rank.
 
-    The weight itself is replaced, not the layer's forward, because some of timm's attentions use the
+    This replaces the weight itself, not the layer's forward, because some of timm's attentions use the
     weight without calling the layer.
     """
     module.requires_grad_(False)
@@ -40,14 +40,14 @@ def add_lora(module: nn.Module, rank: int) -> None:
 
 
 def merge_lora(module: nn.Module) -> None:
-    """Make every update part of its weight; what was frozen stays frozen."""
+    """Merge every update into its weight; frozen parameters stay frozen."""
     for _, child in _adapted(module):
         parametrize.remove_parametrizations(child, "weight", leave_parametrized=True)
 
 
 @torch.no_grad()
 def merged_state_dict(module: nn.Module) -> dict[str, Tensor]:
-    """The state dict that `module` would have after `merge_lora`; `module` is left as it is."""
+    """The state dict that `module` would have after `merge_lora`; `module` is not changed."""
     state = dict(module.state_dict())
     for name, child in _adapted(module):
         for key in [key for key in state if key.startswith(f"{name}.parametrizations.")]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import timm
@@ -26,18 +25,18 @@ from teachercache.pipeline.records.spec import Size
 from teachercache.pipeline.views import enlarge_and_pad
 from teachercache.student.models.student import NUM_LEVELS
 
-SAM_SIDE = 1024  # pixels, of which it was trained on squares
+SAM_SIDE = 1024  # pixels; SAM was trained on squares of this size
 Between = Callable[[int, Tensor], Tensor]  # (l, Z_l) → Z_l
 
 
 class Stem(nn.Module):
     """Any plain ViT of timm, or SAM's, without final norm, neck and classifier; all its tokens are kept.
 
-    Images whose sides are no multiples of the patch are resampled to the nearest ones: 512² → 518² where it
-    is of 14 pixels, as for a teacher. With `sak_compat` it is fed as teachers are with that key: ImageNet's
+    Images whose sides are not multiples of the patch are resampled to the nearest ones: 512² → 518² for a
+    patch of 14 pixels, as for a teacher. `sak_compat` prepares images as it does for teachers: ImageNet's
     statistics for every model, pixels that fill no patch dropped (512² → 36×36 tokens), SAM at 1024².
-    Raises `RecipeError` for a name that cannot be a stem, `WeightsNotFoundError` when `pretrained` weights
-    cannot be had.
+    Raises `RecipeError` for a name that cannot be a stem, `WeightsNotFoundError` if `pretrained` weights
+    cannot be loaded.
     """
 
     vit: Any  # timm does not type its models
@@ -59,40 +58,41 @@ class Stem(nn.Module):
         self.std: tuple[float, ...]
         self.mean, self.std = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD) if sak_compat else own
         self.level_depths = level_depths(self.depth)
+        self._between: Between | None = None
+        self._tokens_BND: list[Tensor] = []
+        self.vit.blocks[0].register_forward_pre_hook(self._enter)
+        for block in self.vit.blocks:
+            block.register_forward_hook(self._leave)
 
     def forward(self, pixels_B3HW: Tensor, between: Between | None = None) -> list[Tensor]:
-        """[Z_0, …, Z_L] (SAK, Eq. 1), each as `between` gives it, if there is one: it goes on so.
+        """[Z_0, …, Z_L] (SAK, Eq. 1). `between` may replace each, also for the blocks after it.
 
         The ViT runs through its own forward and hooks note what passes, because positions (added, rotary)
-        and extra tokens are handled differently by each family of timm.
+        and extra tokens are handled differently by each family of timm. They stay: a compiler takes new ones
+        for another model.
         """
         self._require_size(pixels_B3HW)
         if self._sak_compat and self._resamples_itself:
             pixels_B3HW = enlarge_and_pad(pixels_B3HW, self._input_size)
         elif self._input_size != self._image_size:
             pixels_B3HW = F.interpolate(pixels_B3HW, self._input_size, mode="bilinear", antialias=True)
-        tokens_BND: list[Tensor] = []
-
-        def visit(block: int, tokens: Tensor) -> Tensor:
-            block_BND = tokens.flatten(1, 2) if tokens.ndim == 4 else tokens  # SAM's are (B, h, w, D)
-            tokens_BND.append(between(block, block_BND) if between else block_BND)
-            return tokens_BND[-1].view_as(tokens)
-
-        def enter(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-            return visit(0, inputs[0]), *inputs[1:]
-
-        def leave(block: int, *passed: Any) -> Tensor:
-            return visit(block, passed[-1])
-
-        blocks = self.vit.blocks
-        handles = [blocks[0].register_forward_pre_hook(enter)]
-        handles += [block.register_forward_hook(partial(leave, i)) for i, block in enumerate(blocks, start=1)]
-        try:
-            self.vit.forward_features(pixels_B3HW)
-        finally:
-            for handle in handles:
-                handle.remove()
+        self._between, self._tokens_BND = between, []
+        self.vit.forward_features(pixels_B3HW)
+        tokens_BND, self._between, self._tokens_BND = self._tokens_BND, None, []
         return tokens_BND
+
+    def _enter(self, _: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return self._visit(inputs[0]), *inputs[1:]
+
+    def _leave(self, _: nn.Module, __: tuple[Any, ...], tokens: Tensor) -> Tensor:
+        return self._visit(tokens)
+
+    def _visit(self, tokens: Tensor) -> Tensor:
+        block_BND = tokens.flatten(1, 2) if tokens.ndim == 4 else tokens  # SAM's are (B, h, w, D)
+        if self._between:
+            block_BND = self._between(len(self._tokens_BND), block_BND)
+        self._tokens_BND.append(block_BND)
+        return block_BND.view_as(tokens)
 
     def resize(self, image_size: Size) -> None:
         """Take images of another size from now on; timm resamples the position embeddings."""
@@ -113,7 +113,7 @@ class Stem(nn.Module):
         if pixels_B3HW.shape[1:] != (3, *self._image_size):
             raise ValueError(
                 explain(
-                    "The student is made for images of one size.",
+                    "The student takes images of one size.",
                     got=f"pixels of shape {tuple(pixels_B3HW.shape)}",
                     expected=f"(B, 3, {self._image_size[0]}, {self._image_size[1]})",
                     do="resample the images, or student.stem.resize() for a student without tasks",
@@ -122,7 +122,7 @@ class Stem(nn.Module):
 
 
 def level_depths(depth: int) -> list[int]:
-    """After how many blocks a level is read: L/4, L/2, 3L/4 and L; rounded up where 4 does not divide L."""
+    """After how many blocks each level is read: L/4, L/2, 3L/4 and L, rounded up if 4 does not divide L."""
     return [math.ceil(depth * level / NUM_LEVELS) for level in range(1, NUM_LEVELS + 1)]
 
 
@@ -134,7 +134,7 @@ def _create(name: str, input_size: Size | None, pretrained: bool) -> Any:
         if not pretrained:
             raise
         raise WeightsNotFoundError(
-            f"The pretrained weights of the stem {name} could not be had.",
+            f"The pretrained weights of the stem {name} could not be loaded.",
             got=error,
             expected="a connection to the Hugging Face Hub, or its cache with these weights in it",
             do="download them where there is a network and set HF_HOME, or set student.pretrained=false",
@@ -144,12 +144,12 @@ def _create(name: str, input_size: Size | None, pretrained: bool) -> Any:
 
 
 def _require_vit(name: str) -> tuple[Size, bool]:
-    """The patch of the model, in pixels, and whether it takes images of any size (SAM's does)."""
+    """The model's patch size in pixels, and whether it takes images of any size (SAM's does)."""
     if not timm.is_model(name):
         plain = timm.list_models([f"{family}*" for family in ("vit", "deit", "beit", "eva", "samvit")])
         near = difflib.get_close_matches(name, plain, 3)
         raise RecipeError(
-            "timm has no model of this name, so it cannot be a stem.",
+            "timm has no model of this name for a stem.",
             got=name,
             expected="a ViT of timm, such as vit_base_patch16_384",
             do=f"did you mean {' or '.join(near)}?" if near else "see timm.list_models('*vit*')",

@@ -1,4 +1,4 @@
-"""What every student is: a model that normalises its own input, and can be saved and loaded.
+"""The base of every student: a model that normalises its own input, and can be saved and loaded.
 
 A saved student is a folder of two files, `config.json` (kind and arguments) and `model.safetensors`.
 Loading it needs neither a cache nor a teacher.
@@ -23,14 +23,14 @@ from torch import Tensor, nn
 
 from teachercache.pipeline.errors import CheckpointError, RecipeError, TeacherCacheError, explain
 from teachercache.pipeline.places.durable import make_folder
-from teachercache.pipeline.records.spec import Size, TeacherSpec
+from teachercache.pipeline.records.spec import Size, TeacherSpec, ViewPolicy
 from teachercache.student.models.lora import merged_state_dict
 from teachercache.student.saving import replacing
 
 NUM_LEVELS = 4  # the ends of the four quarters of a network, for students and teachers alike
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
-_OF_A_CONFIG = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError)  # that somebody edited
+_OF_A_CONFIG = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError)  # that was edited
 
 
 class TeacherFacts(NamedTuple):
@@ -43,16 +43,17 @@ class TeacherFacts(NamedTuple):
     num_levels: int = NUM_LEVELS
 
     @classmethod
-    def of(cls, spec: TeacherSpec) -> Self:
-        return cls(spec.width, spec.stored_grid, spec.cls_token, spec.num_levels)
+    def of(cls, spec: TeacherSpec, views: ViewPolicy) -> Self:
+        """Of students that see windows of these views."""
+        return cls(spec.width, views.seen_grid(spec.stored_grid), spec.cls_token, spec.num_levels)
 
 
 class StudentOutput(NamedTuple):
-    """All that a student makes of a batch.
+    """All outputs of a student for a batch.
 
     `feature_maps`: for each teacher its levels, each (B, C of the teacher, h, w). `predictions`: for each
     task (B, channels, H, W) at the size of the image, as the task's loss takes them: logits, depths,
-    normals of any length. `gates`: for each task (B, levels, experts), where the student has routers.
+    normals of any length. `gates`: for each task (B, levels, experts), if the student has routers.
     """
 
     feature_maps: dict[str, list[Tensor]]
@@ -61,17 +62,17 @@ class StudentOutput(NamedTuple):
 
 
 class Student(nn.Module, ABC):
-    """`config` holds the arguments of the constructor, as JSON can hold them; `teacher_dims`, `image_size`
-    and `tasks` are among them.
+    """`config` holds the arguments of the constructor in a form that JSON can hold; `teacher_dims`,
+    `image_size` and `tasks` are among them.
 
-    Mean and standard deviation (of pixels in 0–1) are kept with the weights, so that a student always
-    sees pixels as it saw them when it was trained.
+    Mean and standard deviation (of pixels in 0–1) are stored with the weights, so that a student always
+    sees pixels as in training.
     """
 
     kind: ClassVar[str]
-    num_levels: ClassVar[int] = NUM_LEVELS  # maps that it gives for each teacher
-    for_distillation: ClassVar[frozenset[str]] = frozenset()  # parts that predicting does without
-    reads_features: ClassVar[bool] = False  # whether `forward` takes the teachers' features beside pixels
+    num_levels: ClassVar[int] = NUM_LEVELS  # maps per teacher
+    for_distillation: ClassVar[frozenset[str]] = frozenset()  # parts that predictions do not need
+    reads_features: ClassVar[bool] = False  # whether `forward` also takes the teachers' features
     mean: Tensor
     std: Tensor
 
@@ -87,7 +88,7 @@ class Student(nn.Module, ABC):
 
     @property
     def tasks(self) -> dict[str, int]:
-        """Name → output channels; empty for a student that only represents (stage 1)."""
+        """Name → output channels; empty for a student without predictions (stage 1)."""
         return dict(self.config["tasks"])
 
     @property
@@ -103,10 +104,10 @@ class Student(nn.Module, ABC):
         if images_B3HW.dtype != torch.uint8 or images_B3HW.ndim < 3 or images_B3HW.shape[-3] != 3:
             raise ValueError(
                 explain(
-                    "These are no RGB images of a byte a colour.",
+                    "Images must be RGB, uint8.",
                     got=f"{images_B3HW.dtype} of shape {tuple(images_B3HW.shape)}",
                     expected="torch.uint8 of shape (B, 3, H, W), values 0 to 255",
-                    do="pass images as they were decoded, channels first",
+                    do="pass images as decoded, channels first",
                 )
             )
         return (images_B3HW.float() / 255 - self.mean) / self.std
@@ -115,18 +116,18 @@ class Student(nn.Module, ABC):
     def forward(
         self, pixels_B3HW: Tensor, full: bool = False, maps: bool = True
     ) -> dict[str, list[Tensor]] | dict[str, Tensor] | StudentOutput:
-        """Normalised pixels → what the student is for: the predictions, or, where it has no tasks, the
-        feature maps; with `full` a `StudentOutput` of all, its feature maps left out without `maps`."""
+        """Normalised pixels → the predictions or, for a student without tasks, the feature maps; with `full`,
+        a `StudentOutput` with everything, but without feature maps unless `maps`."""
 
     @property
     @abstractmethod
     def experts(self) -> list[str]:
-        """What the gates weigh, in their order."""
+        """What the gates weigh, in order."""
 
     def freeze(self, *parts: str) -> None:
         """Exclude parts from training, each named as a submodule: "stem", "paths", "paths.clip", …
 
-        Raises `RecipeError` for a part that is not there.
+        Raises `RecipeError` for a part that does not exist.
         """
         modules = dict(self.named_modules())
         for part in parts:
@@ -142,7 +143,7 @@ class Student(nn.Module, ABC):
 
     @abstractmethod
     def keep_levels(self, teacher: str, count: int) -> None:
-        """Exclude from training what distillation alone needs for other levels than the last `count`."""
+        """Exclude from training what only distillation needs for levels before the last `count`."""
 
     @abstractmethod
     def parameters_by_part(self) -> dict[str, int]:
@@ -150,12 +151,12 @@ class Student(nn.Module, ABC):
 
     @property
     def num_parameters(self) -> int:
-        """Of all that predicting takes, which is what SAK counts (B.1: aligners are no part of it)."""
+        """The number used to predict, as SAK counts it (B.1: without aligners)."""
         parts = self.parameters_by_part()
         return sum(count for part, count in parts.items() if part not in self.for_distillation)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write the two files, each whole or not at all; a power cut after this returns costs nothing."""
+        """Write the two files, each whole or not at all; they survive a power cut after this returns."""
         target = Path(folder)
         make_folder(target)
         weights = {name: tensor.contiguous() for name, tensor in merged_state_dict(self).items()}
@@ -171,8 +172,8 @@ class Student(nn.Module, ABC):
         """The student in a folder, or in a repository of the Hub, in eval mode on the CPU; without `weights`
         only what its config says.
 
-        Raises `CheckpointError` for a student of another kind, and where files are missing, damaged or
-        hold other weights than the config asks for.
+        Raises `CheckpointError` for a student of another kind, and for files that are missing, damaged or
+        do not fit the config.
         """
         folder = find_saved(source, revision)
         config = read_config(folder)
@@ -181,7 +182,7 @@ class Student(nn.Module, ABC):
                 f"The student in {folder} is of another kind.",
                 got=kind,
                 expected=cls.kind,
-                do="use teachercache.load_student(), which looks at the kind",
+                do="use teachercache.load_student(), which loads every kind",
             )
         try:
             student = cls(**config)
@@ -218,7 +219,7 @@ def check_names(what: str, names: Iterable[str]) -> None:
             raise RecipeError(
                 f"This {what}'s name cannot be the name of a part of the student.",
                 got=repr(name),
-                expected="letters, digits, - and _, and no word of PyTorch's own such as train or half",
+                expected="letters, digits, - and _, but not a name that PyTorch uses, such as train or half",
                 do=f"choose another name for this {what}",
             )
 
@@ -229,7 +230,7 @@ def require_teachers(teacher_dims: Mapping[str, int]) -> None:
 
 
 def count_by_part(model: nn.Module, patterns: Mapping[str, str]) -> dict[str, int]:
-    """The parameters of each part, which are those whose names its pattern, and no other, matches."""
+    """The number of parameters of each part, by its pattern; exactly one pattern matches each name."""
     counts = dict.fromkeys(patterns, 0)
     for name, parameter in model.named_parameters():
         (part,) = (part for part, pattern in patterns.items() if re.match(pattern, name))

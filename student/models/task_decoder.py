@@ -23,16 +23,15 @@ Fusion = Literal["mor", "sum", "concat"]
 
 
 class TaskDecoder(nn.Module):
-    """The experts fused at each level, then a head, for each of `tasks` (name → output channels).
+    """Fuses the experts at each level, then applies a head, for each of `tasks` (name → output channels).
 
-    `fusion` (SAK, Table 19): "mor" weighs the experts by a router of the level and the task, "sum" adds
-    them up, "concat" makes the heads E times as wide. `decoder` names the heads, see
-    `teachercache.student.models.heads`; they predict at a quarter of `image_size`, and what they predict is
-    resized to it. It asks nothing of where the experts come from: they may be teachers' features out of a
-    cache.
+    `fusion` (SAK, Table 19): "mor" weighs the experts by a router per level and task, "sum" adds them up,
+    "concat" makes the heads E times as wide. `decoder` names the heads, see
+    `teachercache.student.models.heads`; they predict at a quarter of `image_size`, and predictions are
+    resized to it. The experts may come from anywhere, even from a cache of teachers' features.
     """
 
-    routers: Any  # a ModuleDict of ModuleLists, which its type cannot say
+    routers: Any  # a ModuleDict of ModuleLists, which its type cannot express
 
     def __init__(
         self,
@@ -48,9 +47,9 @@ class TaskDecoder(nn.Module):
         require_known("decoder", decoder, HEADS)
         if fusion == "mor" and num_experts == 1:
             raise RecipeError(
-                "The stem is the only expert, so there is nothing for routers to choose from.",
+                "The stem is the only expert, so routers have nothing to choose from.",
                 got="fusion mor",
-                expected="fusion sum, which takes a single expert as it is",
+                expected="fusion sum, which uses a single expert unchanged",
                 do="set fusion to sum, or give the student teachers with adapter paths",
             )
         self.fusion = fusion
@@ -68,8 +67,8 @@ class TaskDecoder(nn.Module):
     def forward(
         self, experts_SBEnD: Sequence[Tensor], grid: Size
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """For each level (B, E, n, D), the stem first → for each task its prediction (B, channels,
-        *image_size), and its gates (B, S, E) where there are routers."""
+        """Levels (B, E, n, D), the stem first → for each task its prediction (B, channels, *image_size), and
+        its gates (B, S, E) if there are routers."""
         gates_BSE = {
             task: torch.stack([router(x[:, 0]) for router, x in zip(routers, experts_SBEnD, strict=True)], 1)
             for task, routers in self.routers.items()

@@ -1,9 +1,9 @@
-"""The Teacher-Specific Adapter Path: L+1 adapters beside the stem, and what leads out of them.
+"""The Teacher-Specific Adapter Path: L+1 adapters next to the stem, and their outputs.
 
 B  images          N  tokens, prefix tokens included      n  patch tokens = h·w
 L  blocks          D  width of the stem                   C  width of the teacher
 Z_l (B, N, D)      the stem's tokens after block l; Z_0 after the patch embedding
-R_l (B, N, D)      the path's tokens beside them
+R_l (B, N, D)      the path's tokens next to them
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from torch import Tensor, nn
 class Adapter(nn.Module):
     """R_out = α · GELU(R_in W_down) W_up + R_in (SAK, Eq. 3), α one learnable number.
 
-    The paper does not say how α starts. It is 1 here, as in the authors' code: the small initial
-    weights (σ = 0.02) already make a new adapter nearly the identity, and a zero would let no gradient
-    into W_down and W_up at the first step.
+    The paper does not state the initial α. It is 1 here, as in the authors' code: the small initial weights
+    (σ = 0.02) already make a new adapter nearly the identity, and zero would block the gradient of W_down
+    and W_up at the first step.
     """
 
     def __init__(self, width: int, reduction: int) -> None:
@@ -34,10 +34,10 @@ class Adapter(nn.Module):
 
 
 class AdapterPath(nn.Module):
-    """The branch of one teacher; complete in itself, so that teachers can be added and removed.
+    """The branch of one teacher; self-contained, so that teachers can be added and removed.
 
-    `level_depths`: after how many blocks a level is led out. Where the teacher's width is not the
-    stem's, an aligner (a linear layer) maps each level to it; only distillation needs the aligners.
+    `level_depths`: after how many blocks each level is read. If the teacher's width is not the stem's, an
+    aligner (a linear layer) maps each level to it; only distillation needs the aligners.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class AdapterPath(nn.Module):
         self.apply(_initialise)
 
     def forward(self, stem_tokens_BND: Sequence[Tensor], num_prefix_tokens: int) -> list[Tensor]:
-        """[Z_0, …, Z_L] → the normed patch tokens (B, n, D) of each level.
+        """[Z_0, …, Z_L] → the normalised patch tokens (B, n, D) of each level.
 
         R_0 = a_0(Z_0), R_l = a_l(R_{l-1} + Z_l) (SAK, Eq. 2).
         """
@@ -67,8 +67,8 @@ class AdapterPath(nn.Module):
 
 
 class AlignerPath(nn.Module):
-    """What stands for an `AdapterPath` in the baseline without adapters (SAK, Table 3, row 1): a linear
-    layer for each level, from the stem straight to the teacher."""
+    """Replaces `AdapterPath` in the baseline without adapters (SAK, Table 3, row 1): a linear layer per
+    level, from the stem straight to the teacher."""
 
     def __init__(self, width: int, num_levels: int, teacher_width: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""SAK's student (SAK, 3.2 and 3.3): the stem, an adapter path for each teacher, and what decodes tasks.
+"""SAK's student (SAK, 3.2 and 3.3): the stem, an adapter path for each teacher, and the task decoder.
 
 B  images                h, w  grid of the stem, n = h·w patch tokens
 D  width of the stem     C     width of a teacher
@@ -34,26 +34,26 @@ from teachercache.student.sak.adapter_path import AdapterPath, AlignerPath, alig
 
 @dataclass
 class Representations:
-    """The patch tokens (B, n, D) of each level: the stem's as they are, each path's after its norm."""
+    """The patch tokens (B, n, D) of each level: the stem's unchanged, each path's after its norm."""
 
     stem: list[Tensor]
     paths: dict[str, list[Tensor]]
 
 
 class SAK(Student):
-    """Without `tasks` the student of stage 1, which is distilled; with them that of stage 2, or, without
-    teachers, the multi-task baseline (a single-task one with one task).
+    """Without `tasks`, the student of stage 1, which is distilled; with them that of stage 2 or, without
+    teachers, the multi-task baseline (with a single task, the single-task baseline).
 
-    `adapter_paths=False` is the baseline of Table 3, row 1: nothing but linear aligners between stem and
-    teachers, and the stem as the only expert. `fusion` and `decoder` are `TaskDecoder`'s.
+    `adapter_paths=False` is the baseline of Table 3, row 1: only linear aligners between stem and teachers,
+    and the stem as the only expert. `fusion` and `decoder` are `TaskDecoder`'s.
 
-    `forward` gives what distillation compares or what the tasks predict, `representations` what the two
-    are made of.
+    `forward` returns the maps that distillation compares or the predictions; both are made from
+    `representations`.
     """
 
     kind = "sak"
     for_distillation = frozenset({"aligners"})
-    paths: Any  # a ModuleDict of AdapterPath or AlignerPath, which its type cannot say
+    paths: Any  # a ModuleDict of AdapterPath or AlignerPath, which its type cannot express
     decoder: TaskDecoder | None
 
     def __init__(
@@ -98,7 +98,7 @@ class SAK(Student):
 
     @property
     def experts(self) -> list[str]:
-        """The names of the last axis of the gates."""
+        """The names along the last axis of the gates."""
         return ["stem", *(self.teachers if self.config["adapter_paths"] else [])]
 
     def representations(self, pixels_B3HW: Tensor) -> Representations:
@@ -112,7 +112,7 @@ class SAK(Student):
     def forward(
         self, pixels_B3HW: Tensor, full: bool = False, maps: bool = True
     ) -> dict[str, list[Tensor]] | dict[str, Tensor] | StudentOutput:
-        """See `Student.forward`. The aligners, which only distillation needs, run for feature maps only."""
+        """See `Student.forward`. The aligners, which only distillation needs, run only for feature maps."""
         representations = self.representations(pixels_B3HW)
         if self.decoder is None:
             feature_maps = self._feature_maps(representations)
@@ -131,8 +131,7 @@ class SAK(Student):
         """Add a path for one more teacher and freeze everything else (SAK, D.4).
 
         The new path is then distilled from a cache of that teacher alone; the others' feature maps stay
-        what they are, to the bit. Raises `RecipeError` for a student with tasks, and for a name that is
-        taken.
+        bitwise the same. Raises `RecipeError` for a student with tasks, and for a name that is taken.
         """
         self._require_no_tasks()
         check_names("teacher", [name])
@@ -148,10 +147,9 @@ class SAK(Student):
         self.config["teacher_dims"] = {**self.config["teacher_dims"], name: width}
 
     def remove_teacher(self, name: str) -> None:
-        """Remove a teacher's path (SAK, D.4); the others' feature maps stay what they are, to the bit.
+        """Remove a teacher's path (SAK, D.4); the others' feature maps stay bitwise the same.
 
-        Raises `RecipeError` for a student with tasks, and for a teacher that it does not have or that is
-        its only one.
+        Raises `RecipeError` for a student with tasks, and for an unknown or the only teacher.
         """
         self._require_no_tasks()
         require_known("teacher of this student", name, self.teachers)
@@ -161,7 +159,7 @@ class SAK(Student):
         self.config["teacher_dims"] = teacher_dims
 
     def keep_levels(self, teacher: str, count: int) -> None:
-        """As `Student.keep_levels`: aligners, and, where no task uses them, output norms."""
+        """As `Student.keep_levels`: aligners and, if no task uses them, output norms."""
         path = self.paths[teacher]
         norms = [] if self.tasks else getattr(path, "output_norms", [])
         for layers in (path.aligners, norms):
@@ -178,7 +176,7 @@ class SAK(Student):
         return AdapterPath(stem.width, stem.depth, stem.level_depths, teacher_width, self.config["reduction"])
 
     def _feature_maps(self, representations: Representations) -> dict[str, list[Tensor]]:
-        """For each teacher its levels (B, C, h, w), without a copy: in memory the channels stay last."""
+        """For each teacher its levels (B, C, h, w), without a copy: channels stay last in memory."""
         return {
             name: [
                 tokens_BnC.unflatten(1, self.stem.grid).permute(0, 3, 1, 2)

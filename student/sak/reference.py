@@ -1,4 +1,4 @@
-"""The checkpoints of SAK's authors (github.com/innovator-zero/SAK), by the names that their code gives."""
+"""The checkpoints of SAK's authors (github.com/innovator-zero/SAK), with the names of their code."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ Shape = tuple[int, ...]
 
 
 class Unmatched(NamedTuple):
-    """A tensor that only one of student and checkpoint has, or that has another shape in each.
+    """A tensor that only the student or only the checkpoint has, or whose shapes differ.
 
-    `name` is the student's, or, where it has none, the checkpoint's.
+    `name` is the student's or, if it has none, the checkpoint's.
     """
 
     name: str
@@ -53,20 +53,20 @@ class Unmatched(NamedTuple):
 
 
 def read_reference(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The student's tensors in a file of the authors', by their names, on the CPU.
+    """The student's tensors in a file from the authors, by their names, on the CPU.
 
-    Reads tensors and plain values only. Raises `CheckpointError` for a file with anything else in it.
+    Reads only tensors and plain values. Raises `CheckpointError` for a file with anything else in it.
     """
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged files end in any
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged files raise errors of any kind
         raise CheckpointError(
             f"{os.fspath(path)} cannot be read.",
             got=_reason(path, error),
             expected="a file of tensors and plain values, as torch.save() writes it",
             do="copy or download it again",
         ) from error
-    tensors = found.get("model", found) if isinstance(found, dict) else found
+    tensors = content.get("model", content) if isinstance(content, dict) else content
     if not _are_tensors(tensors):
         raise CheckpointError(
             f"There is no student in {os.fspath(path)}.",
@@ -78,7 +78,7 @@ def read_reference(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def _reason(path: str | os.PathLike[str], error: Exception) -> str:
-    """What is wrong with the file, in the place of torch's advice to trust it."""
+    """What is wrong with the file, in place of torch's advice to trust it."""
     if isinstance(error, OSError):
         return str(error)
     if forbidden := re.search(r"GLOBAL (\S+)", str(error)):
@@ -91,14 +91,14 @@ def _reason(path: str | os.PathLike[str], error: Exception) -> str:
 def reference_arguments(tensors: Mapping[str, Tensor], image_size: Size | None = None) -> dict[str, Any]:
     """`build_student`'s arguments for the student of a checkpoint, by its names and shapes.
 
-    `image_size`: (height, width) in pixels; needed where the student's images are no squares.
-    Raises `CheckpointError` where names and shapes do not tell.
+    `image_size`: (height, width) in pixels; needed if the student's images are not square.
+    Raises `CheckpointError` if names and shapes are not enough.
     """
     shapes = {_rename(name, {}): tuple(tensor.shape) for name, tensor in tensors.items()}
     positions = shapes.get("stem.vit.pos_embed", ())
     if len(positions) != 3 or positions[2] not in _STEMS:
         raise CheckpointError(
-            "The checkpoint is of no stem that the authors use.",
+            "The checkpoint does not have a stem that the authors use.",
             got=f"vit.pos_embed {positions}" if positions else _listed(tensors),
             expected=f"vit.pos_embed (1, 1 + patches, {' or '.join(map(str, _STEMS))})",
             do="build the student in Python, and call teachercache.student.load_reference()",
@@ -107,7 +107,7 @@ def reference_arguments(tensors: Mapping[str, Tensor], image_size: Size | None =
     side = math.isqrt(max(num_tokens - 1, 0))
     if image_size is None and side**2 != num_tokens - 1:
         raise CheckpointError(
-            "The checkpoint does not tell the size of its images: they are no squares.",
+            "The checkpoint does not state the size of its images, and they are not square.",
             got=f"{num_tokens - 1} patches of {_PATCH}×{_PATCH} pixels",
             expected="a height and a width",
             do="pass --size HEIGHT WIDTH; the authors' code takes 448 576 for NYUD-v2",
@@ -127,12 +127,12 @@ def reference_arguments(tensors: Mapping[str, Tensor], image_size: Size | None =
 
 
 def load_reference(student: SAK, tensors: Mapping[str, Tensor]) -> list[Unmatched]:
-    """Load what agrees in name and shape of a checkpoint of the authors', of stage 1 or 2; return the rest.
+    """Load what matches in name and shape from an authors' checkpoint of stage 1 or 2; return the rest.
 
-    `tensors`: `read_reference("checkpoint.pth")`. What the student does not find there stays as it was.
-    The student is to have the image size of the checkpoint and its teachers in the same order, which is
-    that of the gates. It takes over the normalisation of pixels of their code, ImageNet's for every stem.
-    Raises `CheckpointError` where nothing agrees, and leaves the student as it was.
+    `tensors`: `read_reference("checkpoint.pth")`. Tensors that it lacks stay as they are in the student.
+    The student must have the image size of the checkpoint and its teachers in the same order, which is that
+    of the gates. It takes over their normalisation of pixels, which is ImageNet's for every stem.
+    Raises `CheckpointError` if nothing matches, and leaves the student unchanged.
     """
     normalisation = {
         "mean": torch.tensor(IMAGENET_DEFAULT_MEAN).view(3, 1, 1),
@@ -153,7 +153,7 @@ def load_reference(student: SAK, tensors: Mapping[str, Tensor]) -> list[Unmatche
             agreeing[ours] = tensor
     if not agreeing:
         raise CheckpointError(
-            "No tensor of the checkpoint agrees with the student's in name and shape.",
+            "No tensor of the checkpoint matches one of the student in name and shape.",
             got=_listed(tensors),
             expected=_listed(state),
             do="build the student with the checkpoint's stem, teachers, tasks and image size",
@@ -164,28 +164,28 @@ def load_reference(student: SAK, tensors: Mapping[str, Tensor]) -> list[Unmatche
 
 
 def _rename(name: str, levels: Mapping[str, int]) -> str:
-    """Their name → ours; a name that is none of theirs stays as it is, and is unknown to a student."""
+    """Their name → ours; other names stay unchanged, and no student has them."""
     for theirs, ours in _NAMES.items():
-        if found := re.fullmatch(rf"(?:backbone\.)?{theirs}", name):
-            fields = found.groupdict()
+        if match := re.fullmatch(rf"(?:backbone\.)?{theirs}", name):
+            fields = match.groupdict()
             block, task = fields.get("block", ""), fields.get("task", "")
             level = levels.get(block, f"block_{block}")
             return ours.format_map(fields | {"level": level, "task": _TASKS.get(task, task)})
     return name
 
 
-def _are_tensors(found: object) -> TypeGuard[dict[str, Tensor]]:
+def _are_tensors(content: object) -> TypeGuard[dict[str, Tensor]]:
     return (
-        isinstance(found, dict)
-        and bool(found)
-        and all(isinstance(name, str) and isinstance(value, Tensor) for name, value in found.items())
+        isinstance(content, dict)
+        and bool(content)
+        and all(isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items())
     )
 
 
 def _lengths(shapes: Mapping[str, Shape], pattern: str) -> dict[str, int]:
-    """{what the group of `pattern` finds: length} of the vectors of such names."""
-    found = {name: re.fullmatch(pattern, name) for name, shape in shapes.items() if len(shape) == 1}
-    return {match[1]: shapes[name][0] for name, match in found.items() if match}
+    """{first group of `pattern`: length} for the vectors whose names match it."""
+    matches = {name: re.fullmatch(pattern, name) for name, shape in shapes.items() if len(shape) == 1}
+    return {match[1]: shapes[name][0] for name, match in matches.items() if match}
 
 
 def _listed(tensors: Mapping[str, Tensor], most: int = 5) -> str:

@@ -1,4 +1,4 @@
-"""Weights from one student to another, with every tensor accounted for."""
+"""Move weights from one student to another, accounting for every tensor."""
 
 from __future__ import annotations
 
@@ -18,35 +18,35 @@ def load_stage_1(student: SAK, source: str | os.PathLike[str], revision: str | N
 
     The position embeddings are resampled to the image size of `student`, and it takes over the
     normalisation of pixels. Only routers and heads may be missing from `source`, and stay as they are.
-    Raises `CheckpointError`, naming the tensors, where there is any other difference, and `RecipeError` where
-    one of the two is fed as SAK's authors do, and the other as its stem was trained.
+    Raises `CheckpointError`, naming the tensors, for any other difference, and `RecipeError` if only one of
+    the two normalises pixels as SAK's authors do.
     """
     stage_1 = SAK.from_pretrained(source, revision)
-    told, wanted = (one.config["sak_compat"] for one in (stage_1, student))
-    if told != wanted and not (
+    trained_with, given = (one.config["sak_compat"] for one in (stage_1, student))
+    if trained_with != given and not (
         torch.equal(stage_1.mean, student.mean) and torch.equal(stage_1.std, student.std)
     ):
         raise RecipeError(
-            f"The student in {os.fspath(source)} saw pixels of another normalisation.",
-            got=f"student.sak_compat: {wanted}, mean {student.mean.flatten().tolist()}",
-            expected=f"student.sak_compat: {told}, mean {stage_1.mean.flatten().tolist()}, as it was trained",
-            do=f"set student.sak_compat={str(told).lower()}, or train stage 1 with the other",
+            f"The student in {os.fspath(source)} was trained with another normalisation of pixels.",
+            got=f"student.sak_compat: {given}, mean {student.mean.flatten().tolist()}",
+            expected=f"student.sak_compat: {trained_with}, mean {stage_1.mean.flatten().tolist()}",
+            do=f"set student.sak_compat={str(trained_with).lower()}, or train stage 1 with the other",
         )
     stage_1.stem.resize(student.image_size)
     load_tensors(student, stage_1.state_dict(), f"The student in {os.fspath(source)}")
 
 
 def grow(student: SAK, teacher_dims: Mapping[str, int], image_size: Size) -> None:
-    """Let a student of stage 1 go on with these teachers: name → channels.
+    """Let a student of stage 1 continue with these teachers: name → channels.
 
-    It gets a path for each that it does not have, and then only the new paths learn (SAK, D.4). Where it
-    has them all, everything learns but the paths of other teachers.
-    Raises `RecipeError` where a teacher has another width than its path, or the images another size.
+    It gets a path for each new teacher, and then only the new paths learn (SAK, D.4). If it has them all,
+    everything learns except the paths of other teachers.
+    Raises `RecipeError` if a teacher and its path differ in width, or the images have another size.
     """
     own = student.config["teacher_dims"]
     if student.image_size != tuple(image_size):
         raise RecipeError(
-            "The student to go on with takes images of another size.",
+            "The student to continue with takes images of another size.",
             got=f"views of {tuple(image_size)} in the cache",
             expected=student.image_size,
             do="build a cache of the new teacher with views of the student's size",
@@ -69,7 +69,7 @@ def grow(student: SAK, teacher_dims: Mapping[str, int], image_size: Size) -> Non
 
 
 def load_tensors(student: SAK, tensors: Mapping[str, Tensor], what: str) -> None:
-    """Load all of `tensors`; only routers and heads of `student` may be without any.
+    """Load all of `tensors`; only routers and heads of `student` may be missing from them.
 
     Raises `CheckpointError`, naming every tensor that is missing, unknown or of another shape.
     """

@@ -92,7 +92,7 @@ def overruled(recipe: TrainRecipe) -> list[str]:
         "ACCELERATE_MIXED_PRECISION": (precision, f"mixed_precision: {precision}"),
         "ACCELERATE_DOWNCAST_BF16": ("no", f"mixed_precision: {precision}"),
         "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": ("no", f"mixed_precision: {precision}"),
-        "ACCELERATE_DYNAMO_BACKEND": ("no", "no compilation"),
+        "ACCELERATE_DYNAMO_BACKEND": ("no", "student.compile alone"),
     }
     return [
         f"{variable}={value} of the environment is not heeded: the recipe states {text}."

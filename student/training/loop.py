@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from teachercache.pipeline.errors import TrainingError
@@ -27,6 +28,7 @@ from teachercache.pipeline.loading.loader import Batch
 from teachercache.pipeline.stop_request import StopRequest
 from teachercache.student.timing import StageTimer
 from teachercache.student.training.checkpoint import save_checkpoint
+from teachercache.student.training.device_batches import DeviceBatches
 from teachercache.student.training.run_log import RunLog
 from teachercache.student.training.train_recipe import TrainRecipe
 
@@ -44,6 +46,29 @@ class LoopResult:
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     wall_s: float = 0.0
     interrupted: bool = False
+
+
+@dataclass
+class _Taken:
+    """A step that the device may still be at; `done`, by the host's clock, once it was read."""
+
+    step: int
+    rows: list[NDArray]
+    timer: StageTimer
+    names: list[str]
+    values: Tensor
+
+    def __post_init__(self) -> None:
+        cuda = self.values.is_cuda
+        self.values = self.values.to("cpu", non_blocking=cuda)  # into pinned memory
+        self._sent = torch.cuda.current_stream().record_event() if cuda else None
+        self.done = time.perf_counter()
+
+    def read(self) -> dict[str, float]:
+        if self._sent is not None:
+            self._sent.synchronize()
+            self.done = time.perf_counter()
+        return dict(zip(self.names, self.values.tolist(), strict=True))
 
 
 class TrainingLoop:
@@ -71,70 +96,85 @@ class TrainingLoop:
         self._learning_rate = learning_rate
         self._run = run
         self._not_finite = not_finite
-        self._rows: list[NDArray] = []
-        self._timer = StageTimer(accelerator.device)
+        self._on_device = DeviceBatches(accelerator.device)
 
     def run(self, batches: Iterator[Batch], first_step: int, total_steps: int, log: RunLog) -> LoopResult:
         """Take the steps `first_step`, …, `total_steps - 1`, or fewer when SIGTERM comes.
 
-        Raises `TrainingError` when the loss is no longer finite; checkpoints are older than that.
+        What a step gave is read when the next one is under way, so that no GPU waits for the host; a run may
+        thus stop a step later. Raises `TrainingError` when the loss is no longer finite; checkpoints are
+        older than that.
         """
         result = LoopResult(next_step=first_step)
-        images_per_step = self._recipe.images_per_step(self._accelerator.num_processes)
+        late: _Taken | None = None
         self._model.train()
+        self._clock = time.perf_counter()
         with StopRequest(signal.SIGTERM) as stop:  # heard of by every process in the same step
             while result.next_step < total_steps and not result.interrupted:
-                step, started = result.next_step, time.perf_counter()
-                values = self._step(step, batches, stop)
-                seconds = self._timer.take()
-                duration = time.perf_counter() - started
-                result.interrupted = values.pop("stop") > 0
-                if not math.isfinite(values["loss"]):
-                    raise self._error(step, values["loss"])
-                values["images_per_s"] = images_per_step / duration
-                log.write(step, values | {f"seconds/{stage}": spent for stage, spent in seconds.items()})
-                for stage, spent in seconds.items():
-                    result.seconds[stage] += spent
-                result.wall_s += duration
-                result.last_loss = values["loss"]
-                result.steps += 1
+                taken = self._step(result.next_step, batches, stop)
                 result.next_step += 1
-                due = result.next_step % self._recipe.checkpoint_every_steps == 0
-                if due or result.interrupted or result.next_step == total_steps:
-                    self._save(result.next_step)
+                if late is not None:
+                    self._finish(late, result, log)
+                late, last = taken, result.next_step == total_steps
+                saves = last or result.next_step % self._recipe.checkpoint_every_steps == 0
+                if saves or result.interrupted or log.draws(taken.step):  # what needs this step's student
+                    self._finish(taken, result, log)
+                    late = None
+                    if saves or result.interrupted:
+                        self._save(result.next_step)
+                    self._clock = time.perf_counter()
         return result
 
-    def _step(self, step: int, batches: Iterator[Batch], stop: StopRequest) -> dict[str, float]:
-        """One optimizer step; returns what is logged, as means over micro-batches and processes."""
-        rate = self._learning_rate(step)
+    def _step(self, step: int, batches: Iterator[Batch], stop: StopRequest) -> _Taken:
+        """One optimizer step; what it gives are means over micro-batches and processes."""
         for group in self._optimizer.param_groups:
-            group["lr"] = rate
-        clip_norm = self._recipe.clip_norm or math.inf  # which clips nothing; the norm is still measured
-        logged: list[dict[str, Tensor]] = []
-        self._rows = []
+            group["lr"] = self._learning_rate(step)
+        timer, device = StageTimer(self._accelerator.device), self._accelerator.device
+        rows, logged, norms = list[NDArray](), list[Tensor](), list[Tensor]()
         for micro_step in range(self._accelerator.gradient_accumulation_steps):
             batch = next(batches)
-            self._rows.append(batch.rows)
+            rows.append(batch.rows)
             for stage, seconds in batch.seconds.items():
-                self._timer.add(stage, seconds)
+                timer.add(stage, seconds)
             torch.manual_seed(step_seed(self._recipe.seed, step, micro_step, self._accelerator.process_index))
             with self._accelerator.accumulate(self._model):
-                loss, terms = self._objective(batch, self._timer)
-                with self._timer.stage("backward"):
+                loss, terms = self._objective(self._on_device(batch), timer)
+                with timer.stage("backward"):
                     self._accelerator.backward(loss)
-                with self._timer.stage("optimizer"):
+                with timer.stage("optimizer"):
                     if self._accelerator.sync_gradients:
-                        parameters = self._model.parameters()
-                        terms["grad_norm"] = self._accelerator.clip_grad_norm_(parameters, clip_norm)
+                        norms.append(self._clip())
                     self._optimizer.step()
                     self._optimizer.zero_grad()
-            logged.append({"loss": loss.detach(), **terms})
-        means = {
-            name: torch.stack([row[name] for row in logged if name in row]).mean() for name in logged[-1]
-        }
-        means["stop"] = torch.tensor(float(stop.requested), device=self._accelerator.device)
-        values = self._accelerator.reduce(torch.stack(list(means.values())), reduction="mean").tolist()
-        return dict(zip(means, values, strict=True)) | {"lr": rate}
+            logged.append(torch.stack([loss.detach(), *terms.values()]))
+        stopping = torch.full((), float(stop.requested), device=device)  # a copy from the host would block
+        values = torch.cat([torch.stack(logged).mean(0), torch.stack([*norms, stopping])])
+        values = self._accelerator.reduce(values, reduction="mean")
+        return _Taken(step, rows, timer, ["loss", *terms, "grad_norm", "stop"], values)
+
+    def _clip(self) -> Tensor:
+        """Clip the gradients, unless `clip_norm` is 0; returns the norm that they had."""
+        parameters = list(self._model.parameters())
+        if self._recipe.clip_norm:
+            norm: Tensor = self._accelerator.clip_grad_norm_(parameters, self._recipe.clip_norm)
+            return norm
+        return get_total_norm([one.grad for one in parameters if one.grad is not None])
+
+    def _finish(self, taken: _Taken, result: LoopResult, log: RunLog) -> None:
+        """Read what a step gave, which waits until it is done, and log it."""
+        values, seconds = taken.read(), taken.timer.take()
+        result.interrupted |= values.pop("stop") > 0
+        if not math.isfinite(values["loss"]):
+            raise self._error(taken.step, values["loss"], taken.rows)
+        duration, self._clock = taken.done - self._clock, taken.done
+        values["images_per_s"] = self._recipe.images_per_step(self._accelerator.num_processes) / duration
+        values["lr"] = self._learning_rate(taken.step)
+        log.write(taken.step, values | {f"seconds/{stage}": spent for stage, spent in seconds.items()})
+        for stage, spent in seconds.items():
+            result.seconds[stage] += spent
+        result.wall_s += duration
+        result.last_loss = values["loss"]
+        result.steps += 1
 
     def _save(self, step: int) -> None:
         if self._accelerator.is_main_process:
@@ -143,9 +183,9 @@ class TrainingLoop:
             save_checkpoint(folder, step, model, self._optimizer, self._run, keep)
         self._accelerator.wait_for_everyone()
 
-    def _error(self, step: int, loss: float) -> TrainingError:
+    def _error(self, step: int, loss: float, rows: list[NDArray]) -> TrainingError:
         """Every process comes here in the same step, and each knows only its own rows."""
-        found: list[str] = gather_object(self._not_finite(np.concatenate(self._rows)))
+        found: list[str] = gather_object(self._not_finite(np.concatenate(rows)))
         if not found:
             return TrainingError(
                 f"The loss is no longer finite at step {step}.",

@@ -50,7 +50,7 @@ class Objective:
             targets = self._targets(batch) if reads else {}
             labels = {task: values.to(device, non_blocking=True) for task, values in batch.labels.items()}
         with timer.stage("forward"):
-            images_B3HW = batch.renders[self._student.image_size].to(device, non_blocking=True)
+            images_B3HW = batch.images.to(device, non_blocking=True)
             output = self._run(self._student.normalize(images_B3HW), targets)
             losses: list[Tensor] = []
             terms: dict[str, Tensor] = {}
@@ -120,7 +120,7 @@ class KPUObjective:
         with timer.stage("targets"):
             teachers = {name: last_level(target) for name, target in self._targets(batch).items()}
         with timer.stage("forward"):
-            images_B3HW = batch.renders[self._student.image_size]
+            images_B3HW = batch.images
             images_B3HW = images_B3HW.to(self._student.mean.device, non_blocking=True)
             alignments = self._model(self._student.normalize(images_B3HW), teachers=teachers)
             loss, terms = self._loss(alignments)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import Problems, RecipeError
 from teachercache.pipeline.loading.sampler import ShardShuffleSampler
-from teachercache.pipeline.records.spec import CacheSpec, TeacherSpec
+from teachercache.pipeline.records.spec import CacheSpec, Size, TeacherSpec, ViewPolicy
 from teachercache.student.losses.tasks import MultiTaskLoss
 from teachercache.student.models.student import Student, TeacherFacts
 from teachercache.student.training.first_student import first_student
@@ -28,6 +28,7 @@ class Preflight:
 
     teachers: dict[str, TeacherSpec]
     held: list[str]
+    views: ViewPolicy
     num_samples: int | None = None
     tasks: dict[str, int] | None = None
     task_loss: MultiTaskLoss | None = None
@@ -39,7 +40,7 @@ class Preflight:
 
     @property
     def facts(self) -> dict[str, TeacherFacts]:
-        return {name: TeacherFacts.of(spec) for name, spec in self.teachers.items()}
+        return {name: TeacherFacts.of(spec, self.views) for name, spec in self.teachers.items()}
 
     def require(self, tell: Callable[[str], object]) -> None:
         """Tell every notice; then raise what stands in the way, where that is several things as one."""
@@ -63,7 +64,7 @@ def preflight(
     """
     names = list(spec.teachers) if recipe.teachers is None else list(recipe.teachers)
     teachers = {name: spec.teachers[name] for name in names if name in spec.teachers}
-    found = Preflight(teachers, list(teachers), num_samples=num_samples)
+    found = Preflight(teachers, list(teachers), spec.views, num_samples=num_samples)
     with found.problems.noted():
         spec.check_teachers(names)
     if cache is not None:
@@ -79,9 +80,11 @@ def preflight(
             found.student = first_student(
                 recipe.student, found.facts, size, found.tasks, distills=distills, blank=True
             )
-    cached = [] if recipe.features == "online" else found.held
+    cached = found.held if recipe.reads_cache else []
     grid = getattr(getattr(found.student, "stem", None), "grid", None)
-    found.problems += recipe.student.requirements(teachers, cached if recipe.distills else (), grid)
+    compared = cached if recipe.distills else ()
+    found.problems += _other_steps(spec.views, grid, recipe.student.stem)
+    found.problems += recipe.student.requirements(teachers, compared, spec.views, grid)
     found.notices += notices(recipe, spec, cached)
     return found
 
@@ -155,6 +158,18 @@ def _unknown_weights(recipe: TrainRecipe, teachers: Sequence[str]) -> Iterator[R
                 expected=f"one of {', '.join(teachers)}",
                 do=f"did you mean {near[0]}?" if near else "remove it",
             )
+
+
+def _other_steps(views: ViewPolicy, grid: Size | None, stem: str | None) -> Iterator[RecipeError]:
+    """Windows that move by other steps than the student's tokens."""
+    own = views.size[0] // views.patch, views.size[1] // views.patch
+    if views.margin and grid not in (None, own):
+        yield RecipeError(
+            "The windows of this cache's views move by other steps than the student's tokens.",
+            got=f"{grid} tokens of the stem {stem}",
+            expected=f"{own}, of {views.patch} pixels each (views.patch of the cache)",
+            do="choose a stem with patches of this size, or a cache whose views.patch is the stem's",
+        )
 
 
 def notices(recipe: TrainRecipe, spec: CacheSpec, cached: Sequence[str]) -> list[str]:

@@ -78,11 +78,15 @@ class RunLog:
             for tracker in self._accelerator.trackers:
                 tracker.finish()
 
+    def draws(self, step: int) -> bool:
+        """Whether pictures of the student as it is after `step` are due."""
+        return self._is_due(step, self._picture_every_steps)
+
     def write(self, step: int, values: Mapping[str, float]) -> None:
         if self._file is None:
             return
         self._before_writing()
-        pictures = self._pictures() if self._is_due(step, self._picture_every_steps) else None
+        pictures = self._pictures() if self.draws(step) else None
         with saving("What the run logs", self._file_path.parent):
             self._write(self._file, step, values, pictures)
 

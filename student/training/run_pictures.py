@@ -80,7 +80,7 @@ class RunPictures:
         if not self._teachers:
             return {}
         if not self._views:
-            reader = MapReader(self._cache, self._teachers, num_rows=NUM_ROWS)
+            reader = MapReader(self._cache, self._teachers, num_rows=NUM_ROWS, window=True)
             self._kinds = {name: _kinds(reader, name) for name in self._teachers}
             self._views = [reader.view(row) for row in reader.rows]
         images_B3HW = torch.stack([torch.from_numpy(view).permute(2, 0, 1) for view in self._views])

@@ -12,7 +12,7 @@ import torch
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from teachercache.pipeline.errors import RecipeError
-from teachercache.pipeline.records.spec import Size, Strict, TeacherSpec
+from teachercache.pipeline.records.spec import Size, Strict, TeacherSpec, ViewPolicy
 from teachercache.student.kpu.latent_space import Features
 from teachercache.student.losses.alignment import AlignmentLoss
 from teachercache.student.losses.distillation import DistillationLoss
@@ -39,6 +39,7 @@ class StudentRecipe(Strict):
     own `stem`, `reduction` and `adapter_paths`.
     `freeze`: parts that are not trained, such as `stem` and `paths` ("Freeze" of Table 12).
     `lora_rank`: train the stem by updates of this rank, itself frozen.
+    `compile`: torch.compile for student and loss; null for on GPUs. Results then differ in the last bits.
     """
 
     loss: ClassVar[Any] = DistillationLoss
@@ -50,6 +51,7 @@ class StudentRecipe(Strict):
     init_from: str | None = None
     freeze: tuple[str, ...] = ()
     lora_rank: int | None = Field(None, ge=1)
+    compile: bool | None = None
 
     @field_validator("init_from")
     @classmethod
@@ -75,8 +77,10 @@ class StudentRecipe(Strict):
         if foreign := said.keys() - signature(self.loss).parameters:
             yield f"{', '.join(sorted(foreign))}: only a kpu has such weights, leave them out"
 
-    def requirements(self, teachers: Specs, compared: Collection[str], grid: Size | None) -> Errors:
-        """What a cache with these teachers lacks.
+    def requirements(
+        self, teachers: Specs, compared: Collection[str], views: ViewPolicy, grid: Size | None
+    ) -> Errors:
+        """What a cache with these teachers and views lacks.
 
         `compared`: those of them whose cached features the student's maps are compared with, on `grid` (h, w)
         of its stem where that is known.
@@ -89,11 +93,12 @@ class StudentRecipe(Strict):
                     expected=f"at most {NUM_LEVELS}, as the student has; fewer go to its last ones",
                     do=_OTHER_LEVELS,
                 )
-            if name in compared and spec.grid.kind == "adjoint" and grid not in (None, spec.stored_grid):
+            seen = views.seen_grid(spec.stored_grid)
+            if name in compared and spec.grid.kind == "adjoint" and grid not in (None, seen):
                 yield RecipeError(
                     f"The adjoint grid of teacher {name} holds for one student grid alone.",
                     got=f"{grid} tokens of the stem {self.stem}",
-                    expected=f"{spec.stored_grid}, as in the cache",
+                    expected=f"{seen}, as in the cache",
                     do="choose a stem with patches of another size, or a cache with grid: native",
                 )
 
@@ -103,7 +108,7 @@ class StudentRecipe(Strict):
 
     def arguments(self, teachers: Facts) -> dict[str, Any]:
         """Those of `build_student` that follow from these keys and the teachers."""
-        own = self.model_dump(exclude={"init_from", "freeze", "lora_rank"})
+        own = self.model_dump(exclude={"init_from", "freeze", "lora_rank", "compile"})
         return own | {"teacher_dims": {name: teacher.width for name, teacher in teachers.items()}}
 
     def blank_inputs(self, teachers: Facts) -> dict[str, Any]:
@@ -153,7 +158,9 @@ class KpuRecipe(StudentRecipe):
         if run.multitask is not None:
             yield "a kpu represents and learns no tasks: leave out multitask, or choose kind sak"
 
-    def requirements(self, teachers: Specs, compared: Collection[str], grid: Size | None) -> Errors:
+    def requirements(
+        self, teachers: Specs, compared: Collection[str], views: ViewPolicy, grid: Size | None
+    ) -> Errors:
         yield from _without_maps(teachers)
 
     def notices(self, cached: Specs) -> Iterator[str]:
@@ -196,7 +203,9 @@ class AmalgamRecipe(_TaskRecipe):
         if run.distills or run.multitask is None:
             yield "an amalgam has nothing to distil: set multitask and distillation.weight=0"
 
-    def requirements(self, teachers: Specs, compared: Collection[str], grid: Size | None) -> Errors:
+    def requirements(
+        self, teachers: Specs, compared: Collection[str], views: ViewPolicy, grid: Size | None
+    ) -> Errors:
         yield from unfit_experts(teachers)
 
     def blank_inputs(self, teachers: Facts) -> dict[str, Any]:

@@ -5,15 +5,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from teachercache.pipeline.cache import FeatureCache
-from teachercache.pipeline.codecs import Encoded
-from teachercache.pipeline.grids import pool
+from teachercache.pipeline.grids import stored_form, upsampled_norms
 from teachercache.pipeline.loading.loader import Batch
-from teachercache.pipeline.records.spec import Size, TeacherSpec
+from teachercache.pipeline.records.spec import GridSpec, Size, TeacherSpec, ViewPolicy
 from teachercache.pipeline.stores.feature_store import NORMS
+from teachercache.pipeline.windows import cut, cut_nearest, grid_in
 from teachercache.student.losses.distillation import AdjointTarget, Target
 
 
@@ -34,27 +36,47 @@ class CachedTargets(TargetSource):
     def __init__(self, cache: FeatureCache, teachers: Sequence[str], device: torch.device) -> None:
         self.reads = list(teachers)
         self._specs = {name: cache.spec.teachers[name] for name in teachers}
-        self._device = device
+        self._views, self._device = cache.spec.views, device
 
     def __call__(self, batch: Batch) -> dict[str, Target]:
-        return {
-            name: self._target(batch.features[name], batch.cls_tokens.get(name), spec)
-            for name, spec in self._specs.items()
-        }
+        targets = {}
+        for name, spec in self._specs.items():
+            encoded = batch.features[name]
+            norms_BS = encoded.arrays.get(NORMS) if spec.grid.kind == "adjoint" else None
+            stored = encoded.decode(self._device), norms_BS
+            targets[name] = target_of(stored, batch.cls_tokens.get(name), spec, batch.windows, self._views)
+        return targets
 
-    def _target(self, encoded: Encoded, cls_token_BSC: Tensor | None, spec: TeacherSpec) -> Target:
-        features_BShwC, cls_token_BC = encoded.decode(self._device), None
-        if cls_token_BSC is not None:
-            cls_token_BC = cls_token_BSC[:, -1].to(self._device, features_BShwC.dtype, non_blocking=True)
-        if spec.grid.kind != "adjoint":
-            return Target(features_BShwC, cls_token_BC)
-        norms_BS = encoded.arrays[NORMS].to(self._device, non_blocking=True)
-        return AdjointTarget(features_BShwC, cls_token_BC, norms_BS=norms_BS, grid=spec.native_grid)
+
+def target_of(
+    stored: tuple[Tensor, Tensor | None],
+    cls_token_BSC: Tensor | None,
+    spec: TeacherSpec,
+    windows_B2: NDArray[np.int64],
+    views: ViewPolicy,
+) -> Target:
+    """What a teacher says of the windows of views, from what is stored of the views (`stored_form`).
+
+    On the adjoint grid ‖t‖ is divided as the maps that upsampling reaches divide. The class token stays that
+    of the whole view: nothing stored says what it would be of a window.
+    """
+    maps_BSHWC, norms_BS = stored
+    cls_token_BC = None if cls_token_BSC is None else cls_token_BSC[:, -1].to(maps_BSHWC, non_blocking=True)
+    if norms_BS is None:
+        grid = grid_in(spec.stored_grid, windows_B2, views, maps_BSHWC.device)
+        return Target(cut(maps_BSHWC, windows_B2, views), cls_token_BC, grid)
+    norms_BS = norms_BS.to(maps_BSHWC.device, non_blocking=True)
+    grid = grid_in(spec.native_grid, windows_B2, views, maps_BSHWC.device)
+    seen_BShwC = cut_nearest(maps_BSHWC, spec.native_grid, windows_B2, views)
+    if views.margin:
+        reached_BS = upsampled_norms(maps_BSHWC, spec.native_grid).clamp(min=1e-30)
+        norms_BS = norms_BS * upsampled_norms(seen_BShwC, grid) / reached_BS
+    return AdjointTarget(seen_BShwC, cls_token_BC, norms_BS=norms_BS, grid=grid)
 
 
 class OnlineTargets(TargetSource):
-    """The teachers run on the very views that the cache was built from, on the grids that it stores
-    (natively where it stores an adjoint).
+    """The teachers run on the views of a batch, those of the cache or fresh ones, on the grids that it stores
+    (natively where it stores an adjoint, unless the student sees windows of the views).
 
     The reference that training from a cache must equal, up to what the codec loses. Raises
     `CacheMismatchError` when the teachers that can be built here are not those of the cache.
@@ -63,7 +85,7 @@ class OnlineTargets(TargetSource):
     def __init__(self, cache: FeatureCache, teachers: Sequence[str], device: torch.device) -> None:
         from teachercache.cache_builder import build_teacher  # only this reference needs the builder
 
-        self._device = device
+        self._views, self._device = cache.spec.views, device
         self._specs = {name: cache.spec.teachers[name] for name in teachers}
         self._teachers = {name: build_teacher(spec, device=device) for name, spec in self._specs.items()}
         self.extra_sizes = frozenset(spec.render_size for spec in self._specs.values())
@@ -73,13 +95,9 @@ class OnlineTargets(TargetSource):
         for name, teacher in self._teachers.items():
             spec = self._specs[name]
             features = teacher(batch.renders[spec.render_size].to(self._device, non_blocking=True))
-            maps_BSHWC = features.feature_maps_BSHWC
-            if spec.grid.kind != "adjoint":
-                maps_BSHWC = pool(maps_BSHWC, spec.grid)
-            cls_token_BSC = features.cls_token_BSC
-            targets[name] = Target(
-                maps_BSHWC, None if cls_token_BSC is None else cls_token_BSC[:, -1].to(maps_BSHWC.dtype)
-            )
+            natively = spec.grid.kind == "adjoint" and not self._views.margin
+            stored = stored_form(features.feature_maps_BSHWC, GridSpec() if natively else spec.grid)
+            targets[name] = target_of(stored, features.cls_token_BSC, spec, batch.windows, self._views)
         return targets
 
 
@@ -108,5 +126,6 @@ TARGET_SOURCES: dict[str, Callable[[FeatureCache, Sequence[str], torch.device], 
     "cached": CachedTargets,
     "online": OnlineTargets,
     "hybrid": HybridTargets,
+    "fresh": OnlineTargets,
 }
 """By a recipe's `features`."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -51,6 +51,8 @@ from teachercache.student.training.run_pictures import RunPictures
 from teachercache.student.training.schedule import SCHEDULES
 from teachercache.student.training.targets import TARGET_SOURCES, TargetSource
 from teachercache.student.training.train_recipe import TrainRecipe, run_identity
+
+_COMPILED: dict[str, Any] = {"dynamic": False, "options": {"combo_kernels": True}}  # small ones, side by side
 
 
 @dataclass(frozen=True)
@@ -178,6 +180,11 @@ class _Run:
         wanted, tasks = self.recipe.distillation, self.found.task_loss
         settings = wanted.model_dump(include=set(signature(kind.loss).parameters), exclude_none=True)
         loss = kind.loss(**settings) if self.recipe.distills else None
+        compiles = self.recipe.student.compile
+        if student.mean.device.type == "cuda" if compiles is None else compiles:
+            model = cast(nn.Module, torch.compile(model, **_COMPILED))
+            if loss is not None:
+                loss.compile(**_COMPILED)
         objective: Objective | KPUObjective = kind.objective(
             model, student, targets, loss, wanted.weight, tasks
         )
@@ -192,6 +199,9 @@ class _Run:
             labels=self.found.labels,
             extra_sizes=targets.extra_sizes,
             start_step=first_step * self.recipe.gradient_accumulation_steps,
+            fresh=self.recipe.features == "fresh",
+            jitter=self.recipe.student_jitter,
+            seed=self.recipe.seed,
             **self.recipe.loader.model_dump(),
             pin_memory=self.accelerator.device.type == "cuda",
         )

@@ -89,7 +89,7 @@ def make_train_plan(
     """The plan of `recipe` with `student` (`first_student`, blank) on `num_samples` samples, whose rows take
     `row_bytes`; needs no weights. Raises `RecipeError` for a warm-up that is as long as the run."""
     images_per_step = recipe.images_per_step(processes)
-    reads = (recipe.distills or student.reads_features) and recipe.features != "online"
+    reads = (recipe.distills or student.reads_features) and recipe.reads_cache
     return TrainPlan(
         steps=recipe.schedule.steps(num_samples / images_per_step)[0],
         images_per_step=images_per_step,

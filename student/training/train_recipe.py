@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from teachercache.pipeline.crops import StudentJitter
 from teachercache.pipeline.errors import RecipeError
 from teachercache.pipeline.records.spec import Strict
 from teachercache.student.losses.distillation import CosineKind, DistanceKind
@@ -118,13 +119,15 @@ class TrainRecipe(Strict):
 
     `images`: where the source images are now, if they moved since the cache was built. `teachers`: null
     for all of the cache's; none ([]) trains on labels alone. `features: online` runs the teachers instead
-    of reading their features, `hybrid` those of which the cache does not hold every shard.
+    of reading their features, `hybrid` those of which the cache does not hold every shard; `fresh` runs them
+    on views that are drawn anew at each epoch. `student_jitter`: of the pixels that the student alone sees.
     """
 
     cache: str
     images: str | None = None
     output: str
-    features: Literal["cached", "online", "hybrid"] = "cached"
+    features: Literal["cached", "online", "hybrid", "fresh"] = "cached"
+    student_jitter: StudentJitter | None = None
     teachers: tuple[str, ...] | None = None
     student: StudentOfAKind = SakRecipe()
     distillation: DistillationRecipe = DistillationRecipe()
@@ -162,6 +165,10 @@ class TrainRecipe(Strict):
         return self.distillation.weight > 0 and self.teachers != ()
 
     @property
+    def reads_cache(self) -> bool:
+        return self.features in ("cached", "hybrid")
+
+    @property
     def fraction(self) -> float:
         """Of the cache's samples."""
         return self.multitask.dataset.fraction if self.multitask else 1.0
@@ -180,6 +187,7 @@ _PLACES_AND_SPEED: dict[str, Any] = {
     "images": True,
     "output": True,
     "teachers": True,
+    "student": {"compile"},
     "multitask": {"dataset": {"root"}},
     "resume": True,
     "checkpoint_every_steps": True,

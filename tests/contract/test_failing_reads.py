@@ -121,7 +121,7 @@ def test_a_cache_on_a_mount_that_stumbles_is_read(mount: Mount, cache: FeatureCa
 def test_a_mount_that_is_gone_is_said_with_the_file(mount: Mount, cache: FeatureCache, name: str) -> None:
     folder = Path(cache.storage.url) / ("" if name == "open" else "teachers")
     mount.fail(folder, failures=1_000_000)
-    with pytest.raises(StorageError, match=rf"{folder}/\S+ cannot be read for the moment(.|\n)*Stale"):
+    with pytest.raises(StorageError, match=rf"{folder}/\S+ cannot be read at the moment(.|\n)*Stale"):
         LOOKS[name](cache.storage.url)
 
 

@@ -19,6 +19,7 @@ import torch
 import webdataset
 import xxhash
 import zarr
+from zarr.codecs import BytesCodec, Crc32cCodec
 
 from teachercache import FeatureCache
 from teachercache.pipeline.codecs import codec_names, get_codec
@@ -29,7 +30,7 @@ from teachercache.pipeline.errors import (
     IncompleteCacheError,
 )
 from teachercache.pipeline.records.manifest import FileRecord
-from teachercache.pipeline.records.spec import StoreKind
+from teachercache.pipeline.records.spec import GridSpec, StoreKind
 from teachercache.pipeline.stores import tar_index
 from teachercache.pipeline.stores.shard_format import ABSENT, checksum, index_nbytes, parse_index
 from teachercache.pipeline.verify import verify
@@ -37,6 +38,11 @@ from tests.make_cache import commit_shard, features, make_cache, make_images, te
 
 ROADS = ("direct", "zarr", "memory", "webdataset", "webdataset memory")
 PLAIN_CODECS = ("f32", "f16", "bf16")
+
+ADJOINT_AND_BITS = {
+    "adjoint": teacher_spec(grid=4).model_copy(update={"grid": GridSpec(kind="adjoint", size=(2, 2))}),
+    "bf16": teacher_spec(codec="bf16", cls_token=True),
+}
 
 Make = Callable[..., FeatureCache]
 
@@ -140,7 +146,7 @@ def test_images_that_moved_are_found_where_they_are(tmp_path: Path) -> None:
 @pytest.mark.parametrize("rows", [[1.9], [True, False], [[0, 1], [2, 3]], ["0"]])
 def test_rows_are_whole_numbers(make: Make, images: Path, rows: Any) -> None:
     cache = make(images)
-    with pytest.raises(ValueError, match="Rows are whole numbers"):
+    with pytest.raises(ValueError, match="Rows must be a list of whole numbers"):
         cache.read(rows)
     assert len(cache.read([])[cache.teachers[0]].decode()) == 0
 
@@ -190,6 +196,64 @@ def test_plain_zarr_reads_the_store(tmp_path: Path, images: Path) -> None:
     assert group["codes"].metadata.dimension_names == ("row", "level", "height", "width", "channel")
     assert group.attrs["teacher"]["model"] == "none"
     assert not group["codes"][16:].any(), "the padding of the last shard is absent and reads as zero"
+
+
+def test_the_metadata_is_that_of_zarr_python(tmp_path: Path, images: Path) -> None:
+    spec = teacher_spec(codec="int4-hadamard", cls_token=True).model_copy(
+        update={"checkpoint": "/Gewichte/größte"}
+    )
+    cache = make_cache(tmp_path / "cache", images, teachers={"t": spec, **ADJOINT_AND_BITS})
+    for teacher in cache.teachers:
+        memory = zarr.storage.MemoryStore()
+        description = cache.spec.teachers[teacher].model_dump(mode="json")
+        content_id = cache.spec.shard_content_id(teacher, 0)
+        group = zarr.create_group(memory, attributes={"teacher": description, "content_id": content_id})
+        for name, layout in cache.layouts(teacher).items():
+            group.create_array(
+                name,
+                shape=(cache.spec.num_shards * cache.spec.rows_per_shard, *layout.shape),
+                shards=(cache.spec.rows_per_shard, *layout.shape),
+                chunks=(1, *layout.shape),
+                dtype=layout.dtype,
+                filters=None,
+                serializer=BytesCodec(),
+                compressors=[Crc32cCodec()],
+                fill_value=0,
+                dimension_names=("row", *layout.axes),
+                attributes=layout.attributes,
+            )
+        expected = {f"teachers/{teacher}/{key}": data.to_bytes() for key, data in memory._store_dict.items()}
+        assert cache.store.layout_files(teacher) == expected
+
+
+@pytest.mark.parametrize("store", ["zarr", "webdataset"])
+def test_the_files_of_a_teacher_state_the_layouts_of_its_spec(
+    tmp_path: Path, images: Path, store: StoreKind
+) -> None:
+    cache = make_cache(tmp_path / "cache", images, teachers=ADJOINT_AND_BITS, store=store)
+    for teacher in cache.teachers:
+        assert cache.store.stored_layouts(teacher) == cache.layouts(teacher)
+
+
+HOSTILE_LAYOUTS = {
+    "no object": [],
+    "no shape": {"shape": None},
+    "no number": {"shape": [16, "many"]},
+    "a half": {"shape": [16, 2.5]},
+    "nothing": {"shape": [16, 0]},
+    "too much": {"shape": [16, 2**40]},
+    "no dtype": {"data_type": "nonsense"},
+    "objects": {"data_type": "object"},
+}
+
+
+@pytest.mark.parametrize("change", HOSTILE_LAYOUTS.values(), ids=list(HOSTILE_LAYOUTS))
+def test_files_that_state_no_layout_are_refused(tmp_path: Path, images: Path, change: Any) -> None:
+    cache = make_cache(tmp_path / "cache", images)
+    file = tmp_path / "cache/teachers/alpha/codes/zarr.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change if change else change))
+    with pytest.raises(CorruptShardError, match=r"alpha cannot be read(.|\n)*zarr\.json"):
+        cache.store.stored_layouts("alpha")
 
 
 def test_shard_files_are_those_of_zarr_python(tmp_path: Path, images: Path) -> None:

@@ -127,7 +127,7 @@ def test_a_teacher_that_hangs_ends_the_local_build_with_a_message(tmp_path: Path
     recipe = build_recipe(tmp_path / "cache", images, rows_per_shard=4, runner=options)
     output, _ = (process := start(recipe, tmp_path, HANG)).communicate(timeout=240)
     assert process.returncode == 1
-    assert "nothing moved in shard" in output
+    assert "no progress in shard" in output
     assert "runner.kind=ray" in output
     assert 0 < shards_committed(tmp_path / "cache") < 12
     assert build(recipe, QUIET).cache.valid_samples().size == 24
@@ -329,7 +329,7 @@ def test_an_actor_that_does_not_answer_is_replaced(
     sender = signal_an_actor(tmp_path / "cache", signal.SIGSTOP)
     result = build(ray_recipe(tmp_path / "cache", images, num_actors=1, stall_timeout_s=STALL_S), QUIET)
     sender.join()
-    assert re.search(r"an actor with \d shards? is replaced: its process did not answer", caplog.text)
+    assert re.search(r"replacing an actor with \d shards?: its process did not answer", caplog.text)
     require_whole(result)
     assert verify(result.cache, full=True) == []
 
@@ -365,14 +365,14 @@ def test_a_teacher_that_hangs_once_is_replaced(
             if shard == 9 and not hung.exists():
                 hung.touch()
                 assert self._extractor is not None
-                self._extractor._moved[shard] = time.monotonic()
+                self._extractor._progressed_at[shard] = time.monotonic()
                 time.sleep(1000)
             return super().extract(shard, names)
 
     monkeypatch.setattr(RayRunner, "worker", Hangs)
     recipe = ray_recipe(tmp_path / "cache", images, num_actors=1, max_attempts=2, stall_timeout_s=STALL_S)
     require_whole(build(recipe, QUIET))
-    assert "nothing moved for" in caplog.text
+    assert "no progress for" in caplog.text
 
 
 def test_a_poison_shard_is_reported_and_the_others_are_built(

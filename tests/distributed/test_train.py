@@ -103,6 +103,17 @@ def test_two_processes_train_a_kpu_as_one_does(cache: Path, tmp_path: Path) -> N
     assert two == pytest.approx(logged(tmp_path / "one"), rel=1e-4)
 
 
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_two_processes_see_the_windows_and_the_jitter_of_one(tmp_path: Path) -> None:
+    views = {"num_views": 2, "size": [32, 32], "margin": 32}
+    cache = build(build_recipe(tmp_path / "cache", make_images(tmp_path / "images", 9), views=views)).cache
+    path, jitter = Path(cache.storage.url), {"brightness": 0.4, "hue": 0.1}
+    two = run(path, tmp_path / "two", processes=2, batch_size=2, steps=10, student_jitter=jitter)
+    whole = {"batch_size_per_process": 4, "schedule": {"max_steps": 10}}
+    train(train_recipe(path, tmp_path / "one", student_jitter=jitter, **whole))
+    assert two == pytest.approx(logged(tmp_path / "one"), rel=1e-4)
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_sigterm_saves_and_the_same_command_goes_on(cache: Path, tmp_path: Path, processes: int) -> None:
     size = {"processes": processes, "batch_size": 4 // processes}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -56,6 +57,27 @@ def test_a_calibrated_codec_is_what_its_fidelity_says(tmp_path: Path, images: Pa
     error = (decoded - live.feature_maps_BSHWC).norm() / live.feature_maps_BSHWC.norm()
     assert error < 2 * cache.spec.fidelity["t"]["raw_relative_l2"] + 1e-6
     assert cache.read([5])["t"].nbytes < 0.56 * live.feature_maps_BSHWC.numel() * 2
+
+
+def test_a_codec_that_ruins_the_features_is_refused_and_others_are_named(
+    tmp_path: Path, images: Path
+) -> None:
+    """Features behind a ReLU: most are zero, and what is left is far from Gaussian."""
+    teachers = {"t": TEACHER | {"model": "resnet10t", "codec": "int4"}}
+    recipe = build_recipe(tmp_path / "cache", images, teachers=teachers)
+    with pytest.raises(
+        CodecError, match=r"int4 loses too much(.|\n)*1% below(.|\n)*int4-hadamard \(0.99"
+    ) as refused:
+        build(recipe, QUIET)
+    assert not (tmp_path / "cache" / "cache.json").exists()
+    text = str(refused.value)
+    (suggested,) = re.findall(r"int4-rings|accept_loss=true", text)[:1]
+    assert suggested == "int4-rings"
+
+    cache = build(recipe.model_copy(update={"accept_loss": True}), QUIET).cache
+    assert cache.spec.fidelity["t"]["cosine_p1"] < 0.95
+    other = build_recipe(tmp_path / "other", images, teachers={"t": teachers["t"] | {"codec": suggested}})
+    assert build(other, QUIET).cache.spec.fidelity["t"]["cosine_p1"] > 0.99
 
 
 def test_tables_are_part_of_what_a_row_is(tmp_path: Path, images: Path) -> None:
@@ -308,5 +330,5 @@ def test_budgets_are_read(text: str, count: int) -> None:
 
 @pytest.mark.parametrize("text", ["much", "6 XB", "", "1..2GB", "1e400TB"])
 def test_what_is_no_budget_is_refused(text: str) -> None:
-    with pytest.raises(RecipeError, match="no number of bytes"):
+    with pytest.raises(RecipeError, match="not a number of bytes"):
         parse_bytes(text)

@@ -19,7 +19,8 @@ from tests.make_cache import build_recipe, make_cache, make_images
 ROOT = Path(__file__).parents[2]
 VERBS = (
     "plan build calibrate verify repair inspect report view merge subset convert train evaluate repsim "
-    "probe depth-probe figure remove-teacher push import-reference norms datasets"
+    "probe depth-probe figure remove-teacher push import-reference norms datasets "
+    "recipes presets codecs help-keys"
 )
 Command = Callable[..., tuple[int, str]]
 
@@ -102,7 +103,7 @@ def test_a_plan_within_a_budget(teachercache: Command, recipe: Path, monkeypatch
     monkeypatch.setattr("teachercache.cache_builder.budget.build_teacher", load)
     assert "No grid and codec fits this budget." in teachercache("plan", recipe, "budget=2 kB")[1]
     for budget in ("much", "1e400TB"):
-        assert "This is no number of bytes." in teachercache("plan", recipe, f"budget={budget}")[1]
+        assert "This is not a number of bytes." in teachercache("plan", recipe, f"budget={budget}")[1]
 
 
 def test_damage_is_found_and_named(teachercache: Command, recipe: Path, tmp_path: Path) -> None:

@@ -450,7 +450,7 @@ def test_a_cache_that_another_replaces_is_no_success(tmp_path: Path, monkeypatch
         shutil.rmtree(path)
         build(recipe(path, images, rows_per_shard=2), QUIET)
 
-    with pytest.raises(CacheMismatchError, match="Another cache has taken the place of this one"):
+    with pytest.raises(CacheMismatchError, match="Another cache has replaced this one"):
         build_overtaken(recipe(path, images), monkeypatch, replace)
     assert_usable(FeatureCache.open(path))
     grown = recipe(path, images, 4, rows_per_shard=2)
@@ -497,7 +497,7 @@ def test_a_job_says_what_another_has_added_meanwhile(tmp_path: Path, monkeypatch
     settings = {"batch_size": 4, "shards_in_flight": 1}
     result = build(recipe(path, images, runner=settings), Console(file=told, width=200))
     assert result.shards == 2
-    assert "grow meanwhile by 2 views of each sample; 2 shards are not committed yet" in told.getvalue()
+    assert "extended the cache by 2 views of each sample; 2 shards are not committed yet" in told.getvalue()
     assert_usable(build(recipe(path, images, 4), QUIET).cache)
 
 

@@ -140,7 +140,7 @@ def test_what_cannot_be_probed_is_refused(caches: Path, images: Path, student: P
     amalgam = build_student(
         "amalgam", stem=None, teacher_dims={"one": 8}, image_size=(32, 32), tasks={"x": 2}, fusion="sum"
     )
-    with pytest.raises(RecipeError, match="no images by itself"):
+    with pytest.raises(RecipeError, match="no features of its own"):
         StudentFeatures(amalgam, open_source(images / "train"))
     one = CachedTeacherFeatures(FeatureCache.open(caches / "train"), "tiny")
     other = CachedTeacherFeatures(FeatureCache.open(caches / "val"), "tiny")

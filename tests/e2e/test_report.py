@@ -100,8 +100,7 @@ def test_a_broken_cache(tmp_path: Path, images: Path) -> None:
     shard = tmp_path / "cache/teachers/alpha/codes/c/1/0/0/0/0"
     shard.write_bytes(b"x")
     text = Links(write_report(FeatureCache.open(cache.storage.url))).text
-    assert "has 1 bytes" in text
-    assert "is not the file that was committed" in text
+    assert text.count("c/1/0/0/0/0 has 1 bytes") > 1, "where the map would be, too"
     assert "Channels and norms of alpha" in text
     (tmp_path / "cache/commits/beta/00001.json").write_text("{")
     text = Links(write_report(FeatureCache.open(cache.storage.url))).text
@@ -141,7 +140,7 @@ def test_a_value_that_other_codecs_cannot_hold(tmp_path: Path, images: Path, val
     for shard in range(2):
         commit_shard(cache, "alpha", shard, value=value)
     text = Links(write_report(FeatureCache.open(cache.storage.url))).text
-    refused = "f16" in re.findall(r"(f16|int\d-\w+)[–]+cannot hold these rows", text)
+    refused = "f16" in re.findall(r"(f16|int\d-\w+)[–]+Codec \S+ cannot hold", text)
     assert refused == (abs(value) in (1e5, 1e30))
     assert "int4-dct" in text
 

@@ -80,7 +80,7 @@ def test_damaged_statistics_are_found_and_mended(tmp_path: Path, images: Path) -
     damaged = bytearray(file.read_bytes())
     damaged[-1] ^= 1
     file.write_bytes(damaged)
-    with pytest.raises(CacheError, match=r"Shard 1 of tiny has no statistics(.|\n)*repair"):
+    with pytest.raises(CacheError, match=r"Shard 1 of tiny has no usable statistics(.|\n)*repair"):
         cache.statistics("tiny")
     assert [problem.file for problem in verify(cache, full=True)] == ["stats/tiny/00001.safetensors"]
     assert repair(cache, build_recipe("x", images).runner).left == []
@@ -98,8 +98,9 @@ def test_inspecting_a_shard_shows_its_statistics(tmp_path: Path, images: Path) -
     assert [level["dead"] for level in levels] == [0] * 4
     file = tmp_path / "cache/stats/tiny/00000.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\xff")
-    found = shard_details(cache.manifest, 0)["teachers"]["tiny"]["channels"]
-    assert "not what its commit record says" in found
+    found = shard_details(cache.manifest, 0)["teachers"]["tiny"]
+    assert "stats/tiny/00000.safetensors is not the file that was committed" in found["state"]
+    assert found["channels"] is None
 
 
 def test_a_cache_computed_without_statistics_says_so(tmp_path: Path, images: Path) -> None:
@@ -115,5 +116,5 @@ def test_statistics_on_an_object_store_are_no_problem(tmp_path: Path, images: Pa
     cache.storage.remove("stats/tiny/00001.safetensors")
     (problem,) = summarize(cache)["problems"]
     assert "stats/tiny/00001.safetensors is missing" in problem
-    with pytest.raises(CacheError, match=r"Shard 1 of tiny has no statistics(.|\n)*repair"):
+    with pytest.raises(CacheError, match=r"Shard 1 of tiny has no usable statistics(.|\n)*repair"):
         cache.statistics("tiny")

@@ -19,6 +19,7 @@ from teachercache.cache_builder.teachers.teacher_recipe import (
 from teachercache.jobs.recipes import SHIPPED, find_recipe
 from teachercache.pipeline.records.spec import GridSpec, TeacherSpec
 from teachercache.pipeline.units import human_bytes
+from teachercache.student.training.student_recipe import SakRecipe
 from teachercache.student.training.train_recipe import TrainRecipe
 
 CACHES = sorted(path.stem for path in SHIPPED.glob("*_vit[bl]*.yaml") if "kpu" not in path.stem)
@@ -71,7 +72,9 @@ def test_a_student_fits_its_cache(name: str) -> None:
 @pytest.mark.parametrize("name", [*CACHES, *STUDENTS])
 def test_a_recipe_of_sak_feeds_its_models_as_the_authors_do_and_says_what_differs(name: str) -> None:
     if name in STUDENTS:
-        assert find_recipe(TrainRecipe, name).student.sak_compat
+        student = find_recipe(TrainRecipe, name).student
+        assert isinstance(student, SakRecipe)
+        assert student.sak_compat
     else:
         dinov2, clip, sam = teachers(name)
         assert {(spec.mean, spec.std) for spec in (dinov2, clip, sam)} == {(IMAGENET_MEAN, IMAGENET_STD)}

@@ -11,11 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from teachercache.pipeline.codecs import Codec, Standing, codec_names, get_codec
+from teachercache.pipeline.codecs import Codec, Standing, codec_names, get_codec, torch_dtype
 from teachercache.pipeline.codecs.dct import allocate_bits
 from teachercache.pipeline.codecs.fidelity import measure_fidelity
 from teachercache.pipeline.codecs.lloyd_max import gaussian_distortion, gaussian_levels
 from teachercache.pipeline.codecs.reference import decode
+from teachercache.pipeline.codecs.rings import RingQuantizer, ring_distortion, ring_levels
+from teachercache.pipeline.codecs.rings import nearest_path as nearest_ring_path
 from teachercache.pipeline.codecs.trellis import TrellisQuantizer, nearest_path, trellis_levels
 from teachercache.pipeline.errors import CodecError
 
@@ -60,7 +62,8 @@ def test_encoded_tensors_are_those_of_the_layout(name: str) -> None:
     assert get_codec(name).layout(2, (4, 6), 96) == layout  # a plan needs it before any calibration
     assert tensors.keys() == layout.keys()
     for key, tensor in tensors.items():
-        assert (tuple(tensor.shape), tensor.dtype) == ((3, *layout[key].shape), layout[key].dtype)
+        assert tuple(tensor.shape) == (3, *layout[key].shape)
+        assert tensor.dtype == torch_dtype(layout[key].dtype)
         assert len(layout[key].axes) == len(layout[key].shape)
 
 
@@ -215,7 +218,9 @@ def test_encoded_rows_can_be_pickled(name: str) -> None:
     assert torch.equal(pickle.loads(pickle.dumps(encoded)).decode(), encoded.decode())  # noqa: S301
 
 
-@pytest.mark.parametrize("name", ["int8", "int3-hadamard", "int4-hadamard", "int4-phi-s", "int4-dct"])
+@pytest.mark.parametrize(
+    "name", ["int8", "int3-hadamard", "int4-hadamard", "int4-phi-s", "int4-dct", "int3-rings"]
+)
 def test_decode_compiles_to_one_graph_that_gives_the_same(name: str) -> None:
     encoded = calibrated(name, features()).encode(features())
     compiled = torch.compile(encoded.codec.decode_tensors, fullgraph=True, dynamic=False, backend="eager")
@@ -296,7 +301,7 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
 def test_plans_try_what_is_advised_and_reports_less_of_it() -> None:
     assert codec_names("advised") == [
         *("f16", "int8-hadamard", "int6-hadamard", "int5-hadamard"),
-        *("int4-hadamard", "int4-trellis", "int4-dct", "int3-hadamard"),
+        *("int4-hadamard", "int4-rings", "int4-dct", "int4-dct-rings", "int3-hadamard", "int3-dct-rings"),
     ]
     reported = [name for name in codec_names() if get_codec(name).reported]
     assert reported == ["f16", "int8-hadamard", "int4-hadamard", "int4-dct", "int3-hadamard"]
@@ -346,6 +351,48 @@ def test_trellis_search_finds_the_best_of_all_paths(bits: int) -> None:
     assert torch.equal(nearest_path(tokens, table_PK), paths[errors.argmin(1)].to(torch.uint8))
 
 
+def gaussian_tokens(width: int = 1024) -> Tensor:
+    return torch.randn(64, width, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("bits", range(1, 7))
+@pytest.mark.parametrize("width", [384, 1024])
+def test_rings_come_within_half_a_decibel_of_the_bound_of_shannon(bits: int, width: int) -> None:
+    tokens, quantizer = gaussian_tokens(width), RingQuantizer(torch.from_numpy(ring_levels(bits)))
+    assert quantizer.bits == bits
+    packed, scales = quantizer.quantise(tokens)
+    assert packed.shape == (64, width * bits // 8)
+    error = tokens - quantizer.dequantise(packed, width) * scales[:, None].float()
+    distortion = (error.square().mean() / tokens.square().mean()).item()
+    assert 10 * math.log10(distortion * 4**bits) < (0.7 if bits == 1 else 0.5)
+    assert 10 * math.log10(distortion / ring_distortion(bits)) == pytest.approx(0, abs=0.25)
+
+
+def test_the_search_of_rings_finds_the_best_of_all_paths() -> None:
+    width = 8
+    tokens = 3 * torch.randn(20, width, generator=torch.Generator().manual_seed(0))
+    paths = torch.tensor(list(itertools.product((0, 1), repeat=width)))
+    before = {i: torch.nn.functional.pad(paths, (i, 0))[:, :width] for i in (1, 4, 5, 6)}
+    sign = 1 - 2 * (before[1] ^ before[4] ^ before[5])
+    start = sign * (0.5 + 2 * (paths ^ before[6]))
+    off = tokens[:, None] - start
+    errors = (off - 4 * torch.round(off / 4)).square().sum(-1)
+    found = (nearest_ring_path(tokens)[:, None] == paths).all(-1).int().argmax(1)
+    torch.testing.assert_close(errors.gather(1, found[:, None])[:, 0], errors.amin(1))
+
+
+def test_tokens_that_are_not_gaussian_keep_to_the_bytes_of_rings() -> None:
+    tokens = gaussian_tokens()
+    tokens[0], tokens[1], tokens[2, 7:], tokens[3], tokens[4] = 0, 5, 0, 1e-3 * tokens[3], tokens[4] ** 5
+    quantizer = RingQuantizer(torch.from_numpy(ring_levels(4)))
+    packed, scales = quantizer.quantise(tokens)
+    decoded = quantizer.dequantise(packed, 1024) * scales[:, None].float()
+    error = (decoded - tokens).norm(dim=1) / tokens.norm(dim=1).clamp(min=1e-9)
+    assert error[0] == 0
+    assert error[[1, 3]].max() < 0.08
+    assert error[[2, 4]].max() < 0.4
+
+
 def test_phi_s_gives_every_channel_the_same_variance() -> None:
     x = features(rows=8, width=64)
     codec = calibrated("int8-phi-s", x)
@@ -364,18 +411,34 @@ def test_dct_beats_hadamard_on_smooth_fields_at_no_more_bytes() -> None:
     assert fidelity["int4-dct"].cosine_p1 > fidelity["int4-hadamard"].cosine_p1
 
 
-def test_dct_keeps_quiet_tokens_beside_loud_ones() -> None:
+@pytest.mark.parametrize("bits", [3, 4])
+def test_rings_take_a_quarter_off_the_error_of_each_transform(bits: int) -> None:
+    sample, x = smooth_features(8), smooth_features(2)
+    names = [f"int{bits}-{kind}" for kind in ("hadamard", "rings", "dct", "dct-rings")]
+    plain, rings, dct, dct_rings = (measure_fidelity(calibrated(name, sample), x) for name in names)
+    for better, worse in ((rings, plain), (dct_rings, dct)):
+        assert better.row_bytes == worse.row_bytes
+        assert better.relative_l2 < 0.75 * worse.relative_l2
+        assert better.cosine_p1 > worse.cosine_p1
+
+
+@pytest.mark.parametrize("name", ["int4-dct", "int4-dct-rings"])
+def test_dct_keeps_quiet_tokens_beside_loud_ones(name: str) -> None:
     sample, x = smooth_features(8), smooth_features(4)
     x[:, :, 3, 5] *= 30
-    assert measure_fidelity(calibrated("int4-dct", sample), x).cosine_p1 > 0.98
+    assert measure_fidelity(calibrated(name, sample), x).cosine_p1 > 0.98
 
 
-def test_dct_refuses_another_grid_and_a_width_of_broken_bytes() -> None:
-    codec = calibrated("int4-dct", features())
+def test_dct_refuses_another_grid() -> None:
     with pytest.raises(CodecError, match="another grid"):
-        codec.encode(features(grid=(6, 4)))
+        calibrated("int4-dct", features()).encode(features(grid=(6, 4)))
+
+
+@pytest.mark.parametrize("name", ["int4-dct", "int4-dct-rings", "int3-rings"])
+def test_a_width_of_broken_bytes_is_refused(name: str) -> None:
+    assert not get_codec(name).fits(100)
     with pytest.raises(CodecError, match="multiple of 8"):
-        codec.layout(4, (24, 24), 100)
+        get_codec(name).layout(4, (24, 24), 100)
 
 
 def test_bits_are_allocated_for_the_least_error() -> None:

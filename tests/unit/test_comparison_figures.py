@@ -63,7 +63,7 @@ def test_what_no_figure_has_is_refused(tmp_path: Path) -> None:
         comparison(1, [Scores("mine", "nyud", MINE)])
     with pytest.raises(RecipeError, match="25% of the data"):
         comparison(5, [Scores("mine", "pascal_context", MINE)])
-    with pytest.raises(RecipeError, match="none of parts"):
+    with pytest.raises(RecipeError, match="no score of parts"):
         comparison(3, [Scores("mine", "pascal_context", {k: v for k, v in MINE.items() if k != "parts"})])
     (tmp_path / "scores.json").write_text("[]")
     for named in ("mine", f"mine={tmp_path / 'none.json'}", f"mine={tmp_path / 'scores.json'}"):

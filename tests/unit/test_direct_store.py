@@ -56,10 +56,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory, images: Path) -> FeatureCach
 
 
 def read_all(store: ZarrStore, cache: FeatureCache, teacher: str, rows: list[int]) -> dict[str, NDArray]:
-    out = {
-        name: torch.zeros((len(rows), *layout.shape), dtype=layout.dtype).numpy()
-        for name, layout in cache.layouts(teacher).items()
-    }
+    out = {name: layout.empty(len(rows)) for name, layout in cache.layouts(teacher).items()}
     store.read(teacher, np.array(rows, np.int64), out)
     return out
 

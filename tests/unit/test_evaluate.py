@@ -72,7 +72,7 @@ def test_a_split_without_images_has_no_scores(tmp_path: Path) -> None:
     student = Oracle(
         {"teacher_dims": {}, "image_size": [24, 32], "tasks": {"depth": 1}}, (0, 0, 0), (1, 1, 1)
     )
-    with pytest.raises(RecipeError, match="no image to evaluate on"):
+    with pytest.raises(RecipeError, match="no images to evaluate on"):
         evaluate(student, FlatRooms(tmp_path, "val"), output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

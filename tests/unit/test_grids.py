@@ -13,12 +13,7 @@ from teachercache.pipeline.grids import (
     upsample,
 )
 from teachercache.pipeline.records.spec import GridSpec, Size
-from teachercache.student.losses.adjoint import (
-    flattened_cosine_from_adjoint,
-    smooth_l1_from_adjoint,
-    squared_error_from_adjoint,
-    token_cosine_from_adjoint,
-)
+from teachercache.student.losses.adjoint import AdjointPair
 
 COARSER_TEACHERS: list[tuple[Size, Size]] = [
     ((32, 32), (24, 24)),
@@ -106,25 +101,25 @@ def test_flattened_cosine_and_squared_error_equal_the_native_ones(student: Size,
     s, t = maps(student, teacher)
     known = nearest(t, student), squared_norm(t), teacher
     native = F.cosine_similarity(upsample(s, teacher).flatten(1), t.flatten(1))
-    require_equal_with_gradient(flattened_cosine_from_adjoint(s, *known), native, s)
+    require_equal_with_gradient(AdjointPair(s, *known).flattened_cosine(), native, s)
     native = squared_norm(upsample(s, teacher) - t)
-    require_equal_with_gradient(squared_error_from_adjoint(s, *known), native, s)
+    require_equal_with_gradient(AdjointPair(s, *known).squared_error(), native, s)
 
 
 @pytest.mark.parametrize(("student", "teacher"), COARSER_TEACHERS, ids=str)
 def test_every_loss_is_exact_for_a_coarser_teacher(student: Size, teacher: Size) -> None:
     s, t = maps(student, teacher)
-    target = nearest(t, student)
+    pair = AdjointPair(s, nearest(t, student), squared_norm(t), teacher)
     native = F.cosine_similarity(upsample(s, teacher), t, dim=1)
-    require_equal_with_gradient(token_cosine_from_adjoint(s, target, squared_norm(t), teacher), native, s)
+    require_equal_with_gradient(pair.token_cosine(), native, s)
     native = F.smooth_l1_loss(upsample(s, teacher), t)
-    require_equal_with_gradient(smooth_l1_from_adjoint(s, target, teacher), native, s)
+    require_equal_with_gradient(pair.smooth_l1(), native, s)
 
 
 def test_smooth_l1_has_the_exact_gradient_in_its_quadratic_zone() -> None:
     s, t = (0.1 * x for x in maps((24, 24), (64, 64)))
     native = F.smooth_l1_loss(upsample(s, (64, 64)), t)
-    ours = smooth_l1_from_adjoint(s, nearest(t, (24, 24)), (64, 64))
+    ours = AdjointPair(s, nearest(t, (24, 24)), squared_norm(t), (64, 64)).smooth_l1()
     torch.testing.assert_close(
         torch.autograd.grad(ours, s)[0], torch.autograd.grad(native, s)[0], rtol=1e-9, atol=1e-15
     )
@@ -133,7 +128,8 @@ def test_smooth_l1_has_the_exact_gradient_in_its_quadratic_zone() -> None:
 def test_losses_of_zeros_are_finite() -> None:
     s = torch.zeros(1, 2, 3, 3, requires_grad=True)
     zeros = torch.zeros(1, 2, 3, 3), torch.zeros(1), (4, 4)
-    for loss in (flattened_cosine_from_adjoint(s, *zeros), token_cosine_from_adjoint(s, *zeros)):
+    pair = AdjointPair(s, *zeros)
+    for loss in (pair.flattened_cosine(), pair.token_cosine()):
         assert not loss.any()
         assert torch.autograd.grad(loss.sum(), s)[0].isfinite().all()
 
@@ -141,9 +137,9 @@ def test_losses_of_zeros_are_finite() -> None:
 def test_losses_are_computed_in_float32_under_autocast() -> None:
     s, t = (x.detach().float() for x in maps((24, 24), (27, 27)))
     known = nearest(t, (24, 24)), squared_norm(t), (27, 27)
-    expected = flattened_cosine_from_adjoint(s, *known)
+    expected = AdjointPair(s, *known).flattened_cosine()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(flattened_cosine_from_adjoint(s, *known), expected)
+        assert torch.equal(AdjointPair(s, *known).flattened_cosine(), expected)
 
 
 def test_pool_native_is_the_input() -> None:

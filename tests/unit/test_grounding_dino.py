@@ -375,9 +375,11 @@ def test_a_loss_can_be_taken_against_the_features() -> None:
 
 def test_the_stages_of_swin_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     compiler = nn.Module.compile  # without a code generator, which takes minutes on a CPU
-    monkeypatch.setattr(nn.Module, "compile", lambda stage: compiler(stage, backend="eager", fullgraph=True))
+    monkeypatch.setattr(
+        nn.Module, "compile", lambda stage, **how: compiler(stage, backend="eager", fullgraph=True, **how)
+    )
     plain, compiled = tiny(0), tiny(0)
-    compiled.compile_blocks()
+    compiled.compile_blocks(batch_size=2)
     stages = [name for name, part in compiled.named_modules() if part._compiled_call_impl is not None]
     assert stages == [f"{STAGES}.0", f"{STAGES}.1"]
     tokens = torch.randn(2, 16 * 16, 8)

@@ -159,7 +159,7 @@ def test_the_table_shows_the_paper_beside_imagenet_alone() -> None:
     [
         (["a", None], ["a"], "1 of 2"),
         (["a", "b"], [None], "1 of 1"),
-        (["a", "a"], ["a"], "nothing to tell apart"),
+        (["a", "a"], ["a"], "too few classes"),
         (["a", "b"], ["c", "a"], "got: *c"),
     ],
 )

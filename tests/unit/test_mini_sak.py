@@ -22,11 +22,11 @@ from benchmarks.mini_sak import (
     STAGE_1,
     STAGE_2,
     TASKS,
-    claim_folder,
     compare,
     ignorant_teachers,
 )
 from benchmarks.mini_teachers import IMAGE_SIZE, MINI_VIT, TEACHERS, alikeness, hidden
+from benchmarks.studies import claim_folder
 from teachercache.pipeline.cache import FeatureCache
 
 

@@ -67,7 +67,7 @@ def test_figures_of_int8(name: str) -> None:
 def test_share_of_float16(name: str, width: int) -> None:
     bits = int(name[3])
     layout = get_codec(name).layout(4, (24, 24), width)
-    nbytes = sum(np.prod(array.shape) * array.dtype.itemsize for array in layout.values())
+    nbytes = sum(array.row_nbytes for array in layout.values())
     assert nbytes / (4 * 24 * 24 * width * 2) <= bits / 16 + 0.005
 
 

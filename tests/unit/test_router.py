@@ -112,7 +112,7 @@ def test_concatenated_experts_make_the_heads_of_table_19() -> None:
     [
         ("moe", "simple", 2, "did you mean mor"),
         ("sum", "upper", 2, "did you mean upernet"),
-        ("mor", "simple", 1, "nothing for routers"),
+        ("mor", "simple", 1, "routers have nothing"),
     ],
 )
 def test_what_cannot_be_built_says_why(fusion: str, decoder: str, num_experts: int, message: str) -> None:

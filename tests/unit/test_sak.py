@@ -6,7 +6,9 @@ import json
 import shutil
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -204,7 +206,7 @@ def test_levels_are_four_even_steps() -> None:
     ],
 )
 def test_normalize_takes_rgb_bytes_alone(images: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match=r"no RGB images(.|\n)*of shape \(B, 3, H, W\)"):
+    with pytest.raises(ValueError, match=r"Images must be RGB(.|\n)*of shape \(B, 3, H, W\)"):
         tiny(a=8).normalize(images)
 
 
@@ -350,3 +352,31 @@ def wrong(**changes: object) -> Student:
 def test_what_cannot_be_built_says_why(changes: dict[str, object], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         wrong(**changes)
+
+
+@pytest.mark.parametrize("stem", [TINY, "samvit_base_patch16_224"])
+def test_a_stem_is_one_graph_however_often_it_runs(stem: str) -> None:
+    graphs = []
+
+    def note(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    module = Stem(stem, (32, 32)).eval()
+    compiled = torch.compile(module, backend=note, dynamic=False)
+    with torch.no_grad():
+        for pixels_B3HW in torch.randn(12, 2, 3, 32, 32).unbind():
+            for got, expected in zip(compiled(pixels_B3HW), module(pixels_B3HW), strict=True):
+                torch.testing.assert_close(got, expected)
+    assert len(graphs) == 1
+
+
+def test_a_copy_of_a_stem_notes_its_own_tokens() -> None:
+    module = Stem(TINY, (32, 32)).eval()
+    copy = deepcopy(module)
+    copy.vit.blocks[0].mlp.fc1.weight.data.zero_()
+    pixels_B3HW = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        expected, got, again = (one(pixels_B3HW)[-1] for one in (module, copy, module))
+    assert not torch.equal(got, expected)
+    assert torch.equal(again, expected)

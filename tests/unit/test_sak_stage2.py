@@ -348,8 +348,8 @@ def test_a_saved_student_is_the_same_student(changes: dict[str, Any], tmp_path: 
         ({"tasks": {"train": 3}}, "name of a part"),
         ({"fusion": "moe"}, "did you mean mor"),
         ({"decoder": "simpel"}, "did you mean simple"),
-        ({"teacher_dims": {}}, "nothing for routers"),
-        ({"adapter_paths": False}, "nothing for routers"),
+        ({"teacher_dims": {}}, "routers have nothing"),
+        ({"adapter_paths": False}, "routers have nothing"),
     ],
 )
 def test_what_cannot_be_built_says_why(changes: dict[str, Any], message: str) -> None:

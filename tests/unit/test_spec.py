@@ -81,6 +81,6 @@ def test_a_cache_of_another_schema_is_refused(tmp_path: Path, version: int) -> N
     content = json.loads(path.read_text()) | {"schema_version": version, "checksum": UNSEALED}
     path.write_bytes(seal(json.dumps(content).encode()))
     with pytest.raises(
-        CacheError, match=rf"schema_version(.|\n)*schema {SCHEMA_VERSION}(.|\n)*build it anew"
+        CacheError, match=rf"schema_version(.|\n)*schema {SCHEMA_VERSION}(.|\n)*build it again"
     ):
         FeatureCache.open(tmp_path / "cache")

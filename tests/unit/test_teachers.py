@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from teachercache.cache_builder.teachers import (
     Teacher,
@@ -33,7 +36,8 @@ from teachercache.cache_builder.teachers import (
     resolve_teacher,
     teacher_gmacs,
 )
-from teachercache.cache_builder.teachers.teacher import preprocess, weights_hash
+from teachercache.cache_builder.teachers.sam_attention import fold_positions
+from teachercache.cache_builder.teachers.teacher import autocast, preprocess, weights_hash
 from teachercache.pipeline.errors import (
     CacheMismatchError,
     TeacherInputError,
@@ -205,15 +209,102 @@ def test_a_network_of_stages_gives_its_last_one(model: str, width: int) -> None:
     assert (spec.num_levels, spec.width, spec.native_grid) == (1, width, (7, 7))
 
 
-def test_compiled_blocks_give_the_same_features() -> None:
-    views = pixels((64, 64))
-    plain, compiled = (build_teacher(TINY, pretrained=False, image_size=64) for _ in range(2))
-    compiled.compile_blocks()
+def test_compiled_blocks_give_the_same_features_from_one_graph_whatever_is_left_for_the_last_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    graphs = []
+
+    def note(graph: Any, _: Any) -> Any:  # a code generator takes minutes on a CPU
+        graphs.append(graph)
+        return graph
+
+    compiler = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda block, **how: compiler(block, backend=note, **how))
+    options: dict[str, Any] = {
+        "pretrained": False,
+        "image_size": 64,
+        "cls_token": True,
+        "global_feature": True,
+    }
+    plain, compiled = (build_teacher(TINY, image_size=64, **options) for _ in range(2))
+    compiled.compile_blocks(batch_size=3)
     blocks = [name for name, module in compiled.named_modules() if module._compiled_call_impl is not None]
     assert blocks == [f"model.blocks.{number}" for number in range(len(blocks))]
     assert blocks
+    for batch in (3, 1, 2):
+        views = pixels((64, 64), batch)
+        for actual, expected in zip(vars(compiled(views)).values(), vars(plain(views)).values(), strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    assert len(graphs) == 1
+
+
+def test_compiled_code_gives_the_same_features() -> None:
+    views = pixels((64, 64))
+    plain, compiled = (build_teacher(TINY, pretrained=False, image_size=64) for _ in range(2))
+    compiled.compile_blocks(batch_size=2)
     expected = plain(views).feature_maps_BSHWC
     torch.testing.assert_close(compiled(views).feature_maps_BSHWC, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (240, 272)], ids=str)
+def test_attention_with_folded_positions_is_timms(size: tuple[int, int]) -> None:
+    spec = resolve_teacher("sam_base", TeacherRecipe(image_size=size, pretrained=False), size)
+    theirs = by_hand(spec)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "rel_pos" in name:  # zeros, in a new model
+                parameter.normal_(std=0.2)
+    ours = deepcopy(theirs)
+    names = list(ours.state_dict())
+    fold_positions(ours, spec.native_grid)
+    assert list(ours.state_dict()) == names
+    images = normalised(pixels(size, 1), spec)
+    with torch.no_grad():
+        expected, actual, rounded = (
+            torch.stack(run(model, images, exact))
+            for model, exact in ((theirs, True), (ours, True), (theirs, False))
+        )
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(rounded, expected, rtol=1e-4, atol=1e-4)
+        assert F.cosine_similarity(torch.stack(run(ours, images, False)), expected, dim=2).min() > 0.9999
+
+
+def run(model: Any, images: Tensor, exact: bool) -> list[Tensor]:
+    with torch.autocast("cpu", torch.bfloat16, enabled=not exact):
+        maps: list[Tensor] = model.forward_intermediates(images, intermediates_only=True)
+    return [one.float() for one in maps]
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_weights_kept_in_bfloat16_give_what_autocast_gives(name: str) -> None:
+    rounded = build_teacher(name, pretrained=False, image_size=SMALL[name], precision="bfloat16")
+    dtypes = {module.weight.dtype for module in rounded.modules() if isinstance(module, nn.Linear)}
+    assert dtypes == {torch.bfloat16}
+    assert rounded.weights_hash == small_teacher(name).weights_hash
+    with autocast(rounded.spec, torch.device("cpu")):
+        expected = small_teacher(name)(pixels((SMALL[name], SMALL[name]))).feature_maps_BSHWC
+    assert torch.equal(rounded(pixels((SMALL[name], SMALL[name]))).feature_maps_BSHWC, expected)
+
+
+@pytest.mark.parametrize("name", ["dinov2_small", "sam_base"])
+def test_a_pass_copies_nothing_from_another_device(name: str) -> None:
+    copies = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            tensors = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
+            if len({one.device.type for one in tensors if one.ndim}) > 1 or "device" in (kwargs or {}):
+                copies.append((function, kwargs))
+            return function(*args, **(kwargs or {}))
+
+    spec = small_teacher(name).spec
+    with torch.device("meta"):
+        teacher = type(small_teacher(name))(spec)
+    views = torch.empty(1, 3, *spec.render_size, dtype=torch.uint8, device="meta")
+    teacher(views)
+    with Watch():
+        teacher(views)
+    assert copies == []
 
 
 @pytest.mark.parametrize("name", ["sam_base", "siglip2_base"])

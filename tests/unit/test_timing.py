@@ -25,10 +25,16 @@ def test_stages_add_up_until_they_are_taken() -> None:
     [
         (
             {"wait": 1, "forward": 3, "backward": 6, "read": 99},
-            "Bottleneck: the backward pass, 60% of 5 s a step",
+            "Bottleneck: the backward pass, 60% of 5 s per step",
         ),
-        ({"wait": 3, "forward": 1, "read": 8, "decode": 2}, "75% of 2 s a step, mostly for reading features"),
-        ({"wait": 3, "forward": 1, "read": 2, "decode": 8}, "75% of 2 s a step, mostly for decoding images"),
+        (
+            {"wait": 3, "forward": 1, "read": 8, "decode": 2},
+            "75% of 2 s per step, mostly for reading features",
+        ),
+        (
+            {"wait": 3, "forward": 1, "read": 2, "decode": 8},
+            "75% of 2 s per step, mostly for decoding images",
+        ),
         ({}, "No step was left to take."),
     ],
 )

@@ -71,7 +71,7 @@ def test_the_header_says_the_hours_that_plan_gives(name: str) -> None:
     assert int(stated[3]) == recipe.views.num_views
     specs = (resolve_teacher(n, t, recipe.views.size, recipe.sak_compat) for n, t in recipe.teachers.items())
     flops = 2e9 * sum(map(teacher_gmacs, specs)) * int(stated[2].replace(",", "")) * recipe.views.num_views
-    hours = flops / (recipe.plan.teacher_tflops_per_gpu * 1e12) / 3600
+    hours = flops / (recipe.plan.tflops * 1e12) / 3600
     assert float(stated[1]) == pytest.approx(hours, rel=0.05)
 
 

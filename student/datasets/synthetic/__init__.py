@@ -1,1 +1,1 @@
-"""Rendered scenes with exact labels, for tests and demonstrations where no data set may be had."""
+"""Rendered scenes with exact labels, for tests and demonstrations without a data set."""

@@ -1,6 +1,6 @@
-"""People-like figures: a torso, a head and limbs from joint angles, each with the part that it is.
+"""People-like figures: a torso, a head and limbs from joint angles, each labelled with its part.
 
-A figure has axes of its own, in metres: x to its left side as seen from the front, y up, z the way it looks.
+A figure has its own axes, in metres: x to its left side as seen from the front, y up, z where it looks.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def person(rng: Rng, instance: int, semantic: int, foot: Floats, to_camera: Floa
 
 
 def _pieces(rng: Rng) -> list[Solid]:
-    """In the figure's axes, and of no instance yet."""
+    """The solids in the figure's axes, still without an instance."""
     skin = _SKINS[rng.integers(len(_SKINS))]
     hair = _HAIRS[rng.integers(len(_HAIRS))]
     shirt, shirt_too = random_colours(rng)
@@ -86,10 +86,10 @@ def _leg(
 ) -> list[Solid]:
     forward = np.radians(28 * swing + rng.uniform(-5, 8))
     bend = np.radians(rng.uniform(0, 12) + max(0.0, -swing) * rng.uniform(10, 40))
-    apart = np.radians(rng.uniform(1, 7)) * side
+    outward = np.radians(rng.uniform(1, 7)) * side
     joint = hip + np.array([0.09 * side, -0.03, 0])
-    knee = joint + 0.42 * _downwards(forward, apart)
-    ankle = knee + 0.41 * _downwards(forward - bend, apart)
+    knee = joint + 0.42 * _downwards(forward, outward)
+    ankle = knee + 0.41 * _downwards(forward - bend, outward)
     toe = ankle + 0.15 * _downwards(forward - bend + np.pi / 2, 0.0) + np.array([0.02 * side, -0.01, 0])
     return [
         _capsule(joint, knee, (0.082, 0.07, 0.085), _UPPER_LEG, plain(trousers)),
@@ -103,11 +103,11 @@ def _arm(
 ) -> list[Solid]:
     raised = rng.random() < 0.3
     forward = np.radians(rng.uniform(-20, 60) if raised else 32 * swing + rng.uniform(-10, 10))
-    apart = np.radians(rng.uniform(60, 150) if raised else rng.uniform(8, 24)) * side
+    outward = np.radians(rng.uniform(60, 150) if raised else rng.uniform(8, 24)) * side
     bend = np.radians(rng.uniform(5, 100) if raised else rng.uniform(5, 45))
     shoulder = shoulders + np.array([0.185 * side, 0, 0])
-    elbow = shoulder + 0.28 * _downwards(forward, apart)
-    lower = _downwards(forward + (0 if raised else bend), apart + (side * 0.8 * bend if raised else 0.0))
+    elbow = shoulder + 0.28 * _downwards(forward, outward)
+    lower = _downwards(forward + (0 if raised else bend), outward + (side * 0.8 * bend if raised else 0.0))
     wrist = elbow + 0.24 * lower
     return [
         _ellipsoid(
@@ -119,9 +119,9 @@ def _arm(
     ]
 
 
-def _downwards(forward: float, apart: float) -> Floats:
+def _downwards(forward: float, outward: float) -> Floats:
     """The direction of a limb that hangs down, swung forward and then away from the body, in radians."""
-    return np.array([np.sin(apart), -np.cos(forward) * np.cos(apart), np.sin(forward) * np.cos(apart)])
+    return np.array([np.sin(outward), -np.cos(forward) * np.cos(outward), np.sin(forward) * np.cos(outward)])
 
 
 def _ellipsoid(centre: Floats, up: Floats, radii: tuple[float, ...], part: int, paint: Paint) -> Solid:
@@ -129,7 +129,7 @@ def _ellipsoid(centre: Floats, up: Floats, radii: tuple[float, ...], part: int, 
 
 
 def _capsule(start: Floats, end: Floats, radii: tuple[float, float, float], part: int, paint: Paint) -> Solid:
-    """Round at both joints; `radii` across, of the round ends along the limb, and in depth."""
+    """A limb, round at both joints; `radii` across it, along it (of the round ends), and in depth."""
     along = end - start
     length = float(np.sqrt(along @ along))
     axes = _frame(along / length) * radii
@@ -141,7 +141,7 @@ def _of(part: int) -> tuple[Surface]:
 
 
 def _frame(y: Floats) -> Floats:
-    """Three unit columns: the second is `y`, the first lies across the figure as far as it can."""
+    """Three unit columns: the second is `y`, the first lies across the figure as far as possible."""
     z = _unit(np.cross([1.0, 0, 0], y)) if abs(y[0]) < 0.95 else _unit(np.cross([0, 0, 1.0], y))
     return np.stack([np.cross(y, z), y, z], axis=1)
 

@@ -6,7 +6,7 @@
 
 Camera coordinates: x right, y down, z forward, in metres; the camera is at the origin. A pixel's ray is
 (u, v, 1), so the ray's parameter at a surface is its depth. A solid is a unit shape moved by an affine map:
-rays are intersected in its own coordinates, where they keep that parameter.
+rays are intersected in the shape's coordinates, where they keep that parameter.
 
 H, W  the image     N  pixels that are drawn     p, n  points and normals in the shape's own coordinates
 """
@@ -27,12 +27,12 @@ Shape = Literal["sphere", "cube", "cylinder", "capsule", "room", "plane"]
 Paint = Callable[[Floats, Floats], Floats]
 """(points (N, 3) in metres along the solid's axes, normals (N, 3) in its coordinates) → albedo (N, 3), 0…1"""
 
-_NEAR = 0.05  # metres; solids that reach nearer are drawn over the whole image, so that none is cut off
+_NEAR = 0.05  # metres; nearer solids are drawn over the whole image, so that none is cut off
 
 
 @dataclass(frozen=True)
 class Surface:
-    """What the labels say of a solid. `faces` of a room are instances of their own."""
+    """What the labels say about a solid. The faces of a room are separate instances."""
 
     instance: int
     semantic: int
@@ -45,7 +45,7 @@ class Solid:
 
     sphere, cube: from -1 to 1 on each axis. cylinder: along y, closed. capsule: radius 1 around the y axis
     from -`stem` to `stem`. room: a cube seen from inside. plane: y = 0, seen from the side of negative y.
-    `surfaces` of a room are six, of -x, x, -y, y, -z and z; of all others one.
+    A room has six `surfaces`, for -x, x, -y, y, -z and z; all others have one.
     """
 
     shape: Shape
@@ -57,7 +57,7 @@ class Solid:
 
 
 class Canvas:
-    """The buffers of one image; what nothing was drawn on has instance 0 and an infinite depth."""
+    """The buffers of one image; empty pixels have instance 0 and infinite depth."""
 
     def __init__(self, size: Size, focal: float) -> None:
         height, width = size
@@ -74,7 +74,7 @@ class Canvas:
         self.part_HW = np.zeros(size, np.uint8)
 
     def draw(self, solid: Solid) -> None:
-        """Draw what of `solid` is in front of all that was drawn before."""
+        """Draw the parts of `solid` that are in front of everything drawn before."""
         window = self._window(solid)
         if window is None:
             return
@@ -103,7 +103,7 @@ class Canvas:
             getattr(self, f"{name}_HW")[window][nearer_hw] = values[face_N]
 
     def _window(self, solid: Solid) -> tuple[slice, slice] | None:
-        """The pixels in which the solid can lie: the projection of the corners of a box around it."""
+        """The pixels that the solid can cover: the projection of the corners of a box around it."""
         everywhere = slice(None), slice(None)
         if solid.shape in ("room", "plane"):
             return everywhere
@@ -122,7 +122,7 @@ _CORNERS_83 = np.array(np.meshgrid(*[[-1.0, 1.0]] * 3)).reshape(3, 8).T
 
 
 def _quadratic(a: Floats, half_b: Floats, c: float | Floats) -> Floats:
-    """The smaller root of a t² + 2 half_b t + c, inf where there is none."""
+    """The smaller root of a t² + 2 half_b t + c, or inf."""
     discriminant = half_b**2 - a * c
     return np.where(discriminant > 0, (-half_b - np.sqrt(np.maximum(discriminant, 0))) / a, np.inf)
 
@@ -187,7 +187,7 @@ _INTERSECT: dict[Shape, Callable[[Floats, Floats, float], Floats]] = {
 
 
 def _normals(shape: Shape, p_N3: Floats, stem: float) -> Floats:
-    """Outward normals (of a room inward, of a plane towards negative y), of any length."""
+    """Outward normals (inward for a room, towards negative y for a plane), of any length."""
     if shape == "sphere":
         return p_N3
     if shape == "plane":
@@ -208,7 +208,7 @@ def _normals(shape: Shape, p_N3: Floats, stem: float) -> Floats:
 
 
 def _faces(n_N3: Floats) -> NDArray[np.int64]:
-    """Which of -x, x, -y, y, -z, z is the face of a room that an inward normal stands on."""
+    """The face of a room, among -x, x, -y, y, -z, z, that an inward normal belongs to."""
     axis_N = np.abs(n_N3).argmax(1)
     faces: NDArray[np.int64] = 2 * axis_N + (n_N3[np.arange(len(n_N3)), axis_N] < 0)
     return faces

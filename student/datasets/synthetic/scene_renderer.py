@@ -29,17 +29,17 @@ from teachercache.student.datasets.synthetic.textures import (
 
 CLASSES = ("wall", "floor", "ceiling", "ground", "sky", "person", "ball", "crate", "pillar", "table", "tree")
 _ID = {name: number for number, name in enumerate(CLASSES)}
-_FAR = 40.0  # metres: what is beyond counts as sky
+_FAR = 40.0  # metres; everything beyond counts as sky
 _FACES = 6  # instances 1 to 6 are those of the room or the ground; things come after
 
 
 @dataclass(frozen=True)
 class Scene:
-    """`image_HW3` uint8; `labels` as `teachercache.student.datasets.labels` has them.
+    """`image_HW3` uint8; `labels` as in `teachercache.student.datasets.labels`.
 
-    semseg: `CLASSES`. parts: `person.PARTS`. saliency: all people or, where none is seen, the thing that
-    takes most of the image. depth: metres, 0 in the sky. normals: x right, y down, z forward, towards the
-    camera; zero in the sky. boundary: where the pixel on the right or below is of another thing or wall.
+    semseg: `CLASSES`. parts: `person.PARTS`. saliency: all people or, if there are none in sight, the thing
+    that fills most of the image. depth: metres, 0 in the sky. normals: x right, y down, z forward, towards
+    the camera; zero in the sky. boundary: where the pixel on the right or below is another thing or wall.
     """
 
     image_HW3: NDArray[np.uint8]
@@ -47,7 +47,7 @@ class Scene:
 
 
 def render_scene(seed: int, index: int, size: Size) -> Scene:
-    """Scene `index` of those with this seed: the same at every call, in any order, of any size."""
+    """Scene `index` of those with this seed: the same in every call, in any order, at any size."""
     rng = np.random.default_rng([seed, index])
     canvas = Canvas(size, focal=max(size) * rng.uniform(0.95, 1.25))
     world = _World(rng, canvas)
@@ -95,7 +95,7 @@ class _World:
         self._draw("room", centre, _about_y(yaw) * half, surfaces, self._room_paint(height / 2))
 
     def _room_paint(self, half_height: float) -> Paint:
-        """Walls, floor and ceiling in paints of their own."""
+        """Separate paints for walls, floor and ceiling."""
         rng = self.rng
         seed = int(rng.integers(1 << 30))
         wood = np.array([0.60, 0.42, 0.26]) * rng.uniform(0.7, 1.25)
@@ -130,7 +130,7 @@ class _World:
         return ["person"] * people + [str(kind) for kind in self.rng.choice(others, self.rng.integers(1, 5))]
 
     def draw_thing(self, kind: str) -> None:
-        """One more thing on free ground in sight, or none where there is no room for it."""
+        """Draw one more thing on free ground in sight, if there is room for it."""
         rng = self.rng
         radius = {"person": 0.4, "table": 0.8, "tree": 0.6}.get(kind, 0.35)
         spot = self._free_spot(radius, 2.4 if kind == "person" else 2.0, 9.0 if kind == "tree" else 5.0)
@@ -142,14 +142,14 @@ class _World:
         getattr(self, f"_draw_{kind}")(spot, surface, _about_y(rng.uniform(0, 2 * np.pi)))
 
     def _free_spot(self, radius: float, nearest: float, farthest: float) -> Floats | None:
-        """A place on the ground, in sight and beside all others, inside of the room."""
+        """A place on the ground, in sight, clear of all others and inside the room."""
         half_width = self.canvas.size[1] / 2 / self.canvas.focal
         for _ in range(20):
             z = self.rng.uniform(nearest, farthest)
             x = self.rng.uniform(-0.85, 0.85) * half_width * z
-            apart = all(np.hypot(x - a, z - b) > radius + r for a, b, r in self.footprints)
+            is_clear = all(np.hypot(x - a, z - b) > radius + r for a, b, r in self.footprints)
             foot = np.array([x, self.eye, z])
-            if apart and self._between_walls(foot, radius):
+            if is_clear and self._between_walls(foot, radius):
                 return foot
         return None
 
@@ -258,7 +258,7 @@ class _World:
         return sky_HW3
 
     def _softened(self, image_HW3: Floats) -> Floats:
-        """Edges between surfaces are mixed with their neighbours, as a lens and a sensor do."""
+        """Mix edges between surfaces with their neighbours, as a lens and a sensor do."""
         padded = np.pad(np.clip(image_HW3, 0, 1), ((1, 1), (1, 1), (0, 0)), mode="edge")
         across = padded[:, :-2] + 2 * padded[:, 1:-1] + padded[:, 2:]
         blurred_HW3 = (across[:-2] + 2 * across[1:-1] + across[2:]) / 16

@@ -33,7 +33,7 @@ def stripes(first: Floats, second: Floats, side: float, axis: int) -> Paint:
 
 
 def bricks(stone: Floats, mortar: Floats, width: float, height: float, seed: int) -> Paint:
-    """Rows along y, each shifted by half a brick, every brick a little lighter or darker; also planks."""
+    """Rows along y, each shifted by half a brick, bricks a little lighter or darker; also planks."""
 
     def paint(points_N3: Floats, normals_N3: Floats) -> Floats:
         u_N, v_N = _on_face(points_N3, normals_N3)
@@ -73,7 +73,7 @@ def face(skin: Floats, eyes: Floats) -> Paint:
 
 
 def random_paint(rng: Rng, side: float = 0.15) -> Paint:
-    """One of all kinds, in two colours that differ."""
+    """A paint of any kind, in two different colours."""
     first, second = random_colours(rng)
     seed = int(rng.integers(1 << 30))
     kinds = (

@@ -1,0 +1,57 @@
+"""Should you cache at all? Teachers in every training, against a cache that is built, kept and read."""
+
+from __future__ import annotations
+
+from math import inf
+from typing import NamedTuple
+
+from teachercache.cache_builder.plan import Plan
+
+
+class BreakEven(NamedTuple):
+    """US dollars of all runs; `online_gpu_hours` of one. A cache pays from `epochs` in all; inf: never."""
+
+    online_gpu_hours: float
+    online: float
+    build: float
+    keep: float
+    read: float
+    epochs: float
+
+    @property
+    def cached(self) -> float:
+        return self.build + self.keep + self.read
+
+    @property
+    def verdict(self) -> str:
+        if self.epochs == inf:
+            return "do not cache: to read an epoch costs no less than to run the teachers"
+        _, most = max((self.build, "build"), (self.keep, "keep"), (self.read, "read"))
+        advice = "cache" if self.cached < self.online else f"do not cache: too dear to {most}"
+        return f"{advice}; it pays from {self.epochs:,.3g} epochs in all"
+
+
+def break_even(plan: Plan) -> BreakEven:
+    """At the plan's prices, for what is still to be built.
+
+    A student's own GPU-hours and the reads of images, the same in both, are left out. A build takes until the
+    last view is computed and the last byte written, an epoch until the student has taken the last view and
+    the storage given it; all GPUs are paid while they wait.
+    """
+    prices, images = plan.prices, plan.spec.dataset.num_samples
+    gpu_usd, bytes_per_s = prices.gpu_usd_per_s, 1e9 * prices.storage_gb_per_s
+    online_s = images / plan.views_per_s
+    build_s = max(3600 * plan.gpu_hours, prices.gpus * plan.missing_bytes / bytes_per_s)
+    wait_s = images * max(plan.bytes_per_row / bytes_per_s - 1 / prices.student_images_per_s, 0)
+    requests = images * sum(teacher.num_files for teacher in plan.teachers if plan.free_bytes is None)
+    read = wait_s * prices.gpus * gpu_usd + requests / 1e6 * prices.usd_per_million_requests
+    once = plan.total_bytes / 1e12 * prices.usd_per_tb_month * prices.months + build_s * gpu_usd
+    saved = online_s * gpu_usd - read
+    return BreakEven(
+        online_gpu_hours=prices.epochs * online_s / 3600,
+        online=prices.runs * prices.epochs * online_s * gpu_usd,
+        build=build_s * gpu_usd,
+        keep=once - build_s * gpu_usd,
+        read=prices.runs * prices.epochs * read,
+        epochs=once / saved if saved > 0 else inf,
+    )

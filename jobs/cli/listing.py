@@ -1,0 +1,147 @@
+"""Verbs that say what there is to choose from: recipes, presets, codecs, and the keys of a recipe."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import types
+from collections.abc import Iterator
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
+
+import typer
+from rich.table import Table
+
+from teachercache.jobs.cli.terminal import console
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+    from pydantic.fields import FieldInfo
+
+
+class Kind(StrEnum):
+    """What a recipe states."""
+
+    BUILD = "build"
+    TRAIN = "train"
+
+
+def recipes() -> None:
+    """The recipes that ship, of builds and of trainings. Each file says hardware, hours and metric.
+
+    Example: `teachercache recipes`
+    """
+    from teachercache.jobs.recipes import SHIPPED, verb_of
+
+    table = Table("recipe", "for", "what it states")
+    for file in sorted(SHIPPED.glob("*.yaml"), key=lambda file: (verb_of(file) or "", file.stem)):
+        table.add_row(file.stem, verb_of(file), file.read_text("utf-8").splitlines()[0].lstrip("# "))
+    console.print(table)
+    console.print(f"They lie in {SHIPPED}: copy one to start your own.")
+
+
+def presets() -> None:
+    """The teachers that have a name of their own; `teachers.NAME.model` takes any ViT of timm.
+
+    Example: `teachercache presets`
+    """
+    from teachercache.cache_builder.teachers import presets
+
+    table = Table("preset", "model", "sees views at")
+    for name, preset in presets().items():
+        sides = [str(side) for side in (preset.shortest_side, preset.longest_side) if side]
+        table.add_row(name, preset.model, f"{' to '.join(sides)} pixels" if sides else "their own size")
+    console.print(table)
+
+
+def codecs() -> None:
+    """How features are stored, in how many bits; docs/codecs.md says what each loses and costs.
+
+    Example: `teachercache codecs`
+    """
+    from teachercache.pipeline.codecs import codec_names, get_codec
+
+    levels, grid, width = 4, (24, 24), 1024
+    table = Table("codec", "standing", "bits a number", "learns its tables from the features")
+    for name in codec_names():
+        codec = get_codec(name)
+        row_bytes = sum(
+            math.prod(layout.shape) * layout.dtype.itemsize
+            for layout in codec.layout(levels, grid, width).values()
+        )
+        bits = 8 * row_bytes / (levels * grid[0] * grid[1] * width)
+        table.add_row(name, codec.standing, f"{bits:.2f}", "yes" if codec.needs_tables else "no")
+    console.print(table)
+
+
+def help_keys(
+    kind: Annotated[Kind, typer.Argument(help="Of which recipe.")],
+    part: Annotated[str, typer.Argument(metavar="[KEY]", help="Only this key and those below it.")] = "",
+) -> None:
+    """Every key of a recipe, with its type, its default and what it means.
+
+    Example: `teachercache help-keys build views`
+    """
+    from teachercache.cache_builder.build_recipe import BuildRecipe
+    from teachercache.pipeline.errors import RecipeError
+    from teachercache.student.training.train_recipe import TrainRecipe
+
+    models: dict[Kind, type[BaseModel]] = {Kind.BUILD: BuildRecipe, Kind.TRAIN: TrainRecipe}
+    rooms = [
+        (path, room) for path, room in _rooms(models[kind]) if f"{path}.".startswith(part and f"{part}.")
+    ]
+    if not rooms:
+        known = ", ".join(path for path, _ in _rooms(models[kind]) if path)
+        raise RecipeError("No keys stand below this one.", got=part, expected=known, do="name one of them")
+    for path, room in rooms:
+        console.print(f"\n{path or f'A recipe for {kind.value}'}", style="bold")
+        console.print(inspect.cleandoc(room.__doc__ or ""))
+        table = Table("key", "type", "default", box=None, pad_edge=False)
+        for name, field in room.model_fields.items():
+            key = f"{path}.{name}" if path else name
+            table.add_row(key, _type(field.annotation), _default(field))
+        console.print(table)
+
+
+def _rooms(model: type[BaseModel], path: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
+    """A model and those below it, each with the key that it stands at."""
+    yield path, model
+    for name, field in model.model_fields.items():
+        key = f"{path}.{name}" if path else name
+        for below, marker in _models(field.annotation):
+            yield from _rooms(below, key + marker)
+
+
+def _models(annotation: Any) -> Iterator[tuple[type[BaseModel], str]]:
+    """The models in an annotation; those of a mapping stand below a NAME."""
+    from pydantic import BaseModel
+
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation, ""
+    marker = ".NAME" if get_origin(annotation) is dict else ""
+    for part in get_args(annotation) if get_origin(annotation) is not Literal else ():
+        yield from ((model, marker + below) for model, below in _models(part))
+
+
+def _type(annotation: Any) -> str:
+    """As one would write it in a recipe."""
+    if get_origin(annotation) is Literal:
+        return " | ".join(map(str, get_args(annotation)))
+    if get_origin(annotation) in (Union, types.UnionType):
+        return " | ".join(_type(part) for part in get_args(annotation))
+    if annotation is type(None):
+        return "null"
+    if models := [model.__name__ for model, _ in _models(annotation)]:
+        return "keys below" if isinstance(annotation, type) else f"NAME: {', '.join(models)}"
+    if parts := [part for part in get_args(annotation) if isinstance(part, type)]:
+        return f"list of {', '.join(dict.fromkeys(part.__name__ for part in parts))}"
+    return getattr(annotation, "__name__", str(annotation))
+
+
+def _default(field: FieldInfo) -> str:
+    from pydantic import BaseModel
+
+    if field.is_required():
+        return "must be given"
+    default = field.get_default(call_default_factory=True)
+    return "" if isinstance(default, BaseModel) else "null" if default is None else str(default).lower()

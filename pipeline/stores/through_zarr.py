@@ -1,0 +1,69 @@
+"""Rows as zarr-python reads them: arrays that others have compressed or chunked anew, or all, on request."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.abc.store import Store
+from zarr.core.buffer import default_buffer_prototype
+from zarr.storage import FsspecStore, LocalStore
+
+from teachercache.pipeline.errors import StorageError
+from teachercache.pipeline.places.local_storage import LocalStorage
+from teachercache.pipeline.places.remote_storage import client_options
+from teachercache.pipeline.places.retries import retrying
+from teachercache.pipeline.places.storage import Storage
+
+
+class ThroughZarr:
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self._arrays: dict[str, zarr.Array] = {}
+
+    def read(self, folder: str, rows: NDArray[np.int64], values: NDArray, rows_per_shard: int) -> None:
+        """Fill `values` with rows of the array in `folder`.
+
+        Raises `FileNotFoundError`, or `ValueError` for an array of other rows, a wrong checksum included.
+        """
+        array, as_buffer = self._array(folder), default_buffer_prototype().nd_buffer.from_numpy_array
+        whole = array.chunks if array.shards is None else array.shards  # what zarr takes memory for
+        shape = values.shape[1:]
+        if array.shape[1:] != shape or math.prod(whole) > rows_per_shard * math.prod(shape):
+            raise ValueError(f"{folder} is an array of {array.shape} in pieces of {whole}")
+
+        def read(number: int) -> None:  # one row after another: zarr gathers a list of rows by value
+            row, into = int(rows[number]), as_buffer(values[number : number + 1])
+            self._ask(partial(array.get_basic_selection, slice(row, row + 1), out=into), folder)
+
+        self._storage.each(read, range(len(rows)))
+
+    def _array(self, folder: str) -> zarr.Array:
+        if folder not in self._arrays:
+            name = f"{folder}/zarr.json"
+            if not self._storage.exists(name):  # zarr would read a device for ever
+                raise FileNotFoundError(name)
+            self._arrays[folder] = self._ask(
+                lambda: zarr.open_array(self._store(), path=folder, mode="r"), name
+            )
+        return self._arrays[folder]
+
+    def _ask(self, zarr_for: Callable[[], Any], what: str) -> Any:
+        """Of what zarr meets in damaged or hostile files, every kind of error comes out."""
+        try:
+            return retrying(zarr_for, f"{self._storage.url}/{what}")
+        except StorageError:
+            raise
+        except Exception as error:
+            raise ValueError(f"{what}: {type(error).__name__}: {error}") from error
+
+    def _store(self) -> Store:
+        if isinstance(self._storage, LocalStorage):
+            return LocalStore(self._storage.root, read_only=True)
+        url = self._storage.url
+        return FsspecStore.from_url(url, storage_options=client_options(url), read_only=True)

@@ -1,0 +1,201 @@
+"""What `plan` says of teachers in every training against a cache: figures by hand, overrides, advice."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from io import StringIO
+from math import inf
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from teachercache.cache_builder.break_even import BreakEven, break_even
+from teachercache.cache_builder.build_recipe import BuildRecipe
+from teachercache.cache_builder.builder import foresee, prepare
+from teachercache.cache_builder.plan import Plan
+from teachercache.cache_builder.prices import GPUS, PlanRecipe
+from teachercache.jobs.cli import app
+from teachercache.jobs.inspection.tables import plan_table
+from teachercache.jobs.recipes import find_recipe
+from teachercache.pipeline.errors import RecipeError, TeacherCacheError
+from tests.make_cache import build_recipe, make_cache, make_images
+
+IMAGENET = 1_281_167
+ARRAYS = 5  # of a teacher at 4 bits: codes, scales, places and values of outliers, norms
+
+
+@pytest.fixture(scope="module")
+def vitl() -> Plan:
+    """SAK's three ViT-L teachers at 4 bits, to be built of ImageNet-1k in a bucket."""
+    recipe = find_recipe(BuildRecipe, "imagenet1k_vitl_4bit", ["cache=memory://nothing_here"])
+    return foresee(recipe, IMAGENET, 110_000)
+
+
+def at(plan: Plan, **prices: object) -> Plan:
+    return replace(plan, prices=PlanRecipe.model_validate(prices))
+
+
+def costs(plan: Plan, **prices: object) -> BreakEven:
+    return break_even(at(plan, **prices))
+
+
+def test_three_vit_l_teachers_take_124_gpu_hours_a_run_at_86_views_a_second(vitl: Plan) -> None:
+    """30 × 1,281,167 / 86 / 3600 = 124.1; a view is 221 + 221 + 1308 GMACs."""
+    rate = 86 * 2e9 * sum(teacher.gmacs for teacher in vitl.teachers) / 1e12
+    plan = at(vitl, teacher_tflops_per_gpu=rate, usd_per_gpu_hour=2, runs=3)
+    assert plan.views_per_s == pytest.approx(86)
+    assert break_even(plan).online_gpu_hours == pytest.approx(124.15, abs=0.01)
+    assert break_even(plan).online == pytest.approx(3 * 124.15 * 2, abs=0.1)
+    assert plan.gpu_hours == pytest.approx(124.15 / 30, abs=0.01)
+
+
+def test_the_default_gpu_comes_near_that(vitl: Plan) -> None:
+    assert vitl.prices.tflops == 300
+    assert vitl.views_per_s == pytest.approx(86, rel=0.01)
+
+
+def test_building_keeping_and_reading_by_hand(vitl: Plan) -> None:
+    """3.56 MB a view: 4.56 TB, which 8 GPUs write and read at 1 GB/s in 4,560 s."""
+    assert vitl.total_bytes == pytest.approx(4.56e12, rel=1e-3)
+    found = costs(vitl, usd_per_gpu_hour=2, usd_per_tb_month=20, months=6, epochs=10, runs=2)
+    assert found.build == pytest.approx(2 * 4.15, rel=2e-3)
+    assert found.keep == pytest.approx(20 * 6 * 4.56, rel=1e-3)
+    requests = 20 * IMAGENET * 3 * ARRAYS
+    assert found.read == pytest.approx(requests * 0.4e-6)
+    slow = costs(vitl, usd_per_gpu_hour=2, storage_gb_per_s=1, usd_per_million_requests=0, epochs=10, runs=2)
+    assert slow.build == pytest.approx(2 * 8 * 4560 / 3600, rel=2e-3)
+    assert slow.read == pytest.approx(20 * 2 * 8 * (4560 - 1281) / 3600, rel=2e-3)
+
+
+def test_a_folder_costs_no_requests(vitl: Plan) -> None:
+    assert costs(vitl).read > 0
+    assert costs(replace(vitl, free_bytes=10**15)).read == 0
+
+
+def test_at_the_break_even_both_cost_the_same(vitl: Plan) -> None:
+    epochs = costs(vitl).epochs
+    found = costs(vitl, epochs=epochs / 2, runs=2)
+    assert found.online == pytest.approx(found.cached)
+    assert found.epochs == pytest.approx(epochs)
+
+
+@pytest.mark.parametrize(
+    ("prices", "advice"),
+    [
+        ({"usd_per_million_requests": 0}, "cache; it pays from 9.42 epochs"),
+        (
+            {"usd_per_tb_month": 0, "epochs": 0.5},
+            "do not cache: too dear to build; it pays from 2.61",
+        ),
+        ({"months": 36}, "do not cache: too dear to keep; it pays from "),
+        ({"usd_per_million_requests": 0.5, "epochs": 9}, "do not cache: too dear to keep"),
+        ({"storage_gb_per_s": 0.1}, "do not cache: to read an epoch costs no less than to run the teachers"),
+        ({"usd_per_gpu_hour": 0}, "do not cache: to read an epoch costs no less"),
+    ],
+)
+def test_the_advice_says_why(vitl: Plan, prices: dict[str, float], advice: str) -> None:
+    found = costs(vitl, **prices)
+    assert found.verdict.startswith(advice)
+    assert (found.cached < found.online) == found.verdict.startswith("cache")
+    assert found.epochs == inf or "pays from" in found.verdict
+
+
+def test_the_rates_of_gpus_are_shares_of_their_peaks() -> None:
+    assert {"a100", "h100", "h200", "l40s", "rtx4090"} <= GPUS.keys()
+    for gpu in GPUS.values():
+        assert gpu.origin == "computed"
+        assert gpu.forward == float(f"{0.3 * gpu.peak:.2g}")
+        assert gpu.training == float(f"{0.2 * gpu.peak:.2g}")
+
+
+def test_a_gpu_brings_its_rate_and_its_price(vitl: Plan) -> None:
+    a100, h100 = (costs(vitl, gpu=name) for name in ("a100", "h100"))
+    assert a100.online_gpu_hours == pytest.approx(h100.online_gpu_hours * 300 / 94)
+    assert a100.online / h100.online == pytest.approx(300 / 94 * 2 / 3)
+    stated = costs(vitl, gpu="a100", teacher_tflops_per_gpu=150, usd_per_gpu_hour=1)
+    assert stated.online == pytest.approx(stated.online_gpu_hours)
+    assert stated.online_gpu_hours == pytest.approx(h100.online_gpu_hours * 2)
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_plan_says_it_on_lines_that_fit_a_terminal(vitl: Plan, width: int) -> None:
+    plan, text = at(vitl, months=24), StringIO()
+    Console(file=text, width=width).print(plan_table(plan))
+    printed = text.getvalue()
+    for line in (
+        "GPU-hours  4.15 at 300 TFLOP/s sustained by a GPU (h100, computed)",
+        "building   writes 2.44 GB/s on 8 GPUs of 85.7 views/s each",
+        "online     $373.55 for teachers, 124.5 GPU-hours a run: 1 × 30 epochs",
+        "prices     $3 a GPU-hour, $23 a TB-month × 24, $0.4 a million requests, 10 GB/s",
+        f"advice     {break_even(plan).verdict}",
+    ):
+        assert f"{line}\n" in printed
+
+
+def test_options_of_the_command_override_the_recipe(tmp_path: Path) -> None:
+    plan = ["plan", "imagenet1k_kpu_vitb", "--samples", "1000", f"cache={tmp_path / 'cache'}"]
+    done = CliRunner().invoke(
+        app, [*plan, "--runs", "3", "--epochs", "7.5", "--gpu", "l40s", "plan.months=2"]
+    )
+    assert done.exit_code == 0, done.output
+    assert "110 TFLOP/s sustained by a GPU (l40s, computed)" in done.output
+    assert "3 × 7.5 epochs" in done.output
+    assert "$1 a GPU-hour, $23 a TB-month × 2" in done.output
+    done = CliRunner().invoke(app, [*plan, "--tflops-per-gpu", "86"])
+    assert "86 TFLOP/s sustained by a GPU (stated)" in done.output
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("stated", "message"),
+    [
+        (["--gpu", "h10"], "did you mean h100?"),
+        (["--gpu", "RTX4090"], "plan.gpu: Input should be 'a100', 'h100'"),
+        (["--epochs", "0"], "plan.epochs: Input should be greater than 0 (got 0)"),
+        (["--epochs", "inf"], "plan.epochs: Input should be a finite number"),
+        (["--runs", "0"], "plan.runs: Input should be greater than or equal to 1"),
+        (["--runs", "many"], "plan.runs: Input should be a valid integer"),
+        (["--tflops-per-gpu", "-1"], "plan.teacher_tflops_per_gpu: Input should be greater than 0"),
+        (["plan.usd_per_gpu_hour=-1"], "plan.usd_per_gpu_hour: Input should be greater than or equal to 0"),
+        (["plan.usd_per_tb_month=-1"], "plan.usd_per_tb_month: Input should be greater than or equal to 0"),
+        (["plan.storage_gb_per_s=0"], "plan.storage_gb_per_s: Input should be greater than 0"),
+        (["plan.usd_per_tb=1"], "did you mean usd_per_tb_month?"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(stated: list[str], message: str) -> None:
+    done = CliRunner().invoke(app, ["plan", "imagenet1k_vitb", "--samples", "10", *stated])
+    assert done.exit_code
+    assert isinstance(done.exception, TeacherCacheError)
+    assert message in str(done.exception)
+
+
+def test_a_training_is_planned_with_the_same_table(tmp_path: Path) -> None:
+    train = ["train", "sak_stage1_small", "--dry-run", "--samples", "1000"]
+    assert "at 62 TFLOP/s" in CliRunner().invoke(app, [*train, "--gpu", "a100"]).output
+    assert "at 50 TFLOP/s" in CliRunner().invoke(app, [*train, "--tflops-per-gpu", "50"]).output
+    refused = CliRunner().invoke(app, [*train, "--gpu", "a10"])
+    assert "did you mean a100?" in str(refused.exception)
+
+
+@pytest.mark.parametrize("images", ["reference", "copy"])
+def test_a_plan_before_there_are_images_is_the_plan_of_such_images(tmp_path: Path, images: str) -> None:
+    recipe = build_recipe(tmp_path / "cache", tmp_path / "images", images=images)
+    foreseen = foresee(recipe, 8, 1000)
+    sizes = [path.stat().st_size for path in make_images(tmp_path / "images", 8).iterdir()]
+    seen = prepare(recipe, Console(quiet=True))[2]
+    assert foreseen.spec.num_shards == seen.spec.num_shards == 3
+    assert foreseen.num_files == seen.num_files
+    assert foreseen.gpu_hours == seen.gpu_hours
+    copied = images == "copy"
+    assert (foreseen.image_bytes, seen.image_bytes) == (8000 * copied, sum(sizes) * copied)
+    assert foreseen.total_bytes - foreseen.image_bytes == seen.total_bytes - seen.image_bytes
+
+
+def test_a_plan_without_images_wants_a_new_cache_and_no_budget(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"got: +budget=6000000(.|\n)*leave --samples out"):
+        foresee(build_recipe(tmp_path / "cache", "nowhere", budget="6MB"), 8, 1000)
+    make_cache(tmp_path / "cache", make_images(tmp_path / "images", 2))
+    with pytest.raises(RecipeError, match=r"got: +a cache at .*cache"):
+        foresee(build_recipe(tmp_path / "cache", "nowhere"), 8, 1000)

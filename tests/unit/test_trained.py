@@ -1,0 +1,62 @@
+"""Teachers that were really trained: their checkpoints are what other implementations compute with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks import trained
+from teachercache.cache_builder.teachers import TeacherRecipe, resolve_teacher
+from teachercache.jobs.demo import build_recipe
+from teachercache.pipeline.errors import TeacherInputError
+from teachercache.pipeline.terminal import Terminal
+
+needs_packages = pytest.mark.skipif(bool(trained.missing()), reason=trained.missing() or "all is installed")
+
+
+@needs_packages
+def test_every_level_is_that_of_the_other_implementation_but_for_antialiased_positions() -> None:
+    differences = trained.compare()
+    assert {name: len(levels) for name, levels in differences.items()} == {
+        trained.DINOV2: 12,
+        trained.VGG: 1,
+        trained.ANTIALIASED: 12,
+    }
+    assert max(differences[trained.DINOV2] + differences[trained.VGG]) < 1e-5
+    assert min(differences[trained.ANTIALIASED]) > 1e-2
+
+
+@needs_packages
+def test_checkpoints_are_written_once(tmp_path: Path) -> None:
+    paths = trained.write_checkpoints(tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in paths.values()}
+    assert trained.write_checkpoints(tmp_path) == paths
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+
+
+def test_a_spec_says_how_positions_are_resampled_only_where_it_is_not_as_always() -> None:
+    usual, plain = (
+        resolve_teacher("dinov2_small", TeacherRecipe(resample_positions=kind), (224, 224))
+        for kind in ("antialias", "plain")
+    )
+    assert "resample_positions" not in usual.model_dump()
+    assert plain.model_dump() == usual.model_dump() | {"resample_positions": "plain"}
+    assert type(plain).model_validate(plain.model_dump()) == plain
+
+
+@pytest.mark.parametrize("model", ["samvit_base_patch16", "convnext_tiny"])
+def test_a_teacher_without_a_map_of_positions_takes_no_way_to_resample_it(model: str) -> None:
+    with pytest.raises(TeacherInputError, match=r"no map of learnt positions(.|\n)*expected: .*antialias"):
+        resolve_teacher("a", TeacherRecipe(model=model, resample_positions="plain"), (256, 256))
+
+
+def test_random_weights_have_no_positions_to_resample() -> None:
+    with pytest.raises(ValueError, match="leave resample_positions out"):
+        TeacherRecipe(model="dinov2_small", pretrained=False, resample_positions="plain")
+
+
+def test_the_demo_takes_a_trained_teacher_alone(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "with space, and comma.safetensors"
+    recipe = build_recipe(tmp_path, tmp_path / "images", False, checkpoint, Terminal())
+    assert recipe.teachers == {"dinov2": TeacherRecipe(preset="dinov2_small", checkpoint=str(checkpoint))}
