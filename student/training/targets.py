@@ -63,7 +63,8 @@ def target_of(
     maps_BSHWC, norms_BS = stored
     cls_token_BC = None if cls_token_BSC is None else cls_token_BSC[:, -1].to(maps_BSHWC, non_blocking=True)
     if norms_BS is None:
-        grid = grid_in(spec.stored_grid, windows_B2, views, maps_BSHWC.device)
+        height, width = maps_BSHWC.shape[2:4]
+        grid = grid_in((height, width), windows_B2, views, maps_BSHWC.device)
         return Target(cut(maps_BSHWC, windows_B2, views), cls_token_BC, grid)
     norms_BS = norms_BS.to(maps_BSHWC.device, non_blocking=True)
     grid = grid_in(spec.native_grid, windows_B2, views, maps_BSHWC.device)
