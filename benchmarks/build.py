@@ -39,7 +39,8 @@ from teachercache.cache_builder.stages import STAGES
 from teachercache.cache_builder.teachers import Teacher, build_teacher, presets, teacher_gmacs
 from teachercache.jobs.demo import choose_images, collect_images
 from teachercache.pipeline.records.manifest import commit_name
-from teachercache.pipeline.records.spec import Precision, Size
+from teachercache.pipeline.records.spec import Precision
+from teachercache.pipeline.records.strict import Size
 
 
 def main() -> None:

@@ -28,7 +28,8 @@ from torch.nn import functional as F
 from benchmarks import signals, trained
 from teachercache.pipeline.codecs import get_codec
 from teachercache.pipeline.grids import adjoint, least_squares, nearest, pool, upsample
-from teachercache.pipeline.records.spec import GridSpec, Size
+from teachercache.pipeline.records.spec import GridSpec
+from teachercache.pipeline.records.strict import Size
 from teachercache.student.losses.adjoint import AdjointPair
 
 PAIRS: list[tuple[Size, Size]] = [  # (student, teacher)

@@ -33,7 +33,8 @@ from teachercache.jobs.inspection.summary import summarize
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.places.open_storage import open_storage
 from teachercache.pipeline.records.manifest import CommitRecord, FileRecord, Manifest
-from teachercache.pipeline.records.spec import CacheSpec, DatasetSpec, Segment, TeacherSpec, ViewPolicy
+from teachercache.pipeline.records.spec import CacheSpec, DatasetSpec, Segment, TeacherSpec
+from teachercache.pipeline.records.view_policy import ViewPolicy
 from teachercache.pipeline.sources import SAMPLE_SCHEMA
 from teachercache.pipeline.stores.feature_store import teacher_layouts
 from teachercache.pipeline.stores.shard_format import CHECKSUM_NBYTES, index_nbytes

@@ -43,7 +43,7 @@ from benchmarks.studies import Study, claim_folder, run_all, spread
 from teachercache import build, load_student
 from teachercache.cache_builder.build_recipe import BuildRecipe
 from teachercache.pipeline.cache import FeatureCache
-from teachercache.pipeline.records.spec import ViewPolicy
+from teachercache.pipeline.records.view_policy import ViewPolicy
 from teachercache.student.datasets.scenes import write_scenes
 from teachercache.student.measuring.evaluate import evaluate
 from teachercache.student.measuring.paper_results import SIMILARITIES, paper_rows

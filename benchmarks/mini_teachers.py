@@ -25,7 +25,7 @@ from timm.models import build_model_with_cfg, register_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from teachercache.pipeline.records.spec import ViewPolicy
+from teachercache.pipeline.records.view_policy import ViewPolicy
 from teachercache.pipeline.views import draw_view, render_view
 from teachercache.student import SAK
 from teachercache.student.datasets.labels import render_labels

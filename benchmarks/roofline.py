@@ -45,7 +45,8 @@ from teachercache.cache_builder.teachers import resolve_teacher
 from teachercache.cache_builder.teachers.registry import kind_of
 from teachercache.cache_builder.teachers.teacher_recipe import TeacherRecipe
 from teachercache.pipeline.codecs import Codec, Encoded, get_codec, torch_dtype
-from teachercache.pipeline.records.spec import Size, TeacherSpec
+from teachercache.pipeline.records.spec import TeacherSpec
+from teachercache.pipeline.records.strict import Size
 from teachercache.pipeline.stores.feature_store import teacher_layouts
 from teachercache.student.losses.distillation import AdjointTarget, DistillationLoss, Target
 from teachercache.student.training.objectives import Objective

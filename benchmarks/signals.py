@@ -12,7 +12,7 @@ from skimage import data
 from skimage.transform import resize
 from torch import Tensor
 
-from teachercache.pipeline.records.spec import Size
+from teachercache.pipeline.records.strict import Size
 
 PHOTOGRAPHS = ("astronaut", "coffee", "chelsea", "rocket")
 

@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from benchmarks import signals
 from teachercache.cache_builder.teachers import Teacher, build_teacher
 from teachercache.cache_builder.teachers.teacher import preprocess
-from teachercache.pipeline.records.spec import Size
+from teachercache.pipeline.records.strict import Size
 
 DINOV2, VGG = "dinov2_small", "vgg16"
 ANTIALIASED = f"{DINOV2}, positions resampled with antialiasing"

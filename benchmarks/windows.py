@@ -29,7 +29,8 @@ from torch.nn import functional as F
 from benchmarks.signals import PHOTOGRAPHS
 from teachercache.cache_builder.teachers import build_teacher
 from teachercache.pipeline.grids import stored_form
-from teachercache.pipeline.records.spec import GridSpec, ViewPolicy
+from teachercache.pipeline.records.spec import GridSpec
+from teachercache.pipeline.records.view_policy import ViewPolicy
 from teachercache.pipeline.windows import cut
 from teachercache.student.losses.distillation import Target
 from teachercache.student.training.targets import target_of

@@ -15,7 +15,8 @@ from teachercache.pipeline.codecs import codec_names, get_codec
 from teachercache.pipeline.codecs.fidelity import Fidelity, compare, measure_fidelity
 from teachercache.pipeline.errors import DiskSpaceError
 from teachercache.pipeline.grids import stored_form, upsample
-from teachercache.pipeline.records.spec import GridSpec, Size, TeacherSpec
+from teachercache.pipeline.records.spec import GridSpec, TeacherSpec
+from teachercache.pipeline.records.strict import Size
 from teachercache.pipeline.units import human_bytes
 
 _OTHER_GRID = 1e-6  # in squared error: more than float16's rounding, less than any quantiser's

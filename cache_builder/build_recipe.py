@@ -9,7 +9,9 @@ from pydantic import Field, field_validator
 
 from teachercache.cache_builder.prices import PlanRecipe
 from teachercache.cache_builder.teachers.teacher_recipe import TeacherRecipe
-from teachercache.pipeline.records.spec import IMAGES, StoreKind, Strict, ViewPolicy
+from teachercache.pipeline.records.spec import IMAGES, StoreKind
+from teachercache.pipeline.records.strict import Strict
+from teachercache.pipeline.records.view_policy import ViewPolicy
 from teachercache.pipeline.units import parse_bytes
 
 

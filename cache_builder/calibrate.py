@@ -15,7 +15,8 @@ from teachercache.pipeline.codecs import codec_names, get_codec
 from teachercache.pipeline.codecs.fidelity import measure_fidelity
 from teachercache.pipeline.errors import CodecError, EmptySourceError, ImageDecodeError
 from teachercache.pipeline.grids import stored_form
-from teachercache.pipeline.records.spec import GridSpec, Photometric
+from teachercache.pipeline.records.spec import GridSpec
+from teachercache.pipeline.records.view_policy import Photometric
 from teachercache.pipeline.sources import Source, decode_image
 from teachercache.pipeline.views import View, ViewTable, render_view
 

@@ -18,7 +18,8 @@ from teachercache.pipeline.codecs import torch_dtype
 from teachercache.pipeline.errors import CodecError
 from teachercache.pipeline.grids import stored_form
 from teachercache.pipeline.records.feature_stats import FeatureMoments
-from teachercache.pipeline.records.spec import Size, TeacherSpec
+from teachercache.pipeline.records.spec import TeacherSpec
+from teachercache.pipeline.records.strict import Size
 from teachercache.pipeline.stores.feature_store import (
     CLS_TOKEN,
     GLOBAL_FEATURE,

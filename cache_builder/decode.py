@@ -12,7 +12,7 @@ from teachercache.cache_builder.stages import StageSeconds
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import ImageDecodeError
 from teachercache.pipeline.ordered_map import ordered_map
-from teachercache.pipeline.records.spec import Size
+from teachercache.pipeline.records.strict import Size
 from teachercache.pipeline.sources import decode_image
 from teachercache.pipeline.views import render_view
 

@@ -8,7 +8,8 @@ from pydantic import Field
 
 from teachercache.cache_builder.build_recipe import RunnerRecipe
 from teachercache.pipeline.errors import CacheError
-from teachercache.pipeline.records.spec import CacheSpec, Strict
+from teachercache.pipeline.records.spec import CacheSpec
+from teachercache.pipeline.records.strict import Strict
 
 
 class MovedTeacher(Strict):

@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 from pydantic import ConfigDict, Field
 
-from teachercache.pipeline.records.spec import Strict
+from teachercache.pipeline.records.strict import Strict
 
 GpuName = Literal["a100", "h100", "h200", "l40s", "rtx4090", "rtx5090"]
 

@@ -14,13 +14,13 @@ if __name__ == "pipeline":
 
 if TYPE_CHECKING:
     from teachercache.pipeline.cache import FeatureCache
-    from teachercache.pipeline.records.spec import ViewPolicy
+    from teachercache.pipeline.records.view_policy import ViewPolicy
     from teachercache.pipeline.views import View, render_view
 
 _HOMES = {
     "FeatureCache": "teachercache.pipeline.cache",
     "View": "teachercache.pipeline.views",
-    "ViewPolicy": "teachercache.pipeline.records.spec",
+    "ViewPolicy": "teachercache.pipeline.records.view_policy",
     "render_view": "teachercache.pipeline.views",
 }
 

@@ -12,7 +12,8 @@ import xxhash
 from numpy.typing import NDArray
 from pydantic import Field
 
-from teachercache.pipeline.records.spec import Strict, ViewPolicy
+from teachercache.pipeline.records.strict import Strict
+from teachercache.pipeline.records.view_policy import ViewPolicy
 
 _CROP_ATTEMPTS = 10  # as torchvision's RandomResizedCrop, before it falls back to a centre crop
 _DRAWS_PER_VIEW = 2 * _CROP_ATTEMPTS + 3

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from teachercache.pipeline.records.spec import GridSpec, Size
+from teachercache.pipeline.records.spec import GridSpec
+from teachercache.pipeline.records.strict import Size
 
 
 class Places(NamedTuple):

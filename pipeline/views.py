@@ -25,8 +25,10 @@ from torchvision.transforms.v2 import functional as F
 from teachercache.pipeline.crops import PIXEL_TOLERANCE, draw_crops
 from teachercache.pipeline.errors import CacheError
 from teachercache.pipeline.records.limits import MAX_SIDE
-from teachercache.pipeline.records.spec import Photometric, Segment, Size, ViewPolicy
+from teachercache.pipeline.records.spec import Segment
+from teachercache.pipeline.records.strict import Size
 from teachercache.pipeline.records.tables import VIEW_SCHEMA
+from teachercache.pipeline.records.view_policy import Photometric, ViewPolicy
 
 _BLOCK_SAMPLES = 1 << 16
 _MAX_PIXEL, _MIN_PIXELS, _MAX_FACTOR = 1e7, 1e-3, 1e3  # what a view table may ask for

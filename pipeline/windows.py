@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from teachercache.pipeline.grids import Grid, Places, interpolation_matrix, tent_weights
-from teachercache.pipeline.records.spec import Size, ViewPolicy
+from teachercache.pipeline.records.strict import Size
+from teachercache.pipeline.records.view_policy import ViewPolicy
 
 Windows = NDArray[np.int64]
 

@@ -8,7 +8,7 @@ from inspect import signature
 from typing import Any
 
 from teachercache.pipeline.errors import RecipeError
-from teachercache.pipeline.records.spec import Size
+from teachercache.pipeline.records.strict import Size
 from teachercache.student.kpu.model import KPU
 from teachercache.student.models.amalgam import Amalgam
 from teachercache.student.models.student import Student, find_saved, read_config, require_known

@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from teachercache.cache_builder.builder import build
     from teachercache.cache_builder.teachers import build_teacher
     from teachercache.pipeline.cache import FeatureCache
-    from teachercache.pipeline.records.spec import ViewPolicy
+    from teachercache.pipeline.records.view_policy import ViewPolicy
     from teachercache.pipeline.views import View, render_view
     from teachercache.student.build import build_student, load_student
 
 _HOMES = {
     "FeatureCache": "teachercache.pipeline.cache",
     "View": "teachercache.pipeline.views",
-    "ViewPolicy": "teachercache.pipeline.records.spec",
+    "ViewPolicy": "teachercache.pipeline.records.view_policy",
     "build": "teachercache.cache_builder.builder",
     "build_student": "teachercache.student.build",
     "build_teacher": "teachercache.cache_builder.teachers",

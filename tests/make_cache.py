@@ -21,9 +21,9 @@ from teachercache.pipeline.records.spec import (
     Segment,
     StoreKind,
     TeacherSpec,
-    ViewPolicy,
 )
 from teachercache.pipeline.records.tables import dataset_fingerprint, labels_hash, with_views_hashes
+from teachercache.pipeline.records.view_policy import ViewPolicy
 from teachercache.pipeline.sources import open_source
 from teachercache.pipeline.stores.feature_store import teacher_layouts
 from teachercache.pipeline.views import draw_views

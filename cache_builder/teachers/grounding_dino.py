@@ -50,7 +50,8 @@ from teachercache.cache_builder.teachers.weights import (
     weights_not_found,
 )
 from teachercache.pipeline.errors import TeacherError, TeacherInputError
-from teachercache.pipeline.records.spec import Size, TeacherSpec
+from teachercache.pipeline.records.spec import TeacherSpec
+from teachercache.pipeline.records.strict import Size
 
 _OWNER = "IDEA-Research"
 _SWINS: dict[str, dict[str, Any]] = {

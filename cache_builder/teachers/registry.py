@@ -12,7 +12,7 @@ from teachercache.cache_builder.teachers.grounding_dino import GroundingDinoTeac
 from teachercache.cache_builder.teachers.teacher import Teacher
 from teachercache.cache_builder.teachers.timm_teacher import TimmTeacher
 from teachercache.pipeline.errors import UnknownTeacherError
-from teachercache.pipeline.records.spec import Strict
+from teachercache.pipeline.records.strict import Strict
 
 _KINDS: tuple[type[Teacher], ...] = (TimmTeacher, GroundingDinoTeacher)
 

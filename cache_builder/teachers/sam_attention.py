@@ -15,7 +15,7 @@ from timm.models.vision_transformer_sam import VisionTransformerSAM, get_rel_pos
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from teachercache.pipeline.records.spec import Size
+from teachercache.pipeline.records.strict import Size
 
 _ALIGNMENT = 8  # channels of a head; what fused attention asks for
 

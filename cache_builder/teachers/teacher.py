@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from teachercache.cache_builder.teachers.sam_attention import FoldedAttention
 from teachercache.pipeline.errors import TeacherInputError
 from teachercache.pipeline.grids import made_once
-from teachercache.pipeline.records.spec import Size, TeacherSpec
+from teachercache.pipeline.records.spec import TeacherSpec
+from teachercache.pipeline.records.strict import Size
 from teachercache.pipeline.views import enlarge_and_pad
 
 RGB = tuple[float, float, float]

@@ -18,16 +18,9 @@ from teachercache.cache_builder.teachers.registry import (
 )
 from teachercache.cache_builder.teachers.teacher import RGB, Architecture, Outputs, Teacher, weights_hash
 from teachercache.pipeline.errors import CacheMismatchError, TeacherError, TeacherInputError
-from teachercache.pipeline.records.spec import (
-    GridKind,
-    GridSpec,
-    Precision,
-    Resampling,
-    Size,
-    Strict,
-    TeacherSpec,
-    ViewPolicy,
-)
+from teachercache.pipeline.records.spec import GridKind, GridSpec, Precision, Resampling, TeacherSpec
+from teachercache.pipeline.records.strict import Size, Strict
+from teachercache.pipeline.records.view_policy import ViewPolicy
 
 IMAGENET_MEAN: RGB = (0.485, 0.456, 0.406)
 IMAGENET_STD: RGB = (0.229, 0.224, 0.225)

@@ -31,7 +31,8 @@ from teachercache.cache_builder.teachers.weights import (
     weights_not_found,
 )
 from teachercache.pipeline.errors import TeacherInputError, WeightsNotFoundError
-from teachercache.pipeline.records.spec import Size, TeacherSpec
+from teachercache.pipeline.records.spec import TeacherSpec
+from teachercache.pipeline.records.strict import Size
 
 _EXPECTED = "every weight but the classifier's"
 

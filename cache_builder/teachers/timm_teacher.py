@@ -30,7 +30,8 @@ from teachercache.cache_builder.teachers.timm_model import (
     size_argument,
 )
 from teachercache.pipeline.errors import TeacherInputError
-from teachercache.pipeline.records.spec import Size, TeacherSpec
+from teachercache.pipeline.records.spec import TeacherSpec
+from teachercache.pipeline.records.strict import Size
 
 
 class TimmTeacher(Teacher):

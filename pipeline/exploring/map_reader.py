@@ -12,7 +12,8 @@ from torch import Tensor
 
 from teachercache.pipeline.errors import CacheError, in_a_line
 from teachercache.pipeline.exploring.feature_pictures import PcaBasis, Picture
-from teachercache.pipeline.records.spec import Size, TeacherSpec
+from teachercache.pipeline.records.spec import TeacherSpec
+from teachercache.pipeline.records.strict import Size
 from teachercache.pipeline.views import render_view
 from teachercache.pipeline.windows import cut
 

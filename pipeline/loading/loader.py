@@ -26,7 +26,7 @@ from teachercache.pipeline.codecs import Encoded, torch_dtype
 from teachercache.pipeline.crops import StudentJitter, draw_jitter, draw_window
 from teachercache.pipeline.errors import CacheError, ImageDecodeError, SourceError, TeacherCacheError, explain
 from teachercache.pipeline.loading.batch_memory import BatchMemory, TensorLayout
-from teachercache.pipeline.records.spec import Size
+from teachercache.pipeline.records.strict import Size
 from teachercache.pipeline.stores.feature_store import CLS_TOKEN, GLOBAL_FEATURE
 from teachercache.pipeline.views import View, draw_view, render_view
 

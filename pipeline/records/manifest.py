@@ -33,7 +33,8 @@ from teachercache.pipeline.records.limits import (
     check_limits,
 )
 from teachercache.pipeline.records.seal import UNSEALED, is_intact, seal
-from teachercache.pipeline.records.spec import IMAGES, SCHEMA_VERSION, CacheSpec, Strict
+from teachercache.pipeline.records.spec import IMAGES, SCHEMA_VERSION, CacheSpec
+from teachercache.pipeline.records.strict import Strict
 from teachercache.pipeline.records.tables import (
     SAMPLE_SCHEMA,
     VIEW_SCHEMA,

@@ -10,14 +10,11 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 from collections.abc import Sequence
 from typing import Any, Literal, Self
 
 import xxhash
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     PrivateAttr,
     SerializerFunctionWrapHandler,
@@ -27,129 +24,18 @@ from pydantic import (
 )
 
 from teachercache.pipeline.errors import CacheError
+from teachercache.pipeline.records.strict import Size, Strict
+from teachercache.pipeline.records.view_policy import ViewPolicy
 
 SCHEMA_VERSION: Literal[2] = 2
 IMAGES = "images"  # the pseudo-teacher under which copied source images are committed
 MAX_SEGMENTS = 1 << 10
 MAX_TEACHERS = 1 << 8
 
-Size = tuple[int, int]  # (height, width)
 GridKind = Literal["native", "adjoint", "bilinear"]
-PolicyName = Literal["imagenet_train", "imagenet_eval", "multitask_train", "multitask_eval"]
-Photometric = Literal["color_jitter", "distortion"]
-Flip = Literal["random", "pairs"]
 Precision = Literal["float32", "bfloat16"]
 Resampling = Literal["antialias", "plain"]
 StoreKind = Literal["zarr", "webdataset"]
-
-
-class Strict(BaseModel):
-    """An immutable model that rejects unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ViewPolicy(Strict):
-    """How views are drawn. The drawn parameters in `views.parquet`, not this, are authoritative.
-
-    `scale`: of imagenet_train the share of the image's area; of multitask_train how much the image is
-    magnified, 0.5 to 2 where nothing is said. `jitter_probability`: of multitask_train, for each of
-    brightness, contrast, saturation and hue. `photometric`: what these do to pixels, see `View`; "distortion"
-    where a new multitask_train says nothing, and "color_jitter" where a cache says nothing.
-    `margin`: by how many pixels of the student's input the view that is stored, and that teachers see, is
-    larger than `size` each way; the student sees a window of it, which moves by whole patches of `patch`
-    pixels. `flip`: "pairs" gives every crop twice, as it is and mirrored.
-    """
-
-    policy: PolicyName = "imagenet_train"
-    num_views: int = Field(1, ge=1)
-    size: Size = (384, 384)
-    seed: int = Field(0, ge=0)
-    scale: tuple[float, float] = (0.08, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    margin: int = Field(0, ge=0)
-    patch: int = Field(16, ge=1)
-    flip: Flip = "random"
-    flip_probability: float = Field(0.5, ge=0, le=1)
-    crop_fraction: float = Field(0.875, gt=0, le=1)
-    jitter_probability: float = Field(0.5, ge=0, le=1)
-    photometric: Photometric = "color_jitter"
-
-    @field_validator("size", mode="before")
-    @classmethod
-    def _square(cls, value: Any) -> Any:
-        return (value, value) if isinstance(value, int) else value
-
-    @model_validator(mode="before")
-    @classmethod
-    def _defaults_of_multitask(cls, value: Any) -> Any:
-        is_multitask = isinstance(value, dict) and value.get("policy") == "multitask_train"
-        return {"scale": (0.5, 2.0), "photometric": "distortion"} | value if is_multitask else value
-
-    @model_serializer(mode="wrap")
-    def _content(self, content: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Omits later additions that do not concern this policy, because its hash identifies caches."""
-        fields: dict[str, Any] = content(self)
-        if self.policy != "multitask_train":
-            fields.pop("jitter_probability", None)
-        if self.policy != "multitask_train" or self.photometric == "color_jitter":
-            fields.pop("photometric", None)
-        for name, old in (("margin", 0), ("patch", 16), ("flip", "random")):
-            if fields.get(name) == old:
-                del fields[name]
-        return fields
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        largest = math.inf if self.policy == "multitask_train" else 1
-        if not 0 < self.scale[0] <= self.scale[1] <= largest:
-            limit = "" if self.policy == "multitask_train" else " <= 1"
-            raise ValueError(f"scale must satisfy 0 < low <= high{limit}, got {self.scale}")
-        if not 0 < self.ratio[0] <= self.ratio[1]:
-            raise ValueError(f"ratio must satisfy 0 < low <= high, got {self.ratio}")
-        if min(self.size) < 1:
-            raise ValueError(f"size must be two positive numbers of pixels, got {self.size}")
-        if self.is_fixed and (self.num_views != 1 or self.margin):
-            raise ValueError(
-                f"{self.policy} is one fixed view, so num_views must be 1 and margin 0, "
-                f"got {self.num_views} and {self.margin}"
-            )
-        if self.flip == "pairs" and self.num_views % 2:
-            raise ValueError(f"flip: pairs takes an even num_views, got {self.num_views}")
-        if self.margin and any(side % self.patch for side in (self.margin, *self.size)):
-            raise ValueError(
-                f"margin and size must be multiples of views.patch, {self.patch} pixels of the student, "
-                f"got {self.margin} and {self.size}"
-            )
-        if self.margin > min(self.size):  # else a window may miss an image that is small amid padding
-            raise ValueError(f"margin must not exceed size, got {self.margin} and {self.size}")
-        return self
-
-    @property
-    def is_fixed(self) -> bool:
-        return self.policy in ("imagenet_eval", "multitask_eval")
-
-    @property
-    def stored_size(self) -> Size:
-        """(height, width) in pixels of the view that is stored and that teachers see."""
-        return self.size[0] + self.margin, self.size[1] + self.margin
-
-    @property
-    def windows_per_axis(self) -> int:
-        return self.margin // self.patch + 1
-
-    @property
-    def middle(self) -> tuple[int, int]:
-        """Where the window in the middle begins: (row, column), in pixels of the view."""
-        return (self.margin // self.patch // 2 * self.patch,) * 2
-
-    def seen_grid(self, grid: Size) -> Size:
-        """How many tokens of a grid over the whole view have their centres in every window."""
-        rows, columns = (
-            max(1, tokens * seen // stored)
-            for tokens, seen, stored in zip(grid, self.size, self.stored_size, strict=True)
-        )
-        return rows, columns
 
 
 class GridSpec(Strict):
@@ -275,7 +161,7 @@ class CacheSpec(Strict):
     teachers: dict[str, TeacherSpec] = Field(max_length=MAX_TEACHERS)
     created: str
     versions: dict[str, str]
-    fidelity: dict[str, dict[str, float]] = {}
+    fidelity: dict[str, dict[str, float]] = Field({})
     cache_id: str = ""
     _content_ids: dict[str, list[str]] = PrivateAttr(default_factory=dict)  # by teacher, one per segment
 

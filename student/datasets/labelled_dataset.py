@@ -19,7 +19,7 @@ from scipy.io import loadmat
 from scipy.io.matlab import MatReadError
 
 from teachercache.pipeline.errors import SourceError, SourceNotFoundError
-from teachercache.pipeline.records.spec import Size
+from teachercache.pipeline.records.strict import Size
 from teachercache.pipeline.sources import decode_image
 from teachercache.pipeline.sources.keys import name_problem, printable
 

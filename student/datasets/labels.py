@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from teachercache.pipeline.errors import explain
-from teachercache.pipeline.records.spec import Size
+from teachercache.pipeline.records.strict import Size
 from teachercache.pipeline.views import View, source_pixels
 from teachercache.student.metrics.dense import IGNORE_INDEX
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from teachercache.pipeline.records.spec import Size
+from teachercache.pipeline.records.strict import Size
 from teachercache.student.datasets.boundaries import partition_boundaries
 from teachercache.student.datasets.labelled_dataset import LabelledDataset, read_array, unit_normals
 

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from teachercache.pipeline.errors import RecipeError
-from teachercache.pipeline.records.spec import Size
+from teachercache.pipeline.records.strict import Size
 from teachercache.student.datasets.labelled_dataset import LabelledDataset
 from teachercache.student.datasets.synthetic.person import PARTS
 from teachercache.student.datasets.synthetic.scene_renderer import CLASSES, render_scene

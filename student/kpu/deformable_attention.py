@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from teachercache.pipeline.grids import made_once
-from teachercache.pipeline.records.spec import Size
+from teachercache.pipeline.records.strict import Size
 
 Grids = tuple[Size, ...]  # of several maps, whose tokens follow each other map by map
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from teachercache.pipeline.grids import upsample
-from teachercache.pipeline.records.spec import Size
+from teachercache.pipeline.records.strict import Size
 
 
 class Features(NamedTuple):

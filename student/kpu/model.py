@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from teachercache.pipeline.errors import RecipeError
-from teachercache.pipeline.records.spec import Size
+from teachercache.pipeline.records.strict import Size
 from teachercache.student.kpu.latent_space import Features, LatentSpace
 from teachercache.student.kpu.vit_adapter import STRIDES, ViTAdapter
 from teachercache.student.models.stem import Stem

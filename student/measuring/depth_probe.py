@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from teachercache.pipeline.errors import RecipeError
 from teachercache.pipeline.grids import upsample
-from teachercache.pipeline.records.spec import Size, ViewPolicy
+from teachercache.pipeline.records.strict import Size
+from teachercache.pipeline.records.view_policy import ViewPolicy
 from teachercache.pipeline.views import draw_view, render_view
 from teachercache.student.datasets import LabelledDataset
 from teachercache.student.datasets.labels import render_labels

@@ -34,7 +34,8 @@ from torch import Tensor
 
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import Problems, RecipeError
-from teachercache.pipeline.records.spec import Size, ViewPolicy
+from teachercache.pipeline.records.strict import Size
+from teachercache.pipeline.records.view_policy import ViewPolicy
 from teachercache.pipeline.terminal import Terminal, in_markdown, progress_bar
 from teachercache.pipeline.views import draw_view, render_view
 from teachercache.student.datasets import LabelledDataset

@@ -18,7 +18,9 @@ from torch import Tensor
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import CacheMismatchError, RecipeError
 from teachercache.pipeline.grids import adjoint
-from teachercache.pipeline.records.spec import Size, TeacherSpec, ViewPolicy
+from teachercache.pipeline.records.spec import TeacherSpec
+from teachercache.pipeline.records.strict import Size
+from teachercache.pipeline.records.view_policy import ViewPolicy
 from teachercache.pipeline.sources import Source, decode_image
 from teachercache.pipeline.sources.keys import OK
 from teachercache.pipeline.stores.feature_store import CLS_TOKEN

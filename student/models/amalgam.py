@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from teachercache.pipeline.errors import explain
 from teachercache.pipeline.grids import pool
-from teachercache.pipeline.records.spec import GridSpec, Size
+from teachercache.pipeline.records.spec import GridSpec
+from teachercache.pipeline.records.strict import Size
 from teachercache.student.models.stem import Stem
 from teachercache.student.models.student import NUM_LEVELS, Student, StudentOutput
 from teachercache.student.models.task_decoder import TaskDecoder

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from teachercache.pipeline.errors import RecipeError, WeightsNotFoundError, explain
-from teachercache.pipeline.records.spec import Size
+from teachercache.pipeline.records.strict import Size
 from teachercache.pipeline.views import enlarge_and_pad
 from teachercache.student.models.student import NUM_LEVELS
 

@@ -23,7 +23,9 @@ from torch import Tensor, nn
 
 from teachercache.pipeline.errors import CheckpointError, RecipeError, TeacherCacheError, explain
 from teachercache.pipeline.places.durable import make_folder
-from teachercache.pipeline.records.spec import Size, TeacherSpec, ViewPolicy
+from teachercache.pipeline.records.spec import TeacherSpec
+from teachercache.pipeline.records.strict import Size
+from teachercache.pipeline.records.view_policy import ViewPolicy
 from teachercache.student.models.lora import merged_state_dict
 from teachercache.student.saving import replacing
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from teachercache.pipeline.errors import RecipeError
 from teachercache.pipeline.grids import upsample
-from teachercache.pipeline.records.spec import Size
+from teachercache.pipeline.records.strict import Size
 from teachercache.student.models.heads import HEADS
 from teachercache.student.models.router import Router
 from teachercache.student.models.student import NUM_LEVELS, require_known

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from teachercache.pipeline.errors import RecipeError
-from teachercache.pipeline.records.spec import Size
+from teachercache.pipeline.records.strict import Size
 from teachercache.student.models.stem import Stem
 from teachercache.student.models.student import (
     NUM_LEVELS,

@@ -14,7 +14,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from teachercache.pipeline.errors import CheckpointError
-from teachercache.pipeline.records.spec import Size
+from teachercache.pipeline.records.strict import Size
 from teachercache.student.sak.model import SAK
 
 _BLOCK, _TEACHER, _TASK, _REST = r"(?P<block>\d+)", r"(?P<teacher>[^.]+)", r"(?P<task>[^.]+)", r"(?P<rest>.+)"

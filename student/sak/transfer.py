@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from teachercache.pipeline.errors import CheckpointError, RecipeError
-from teachercache.pipeline.records.spec import Size
+from teachercache.pipeline.records.strict import Size
 from teachercache.student.sak.model import SAK
 
 

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 import torch
 
 from teachercache.pipeline.errors import RecipeError
-from teachercache.pipeline.records.spec import Size
+from teachercache.pipeline.records.strict import Size
 from teachercache.student.build import build_student
 from teachercache.student.models.lora import add_lora
 from teachercache.student.models.student import Student, TeacherFacts

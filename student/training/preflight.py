@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import Problems, RecipeError
 from teachercache.pipeline.loading.sampler import ShardShuffleSampler
-from teachercache.pipeline.records.spec import CacheSpec, Size, TeacherSpec, ViewPolicy
+from teachercache.pipeline.records.spec import CacheSpec, TeacherSpec
+from teachercache.pipeline.records.strict import Size
+from teachercache.pipeline.records.view_policy import ViewPolicy
 from teachercache.student.losses.tasks import MultiTaskLoss
 from teachercache.student.models.student import Student, TeacherFacts
 from teachercache.student.training.first_student import first_student

@@ -12,7 +12,9 @@ import torch
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from teachercache.pipeline.errors import RecipeError
-from teachercache.pipeline.records.spec import Size, Strict, TeacherSpec, ViewPolicy
+from teachercache.pipeline.records.spec import TeacherSpec
+from teachercache.pipeline.records.strict import Size, Strict
+from teachercache.pipeline.records.view_policy import ViewPolicy
 from teachercache.student.kpu.latent_space import Features
 from teachercache.student.losses.alignment import AlignmentLoss
 from teachercache.student.losses.distillation import DistillationLoss

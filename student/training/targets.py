@@ -13,7 +13,9 @@ from torch import Tensor
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.grids import stored_form, upsampled_norms
 from teachercache.pipeline.loading.loader import Batch
-from teachercache.pipeline.records.spec import GridSpec, Size, TeacherSpec, ViewPolicy
+from teachercache.pipeline.records.spec import GridSpec, TeacherSpec
+from teachercache.pipeline.records.strict import Size
+from teachercache.pipeline.records.view_policy import ViewPolicy
 from teachercache.pipeline.stores.feature_store import NORMS
 from teachercache.pipeline.windows import cut, cut_nearest, grid_in
 from teachercache.student.losses.distillation import AdjointTarget, Target

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from teachercache.pipeline.records.spec import Size
+from teachercache.pipeline.records.strict import Size
 from teachercache.student.models.lora import merge_lora
 from teachercache.student.models.student import Student, StudentOutput, TeacherFacts
 from teachercache.student.training.student_recipe import StudentRecipe

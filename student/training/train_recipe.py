@@ -12,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from teachercache.pipeline.crops import StudentJitter
 from teachercache.pipeline.errors import RecipeError
-from teachercache.pipeline.records.spec import Strict
+from teachercache.pipeline.records.strict import Strict
 from teachercache.student.losses.distillation import CosineKind, DistanceKind
 from teachercache.student.training.student_recipe import SakRecipe, StudentOfAKind
 

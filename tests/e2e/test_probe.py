@@ -20,7 +20,8 @@ from teachercache.jobs.cli import app
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import CacheMismatchError, RecipeError
 from teachercache.pipeline.grids import nearest
-from teachercache.pipeline.records.spec import GridSpec, ViewPolicy
+from teachercache.pipeline.records.spec import GridSpec
+from teachercache.pipeline.records.view_policy import ViewPolicy
 from teachercache.pipeline.sources import open_source
 from teachercache.pipeline.views import draw_view, render_view
 from teachercache.student import SAK, build_student, load_student

@@ -24,7 +24,7 @@ from teachercache.jobs.train_dry_run import plan_training
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import CacheMismatchError, CheckpointError, RecipeError
 from teachercache.pipeline.loading.sampler import random_samples
-from teachercache.pipeline.records.spec import ViewPolicy
+from teachercache.pipeline.records.view_policy import ViewPolicy
 from teachercache.pipeline.views import View, draw_view
 from teachercache.student.datasets import open_dataset
 from teachercache.student.datasets.labels import render_labels

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from teachercache.pipeline.records.spec import GridSpec, Size
+from teachercache.pipeline.records.spec import GridSpec
+from teachercache.pipeline.records.strict import Size
 from teachercache.student import Amalgam, StudentOutput, load_student
 from teachercache.student.training.student_recipe import unfit_experts
 from tests.make_cache import teacher_spec

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from teachercache.pipeline.records.spec import Size
+from teachercache.pipeline.records.strict import Size
 from teachercache.student.kpu.deformable_attention import DeformableAttention, Grids, centres
 
 QUERY_GRIDS = ((2, 3), (1, 2))

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from teachercache.pipeline.errors import CheckpointError, RecipeError
-from teachercache.pipeline.records.spec import Size
+from teachercache.pipeline.records.strict import Size
 from teachercache.student import SAK
 from teachercache.student.datasets.labelled_dataset import LabelledDataset
 from teachercache.student.measuring.evaluate import Evaluation, evaluate, read_baseline

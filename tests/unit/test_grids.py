@@ -12,7 +12,8 @@ from teachercache.pipeline.grids import (
     pool,
     upsample,
 )
-from teachercache.pipeline.records.spec import GridSpec, Size
+from teachercache.pipeline.records.spec import GridSpec
+from teachercache.pipeline.records.strict import Size
 from teachercache.student.losses.adjoint import AdjointPair
 
 COARSER_TEACHERS: list[tuple[Size, Size]] = [

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from teachercache.pipeline.errors import RecipeError
-from teachercache.pipeline.records.spec import Size
+from teachercache.pipeline.records.strict import Size
 from teachercache.student import KPU, StudentOutput, build_student, load_student
 from teachercache.student.kpu.latent_space import Alignment, Features, Projection
 from teachercache.student.kpu.vit_adapter import STRIDES, ViTAdapter

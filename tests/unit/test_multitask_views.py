@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
-from teachercache.pipeline.records.spec import CacheSpec, ViewPolicy
+from teachercache.pipeline.records.spec import CacheSpec
+from teachercache.pipeline.records.view_policy import ViewPolicy
 from teachercache.pipeline.views import (
     PADDING,
     View,

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from teachercache.pipeline.records.spec import CacheSpec, GridSpec, ViewPolicy
+from teachercache.pipeline.records.spec import CacheSpec, GridSpec
+from teachercache.pipeline.records.view_policy import ViewPolicy
 from teachercache.student.training.preflight import notices
 from teachercache.student.training.train import train
 from tests.make_cache import make_cache, make_images, teacher_spec

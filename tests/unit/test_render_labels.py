@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from teachercache.pipeline.records.spec import ViewPolicy
+from teachercache.pipeline.records.view_policy import ViewPolicy
 from teachercache.pipeline.views import View, draw_view, render_view
 from teachercache.student.datasets.labels import IGNORE, render_labels
 from teachercache.student.losses.tasks import TASK_LOSSES

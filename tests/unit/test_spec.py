@@ -11,7 +11,8 @@ from pydantic import ValidationError
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import CacheError
 from teachercache.pipeline.records.seal import UNSEALED, seal
-from teachercache.pipeline.records.spec import SCHEMA_VERSION, CacheSpec, DatasetSpec, Segment, ViewPolicy
+from teachercache.pipeline.records.spec import SCHEMA_VERSION, CacheSpec, DatasetSpec, Segment
+from teachercache.pipeline.records.view_policy import ViewPolicy
 from tests.make_cache import make_cache, make_images, teacher_spec
 
 

@@ -20,7 +20,7 @@ from teachercache.jobs.cli import app
 from teachercache.jobs.recipes import SHIPPED, find_recipe
 from teachercache.jobs.train_dry_run import plan_training
 from teachercache.pipeline.errors import RecipeError
-from teachercache.pipeline.records.spec import Size
+from teachercache.pipeline.records.strict import Size
 from teachercache.student.measuring.paper_results import GMACS
 from teachercache.student.models.student import TeacherFacts
 from teachercache.student.training.first_student import first_student

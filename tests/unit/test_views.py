@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
-from teachercache.pipeline.records.spec import ViewPolicy
+from teachercache.pipeline.records.view_policy import ViewPolicy
 from teachercache.pipeline.views import View, ViewTable, draw_view, draw_views, render_view
 
 KEYS = [f"n0144/{i}" for i in range(500)]

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from teachercache.cache_builder.teachers import TeacherRecipe, resolve_teachers
 from teachercache.pipeline.errors import TeacherInputError
-from teachercache.pipeline.records.spec import ViewPolicy
+from teachercache.pipeline.records.view_policy import ViewPolicy
 from teachercache.pipeline.views import ViewTable, draw_view, draw_views, render_view
 from teachercache.student.datasets.labels import render_labels
 from tests.unit.test_views import HEIGHTS, KEYS, WIDTHS, photograph

@@ -23,7 +23,9 @@ from teachercache.pipeline.errors import RecipeError
 from teachercache.pipeline.grids import Places, gram, stored_form, upsample
 from teachercache.pipeline.loading.loader import FeatureLoader
 from teachercache.pipeline.loading.sampler import ShardShuffleSampler
-from teachercache.pipeline.records.spec import GridSpec, Size, TeacherSpec, ViewPolicy
+from teachercache.pipeline.records.spec import GridSpec, TeacherSpec
+from teachercache.pipeline.records.strict import Size
+from teachercache.pipeline.records.view_policy import ViewPolicy
 from teachercache.pipeline.windows import cut, grid_in
 from teachercache.student.datasets.scenes import write_scenes
 from teachercache.student.measuring.repsim import representation_similarity

@@ -20,7 +20,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from teachercache.pipeline.records.spec import Size
+from teachercache.pipeline.records.strict import Size
 
 Floats = NDArray[np.float64]
 Shape = Literal["sphere", "cube", "cylinder", "capsule", "room", "plane"]

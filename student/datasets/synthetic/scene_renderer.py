@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from teachercache.pipeline.records.spec import Size
+from teachercache.pipeline.records.strict import Size
 from teachercache.student.datasets.synthetic.person import PARTS, person
 from teachercache.student.datasets.synthetic.renderer import Canvas, Floats, Paint, Shape, Solid, Surface
 from teachercache.student.datasets.synthetic.textures import (

@@ -1,0 +1,13 @@
+"""What all models of recipes and caches share."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+Size = tuple[int, int]  # (height, width)
+
+
+class Strict(BaseModel):
+    """An immutable model that rejects unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
