@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--codecs", nargs="+", default=codec_names())
     parser.add_argument("--ideas", action="store_true", help="also codecs that did not win (slow)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=5, help="of each timing; 0 measures no speed")
     args = parser.parse_args()
 
     results = []
@@ -100,11 +100,14 @@ def _signals(args: argparse.Namespace) -> Iterator[tuple[str, Tensor, Tensor]]:
 
 def measure(name: str, sample: Tensor, features: Tensor, repeats: int) -> dict[str, Any]:
     codec = get_codec(name).calibrate(sample)
+    found = dataclasses.asdict(measure_fidelity(codec, features))
+    if not repeats:
+        return found
     encoded = codec.encode(features)
     float16_gb = 2 * features.numel() / 1e9
     on_gpu = gpu_speeds(encoded, features, repeats) if features.is_cuda else {}
     return (
-        dataclasses.asdict(measure_fidelity(codec, features))
+        found
         | on_gpu
         | {
             "encode_gb_per_s": float16_gb / _median_s(lambda: codec.encode(features), repeats),

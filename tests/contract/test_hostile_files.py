@@ -338,7 +338,7 @@ TABLES = {
     codec: get_codec(codec)
     .calibrate(torch.randn(4, 4, 2, 2, 8, generator=torch.Generator().manual_seed(0)))
     .state()
-    for codec in ("int8-hadamard", "int4-dct")
+    for codec in ("int8-hadamard", "int4-rings", "int4-dct")
 }
 
 
