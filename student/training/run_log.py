@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
+import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import IO
 
@@ -66,6 +70,7 @@ class RunLog:
         if self._accelerator.is_main_process:
             with saving(METRICS_FILE, self._file_path):
                 self._file = self._reopen()
+        self._entered = time.monotonic()
         self._progress.start()
         self._task = self._progress.add_task("train", total=self._total_steps, completed=self._first_step)
         return self
@@ -100,7 +105,7 @@ class RunLog:
         file.write(json.dumps({"step": step, **values}) + "\n")
         file.flush()
         self._recent.append(values)
-        line = f"loss {values['loss']:.4f} · {values['images_per_s']:.1f} img/s"
+        line = _in_words(values)
         self._progress.update(self._task, completed=step + 1, description=line)
         for tracker in self._accelerator.trackers if pictures is not None else ():
             tracker.log_images(pictures, step, dataformats="NHWC")
@@ -110,7 +115,10 @@ class RunLog:
             self._accelerator.log({**means, "bottleneck": bottleneck(seconds, steps=1)}, step=step)
             self._recent.clear()
             if not self._console.is_terminal:
-                self._console.print(f"step {step + 1}/{self._total_steps} · {line}", highlight=False)
+                a_step = (time.monotonic() - self._entered) / (step + 1 - self._first_step)
+                left = timedelta(seconds=round(a_step * (self._total_steps - step - 1)))
+                line = f"step {step + 1}/{self._total_steps} · {_in_words(means)} · {left} left"
+                self._console.print(line, highlight=False)
 
     def _is_due(self, step: int, every_steps: int) -> bool:
         return every_steps > 0 and ((step + 1) % every_steps == 0 or step + 1 == self._total_steps)
@@ -134,6 +142,17 @@ class RunLog:
         with replacing(self._file_path) as file:
             file.write_bytes(b"".join(line + b"\n" for line in kept))
         return self._file_path.open("a")
+
+
+def _in_words(values: Mapping[str, float]) -> str:
+    """Loss, by teacher too where there are several, learning rate and speed."""
+    levels = defaultdict[str, list[float]](list)
+    for key, value in values.items():
+        if match := re.fullmatch(r"loss/(.+)/level\d+", key):
+            levels[match[1]].append(value)
+    by_teacher = ", ".join(f"{name} {sum(parts):.4f}" for name, parts in levels.items())
+    loss = f"loss {values['loss']:.4f}" + (f" ({by_teacher})" if len(levels) > 1 else "")
+    return f"{loss} · lr {values['lr']:.2e} · {values['images_per_s']:.1f} img/s"
 
 
 def logged_steps(output: Path) -> int:

@@ -93,6 +93,17 @@ def test_a_resumed_run_is_the_same_run(cache: Path, finished: Path, tmp_path: Pa
     assert all(weights[name].equal(tensor) for name, tensor in expected.items())
 
 
+def test_a_run_tells_what_it_is_at_and_how_long_it_will_take_without_a_terminal_too(
+    cache: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(train_recipe(cache, start_from(finished, 3, tmp_path), log_every_steps=2))
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step ")]
+    assert [line.split()[1] for line in lines] == ["4/8", "6/8", "8/8"]
+    one = r"step .* · loss \d+\.\d{4} .*· lr \d\.\d\de-\d\d · [\d.]+ img/s · \d:\d\d:\d\d left"
+    assert all(re.fullmatch(one, line) for line in lines), lines
+    assert lines[-1].endswith("0:00:00 left")
+
+
 def test_with_accumulation_too_and_whatever_its_split(cache: Path, tmp_path: Path) -> None:
     whole = tmp_path / "whole"
     train(train_recipe(cache, whole, gradient_accumulation_steps=2))
