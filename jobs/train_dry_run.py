@@ -31,6 +31,7 @@ def plan_training(
     Raises `RecipeError` where there is neither the cache nor a shipped recipe of its name, and as `train`
     does for what stands in the way of the run.
     """
+    recipe = recipe.on(processes)
     cache, spec = _cache(recipe)
     samples = round(recipe.fraction * num_samples) if num_samples else None
     found = preflight(recipe, spec, cache, processes=processes, num_samples=samples)

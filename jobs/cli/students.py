@@ -29,7 +29,7 @@ from teachercache.jobs.launch import EXIT_FAILED
 def train(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    dry_run: Annotated[bool, typer.Option(help="Print steps, hours and reads, and stop.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Print steps, hours, reads or problems, and stop.")] = False,
     processes: Annotated[int, typer.Option(min=1, help="Of a dry run: GPUs to plan for.")] = 1,
     samples: Annotated[
         int | None, typer.Option(min=1, help="Of a dry run: images of a cache that is yet to be built.")

@@ -60,7 +60,8 @@ def preflight(
     rank: int = 0,
     num_samples: int | None = None,
 ) -> Preflight:
-    """Ask all that can be asked of a cache of `spec`; of `cache`, where it is there, also what it holds.
+    """Ask all that can be asked of a cache of `spec`; of `cache`, where it is there, also what it holds. What
+    a cache that is not there would lack is a notice.
 
     `num_samples`: those of an epoch, where not the cache's are meant.
     """
@@ -85,8 +86,14 @@ def preflight(
     cached = found.held if recipe.reads_cache else []
     grid = getattr(getattr(found.student, "stem", None), "grid", None)
     compared = cached if recipe.distills else ()
-    found.problems += _other_steps(spec.views, grid, recipe.student.stem)
-    found.problems += recipe.student.requirements(teachers, compared, spec.views, grid)
+    lacks = [
+        *_other_steps(spec.views, grid, recipe.student.stem),
+        *recipe.student.requirements(teachers, compared, spec.views, grid),
+    ]
+    if cache is None:  # its build may still be told otherwise
+        found.notices += map(str, lacks)
+    else:
+        found.problems += lacks
     found.notices += notices(recipe, spec, cached)
     return found
 

@@ -84,6 +84,8 @@ def train(recipe: TrainRecipe) -> TrainResult:
     one.
     """
     accelerator = accelerator_for(recipe)
+    recipe = recipe.on(accelerator.num_processes)
+    accelerator.gradient_accumulation_steps = recipe.gradient_accumulation_steps
     cache = FeatureCache.open(recipe.cache, images=recipe.images)
     processes, rank = accelerator.num_processes, accelerator.process_index
     found = preflight(recipe, cache.spec, cache, processes=processes, rank=rank)

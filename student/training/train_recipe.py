@@ -121,6 +121,7 @@ class TrainRecipe(Strict):
     for all of the cache's; none ([]) trains on labels alone. `features: online` runs the teachers instead
     of reading their features, `hybrid` those of which the cache does not hold every shard; `fresh` runs them
     on views that are drawn anew at each epoch. `student_jitter`: of the pixels that the student alone sees.
+    `global_batch_size`: images of a step, over processes and accumulation, which then follows from it.
     """
 
     cache: str
@@ -134,6 +135,7 @@ class TrainRecipe(Strict):
     multitask: MultiTaskRecipe | None = None
     optimizer: OptimizerRecipe = OptimizerRecipe()
     schedule: ScheduleRecipe
+    global_batch_size: int | None = Field(None, ge=1)
     batch_size_per_process: int = Field(16, ge=1)
     gradient_accumulation_steps: int = Field(1, ge=1)
     clip_norm: float = Field(0.0, ge=0)
@@ -177,6 +179,23 @@ class TrainRecipe(Strict):
     def checkpoint_folder(self) -> Path:
         return Path(self.output) / "checkpoints"
 
+    def on(self, num_processes: int) -> Self:
+        """With the accumulation that `global_batch_size` needs on so many processes. Raises `RecipeError`."""
+        if (whole := self.global_batch_size) is None:
+            return self
+        steps, rest = divmod(whole, self.batch_size_per_process * num_processes)
+        if rest or not steps or self.gradient_accumulation_steps not in (1, steps):
+            sizes = range(min(self.batch_size_per_process, whole), 0, -1)
+            fitting = [f"batch_size_per_process={n}" for n in sizes if whole % (n * num_processes) == 0]
+            raise RecipeError(
+                f"A step of {whole} images cannot be divided like this.",
+                got=f"{num_processes} process(es) × batch_size_per_process {self.batch_size_per_process} "
+                f"× gradient_accumulation_steps {self.gradient_accumulation_steps}",
+                expected=f"a product of {whole}, with gradient_accumulation_steps left out",
+                do=" or ".join([*fitting[:1], "global_batch_size=null, for steps of another size"]),
+            )
+        return self.model_copy(update={"gradient_accumulation_steps": steps})
+
     def images_per_step(self, num_processes: int) -> int:
         """Images of one optimizer step, over all processes."""
         return self.batch_size_per_process * self.gradient_accumulation_steps * num_processes
@@ -195,6 +214,7 @@ _PLACES_AND_SPEED: dict[str, Any] = {
     "log_every_steps": True,
     "picture_every_steps": True,
     "loader": True,
+    "global_batch_size": True,
     "batch_size_per_process": True,
     "gradient_accumulation_steps": True,
 }

@@ -280,3 +280,20 @@ def test_a_student_may_lie_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (recipe.output, recipe.student.init_from) == ("/home/me/runs/a", "/home/me/runs/b/student")
     hub = find_recipe(TrainRecipe, "sak_stage2_pascal_base", [*said[:2], "student.init_from=me/student"])
     assert hub.student.init_from == "me/student"
+
+
+def test_a_step_takes_as_many_images_on_any_number_of_processes() -> None:
+    recipe = find_recipe(TrainRecipe, "sak_stage1_small")
+    for processes, steps in ((8, 1), (4, 2), (1, 8)):
+        there = recipe.on(processes)
+        assert there.gradient_accumulation_steps == steps
+        assert there.images_per_step(processes) == 128
+    for processes, overrides, expected in (
+        (3, [], "global_batch_size=null"),  # no batch size divides 128 among three
+        (8, ["batch_size_per_process=12"], "batch_size_per_process=8"),
+        (8, ["gradient_accumulation_steps=2"], "left out"),
+        (1, ["batch_size_per_process=256"], "batch_size_per_process=128"),
+    ):
+        with pytest.raises(RecipeError, match=rf"(?s)step of 128 images.*{expected}"):
+            find_recipe(TrainRecipe, "sak_stage1_small", overrides).on(processes)
+    assert find_recipe(TrainRecipe, "demo_student").on(3).images_per_step(3) == 24
