@@ -220,12 +220,7 @@ def test_compiled_blocks_give_the_same_features_from_one_graph_whatever_is_left_
 
     compiler = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda block, **how: compiler(block, backend=note, **how))
-    options: dict[str, Any] = {
-        "pretrained": False,
-        "image_size": 64,
-        "cls_token": True,
-        "global_feature": True,
-    }
+    options: dict[str, Any] = {"pretrained": False, "cls_token": True, "global_feature": True}
     plain, compiled = (build_teacher(TINY, image_size=64, **options) for _ in range(2))
     compiled.compile_blocks(batch_size=3)
     blocks = [name for name, module in compiled.named_modules() if module._compiled_call_impl is not None]
