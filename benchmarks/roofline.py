@@ -326,7 +326,7 @@ def count_step(
         wrapped: Any = convert_outputs_to_fp32(model)  # as accelerate does
         objective = Objective(wrapped, student, lambda _: targets, DistillationLoss())  # type: ignore[arg-type]
         pixels = torch.empty(batch_size, 3, *size, dtype=torch.uint8)
-        batch: Any = SimpleNamespace(labels={}, renders={size: pixels})
+        batch: Any = SimpleNamespace(labels={}, images=pixels)
         loss, _ = objective(batch, roofline)  # type: ignore[arg-type]
         with roofline.stage("backward"):
             loss.backward()

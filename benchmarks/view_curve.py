@@ -308,7 +308,7 @@ class Curve(Study):
         cosines_BS, left = list[Tensor](), sampler.num_samples
         with FeatureLoader(cache, sampler, [TEACHER], threads=1) as loader:
             for batch in loader:
-                maps = student(student.normalize(batch.renders[SIZE]), full=True).feature_maps[TEACHER]
+                maps = student(student.normalize(batch.images), full=True).feature_maps[TEACHER]
                 ours = [
                     (map_BChw - mean_C[:, None, None]) / std_C[:, None, None]
                     for map_BChw, mean_C, std_C in zip(maps[-len(mean_SC) :], mean_SC, std_SC, strict=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Generic, Self, TypeVar
 
 import numpy as np
@@ -17,9 +17,7 @@ from teachercache.pipeline.errors import CodecError
 from teachercache.pipeline.records.array_layout import ArrayLayout
 
 Coder = TypeVar("Coder")
-QUANTISED_VALUES = (
-    2**20
-)  # at a time: a search through a trellis takes as many steps for one token as for many
+QUANTISED_VALUES = 2**20  # at a time: a trellis takes as many steps for one token as for many
 OUTLIER_ARRAYS = ("outlier_places", "outlier_values")
 
 
@@ -129,6 +127,11 @@ class CalibratedCodec(Codec, Generic[Coder]):
                 expected="tables learnt from a sample of rows",
                 do=f'call get_codec("{self.name}").calibrate(features), or load_state() with saved tables',
             )
+
+
+def join(parts: Sequence[Tensor]) -> Tensor:
+    """The rows of all parts; those of a single one as they are, since a copy costs a GPU time."""
+    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts))
 
 
 def row_blocks(features_RSHWC: Tensor, least_values: int = 1) -> list[slice]:

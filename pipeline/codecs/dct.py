@@ -31,6 +31,7 @@ from teachercache.pipeline.codecs.calibrated import (
     OUTLIER_ARRAYS,
     QUANTISED_VALUES,
     CalibratedCodec,
+    join,
     row_blocks,
 )
 from teachercache.pipeline.codecs.codec import Encoded
@@ -213,7 +214,7 @@ class GridDctCodec(CalibratedCodec[_Coder]):
         with torch.autocast(features_RSHWC.device.type, enabled=False):
             blocks = row_blocks(features_RSHWC, QUANTISED_VALUES)
             parts = [coder.encode(features_RSHWC[rows]) for rows in blocks]
-            arrays = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            arrays = {name: join([part[name] for part in parts]) for name in parts[0]}
         return Encoded(self, arrays)
 
     @torch.no_grad()

@@ -26,6 +26,7 @@ from teachercache.pipeline.codecs.calibrated import (
     OUTLIER_ARRAYS,
     QUANTISED_VALUES,
     CalibratedCodec,
+    join,
     row_blocks,
 )
 from teachercache.pipeline.codecs.codec import Encoded
@@ -106,9 +107,9 @@ class QuantizedCodec(CalibratedCodec[tuple[Normalisation, TokenQuantizer]]):
                     normalisation.split(features_RSHWC[block][rows])
                     for rows in row_blocks(features_RSHWC[block])
                 ]
-                tokens, *outliers = map(torch.cat, zip(*split, strict=True))
+                tokens, *outliers = map(join, zip(*split, strict=True))
                 parts.append((*quantizer.quantise(tokens), *outliers))
-            arrays = [torch.cat(part) for part in zip(*parts, strict=True)]
+            arrays = [join(part) for part in zip(*parts, strict=True)]
         return Encoded(self, dict(zip(("codes", "scales", *OUTLIER_ARRAYS), arrays, strict=True)))
 
     @torch.no_grad()

@@ -185,7 +185,7 @@ class _Run:
         compiles = self.recipe.student.compile
         if student.mean.device.type == "cuda" if compiles is None else compiles:
             model = cast(nn.Module, torch.compile(model, **_COMPILED))
-            if loss is not None:
+            if isinstance(loss, nn.Module):
                 loss.compile(**_COMPILED)
         objective: Objective | KPUObjective = kind.objective(
             model, student, targets, loss, wanted.weight, tasks

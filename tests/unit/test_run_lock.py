@@ -140,5 +140,5 @@ def test_a_run_that_lost_the_folder_writes_nothing_more(
 
 
 def test_an_output_that_cannot_be_written_is_one_message(cache: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"lock of this run cannot be written(.|\n)*may write to"):
+    with pytest.raises(CheckpointError, match=r"lock of this run cannot be written(.|\n)*can write to"):
         train(train_recipe(cache, "/proc/self/fdinfo"))

@@ -51,7 +51,7 @@ def test_a_plot_is_drawn(output: Path) -> None:
 
 def test_the_same_command_takes_up_what_is_done(output: Path, results: dict[str, Any]) -> None:
     for name in results["settings"]["arms"][:1]:
-        (output / "results" / f"measure_{name}_long_0.json".replace(" ", "_").replace(";", "")).unlink()
+        (output / "results" / f"measure_{name};_long;_0.json".replace(" ", "_")).unlink()
     again = view_curve(output)
     assert "[1/1," in again.stderr, "one part was left to do"
     assert json.loads((output / "results.json").read_text())["figures"] == results["figures"]
