@@ -144,8 +144,8 @@ class Settings:
     random_teacher: bool = False
     held_out: float = 0.2
     batch_size: int = 16
-    short_steps: int = 400
-    long_steps: int = 1600
+    short_steps: int = 200
+    long_steps: int = 800
     learning_rate: float = 1e-3
     probe_images: int = 3000
     scenes: int = 150
@@ -281,7 +281,7 @@ class Curve(Study):
             "clip_norm": 10,
             "mixed_precision": "no",
             "seed": int(seed),
-            "checkpoint_every_steps": 400,
+            "checkpoint_every_steps": 200,
             "log_every_steps": steps,
             "picture_every_steps": 0,
             "loader": {"threads": 1, "prefetch": 2},
@@ -376,23 +376,15 @@ class Curve(Study):
         return self.folder / "caches" / name.replace(" ", "_")
 
 
-@dataclass(frozen=True)
 class _First:
-    """The first images of a source, of every class as many as there are among them."""
+    """The first images of a source; their features are made once."""
 
-    features: StudentFeatures
-    count: int
-
-    @property
-    def width(self) -> int:
-        return self.features.width
-
-    @property
-    def labels(self) -> Sequence[str | None]:
-        return self.features.labels[: self.count]
+    def __init__(self, images: StudentFeatures, count: int) -> None:
+        self.width, self.labels = images.width, images.labels[:count]
+        self._vectors_NF = images.read(range(len(self.labels)))
 
     def read(self, numbers: Sequence[int]) -> Tensor:
-        return self.features.read(numbers)
+        return self._vectors_NF[list(numbers)]
 
 
 def _neighbours(train_images: _First, test_images: _First) -> float:
