@@ -9,7 +9,10 @@ import torch
 from teachercache.pipeline.loading.loader import Batch
 from teachercache.student.training.device_batches import DeviceBatches
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 
 def test_what_is_computed_from_a_batch_comes_after_its_copy() -> None:
