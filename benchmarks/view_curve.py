@@ -127,8 +127,8 @@ ARMS: dict[str, Arm] = {
 CODES: dict[str, Arm] = {
     f"1 view, {codec}, {grid}": Arm(codec=codec, grid=grid)
     for codec, grid in (
-        *((codec, "native") for codec in ("f16", "int8", "int4-hadamard", "int4-trellis", "int4-dct")),
-        ("int3-hadamard", "native"),
+        *((codec, "native") for codec in ("f16", "int8", "int4-hadamard", "int4-rings", "int4-dct-rings")),
+        ("int3-dct-rings", "native"),
         ("f16", "adjoint"),
         ("int8", "adjoint"),
     )
