@@ -3,7 +3,6 @@
     int4            standardised; levels evenly spaced up to the token's largest magnitude
     int4-hadamard   standardised and rotated, so nearly Gaussian: Lloyd-Max levels of a unit Gaussian
     int4-phi-s      the same after PHI-S instead
-    int4-trellis    as int4-hadamard, but a code and the one before it choose among 256 levels
     int4-rings      as int4-hadamard, but with a trellis over even levels and an entropy code of fixed length
 
 Shapes: R rows, S levels, H×W grid, C channels. docs/codecs.md states the bytes, and
@@ -35,7 +34,6 @@ from teachercache.pipeline.codecs.normalisation import Hadamard, Normalisation, 
 from teachercache.pipeline.codecs.packing import packed_width
 from teachercache.pipeline.codecs.quantizer import ScalarQuantizer, TokenQuantizer, largest_magnitude
 from teachercache.pipeline.codecs.rings import RingQuantizer, ring_levels
-from teachercache.pipeline.codecs.trellis import TrellisQuantizer, trellis_levels
 from teachercache.pipeline.records.array_layout import ArrayLayout
 
 
@@ -65,7 +63,6 @@ SCHEMES = {  # by the suffix of the name
     ),
     "-phi-s": Scheme(PhiS, gaussian_levels, ScalarQuantizer),
     # No report tries these: two rows of SAM-L alone would take a third of the minute that a report may take.
-    "-trellis": Scheme(Hadamard, trellis_levels, TrellisQuantizer, rates=(4, 3)),
     "-rings": Scheme(Hadamard, ring_levels, RingQuantizer, rates=(4, 3), advised=(4,), whole_bytes=True),
 }
 

@@ -28,12 +28,9 @@ def decode(codec: str, arrays: Arrays, tables: Arrays) -> Array:
         if scheme == "rings":
             levels = _rings(packed, bits, width, tables["levels"])
         else:
-            codes = _unpack(packed, bits, width)
-            levels = tables["levels"].ravel()[
-                _trellis(codes, tables["levels"]) if scheme == "trellis" else codes
-            ]
+            levels = tables["levels"][_unpack(packed, bits, width)]
         tokens_RSHWC = levels * arrays["scales"][..., None].astype(np.float32)
-    if scheme in ("hadamard", "trellis", "rings", "dct", "dct-rings"):
+    if scheme in ("hadamard", "rings", "dct", "dct-rings"):
         rotation_CC = np.kron(tables["left"], tables["right"]) * tables["signs"]
         tokens_RSHWC = tokens_RSHWC @ rotation_CC
     elif scheme == "phi-s":
@@ -79,18 +76,6 @@ def _unpack(packed: Array, bits: int, width: int) -> Array:
     stream = np.unpackbits(packed, axis=-1, count=width * bits, bitorder="little")
     codes: Array = stream.reshape(*packed.shape[:-1], width, bits) @ (1 << np.arange(bits))
     return codes
-
-
-def _trellis(codes: Array, levels: Array) -> Array:
-    """Places in the flat table (states, codes) of levels: a state is the codes before, the last lowest."""
-    num_states, num_codes = levels.shape
-    index, previous = codes.copy(), codes
-    place = num_codes
-    while place <= num_states:
-        previous = np.concatenate((np.zeros_like(previous[..., :1]), previous[..., :-1]), -1)
-        index += place * previous
-        place *= num_codes
-    return index
 
 
 def _dct(arrays: Arrays, tables: Arrays) -> Array:

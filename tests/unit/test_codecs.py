@@ -16,9 +16,7 @@ from teachercache.pipeline.codecs.dct import allocate_bits
 from teachercache.pipeline.codecs.fidelity import measure_fidelity
 from teachercache.pipeline.codecs.lloyd_max import gaussian_distortion, gaussian_levels
 from teachercache.pipeline.codecs.reference import decode
-from teachercache.pipeline.codecs.rings import RingQuantizer, ring_distortion, ring_levels
-from teachercache.pipeline.codecs.rings import nearest_path as nearest_ring_path
-from teachercache.pipeline.codecs.trellis import TrellisQuantizer, nearest_path, trellis_levels
+from teachercache.pipeline.codecs.rings import RingQuantizer, nearest_path, ring_distortion, ring_levels
 from teachercache.pipeline.errors import CodecError
 
 INT_CODECS = [name for name in codec_names() if name.startswith("int")]
@@ -330,27 +328,6 @@ def test_lloyd_max_levels_are_a_fixed_point_on_samples(bits: int) -> None:
     assert samples[nearest == middle].mean() == pytest.approx(levels[middle], rel=0.05)
 
 
-@pytest.mark.parametrize(("bits", "decibels"), [(4, -22.3), (3, -16.8)])
-def test_trellis_comes_half_way_to_the_bound_of_shannon(bits: int, decibels: float) -> None:
-    tokens = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
-    quantizer = TrellisQuantizer(torch.from_numpy(trellis_levels(bits)))
-    codes, scales = quantizer.quantise(tokens)
-    error = tokens - quantizer.dequantise(codes, 512) * scales[:, None].float()
-    assert 10 * math.log10(error.square().mean() / tokens.square().mean()) < decibels
-
-
-@pytest.mark.parametrize("bits", [1, 2])
-def test_trellis_search_finds_the_best_of_all_paths(bits: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-    num_codes, memory, width = 2**bits, 2, 5
-    table_PK = torch.randn(num_codes**memory, num_codes, generator=generator)
-    tokens = torch.randn(20, width, generator=generator)
-    paths = torch.tensor(list(itertools.product(range(num_codes), repeat=width)))
-    before, earlier = (torch.nn.functional.pad(paths[:, :-back], (back, 0)) for back in (1, 2))
-    errors = (tokens[:, None] - table_PK[earlier * num_codes + before, paths]).square().sum(-1)
-    assert torch.equal(nearest_path(tokens, table_PK), paths[errors.argmin(1)].to(torch.uint8))
-
-
 def gaussian_tokens(width: int = 1024) -> Tensor:
     return torch.randn(64, width, generator=torch.Generator().manual_seed(0))
 
@@ -377,7 +354,7 @@ def test_the_search_of_rings_finds_the_best_of_all_paths() -> None:
     start = sign * (0.5 + 2 * (paths ^ before[6]))
     off = tokens[:, None] - start
     errors = (off - 4 * torch.round(off / 4)).square().sum(-1)
-    found = (nearest_ring_path(tokens)[:, None] == paths).all(-1).int().argmax(1)
+    found = (nearest_path(tokens)[:, None] == paths).all(-1).int().argmax(1)
     torch.testing.assert_close(errors.gather(1, found[:, None])[:, 0], errors.amin(1))
 
 

@@ -17,7 +17,7 @@ from teachercache.pipeline.errors import CodecError
 from teachercache.pipeline.records.feature_stats import FeatureMoments
 
 INT_CODECS = [name for name in codec_names() if name.startswith("int")]
-INT4_CODECS = ["int4-hadamard", "int4-trellis", "int4-rings", "int4-dct", "int4-dct-rings", "int4-phi-s"]
+INT4_CODECS = ["int4-hadamard", "int4-rings", "int4-dct", "int4-dct-rings", "int4-phi-s"]
 each_int_codec = pytest.mark.parametrize("name", INT_CODECS)
 
 
