@@ -2,6 +2,7 @@
 
     TeacherCacheError
     ├── RecipeError (ValueError)              a recipe or an override that makes no sense
+    ├── ArgumentError (ValueError)            arguments of a call that do not fit it or each other
     ├── SourceError
     │   ├── SourceNotFoundError (FileNotFoundError)
     │   ├── EmptySourceError                  a source without a single image
@@ -95,6 +96,10 @@ def _rebuild(kind: type[TeacherCacheError], text: str) -> TeacherCacheError:
 
 class RecipeError(TeacherCacheError, ValueError):
     """A recipe file or a `key=value` override that makes no sense."""
+
+
+class ArgumentError(TeacherCacheError, ValueError):
+    """Arguments of a call in Python that do not fit it or each other."""
 
 
 class Problems(list[TeacherCacheError]):

@@ -24,7 +24,13 @@ from torch import Tensor
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.codecs import Encoded, torch_dtype
 from teachercache.pipeline.crops import StudentJitter, draw_jitter, draw_window
-from teachercache.pipeline.errors import CacheError, ImageDecodeError, SourceError, TeacherCacheError, explain
+from teachercache.pipeline.errors import (
+    ArgumentError,
+    CacheError,
+    ImageDecodeError,
+    SourceError,
+    TeacherCacheError,
+)
 from teachercache.pipeline.loading.batch_memory import BatchMemory, TensorLayout
 from teachercache.pipeline.records.strict import Size
 from teachercache.pipeline.stores.feature_store import CLS_TOKEN, GLOBAL_FEATURE
@@ -141,12 +147,10 @@ class FeatureLoader:
         pin_memory: bool = False,
     ) -> None:
         if threads < 1 or prefetch < 0:
-            raise ValueError(
-                explain(
-                    "A loader needs a thread, and cannot prepare fewer batches than none.",
-                    got=f"threads={threads}, prefetch={prefetch}",
-                    expected="threads >= 1, prefetch >= 0",
-                )
+            raise ArgumentError(
+                "A loader needs a thread, and cannot prepare fewer batches than none.",
+                got=f"threads={threads}, prefetch={prefetch}",
+                expected="threads >= 1, prefetch >= 0",
             )
         self._cache = cache
         self._sampler = sampler

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from teachercache.pipeline.errors import explain
+from teachercache.pipeline.errors import ArgumentError
 from teachercache.pipeline.records.strict import Size
 from teachercache.pipeline.views import View, source_pixels
 from teachercache.student.metrics.dense import IGNORE_INDEX
@@ -48,13 +48,11 @@ def render_labels(labels: Labels, view: View, size: Size | None = None) -> dict[
     sizes = {array.shape[-2:] for array in labels.values()}
     unknown = sorted(labels.keys() - IGNORE.keys())
     if unknown or len(sizes) > 1:
-        raise ValueError(
-            explain(
-                "These labels cannot be rendered.",
-                got=f"{', '.join(f'{task} {array.shape}' for task, array in labels.items())}",
-                expected=f"one size, and tasks among {', '.join(IGNORE)}",
-                do="resize the labels to their image when you read them",
-            )
+        raise ArgumentError(
+            "These labels cannot be rendered.",
+            got=f"{', '.join(f'{task} {array.shape}' for task, array in labels.items())}",
+            expected=f"one size, and tasks among {', '.join(IGNORE)}",
+            do="resize the labels to their image when you read them",
         )
     rendered: dict[str, Tensor] = {}
     for image_size in sizes:

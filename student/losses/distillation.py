@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from teachercache.pipeline.errors import explain
+from teachercache.pipeline.errors import ArgumentError
 from teachercache.pipeline.grids import Grid, Places, upsample
 from teachercache.student.losses.adjoint import AdjointPair
 from teachercache.student.losses.cosine import cosine_similarity
@@ -75,13 +75,11 @@ class AdjointTarget(Target):
         nearest_BChw = self.feature_maps_BSHWC[:, level].permute(0, 3, 1, 2)
         _require_width(level, student_BChw, nearest_BChw.shape[1])
         if student_BChw.shape[-2:] != nearest_BChw.shape[-2:]:
-            raise ValueError(
-                explain(
-                    "An adjoint target holds for one student grid only.",
-                    got=f"a student on {tuple(student_BChw.shape[-2:])}",
-                    expected=f"{tuple(nearest_BChw.shape[-2:])}, the grid of the cache",
-                    do="build the cache with the student's grid as grid_size, or with grid: native",
-                )
+            raise ArgumentError(
+                "An adjoint target holds for one student grid only.",
+                got=f"a student on {tuple(student_BChw.shape[-2:])}",
+                expected=f"{tuple(nearest_BChw.shape[-2:])}, the grid of the cache",
+                do="build the cache with the student's grid as grid_size, or with grid: native",
             )
         pair = AdjointPair(student_BChw, nearest_BChw, self.norms_BS[:, level].square(), self.grid)
         cosines = pair.flattened_cosine() if cosine == "flattened" else pair.token_cosine()
@@ -94,13 +92,11 @@ class AdjointTarget(Target):
 
 def _require_width(level: int, student_BChw: Tensor, channels: int) -> None:
     if student_BChw.shape[1] != channels:
-        raise ValueError(
-            explain(
-                f"Student and teacher have different widths at level {level}.",
-                got=f"{student_BChw.shape[1]} channels from the student",
-                expected=f"{channels} channels, like the teacher",
-                do="build the student with this width in teacher_dims",
-            )
+        raise ArgumentError(
+            f"Student and teacher have different widths at level {level}.",
+            got=f"{student_BChw.shape[1]} channels from the student",
+            expected=f"{channels} channels, like the teacher",
+            do="build the student with this width in teacher_dims",
         )
 
 
@@ -164,21 +160,17 @@ class DistillationLoss(nn.Module):
 
 def _require_pairs(student: Mapping[str, Sequence[Tensor]], targets: Mapping[str, Target]) -> None:
     if student.keys() != targets.keys():
-        raise ValueError(
-            explain(
-                "Student and targets have different teachers.",
-                got=f"a student of {', '.join(student) or 'none'}",
-                expected=f"{', '.join(targets) or 'none'}, like the targets",
-                do="build the student for the teachers that it is distilled from",
-            )
+        raise ArgumentError(
+            "Student and targets have different teachers.",
+            got=f"a student of {', '.join(student) or 'none'}",
+            expected=f"{', '.join(targets) or 'none'}, like the targets",
+            do="build the student for the teachers that it is distilled from",
         )
     for teacher, levels in student.items():
         if len(levels) != targets[teacher].num_levels:
-            raise ValueError(
-                explain(
-                    f"Student and teacher {teacher} have different numbers of levels.",
-                    got=f"{len(levels)} levels from the student",
-                    expected=f"{targets[teacher].num_levels} levels, like the teacher",
-                    do="choose as many block_indices for the teacher as the student has levels",
-                )
+            raise ArgumentError(
+                f"Student and teacher {teacher} have different numbers of levels.",
+                got=f"{len(levels)} levels from the student",
+                expected=f"{targets[teacher].num_levels} levels, like the teacher",
+                do="choose as many block_indices for the teacher as the student has levels",
             )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from teachercache.pipeline.errors import explain
+from teachercache.pipeline.errors import ArgumentError
 from teachercache.student.metrics.dense import IGNORE_INDEX
 from teachercache.student.models.student import require_known
 
@@ -126,11 +126,9 @@ def _require_shapes(task: str, prediction_BCHW: Tensor, target: Tensor) -> None:
     batch, channels, *size = prediction_BCHW.shape
     expected = (batch, *([loss.target_channels] if loss.target_channels else []), *size)
     if loss.channels not in (None, channels) or tuple(target.shape) != expected:
-        raise ValueError(
-            explain(
-                f"The prediction and the target of {task} do not fit each other.",
-                got=f"a prediction {tuple(prediction_BCHW.shape)}, a target {tuple(target.shape)}",
-                expected=f"{loss.channels or 'any number of'} channels predicted, a target {expected}",
-                do="check the channels in the student's `tasks`, and the size of its images",
-            )
+        raise ArgumentError(
+            f"The prediction and the target of {task} do not fit each other.",
+            got=f"a prediction {tuple(prediction_BCHW.shape)}, a target {tuple(target.shape)}",
+            expected=f"{loss.channels or 'any number of'} channels predicted, a target {expected}",
+            do="check the channels in the student's `tasks`, and the size of its images",
         )

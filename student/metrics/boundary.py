@@ -20,7 +20,7 @@ import torch
 from skimage.morphology import thin
 from torch import Tensor
 
-from teachercache.pipeline.errors import explain
+from teachercache.pipeline.errors import ArgumentError
 from teachercache.student.metrics.edge_nms import edge_nms
 from teachercache.student.metrics.matching import Bools, find_candidates, match
 from teachercache.student.metrics.sum_metric import SumMetric, check_same_shape
@@ -166,13 +166,11 @@ class BoundaryBenchmark(SumMetric):
             targets_AHW = targets_AHW[None]
         check_same_shape(probability_HW.shape, targets_AHW.shape[1:])
         if not (probability_HW.min() >= 0 and probability_HW.max() <= 1):
-            raise ValueError(
-                explain(
-                    "A boundary map holds values that are not probabilities.",
-                    got=f"{probability_HW.min()} to {probability_HW.max()}",
-                    expected="0 to 1",
-                    do="pass the logits through a sigmoid",
-                )
+            raise ArgumentError(
+                "A boundary map holds values that are not probabilities.",
+                got=f"{probability_HW.min()} to {probability_HW.max()}",
+                expected="0 to 1",
+                do="pass the logits through a sigmoid",
             )
         if self.nms_radius is not None:
             probability_HW = edge_nms(probability_HW, self.nms_radius)

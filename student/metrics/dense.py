@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from teachercache.pipeline.errors import explain
+from teachercache.pipeline.errors import ArgumentError
 from teachercache.student.metrics.sum_metric import SumMetric, check_same_shape
 
 IGNORE_INDEX = 255
@@ -43,13 +43,11 @@ class MeanIoU(SumMetric):
         for name, labels_N in (("prediction", prediction_N), ("target", target_N)):
             outside_N = labels_N[(labels_N < 0) | (labels_N >= self.num_classes)]
             if outside_N.numel():
-                raise ValueError(
-                    explain(
-                        f"The {name} names a class that does not exist.",
-                        got=f"class {int(outside_N[0])}",
-                        expected=f"0 to {self.num_classes - 1}, or {self.ignore_index} in a target",
-                        do="check num_classes and ignore_index",
-                    )
+                raise ArgumentError(
+                    f"The {name} names a class that does not exist.",
+                    got=f"class {int(outside_N[0])}",
+                    expected=f"0 to {self.num_classes - 1}, or {self.ignore_index} in a target",
+                    do="check num_classes and ignore_index",
                 )
         pair_N = target_N * self.num_classes + prediction_N
         counts = torch.bincount(pair_N, minlength=self.num_classes**2).cpu()

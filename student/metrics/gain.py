@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from teachercache.pipeline.errors import explain
+from teachercache.pipeline.errors import ArgumentError
 
 
 def mtl_gain(
@@ -18,23 +18,19 @@ def mtl_gain(
     """
     unknown = set(lower_is_better) - set(scores)
     if not scores or set(scores) != set(single_task) or unknown:
-        raise ValueError(
-            explain(
-                "The multi-task gain compares the same tasks.",
-                got=f"scores of {sorted(scores)}, baselines of {sorted(single_task)}, "
-                f"lower is better for {sorted(lower_is_better)}",
-                expected="one score and one baseline for every task",
-                do="leave out the tasks that have no baseline, from every argument",
-            )
+        raise ArgumentError(
+            "The multi-task gain compares the same tasks.",
+            got=f"scores of {sorted(scores)}, baselines of {sorted(single_task)}, "
+            f"lower is better for {sorted(lower_is_better)}",
+            expected="one score and one baseline for every task",
+            do="leave out the tasks that have no baseline, from every argument",
         )
     if zero := [task for task, score in single_task.items() if score == 0]:
-        raise ValueError(
-            explain(
-                "A gain relative to zero is undefined.",
-                got=f"a baseline of 0 for {', '.join(zero)}",
-                expected="baselines other than 0",
-                do="check the single-task run",
-            )
+        raise ArgumentError(
+            "A gain relative to zero is undefined.",
+            got=f"a baseline of 0 for {', '.join(zero)}",
+            expected="baselines other than 0",
+            do="check the single-task run",
         )
     gains = [
         (single_task[task] - score if task in lower_is_better else score - single_task[task])

@@ -7,7 +7,7 @@ from typing import Self
 
 from torch import Tensor
 
-from teachercache.pipeline.errors import explain
+from teachercache.pipeline.errors import ArgumentError
 
 
 class SumMetric:
@@ -29,13 +29,11 @@ class SumMetric:
         mine, theirs = self.state(), other.state()
         shapes, other_shapes = ({n: tuple(s.shape) for n, s in sums.items()} for sums in (mine, theirs))
         if type(self) is not type(other) or shapes != other_shapes:
-            raise ValueError(
-                explain(
-                    "Only metrics of one kind, made with the same arguments, can be merged.",
-                    got=f"{type(other).__name__} {other_shapes}",
-                    expected=f"{type(self).__name__} {shapes}",
-                    do="make all parts of a metric with the same arguments",
-                )
+            raise ArgumentError(
+                "Only metrics of one kind, made with the same arguments, can be merged.",
+                got=f"{type(other).__name__} {other_shapes}",
+                expected=f"{type(self).__name__} {shapes}",
+                do="make all parts of a metric with the same arguments",
             )
         for name, addend in theirs.items():
             mine[name] += addend
@@ -54,11 +52,9 @@ class SumMetric:
 def check_same_shape(prediction_shape: tuple[int, ...], target_shape: tuple[int, ...]) -> None:
     """Raise `ValueError` unless prediction and target have the same shape: broadcasting would hide it."""
     if tuple(prediction_shape) != tuple(target_shape):
-        raise ValueError(
-            explain(
-                "Prediction and target differ in shape.",
-                got=f"prediction {tuple(prediction_shape)}, target {tuple(target_shape)}",
-                expected="the same shape",
-                do="resize the prediction to the size of the target, and drop channels of size 1",
-            )
+        raise ArgumentError(
+            "Prediction and target differ in shape.",
+            got=f"prediction {tuple(prediction_shape)}, target {tuple(target_shape)}",
+            expected="the same shape",
+            do="resize the prediction to the size of the target, and drop channels of size 1",
         )

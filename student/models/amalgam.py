@@ -15,7 +15,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from teachercache.pipeline.errors import explain
+from teachercache.pipeline.errors import ArgumentError
 from teachercache.pipeline.grids import pool
 from teachercache.pipeline.records.spec import GridSpec
 from teachercache.pipeline.records.strict import Size
@@ -90,13 +90,11 @@ class Amalgam(Student):
         experts = [self._stem_maps(pixels_B3HW)] if self.stem else []
         for name in self.teachers:
             if features is None or name not in features:
-                raise ValueError(
-                    explain(
-                        "This student works on its teachers' features, not on images alone.",
-                        got=f"no features of {name}",
-                        expected=f"features of {', '.join(self.teachers)}",
-                        do="read them from a cache of these images, and pass them as `features`",
-                    )
+                raise ArgumentError(
+                    "This student works on its teachers' features, not on images alone.",
+                    got=f"no features of {name}",
+                    expected=f"features of {', '.join(self.teachers)}",
+                    do="read them from a cache of these images, and pass them as `features`",
                 )
             experts.append(self._teacher_maps(name, features[name]))
         grids = [(maps.shape[2], maps.shape[3]) for maps in experts]

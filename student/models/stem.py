@@ -20,7 +20,7 @@ from timm.models.vision_transformer_sam import VisionTransformerSAM
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from teachercache.pipeline.errors import RecipeError, WeightsNotFoundError, explain
+from teachercache.pipeline.errors import ArgumentError, RecipeError, WeightsNotFoundError
 from teachercache.pipeline.records.strict import Size
 from teachercache.pipeline.views import enlarge_and_pad
 from teachercache.student.models.student import NUM_LEVELS
@@ -111,13 +111,11 @@ class Stem(nn.Module):
 
     def _require_size(self, pixels_B3HW: Tensor) -> None:
         if pixels_B3HW.shape[1:] != (3, *self._image_size):
-            raise ValueError(
-                explain(
-                    "The student takes images of one size.",
-                    got=f"pixels of shape {tuple(pixels_B3HW.shape)}",
-                    expected=f"(B, 3, {self._image_size[0]}, {self._image_size[1]})",
-                    do="resample the images, or student.stem.resize() for a student without tasks",
-                )
+            raise ArgumentError(
+                "The student takes images of one size.",
+                got=f"pixels of shape {tuple(pixels_B3HW.shape)}",
+                expected=f"(B, 3, {self._image_size[0]}, {self._image_size[1]})",
+                do="resample the images, or student.stem.resize() for a student without tasks",
             )
 
 

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from teachercache.pipeline.errors import CheckpointError, RecipeError, TeacherCacheError, explain
+from teachercache.pipeline.errors import ArgumentError, CheckpointError, RecipeError, TeacherCacheError
 from teachercache.pipeline.places.durable import make_folder
 from teachercache.pipeline.records.spec import TeacherSpec
 from teachercache.pipeline.records.strict import Size
@@ -104,13 +104,11 @@ class Student(nn.Module, ABC):
         Raises `ValueError` for anything else, such as images of 0–1 or with alpha.
         """
         if images_B3HW.dtype != torch.uint8 or images_B3HW.ndim < 3 or images_B3HW.shape[-3] != 3:
-            raise ValueError(
-                explain(
-                    "Images must be RGB, uint8.",
-                    got=f"{images_B3HW.dtype} of shape {tuple(images_B3HW.shape)}",
-                    expected="torch.uint8 of shape (B, 3, H, W), values 0 to 255",
-                    do="pass images as decoded, channels first",
-                )
+            raise ArgumentError(
+                "Images must be RGB, uint8.",
+                got=f"{images_B3HW.dtype} of shape {tuple(images_B3HW.shape)}",
+                expected="torch.uint8 of shape (B, 3, H, W), values 0 to 255",
+                do="pass images as decoded, channels first",
             )
         return (images_B3HW.float() / 255 - self.mean) / self.std
 
