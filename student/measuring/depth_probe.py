@@ -9,7 +9,7 @@ B  images     D  width     h, w  grid of the tokens     H, W  the image     K  d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,12 +19,8 @@ from torch import Tensor, nn
 from teachercache.pipeline.errors import RecipeError
 from teachercache.pipeline.grids import upsample
 from teachercache.pipeline.records.strict import Size
-from teachercache.pipeline.records.view_policy import ViewPolicy
-from teachercache.pipeline.views import draw_view, render_view
 from teachercache.student.datasets import LabelledDataset
-from teachercache.student.datasets.labels import render_labels
-from teachercache.student.measuring.evaluate import process_state
-from teachercache.student.measuring.in_threads import in_threads
+from teachercache.student.measuring.evaluate import batches, process_state
 from teachercache.student.measuring.paper_results import DEPTH_PROBES
 from teachercache.student.metrics import RMSE
 from teachercache.student.models.stem import Stem
@@ -160,9 +156,8 @@ def depth_probe(
     head = LinearDepth(maps.width * levels, maps.size).to(device)
     optimizer = torch.optim.AdamW(head.parameters(), lr=learning_rate, weight_decay=0.01)
     numbers = _shuffled(np.random.default_rng(seed), len(train.keys), steps * batch_size)
-    for step, (images_B3HW, depth_BHW, _) in enumerate(
-        _batches(train, numbers, maps.size, batch_size, threads)
-    ):
+    drawn = _batches(train, numbers, maps.size, batch_size, threads)
+    for step, (images_B3HW, depth_BHW, nearer_B11) in enumerate(drawn):
         rate = cosine_with_warmup(
             step, peak=learning_rate, final=0, warmup_steps=max(1, steps // 3), total_steps=steps
         )
@@ -171,7 +166,7 @@ def depth_probe(
         images_B3HW[flipped_B] = images_B3HW[flipped_B].flip(-1)
         depth_BHW[flipped_B] = depth_BHW[flipped_B].flip(-1)
         features = torch.cat(maps(images_B3HW.to(device))[-levels:], dim=1)
-        loss = scale_invariant_loss(head(features), depth_BHW.to(device))
+        loss = scale_invariant_loss(head(features), (depth_BHW / nearer_B11).to(device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -179,12 +174,10 @@ def depth_probe(
             progress(f"{name}, lin. {levels}: step {step:,} of {steps:,}, loss {loss.item():.3f}")
     metric = RMSE()
     with torch.no_grad():
-        for images_B3HW, depth_BHW, magnification_B in _batches(
-            test, range(len(test.keys)), maps.size, batch_size, threads
-        ):
+        all_of_it = _batches(test, range(len(test.keys)), maps.size, batch_size, threads)
+        for images_B3HW, depth_BHW, nearer_B11 in all_of_it:
             predicted_BHW = head(torch.cat(maps(images_B3HW.to(device))[-levels:], dim=1)).cpu()
-            metres_B11 = magnification_B[:, None, None]  # a smaller image seems farther away
-            metric.update(predicted_BHW * metres_B11, depth_BHW * metres_B11)
+            metric.update(predicted_BHW * nearer_B11, depth_BHW)
     return DepthProbe(name, levels, metric.compute(), steps, len(train.keys), len(test.keys))
 
 
@@ -210,18 +203,14 @@ def _shuffled(order: np.random.Generator, count: int, total: int) -> Iterator[in
 
 
 def _batches(
-    dataset: LabelledDataset, numbers: range | Iterator[int], size: Size, batch_size: int, threads: int
+    dataset: LabelledDataset, numbers: Iterable[int], size: Size, batch_size: int, threads: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Whole images as in `evaluate`: uint8 (B, 3, H, W), their depth (B, H, W) as it looks there, and the
-    magnification of each (B,)."""
-    policy = ViewPolicy(policy="multitask_eval", size=size)
-
-    def make(number: int) -> tuple[Tensor, Tensor, Tensor]:
-        image = dataset.image(number)
-        view = draw_view(policy, dataset.keys[number], image.width, image.height, 0)
-        depth_HW = render_labels(dataset.labels(number, ["depth"], measured=True), view, size)["depth"]
-        return render_view(image, view, size), depth_HW, torch.tensor(view.magnification)
-
-    for made in in_threads(make, numbers, batch_size, threads):
-        images, depths, magnifications = zip(*made, strict=True)
-        yield torch.stack(images), torch.stack(depths), torch.stack(magnifications)
+    """Whole images as in `evaluate`: uint8 (B, 3, H, W), their depth (B, H, W) in the room's metres, and the
+    magnification of each (B, 1, 1), by which it looks nearer."""
+    for items in batches(dataset, ["depth"], numbers, size, batch_size, threads):
+        magnification_B = torch.tensor([item.magnification for item in items])
+        yield (
+            torch.stack([item.image_3HW for item in items]),
+            torch.stack([item.labels["depth"] for item in items]),
+            magnification_B[:, None, None],
+        )

@@ -189,7 +189,7 @@ def evaluate(
         panel = _Panel(tasks, PANEL_IMAGES if output and state.is_main_process else 0)
         progress = stack.enter_context(_progress(state.is_main_process))
         bar = progress.add_task("evaluate", total=len(mine))
-        for items in _batches(dataset, tasks, mine, student.image_size, batch_size, threads):
+        for items in batches(dataset, tasks, mine, student.image_size, batch_size, threads):
             images_B3HW = torch.stack([item.image_3HW for item in items]).to(state.device)
             inputs: dict[str, Any] = {"full": True, "maps": False}
             if cache is not None and student.reads_features:
@@ -240,7 +240,7 @@ def process_state() -> PartialState:
 
 
 @dataclass(frozen=True)
-class _Item:
+class Item:
     """A sample as the student sees it, its labels on the same pixels, with depth in the room's metres: a
     smaller image seems farther away by 1 / `magnification`, in predictions too."""
 
@@ -260,7 +260,7 @@ class _Panel:
     labels: defaultdict[str, list[NDArray]] = field(default_factory=lambda: defaultdict(list))
     estimates: defaultdict[str, list[NDArray]] = field(default_factory=lambda: defaultdict(list))
 
-    def add(self, items: list[_Item], estimates: Mapping[str, NDArray]) -> None:
+    def add(self, items: list[Item], estimates: Mapping[str, NDArray]) -> None:
         for number, item in enumerate(items[: self.room]):
             self.images.append(item.image_3HW.permute(1, 2, 0).numpy())
             for task in self.tasks:
@@ -269,24 +269,24 @@ class _Panel:
         self.room = max(0, self.room - len(items))
 
 
-def _batches(
+def batches(
     dataset: LabelledDataset,
-    tasks: list[str],
-    numbers: Sequence[int],
+    tasks: Sequence[str],
+    numbers: Iterable[int],
     size: Size,
     batch_size: int,
     threads: int,
-) -> Iterator[list[_Item]]:
+) -> Iterator[list[Item]]:
     """Samples in order, which threads make a few batches ahead."""
     policy = ViewPolicy(policy="multitask_eval", size=size)
 
-    def make(number: int) -> _Item:
+    def make(number: int) -> Item:
         image, key = dataset.image(number), dataset.keys[number]
         view = draw_view(policy, key, image.width, image.height, 0)
         labels = render_labels(dataset.labels(number, tasks, measured=True), view, size)
         if "depth" in labels:
             labels["depth"] *= view.magnification
-        return _Item(key, render_view(image, view, size), labels, view.magnification)
+        return Item(key, render_view(image, view, size), labels, view.magnification)
 
     return in_threads(make, numbers, batch_size, threads)
 
@@ -321,14 +321,14 @@ def _require_cache(student: Student, cache: FeatureCache | None, keys: Sequence[
 
 
 def _features(
-    cache: FeatureCache, teachers: list[str], items: Sequence[_Item], device: torch.device
+    cache: FeatureCache, teachers: list[str], items: Sequence[Item], device: torch.device
 ) -> dict[str, Tensor]:
     """(B, S, H, W, C) for each teacher."""
     rows = cache.index.rows([cache.find(item.key) for item in items], 0)
     return {name: encoded.decode(device) for name, encoded in cache.read(rows, teachers).items()}
 
 
-def _save_predictions(folder: Path, items: list[_Item], estimates: Mapping[str, NDArray]) -> None:
+def _save_predictions(folder: Path, items: list[Item], estimates: Mapping[str, NDArray]) -> None:
     """One PNG per task and sample: class indices, probabilities · 255, or depth in millimetres (16 bits);
     normals as colours."""
     for task, values in estimates.items():

@@ -6,13 +6,14 @@ Legend: B images, C classes, H, W pixels, T thresholds. Ratios are fractions, no
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from teachercache.pipeline.errors import ArgumentError
-from teachercache.student.metrics.sum_metric import SumMetric, check_same_shape
+from teachercache.student.metrics.sum_metric import MeanMetric, SumMetric, check_same_shape
 
 IGNORE_INDEX = 255
 """The label of unannotated pixels, in every data set of the multi-task community."""
@@ -27,18 +28,15 @@ class MeanIoU(SumMetric):
     predecessors), or is left out of the mean ("skip", the usual convention).
     """
 
-    def __init__(
-        self, num_classes: int, ignore_index: int = IGNORE_INDEX, absent: Literal["zero", "skip"] = "zero"
-    ) -> None:
+    def __init__(self, num_classes: int, absent: Literal["zero", "skip"] = "zero") -> None:
         super().__init__(confusion_CC=torch.zeros(num_classes, num_classes, dtype=torch.int64))
         self.num_classes = num_classes
-        self.ignore_index = ignore_index
         self.absent = absent
 
     def update(self, prediction_BHW: Tensor, target_BHW: Tensor) -> None:
         """Class indices, of any integer dtype. Raises `ValueError` for an index outside the classes."""
         check_same_shape(prediction_BHW.shape, target_BHW.shape)
-        valid_BHW = target_BHW != self.ignore_index
+        valid_BHW = target_BHW != IGNORE_INDEX
         prediction_N, target_N = prediction_BHW[valid_BHW].long(), target_BHW[valid_BHW].long()
         for name, labels_N in (("prediction", prediction_N), ("target", target_N)):
             outside_N = labels_N[(labels_N < 0) | (labels_N >= self.num_classes)]
@@ -46,8 +44,8 @@ class MeanIoU(SumMetric):
                 raise ArgumentError(
                     f"The {name} names a class that does not exist.",
                     got=f"class {int(outside_N[0])}",
-                    expected=f"0 to {self.num_classes - 1}, or {self.ignore_index} in a target",
-                    do="check num_classes and ignore_index",
+                    expected=f"0 to {self.num_classes - 1}, or {IGNORE_INDEX} in a target",
+                    do="check num_classes",
                 )
         pair_N = target_N * self.num_classes + prediction_N
         counts = torch.bincount(pair_N, minlength=self.num_classes**2).cpu()
@@ -73,28 +71,18 @@ class MaxF(SumMetric):
         (the salient-object literature; an image without salient pixels counts 0).
     """
 
-    def __init__(
-        self, definition: Literal["pooled", "per_image"] = "pooled", ignore_index: int = IGNORE_INDEX
-    ) -> None:
+    def __init__(self, definition: Literal["pooled", "per_image"] = "pooled") -> None:
         steps = 20 if definition == "pooled" else 255
         self.thresholds_T = torch.arange(1, steps + (definition == "per_image")) / steps
         self.definition = definition
-        self.ignore_index = ignore_index
-        num_thresholds = len(self.thresholds_T)
+        counts_T = torch.zeros(len(self.thresholds_T), dtype=torch.int64)
         if definition == "pooled":
-            super().__init__(
-                hits_T=torch.zeros(num_thresholds, dtype=torch.int64),
-                predicted_T=torch.zeros(num_thresholds, dtype=torch.int64),
-                salient=torch.zeros((), dtype=torch.int64),
-            )
+            super().__init__(hits_T=counts_T, predicted_T=counts_T.clone(), salient=torch.tensor(0))
         else:
-            super().__init__(
-                f_T=torch.zeros(num_thresholds, dtype=torch.float64),
-                images=torch.zeros((), dtype=torch.int64),
-            )
+            super().__init__(f_T=counts_T.double(), images=torch.tensor(0))
 
     def update(self, prediction_BHW: Tensor, target_BHW: Tensor) -> None:
-        """Probabilities in [0, 1], and labels 0, 1 or `ignore_index`."""
+        """Probabilities in [0, 1], and labels 0, 1 or `IGNORE_INDEX`."""
         check_same_shape(prediction_BHW.shape, target_BHW.shape)
         for prediction_HW, target_HW in zip(prediction_BHW, target_BHW, strict=True):
             hits_T, predicted_T, salient = self._count(prediction_HW, target_HW)
@@ -108,7 +96,7 @@ class MaxF(SumMetric):
 
     def _count(self, prediction_HW: Tensor, target_HW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Pixels hit and pixels predicted at every threshold (T,), and salient pixels, on the CPU."""
-        valid_HW = target_HW != self.ignore_index
+        valid_HW = target_HW != IGNORE_INDEX
         salient_N = target_HW[valid_HW] > 0
         # The number of thresholds that a pixel reaches tells for each threshold whether it is reached.
         thresholds_T = self.thresholds_T.to(prediction_HW.device)
@@ -133,23 +121,17 @@ def _f_measure(hits_T: Tensor, predicted_T: Tensor, salient: Tensor) -> Tensor:
     return ((1 + _BETA_SQUARED) * hits_T / denominator_T).nan_to_num(0)
 
 
-class MeanAngularError(SumMetric):
+class MeanAngularError(MeanMetric):
     """Mean angle between predicted and true surface normals, in degrees, over all annotated pixels.
 
-    Pixels whose target has `ignore_index` in a channel or no direction (the zero vector) are left out.
+    Pixels whose target has `IGNORE_INDEX` in a channel or no direction (the zero vector) are left out.
     A prediction of zero length is 90° off, as in SAK's code.
     """
-
-    def __init__(self, ignore_index: int = IGNORE_INDEX) -> None:
-        super().__init__(
-            degrees=torch.zeros((), dtype=torch.float64), pixels=torch.zeros((), dtype=torch.int64)
-        )
-        self.ignore_index = ignore_index
 
     def update(self, prediction_B3HW: Tensor, target_B3HW: Tensor) -> None:
         """Vectors of any length; both are normalised here."""
         check_same_shape(prediction_B3HW.shape, target_B3HW.shape)
-        valid_BHW = (target_B3HW != self.ignore_index).all(1) & (target_B3HW != 0).any(1)
+        valid_BHW = (target_B3HW != IGNORE_INDEX).all(1) & (target_B3HW != 0).any(1)
         prediction_N3, target_N3 = (
             torch.nn.functional.normalize(normals.movedim(1, -1)[valid_BHW].double(), dim=1)
             for normals in (prediction_B3HW, target_B3HW)
@@ -158,30 +140,20 @@ class MeanAngularError(SumMetric):
         angle_N = 2 * torch.atan2(
             (prediction_N3 - target_N3).norm(dim=1), (prediction_N3 + target_N3).norm(dim=1)
         )
-        self._sums["degrees"] += angle_N.rad2deg().sum().cpu()
-        self._sums["pixels"] += len(angle_N)
-
-    def compute(self) -> float:
-        return float(self._sums["degrees"] / self._sums["pixels"])
+        self._add(angle_N.rad2deg())
 
 
-class RMSE(SumMetric):
+class RMSE(MeanMetric):
     """Root mean squared error of depth, in the unit of the depths, pooled over pixels with 0 < depth < 80.
 
     Predictions below zero count as zero (both as in SAK's code).
     """
 
-    def __init__(self) -> None:
-        super().__init__(
-            squares=torch.zeros((), dtype=torch.float64), pixels=torch.zeros((), dtype=torch.int64)
-        )
-
     def update(self, prediction_BHW: Tensor, target_BHW: Tensor) -> None:
         check_same_shape(prediction_BHW.shape, target_BHW.shape)
         valid_BHW = (target_BHW > 0) & (target_BHW < 80)
         error_N = prediction_BHW[valid_BHW].double().clamp(min=0) - target_BHW[valid_BHW]
-        self._sums["squares"] += error_N.square().sum().cpu()
-        self._sums["pixels"] += len(error_N)
+        self._add(error_N.square())
 
     def compute(self) -> float:
-        return float((self._sums["squares"] / self._sums["pixels"]).sqrt())
+        return math.sqrt(super().compute())

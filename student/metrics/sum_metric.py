@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Self
 
+import torch
 from torch import Tensor
 
 from teachercache.pipeline.errors import ArgumentError
@@ -47,6 +48,20 @@ class SumMetric:
         sums = self.state()
         for name in sums:
             sums[name] = add_up(sums[name])
+
+
+class MeanMetric(SumMetric):
+    """The mean of values, such as the errors of pixels; nan without any."""
+
+    def __init__(self) -> None:
+        super().__init__(total=torch.tensor(0.0, dtype=torch.float64), count=torch.tensor(0))
+
+    def _add(self, values_N: Tensor) -> None:
+        self._sums["total"] += values_N.double().sum().cpu()
+        self._sums["count"] += len(values_N)
+
+    def compute(self) -> float:
+        return float(self._sums["total"] / self._sums["count"])
 
 
 def check_same_shape(prediction_shape: tuple[int, ...], target_shape: tuple[int, ...]) -> None:
