@@ -54,21 +54,9 @@ from teachercache.pipeline.records.spec import TeacherSpec
 from teachercache.pipeline.records.strict import Size
 
 _OWNER = "IDEA-Research"
-_SWINS: dict[str, dict[str, Any]] = {
-    "grounding-dino-tiny": {
-        "embed_dim": 96,
-        "depths": (2, 2, 6, 2),
-        "num_heads": (3, 6, 12, 24),
-        "window_size": 7,
-        "image_size": 224,
-    },
-    "grounding-dino-base": {
-        "embed_dim": 128,
-        "depths": (2, 2, 18, 2),
-        "num_heads": (4, 8, 16, 32),
-        "window_size": 12,
-        "image_size": 384,
-    },
+_SWINS = {  # width, depths, heads, side of a window and of the image
+    "grounding-dino-tiny": (96, (2, 2, 6, 2), (3, 6, 12, 24), 7, 224),
+    "grounding-dino-base": (128, (2, 2, 18, 2), (4, 8, 16, 32), 12, 384),
 }
 _NUM_MAPS, _LAST_STRIDE = 4, 32
 _IMAGE_SIDE = ("backbone.", "input_proj_vision.")
@@ -112,8 +100,7 @@ class GroundingDinoTeacher(Teacher):
 
     def repeated_parts(self) -> Iterable[nn.Module]:
         """Stages: blocks, shifted or not, are more than torch keeps compiled."""
-        stages: Iterable[nn.Module] = self.model.backbone.conv_encoder.model.swin.encoder.layers
-        return stages
+        return self.model.backbone.conv_encoder.model.swin.encoder.layers
 
     def forward(self, pixels_B3HW: Tensor) -> TeacherFeatures:
         with torch.inference_mode(), autocast(self.spec, pixels_B3HW.device):
@@ -143,7 +130,8 @@ def _transformers() -> tuple[Any, Any]:
 
 def _config(model: str) -> Any:
     transformers, _ = _transformers()
-    swin = transformers.SwinConfig(**_SWINS[model], out_indices=[2, 3, 4])
+    names = "embed_dim", "depths", "num_heads", "window_size", "image_size"
+    swin = transformers.SwinConfig(**dict(zip(names, _SWINS[model], strict=True)), out_indices=[2, 3, 4])
     return transformers.GroundingDinoConfig(backbone_config=swin)
 
 
