@@ -3,26 +3,45 @@
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
-from typing import Generic, Self, TypeVar
+from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from teachercache.pipeline.codecs.codec import Codec, may_arrive_late, torch_dtype
+from teachercache.pipeline.codecs.codec import Codec, Encoded, may_arrive_late, torch_dtype
+from teachercache.pipeline.codecs.normalisation import Normalisation
 from teachercache.pipeline.codecs.outliers import num_slots
 from teachercache.pipeline.errors import CodecError
 from teachercache.pipeline.records.array_layout import ArrayLayout
 
-Coder = TypeVar("Coder")
 QUANTISED_VALUES = 2**20  # at a time: a trellis takes as many steps for one token as for many
 OUTLIER_ARRAYS = ("outlier_places", "outlier_values")
 
 
-class CalibratedCodec(Codec, Generic[Coder]):
-    """A codec that is its tables, kept on the CPU; a `Coder` is what works with them on one device."""
+class Coder(ABC):
+    """Works with the tables of a codec on their device."""
+
+    def __init__(self, normalisation: Normalisation) -> None:
+        self.normalisation = normalisation
+
+    def require_shape(self, features_RSHWC: Tensor) -> None:
+        """Raises `CodecError` for features of another shape than those that the tables are of."""
+        self.normalisation.require_shape(features_RSHWC)
+
+    @abstractmethod
+    def encode(self, features_RSHWC: Tensor) -> dict[str, Tensor]:
+        """The arrays of these rows, in the order of the layout."""
+
+    @abstractmethod
+    def decode(self, *arrays: Tensor, out: Tensor) -> None:
+        """Fill `out` with the features of these rows, but for their outliers."""
+
+
+class CalibratedCodec(Codec):
+    """A codec that is its tables, kept on the CPU; a `Coder` works with them on one device."""
 
     needs_tables = True
     whole_bytes = False  # the channels of a token must be a multiple of 8
@@ -87,6 +106,31 @@ class CalibratedCodec(Codec, Generic[Coder]):
         self._tables = {name: tables[name].detach().cpu() for name in self.table_names}
         self._coders = {}
         return self
+
+    @torch.no_grad()
+    def encode(self, features_RSHWC: Tensor) -> Encoded:
+        coder = self._on(features_RSHWC.device)
+        coder.require_shape(features_RSHWC)
+        with torch.autocast(features_RSHWC.device.type, enabled=False):
+            blocks = row_blocks(features_RSHWC, QUANTISED_VALUES)
+            parts = [coder.encode(features_RSHWC[rows]) for rows in blocks]
+            arrays = {name: join([part[name] for part in parts]) for name in parts[0]}
+        return Encoded(self, arrays)
+
+    @torch.no_grad()
+    def decode_tensors(
+        self, tensors: dict[str, Tensor], device: torch.device | str, dtype: torch.dtype
+    ) -> Tensor:
+        device = torch.device(device)
+        coder = self._on(device)
+        num_levels, width = coder.normalisation.levels, coder.normalisation.width
+        *arrays, places, values = self._arrays_on(device, tensors, num_levels, width)
+        features_RSHWC = torch.empty(*tensors["scales"].shape, width, dtype=dtype, device=device)
+        with torch.autocast(device.type, enabled=False):
+            for rows in row_blocks(features_RSHWC):
+                coder.decode(*(array[rows] for array in arrays), out=features_RSHWC[rows])
+            coder.normalisation.restore(features_RSHWC, places, values)
+        return features_RSHWC
 
     def _on(self, device: torch.device) -> Coder:
         self._require_tables()

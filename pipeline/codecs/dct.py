@@ -27,14 +27,7 @@ from numpy.typing import NDArray
 from scipy.fft import dct
 from torch import Tensor
 
-from teachercache.pipeline.codecs.calibrated import (
-    OUTLIER_ARRAYS,
-    QUANTISED_VALUES,
-    CalibratedCodec,
-    join,
-    row_blocks,
-)
-from teachercache.pipeline.codecs.codec import Encoded
+from teachercache.pipeline.codecs.calibrated import OUTLIER_ARRAYS, CalibratedCodec, Coder, row_blocks
 from teachercache.pipeline.codecs.lloyd_max import gaussian_distortion, gaussian_levels
 from teachercache.pipeline.codecs.normalisation import Hadamard
 from teachercache.pipeline.codecs.quantizer import (
@@ -88,9 +81,9 @@ class _Group:
     code_bytes: slice
 
 
-class _Coder:
+class _Coder(Coder):
     def __init__(self, tables: dict[str, Tensor], quantisation: Quantisation) -> None:
-        self.normalisation = Hadamard(tables)
+        super().__init__(Hadamard(tables))
         self.bases = tables["level_basis"], tables["row_basis"], tables["column_basis"]
         self.shape_SHW = tables["bits"].shape
         self.groups = self._groups(tables["bits"].flatten(), tables["levels"], quantisation)
@@ -107,7 +100,7 @@ class _Coder:
         return groups
 
     def require_shape(self, features_RSHWC: Tensor) -> None:
-        self.normalisation.require_shape(features_RSHWC)
+        super().require_shape(features_RSHWC)
         if features_RSHWC.shape[1:4] != self.shape_SHW:
             raise CodecError(
                 "This codec was calibrated on another grid.",
@@ -139,8 +132,8 @@ class _Coder:
         spectrum = _transform(divide_by_scales(tokens, token_scales), self.bases)
         return spectrum.flatten(1, 3), token_scales, *outliers
 
-    def decode(self, codes: Tensor, scales_RSHW: Tensor, token_scales_RSHW: Tensor, out: Tensor) -> None:
-        width = self.normalisation.width
+    def decode(self, *arrays: Tensor, out: Tensor) -> None:
+        (codes, scales_RSHW, token_scales_RSHW), width = arrays, self.normalisation.width
         scales_RN1 = scales_RSHW.flatten(1).float()[..., None]
         spectrum_RNC = scales_RN1.new_zeros(*scales_RN1.shape[:2], width)
         for group in self.groups:
@@ -155,7 +148,7 @@ class _Coder:
             out[:, level] = self.normalisation.inverse(tokens[:, level], scales, level)
 
 
-class GridDctCodec(CalibratedCodec[_Coder]):
+class GridDctCodec(CalibratedCodec):
     table_names = (*Hadamard.table_names, "level_basis", "row_basis", "column_basis", "bits", "levels")
     least_rows = 8  # fewer say too little about the mean squares by which it divides its bits
     trial_rows = 4, 6  # a table has an entry for every place of a map
@@ -204,33 +197,8 @@ class GridDctCodec(CalibratedCodec[_Coder]):
             "levels": torch.from_numpy(self.quantisation.levels()).float(),
         }
 
-    def _coder(self, tables: dict[str, Tensor]) -> _Coder:
+    def _coder(self, tables: dict[str, Tensor]) -> Coder:
         return _Coder(tables, self.quantisation)
-
-    @torch.no_grad()
-    def encode(self, features_RSHWC: Tensor) -> Encoded:
-        coder = self._on(features_RSHWC.device)
-        coder.require_shape(features_RSHWC)
-        with torch.autocast(features_RSHWC.device.type, enabled=False):
-            blocks = row_blocks(features_RSHWC, QUANTISED_VALUES)
-            parts = [coder.encode(features_RSHWC[rows]) for rows in blocks]
-            arrays = {name: join([part[name] for part in parts]) for name in parts[0]}
-        return Encoded(self, arrays)
-
-    @torch.no_grad()
-    def decode_tensors(
-        self, tensors: dict[str, Tensor], device: torch.device | str, dtype: torch.dtype
-    ) -> Tensor:
-        device = torch.device(device)
-        coder = self._on(device)
-        num_levels, width = coder.normalisation.levels, coder.normalisation.width
-        codes, scales, token_scales, *outliers = self._arrays_on(device, tensors, num_levels, width)
-        features_RSHWC = torch.empty(*scales.shape, width, dtype=dtype, device=device)
-        with torch.autocast(device.type, enabled=False):
-            for rows in row_blocks(features_RSHWC):
-                coder.decode(codes[rows], scales[rows], token_scales[rows], out=features_RSHWC[rows])
-            coder.normalisation.restore(features_RSHWC, *outliers)
-        return features_RSHWC
 
 
 def allocate_bits(

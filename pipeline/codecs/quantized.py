@@ -11,7 +11,6 @@ Shapes: R rows, S levels, H×W grid, C channels. docs/codecs.md states the bytes
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -21,14 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from teachercache.pipeline.codecs.calibrated import (
-    OUTLIER_ARRAYS,
-    QUANTISED_VALUES,
-    CalibratedCodec,
-    join,
-    row_blocks,
-)
-from teachercache.pipeline.codecs.codec import Encoded
+from teachercache.pipeline.codecs.calibrated import OUTLIER_ARRAYS, CalibratedCodec, Coder, join, row_blocks
 from teachercache.pipeline.codecs.lloyd_max import gaussian_levels
 from teachercache.pipeline.codecs.normalisation import Hadamard, Normalisation, PhiS, Standardise
 from teachercache.pipeline.codecs.packing import packed_width
@@ -67,7 +59,26 @@ SCHEMES = {  # by the suffix of the name
 }
 
 
-class QuantizedCodec(CalibratedCodec[tuple[Normalisation, TokenQuantizer]]):
+class _Coder(Coder):
+    def __init__(self, normalisation: Normalisation, quantizer: TokenQuantizer) -> None:
+        super().__init__(normalisation)
+        self.quantizer = quantizer
+
+    def encode(self, features_RSHWC: Tensor) -> dict[str, Tensor]:
+        split = [self.normalisation.split(features_RSHWC[rows]) for rows in row_blocks(features_RSHWC)]
+        tokens, *outliers = map(join, zip(*split, strict=True))
+        arrays = *self.quantizer.quantise(tokens), *outliers
+        return dict(zip(("codes", "scales", *OUTLIER_ARRAYS), arrays, strict=True))
+
+    def decode(self, *arrays: Tensor, out: Tensor) -> None:
+        codes, scales_RSHW = arrays
+        for level in range(self.normalisation.levels):
+            tokens = self.quantizer.dequantise(codes[:, level], self.normalisation.width)
+            scales = scales_RSHW[:, level, ..., None].float()
+            out[:, level] = self.normalisation.inverse(tokens, scales, level)
+
+
+class QuantizedCodec(CalibratedCodec):
     def __init__(self, name: str, bits: int, scheme: Scheme) -> None:
         super().__init__(name, bits, scheme.advised, scheme.reported)
         self.scheme = scheme
@@ -90,38 +101,5 @@ class QuantizedCodec(CalibratedCodec[tuple[Normalisation, TokenQuantizer]]):
         levels = torch.tensor(self.scheme.levels(self.bits), dtype=torch.float32)
         return self.scheme.normalisation.calibrate(features_RSHWC).tables | {"levels": levels}
 
-    def _coder(self, tables: dict[str, Tensor]) -> tuple[Normalisation, TokenQuantizer]:
-        return self.scheme.normalisation(tables), self.scheme.quantizer(tables["levels"])
-
-    @torch.no_grad()
-    def encode(self, features_RSHWC: Tensor) -> Encoded:
-        normalisation, quantizer = self._on(features_RSHWC.device)
-        normalisation.require_shape(features_RSHWC)
-        parts = []
-        with torch.autocast(features_RSHWC.device.type, enabled=False):
-            for block in row_blocks(features_RSHWC, QUANTISED_VALUES):
-                split = [
-                    normalisation.split(features_RSHWC[block][rows])
-                    for rows in row_blocks(features_RSHWC[block])
-                ]
-                tokens, *outliers = map(join, zip(*split, strict=True))
-                parts.append((*quantizer.quantise(tokens), *outliers))
-            arrays = [join(part) for part in zip(*parts, strict=True)]
-        return Encoded(self, dict(zip(("codes", "scales", *OUTLIER_ARRAYS), arrays, strict=True)))
-
-    @torch.no_grad()
-    def decode_tensors(
-        self, tensors: dict[str, Tensor], device: torch.device | str, dtype: torch.dtype
-    ) -> Tensor:
-        device = torch.device(device)
-        normalisation, quantizer = self._on(device)
-        num_levels, width = normalisation.levels, normalisation.width
-        codes, scales, *outliers = self._arrays_on(device, tensors, num_levels, width)
-        features_RSHWC = torch.empty(*scales.shape, width, dtype=dtype, device=device)
-        with torch.autocast(device.type, enabled=False):
-            for rows, level in itertools.product(row_blocks(features_RSHWC), range(num_levels)):
-                tokens = quantizer.dequantise(codes[rows, level], width)
-                scale = scales[rows, level, ..., None].float()
-                features_RSHWC[rows, level] = normalisation.inverse(tokens, scale, level)
-            normalisation.restore(features_RSHWC, *outliers)
-        return features_RSHWC
+    def _coder(self, tables: dict[str, Tensor]) -> Coder:
+        return _Coder(self.scheme.normalisation(tables), self.scheme.quantizer(tables["levels"]))
