@@ -73,8 +73,7 @@ def draw_jitter(jitter: StudentJitter, seed: int, sample_key: str, epoch: int) -
     """Brightness, contrast, saturation and hue of what the student sees at an epoch."""
     drawn = uniforms(seed, [f"jitter/{sample_key}"], np.array([epoch]), draws=4)[0, 0]
     strengths = np.array([jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue])
-    changes: list[float] = (np.array([1, 1, 1, 0]) + (2 * drawn - 1) * strengths).tolist()
-    return changes
+    return (np.array([1, 1, 1, 0]) + (2 * drawn - 1) * strengths).tolist()
 
 
 def draw_window(policy: ViewPolicy, seed: int, sample_key: str, epoch: int) -> tuple[int, int]:
@@ -101,8 +100,7 @@ def uniforms(
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     z ^= z >> np.uint64(31)
-    drawn: Floats = (z >> np.uint64(11)).astype(np.float64) * 2.0**-53
-    return drawn
+    return (z >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def _random_resized_crop(

@@ -17,8 +17,7 @@ _names: ContextVar[set[str] | None] = ContextVar("names", default=None)
 def _env(name: str, *default: str | None) -> str | None:
     if (names := _names.get()) is not None:
         names.add(name)
-    value: str | None = oc.env(name, *default)
-    return value
+    return oc.env(name, *default)
 
 
 # However deeply it is nested in other interpolations.

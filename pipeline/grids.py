@@ -157,8 +157,7 @@ def _gram_matrix(source: int, target: int) -> Tensor:
 
 
 def _inverse_gram_matrix(source: int, target: int) -> Tensor:
-    inverse: Tensor = torch.linalg.pinv(_gram_matrix(source, target), hermitian=True)
-    return inverse
+    return torch.linalg.pinv(_gram_matrix(source, target), hermitian=True)
 
 
 def made_once(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -170,8 +169,7 @@ def made_once(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         with torch.inference_mode(False):
             return cached(*arguments)
 
-    found: Callable[..., Tensor] = torch.compiler.assume_constant_result(find)
-    return found
+    return torch.compiler.assume_constant_result(find)
 
 
 @made_once

@@ -85,5 +85,4 @@ def _nearest(axis: _Axis, first: int) -> Tensor:
     """(the student's tokens of a window, those of a view), float64."""
     from_window = tent_weights(axis.places(first), axis.seen // axis.patch)
     from_view = interpolation_matrix(axis.stored // axis.patch, axis.tokens)[axis.tokens_in(first)]
-    nearest: Tensor = torch.linalg.pinv(from_window) @ from_view
-    return nearest
+    return torch.linalg.pinv(from_window) @ from_view

@@ -50,10 +50,7 @@ def build_student(
             expected=f"some of {', '.join(own)}",
             do="leave them out, or choose another kind",
         )
-    student: Student = _KINDS[kind](
-        stem, teacher_dims, image_size, tasks=tasks or {}, pretrained=pretrained, **options
-    )
-    return student
+    return _KINDS[kind](stem, teacher_dims, image_size, tasks=tasks or {}, pretrained=pretrained, **options)
 
 
 def load_student(source: str | os.PathLike[str], revision: str | None = None) -> Student:
@@ -61,5 +58,4 @@ def load_student(source: str | os.PathLike[str], revision: str | None = None) ->
     folder = find_saved(source, revision)
     kind = str(read_config(folder).get("kind"))
     require_known("student", kind, _KINDS)
-    student: Student = _KINDS[kind].from_pretrained(folder)
-    return student
+    return _KINDS[kind].from_pretrained(folder)

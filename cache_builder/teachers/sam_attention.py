@@ -56,8 +56,7 @@ class FoldedAttention(nn.Module):
         k = torch.cat([k, self.places.to(k.dtype).expand(*k.shape[:2], -1, -1)], dim=-1)
         q, widened = (F.pad(one, (0, k.shape[-1] - one.shape[-1])) for one in (q, v))
         heads_BnNd = F.scaled_dot_product_attention(q, k, widened, scale=self.scale)[..., : v.shape[-1]]
-        output_BHWD: Tensor = self.proj(heads_BnNd.transpose(1, 2).flatten(2).unflatten(1, grid))
-        return output_BHWD
+        return self.proj(heads_BnNd.transpose(1, 2).flatten(2).unflatten(1, grid))
 
 
 def fold_positions(model: Any, grid: Size) -> None:

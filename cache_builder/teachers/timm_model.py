@@ -53,8 +53,7 @@ def blank_model(model: str) -> Any:
 
 
 def native_size(model: str) -> Size:
-    size: Size = get_model_input_config(blank_model(model))["input_size"][-2:]
-    return size
+    return get_model_input_config(blank_model(model))["input_size"][-2:]
 
 
 def size_argument(model: str, image_size: Size) -> dict[str, Size]:

@@ -162,5 +162,4 @@ def _centred_gram(tokens_NC: Tensor) -> Tensor:
     gram_NN = (unit_NC @ unit_NC.T).fill_diagonal_(0)
     sums_N = gram_NN.sum(1)
     means_N = sums_N / (count - 2) - sums_N.sum() / (2 * (count - 1) * (count - 2))
-    centred_NN: Tensor = (gram_NN - means_N - means_N[:, None]).fill_diagonal_(0)
-    return centred_NN
+    return (gram_NN - means_N - means_N[:, None]).fill_diagonal_(0)

@@ -17,8 +17,7 @@ Standing = Literal["advised", "special", "experiment"]
 
 def torch_dtype(dtype: np.dtype) -> torch.dtype:
     """What holds an array of this dtype."""
-    found: torch.dtype = getattr(torch, dtype.name)
-    return found
+    return getattr(torch, dtype.name)
 
 
 class Codec(ABC):

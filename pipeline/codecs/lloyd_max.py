@@ -37,5 +37,4 @@ def gaussian_distortion(bits: int) -> float:
 def _cell_means(levels: NDArray[np.float64]) -> NDArray[np.float64]:
     edges = np.concatenate(([0.0], (levels[1:] + levels[:-1]) / 2, [np.inf]))
     probability = norm.sf(edges[:-1]) - norm.sf(edges[1:])
-    means: NDArray[np.float64] = (norm.pdf(edges[:-1]) - norm.pdf(edges[1:])) / probability
-    return means
+    return (norm.pdf(edges[:-1]) - norm.pdf(edges[1:])) / probability

@@ -44,8 +44,7 @@ def decode(codec: str, arrays: Arrays, tables: Arrays) -> Array:
     level_S1, places_RSK = np.arange(num_levels)[:, None], arrays["outlier_places"]
     mean_RSK, std_RSK = (table_SC[level_S1, places_RSK % width] for table_SC in (mean_SC, std_SC))
     np.put_along_axis(flat_RSn, places_RSK, mean_RSK + std_RSK * arrays["outlier_values"], 2)
-    features: Array = flat_RSn.reshape(tokens_RSHWC.shape)
-    return features
+    return flat_RSn.reshape(tokens_RSHWC.shape)
 
 
 def _rings(packed: Array, bits: int, width: int, table: Array) -> Array:
@@ -67,15 +66,13 @@ def _rings(packed: Array, bits: int, width: int, table: Array) -> Array:
             z[..., t] ^= before
         if t >= 6:
             z[..., t] ^= z[..., t - 6]
-    levels: Array = np.where(z, -a, a) * 2.0 ** (1 - bits)
-    return levels
+    return np.where(z, -a, a) * 2.0 ** (1 - bits)
 
 
 def _unpack(packed: Array, bits: int, width: int) -> Array:
     """A little-endian bit stream for each token: code i is bits i·b … i·b + b − 1, lowest first."""
     stream = np.unpackbits(packed, axis=-1, count=width * bits, bitorder="little")
-    codes: Array = stream.reshape(*packed.shape[:-1], width, bits) @ (1 << np.arange(bits))
-    return codes
+    return stream.reshape(*packed.shape[:-1], width, bits) @ (1 << np.arange(bits))
 
 
 def _dct(arrays: Arrays, tables: Arrays) -> Array:

@@ -133,8 +133,7 @@ class RingQuantizer(TokenQuantizer):
         v = (a * 0.5 - 0.25).to(torch.int8)
         sums = F.pad(_sum_of_taps(v), (0, -width % MEMORY)).unflatten(-1, (-1, MEMORY))
         z = sums.cumsum(-2, dtype=torch.int8).flatten(-2)[..., :width] & 1
-        levels: Tensor = a * (self.step - 2 * self.step * z)
-        return levels
+        return a * (self.step - 2 * self.step * z)
 
 
 def _places_of_byte() -> Tensor:

@@ -292,8 +292,7 @@ class Manifest:
     def quarantine_source(self, shard: int) -> str | None:
         """The `source_checksum` of a shard's quarantine list; None in older ones."""
         *_, end = self._read(quarantine_name(shard)).splitlines()
-        checksum: str | None = from_json(end).get("source_checksum")
-        return checksum
+        return from_json(end).get("source_checksum")
 
     def _read(self, name: str) -> bytes:
         """A sealed file of records. Raises `CacheError` for any damage."""

@@ -22,8 +22,7 @@ class SampleTable:
         return self._manifest.samples(self._spec)
 
     def key(self, sample_index: int) -> str:
-        key: str = self.table["key"][sample_index].as_py()
-        return key
+        return self.table["key"][sample_index].as_py()
 
     def find(self, key: str) -> int:
         """The index of the sample with this key. Raises `KeyError` naming the nearest keys."""

@@ -115,8 +115,7 @@ def table_line(file: IO[bytes], index: int) -> dict[str, Any]:
     table, group = pq.ParquetFile(file), 0
     while index >= (lines := table.metadata.row_group(group).num_rows):
         index, group = index - lines, group + 1
-    line: dict[str, Any] = table.read_row_group(group).slice(index, 1).to_pylist()[0]
-    return line
+    return table.read_row_group(group).slice(index, 1).to_pylist()[0]
 
 
 def table_bytes(table: pa.Table) -> bytes:

@@ -70,8 +70,7 @@ def with_unique_keys(table: pa.Table) -> pa.Table:
 
 def _codes(keys: pa.ChunkedArray) -> NDArray[np.int32]:
     """A number for each key, the same for equal keys."""
-    codes: NDArray[np.int32] = keys.combine_chunks().dictionary_encode().indices.to_numpy()
-    return codes
+    return keys.combine_chunks().dictionary_encode().indices.to_numpy()
 
 
 def _shared(keys: pa.ChunkedArray) -> NDArray[np.bool_]:

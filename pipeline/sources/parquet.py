@@ -154,10 +154,7 @@ def _open(url: str, path: str) -> pq.ParquetFile:
 
 
 def _batches(file: pq.ParquetFile, group: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
-    batches: Iterator[pa.RecordBatch] = file.iter_batches(
-        _ROWS_PER_BATCH, row_groups=[group], columns=columns, use_threads=False
-    )
-    return batches
+    return file.iter_batches(_ROWS_PER_BATCH, row_groups=[group], columns=columns, use_threads=False)
 
 
 @lru_cache(_FOOTERS_KEPT)

@@ -26,8 +26,7 @@ def dataset_class(kind: str) -> type[LabelledDataset]:
     """Raises `RecipeError` for a kind that is not in `DATASETS`."""
     require_known("data set", kind, DATASETS)
     module, name = _CLASSES[kind]
-    dataset: type[LabelledDataset] = getattr(import_module(module), name)
-    return dataset
+    return getattr(import_module(module), name)
 
 
 def open_dataset(kind: str, root: str | os.PathLike[str], split: str = "train") -> LabelledDataset:

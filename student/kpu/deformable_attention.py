@@ -84,8 +84,7 @@ class DeformableAttention(nn.Module):
             weights_GQP = weights_BQMSP[:, :, :, i].transpose(1, 2).flatten(0, 1)
             gathered_GdQ.append((samples_GdQP * weights_GQP[:, None]).sum(-1))
         gathered_BEQ = torch.stack(gathered_GdQ).sum(0).view(len(queries_BQD), values_BNE.shape[-1], -1)
-        output_BQD: Tensor = self.output(gathered_BEQ.transpose(1, 2))
-        return output_BQD
+        return self.output(gathered_BEQ.transpose(1, 2))
 
 
 @made_once

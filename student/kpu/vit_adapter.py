@@ -88,8 +88,7 @@ class ViTAdapter(nn.Module):
             if scale == 0:
                 map_BDhw = self.up(map_BDhw)[:, :, :height, :width] + prior_BDhw[0]
             (stem_BDhw,) = _maps(taps_BnD[scale], stem_grids)
-            normed_BDhw: Tensor = self.norms[scale](map_BDhw + upsample(stem_BDhw, (height, width)))
-            return normed_BDhw
+            return self.norms[scale](map_BDhw + upsample(stem_BDhw, (height, width)))
 
         return last_BND, [output(scale) for scale in scales]
 
@@ -155,8 +154,7 @@ class Extractor(nn.Module):
     def forward(self, tokens_BND: Tensor, map_grids: Grids, patches_BnD: Tensor, stem_grids: Grids) -> Tensor:
         queries_BND, features_BnD = self.query_norm(tokens_BND), self.feature_norm(patches_BnD)
         tokens_BND = tokens_BND + self.attention(queries_BND, map_grids, features_BnD, stem_grids)
-        output_BND: Tensor = tokens_BND + self.ffn(self.ffn_norm(tokens_BND), map_grids)
-        return output_BND
+        return tokens_BND + self.ffn(self.ffn_norm(tokens_BND), map_grids)
 
 
 class ConvFFN(nn.Module):
@@ -171,8 +169,7 @@ class ConvFFN(nn.Module):
     def forward(self, tokens_BND: Tensor, grids: Grids) -> Tensor:
         maps_BDhw = _maps(self.enter(tokens_BND), grids)
         hidden_BNE = torch.cat([_tokens(self.depthwise(map_BDhw)) for map_BDhw in maps_BDhw], dim=1)
-        output_BND: Tensor = self.leave(F.gelu(hidden_BNE))
-        return output_BND
+        return self.leave(F.gelu(hidden_BNE))
 
 
 def _tokens(map_BDhw: Tensor) -> Tensor:

@@ -73,8 +73,7 @@ class CachedTeacherFeatures:
 
     @property
     def labels(self) -> Sequence[str | None]:
-        labels: list[str | None] = self.cache.samples["label"].take(self._samples).to_pylist()
-        return labels
+        return self.cache.samples["label"].take(self._samples).to_pylist()
 
     def read(self, numbers: Sequence[int]) -> Tensor:
         starts = range(0, len(numbers), self._batch_size)

@@ -125,13 +125,11 @@ def _bytes(classes_HW: NDArray) -> NDArray:
 
 
 def _share(probability_HW: NDArray) -> NDArray:
-    pixels: NDArray = np.rint(255 * probability_HW).astype(np.uint8)
-    return pixels
+    return np.rint(255 * probability_HW).astype(np.uint8)
 
 
 def _millimetres(depth_HW: NDArray) -> NDArray:
-    pixels: NDArray = np.rint(1000 * depth_HW).clip(0, 65535).astype(np.uint16)
-    return pixels
+    return np.rint(1000 * depth_HW).clip(0, 65535).astype(np.uint16)
 
 
 def _miou(channels: int, *_: object) -> MeanIoU:

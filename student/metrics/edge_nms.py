@@ -21,8 +21,7 @@ def triangle_filter(image_HW: Floats, radius: int) -> Floats:
     rising = np.arange(1, radius + 1)
     weights = np.concatenate([rising, [radius + 1], rising[::-1]]) / (radius + 1) ** 2
     rows_filtered = ndimage.correlate1d(image_HW, weights, axis=0, mode="reflect")
-    filtered_HW: Floats = ndimage.correlate1d(rows_filtered, weights, axis=1, mode="reflect")
-    return filtered_HW
+    return ndimage.correlate1d(rows_filtered, weights, axis=1, mode="reflect")
 
 
 def edge_nms(probability_HW: npt.ArrayLike, radius: int = 4) -> Floats:

@@ -120,8 +120,7 @@ class Amalgam(Student):
         assert self.stem is not None
         tokens_BND = self.stem(pixels_B3HW)
         levels = torch.stack([tokens_BND[block] for block in self.stem.level_depths], dim=1)
-        maps_BShwD: Tensor = levels[:, :, self.stem.num_prefix_tokens :].unflatten(2, self.stem.grid)
-        return maps_BShwD
+        return levels[:, :, self.stem.num_prefix_tokens :].unflatten(2, self.stem.grid)
 
     def _teacher_maps(self, name: str, features_BSHWC: Tensor) -> Tensor:
         """(B, S, H, W, D), on the grid of the features."""

@@ -39,8 +39,7 @@ class SimpleHead(nn.Module):
             upsample(linear(map_BChw.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), self.size)
             for linear, map_BChw in zip(self.linears, levels_BChw, strict=True)
         ]
-        prediction_BCHW: Tensor = self.predict(self.fuse(torch.cat(reduced_BCHW, dim=1)))
-        return prediction_BCHW
+        return self.predict(self.fuse(torch.cat(reduced_BCHW, dim=1)))
 
 
 class UPerHead(nn.Module):
@@ -80,8 +79,7 @@ class UPerHead(nn.Module):
             pyramid[level] = pyramid[level] + upsample(pyramid[level + 1], self.sizes[level])
         smoothed = [smooth(map_) for smooth, map_ in zip(self.smooth, pyramid[:-1], strict=True)]
         together = [upsample(map_, self.sizes[0]) for map_ in (*smoothed, pyramid[-1])]
-        prediction_BCHW: Tensor = self.predict(self.fuse(torch.cat(together, dim=1)))
-        return prediction_BCHW
+        return self.predict(self.fuse(torch.cat(together, dim=1)))
 
     def _with_context(self, map_BChw: Tensor) -> Tensor:
         size = self.sizes[-1]
@@ -89,8 +87,7 @@ class UPerHead(nn.Module):
             upsample(conv(F.adaptive_avg_pool2d(map_BChw, pooled_size)), size)
             for conv, pooled_size in zip(self.pools, self.pooled_sizes, strict=True)
         ]
-        context_BChw: Tensor = self.context(torch.cat([map_BChw, *pooled], dim=1))
-        return context_BChw
+        return self.context(torch.cat([map_BChw, *pooled], dim=1))
 
 
 def _conv(channels_in: int, channels_out: int, kernel: int) -> nn.Sequential:

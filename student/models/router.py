@@ -36,5 +36,4 @@ class Router(nn.Module):
         logits_BE, deviation_BE = self.mlp(stem_tokens_BnD).mean(dim=1).chunk(2, dim=-1)
         if self.training:
             logits_BE = logits_BE + torch.randn_like(logits_BE) * F.softplus(deviation_BE)
-        gates_BE: Tensor = logits_BE.softmax(dim=-1)
-        return gates_BE
+        return logits_BE.softmax(dim=-1)

@@ -138,8 +138,7 @@ def _cube(o: Floats, d: Floats, stem: float) -> Floats:
 
 
 def _room(o: Floats, d: Floats, stem: float) -> Floats:
-    leave: Floats = _slabs(o, d)[1].min(-1)
-    return leave
+    return _slabs(o, d)[1].min(-1)
 
 
 def _slabs(o: Floats, d: Floats) -> tuple[Floats, Floats]:
@@ -172,8 +171,7 @@ def _capsule(o: Floats, d: Floats, stem: float) -> Floats:
 
 
 def _plane(o: Floats, d: Floats, stem: float) -> Floats:
-    t: Floats = -o[1] / d[..., 1]
-    return t
+    return -o[1] / d[..., 1]
 
 
 _INTERSECT: dict[Shape, Callable[[Floats, Floats, float], Floats]] = {
@@ -210,5 +208,4 @@ def _normals(shape: Shape, p_N3: Floats, stem: float) -> Floats:
 def _faces(n_N3: Floats) -> NDArray[np.int64]:
     """The face of a room, among -x, x, -y, y, -z, z, that an inward normal belongs to."""
     axis_N = np.abs(n_N3).argmax(1)
-    faces: NDArray[np.int64] = 2 * axis_N + (n_N3[np.arange(len(n_N3)), axis_N] < 0)
-    return faces
+    return 2 * axis_N + (n_N3[np.arange(len(n_N3)), axis_N] < 0)

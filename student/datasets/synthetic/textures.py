@@ -112,8 +112,7 @@ def _hash(i_N: Floats, j_N: Floats, seed: int) -> Floats:
     x ^= j_N.astype(np.int64).astype(np.uint32) * np.uint32(0x85EBCA77) + np.uint32(seed & 0xFFFFFFFF)
     x = (x ^ (x >> np.uint32(15))) * np.uint32(0x2C1B3C6D)
     x = (x ^ (x >> np.uint32(12))) * np.uint32(0x297A2D39)
-    values: Floats = (x ^ (x >> np.uint32(15))) * 2.0**-32
-    return values
+    return (x ^ (x >> np.uint32(15))) * 2.0**-32
 
 
 def _on_face(points_N3: Floats, normals_N3: Floats) -> tuple[Floats, Floats]:
