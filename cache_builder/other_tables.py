@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 from teachercache.cache_builder.calibrate import Calibration
 from teachercache.pipeline.codecs import get_codec
@@ -48,14 +48,10 @@ def _differences(other: CacheSpec, teachers: Mapping[str, TeacherSpec]) -> Itera
     for name, ours in teachers.items():
         theirs = other.teachers.get(name)
         if theirs is None:
-            yield f"teachers.{name}: that cache has {_listed(other.teachers)}"
+            yield f"teachers.{name}: that cache has {', '.join(other.teachers) or 'no teacher'}"
             continue
         for field in TeacherSpec.model_fields.keys() - {"checkpoint"}:
             here, there = getattr(ours, field), getattr(theirs, field)
             unknown = here is None and field in ("weights_hash", "tables_hash")
             if here != there and not unknown:
                 yield f"teachers.{name}.{field}: {there!r} there, {here!r} here"
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(names) or "no teacher"

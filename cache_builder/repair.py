@@ -8,7 +8,7 @@ determine the tables. Nothing determines `cache.json` and the codecs' tables; th
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -53,7 +53,7 @@ def repair(
     cache.storage.sweep()
     problems = verify(cache, full=True, progress=progress)
     reasons: dict[Problem, str] = {}
-    for problem in _in_order(problems):
+    for problem in sorted(problems, key=lambda one: one.file != SAMPLES_NAME):  # views are drawn for samples
         if problem.shard is not None:
             continue
         try:
@@ -68,11 +68,6 @@ def repair(
         mended=[problem for problem in problems if problem not in reasons],
         left=[replace(problem, reason=reason) for problem, reason in reasons.items()],
     )
-
-
-def _in_order(problems: Iterable[Problem]) -> list[Problem]:
-    """Sorted with the sample table first, since views are drawn for samples."""
-    return sorted(problems, key=lambda problem: problem.file != SAMPLES_NAME)
 
 
 def _rebuild(cache: FeatureCache, problem: Problem) -> None:

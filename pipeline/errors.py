@@ -87,11 +87,7 @@ class TeacherCacheError(Exception):
         return str(self.args[0])
 
     def __reduce__(self) -> tuple[object, ...]:  # errors cross process borders (Ray) as plain text
-        return (_rebuild, (type(self), str(self.args[0])))
-
-
-def _rebuild(kind: type[TeacherCacheError], text: str) -> TeacherCacheError:
-    return kind(text)
+        return type(self), (str(self.args[0]),)
 
 
 class RecipeError(TeacherCacheError, ValueError):
@@ -196,11 +192,7 @@ class StorageError(TeacherCacheError, OSError):
     Its `errno` is always EIO: the system failed, not the content of a file.
     """
 
-    def __init__(
-        self, problem: str, *, got: object = None, expected: object = None, do: str | None = None
-    ) -> None:
-        super().__init__(problem, got=got, expected=expected, do=do)
-        self.errno = errno.EIO
+    errno = errno.EIO
 
 
 class BuildError(TeacherCacheError):

@@ -120,11 +120,6 @@ def matrix(values: NDArray, names: Sequence[str]) -> str:
     return f'<div class="scroll"><table class="matrix"><tr><th></th>{head}</tr>{"".join(lines)}</table></div>'
 
 
-def _plain(text: str) -> str:
-    """A name may hold a $, which would start a formula."""
-    return text.replace("$", r"\$")
-
-
 def number(value: float, _: object = None) -> str:
     """0.05, 20, or 2·10⁻⁶."""
     if 1e-3 <= value < 1e5:
@@ -148,7 +143,8 @@ def _chart(draw: Callable[[Axes], None]) -> str:
         figure = Figure(figsize=(5.2, 2.9), layout="constrained")
         axes = figure.subplots()
         draw(axes)
-        names = [_plain(str(name)) for name in axes.get_legend_handles_labels()[1]]
+        labels = axes.get_legend_handles_labels()[1]
+        names = [str(label).replace("$", r"\$") for label in labels]  # a $ would start a formula
         columns = -(-len(names) // _LEGEND_LINES)
         figure.set_figwidth(figure.get_figwidth() + 1.6 * max(columns - 1, 0))
         figure.legend(labels=names, loc="outside right upper", ncols=columns)  # where no line can be

@@ -179,7 +179,10 @@ def evaluate(
     numbers = range(len(dataset.keys))[:max_images]
     mine = numbers[state.process_index :: state.num_processes]
     with ExitStack() as stack:
-        executor = stack.enter_context(_processes(boundary_processes)) if boundary_processes else None
+        executor = None
+        if boundary_processes:
+            pool = ProcessPoolExecutor(boundary_processes, mp_context=get_context("spawn"))
+            executor = stack.enter_context(pool)
         metrics = {
             task: TASK_OUTPUTS[task].new_metric(dataset.tasks[task], dataset.boundary_distance, executor)
             for task in tasks
@@ -377,10 +380,6 @@ def _write(
     if evaluation.gates:
         gates = {task: np.array(gates_SE) for task, gates_SE in evaluation.gates.items()}
         gate_figure(gates, experts).savefig(folder / "gates.png")
-
-
-def _processes(count: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(count, mp_context=get_context("spawn"))
 
 
 def _progress(enabled: bool) -> Progress:
