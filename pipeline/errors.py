@@ -31,8 +31,9 @@ A message says what was got, what was expected and what to do: `explain()` gives
 
 from __future__ import annotations
 
+import difflib
 import errno
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 _ROOM = "a place with room for what is still to be written"
@@ -96,6 +97,24 @@ class RecipeError(TeacherCacheError, ValueError):
 
 class ArgumentError(TeacherCacheError, ValueError):
     """Arguments of a call in Python that do not fit it or each other."""
+
+
+def require_known(
+    what: str,
+    name: str,
+    known: Collection[str],
+    do: str | None = None,
+    error: type[TeacherCacheError] = RecipeError,
+) -> None:
+    """Raise `error`, with the nearest known name or else what to `do`, unless `name` is known."""
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 1)
+        raise error(
+            f"There is no {what} of this name.",
+            got=name,
+            expected=f"one of {', '.join(known)}",
+            do=f"did you mean {near[0]}?" if near else do,
+        )
 
 
 class Problems(list[TeacherCacheError]):

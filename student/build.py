@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from inspect import signature
 from typing import Any
 
-from teachercache.pipeline.errors import RecipeError
+from teachercache.pipeline.errors import RecipeError, require_known
 from teachercache.pipeline.records.strict import Size
 from teachercache.student.kpu.model import KPU
 from teachercache.student.models.amalgam import Amalgam
-from teachercache.student.models.student import Student, find_saved, read_config, require_known
+from teachercache.student.models.student import Student, find_saved, read_config
 from teachercache.student.sak.model import SAK
 
 _KINDS: dict[str, Any] = {one.kind: one for one in (SAK, KPU, Amalgam)}

@@ -8,7 +8,6 @@ rows of two specs never mix in one cache, and it stays the same when the cache g
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Sequence
 from typing import Any, Literal, Self
@@ -23,7 +22,7 @@ from pydantic import (
     model_validator,
 )
 
-from teachercache.pipeline.errors import CacheError
+from teachercache.pipeline.errors import CacheError, require_known
 from teachercache.pipeline.records.strict import Size, Strict
 from teachercache.pipeline.records.view_policy import ViewPolicy
 
@@ -207,14 +206,8 @@ class CacheSpec(Strict):
         """`teachers`, or all of them. Raises `CacheError` for a name that such a cache does not hold."""
         names = list(self.teachers if teachers is None else teachers)
         for name in names:
-            if name not in self.teachers:
-                near = difflib.get_close_matches(name, self.teachers, 1)
-                raise CacheError(
-                    "This cache holds no teacher of that name.",
-                    got=name,
-                    expected=f"one of {', '.join(self.teachers)}",
-                    do=f"did you mean {near[0]}?" if near else "add the teacher with `teachercache build`",
-                )
+            do = "add the teacher with `teachercache build`"
+            require_known("cached teacher", name, self.teachers, do, CacheError)
         return names
 
     def shard_segment(self, shard: int) -> Segment:

@@ -13,7 +13,7 @@ import os
 from itertools import islice
 from posixpath import basename, splitext
 
-from teachercache.pipeline.errors import RecipeError, SourceError
+from teachercache.pipeline.errors import SourceError, require_known
 from teachercache.pipeline.records.tables import SAMPLE_SCHEMA, dataset_fingerprint
 from teachercache.pipeline.sources.decode import MAX_PIXELS, decode_image
 from teachercache.pipeline.sources.ilsvrc import ILSVRCSource
@@ -50,13 +50,8 @@ def open_source(location: str | os.PathLike[str], kind: str = "auto") -> Source:
 
     Raises `SourceNotFoundError`, `EmptySourceError`, and `SourceError` when the kind is ambiguous.
     """
-    if kind != "auto" and kind not in _SOURCES:
-        raise RecipeError(
-            "There is no source of this kind.",
-            got=repr(kind),
-            expected=f"auto, or one of {', '.join(_SOURCES)}",
-            do="leave it at auto, which looks at the files",
-        )
+    do = "leave it at auto, which looks at the files"
+    require_known("kind of source", kind, ["auto", *_SOURCES], do)
     place = Place.at(location)
     return _SOURCES[_look(place) if kind == "auto" else kind](place)
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 import os
 from importlib import import_module
 
+from teachercache.pipeline.errors import require_known
 from teachercache.student.datasets.labelled_dataset import Finding, LabelledDataset, check_folder
-from teachercache.student.models.student import require_known
 
 _CLASSES = {
     "pascal_context": ("teachercache.student.datasets.pascal_context", "PascalContext"),

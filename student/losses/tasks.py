@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from teachercache.pipeline.errors import ArgumentError
+from teachercache.pipeline.errors import ArgumentError, require_known
 from teachercache.student.metrics.dense import IGNORE_INDEX
-from teachercache.student.models.student import require_known
 
 BOUNDARY_WEIGHT = 0.95  # for boundary pixels; the others weigh 1 - 0.95
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from teachercache.pipeline.errors import RecipeError
+from teachercache.pipeline.errors import RecipeError, require_known
 from teachercache.pipeline.grids import upsample
 from teachercache.pipeline.records.strict import Size
 from teachercache.student.datasets import LabelledDataset
@@ -24,7 +24,7 @@ from teachercache.student.measuring.evaluate import batches, process_state
 from teachercache.student.measuring.paper_results import DEPTH_PROBES
 from teachercache.student.metrics import RMSE
 from teachercache.student.models.stem import Stem
-from teachercache.student.models.student import NUM_LEVELS, Student, require_known
+from teachercache.student.models.student import NUM_LEVELS, Student
 from teachercache.student.sak.model import SAK
 from teachercache.student.training.schedule import cosine_with_warmup
 

@@ -11,7 +11,7 @@ import json
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -198,18 +198,6 @@ class Student(nn.Module, ABC):
                 do="copy or download the folder again",
             ) from error
         return student.eval()
-
-
-def require_known(what: str, name: str, known: Collection[str]) -> None:
-    """Raise `RecipeError`, with the nearest known name, unless `name` is known."""
-    if name not in known:
-        near = difflib.get_close_matches(name, known, 1)
-        raise RecipeError(
-            f"There is no {what} of this name.",
-            got=name,
-            expected=f"one of {', '.join(known)}",
-            do=f"did you mean {near[0]}?" if near else None,
-        )
 
 
 def check_names(what: str, names: Iterable[str]) -> None:

@@ -12,12 +12,12 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from teachercache.pipeline.errors import RecipeError
+from teachercache.pipeline.errors import RecipeError, require_known
 from teachercache.pipeline.grids import upsample
 from teachercache.pipeline.records.strict import Size
 from teachercache.student.models.heads import HEADS
 from teachercache.student.models.router import Router
-from teachercache.student.models.student import NUM_LEVELS, require_known
+from teachercache.student.models.student import NUM_LEVELS
 
 Fusion = Literal["mor", "sum", "concat"]
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from teachercache.pipeline.errors import RecipeError
+from teachercache.pipeline.errors import RecipeError, require_known
 from teachercache.pipeline.records.strict import Size
 from teachercache.student.models.stem import Stem
 from teachercache.student.models.student import (
@@ -25,7 +25,6 @@ from teachercache.student.models.student import (
     StudentOutput,
     check_names,
     count_by_part,
-    require_known,
     require_teachers,
 )
 from teachercache.student.models.task_decoder import TaskDecoder

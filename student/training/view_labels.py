@@ -9,14 +9,13 @@ import xxhash
 from torch import Tensor
 
 from teachercache.pipeline.cache import FeatureCache
-from teachercache.pipeline.errors import CacheMismatchError, RecipeError
+from teachercache.pipeline.errors import CacheMismatchError, RecipeError, require_known
 from teachercache.pipeline.loading.batch_memory import TensorLayout
 from teachercache.pipeline.sources import decode_image
 from teachercache.pipeline.sources.decode import HEAD_BYTES
 from teachercache.pipeline.views import View
 from teachercache.student.datasets import dataset_class, open_dataset
 from teachercache.student.datasets.labels import render_labels
-from teachercache.student.models.student import require_known
 from teachercache.student.training.train_recipe import MultiTaskRecipe
 
 
