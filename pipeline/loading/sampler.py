@@ -12,7 +12,7 @@ the shards, then the samples within windows of `window_shards` consecutive shard
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -88,13 +88,6 @@ class ShardShuffleSampler:
     def num_samples(self) -> int:
         """Samples of one epoch."""
         return int(self._samples.size)
-
-    def batches(self, start_step: int = 0) -> Iterator[Ints]:
-        """This rank's rows of global batch `start_step`, `start_step + 1`, … without end."""
-        step = start_step
-        while True:
-            yield self.batch(step)
-            step += 1
 
     def batch(self, step: int) -> Ints:
         """This rank's rows of one global batch, at the cost of the windows it touches."""

@@ -13,7 +13,7 @@ import os
 from itertools import islice
 from posixpath import basename, splitext
 
-from teachercache.pipeline.errors import SourceError, require_known
+from teachercache.pipeline.errors import RecipeError, SourceError
 from teachercache.pipeline.records.tables import SAMPLE_SCHEMA, dataset_fingerprint
 from teachercache.pipeline.sources.decode import MAX_PIXELS, decode_image
 from teachercache.pipeline.sources.ilsvrc import ILSVRCSource
@@ -41,17 +41,18 @@ _FILES_LOOKED_AT = 10_000
 _TARS_LOOKED_AT = 8
 
 
-def source_kinds() -> list[str]:
-    return list(_SOURCES)
-
-
 def open_source(location: str | os.PathLike[str], kind: str = "auto") -> Source:
     """The images at a folder, file, pattern or fsspec URL; "auto" looks at the files to detect the kind.
 
     Raises `SourceNotFoundError`, `EmptySourceError`, and `SourceError` when the kind is ambiguous.
     """
-    do = "leave it at auto, which looks at the files"
-    require_known("kind of source", kind, ["auto", *_SOURCES], do)
+    if kind != "auto" and kind not in _SOURCES:
+        raise RecipeError(
+            "There is no source of this kind.",
+            got=repr(kind),
+            expected=f"auto, or one of {', '.join(_SOURCES)}",
+            do="leave it at auto, which looks at the files",
+        )
     place = Place.at(location)
     return _SOURCES[_look(place) if kind == "auto" else kind](place)
 
@@ -95,5 +96,4 @@ __all__ = [
     "decode_image",
     "left_out_line",
     "open_source",
-    "source_kinds",
 ]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
@@ -23,7 +23,6 @@ from teachercache.student.models.student import (
     Student,
     StudentOutput,
     check_names,
-    count_by_part,
     require_teachers,
 )
 
@@ -49,6 +48,17 @@ class KPU(Student):
     """
 
     kind = "kpu"
+    PARTS: ClassVar = {
+        "stem": r"stem\.",
+        "spatial prior": r"vit_adapter\.prior\.",
+        "injectors": r"vit_adapter\.injectors\.",
+        "extractors": r"vit_adapter\.extractors\.",
+        "maps": r"vit_adapter\.(up|norms|scale_embedding)",
+        "norm": r"norm\.",
+        "h_s2t": r"latent_space\.s2t\.",
+        "h_t2s": r"latent_space\.t2s\.",
+        "h_rec": r"latent_space\.rec\.",
+    }
     num_levels = 1
     for_distillation = frozenset({"h_t2s", "h_rec"})
 
@@ -145,12 +155,6 @@ class KPU(Student):
         feature_maps = {name: [features.map] for name, features in self.project(pixels_B3HW).items()}
         return StudentOutput(feature_maps, {}, {}) if full else feature_maps
 
-    def keep_levels(self, teacher: str, count: int) -> None:
-        """Nothing to exclude: only one level is compared."""
-
-    def parameters_by_part(self) -> dict[str, int]:
-        return count_by_part(self, _PARTS)
-
     @property
     def _grids(self) -> dict[str, Size]:
         return {name: (height, width) for name, (height, width) in self.config["teacher_grids"].items()}
@@ -179,19 +183,6 @@ class KPU(Student):
             tokens_BND, maps_BDhw = self.vit_adapter(self.stem, pixels_B3HW, scales)
         image_BD = tokens_BND[:, 0] if self.stem.has_class_token else tokens_BND[:, prefix:].mean(1)
         return ImageRepresentation(self.norm(image_BD), maps_BDhw)
-
-
-_PARTS = {
-    "stem": r"stem\.",
-    "spatial prior": r"vit_adapter\.prior\.",
-    "injectors": r"vit_adapter\.injectors\.",
-    "extractors": r"vit_adapter\.extractors\.",
-    "maps": r"vit_adapter\.(up|norms|scale_embedding)",
-    "norm": r"norm\.",
-    "h_s2t": r"latent_space\.s2t\.",
-    "h_t2s": r"latent_space\.t2s\.",
-    "h_rec": r"latent_space\.rec\.",
-}
 
 
 def _require_grids(teacher_dims: Mapping[str, int], teacher_grids: Mapping[str, Size]) -> None:

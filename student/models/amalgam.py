@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,12 @@ class Amalgam(Student):
     """
 
     kind = "amalgam"
+    PARTS: ClassVar = {
+        "stem": r"stem\.",
+        "aligners": r"aligners\.",
+        "routers": r"decoder\.routers\.",
+        "heads": r"decoder\.heads\.",
+    }
     reads_features = True
 
     def __init__(
@@ -103,17 +110,6 @@ class Amalgam(Student):
         levels_SBEnD = torch.stack(experts_EBSnD, dim=2).unbind(1)
         predictions, gates = self.decoder(levels_SBEnD, grid)
         return StudentOutput({}, predictions, gates) if full else predictions
-
-    def keep_levels(self, teacher: str, count: int) -> None:
-        """Nothing is distilled here."""
-
-    def parameters_by_part(self) -> dict[str, int]:
-        parts = {"stem": self.stem, "aligners": self.aligners}
-        parts |= {"routers": self.decoder.routers, "heads": self.decoder.heads}
-        return {
-            name: sum(parameter.numel() for parameter in part.parameters()) if part else 0
-            for name, part in parts.items()
-        }
 
     def _stem_maps(self, pixels_B3HW: Tensor) -> Tensor:
         """(B, S, h, w, D), on the grid of the stem."""

@@ -72,6 +72,7 @@ class Student(nn.Module, ABC):
     """
 
     kind: ClassVar[str]
+    PARTS: ClassVar[Mapping[str, str]]  # by name, the pattern of their parameters' names
     num_levels: ClassVar[int] = NUM_LEVELS  # maps per teacher
     for_distillation: ClassVar[frozenset[str]] = frozenset()  # parts that predictions do not need
     reads_features: ClassVar[bool] = False  # whether `forward` also takes the teachers' features
@@ -141,13 +142,16 @@ class Student(nn.Module, ABC):
                 )
             modules[part].requires_grad_(False)
 
-    @abstractmethod
     def keep_levels(self, teacher: str, count: int) -> None:
-        """Exclude from training what only distillation needs for levels before the last `count`."""
+        """Exclude from training what only distillation needs for levels before the last `count`, if any."""
 
-    @abstractmethod
     def parameters_by_part(self) -> dict[str, int]:
-        """The number of parameters of each part; the parts add up to the whole."""
+        """The number of parameters of each of `PARTS`; one pattern matches each, so they are the whole."""
+        counts = dict.fromkeys(self.PARTS, 0)
+        for name, parameter in self.named_parameters():
+            (part,) = (part for part, pattern in self.PARTS.items() if re.match(pattern, name))
+            counts[part] += parameter.numel()
+        return counts
 
     @property
     def num_parameters(self) -> int:
@@ -215,15 +219,6 @@ def check_names(what: str, names: Iterable[str]) -> None:
 def require_teachers(teacher_dims: Mapping[str, int]) -> None:
     if not teacher_dims:
         raise RecipeError("A student needs a teacher.", got="none", expected="one or more", do="name them")
-
-
-def count_by_part(model: nn.Module, patterns: Mapping[str, str]) -> dict[str, int]:
-    """The number of parameters of each part, by its pattern; exactly one pattern matches each name."""
-    counts = dict.fromkeys(patterns, 0)
-    for name, parameter in model.named_parameters():
-        (part,) = (part for part, pattern in patterns.items() if re.match(pattern, name))
-        counts[part] += parameter.numel()
-    return counts
 
 
 def find_saved(source: str | os.PathLike[str], revision: str | None = None) -> Path:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,6 @@ from teachercache.student.models.student import (
     Student,
     StudentOutput,
     check_names,
-    count_by_part,
     require_teachers,
 )
 from teachercache.student.models.task_decoder import TaskDecoder
@@ -51,6 +50,14 @@ class SAK(Student):
     """
 
     kind = "sak"
+    PARTS: ClassVar = {
+        "stem": r"stem\.",
+        "adapter paths": r"paths\.[^.]+\.adapters\.",
+        "output norms": r"paths\.[^.]+\.output_norms\.",
+        "aligners": r"paths\.[^.]+\.aligners\.",
+        "routers": r"decoder\.routers\.",
+        "heads": r"decoder\.heads\.",
+    }
     for_distillation = frozenset({"aligners"})
     paths: Any  # a ModuleDict of AdapterPath or AlignerPath, which its type cannot express
     decoder: TaskDecoder | None
@@ -165,9 +172,6 @@ class SAK(Student):
             for layer in layers[: len(layers) - count]:
                 layer.requires_grad_(False)
 
-    def parameters_by_part(self) -> dict[str, int]:
-        return count_by_part(self, _PARTS)
-
     def _new_path(self, teacher_width: int) -> AdapterPath | AlignerPath:
         stem = self.stem
         if not self.config["adapter_paths"]:
@@ -192,13 +196,3 @@ class SAK(Student):
                 expected="a student of stage 1",
                 do="change the student of stage 1, then start stage 2 from it",
             )
-
-
-_PARTS = {
-    "stem": r"stem\.",
-    "adapter paths": r"paths\.[^.]+\.adapters\.",
-    "output norms": r"paths\.[^.]+\.output_norms\.",
-    "aligners": r"paths\.[^.]+\.aligners\.",
-    "routers": r"decoder\.routers\.",
-    "heads": r"decoder\.heads\.",
-}

@@ -28,7 +28,6 @@ from teachercache.pipeline.sources import (
     left_out_line,
     open_source,
     parquet,
-    source_kinds,
 )
 from teachercache.pipeline.sources import (
     source as source_module,
@@ -110,7 +109,6 @@ def rows(table: pa.Table) -> list[dict[str, Any]]:
 def test_kinds_are_told_by_looking(kind: str, location: Path) -> None:
     source = open_source(location)
     assert (source.kind, source.location) == (kind, str(location))
-    assert source_kinds() == KINDS
 
 
 def test_the_table_lists_every_image(kind: str, location: Path, names: dict[str, str]) -> None:
