@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import RenderableType
 
 from teachercache.jobs.cli.terminal import CacheArgument, Images, Json, console, print_json
 
@@ -43,25 +41,24 @@ def inspect(
             do="run the command once for each",
         )
     manifest = Manifest(open_storage(cache))
-    content: dict[str, Any]
-    table: Callable[[Mapping[str, Any]], RenderableType]
     if asked:
-        from teachercache.jobs.inspection import detail_tables, details
+        from teachercache.jobs.inspection import details
+    if shard is not None:
+        content = details.shard_details(manifest, shard)
+    elif row is not None:
+        content = details.row_details(manifest, row)
+    elif key is not None:
+        content = details.sample_details(manifest, key)
     else:
         from teachercache.jobs.inspection.summary import summarize
-        from teachercache.jobs.inspection.tables import summary_table
-    if shard is not None:
-        content, table = details.shard_details(manifest, shard), detail_tables.shard_table
-    elif row is not None:
-        content, table = details.row_details(manifest, row), detail_tables.row_table
-    elif key is not None:
-        content, table = details.sample_details(manifest, key), detail_tables.sample_table
-    else:
-        content, table = summarize(manifest), summary_table
+
+        content = summarize(manifest)
     if as_json:
         print_json(content)
     else:
-        console.print(table(content))
+        from teachercache.jobs.inspection.tables import details_text, summary_table
+
+        console.print(details_text(content) if asked else summary_table(content))
     if pictures is not None:
         from teachercache.jobs.inspection.pictures import pca_maps
         from teachercache.pipeline.cache import FeatureCache

@@ -81,6 +81,23 @@ def summary_table(summary: Mapping[str, Any]) -> RenderableType:
     )
 
 
+def details_text(details: Mapping[str, Any]) -> Text:
+    """What there is to say of a shard, a row or a sample (`details.py`), as YAML; states in colours."""
+    import yaml  # the table of a whole cache does without
+
+    class Dumper(yaml.SafeDumper):
+        def represent_float(self, data: float) -> yaml.ScalarNode:
+            return super().represent_float(float(f"{data:.6g}"))
+
+    Dumper.add_representer(float, Dumper.represent_float)
+    layout: dict[str, Any] = {"default_flow_style": None, "allow_unicode": True, "width": math.inf}
+    text = Text(yaml.dump(dict(details), Dumper=Dumper, sort_keys=False, **layout).rstrip())
+    text.highlight_regex(r"\b(committed|sound)\b", "green")
+    text.highlight_regex(r"\bnot committed\b", "yellow")
+    text.highlight_regex(r"\bbroken: .*", "red")
+    return text
+
+
 def summary_facts(
     summary: Mapping[str, Any],
 ) -> tuple[dict[str, str], dict[str, dict[str, str | Text]]]:
