@@ -32,12 +32,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.photographs import write_photographs
 from teachercache import FeatureCache, build, render_view
 from teachercache.cache_builder.build_recipe import BuildRecipe
 from teachercache.cache_builder.extract import ShardExtractor
 from teachercache.cache_builder.stages import STAGES
 from teachercache.cache_builder.teachers import Teacher, build_teacher, presets, teacher_gmacs
-from teachercache.jobs.demo import choose_images, collect_images
 from teachercache.pipeline.records.manifest import commit_name
 from teachercache.pipeline.records.spec import Precision
 from teachercache.pipeline.records.strict import Size
@@ -57,6 +57,9 @@ def main() -> None:
     parser.add_argument("--views", type=int, default=4, help="views of each image")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--precision", choices=get_args(Precision), default="float32")
+    parser.add_argument("--codec", default="f16")
+    parser.add_argument("--grid", default="native", help="native, adjoint or bilinear")
+    parser.add_argument("--compile", action="store_true", help="the teachers' blocks, as builds on GPUs do")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--decode-threads", type=int, default=1)
     parser.add_argument("--peak-tflops", type=float, help="what the GPU can do at this precision")
@@ -69,19 +72,31 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     recipe = BuildRecipe.model_validate(
         {
             "cache": str(folder / "cache"),
-            "source": str(collect_images(choose_images(arguments.images), folder / "images")),
+            "source": str(arguments.images or write_photographs(folder / "images")),
             "views": {"num_views": arguments.views, "size": [arguments.size] * 2},
             "teachers": {
-                f"teacher_{i}": {which(model): model, "pretrained": False, "precision": arguments.precision}
+                f"teacher_{i}": {
+                    which(model): model,
+                    "pretrained": False,
+                    "precision": arguments.precision,
+                    "codec": arguments.codec,
+                    "grid": arguments.grid,
+                }
                 for i, model in enumerate(arguments.models)
             },
             "rows_per_shard": 2 * arguments.batch_size,
-            "runner": {"batch_size": arguments.batch_size, "decode_threads": arguments.decode_threads},
+            "runner": {
+                "batch_size": arguments.batch_size,
+                "decode_threads": arguments.decode_threads,
+                "compile": False,  # below
+            },
         }
     )
     cache = build(recipe, Console(quiet=True)).cache  # also the warm-up, of files and of the model
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     teachers = {name: build_teacher(spec, device) for name, spec in cache.spec.teachers.items()}
+    for teacher in teachers.values() if arguments.compile else ():
+        teacher.compile_blocks(recipe.runner.batch_size)
     batches = render_all(cache, recipe.runner.batch_size)
     bare, ours, stages = [], [], Counter[str]()
     with ThreadPoolExecutor(1) as worker:  # of the teachers for the device, not of this thread

@@ -32,9 +32,9 @@ from rich.table import Table
 from torch.optim import AdamW
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.photographs import write_photographs
 from teachercache import build, build_student
 from teachercache.cache_builder.build_recipe import BuildRecipe
-from teachercache.jobs.demo import choose_images, collect_images
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.loading.loader import Batch, FeatureLoader
 from teachercache.pipeline.loading.sampler import ShardShuffleSampler
@@ -106,7 +106,7 @@ def build_cache(arguments: argparse.Namespace, folder: Path) -> FeatureCache:
     recipe = BuildRecipe.model_validate(
         {
             "cache": str(folder / "cache"),
-            "source": str(collect_images(choose_images(arguments.images), folder / "images")),
+            "source": str(arguments.images or write_photographs(folder / "images")),
             "views": {"num_views": 2, "size": [arguments.size] * 2},
             "teachers": {
                 name: {"preset": name, "pretrained": False, "codec": arguments.codec}
