@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from teachercache.cache_builder.decode import Renders
@@ -14,8 +16,7 @@ from teachercache.cache_builder.device_copies import DeviceCopies
 from teachercache.cache_builder.stages import StageSeconds
 from teachercache.cache_builder.teachers import Teacher
 from teachercache.pipeline.cache import FeatureCache
-from teachercache.pipeline.codecs import torch_dtype
-from teachercache.pipeline.errors import CodecError
+from teachercache.pipeline.codecs import Codec, torch_dtype
 from teachercache.pipeline.grids import stored_form
 from teachercache.pipeline.records.feature_stats import FeatureMoments
 from teachercache.pipeline.records.spec import TeacherSpec
@@ -29,6 +30,23 @@ from teachercache.pipeline.stores.feature_store import (
 )
 
 _WRITES_IN_FLIGHT = 4
+
+
+@dataclass(frozen=True)
+class Computed:
+    """What to store, its statistics, and whether the codec can hold it, all on the device."""
+
+    codec: Codec
+    tensors: dict[str, Tensor]
+    finite: dict[str, Tensor | bool]
+    moments: FeatureMoments
+
+    def arrays(self) -> dict[str, NDArray]:
+        """Waits for the device. Raises `CodecError` where the codec cannot hold the features."""
+        for what, finite in self.finite.items():
+            if not finite:
+                raise self.codec.not_finite(what)
+        return {name: tensor.cpu().numpy() for name, tensor in self.tensors.items()}
 
 
 class Computing:
@@ -46,17 +64,13 @@ class Computing:
     def close(self) -> None:
         self._device.shutdown(cancel_futures=True)
 
-    def encode(
-        self, name: str, pixels: Mapping[Size, Tensor], seconds: StageSeconds
-    ) -> tuple[dict[str, Tensor], FeatureMoments]:
-        """The arrays to store for one batch of one teacher, and its statistics, on the teacher's device."""
+    def encode(self, name: str, pixels: Mapping[Size, Tensor], seconds: StageSeconds) -> Computed:
+        """What to store of one batch of one teacher, on the teacher's device."""
         views = self._copies[name].start(pixels[self._cache.spec.teachers[name].render_size])
         return self._device.submit(self._compute, name, views, seconds).result()
 
-    def _compute(
-        self, name: str, views: Tensor, seconds: StageSeconds
-    ) -> tuple[dict[str, Tensor], FeatureMoments]:
-        copies, spec = self._copies[name], self._cache.spec.teachers[name]
+    def _compute(self, name: str, views: Tensor, seconds: StageSeconds) -> Computed:
+        copies, spec, codec = self._copies[name], self._cache.spec.teachers[name], self._cache.codec(name)
         with torch.inference_mode():
             with seconds.stage("forward"):
                 copies.wait(views)
@@ -64,31 +78,25 @@ class Computing:
                 copies.synchronize()
             with seconds.stage("encode"):
                 stored, norms_BS = stored_form(features.feature_maps_BSHWC, spec.grid)
-                tensors = dict(self._cache.codec(name).encode(stored).tensors())
+                encoded = codec.encode_unchecked(stored)
+                tokens = _tokens(spec, features.cls_token_BSC, features.global_feature_BD)
+                tensors = {**encoded.tensors(), **tokens}
                 if norms_BS is not None:
                     tensors[NORMS] = norms_BS
-                tensors |= _tokens(spec, features.cls_token_BSC, features.global_feature_BD)
+                finite = {f"{kind} features": torch.isfinite(token).all() for kind, token in tokens.items()}
             with seconds.stage("statistics"):
                 moments = FeatureMoments.of(features.feature_maps_BSHWC, self._cache.spec.covariance)
-        return tensors, moments
+        return Computed(codec, tensors, {"features": encoded.finite, **finite}, moments)
 
 
 def _tokens(spec: TeacherSpec, cls_token: Tensor | None, global_feature: Tensor | None) -> dict[str, Tensor]:
-    """The token features in the layout's dtypes. Raises `CodecError` for values that do not fit."""
+    """The token features in the layout's dtypes."""
     layouts = teacher_layouts(spec)
-    tokens: dict[str, Tensor] = {}
-    for name, tensor in ((CLS_TOKEN, cls_token), (GLOBAL_FEATURE, global_feature)):
-        if name not in layouts or tensor is None:
-            continue
-        tokens[name] = tensor.to(torch_dtype(layouts[name].dtype))
-        if not torch.isfinite(tokens[name]).all():
-            raise CodecError(
-                f"The {name} feature of {spec.model} cannot be stored together with codec {spec.codec}.",
-                got=f"a largest magnitude of {tensor.abs().max().item():g}",
-                expected=f"finite values of at most {torch.finfo(tokens[name].dtype).max:g}",
-                do="choose codec f32 if the values are finite; look at the teacher if they are not",
-            )
-    return tokens
+    return {
+        name: tensor.to(torch_dtype(layouts[name].dtype))
+        for name, tensor in ((CLS_TOKEN, cls_token), (GLOBAL_FEATURE, global_feature))
+        if name in layouts and tensor is not None
+    }
 
 
 class Batches:
@@ -137,15 +145,15 @@ class Batches:
             size: torch.stack([renders[size] for renders in self._renders]) for size in self._renders[0]
         }
         for name, writer in self._writers.items():
-            tensors, moments = self._computing.encode(name, pixels, self._seconds)
+            computed = self._computing.encode(name, pixels, self._seconds)
             before = self.moments.get(name)
-            self.moments[name] = moments if before is None else before.merge(moments)
+            self.moments[name] = computed.moments if before is None else before.merge(computed.moments)
             self._on_progress()
             while len(self._writes) >= _WRITES_IN_FLIGHT:
                 self._writes.popleft().result()
-            self._writes.append(self._writing.submit(self._write, writer, self._offsets, tensors))
+            self._writes.append(self._writing.submit(self._write, writer, self._offsets, computed))
         self._offsets, self._renders = [], []
 
-    def _write(self, writer: ShardWriter, offsets: list[int], tensors: dict[str, Tensor]) -> None:
+    def _write(self, writer: ShardWriter, offsets: list[int], computed: Computed) -> None:
         with self._seconds.stage("write"):
-            writer.write(offsets, {name: tensor.cpu().numpy() for name, tensor in tensors.items()})
+            writer.write(offsets, computed.arrays())

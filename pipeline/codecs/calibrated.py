@@ -45,6 +45,7 @@ class CalibratedCodec(Codec):
 
     needs_tables = True
     whole_bytes = False  # the channels of a token must be a multiple of 8
+    holds = "finite features like those of the calibration sample, within 50,000 standard deviations"
     table_names: tuple[str, ...]
 
     def __init__(self, name: str, bits: int, advised: Collection[int], reported: Collection[int]) -> None:
@@ -108,14 +109,16 @@ class CalibratedCodec(Codec):
         return self
 
     @torch.no_grad()
-    def encode(self, features_RSHWC: Tensor) -> Encoded:
+    def encode_unchecked(self, features_RSHWC: Tensor) -> Encoded:
         coder = self._on(features_RSHWC.device)
         coder.require_shape(features_RSHWC)
         with torch.autocast(features_RSHWC.device.type, enabled=False):
             blocks = row_blocks(features_RSHWC, QUANTISED_VALUES)
             parts = [coder.encode(features_RSHWC[rows]) for rows in blocks]
             arrays = {name: join([part[name] for part in parts]) for name in parts[0]}
-        return Encoded(self, arrays)
+        # What is not finite has left its trace in a scale or in an outlier.
+        halves = [tensor for tensor in arrays.values() if tensor.is_floating_point()]
+        return Encoded(self, arrays, torch.stack([torch.isfinite(half).all() for half in halves]).all())
 
     @torch.no_grad()
     def decode_tensors(

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from teachercache.pipeline.errors import CodecError
 from teachercache.pipeline.records.array_layout import ArrayLayout
 
 Standing = Literal["advised", "special", "experiment"]
@@ -36,6 +37,7 @@ class Codec(ABC):
     least_rows: ClassVar[int] = 1
     trial_rows: ClassVar[tuple[int, int]] = (1, 2)
     token_dtype: ClassVar[np.dtype] = np.dtype("float16")
+    holds: str = "finite values, class tokens within float16"
 
     def fits(self, width: int) -> bool:
         """Whether it can encode tokens of `width` channels."""
@@ -56,9 +58,24 @@ class Codec(ABC):
     def layout(self, levels: int, grid: tuple[int, int], width: int) -> dict[str, ArrayLayout]:
         """The arrays that `encode` fills for one row."""
 
-    @abstractmethod
     def encode(self, features_RSHWC: Tensor) -> Encoded:
         """Encode on whatever device the features are. Raises `CodecError` for values it cannot hold."""
+        encoded = self.encode_unchecked(features_RSHWC)
+        if not encoded.finite:
+            raise self.not_finite()
+        return encoded
+
+    @abstractmethod
+    def encode_unchecked(self, features_RSHWC: Tensor) -> Encoded:
+        """`encode` that leaves `Encoded.finite` for later: a GPU would wait for the answer."""
+
+    def not_finite(self, what: str = "features") -> CodecError:
+        return CodecError(
+            f"Codec {self.name} cannot hold these {what}.",
+            got="values that are not finite, or too large",
+            expected=self.holds,
+            do="choose f32 if the values are finite; look at the teacher if they are not",
+        )
 
     @abstractmethod
     def decode_tensors(
@@ -73,10 +90,14 @@ def may_arrive_late(device: torch.device | str) -> bool:
 
 @dataclass
 class Encoded:
-    """Encoded rows: the codec and its tensors, each with the row axis first."""
+    """Encoded rows: the codec and its tensors, each with the row axis first.
+
+    `finite`: whether the codec can hold what it encoded, a flag on the device; rows that were read can be.
+    """
 
     codec: Codec
     arrays: dict[str, Tensor]
+    finite: Tensor | bool = True
 
     def tensors(self) -> dict[str, Tensor]:
         return self.arrays

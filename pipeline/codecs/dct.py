@@ -34,7 +34,6 @@ from teachercache.pipeline.codecs.quantizer import (
     ScalarQuantizer,
     TokenQuantizer,
     divide_by_scales,
-    finite_half,
     root_mean_square,
 )
 from teachercache.pipeline.codecs.rings import RingQuantizer, num_ranks, ring_distortion, ring_levels
@@ -128,7 +127,7 @@ class _Coder(Coder):
     def _transformed(self, features_RSHWC: Tensor) -> tuple[Tensor, ...]:
         """Coefficients (R, N, C), the tokens' scales, and the outliers: their places and values."""
         tokens, *outliers = self.normalisation.split(features_RSHWC)
-        token_scales = finite_half(root_mean_square(tokens))
+        token_scales = root_mean_square(tokens).half()
         spectrum = _transform(divide_by_scales(tokens, token_scales), self.bases)
         return spectrum.flatten(1, 3), token_scales, *outliers
 
@@ -223,7 +222,7 @@ def _bit_budget(bits: int, num_coefficients: int, width: int) -> int:
 def _unit_rows(normalisation: Hadamard, features_RSHWC: Tensor) -> Iterator[Tensor]:
     for rows in row_blocks(features_RSHWC):
         tokens, *_ = normalisation.split(features_RSHWC[rows])
-        yield divide_by_scales(tokens, finite_half(root_mean_square(tokens)))
+        yield divide_by_scales(tokens, root_mean_square(tokens).half())
 
 
 def _dct_basis(size: int) -> Tensor:

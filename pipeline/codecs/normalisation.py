@@ -66,7 +66,7 @@ class Normalisation(ABC):
     def split(self, features_RSHWC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """y without the outliers; their places in the level, int32 (R, S, K), and z there, float16.
 
-        Raises `CodecError` for outliers that float16 cannot hold.
+        Outliers that float16 cannot hold are infinite.
         """
         z_RSHWC = self.standardise(features_RSHWC).contiguous()
         places_RSK, values_RSK = take_out(z_RSHWC)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from teachercache.pipeline.codecs.quantizer import finite_half
 from teachercache.pipeline.records.feature_stats import FeatureMoments
 
 TOKENS_PER_SLOT = 8
@@ -36,8 +35,8 @@ def take_out(z_RSHWC: Tensor) -> tuple[Tensor, Tensor]:
     """Sets the K values of each level that stand out most to zero, in place; z is contiguous.
 
     Returns their places in the flat level, int32 (R, S, K), and the values, float16 (R, S, K). A value stands
-    out by its magnitude, in tokens that are loud altogether by its magnitude beside theirs. Raises
-    `CodecError` for values that float16 cannot hold.
+    out by its magnitude, in tokens that are loud altogether by its magnitude beside theirs. One
+    that float16 cannot hold is infinite there.
     """
     width = z_RSHWC.shape[-1]
     z_RSNC = z_RSHWC.flatten(2, 3)
@@ -52,7 +51,7 @@ def take_out(z_RSHWC: Tensor) -> tuple[Tensor, Tensor]:
     found_RSK = candidates_RSKC.flatten(2).topk(slots, -1).indices
     places_RSK = tokens_RSK.take_along_dim(found_RSK // width, 2) * width + found_RSK % width
     z_RSn = z_RSNC.flatten(2)
-    values_RSK = finite_half(z_RSn.take_along_dim(places_RSK, 2))
+    values_RSK = z_RSn.take_along_dim(places_RSK, 2).half()
     z_RSn.scatter_(2, places_RSK, 0)
     return places_RSK.int(), values_RSK
 

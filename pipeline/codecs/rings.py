@@ -34,7 +34,6 @@ from teachercache.pipeline.codecs.packing import pack, unpack
 from teachercache.pipeline.codecs.quantizer import (
     TokenQuantizer,
     divide_by_scales,
-    finite_half,
     root_mean_square,
     take,
 )
@@ -86,20 +85,21 @@ class RingQuantizer(TokenQuantizer):
     def quantise(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         tokens_NC = tokens.flatten(0, -2)
         (num_tokens, width), shape = tokens_NC.shape, tokens.shape[:-1]
-        base_N1 = root_mean_square(tokens_NC) / _SPREAD
+        finite_NC = tokens_NC.nan_to_num(0, 0, 0)  # in others no step is ever small enough; the scale tells
+        base_N1 = root_mean_square(finite_NC) / _SPREAD
         levels_NC = torch.empty_like(tokens_NC)
         ranks_Np = torch.empty(num_tokens, width // 2, dtype=torch.int32, device=tokens.device)
         left, scale, tries = torch.arange(num_tokens, device=tokens.device), 1.0, 0
         while len(left):
-            scales = finite_half(base_N1[left] * scale)
-            levels, ranks = self._nearest(divide_by_scales(tokens_NC[left], scales))
+            scales = (base_N1[left] * scale).half()
+            levels, ranks = self._nearest(divide_by_scales(finite_NC[left], scales))
             fits = (ranks >> 2 * self.bits - 2).sum(-1) <= width // 2
             levels_NC[left[fits]], ranks_Np[left[fits]] = levels[fits], ranks[fits]
             left, tries = left[~fits], tries + 1
             scale *= (1 + _FINER) ** tries
         scales_N = (tokens_NC * levels_NC).sum(-1) / levels_NC.square().sum(-1)
         packed = self._pack(ranks_Np).view(*shape, width * self.bits // 8)
-        return packed, finite_half(scales_N).view(shape)
+        return packed, scales_N.half().view(shape)
 
     def _nearest(self, unit_NC: Tensor) -> tuple[Tensor, Tensor]:
         """The levels nearest to these values that the trellis allows, and the ranks of their pairs."""

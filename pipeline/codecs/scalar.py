@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from teachercache.pipeline.codecs.codec import Codec, Encoded, may_arrive_late, torch_dtype
-from teachercache.pipeline.errors import CodecError
 from teachercache.pipeline.records.array_layout import ArrayLayout
 
 CODE_AXES = ("level", "height", "width", "channel")
@@ -23,17 +22,15 @@ class _FloatCodec(Codec):
     def layout(self, levels: int, grid: tuple[int, int], width: int) -> dict[str, ArrayLayout]:
         return {"codes": ArrayLayout((levels, *grid, width), self.stored_dtype, CODE_AXES, self.attributes)}
 
-    def encode(self, features_RSHWC: Tensor) -> Encoded:
-        codes = features_RSHWC.to(self.dtype)
-        if not torch.isfinite(codes).all():
-            worst = features_RSHWC.abs().max().item()
-            raise CodecError(
-                f"Codec {self.name} cannot hold these features.",
-                got=f"a largest magnitude of {worst:g}",
-                expected=f"finite values of at most {torch.finfo(self.dtype).max:g}",
-                do="choose bf16 or f32 if the values are finite; look at the teacher if they are not",
-            )
-        return Encoded(self, {"codes": codes.contiguous().view(torch_dtype(self.stored_dtype))})
+    @property
+    def holds(self) -> str:  # type: ignore[override]
+        return f"finite values of at most {torch.finfo(self.dtype).max:g}"
+
+    def encode_unchecked(self, features_RSHWC: Tensor) -> Encoded:
+        codes = features_RSHWC.to(self.dtype).contiguous()
+        return Encoded(
+            self, {"codes": codes.view(torch_dtype(self.stored_dtype))}, torch.isfinite(codes).all()
+        )
 
     def decode_tensors(
         self, tensors: dict[str, Tensor], device: torch.device | str, dtype: torch.dtype
