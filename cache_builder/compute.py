@@ -16,10 +16,10 @@ from teachercache.cache_builder.device_copies import DeviceCopies
 from teachercache.cache_builder.stages import StageSeconds
 from teachercache.cache_builder.teachers import Teacher
 from teachercache.pipeline.cache import FeatureCache
-from teachercache.pipeline.codecs import Codec, torch_dtype
+from teachercache.pipeline.codecs import Codec, Encoded, torch_dtype
 from teachercache.pipeline.grids import stored_form
 from teachercache.pipeline.records.feature_stats import FeatureMoments
-from teachercache.pipeline.records.spec import TeacherSpec
+from teachercache.pipeline.records.spec import GridSpec, TeacherSpec
 from teachercache.pipeline.records.strict import Size
 from teachercache.pipeline.stores.feature_store import (
     CLS_TOKEN,
@@ -60,6 +60,9 @@ class Computing:
         self._cache, self._teachers = cache, dict(teachers)
         self._copies = {name: DeviceCopies(teacher) for name, teacher in teachers.items()}
         self._device = ThreadPoolExecutor(1, thread_name_prefix="device")
+        # For whole batches of compiled teachers; what is left of a shard would be compiled anew.
+        self._encode = torch.compile(_encode, dynamic=False)
+        self._moments_of = torch.compile(FeatureMoments.of, dynamic=False)
 
     def close(self) -> None:
         self._device.shutdown(cancel_futures=True)
@@ -71,22 +74,30 @@ class Computing:
 
     def _compute(self, name: str, views: Tensor, seconds: StageSeconds) -> Computed:
         copies, spec, codec = self._copies[name], self._cache.spec.teachers[name], self._cache.codec(name)
+        teacher = self._teachers[name]
+        is_compiled = len(views) == teacher.compiled_for
+        encode = self._encode if is_compiled else _encode
+        moments_of = self._moments_of if is_compiled else FeatureMoments.of
         with torch.inference_mode():
             with seconds.stage("forward"):
                 copies.wait(views)
-                features = self._teachers[name](views)
+                features = teacher(views)
                 copies.synchronize()
             with seconds.stage("encode"):
-                stored, norms_BS = stored_form(features.feature_maps_BSHWC, spec.grid)
-                encoded = codec.encode_unchecked(stored)
+                encoded, norms_BS = encode(features.feature_maps_BSHWC, codec, spec.grid)
                 tokens = _tokens(spec, features.cls_token_BSC, features.global_feature_BD)
                 tensors = {**encoded.tensors(), **tokens}
                 if norms_BS is not None:
                     tensors[NORMS] = norms_BS
                 finite = {f"{kind} features": torch.isfinite(token).all() for kind, token in tokens.items()}
             with seconds.stage("statistics"):
-                moments = FeatureMoments.of(features.feature_maps_BSHWC, self._cache.spec.covariance)
+                moments = moments_of(features.feature_maps_BSHWC, self._cache.spec.covariance)
         return Computed(codec, tensors, {"features": encoded.finite, **finite}, moments)
+
+
+def _encode(maps_BSHWC: Tensor, codec: Codec, grid: GridSpec) -> tuple[Encoded, Tensor | None]:
+    stored, norms_BS = stored_form(maps_BSHWC, grid)
+    return codec.encode_unchecked(stored), norms_BS
 
 
 def _tokens(spec: TeacherSpec, cls_token: Tensor | None, global_feature: Tensor | None) -> dict[str, Tensor]:

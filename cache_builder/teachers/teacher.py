@@ -83,7 +83,7 @@ class Teacher(nn.Module, ABC):
     def __init__(self, spec: TeacherSpec) -> None:
         super().__init__()
         self.spec = spec
-        self._batch_size = 0
+        self.compiled_for = 0
 
     @classmethod
     @abstractmethod
@@ -110,7 +110,7 @@ class Teacher(nn.Module, ABC):
         """
         for part in self.repeated_parts():
             part.compile(dynamic=False)
-        self._batch_size = batch_size
+        self.compiled_for = batch_size
 
     def keep_rounded(self) -> None:
         """Keep weights in bfloat16 where autocast would round them at every pass, with the same result."""
@@ -120,7 +120,7 @@ class Teacher(nn.Module, ABC):
                     module.to(torch.bfloat16)
 
     def __call__(self, pixels_B3HW: Tensor) -> TeacherFeatures:
-        count, missing = len(pixels_B3HW), max(0, self._batch_size - len(pixels_B3HW))
+        count, missing = len(pixels_B3HW), max(0, self.compiled_for - len(pixels_B3HW))
         if missing:
             pixels_B3HW = torch.cat([pixels_B3HW, pixels_B3HW[-1:].expand(missing, -1, -1, -1)])
         features: TeacherFeatures = super().__call__(pixels_B3HW)

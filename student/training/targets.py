@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from teachercache.pipeline.cache import FeatureCache
+from teachercache.pipeline.codecs import Encoded
 from teachercache.pipeline.grids import stored_form, upsampled_norms
 from teachercache.pipeline.loading.loader import Batch
 from teachercache.pipeline.records.spec import GridSpec, TeacherSpec
@@ -28,6 +30,13 @@ class TargetSource(ABC):
     reads: Sequence[str] = ()
     extra_sizes: frozenset[Size] = frozenset()
 
+    _parts: Sequence[TargetSource] = ()
+
+    def compile(self, **options: Any) -> None:
+        """Compile how features are decoded, with these options of torch.compile."""
+        for part in self._parts:
+            part.compile(**options)
+
     @abstractmethod
     def __call__(self, batch: Batch) -> dict[str, Target]: ...
 
@@ -39,13 +48,17 @@ class CachedTargets(TargetSource):
         self.reads = list(teachers)
         self._specs = {name: cache.spec.teachers[name] for name in teachers}
         self._views, self._device = cache.spec.views, device
+        self._decode = Encoded.decode
+
+    def compile(self, **options: Any) -> None:
+        self._decode = torch.compile(Encoded.decode, **options)
 
     def __call__(self, batch: Batch) -> dict[str, Target]:
         targets = {}
         for name, spec in self._specs.items():
             encoded = batch.features[name]
             norms_BS = encoded.arrays.get(NORMS) if spec.grid.kind == "adjoint" else None
-            stored = encoded.decode(self._device), norms_BS
+            stored = self._decode(encoded, self._device), norms_BS
             targets[name] = target_of(stored, batch.cls_tokens.get(name), spec, batch.windows, self._views)
         return targets
 

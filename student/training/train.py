@@ -185,6 +185,7 @@ class _Run:
         compiles = self.recipe.student.compile
         if student.mean.device.type == "cuda" if compiles is None else compiles:
             model = cast(nn.Module, torch.compile(model, **_COMPILED))
+            targets.compile(**_COMPILED)
             if isinstance(loss, nn.Module):
                 loss.compile(**_COMPILED)
         objective: Objective | KPUObjective = kind.objective(

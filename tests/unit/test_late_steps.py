@@ -122,7 +122,8 @@ def test_a_compiled_run_is_the_plain_one_in_one_graph(
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=note, fullgraph=True))
     train(train_recipe(cache, tmp_path / "compiled", student={**student, "compile": True}, **changes))
     assert logged(tmp_path / "compiled") == pytest.approx(logged(tmp_path / "plain"), rel=1e-5)
-    assert len(graphs) == {"sak": 2, "kpu": 1}[kind]  # the student, and what SAK is compared by
+    # The codecs of two teachers, the student, and what SAK is compared by.
+    assert len(graphs) == {"sak": 4, "kpu": 3}[kind]
 
 
 def test_a_batch_is_changed_whole(cache: Path) -> None:
