@@ -89,10 +89,9 @@ class Computing:
                 tensors = {**encoded.tensors(), **tokens}
                 if norms_BS is not None:
                     tensors[NORMS] = norms_BS
-                finite = {f"{kind} features": torch.isfinite(token).all() for kind, token in tokens.items()}
             with seconds.stage("statistics"):
                 moments = moments_of(features.feature_maps_BSHWC, self._cache.spec.covariance)
-        return Computed(codec, tensors, {"features": encoded.finite, **finite}, moments)
+        return Computed(codec, tensors, {"features": encoded.finite, **_finite(tokens)}, moments)
 
 
 def _encode(maps_BSHWC: Tensor, codec: Codec, grid: GridSpec) -> tuple[Encoded, Tensor | None]:
@@ -108,6 +107,10 @@ def _tokens(spec: TeacherSpec, cls_token: Tensor | None, global_feature: Tensor 
         for name, tensor in ((CLS_TOKEN, cls_token), (GLOBAL_FEATURE, global_feature))
         if name in layouts and tensor is not None
     }
+
+
+def _finite(tokens: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{kind} features": torch.isfinite(token).all() for kind, token in tokens.items()}
 
 
 class Batches:

@@ -18,7 +18,7 @@ from teachercache.cache_builder.budget import Option, candidates, choose, measur
 from teachercache.cache_builder.build_recipe import BuildRecipe
 from teachercache.cache_builder.builder import prepare
 from teachercache.cache_builder.calibrate import CalibrationSample
-from teachercache.cache_builder.compute import _tokens
+from teachercache.cache_builder.compute import Computed, _finite, _tokens
 from teachercache.cache_builder.plan import Plan
 from teachercache.cache_builder.teachers import TeacherRecipe, resolve_teacher
 from teachercache.pipeline.codecs import codec_names, get_codec
@@ -32,6 +32,7 @@ from teachercache.pipeline.errors import (
 )
 from teachercache.pipeline.grids import stored_form
 from teachercache.pipeline.rearranging.merge import merge
+from teachercache.pipeline.records.feature_stats import FeatureMoments
 from teachercache.pipeline.units import parse_bytes
 from teachercache.pipeline.verify import verify
 from tests.make_cache import build_recipe, make_cache, make_images
@@ -317,8 +318,9 @@ def test_token_features_beyond_their_dtype_are_refused(tmp_path: Path, images: P
     }
     tokens = {key: None if value is None else torch.full((1, 4, 3), value) for key, value in huge.items()}
     assert _tokens(single, **tokens)[name].max() == 7e4
-    with pytest.raises(CodecError, match=f"The {name} feature of(.|\n)*70000(.|\n)*codec f32"):
-        _tokens(half, **tokens)
+    stored, moments = _tokens(half, **tokens), FeatureMoments.empty(1, 3)
+    with pytest.raises(CodecError, match=f"bf16 cannot hold these {name} features(.|\n)*choose f32"):
+        Computed(get_codec("bf16"), stored, _finite(stored), moments).arrays()
 
 
 @pytest.mark.parametrize(
