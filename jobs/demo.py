@@ -55,7 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="make demo", description=__doc__)
     parser.add_argument("--images", type=Path, help=f"a folder of images; {MAX_IMAGES} of them are used")
     parser.add_argument("--pretrained", action="store_true", help="real weights, where they can be had")
-    parser.add_argument("--trained", type=Path, help="DINOv2 ViT-S alone, with the weights of this file")
+    parser.add_argument("--trained", type=Path, help="a file with DINOv2's weights, ViT-S/14")
     arguments = parser.parse_args()
     console = Terminal()
     started = time.monotonic()
@@ -93,10 +93,8 @@ def main() -> None:
         image_size=student.image_size,
     )
     console.print(results(result, losses, representation_similarity(untrained, cache), trained))
-    if not all(teacher.pretrained for teacher in cache.spec.teachers.values()):
-        console.print(
-            "The teachers' weights are random: these figures only show that the parts work together."
-        )
+    if random := ", ".join(cache.spec.random_weights):
+        console.print(f"Random weights: {random}. Their figures only show that the parts work together.")
     console.print(f"Pictures: {folder / 'pca_maps.png'} and {folder / 'loss.png'}")
     console.print(f"All of this took {time.monotonic() - started:.0f} s.")
     look = f"{activation()}teachercache inspect {shlex.quote(str(folder / 'cache'))}"
@@ -139,13 +137,15 @@ def build_recipe(
 ) -> BuildRecipe:
     overrides = [f"cache={folder / 'cache'}", f"source.path={images}"]
     if trained:
-        dinov2 = f"teachers={{dinov2: {{preset: dinov2_small, checkpoint: {json.dumps(str(trained))}}}}}"
+        console.print("DINOv2 with trained weights, the others with random ones.")
+        dinov2 = f"teachers.dinov2={{preset: dinov2_small, checkpoint: {json.dumps(str(trained))}}}"
         return find_recipe(BuildRecipe, "demo", [*overrides, dinov2])
     recipe = find_recipe(BuildRecipe, "demo", overrides)
     if not pretrained:
         console.print("Teachers with random weights (PRETRAINED=1 asks for the real ones).")
         return recipe
-    real = [f"teachers.{name}.pretrained=true" for name in recipe.teachers]
+    keys = ("pretrained=true", "layer_scale=null")
+    real = [f"teachers.{name}.{key}" for name in recipe.teachers for key in keys]
     try:
         for teacher in recipe.teachers.values():
             build_teacher(str(teacher.preset), pretrained=True)
@@ -162,16 +162,8 @@ def train(cache: FeatureCache, folder: Path) -> None:
     subprocess.run(
         [
             *(sys.executable, "-m", "accelerate.commands.launch"),
-            *(
-                "--num_processes",
-                "1",
-                "--num_machines",
-                "1",
-                "--mixed_precision",
-                "no",
-                "--dynamo_backend",
-                "no",
-            ),
+            *("--num_processes", "1", "--num_machines", "1"),
+            *("--mixed_precision", "no", "--dynamo_backend", "no"),
             *(str(Path(__file__).with_name("train_student.py")), STUDENT_RECIPE),
             *(f"cache={cache.storage.url}", f"output={folder / 'run'}", f"batch_size_per_process={batch}"),
         ],

@@ -28,6 +28,7 @@ class Architecture:
 
     `model` is the complete name (with timm's tag), `patch` (h, w) what image sizes are multiples of.
     `has_positions`: learnt ones, a map of them, which is resampled for another image size.
+    `has_layer_scale`: timm's `init_values` says where it starts.
     """
 
     model: str
@@ -35,6 +36,7 @@ class Architecture:
     mean: RGB
     std: RGB
     has_positions: bool = False
+    has_layer_scale: bool = False
 
 
 @dataclass(frozen=True)

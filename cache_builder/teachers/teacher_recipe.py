@@ -40,6 +40,7 @@ class TeacherRecipe(Strict):
     tokens. `checkpoint` is a local file: safetensors, or for timm a .pth of tensors and plain values, such as
     what a training code saves (`teacher`, behind `backbone.`). `resample_positions`: how a plain ViT's are
     fitted to the image size: with antialiasing as timm does it, or "plain" as most authors' code.
+    `layer_scale`: where random weights start LayerScale; DINOv2's own start, 1e-5, makes all levels alike.
     """
 
     preset: str | None = None
@@ -58,6 +59,7 @@ class TeacherRecipe(Strict):
     std: RGB | None = None
     random_seed: int = 0
     resample_positions: Resampling = "antialias"
+    layer_scale: Annotated[float, Field(gt=0)] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -69,6 +71,8 @@ class TeacherRecipe(Strict):
             raise ValueError("a checkpoint and pretrained=false contradict each other: leave one out")
         if self.resample_positions == "plain" and self.pretrained is False:
             raise ValueError("random weights have no positions to resample: leave resample_positions out")
+        if self.layer_scale and self.pretrained is not False:
+            raise ValueError("trained weights bring their LayerScale: leave layer_scale out")
         indices = self.block_indices
         if indices is not None and (not indices or indices[0] < 0 or sorted(set(indices)) != [*indices]):
             raise ValueError(f"block_indices must be 0-based and increasing, got {[*indices]}")
@@ -147,6 +151,7 @@ def resolve_teacher(
         global_width=outputs.global_width,
         precision=recipe.precision,
         resample_positions=recipe.resample_positions,
+        layer_scale=recipe.layer_scale,
     )
 
 
@@ -277,6 +282,7 @@ def _require_outputs(name: str, architecture: Architecture, outputs: Outputs, re
             "map of learnt positions",
             "resample_positions",
         ),
+        (recipe.layer_scale is not None, architecture.has_layer_scale, "LayerScale", "layer_scale"),
     ):
         if requested and not has:
             raise TeacherInputError(

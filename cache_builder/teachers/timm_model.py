@@ -65,8 +65,10 @@ def create_model(spec: TeacherSpec) -> Any:
     """The model of `spec`, on the CPU. Raises `WeightsNotFoundError`."""
     if not spec.pretrained:
         with seeded(spec.random_seed):
-            size = size_argument(spec.model, spec.image_size)
-            return timm.create_model(spec.model, pretrained=False, **size)
+            arguments: dict[str, Any] = {**size_argument(spec.model, spec.image_size)}
+            if spec.layer_scale is not None:
+                arguments["init_values"] = spec.layer_scale
+            return timm.create_model(spec.model, pretrained=False, **arguments)
     if not spec.checkpoint:
         return _load(spec, None)
     try:

@@ -33,6 +33,8 @@ from teachercache.pipeline.errors import TeacherInputError
 from teachercache.pipeline.records.spec import TeacherSpec
 from teachercache.pipeline.records.strict import Size
 
+_LAYER_SCALES = (".ls1.gamma", ".gamma_1")  # of a ViT, and of timm's Eva and BEiT
+
 
 class TimmTeacher(Teacher):
     def __init__(self, spec: TeacherSpec) -> None:
@@ -56,6 +58,7 @@ class TimmTeacher(Teacher):
             mean=config["mean"],
             std=config["std"],
             has_positions=isinstance(blank, VisionTransformer) and blank.pos_embed is not None,
+            has_layer_scale=any(name.endswith(_LAYER_SCALES) for name, _ in blank.named_parameters()),
         )
 
     @classmethod

@@ -67,6 +67,6 @@ def loss_curve(metrics: Path, path: Path) -> list[float]:
 
 
 def _title(cache: FeatureCache) -> str:
-    random = [name for name, teacher in cache.spec.teachers.items() if not teacher.pretrained]
-    weights = f" (random weights: {', '.join(random)})" if random else ""
+    random = ", ".join(cache.spec.random_weights)
+    weights = f" (random weights: {random})" if random else ""
     return f"First three principal components of each teacher's levels{weights}"

@@ -64,7 +64,8 @@ class TeacherSpec(Strict):
     `checkpoint` says where weights came from; `weights_hash` says what they are. `tables_hash` is that of
     the codec's calibrated tables, for codecs that have some.
     `native_grid` and `width` are what the model gives; `grid` says what is stored.
-    `resample_positions`: how positions are fitted to `image_size`; a cache that says nothing has the default.
+    `resample_positions`: how positions are fitted to `image_size`; `layer_scale`: where random weights start
+    LayerScale; a cache that says nothing has the defaults.
     """
 
     model: str
@@ -86,13 +87,15 @@ class TeacherSpec(Strict):
     global_width: int | None = None
     precision: Precision = "float32"
     resample_positions: Resampling = "antialias"
+    layer_scale: float | None = None
 
     @model_serializer(mode="wrap")
     def _content(self, content: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Without what came later and is as it always was: caches are known by a hash of this."""
         fields: dict[str, Any] = content(self)
-        if self.resample_positions == "antialias":
-            fields.pop("resample_positions", None)
+        for name in ("resample_positions", "layer_scale"):
+            if getattr(self, name) == type(self).model_fields[name].default:
+                fields.pop(name, None)
         return fields
 
     @property
@@ -239,6 +242,11 @@ class CacheSpec(Strict):
         segment, rows = self.shard_segment(shard), self.shard_rows(shard)
         first, last = ((row - segment.first_row) // segment.num_views for row in (rows[0], rows[-1]))
         return range(segment.samples[0] + first, segment.samples[0] + last + 1)
+
+    @property
+    def random_weights(self) -> list[str]:
+        """The teachers that were never trained."""
+        return [name for name, teacher in self.teachers.items() if not teacher.pretrained]
 
     def shard_content_id(self, teacher: str, shard: int) -> str:
         """Hash of all that decides the bytes of this teacher's rows (or of the copied images) in a shard."""

@@ -329,6 +329,8 @@ def test_a_pooled_grid_defaults_to_the_students() -> None:
         {"block_indices": (3, 2)},
         {"block_indices": (-1,)},
         {"block_indices": ()},
+        {"layer_scale": 1},
+        {"pretrained": False, "layer_scale": 0},
         {"image_size": 0},
         {"imagesize": 224},
     ],

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import trained
-from teachercache.cache_builder.teachers import TeacherRecipe, resolve_teacher
+from teachercache.cache_builder.teachers import TeacherRecipe, build_teacher, resolve_teacher
 from teachercache.jobs.demo import build_recipe
 from teachercache.pipeline.errors import TeacherInputError
 from teachercache.pipeline.terminal import Terminal
@@ -40,7 +41,7 @@ def test_a_spec_says_how_positions_are_resampled_only_where_it_is_not_as_always(
         resolve_teacher("dinov2_small", TeacherRecipe(resample_positions=kind), (224, 224))
         for kind in ("antialias", "plain")
     )
-    assert "resample_positions" not in usual.model_dump()
+    assert not {"resample_positions", "layer_scale"} & set(usual.model_dump())
     assert plain.model_dump() == usual.model_dump() | {"resample_positions": "plain"}
     assert type(plain).model_validate(plain.model_dump()) == plain
 
@@ -51,12 +52,32 @@ def test_a_teacher_without_a_map_of_positions_takes_no_way_to_resample_it(model:
         resolve_teacher("a", TeacherRecipe(model=model, resample_positions="plain"), (256, 256))
 
 
+def test_a_teacher_without_layer_scale_takes_none() -> None:
+    recipe = TeacherRecipe(model="vit_tiny_patch16_224", pretrained=False, layer_scale=1)
+    with pytest.raises(TeacherInputError, match="has no LayerScale"):
+        resolve_teacher("a", recipe, (224, 224))
+
+
 def test_random_weights_have_no_positions_to_resample() -> None:
     with pytest.raises(ValueError, match="leave resample_positions out"):
         TeacherRecipe(model="dinov2_small", pretrained=False, resample_positions="plain")
 
 
-def test_the_demo_takes_a_trained_teacher_alone(tmp_path: Path) -> None:
+def test_the_demo_takes_a_trained_teacher_beside_random_ones(tmp_path: Path) -> None:
     checkpoint = tmp_path / "with space, and comma.safetensors"
     recipe = build_recipe(tmp_path, tmp_path / "images", False, checkpoint, Terminal())
-    assert recipe.teachers == {"dinov2": TeacherRecipe(preset="dinov2_small", checkpoint=str(checkpoint))}
+    random = build_recipe(tmp_path, tmp_path / "images", False, None, Terminal()).teachers
+    trained_dinov2 = TeacherRecipe(preset="dinov2_small", checkpoint=str(checkpoint))
+    assert recipe.teachers == random | {"dinov2": trained_dinov2}
+
+
+def test_the_random_dinov2_of_the_demo_differs_from_level_to_level(tmp_path: Path) -> None:
+    dinov2 = build_recipe(tmp_path, tmp_path / "images", False, None, Terminal()).teachers["dinov2"]
+    pixels = torch.randint(0, 256, (1, 3, 56, 56), dtype=torch.uint8)
+    likeness = []
+    for recipe in (dinov2, dinov2.model_copy(update={"layer_scale": None})):
+        spec = resolve_teacher("dinov2", recipe, (56, 56))
+        levels_SNC = build_teacher(spec)(pixels).feature_maps_BSHWC[0].flatten(1, 2)
+        likeness.append(torch.cosine_similarity(levels_SNC[1:], levels_SNC[:-1], dim=-1).mean().item())
+    assert likeness[0] < 0.97
+    assert likeness[1] > 0.9999
