@@ -42,7 +42,8 @@ class PcaBasis:
     high_3: Tensor
 
     @classmethod
-    def fit(cls, tokens_NC: Tensor) -> Self:
+    def fit(cls, tokens_NC: Tensor, like_N3: Tensor | None = None) -> Self:
+        """`like_N3`: what another level made of the same tokens, whose colours the signs follow."""
         tokens_NC = finite(tokens_NC.float())
         std_C, mean_C = torch.std_mean(tokens_NC, 0, correction=0)
         unit_NC = torch.where(std_C > 0, (tokens_NC - mean_C) / std_C, 0)
@@ -51,12 +52,19 @@ class PcaBasis:
         largest_13 = axes_C3.gather(0, axes_C3.abs().argmax(0, keepdim=True))
         axes_C3 = axes_C3 * torch.where(largest_13 < 0, -1.0, 1.0)  # eigenvectors have no sign of their own
         projected_N3 = unit_NC @ axes_C3
+        if like_N3 is not None:
+            signs_3 = torch.where((projected_N3 * like_N3).sum(0) < 0, -1.0, 1.0)
+            axes_C3, projected_N3 = axes_C3 * signs_3, projected_N3 * signs_3
         low_3, high_3 = (projected_N3.quantile(q, 0) for q in (_OUTLIER_SHARE, 1 - _OUTLIER_SHARE))
         return cls(mean_C, std_C, axes_C3, low_3, high_3)
 
+    def project(self, tokens_xC: Tensor) -> Tensor:
+        """(..., 3): zero for the mean of the tokens that it was learnt over."""
+        unit_xC = torch.where(self.std_C > 0, (finite(tokens_xC) - self.mean_C) / self.std_C, 0)
+        return unit_xC @ self.axes_C3
+
     def picture(self, map_HWC: Tensor) -> Picture:
-        unit_HWC = torch.where(self.std_C > 0, (finite(map_HWC) - self.mean_C) / self.std_C, 0)
-        colours_HW3 = (unit_HWC @ self.axes_C3 - self.low_3) / (self.high_3 - self.low_3).clamp_min(1e-12)
+        colours_HW3 = (self.project(map_HWC) - self.low_3) / (self.high_3 - self.low_3).clamp_min(1e-12)
         pixels: Picture = (colours_HW3.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
         return pixels
 
@@ -78,6 +86,12 @@ def heat(values_HW: Tensor, low: float, high: float) -> Picture:
     scaled_HW = ((values_HW - low) / max(high - low, 1e-12)).clamp(0, 1).double().numpy()
     pixels: Picture = colormaps["viridis"].with_extremes(bad="grey")(scaled_HW, bytes=True)[..., :3]
     return pixels
+
+
+def range_words(low: float, high: float) -> str:
+    """`0.52 … 12.3`, with as many digits as tell them apart."""
+    pairs = ((f"{low:.{digits}g}", f"{high:.{digits}g}") for digits in range(3, 8))
+    return next((f"{least} … {most}" for least, most in pairs if least != most), f"constant {low:.3g}")
 
 
 def picture_grid(columns: Sequence[tuple[str, Sequence[Picture]]], title: str) -> Figure:

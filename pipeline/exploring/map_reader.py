@@ -103,8 +103,11 @@ class MapReader:
         return torch.cat(parts, 1)
 
     def _basis(self, teacher: str, level: int) -> PcaBasis:
-        """The colours of one level of a teacher."""
-        return PcaBasis.fit(self.tokens(teacher)[level])
+        """The colours of one level of a teacher; their signs follow the level before."""
+        tokens_SNC = self.tokens(teacher)
+        before = level - 1
+        like_N3 = self.basis(teacher, before).project(tokens_SNC[before]) if level else None
+        return PcaBasis.fit(tokens_SNC[level], like_N3)
 
     def view(self, row: int, size: Size | None = None) -> Picture:
         """The pixels of a row's view, at its own size or another. Raises as `FeatureCache.image` does."""

@@ -13,7 +13,13 @@ from torch import Tensor
 
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import RecipeError
-from teachercache.pipeline.exploring.feature_pictures import Picture, heat, picture_grid, token_norms
+from teachercache.pipeline.exploring.feature_pictures import (
+    Picture,
+    heat,
+    picture_grid,
+    range_words,
+    token_norms,
+)
 from teachercache.pipeline.exploring.map_reader import MapReader
 from teachercache.student.measuring.task_outputs import TASK_OUTPUTS
 from teachercache.student.models.student import NUM_LEVELS, Student
@@ -67,24 +73,15 @@ def norm_figure(
         norms_2HW, difference_HW = token_norms(both_2HWC), token_norms(both_2HWC[0] - both_2HWC[1])
         low, high, most = float(norms_2HW.min()), float(norms_2HW.max()), float(difference_HW.max())
         pictures = [*(heat(norms_HW, low, high) for norms_HW in norms_2HW), heat(difference_HW, 0.0, most)]
-        columns.append((f"{title}\n{low:.3g} to {high:.3g}; 0 to {most:.3g}", pictures))
-    random = any(not teacher.pretrained for teacher in cache.spec.teachers.values())
+        columns.append((f"{title}\n{range_words(low, high)}; {range_words(0, most)}", pictures))
     figure = picture_grid(
         columns,
         f"Norms of the tokens of two images and of their difference, level {level % NUM_LEVELS + 1}"
-        + (" (random weights)" if random else "")
+        + (" (random weights)" if cache.spec.random_weights else "")
         + "\nabove each column, from dark to bright: the range of the norms; the range of the difference",
     )
-    text = "norm of the\ndifference of\nthe tokens\nabove"
-    figure.axes[2 * len(columns)].text(
-        0.5,
-        0.5,
-        text,
-        ha="center",
-        va="center",
-        fontsize=8,
-        transform=figure.axes[2 * len(columns)].transAxes,
-    )
+    text, corner = "norm of the\ndifference of\nthe tokens\nabove", figure.axes[2 * len(columns)]
+    corner.text(0.5, 0.5, text, ha="center", va="center", fontsize=8, transform=corner.transAxes)
     return figure
 
 

@@ -18,6 +18,7 @@ from teachercache.pipeline.exploring.feature_pictures import (
     figure_pixels,
     heat,
     picture_grid,
+    range_words,
     token_norms,
 )
 from teachercache.pipeline.exploring.map_reader import MapReader, level_name
@@ -126,7 +127,7 @@ def _kinds(reader: MapReader, teacher: str) -> list[tuple[_Kind, _Kind]]:
             return heat(token_norms(map_HWC), low, high)
 
         def norm_words(maps_BHWC: Tensor) -> str:
-            return "{:.3g} … {:.3g}".format(*_norm_range(maps_BHWC))
+            return range_words(*_norm_range(maps_BHWC))
 
         title = level_name(spec, level)
         features = _Kind(title, reader.basis(teacher, level).picture, lambda _: "", maps_BHWC)

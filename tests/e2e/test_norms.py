@@ -13,7 +13,7 @@ from teachercache import build_student
 from teachercache.jobs.cli import app
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import RecipeError
-from teachercache.pipeline.exploring.feature_pictures import heat, token_norms
+from teachercache.pipeline.exploring.feature_pictures import heat, range_words, token_norms
 from teachercache.student.measuring.figures import norm_figure
 from tests.make_cache import make_cache, make_images
 
@@ -41,6 +41,12 @@ def test_teachers_and_paths_stand_beside_each_other(cache: FeatureCache, tmp_pat
     assert names == [
         "view", "alpha teacher", "alpha student", "beta teacher", "beta student", "student's stem",
     ]  # fmt: skip
+
+
+def test_a_range_is_two_numbers_or_said_to_be_none() -> None:
+    assert range_words(0.5217, 12.34) == "0.522 … 12.3"
+    assert range_words(19.6001, 19.6004) == "19.6001 … 19.6004"
+    assert range_words(0.0, 0.0) == "constant 0"
 
 
 @pytest.mark.parametrize("level", [-1, 0])

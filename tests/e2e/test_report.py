@@ -24,6 +24,7 @@ from teachercache.jobs.inspection.report import write_report
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import CodecError
 from teachercache.pipeline.exploring.feature_pictures import PcaBasis
+from teachercache.pipeline.exploring.map_reader import MapReader
 from tests.browser import Browser
 from tests.make_cache import commit_shard, make_cache, make_images, teacher_spec
 
@@ -219,6 +220,19 @@ def test_values_that_are_not_finite_do_not_decide_the_colours() -> None:
     picture_HW3 = basis.picture(tokens_NC.view(10, 20, 8))
     assert len(np.unique(picture_HW3)) > 100
     torch.testing.assert_close(basis.std_C, clean.std_C, rtol=0.1, atol=0)
+
+
+def test_colours_keep_their_sign_from_level_to_level(tmp_path: Path, images: Path) -> None:
+    """Levels of the same three signals, each mixed into the channels in its own way."""
+    reader = MapReader(make_cache(tmp_path / "cache", images, teachers={"alpha": teacher_spec(grid=4)}))
+    generator = torch.Generator().manual_seed(0)
+    signals_N3 = torch.randn(96, 3, generator=generator) * torch.tensor([9.0, 3.0, 1.0])
+    mixes = [torch.linalg.qr(torch.randn(8, 8, generator=generator)).Q[:3] for _ in range(4)]
+    levels_SNC = torch.stack([signals_N3 @ mix_3C for mix_3C in mixes])
+    levels_SNC += 0.01 * torch.randn(levels_SNC.shape, generator=generator)
+    reader.tokens = lambda _: levels_SNC
+    projected_SN3 = torch.stack([reader.basis("alpha", s).project(levels_SNC[s]) for s in range(4)])
+    assert ((projected_SN3[1:] * projected_SN3[:-1]).sum(1) > 0).all()
 
 
 def test_cka_is_the_unbiased_one() -> None:
