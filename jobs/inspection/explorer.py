@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from teachercache.jobs.inspection.comparisons import Comparisons, Drawing
+from teachercache.jobs.inspection.page import placeholder
 from teachercache.jobs.inspection.summary import summarize
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import CacheError, TeacherCacheError, in_a_line
@@ -35,9 +36,9 @@ class Selection:
     sample: int
     other: int
     teachers: tuple[str, ...]
+    patch: tuple[float, float]
     view: int = 0
     level: int = 0
-    patch: tuple[float, float] = (0.5, 0.5)
     codec: str | None = None
 
 
@@ -76,10 +77,13 @@ class Explorer:
         self._view = lru_cache(_KEPT_VIEWS)(lambda row: jpeg_uri(self._maps.reader.view(row)))
 
     def first(self) -> Selection:
-        """Two samples that can be shown, where there are."""
+        """Two samples that can be shown, where there are, and the middle token of the first teacher."""
         rows = self._maps.reader.rows
         samples = self.cache.index.locate(rows)[0].tolist() if rows else [0]
-        return Selection(samples[0], samples[-1], tuple(self.cache.teachers), level=self.num_levels - 1)
+        height, width = next((spec.stored_grid for spec in self.cache.spec.teachers.values()), (1, 1))
+        patch = (width // 2 + 0.5) / width, (height // 2 + 0.5) / height
+        chosen = samples[0], samples[-1], tuple(self.cache.teachers)
+        return Selection(*chosen, patch, level=self.num_levels - 1)
 
     def search(self, text: str, page: int) -> Hits:
         """Samples whose key holds `text`, in the cache's order. Beyond the last page is the last page."""
@@ -110,13 +114,14 @@ class Explorer:
             raise CacheError("The cache does not hold this view of both images.") from None
         ring = "<i style='left:{:.2%};top:{:.2%}'></i>".format(*selection.patch)
         columns = self._columns(row, other, selection)
-        cells = [_title(""), *(_title(column.title, column.words) for column in columns)]
-        for name in selection.teachers:
-            cells.append(_title(name, self._words(name, selection.level)))
-            cells += [_map(column, name, "" if column.of_other else ring) for column in columns]
+        lines = "".join(self._line(name, columns, selection.level, ring) for name in selection.teachers)
         photos = self._photo(row, "The image (click a patch)", ring) + self._photo(other, "The other image")
         size = f"--columns:{len(columns)};--lines:{max(len(selection.teachers), 1)}"
-        return f'<div class="board" style="{size}"><div>{photos}</div><div>{"".join(cells)}</div></div>'
+        return f'<div class="board" style="{size}"><div>{photos}</div><div>{lines}</div></div>'
+
+    def _line(self, teacher: str, columns: Sequence[_Column], level: int, ring: str) -> str:
+        maps = (_map(column, teacher, "" if column.of_other else ring) for column in columns)
+        return f"<section>{_title(teacher, self._words(teacher, level))}{''.join(maps)}</section>"
 
     def _words(self, teacher: str, level: int) -> str:
         spec = self.cache.spec.teachers[teacher]
@@ -167,10 +172,10 @@ class Explorer:
     def _photo(self, row: int, title: str, ring: str = "") -> str:
         key = self.cache.key(int(self.cache.index.locate(row)[0]))
         try:
-            content = _clickable(f'<img alt="" src="{self._view(row)}">{ring}', ring)
+            content = _clickable(f'<img alt="{escape(title)}" src="{self._view(row)}">{ring}', ring)
         except (TeacherCacheError, OSError) as error:
-            content = _missing(error)
-        return f"{_title(title, key)}<figure>{content}</figure>"
+            content = placeholder(in_a_line(error))
+        return _figure(_title(title, key), content)
 
     def _make_thumbnail(self, sample: int) -> str:
         try:
@@ -183,14 +188,19 @@ class Explorer:
 
 def _map(column: _Column, teacher: str, ring: str) -> str:
     """A cell; where the map cannot be had, it holds the reason."""
+    title = _title(column.title, column.words)
     try:
         drawing = column.draw(teacher)
     except (TeacherCacheError, OSError) as error:
-        return f"<figure>{_missing(error)}</figure>"
+        return _figure(title, placeholder(in_a_line(error)))
     image = f'<img class="map" alt="{escape(column.title)}" src="{drawing.uri}">{ring}'
     scale = f"{drawing.low} <u></u> {drawing.high}" if drawing.high else ""
-    caption = " · ".join(filter(None, (scale, drawing.note)))
-    return f"<figure>{_clickable(image, ring)}<figcaption>{caption}</figcaption></figure>"
+    caption = " · ".join(f"<span>{words}</span>" for words in (scale, drawing.note) if words)
+    return _figure(title, _clickable(image, ring), caption)
+
+
+def _figure(title: str, content: str, caption: str = "") -> str:
+    return f"<figure>{title}{content}<figcaption>{caption}</figcaption></figure>"
 
 
 def _clickable(content: str, ring: str) -> str:
@@ -201,7 +211,3 @@ def _clickable(content: str, ring: str) -> str:
 def _title(text: str, words: str = "") -> str:
     note = f"<span><bdi>{escape(words)}</bdi></span>" if words else ""
     return f'<div class="title" title="{escape(words)}"><b>{escape(text)}</b>{note}</div>'
-
-
-def _missing(error: Exception) -> str:
-    return f'<div class="missing">{escape(in_a_line(error))}</div>'

@@ -2,34 +2,54 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
+from typing import NamedTuple
 
 STYLE = Path(__file__).with_name("page.css").read_text()
 
 
-def page(title: str, sections: Iterable[str]) -> str:
+class Section(NamedTuple):
+    title: str
+    content: str
+
+
+def page(title: str, warnings: Sequence[str], sections: Sequence[Section]) -> str:
     """A whole file that needs nothing from outside; the policy in it would refuse anything."""
+    contents = "".join(
+        f'<li><a href="#section{n}">{escape(section.title)}</a></li>' for n, section in enumerate(sections)
+    )
+    body = "".join(
+        f'<section id="section{n}"><h2>{escape(section.title)}</h2>{section.content}</section>'
+        for n, section in enumerate(sections)
+    )
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width"><meta name="color-scheme" content="light dark">'
-        f"<style>{STYLE}</style></head><body><h1>{escape(title)}</h1>{''.join(sections)}</body></html>\n"
+        f"<style>{STYLE}</style></head><body><h1>{escape(title)}</h1>{bullets(warnings, 'banner')}"
+        f"<nav><ol>{contents}</ol></nav>{body}</body></html>\n"
     )
 
 
-def section(title: str, *parts: str, note: str = "") -> str:
-    return f"<section><h2>{escape(title)}</h2>{paragraph(note)}{''.join(parts)}</section>"
+def section(title: str, *parts: str, note: str = "") -> Section:
+    return Section(title, paragraph(note) + "".join(parts))
+
+
+def prose(text: str) -> str:
+    """A sentence, whose `commands` stand between backticks in a terminal."""
+    return re.sub(r"`(.+?)`", r"<code>\1</code>", escape(text))
 
 
 def paragraph(text: str) -> str:
-    return f"<p>{escape(text)}</p>" if text else ""
+    return f"<p>{prose(text)}</p>" if text else ""
 
 
 def bullets(lines: Sequence[str], kind: str = "") -> str:
-    return f'<ul class="{kind}">' + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>"
+    return f'<ul class="{kind}">{"".join(f"<li>{prose(line)}</li>" for line in lines)}</ul>' if lines else ""
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -53,7 +73,7 @@ def picture(uri: str, description: str, kind: str = "map") -> str:
 
 def placeholder(reason: str) -> str:
     """In place of a picture that cannot be had."""
-    return f'<div class="missing">{escape(reason)}</div>'
+    return f'<div class="missing">{prose(reason)}</div>'
 
 
 def heading(text: str, strong: bool = False) -> str:

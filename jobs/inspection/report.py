@@ -2,34 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from typing import Any
 
 import numpy as np
 import torch
 
+from teachercache.jobs.inspection import page as html
 from teachercache.jobs.inspection.charts import channel_curve, error_curve, matrix, norm_histogram, number
-from teachercache.jobs.inspection.feature_facts import (
-    CodecTrial,
-    LevelFacts,
-    linear_cka,
-    try_codec,
-)
-from teachercache.jobs.inspection.page import (
-    bullets,
-    facts,
-    figure,
-    heading,
-    map_grid,
-    page,
-    paragraph,
-    picture,
-    placeholder,
-    scale,
-    section,
-    table,
-    timeline_rows,
-)
+from teachercache.jobs.inspection.feature_facts import CodecTrial, LevelFacts, linear_cka, try_codec
 from teachercache.jobs.inspection.summary import summarize
 from teachercache.jobs.inspection.tables import quarantine_line, summary_facts, warnings, what_was_checked
 from teachercache.jobs.inspection.teacher_maps import TeacherMaps
@@ -62,7 +44,8 @@ def write_report(
     """
     reader = MapReader(cache, num_rows=num_samples, seed=seed)
     progress("records")
-    parts = [*_overview(cache, reader), _history(cache)]
+    summary = summarize(cache)
+    parts = [*_overview(summary, reader), _history(cache)]
     teachers = []
     for name in reader.teachers:
         progress(f"maps of {name}")
@@ -74,36 +57,30 @@ def write_report(
         parts.append(_codecs(reader, teacher))
     progress("similarity")
     parts.append(_similarity(reader, teachers))
-    return page(f"Teacher cache {cache.storage.url}", parts)
+    return html.page(f"Teacher cache {cache.storage.url}", warnings(summary), parts)
 
 
-def _overview(cache: FeatureCache, reader: MapReader) -> list[str]:
-    summary = summarize(cache)
+def _overview(summary: Mapping[str, Any], reader: MapReader) -> list[html.Section]:
     head, columns = summary_facts(summary)
     fields = list(next(iter(columns.values()), {}))
     rows = [[field, *(str(column[field]) for column in columns.values())] for field in fields]
-    known = paragraph(what_was_checked(summary))
-    parts = [
-        section(
-            "What it is", facts(head), bullets(warnings(summary)), table(["teacher", *columns], rows), known
-        )
-    ]
+    known = html.paragraph(what_was_checked(summary))
+    parts = [html.section("What it is", html.facts(head), html.table(["teacher", *columns], rows), known)]
     absent = [f"{name} is not shown below: {reason}" for name, reason in reader.absent.items()]
     if broken := [*summary["problems"], *absent]:
-        parts.append(section("What is broken or missing", bullets(_cut(broken), "bad")))
+        parts.append(html.section("What is broken or missing", html.bullets(_cut(broken), "bad")))
     if quarantined := [quarantine_line(entry) for entry in summary["quarantined"]]:
+        title, shown = f"Quarantined samples: {len(quarantined)}", html.bullets(_cut(quarantined))
         note = "These samples could not be decoded. Their rows hold nothing, and training leaves them out."
-        parts.append(
-            section(f"Quarantined samples: {len(quarantined)}", bullets(_cut(quarantined)), note=note)
-        )
+        parts.append(html.section(title, shown, note=note))
     return parts
 
 
-def _history(cache: FeatureCache) -> str:
+def _history(cache: FeatureCache) -> html.Section:
     checked = check_shards(cache.manifest, cache.spec, Depth.RECORD)
     history = timeline(shard.record for shard in checked if shard.record is not None)
     if history is None:
-        return section("How it was built", note="No commit record says when its shard was made.")
+        return html.section("How it was built", note="No commit record says when its shard was made.")
     begin, end = (
         datetime.fromtimestamp(time, UTC).strftime("%Y-%m-%d %H:%M UTC")
         for time in (history.start, history.end)
@@ -112,27 +89,25 @@ def _history(cache: FeatureCache) -> str:
         (lane.worker, png_uri(heat(torch.from_numpy(lane.forward)[None], 0, 1))) for lane in history.lanes
     ]
     hidden = f" {history.hidden} more lanes are not shown." if history.hidden else ""
-    return section(
+    return html.section(
         "How it was built",
-        scale("0%", "100%", "share of a shard's time in the teachers' forward passes:"),
-        timeline_rows(lanes),
+        html.scale("0%", "100%", "share of a shard's time in the teachers' forward passes:"),
+        html.timeline_rows(lanes),
         note=f"From {begin} to {end}, {human_seconds(history.end - history.start)}. A line is "
         f"one of the shards that a worker (host and process) had in flight; grey is idle time.{hidden}",
     )
 
 
-def _samples(reader: MapReader, teachers: Sequence[TeacherMaps]) -> str:
+def _samples(reader: MapReader, teachers: Sequence[TeacherMaps]) -> html.Section:
     if not reader.rows:
-        return section("What the teachers see", note="There is no row yet that every teacher can give.")
-    return section(
+        return html.section("What the teachers see", note="There is no row yet that every teacher can give.")
+    return html.section(
         "What the teachers see",
-        scale("low", "high", "token norms, of one range for each teacher and level:"),
+        html.scale("low", "high", "token norms, of one range for each teacher and level:"),
         *(_sample(reader, row, teachers) for row in reader.rows),
-        note="Left: the first three principal components of each level as red, green and "
-        "blue, computed over all "
-        "images below with every channel standardised: equal colours in one column are "
-        "equal features. Right: "
-        f"the norm of every token. {_levels_in_words(teachers)}",
+        note="Left: the first three principal components of each level as red, green and blue, computed over "
+        "all images below with every channel standardised: equal colours in one column are equal features. "
+        f"Right: the norm of every token. {_levels_in_words(teachers)}",
     )
 
 
@@ -153,50 +128,50 @@ def _sample(reader: MapReader, row: int, teachers: Sequence[TeacherMaps]) -> str
     sample, view, _ = (int(number) for number in cache.index.locate(row))
     key = cache.key(sample)
     try:
-        photo = picture(jpeg_uri(reader.view(row)), f"{key}, view {view}", "photo")
+        photo = html.picture(jpeg_uri(reader.view(row)), f"{key}, view {view}", "photo")
     except (TeacherCacheError, OSError) as error:
-        photo = placeholder(f"the image cannot be had: {in_a_line(error)}")
+        photo = html.placeholder(f"the image cannot be had: {in_a_line(error)}")
     num_levels = max(teacher.spec.num_levels for teacher in teachers)
     blocks = (range(num_levels)[first : first + _MAPS // 2] for first in range(0, num_levels, _MAPS // 2))
     maps = "".join(_sample_maps(row, teachers, levels) for levels in blocks)
-    return f'<div class="sample">{figure(photo, f"{key} · row {row}, view {view}")}<div>{maps}</div></div>'
+    shown = html.figure(photo, f"{key} · row {row}, view {view}")
+    return f'<div class="sample">{shown}<div>{maps}</div></div>'
 
 
 def _sample_maps(row: int, teachers: Sequence[TeacherMaps], levels: range) -> str:
     """Principal components and norms of some of the levels; a line for each teacher that has one of them."""
     numbers = [level + 1 for level in levels]
     titles = ("", *(f"PCA, {n}" for n in numbers), "", *(f"norm, {n}" for n in numbers))
-    lines = [heading(title) for title in titles]
+    lines = [html.heading(title) for title in titles]
     for teacher in teachers:
         names = teacher.level_names[levels.start : levels.stop]
         if not names:
             continue
-        lines.append(heading(teacher.name, strong=True))
+        lines.append(html.heading(teacher.name, strong=True))
         for pictures, what in ((teacher.pictures, "PCA"), (teacher.norm_pictures, "token norms")):
             for level, name in zip(levels, names, strict=False):
                 uri = pictures.get((row, level))
-                shown = picture(uri, f"{teacher.name} {name}, {what}") if uri else None
-                lines.append(shown or placeholder(teacher.damaged.get(row, "")))
-            lines += [heading("")] * (len(levels) - len(names))
+                shown = html.picture(uri, f"{teacher.name} {name}, {what}") if uri else None
+                lines.append(shown or html.placeholder(teacher.damaged.get(row, "")))
+            lines += [html.heading("")] * (len(levels) - len(names))
             if pictures is teacher.pictures:
-                lines.append(heading(""))
-    return map_grid(lines, "74px", len(levels), "4px", len(levels))
+                lines.append(html.heading(""))
+    return html.map_grid(lines, "74px", len(levels), "4px", len(levels))
 
 
-def _statistics(teacher: TeacherMaps) -> str:
+def _statistics(teacher: TeacherMaps) -> html.Section:
     named = dict(zip(teacher.level_names, teacher.levels, strict=True))
     norms = {name: level.norms_N.numpy() for name, level in named.items()}
     std = {name: level.std_C.numpy() for name, level in named.items()}
     rows = [(name, *_channel_facts(level)) for name, level in named.items()]
     header = ["", "mean norm", "dead channels", "with NaN or infinity", "outlier channels", "the loudest"]
-    return section(
+    return html.section(
         f"Channels and norms of {teacher.name}",
-        figure(norm_histogram(norms), f"{teacher.name}: norms of tokens"),
-        figure(channel_curve(std), f"{teacher.name}: spread of channels"),
-        table(header, rows),
-        note=f"Over the {len(teacher.common_tokens)} rows shown above. A dead channel never "
-        f"changes; an outlier "
-        "channel has more than ten times the energy of the median one.",
+        html.figure(norm_histogram(norms), f"{teacher.name}: norms of tokens"),
+        html.figure(channel_curve(std), f"{teacher.name}: spread of channels"),
+        html.table(header, rows),
+        note=f"Over the {len(teacher.common_tokens)} rows shown above. A dead channel never changes; an "
+        "outlier channel has more than ten times the energy of the median one.",
     )
 
 
@@ -214,11 +189,11 @@ def _channel_facts(level: LevelFacts) -> list[str]:
     ]
 
 
-def _codecs(reader: MapReader, teacher: TeacherMaps) -> str:
+def _codecs(reader: MapReader, teacher: TeacherMaps) -> html.Section:
     title = f"Codecs on {teacher.name}"
     rows = list(teacher.common_tokens)
     if not rows:
-        return section(title, note="No row could be read.")
+        return html.section(title, note="No row could be read.")
     tried = rows[: min(_TRIAL_ROWS, max(len(rows) // 2, 1))]
     others = rows[len(tried) :] or tried
     names = [n for n in codec_names() if n != teacher.spec.codec and get_codec(n).reported]
@@ -227,16 +202,16 @@ def _codecs(reader: MapReader, teacher: TeacherMaps) -> str:
     curves = {trial.codec: trial.error_RSHW.flatten().numpy() for trial in trials}
     drawn = (
         (
-            figure(error_curve(curves), f"{teacher.name}: error of tokens"),
-            figure(_error_maps(teacher, trials), "1 − cosine of every token of one image"),
-            scale(number(_LEAST_ERROR), number(_LARGEST_ERROR), "1 − cosine, logarithmic:"),
+            html.figure(error_curve(curves), f"{teacher.name}: error of tokens"),
+            html.figure(_error_maps(teacher, trials), "1 − cosine of every token of one image"),
+            html.scale(number(_LEAST_ERROR), number(_LARGEST_ERROR), "1 − cosine, logarithmic:"),
         )
         if trials
         else ()
     )
-    return section(
+    return html.section(
         title,
-        table(
+        html.table(
             ["codec", "a row", "token cosine", "1% are below", "relative L2", ""],
             (_trial_facts(name, trial) for name, trial in found.items()),
         ),
@@ -278,18 +253,20 @@ def _error_maps(teacher: TeacherMaps, trials: Sequence[CodecTrial]) -> str:
     grids = []
     for first in range(0, teacher.spec.num_levels, _MAPS):
         names = teacher.level_names[first : first + _MAPS]
-        lines = [heading(text) for text in ("", *names)]
+        lines = [html.heading(text) for text in ("", *names)]
         for trial in trials:
-            lines.append(heading(trial.codec, strong=True))
+            lines.append(html.heading(trial.codec, strong=True))
             lines += [
-                picture(png_uri(heat(error_HW.clamp_min(1e-12).log10(), low, high)), f"{trial.codec}, {name}")
+                html.picture(
+                    png_uri(heat(error_HW.clamp_min(1e-12).log10(), low, high)), f"{trial.codec}, {name}"
+                )
                 for name, error_HW in zip(names, trial.error_RSHW[0, first : first + _MAPS], strict=True)
             ]
-        grids.append(map_grid(lines, "110px", len(names)))
+        grids.append(html.map_grid(lines, "110px", len(names)))
     return "".join(grids)
 
 
-def _similarity(reader: MapReader, teachers: Sequence[TeacherMaps]) -> str:
+def _similarity(reader: MapReader, teachers: Sequence[TeacherMaps]) -> html.Section:
     title = "How alike the teachers are"
     rows = [row for row in reader.rows if all(row in teacher.common_tokens for teacher in teachers)]
     sets = {
@@ -300,13 +277,12 @@ def _similarity(reader: MapReader, teachers: Sequence[TeacherMaps]) -> str:
     }
     num_tokens = min((len(tokens) for tokens in sets.values()), default=0)
     if num_tokens < 4:
-        return section(title, note="There are too few tokens to tell.")
-    return section(
+        return html.section(title, note="There are too few tokens to tell.")
+    return html.section(
         title,
         matrix(linear_cka(list(sets.values())).numpy(), list(sets)),
-        note=f"Linear CKA (unbiased) of {num_tokens:,} tokens, taken at the same places of the "
-        f"images above. 1: the "
-        "same up to a rotation; 0: nothing in common.",
+        note=f"Linear CKA (unbiased) of {num_tokens:,} tokens, taken at the same places of the images above. "
+        "1: the same up to a rotation; 0: nothing in common.",
     )
 
 

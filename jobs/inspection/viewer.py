@@ -175,24 +175,25 @@ def build(explorer: Explorer) -> gr.Blocks:
         headline = gr.HTML(_headline(cache), elem_id="headline", js_on_load=None)
         selection, page = gr.State(first), gr.State(0)
         with gr.Row(elem_id="find"):
-            text = gr.Textbox(
-                placeholder="Search in the keys, then Enter", elem_id="search", **_BARE, scale=3
-            )
-            back = gr.Button("‹", elem_id="back", size="sm", min_width=36, scale=0)
-            count = gr.HTML(elem_id="count", js_on_load=None, scale=0, min_width=150)
-            forward = gr.Button("›", elem_id="forward", size="sm", min_width=36, scale=0)
-            role = gr.Radio([_THIS, _OTHER], value=_THIS, elem_id="role", **_BARE, scale=2)
+            hint = "Search in the keys, then Enter"
+            text = gr.Textbox(label=hint, placeholder=hint, elem_id="search", **_BARE)
+            back = gr.Button("‹ back", elem_id="back", size="sm")
+            count = gr.HTML(elem_id="count", js_on_load=None)
+            forward = gr.Button("more ›", elem_id="forward", size="sm")
+            role = gr.Radio([_THIS, _OTHER], value=_THIS, label="A click", elem_id="role", **_BARE)
         strip = gr.HTML(elem_id="strip", js_on_load=_PICK_SAMPLE)
         with gr.Row(elem_id="options"):
             levels = [(f"level {n + 1}", str(n)) for n in range(explorer.num_levels)]
-            level = gr.Radio(levels, value=str(first.level), elem_id="level", **_BARE, scale=2)
+            level = gr.Radio(levels, value=str(first.level), label="Level", elem_id="level", **_BARE)
             views = [(f"view {n}", str(n)) for n in range(cache.num_views)]
-            view = gr.Dropdown(views, value=str(first.view), elem_id="view", **_BARE)
+            view = gr.Dropdown(views, value=str(first.view), label="View", elem_id="view", **_BARE)
             codecs = [("compare no codec", _NO_CODEC), *((f"compare {name}", name) for name in codec_names())]
-            codec = gr.Dropdown(codecs, value=_NO_CODEC, elem_id="codec", **_BARE)
+            codec = gr.Dropdown(codecs, value=_NO_CODEC, label="Codec", elem_id="codec", **_BARE)
         names = list(cache.teachers)
         several = len(names) > 1
-        teachers = gr.CheckboxGroup(names, value=names, elem_id="teachers", visible=several, **_BARE)
+        teachers = gr.CheckboxGroup(
+            names, value=names, label="Teachers", elem_id="teachers", visible=several, **_BARE
+        )
         teachers.preprocess = _list_only(teachers.preprocess)  # type: ignore[method-assign, assignment]
         board = gr.HTML(elem_id="board", js_on_load=_PICK_PATCH)
 
@@ -293,10 +294,8 @@ def _numbers(event: gr.EventData, *names: str) -> list[float]:
 
 def _headline(cache: FeatureCache, state: list[str] | None = None) -> str:
     """`state`: what is missing or broken, once that is known."""
-    words = [f"{cache.num_samples:,} samples"]
-    if random := [name for name, teacher in cache.spec.teachers.items() if not teacher.pretrained]:
-        words.append(f"random weights: {', '.join(random)}")
-    if state == []:
-        words.append("complete")
+    words = f"{cache.num_samples:,} samples" + (" · complete" if state == [] else "")
     told = f" · <em>{escape(' · '.join(state))}</em>" if state else ""
-    return f"<b>{escape(cache.storage.url)}</b> · {escape(' · '.join(words))}{told}"
+    random = ", ".join(cache.spec.random_weights)
+    banner = f'<p class="banner">Pictures of random weights: {escape(random)}</p>' if random else ""
+    return f"{banner}<b>{escape(cache.storage.url)}</b> · {words}{told}"

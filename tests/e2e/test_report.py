@@ -69,10 +69,14 @@ def test_the_page_stands_alone(tmp_path: Path, images: Path) -> None:
     html = page.read_text()
     links = Links(html)
     assert links.fetched
-    assert all(link.startswith("data:image/") for link in links.fetched)
+    assert all(link.startswith(("data:image/", "#section")) for link in links.fetched)
+    assert all(html.count(f'id="{link[1:]}"') == 1 for link in links.fetched if link.startswith("#"))
+    assert "`" not in links.text
     assert not re.search(r"url\((?!#)|@import", html)
     assert len(html) < 8e6
     assert links.pictures > 6 * (1 + 2 * 2 * 4)
+    before_the_contents = links.text[: links.text.index("What it is")]
+    assert "Random weights, for tests and timing only: alpha, beta." in before_the_contents
     for words in (
         *("What it is", "What the teachers see", "How it was built", "How alike the teachers are"),
         *("Channels and norms of alpha", "Codecs on beta", "int4-hadamard", "Random weights", "level 4"),

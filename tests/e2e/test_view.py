@@ -126,6 +126,44 @@ class Board:
         return self.page.locator("#strip button").nth(number)
 
 
+LAYOUT = """() => {
+    const found = [], seen = [];
+    for (const part of document.querySelectorAll("body *")) {
+        const box = part.getBoundingClientRect(), style = getComputedStyle(part);
+        if (part.clientWidth <= 1 || box.height <= 1) continue;
+        if (!part.checkVisibility({visibilityProperty: true})) continue;
+        const text = part.textContent.trim().slice(0, 30);
+        const name = `${part.tagName} #${part.id} .${part.className}: ${text}`;
+        if (box.left < -1 || box.right > innerWidth + 1) found.push(`outside: ${name}`);
+        if (part.scrollWidth > part.clientWidth + 1 && style.textOverflow !== "ellipsis")
+            found.push(`too narrow: ${name}`);
+        if (part.matches("button, input, textarea, label, #count, .pick")) seen.push([part, box, name]);
+    }
+    for (const [i, [one, a, first]] of seen.entries())
+        for (const [other, b, second] of seen.slice(i + 1))
+            if (!one.contains(other) && !other.contains(one)
+                && Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1
+                && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 1)
+                found.push(`overlap: ${first} and ${second}`);
+    return found;
+}"""
+CONTROL = r"- (?:button|checkbox|combobox|listbox|radio|searchbox|textbox)\b(?: \"([^\"]*)\")?"
+LIBRARY_NAMES = {"", "Textbox", "Dropdown", "Radio", "CheckboxGroup", "Checkbox Group", "Button"}
+
+
+def assert_nothing_is_cut(page: Any) -> None:
+    """At five widths: all is inside the window and whole, no control lies on another, and each has a name."""
+    usual = page.viewport_size
+    for width in (390, 500, 1280, 1500, 1920):
+        page.set_viewport_size({"width": width, "height": 720})
+        assert page.evaluate(LAYOUT) == [], width
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+    names = re.findall(CONTROL, page.locator("body").aria_snapshot())
+    assert len(names) > PAGE_SIZE
+    assert not LIBRARY_NAMES & set(names)
+    page.set_viewport_size(usual)
+
+
 def pixels(uri: str) -> NDArray[np.uint8]:
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))))
 
@@ -202,6 +240,7 @@ def test_a_person_looks_into_it(
         assert not set(board.maps()) & set(before)
         board.choose("codec", "compare int4-hadamard")
         assert len(board.maps()) == 8
+        assert_nothing_is_cut(page)
         board.choose("codec", "compare no codec")
         assert len(board.maps()) == 6
 
@@ -235,6 +274,9 @@ def test_a_student_beside_its_teacher(
         student_map, error_map = (pixels(uri) for uri in board.maps()[3:5])
         assert student_map.shape == error_map.shape == (4, 4, 3)
         assert "mean" in page.locator("#board figcaption", has_text="mean").first.inner_text()
+        board.choose("codec", "compare int4-hadamard")
+        assert len(board.maps()) == 5 + 1 + 3 + 1
+        assert_nothing_is_cut(page)
 
 
 def test_half_built_and_without_images(
