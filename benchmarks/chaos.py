@@ -211,9 +211,13 @@ class ChaosCluster:
         os.kill(_pid(node, "raylet"), signal.SIGKILL)
         self.add_node()
 
-    def add_node(self) -> None:
-        self._workers.append(self._cluster.add_node(num_cpus=1))
+    def add_node(self, **resources: int) -> None:
+        self._workers.append(self._cluster.add_node(**{"num_cpus": 1, **resources}))
         self._raylets.add(str(_pid(self._workers[-1], "raylet")))
+
+    def remove_node(self) -> None:
+        """The newest."""
+        self._cluster.remove_node(self._workers.pop())
 
     def kill_head(self) -> None:
         for processes in self._head.all_processes.values():

@@ -202,7 +202,7 @@ class IdleWorker(Worker):
 
 
 class IdleRayWorker(RayWorker):
-    def fill(self, url: str, images: str) -> str:
+    def fill(self, url: str, images: str, loaded: object) -> str:
         return ""
 
     def extract(self, shard: int, names: Collection[str]) -> dict[str, CommitRecord]:

@@ -25,8 +25,8 @@ class SourceRecipe(Strict):
 class RunnerRecipe(Strict):
     """What computes. `num_actors`, `gpus_per_actor` and `cpus_per_actor` apply to Ray alone.
 
-    `num_actors: null` uses the whole cluster, and nodes that join later; `gpus_per_actor: null` means
-    1 where the cluster has GPUs and 0 where it has none. `shards_in_flight` shards a process overlap.
+    `num_actors: null` uses the whole cluster, and nodes that join later; `gpus_per_actor: null` means 1, but
+    small teachers run on CPUs until GPUs come; 0 asks for CPUs. `shards_in_flight` shards a process overlap.
     `compile`: torch.compile for the teachers' blocks; null for on GPUs. Features differ in their last bits.
     `stall_timeout_s`: after how long without a batch or an image a shard counts as hanging.
     """

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import secrets
-import socket
 import time
+from dataclasses import dataclass
 from typing import Any
 
+import grpc
 import ray
+from ray._private.grpc_utils import init_grpc_channel
 from ray._private.utils import read_ray_address
-from ray.exceptions import RayActorError, RayTaskError
+from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
+from ray.exceptions import RayError, RayTaskError
 
 from teachercache.cache_builder.runner import log
 from teachercache.pipeline.errors import BuildError, BuildInterruptedError, TeacherCacheError
 
 _HEAD_TIMEOUT_S = 30.0  # a head with a Redis behind it may come back; Ray ends the process after 60 s
-_CONNECT_TIMEOUT_S = 2.0
+_CONNECT_TIMEOUT_S = 5.0
 
 
 class Head:
@@ -29,7 +33,7 @@ class Head:
 
     def answers(self) -> bool:
         """Raises `BuildInterruptedError` when it has not answered for a long time."""
-        if _answers(self._address):
+        if _refusal(self._address) is None:
             self._heard = time.monotonic()
             return True
         if self.is_gone():
@@ -45,62 +49,100 @@ class Head:
         return time.monotonic() - self._heard > _HEAD_TIMEOUT_S
 
 
-def connect() -> None:
-    """Join the cluster of this job or machine, or start a private one on this machine.
+def connect() -> bool:
+    """Join the cluster of this job or machine, or start a private one here, and return whether it did that.
 
-    Raises `BuildError` where RAY_ADDRESS names a cluster that does not answer.
+    Raises `BuildError` where RAY_ADDRESS names a cluster that cannot be joined.
     """
     quiet: dict[str, Any] = {"logging_level": "error", "log_to_driver": False}
     address = os.environ.get("RAY_ADDRESS")
-    if address and address.startswith(("http://", "https://")):
+    known = address or read_ray_address()  # Ray would try a dead cluster forever, and a stranger's at length
+    refusal = _refusal(known) if known else None
+    if address and refusal:
         raise BuildError(
-            "RAY_ADDRESS is where `ray job submit` sends its jobs; a build cannot join the cluster there.",
-            got=f"RAY_ADDRESS={address}",
-            expected="host:port of the head (6379 by default), or nothing on a machine of the cluster",
-            do="submit jobs/cache_teachers.py with `ray job submit`, or set RAY_ADDRESS to the head",
+            "The Ray cluster cannot be joined.",
+            got=f"RAY_ADDRESS={address}: {refusal}",
+            expected="host:port of the head of a cluster, and RAY_AUTH_MODE and RAY_AUTH_TOKEN as there",
+            do="ray start --head, or unset RAY_ADDRESS to use this machine; `teachercache submit` takes URLs",
         )
-    if address and not _answers(address):
-        raise BuildError(
-            "The Ray cluster does not answer.",
-            got=f"RAY_ADDRESS={address}",
-            expected="the address of a running head",
-            do="start it with ray start --head, or unset RAY_ADDRESS to use a cluster of this machine",
-        )
-    noted = None if address else read_ray_address()
-    if noted is None or _answers(noted):  # Ray would try a dead cluster on this machine forever
+    if not refusal:
         with contextlib.suppress(ConnectionError):
             ray.init(address="auto", **quiet)
-    if not ray.is_initialized():
-        # Ray guards a new cluster with a token. One given here leaves no ~/.ray/auth_token behind, which
-        # would turn authentication on for every later `ray start` of this user.
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        ray.init(address="local", include_dashboard=False, **quiet)
-
-
-def _answers(address: str) -> bool:
-    """Whether something listens there; names other than host and port, such as "auto", are left to Ray."""
-    host, colon, port = address.rpartition(":")
-    if not colon or not port.isdigit() or "//" in host:
-        return True
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_TIMEOUT_S).close()
-    except OSError:
-        return False
+            return False
+    # Ray guards a new cluster with a token. One given here leaves no ~/.ray/auth_token behind, which
+    # would turn authentication on for every later `ray start` of this user.
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    ray.init(address="local", include_dashboard=False, **quiet)
     return True
 
 
+def _refusal(address: str) -> str | None:
+    """Why the head there cannot be joined; None also for names such as "auto", which are left to Ray."""
+    if address.startswith(("http://", "https://")):
+        return "that is where `ray job submit` sends jobs, which a build cannot join"
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdigit() or "//" in host:
+        return None
+    with init_grpc_channel(address) as channel:
+        try:
+            head = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)
+            head.GetClusterId(gcs_service_pb2.GetClusterIdRequest(), timeout=_CONNECT_TIMEOUT_S)
+        except grpc.RpcError as error:
+            is_guarded = error.code() == grpc.StatusCode.UNAUTHENTICATED
+            return "it wants another token" if is_guarded else "it does not answer"
+    return None
+
+
+@dataclass(frozen=True)
+class Need:
+    """What an actor takes, all of it on one node."""
+
+    cpus: float
+    gpus: float
+
+    def __str__(self) -> str:
+        return f"{self.cpus:g} CPUs and {self.gpus:g} GPUs"
+
+    def room(self, nodes_may_join: bool, has_begun: bool) -> int:
+        """How many actors the nodes have room for, were nothing else there.
+
+        Raises `BuildError` for a build that has not begun if no node may join, or some have too little.
+        """
+        resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        nodes = [Need(node.get("CPU", 0), node.get("GPU", 0)) for node in resources]
+        room = sum(int(min(n.cpus / self.cpus, n.gpus / self.gpus if self.gpus else math.inf)) for n in nodes)
+        is_small = any(node.cpus and (node.gpus or not self.gpus) for node in nodes)
+        if not room and not has_begun and (is_small or not nodes_may_join):
+            raise BuildError(
+                "No node of this Ray cluster has room for one actor.",
+                got=f"nodes with {', '.join(sorted(map(str, set(nodes))))}",
+                expected=f"one with {self}",
+                do="start larger nodes, or lower runner.cpus_per_actor or runner.gpus_per_actor (0: on CPUs)",
+            )
+        return room
+
+
 def answer_of(call: Any) -> Any:
-    """`ray.get`, which raises our own errors as the actor (or its constructor) raised them."""
+    """`ray.get`, which raises errors as the actor raised them, if they are ours, and else in a few lines."""
     try:
         return ray.get(call)
-    except RayTaskError as error:
-        if isinstance(error.cause, TeacherCacheError):
-            raise error.cause from error
-        raise
-    except RayActorError as error:
-        raise BuildError(
-            "A Ray actor could not load the teachers.",
-            got=str(error),
-            expected="an actor that builds every teacher of the recipe",
-            do="fix the cause above; `teachercache build … runner.kind=local` shows it without Ray",
-        ) from error
+    except RayError as error:
+        raise as_ours(error) from error
+
+
+def as_ours(error: RayError) -> TeacherCacheError:
+    """What an actor raised, or how it ended."""
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    if isinstance(cause, TeacherCacheError):
+        return cause
+    return BuildError(
+        "A Ray actor could not load the teachers or open the cache.",
+        got=last_line(error),
+        expected="an actor that builds every teacher of the recipe, and sees the cache and the images",
+        do="fix it (runner.kind=local shows more); on small GPUs, take fewer teachers or runner.batch_size=1",
+    )
+
+
+def last_line(error: RayError) -> str:
+    """What Ray's many lines come to: the error of the innermost call, or how a process ended."""
+    return str(error).strip().splitlines()[-1].strip()

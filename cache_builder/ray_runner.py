@@ -2,18 +2,22 @@
 
 Plain actors, fed from a queue of shards, return only commit records: features go from the actor to the
 store. An actor that dies (its process, its node, preemption) or hangs is replaced, and its shards in flight
-are queued again; extraction is idempotent, so running one twice is harmless.
+are queued again; extraction is idempotent, so running one twice is harmless. Actors beyond what the nodes
+have room for wait for nodes: Ray starts them when some join, and its autoscaler sees them until then.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
+import math
 import os
 import signal
 import threading
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import ray
@@ -23,7 +27,7 @@ from ray.util.metrics import Counter, Gauge
 from teachercache.cache_builder.build_recipe import RunnerRecipe
 from teachercache.cache_builder.calibrate import Calibration, CalibrationSample
 from teachercache.cache_builder.extract import ShardExtractor, worker_name
-from teachercache.cache_builder.ray_cluster import Head, answer_of, connect
+from teachercache.cache_builder.ray_cluster import Head, Need, answer_of, as_ours, connect, last_line
 from teachercache.cache_builder.runner import (
     ABANDON_S,
     FINISH_S,
@@ -39,29 +43,41 @@ from teachercache.cache_builder.runner import (
     require_place,
 )
 from teachercache.cache_builder.stages import STAGES
+from teachercache.cache_builder.teachers.flops import teacher_gmacs
 from teachercache.cache_builder.worker import Worker
-from teachercache.pipeline.errors import BuildError, BuildInterruptedError
+from teachercache.pipeline.errors import BuildInterruptedError
 from teachercache.pipeline.records.manifest import CommitRecord
 from teachercache.pipeline.records.spec import TeacherSpec
 from teachercache.pipeline.stop_request import StopRequest
 
-_LOOK_AROUND_EVERY_S = 5.0
+_LOOK_AROUND_EVERY_S = 2.0
+_PULSE_EVERY_S = 5.0
+_SAY_AGAIN_S = 60.0
 _ANSWER_S = 1.0
 _WATCH = "watch"
+_LARGE_GMACS = 100.0  # a view through all teachers: seconds of a CPU core, milliseconds of a GPU
+_AHEAD = 8  # actors that may wait for nodes; more where more nodes are there, so that a cluster doubles
+_numbers = itertools.count()
 
 
 class RayWorker(Worker):
     """A worker that reports to Ray's metrics, and finishes its shards on SIGTERM."""
 
     def __init__(self, teachers: Mapping[str, TeacherSpec], runner: RunnerRecipe) -> None:
-        super().__init__(teachers, runner)
+        # Of an error in the constructor of an actor, Ray would pass on the text alone.
+        self._load = partial(super().__init__, teachers, runner)
         self._extractor: ShardExtractor | None = None
         self._metrics = _Metrics()
         self._leaving = False
         signal.signal(signal.SIGTERM, self._leave)
 
-    def fill(self, url: str, images: str) -> str:
-        """Open the cache to extract shards into. Returns this process's name in commit records."""
+    def load(self) -> dict[str, str]:
+        """Load the teachers. Returns the hash of every one's weights."""
+        self._load()
+        return self.weights_hashes()
+
+    def fill(self, url: str, images: str, loaded: object) -> str:
+        """Open the cache to extract shards into, after `loaded`. Returns this process's name in records."""
         self._extractor = self.open(url, images)
         return worker_name()
 
@@ -72,7 +88,6 @@ class RayWorker(Worker):
         assert self._extractor is not None, "fill() comes first"
         if self._leaving:
             raise BuildInterruptedError("This process has to end; it takes no more shards.")
-        self._metrics.start()
         records = self._extractor.extract(shard, names)
         for record in list(records.values())[:1]:  # all of them count the same views
             self._metrics.add(record)
@@ -106,38 +121,28 @@ class _Metrics:
         )
         self._shards = Counter("teachercache_shards", "Shards committed.", keys)
         self._views = Counter("teachercache_views", "Views computed.", keys)
-        self._rate = Gauge("teachercache_views_per_second", "Views a second since the first shard.", keys)
         self._tags = {"actor": worker_name()}
-        self._started: float | None = None
-        self._total = 0
-        self._lock = threading.Lock()
-
-    def start(self) -> None:
-        with self._lock:
-            self._started = self._started or time.monotonic()
 
     def add(self, record: CommitRecord) -> None:
-        with self._lock:
-            self._total += record.num_rows
-            assert self._started is not None
-            rate = self._total / (time.monotonic() - self._started)
         for stage in STAGES:
             if record.seconds[stage] > 0:  # Ray refuses to add zero
                 self._seconds.inc(record.seconds[stage], self._tags | {"stage": stage})
         self._shards.inc(1, self._tags)
         self._views.inc(record.num_rows, self._tags)
-        self._rate.set(rate, self._tags)
 
 
 @dataclass(eq=False)
 class _Actor:
-    """An actor of the pool, and its pending calls: `opening` precedes any shard, `ping` is its pulse.
+    """An actor of the pool, and its pending calls: `loaded` answers once it has a node and its teachers,
+    `opening` precedes any shard, `ping` is its pulse.
 
     `name` is the answer to `opening`.
     """
 
     handle: Any
-    opening: Any = None
+    gpus: float
+    loaded: Any
+    opening: Any
     name: str = ""
     running: dict[Any, Task] = field(default_factory=dict)
     ping: Any = None
@@ -146,8 +151,7 @@ class _Actor:
 
 
 class RayRunner(Runner):
-    """As many actors as fit the nodes and the shards can occupy (or `num_actors`), each with all teachers
-    loaded."""
+    """As many actors as the shards can occupy (or `num_actors`), each with all teachers loaded."""
 
     worker: ClassVar[type[Worker]] = RayWorker
 
@@ -156,13 +160,17 @@ class RayRunner(Runner):
     ) -> None:
         super().__init__(recipe, teachers, num_shards)
         self._connected_here = not ray.is_initialized()
-        if self._connected_here:
-            connect()
+        self._nodes_may_join = not (self._connected_here and connect())
         self._head = Head()
+        self._shards = Gauge("teachercache_build_shards", "Shards of a build by state.", ("state",))
+        self._waiting = Gauge("teachercache_build_actors_waiting", "Actors that wait for a node, or load.")
         self._failed_starts = 0
         self._place: tuple[str, str] | None = None
-        self._require_room()
-        self._actors = [self._start_actor() for _ in range(self._wanted_actors())]
+        gmacs = sum(map(teacher_gmacs, teachers.values())) if recipe.gpus_per_actor is None else 0.0
+        self._is_large = gmacs >= _LARGE_GMACS
+        self._said_to_wait = -math.inf
+        self._actors: list[_Actor] = []
+        self._fit_to_nodes()
 
     def __exit__(self, *_: object) -> None:
         if self._head.is_gone():  # every call to Ray would hang
@@ -173,11 +181,11 @@ class RayRunner(Runner):
             ray.shutdown()
 
     def weights_hashes(self) -> dict[str, str]:
-        hashes: dict[str, str] = answer_of(self._actors[0].handle.weights_hashes.remote())
+        hashes: dict[str, str] = answer_of(self._first_loaded().loaded)
         return hashes
 
     def calibrate(self, sample: CalibrationSample, names: Collection[str]) -> dict[str, Calibration]:
-        sent = self._actors[0].handle.calibrate.remote(sample, list(names))
+        sent = self._first_loaded().handle.calibrate.remote(sample, list(names))
         calibrations: dict[str, Calibration] = answer_of(sent)
         return calibrations
 
@@ -185,18 +193,18 @@ class RayRunner(Runner):
         self._place = url, images
         queue = Queue(tasks, self.recipe.max_attempts)
         for actor in self._actors:
-            actor.opening = actor.handle.fill.remote(url, images)
-        looked_around = time.monotonic()
+            actor.opening = actor.handle.fill.remote(url, images, actor.loaded)
+        looked_around = -math.inf
         with StopRequest(signal.SIGTERM, signal.SIGINT) as stop:
             while (queue or self._running()) and not stop.requested:
-                for actor in self._actors:
+                for actor in list(self._actors):
                     self._feed(actor, queue)
                 self._collect(queue, on_commit)
                 for actor in list(self._actors):
                     self._feel_pulse(actor, queue)
-                if time.monotonic() - looked_around > _LOOK_AROUND_EVERY_S:
-                    if self._head.answers():
-                        self._use_new_nodes()
+                if time.monotonic() - looked_around > _LOOK_AROUND_EVERY_S and self._head.answers():
+                    self._show_progress(queue)
+                    self._fit_to_nodes()
                     looked_around = time.monotonic()
             if stop.signal is not None and (queue or self._running()):
                 deadline = time.monotonic() + FINISH_S
@@ -205,12 +213,19 @@ class RayRunner(Runner):
                 raise interrupted(stop.signal)
         return queue.failed
 
-    def _running(self) -> bool:
-        return any(actor.running for actor in self._actors)
+    def _running(self) -> int:
+        return sum(len(actor.running) for actor in self._actors)
+
+    def _show_progress(self, queue: Queue) -> None:
+        self.num_shards = len(queue) + self._running()
+        states = {"waiting": len(queue), "running": self._running(), "failed": len(queue.failed)}
+        for state, count in states.items():
+            self._shards.set(count, {"state": state})
+        self._waiting.set(sum(actor.opening is not None for actor in self._actors))
 
     def _feed(self, actor: _Actor, queue: Queue) -> None:
         if actor.leaving and not actor.running:
-            self._replace(actor)
+            self._end(actor)
         while actor.opening is None and not actor.leaving:
             task = queue.take(actor.running.values(), self.recipe.shards_in_flight)
             if task is None:
@@ -220,6 +235,9 @@ class RayRunner(Runner):
     def _collect(self, queue: Queue, on_commit: OnCommit) -> None:
         owners = {call: actor for actor in self._actors for call in actor.running}
         owners |= {actor.opening: actor for actor in self._actors if actor.opening is not None}
+        if not owners:
+            time.sleep(TICK_S)
+            return
         finished, _ = ray.wait(list(owners), num_returns=1, timeout=TICK_S)
         for call in finished:
             self._take(owners[call], call, queue, on_commit)
@@ -229,11 +247,11 @@ class RayRunner(Runner):
             answer = ray.get(call)
         except RayActorError as error:
             self._count_failed_start(actor, error)
-            self._lose(actor, f"the process that ran it died: {error}", queue)
+            self._lose(actor, f"the process that ran it died: {last_line(error)}", queue)
         except RayTaskError as error:
-            cause = error.cause if isinstance(error.cause, Exception) else error
             if call is actor.opening:  # an actor that cannot open the cache cannot extract
-                raise cause from error
+                raise as_ours(error) from error
+            cause = error.cause if isinstance(error.cause, Exception) else error
             task = actor.running.pop(call)
             if isinstance(cause, BuildInterruptedError):
                 actor.leaving = True
@@ -243,10 +261,12 @@ class RayRunner(Runner):
             require_place(cause, self._place[0])
             queue.retry_or_fail(task, describe(cause))
         except RayError as error:  # its answer went with a node; its commits stay
-            self._lose(actor, f"its answer was lost: {error}", queue)
+            self._lose(actor, f"its answer was lost: {last_line(error)}", queue)
         else:
             if call is actor.opening:
                 actor.opening, actor.name = None, answer
+                for other in self._actors if actor.gpus else ():  # CPUs retire when GPUs work
+                    other.leaving |= not other.gpus
             else:
                 del actor.running[call]
                 on_commit(answer)
@@ -256,22 +276,17 @@ class RayRunner(Runner):
         for task in actor.running.values():
             self.orphans.append((task, actor.name))
             queue.retry_or_fail(task, reason, died=True)
-        self._replace(actor)
+        self._end(actor)
 
-    def _replace(self, actor: _Actor) -> None:
+    def _end(self, actor: _Actor) -> None:
         ray.kill(actor.handle)  # it may just be unreachable
-        self._actors[self._actors.index(actor)] = self._start_actor()
+        self._actors.remove(actor)
 
     def _count_failed_start(self, dead: _Actor, error: RayActorError) -> None:
         """Give up when actors keep dying before they have opened the cache."""
         self._failed_starts = self._failed_starts + 1 if dead.opening is not None else 0
-        if self._failed_starts >= self.recipe.max_attempts * len(self._actors):
-            raise BuildError(
-                "The Ray actors die before they can open the cache.",
-                got=str(error),
-                expected="actors that load the teachers and open the cache",
-                do="look at the actors' logs (ray logs); memory and missing packages are the usual causes",
-            ) from error
+        if self._failed_starts >= self.recipe.max_attempts * max(1, self._room):
+            raise as_ours(error) from error
 
     def _feel_pulse(self, actor: _Actor, queue: Queue) -> None:
         """Replace an actor in which a shard hangs, or that does not answer at all."""
@@ -280,7 +295,7 @@ class RayRunner(Runner):
         if actor.opening is not None or not actor.running:
             actor.asked, actor.ping = time.monotonic(), None
         elif actor.ping is None:
-            if waited > min(patience / 4, _LOOK_AROUND_EVERY_S):
+            if waited > min(patience / 4, _PULSE_EVERY_S):
                 actor.ping = actor.handle.idle_s.options(concurrency_group=_WATCH).remote()
                 actor.asked = time.monotonic()
         elif ray.wait([actor.ping], timeout=0)[0]:
@@ -292,45 +307,57 @@ class RayRunner(Runner):
         elif waited > patience:
             self._lose(actor, f"its process did not answer for {waited:.0f} s", queue)
 
-    def _use_new_nodes(self) -> None:
-        missing = self._wanted_actors() - len(self._actors)
-        self._actors += [self._start_actor() for _ in range(missing)]
+    def _first_loaded(self) -> _Actor:
+        """An actor that has its teachers, or died of them."""
+        with StopRequest(signal.SIGTERM, signal.SIGINT) as stop:
+            while stop.signal is None:
+                loaded = {actor.loaded: actor for actor in self._actors}
+                finished, _ = ray.wait(list(loaded), num_returns=1, timeout=TICK_S)
+                if finished:
+                    return loaded[finished[0]]
+                if self._head.answers():
+                    self._fit_to_nodes()
+        raise interrupted(stop.signal)
 
-    def _start_actor(self) -> _Actor:
+    def _fit_to_nodes(self) -> None:
+        """Start the actors that are wanted, and end waiting ones that are not any more."""
+        need = self._need()
+        self._room = need.room(self._nodes_may_join, self._place is not None)
+        if not self._room and time.monotonic() - self._said_to_wait > _SAY_AGAIN_S:
+            log.warning("waiting for a node with %s; runner.gpus_per_actor=0 computes on CPUs", need)
+            self._said_to_wait = time.monotonic()
+        alike = [actor for actor in self._actors if actor.gpus == need.gpus]
+        missing = self._wanted_actors(need) - len(alike)
+        self._actors += [self._start_actor(need) for _ in range(missing)]
+        waiting = [actor for actor in reversed(alike) if actor.opening is not None]
+        for actor in waiting[: max(0, -missing)]:
+            self._end(actor)
+
+    def _start_actor(self, need: Need) -> _Actor:
         options: dict[str, Any] = {
-            "num_cpus": self.recipe.cpus_per_actor,
-            "num_gpus": self._gpus_per_actor(),
+            "name": f"{'+'.join(self.teachers)} {os.getpid()}-{next(_numbers)}",
+            "num_cpus": need.cpus,
+            "num_gpus": need.gpus,
             "max_concurrency": self.recipe.shards_in_flight,
             "concurrency_groups": {_WATCH: 1},
         }
         handle = ray.remote(**options)(self.worker).remote(dict(self.teachers), self.recipe)
-        return _Actor(handle, None if self._place is None else handle.fill.remote(*self._place))
+        loaded = handle.load.remote()
+        opening = loaded if self._place is None else handle.fill.remote(*self._place, loaded)
+        return _Actor(handle, need.gpus, loaded, opening)
 
-    def _gpus_per_actor(self) -> float:
-        if self.recipe.gpus_per_actor is not None:
-            return self.recipe.gpus_per_actor
-        return 1.0 if ray.cluster_resources().get("GPU") else 0.0
+    def _need(self) -> Need:
+        gpus = self.recipe.gpus_per_actor
+        if gpus is None:
+            gpus = 1.0 if self._is_large or ray.cluster_resources().get("GPU") else 0.0
+        return Need(self.recipe.cpus_per_actor, gpus)
 
-    def _wanted_actors(self) -> int:
+    def _wanted_actors(self, need: Need) -> int:
+        """What the shards can occupy, up to twice the room; on CPUs until GPUs come, only what has room."""
         if self.recipe.num_actors is not None:
             return self.recipe.num_actors
-        need = {"CPU": self.recipe.cpus_per_actor, "GPU": self._gpus_per_actor()}
-        room = sum(
-            min(int(node["Resources"].get(name, 0) / count) for name, count in need.items() if count)
-            for node in ray.nodes()
-            if node["Alive"]
-        )
         if self.num_shards is None:
-            return room
-        return min(room, max(1, -(-self.num_shards // self.recipe.shards_in_flight)))
-
-    def _require_room(self) -> None:
-        if not self._wanted_actors():
-            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-            have = (f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes)
-            raise BuildError(
-                "No node of this Ray cluster has room for one actor.",
-                got=f"nodes of {', '.join(sorted(set(have)))}",
-                expected=f"one with {self.recipe.cpus_per_actor:g} CPUs and {self._gpus_per_actor():g} GPUs",
-                do="start larger nodes, or lower runner.cpus_per_actor and runner.gpus_per_actor",
-            )
+            return self._room
+        is_makeshift = self.recipe.gpus_per_actor is None and not need.gpus
+        most = self._room if is_makeshift else self._room + max(_AHEAD, self._room)
+        return max(1, min(most, -(-self.num_shards // self.recipe.shards_in_flight)))

@@ -1,6 +1,6 @@
 """Build a teacher cache on a Ray cluster.
 
-    ray job submit --working-dir . -- python jobs/cache_teachers.py RECIPE key=value …
+    teachercache submit RECIPE key=value …
 
 RECIPE is a YAML file, or the name of one in jobs/recipes (for example imagenet1k_vitl). Overrides:
 

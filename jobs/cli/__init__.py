@@ -19,7 +19,8 @@ app = typer.Typer(
 )
 
 VERBS = {
-    "Build a cache": (building.plan, building.build, building.calibrate, integrity.verify, integrity.repair),
+    "Build a cache": (building.plan, building.build, building.submit, building.calibrate),
+    "Check and mend a cache": (integrity.verify, integrity.repair),
     "Look at a cache": (inspection.inspect, inspection.report, inspection.view, inspection.norms),
     "Train a student": (students.train, students.remove_teacher, students.push, students.import_reference),
     "Measure a student": (

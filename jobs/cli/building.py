@@ -1,19 +1,29 @@
-"""Verbs that compute: plan, build and calibrate."""
+"""Verbs that compute: plan, build, here or on a cluster, and calibrate."""
 
 from __future__ import annotations
 
+import os
+import re
+import shlex
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+import teachercache
 from teachercache.jobs.cli.terminal import Overrides, RecipeArgument, console
 
 if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
     from teachercache.cache_builder.budget import Option
     from teachercache.cache_builder.build_recipe import BuildRecipe
     from teachercache.cache_builder.draft import Draft
     from teachercache.pipeline.records.spec import TeacherSpec
+
+# Keys and addresses of stores; no names of profiles and files, which are on this machine alone.
+_PASSED = re.compile(r"(?!.*_(PROFILE|FILE|DIR)$)(AWS_|AZURE_STORAGE_|FSSPEC_|HF_(TOKEN|ENDPOINT)$)")
 
 
 def plan(
@@ -96,6 +106,70 @@ def build(
     )
     if result.quarantined:
         console.print(f"{result.quarantined} samples are quarantined; `teachercache inspect` names them.")
+
+
+def submit(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    address: Annotated[
+        str | None, typer.Option(help="Where the cluster takes jobs (RAY_ADDRESS, or http://127.0.0.1:8265).")
+    ] = None,
+    env: Annotated[list[str], typer.Option(help="Another variable that the job needs.")] = [],  # noqa: B006
+) -> None:
+    """Send a build to a Ray cluster, with this checkout's code and the keys of its stores, and follow it.
+
+    Variables of S3, Azure, fsspec and the Hugging Face Hub go with it; a line says which. Ctrl-C leaves the
+    job running, and says how to follow and how to stop it.
+
+    Example: `teachercache submit imagenet1k_vitl source.path=s3://bucket/train cache=s3://bucket/cache`
+    """
+    from ray.exceptions import RayError
+    from ray.job_submission import JobSubmissionClient
+
+    from teachercache.cache_builder.build_recipe import BuildRecipe
+    from teachercache.jobs.recipes import SHIPPED, find_recipe
+    from teachercache.pipeline.errors import BuildError
+
+    find_recipe(BuildRecipe, recipe, overrides or [])
+    root = Path(teachercache.__file__).parents[1]
+    if not (SHIPPED / f"{recipe}.yaml").is_file():
+        recipe = str(Path(recipe).resolve()).removeprefix(f"{root}/")
+    variables = {name: os.environ[name] for name in sorted(os.environ) if _PASSED.match(name) or name in env}
+    code = {"working_dir": str(root)} if (root / ".rayignore").is_file() else {}  # else it is installed there
+    # `ray job stop` would give it 3 s, and a build needs up to 20 to end cleanly.
+    runtime_env = {**code, "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "30", **variables}}
+    command = ["python", "-m", "teachercache.jobs.cache_teachers", recipe, *(overrides or [])]
+    try:
+        client = JobSubmissionClient(address)
+        job = client.submit_job(entrypoint=shlex.join(command), runtime_env=runtime_env)
+    except (ConnectionError, RuntimeError, RayError) as error:
+        raise BuildError(
+            "The Ray cluster does not take the job.",
+            got=str(error).strip().splitlines()[-1],
+            expected="the dashboard of a running cluster, and RAY_AUTH_MODE and RAY_AUTH_TOKEN as there",
+            do="name it with --address http://HEAD:8265",
+        ) from error
+    console.print(f"{job} gets the variables {', '.join(f'{name}=…' for name in variables) or '(none)'}")
+    raise typer.Exit(_follow(client, job))
+
+
+def _follow(client: JobSubmissionClient, job: str) -> int:
+    """Print the job's output as it comes. Returns its exit status."""
+    import asyncio
+
+    async def show() -> None:
+        async for text in client.tail_job_logs(job):
+            print(text, end="", flush=True)
+
+    try:
+        asyncio.run(show())
+    except KeyboardInterrupt:
+        where = f"--address {client.get_address()} {job}"
+        console.print(f"It goes on: ray job logs --follow {where}\nIt stops by: ray job stop {where}")
+        return 0
+    info = client.get_job_info(job)
+    console.print(f"{job}: {info.status}")
+    return 0 if info.status == "SUCCEEDED" else info.driver_exit_code or 1
 
 
 def calibrate(

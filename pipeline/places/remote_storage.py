@@ -24,19 +24,22 @@ _HTTP_S = 15.0
 
 
 def client_options(url: str) -> dict[str, Any]:
-    """Options for fsspec in addition to the user's (FSSPEC_S3): when to give up on a store."""
-    if url.partition("://")[0] in ("http", "https") and find_spec("aiohttp") is not None:
+    """Options for fsspec in addition to the user's of the protocol (FSSPEC_S3): those of the bucket
+    (FSSPEC_BUCKETS, JSON of options by name), and when to give up on a store."""
+    protocol, _, path = url.partition("://")
+    stated: dict[str, Any] = dict(fsspec.config.conf.get("buckets", {}).get(path.partition("/")[0], {}))
+    if protocol in ("http", "https") and find_spec("aiohttp") is not None:
         from aiohttp import ClientTimeout
 
         return {
             "client_kwargs": {"timeout": ClientTimeout(total=None, sock_connect=_HTTP_S, sock_read=_HTTP_S)}
         }
-    if url.partition("://")[0] not in ("s3", "s3a") or find_spec("s3fs") is None:
-        return {}
+    if protocol not in ("s3", "s3a") or find_spec("s3fs") is None:
+        return stated
     from teachercache.pipeline.places.s3_patience import PatientSession
 
-    stated = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
-    return {"config_kwargs": {"http_session_cls": PatientSession, **stated}}
+    config = fsspec.config.conf.get("s3", {}).get("config_kwargs", {}) | stated.get("config_kwargs", {})
+    return stated | {"config_kwargs": {"http_session_cls": PatientSession, **config}}
 
 
 class RemoteStorage(Storage):

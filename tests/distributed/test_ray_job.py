@@ -1,9 +1,11 @@
-"""The README's `ray job submit`, against a cluster that `ray start --head` made."""
+"""The README's `teachercache submit`, against a cluster that `ray start --head` made."""
 
 from __future__ import annotations
 
 import os
+import re
 import secrets
+import signal
 import socket
 import subprocess
 import sys
@@ -22,15 +24,21 @@ RAY = str(Path(sys.executable).with_name("ray"))
 START_TIMEOUT_S = 120
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def environment() -> dict[str, str]:
     """Ray guards new clusters with a token; this one is known to cluster and client alone."""
-    return os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    here = Path(sys.executable).parent
+    return os.environ | {
+        "PATH": f"{here}{os.pathsep}{os.environ['PATH']}",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "COLUMNS": "200",
+    }
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def dashboard(environment: dict[str, str]) -> Iterator[str]:
-    """Address of the job server of a new cluster, which ends with the test and touches no other one."""
+    """Address of the job server of a new cluster, which ends with the module and touches no other one."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -46,31 +54,82 @@ def dashboard(environment: dict[str, str]) -> Iterator[str]:
     cluster.wait(timeout=60)
 
 
-def submit(address: str, environment: dict[str, str], *entry: str) -> str:
-    """Submit, as soon as the new cluster takes jobs; returns the job's output."""
-    command = [RAY, "job", "submit", "--address", address, "--working-dir", ".", "--", *entry]
+def submit(address: str, environment: dict[str, str], *arguments: str) -> tuple[subprocess.Popen[str], str]:
+    """`teachercache submit`, as soon as the new cluster takes jobs, and its first line."""
+    command = [sys.executable, "-m", "teachercache.jobs.cli", "submit", *arguments, "--address", address]
     deadline = time.monotonic() + START_TIMEOUT_S
     while True:
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
-        not_ready = ("No available agent", "Failed to connect", "Connection refused", "Failed to establish")
-        if done.returncode == 0 or not any(text in done.stdout + done.stderr for text in not_ready):
-            assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-            return done.stdout
-        assert time.monotonic() < deadline, done.stderr[-3000:]
+        assert process.stdout is not None
+        if first := process.stdout.readline():
+            return process, first
+        _, errors = process.communicate()
+        assert len(errors.splitlines()) <= 6
+        assert "does not take the job" in errors
+        assert time.monotonic() < deadline, errors
         time.sleep(1)
 
 
-def test_a_submitted_job_builds_a_cache(tmp_path: Path, dashboard: str, environment: dict[str, str]) -> None:
-    images = make_images(tmp_path / "images", 16)
-    recipe = tmp_path / "recipe.yaml"
+def recipe(folder: Path, **options: object) -> str:
+    file = folder / "recipe.yaml"
     runner = {"num_actors": 1, "gpus_per_actor": 0, "batch_size": 4}
-    recipe.write_text(build_recipe(tmp_path / "cache", images, runner=runner).model_dump_json())
-    output = submit(
-        dashboard, environment, sys.executable, "jobs/cache_teachers.py", str(recipe), "views.num_views=1"
+    built = build_recipe(folder / "cache", make_images(folder / "images", 16), runner=runner, **options)
+    file.write_text(built.model_dump_json())
+    return str(file)
+
+
+def test_a_submitted_job_builds_a_cache_with_the_keys_of_where_it_was_typed(
+    tmp_path: Path, dashboard: str, environment: dict[str, str]
+) -> None:
+    given = {
+        "FSSPEC_PLACE_OF": str(tmp_path / "cache"),
+        "AWS_SECRET_ACCESS_KEY": "hidden",
+        "AWS_PROFILE": "mine",
+    }
+    overrides = "cache=${oc.env:FSSPEC_PLACE_OF}", "views.num_views=1"
+    process, first = submit(dashboard, environment | given, recipe(tmp_path), *overrides)
+    output, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, output + errors
+    assert re.fullmatch(
+        r"raysubmit_\w+ gets the variables AWS_SECRET_ACCESS_KEY=…, FSSPEC_PLACE_OF=…\n", first
     )
+    assert "hidden" not in output + errors
     assert "16 views in" in output
+    assert output.rstrip().endswith("SUCCEEDED")
     cache = FeatureCache.open(tmp_path / "cache")
     assert cache.valid_samples().size == 16
     assert verify(cache, full=True) == []
+
+
+def test_ctrl_c_says_how_to_stop_the_job_which_then_ends_cleanly(
+    tmp_path: Path, dashboard: str, environment: dict[str, str]
+) -> None:
+    long = recipe(tmp_path, rows_per_shard=4)
+    process, _ = submit(dashboard, environment, long, "views.num_views=1000")
+    commits, deadline = tmp_path / "cache" / "commits" / "tiny", time.monotonic() + START_TIMEOUT_S
+    while len(list(commits.glob("*.json"))) < 2:
+        assert time.monotonic() < deadline, "no two shards"
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, output + errors
+    follow, stop = re.search(r"It goes on: ray (.+)\nIt stops by: ray (.+)\n", output).groups()  # type: ignore[union-attr]
+    for command in (stop, follow):
+        done = subprocess.run(
+            [RAY, *command.split()], env=environment, capture_output=True, text=True, timeout=120, check=False
+        )
+    assert "SIGTERM ended the build; everything committed stays" in done.stdout
+    assert list((tmp_path / "cache").rglob("*.partial")) == []
+
+
+def test_a_cluster_that_is_not_there_is_one_message(tmp_path: Path, environment: dict[str, str]) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{free.getsockname()[1]}"
+    command = [sys.executable, "-m", "teachercache.jobs.cli", "submit", "demo", "--address", address]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "does not take the job" in done.stderr
+    assert len(done.stderr.splitlines()) <= 6

@@ -29,7 +29,7 @@ PAGES = sorted({ROOT / "README.md", ROOT / "infra/README.md", *(ROOT / "docs").g
 CODE = ("pipeline", "cache_builder", "student", "jobs", "tests", "benchmarks", "infra")
 VERBS: dict[str, Any] = dict(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 MODELS: dict[str, type[Any]] = {
-    **dict.fromkeys(("plan", "build", "calibrate", "jobs/cache_teachers.py"), BuildRecipe),
+    **dict.fromkeys(("plan", "build", "submit", "calibrate", "jobs/cache_teachers.py"), BuildRecipe),
     **dict.fromkeys(("train", "jobs/train_student.py"), TrainRecipe),
     "verify": MovedRecipe,
     "repair": RepairRecipe,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -11,12 +12,14 @@ from typing import Any
 from zipfile import ZipFile
 
 import pytest
+import ray
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from ray._private.runtime_env.packaging import create_package
 from ray.autoscaler._private import commands
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from teachercache.cache_builder.runner import ABANDON_S, FINISH_S
 from teachercache.jobs.recipes import SHIPPED
 
 INFRA = Path(__file__).parents[2] / "infra"
@@ -106,6 +109,133 @@ def test_the_nodes_of_ray_get_what_they_install(cluster: dict[str, Any]) -> None
     assert all(there == f"~/teachercache/{here}" for there, here in mounts.items())
     (setup,) = cluster["setup_commands"]
     assert setup.startswith("cd ~/teachercache && ")
+
+
+# --- Kubernetes ----------------------------------------------------------------------------------------
+
+
+def documents(name: str) -> list[dict[str, Any]]:
+    document = yaml.safe_load((INFRA / "kuberay" / name).read_text())
+    return document["items"] if document["kind"] == "List" else [document]
+
+
+@pytest.fixture
+def groups() -> dict[str, dict[str, Any]]:
+    """Of the RayJob: the head and the workers by name."""
+    (job,) = documents("rayjob.yaml")
+    cluster = job["spec"]["rayClusterSpec"]
+    workers = {group["groupName"]: group for group in cluster["workerGroupSpecs"]}
+    return {"head": cluster["headGroupSpec"], **workers}
+
+
+def test_what_kubernetes_is_given_has_the_fields_it_requires(groups: dict[str, dict[str, Any]]) -> None:
+    every = [*documents("rayjob.yaml"), *documents("priority.yaml")]
+    for document in every:
+        assert {"apiVersion", "kind", "metadata"} <= document.keys()
+        assert re.fullmatch(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?", document["metadata"]["name"])
+    for group in groups.values():
+        assert {"rayStartParams", "template"} <= group.keys()
+        assert all(isinstance(value, str) for value in group["rayStartParams"].values())
+        for container in group["template"]["spec"]["containers"]:
+            assert {"name", "image", "resources"} <= container.keys()
+            for amounts in container["resources"].values():
+                assert all(
+                    re.fullmatch(r"\d+(\.\d+)?(m|[KMGT]i?)?", str(amount)) for amount in amounts.values()
+                )
+            for one in container.get("env", []):
+                assert isinstance(one["value"], str)
+        for taint in group["template"]["spec"].get("tolerations", []):
+            assert taint["effect"] in ("NoSchedule", "PreferNoSchedule", "NoExecute")
+            assert taint["operator"] == "Exists" or "value" in taint
+
+
+def test_a_rayjob_scales_from_no_gpu_at_all(groups: dict[str, dict[str, Any]]) -> None:
+    (job,) = documents("rayjob.yaml")
+    assert job["spec"]["rayClusterSpec"]["enableInTreeAutoscaling"] is True
+    assert job["spec"]["rayClusterSpec"]["rayVersion"] == ray.__version__
+    assert job["metadata"]["annotations"] == {"kueue.x-k8s.io/elastic-job": "true"}
+    gpu = groups["gpu"]
+    assert gpu["replicas"] == gpu["minReplicas"] == 0 < gpu["maxReplicas"]
+
+
+def test_every_pod_has_the_keys_of_the_stores_and_the_priority_that_is_defined(
+    groups: dict[str, dict[str, Any]],
+) -> None:
+    (job,) = documents("rayjob.yaml")
+    defined = {document["kind"]: document["metadata"]["name"] for document in documents("priority.yaml")}
+    assert job["metadata"]["labels"]["kueue.x-k8s.io/priority-class"] == defined["WorkloadPriorityClass"]
+    for group in groups.values():
+        assert group["template"]["spec"]["priorityClassName"] == defined["PriorityClass"]
+        (container,) = group["template"]["spec"]["containers"]
+        assert container["envFrom"] == [{"secretRef": {"name": "teachercache-store"}}]
+
+
+def test_a_job_that_is_stopped_gets_the_time_to_end(
+    groups: dict[str, dict[str, Any]], cluster: dict[str, Any]
+) -> None:
+    (container,) = groups["head"]["template"]["spec"]["containers"]
+    (given,) = (one["value"] for one in container["env"] if one["name"] == "RAY_JOB_STOP_WAIT_TIME_S")
+    assert float(given) > FINISH_S + ABANDON_S
+    assert f"RAY_JOB_STOP_WAIT_TIME_S={given} " in " ".join(cluster["head_start_ray_commands"])
+    assert groups["gpu"]["template"]["spec"]["terminationGracePeriodSeconds"] > FINISH_S + ABANDON_S
+
+
+# --- SkyPilot ------------------------------------------------------------------------------------------
+
+
+def test_skypilot_is_given_its_own_keys_and_bash() -> None:
+    task = yaml.safe_load((INFRA / "skypilot" / "build.yaml").read_text())
+    keys = {"name", "num_nodes", "workdir", "resources", "envs", "secrets", "setup", "run"}
+    assert task.keys() == keys
+    assert all(choice.keys() == {"accelerators"} for choice in task["resources"]["any_of"])
+    for script in (task["setup"], task["run"]):
+        assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
+    named = set(re.findall(r"\$(?!SKYPILOT)([A-Z_]+)", task["run"]))
+    assert named == {"RECIPE", "SOURCE", "CACHE"} <= task["envs"].keys()
+
+
+# --- monitoring ----------------------------------------------------------------------------------------
+
+
+def metrics() -> set[str]:
+    """Of a build, as Prometheus sees them."""
+    made = re.findall(r'(Counter|Gauge)\(\s*"(\w+)"', (ROOT / "cache_builder/ray_runner.py").read_text())
+    return {f"ray_{name}{'_total' * (kind == 'Counter')}" for kind, name in made}
+
+
+def names_in(expression: str) -> set[str]:
+    return set(re.findall(r"ray_teachercache_\w+", expression))
+
+
+def test_the_dashboard_shows_every_metric_that_builds_have() -> None:
+    board = json.loads((INFRA / "monitoring" / "grafana.json").read_text())
+    assert {"title", "uid", "schemaVersion", "time", "panels", "templating"} <= board.keys()
+    panels = board["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    places = [panel["gridPos"] for panel in panels]
+    assert all(place["x"] + place["w"] <= 24 for place in places)
+    assert len({(place["x"], place["y"]) for place in places}) == len(places)
+    (source,) = board["templating"]["list"]
+    for panel in panels:
+        assert panel["type"] in ("stat", "timeseries")
+        assert panel["datasource"] == {"type": source["query"], "uid": f"${{{source['name']}}}"}
+        assert all({"refId", "expr"} <= target.keys() for target in panel["targets"])
+    shown = {name for panel in panels for target in panel["targets"] for name in names_in(target["expr"])}
+    assert shown == metrics()
+
+
+def test_alerts_have_what_prometheus_requires() -> None:
+    path = INFRA / "monitoring" / "alerts.yaml"
+    (group,) = yaml.safe_load(path.read_text())["groups"]
+    for rule in group["rules"]:
+        assert rule.keys() <= {"alert", "expr", "for", "labels", "annotations"}
+        assert rule["labels"]["severity"] in ("warning", "critical")
+        assert rule["annotations"].keys() == {"summary", "description"}
+        assert re.fullmatch(r"\d+[smh]", rule.get("for", "0s"))
+        assert rule["expr"].count("(") == rule["expr"].count(")")
+        assert names_in(rule["expr"]) <= metrics()
+    if promtool := shutil.which("promtool"):
+        subprocess.run([promtool, "check", "rules", path], check=True)
 
 
 PRIVATE = """
