@@ -9,12 +9,12 @@ have room for wait for nodes: Ray starts them when some join, and its autoscaler
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 import os
 import signal
 import threading
 import time
+import uuid
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -57,7 +57,6 @@ _ANSWER_S = 1.0
 _WATCH = "watch"
 _LARGE_GMACS = 100.0  # a view through all teachers: seconds of a CPU core, milliseconds of a GPU
 _AHEAD = 8  # actors that may wait for nodes; more where more nodes are there, so that a cluster doubles
-_numbers = itertools.count()
 
 
 class RayWorker(Worker):
@@ -115,12 +114,9 @@ class _Metrics:
     """The work of each actor, at the Prometheus endpoint of its node."""
 
     def __init__(self) -> None:
-        keys = ("actor",)
-        self._seconds = Counter(
-            "teachercache_stage_seconds", "Seconds by stage, summed over threads.", (*keys, "stage")
-        )
-        self._shards = Counter("teachercache_shards", "Shards committed.", keys)
-        self._views = Counter("teachercache_views", "Views computed.", keys)
+        self._seconds = Counter("teachercache_stage_seconds", "Of all threads, by stage.", ("actor", "stage"))
+        self._shards = Counter("teachercache_shards", "Shards committed.", ("actor",))
+        self._views = Counter("teachercache_views", "Views computed.", ("actor",))
         self._tags = {"actor": worker_name()}
 
     def add(self, record: CommitRecord) -> None:
@@ -166,8 +162,8 @@ class RayRunner(Runner):
         self._waiting = Gauge("teachercache_build_actors_waiting", "Actors that wait for a node, or load.")
         self._failed_starts = 0
         self._place: tuple[str, str] | None = None
-        gmacs = sum(map(teacher_gmacs, teachers.values())) if recipe.gpus_per_actor is None else 0.0
-        self._is_large = gmacs >= _LARGE_GMACS
+        asks = () if recipe.gpus_per_actor is not None else teachers.values()
+        self._is_large = sum(map(teacher_gmacs, asks)) >= _LARGE_GMACS
         self._said_to_wait = -math.inf
         self._actors: list[_Actor] = []
         self._fit_to_nodes()
@@ -202,9 +198,10 @@ class RayRunner(Runner):
                 self._collect(queue, on_commit)
                 for actor in list(self._actors):
                     self._feel_pulse(actor, queue)
-                if time.monotonic() - looked_around > _LOOK_AROUND_EVERY_S and self._head.answers():
-                    self._show_progress(queue)
-                    self._fit_to_nodes()
+                if time.monotonic() - looked_around > _LOOK_AROUND_EVERY_S:
+                    if self._head.answers():
+                        self._show_progress(queue)
+                        self._fit_to_nodes()
                     looked_around = time.monotonic()
             if stop.signal is not None and (queue or self._running()):
                 deadline = time.monotonic() + FINISH_S
@@ -335,7 +332,7 @@ class RayRunner(Runner):
 
     def _start_actor(self, need: Need) -> _Actor:
         options: dict[str, Any] = {
-            "name": f"{'+'.join(self.teachers)} {os.getpid()}-{next(_numbers)}",
+            "name": f"{'+'.join(self.teachers)} {uuid.uuid4().hex[:8]}",
             "num_cpus": need.cpus,
             "num_gpus": need.gpus,
             "max_concurrency": self.recipe.shards_in_flight,
@@ -357,7 +354,7 @@ class RayRunner(Runner):
         if self.recipe.num_actors is not None:
             return self.recipe.num_actors
         if self.num_shards is None:
-            return self._room
+            return max(1, self._room)
         is_makeshift = self.recipe.gpus_per_actor is None and not need.gpus
         most = self._room if is_makeshift else self._room + max(_AHEAD, self._room)
         return max(1, min(most, -(-self.num_shards // self.recipe.shards_in_flight)))

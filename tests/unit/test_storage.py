@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
+import fsspec
 import pytest
 import xxhash
 
@@ -23,7 +24,7 @@ from teachercache.pipeline.places.durable import link
 from teachercache.pipeline.places.local_storage import LocalStorage
 from teachercache.pipeline.places.open_storage import open_storage
 from teachercache.pipeline.places.processes import TEMPORARY_SUFFIX
-from teachercache.pipeline.places.remote_storage import RemoteStorage
+from teachercache.pipeline.places.remote_storage import RemoteStorage, client_options
 from teachercache.pipeline.places.storage import Storage
 
 
@@ -515,3 +516,22 @@ def test_a_link_is_synced_with_its_folder(tmp_path: Path, synced: list[Path]) ->
     (tmp_path / "file").write_bytes(b"x")
     link(tmp_path / "file", tmp_path / "a/file")
     assert synced == [tmp_path, tmp_path / "a"]
+
+
+def test_every_bucket_has_options_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the environment states them, in addition to those of all."""
+    stated = {
+        "FSSPEC_S3": '{"anon": false, "config_kwargs": {"read_timeout": 7}}',
+        "FSSPEC_BUCKETS": """{"images": {"profile": "lab"},
+            "caches": {"endpoint_url": "https://s3.lab", "config_kwargs": {"retries": 2}}}""",
+    }
+    conf: dict[str, Any] = {}
+    fsspec.config.set_conf_env(conf, stated)
+    monkeypatch.setattr(fsspec.config, "conf", conf)
+    images, caches, others = (
+        client_options(f"s3://{name}/place") for name in ("images", "caches", "images2")
+    )
+    assert (images["profile"], caches["endpoint_url"]) == ("lab", "https://s3.lab")
+    assert not {"profile", "endpoint_url"} & others.keys()
+    assert caches["config_kwargs"].items() >= {"retries": 2, "read_timeout": 7}.items()
+    assert RemoteStorage("s3://images/cache").filesystem.storage_options["profile"] == "lab"
