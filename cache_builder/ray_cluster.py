@@ -13,10 +13,9 @@ from typing import Any
 
 import grpc
 import ray
-from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+from ray._private.authentication import authentication_token_setup
 from ray._private.grpc_utils import init_grpc_channel
 from ray._private.utils import read_ray_address
-from ray._raylet import AuthenticationTokenLoader
 from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 from ray.exceptions import RayError, RayTaskError
 
@@ -59,7 +58,7 @@ def connect() -> bool:
     """
     quiet: dict[str, Any] = {"logging_level": "error", "log_to_driver": False}
     logging.getLogger("ray").setLevel(logging.ERROR)
-    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)  # as ray.init does
+    authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     address = os.environ.get("RAY_ADDRESS")
     known = address or read_ray_address()  # Ray would try a dead cluster forever, and a stranger's at length
     refusal = _refusal(known) if known else None
@@ -77,7 +76,7 @@ def connect() -> bool:
     # Ray guards a new cluster with a token. One given here leaves no ~/.ray/auth_token behind, which
     # would turn authentication on for every later `ray start` of this user.
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    AuthenticationTokenLoader.instance().reset_cache()
+    authentication_token_setup.AuthenticationTokenLoader.instance().reset_cache()
     ray.init(address="local", include_dashboard=False, **quiet)
     return True
 

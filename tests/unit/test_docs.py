@@ -35,7 +35,10 @@ MODELS: dict[str, type[Any]] = {
     "repair": RepairRecipe,
 }
 NOT_THERE = {"jobs/inspect"}  # docs/design.md says why
-OF_OTHERS = {"AbortIncompleteMultipartUpload", "calc_feature_mean"}  # of S3 and of Theia
+OF_OTHERS = {
+    *("AbortIncompleteMultipartUpload", "calc_feature_mean"),  # of S3 and of Theia
+    *("ActorPool", "request_resources", "ElasticJobsViaWorkloadSlices"),  # of Ray and of Kueue
+}
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
