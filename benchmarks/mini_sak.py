@@ -47,9 +47,9 @@ from teachercache.pipeline.records.view_policy import ViewPolicy
 from teachercache.student.datasets.scenes import write_scenes
 from teachercache.student.measuring.evaluate import evaluate
 from teachercache.student.measuring.paper_results import SIMILARITIES, paper_rows
-from teachercache.student.measuring.repsim import representation_similarity
 from teachercache.student.measuring.task_outputs import TASK_OUTPUTS
 from teachercache.student.metrics import mtl_gain
+from teachercache.student.similarity import representation_similarity
 from teachercache.student.training.train import train
 from teachercache.student.training.train_recipe import TrainRecipe
 

@@ -54,9 +54,9 @@ from teachercache.pipeline.sources import open_source
 from teachercache.student.datasets.scenes import Scenes, write_scenes
 from teachercache.student.measuring.image_features import StudentFeatures
 from teachercache.student.measuring.linear_probe import fit, linear_probe
-from teachercache.student.measuring.repsim import token_cosines
 from teachercache.student.metrics import MeanIoU
 from teachercache.student.models.student import Student
+from teachercache.student.similarity import token_cosines
 from teachercache.student.training.train import train
 from teachercache.student.training.train_recipe import TrainRecipe
 

@@ -41,7 +41,7 @@ from teachercache.pipeline.terminal import Terminal
 from teachercache.pipeline.units import human_bytes
 from teachercache.pipeline.verify import verify
 from teachercache.student import build_student, load_student
-from teachercache.student.measuring.repsim import Similarity, representation_similarity
+from teachercache.student.similarity import Similarity, representation_similarity
 
 PHOTOGRAPHS = {
     *("astronaut", "brick", "camera", "chelsea", "coffee", "coins", "grass", "gravel", "hubble_deep_field"),

@@ -33,7 +33,7 @@ def plan_training(
     """
     recipe = recipe.on(processes)
     cache, spec = _cache(recipe)
-    samples = round(recipe.fraction * num_samples) if num_samples else None
+    samples = round(recipe.fraction * (1 - recipe.held_out) * num_samples) if num_samples else None
     found = preflight(recipe, spec, cache, processes=processes, num_samples=samples)
     found.require(print)
     assert found.student is not None

@@ -34,8 +34,7 @@ from teachercache.student.training.train_recipe import TrainRecipe
 
 def main() -> None:
     path, overrides = recipe_and_overrides(__doc__ or "")
-    result = train(find_recipe(TrainRecipe, path, overrides))
-    if result.interrupted:
+    if train(find_recipe(TrainRecipe, path, overrides)).interrupted:
         raise SystemExit(128 + signal.SIGTERM)
 
 

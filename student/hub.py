@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
 
 from huggingface_hub import HfApi
 
 from teachercache.pipeline.errors import CheckpointError
 from teachercache.student.models.student import CONFIG_FILE, WEIGHTS_FILE, find_saved, read_config
-
-if TYPE_CHECKING:
-    pass
 
 CARD_FILE = "README.md"
 

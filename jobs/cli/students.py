@@ -63,10 +63,8 @@ def train(
         return
     from teachercache.student.training.train import train as train_student
 
-    result = train_student(checked)
-    if result.interrupted:
+    if train_student(checked).interrupted:
         raise typer.Exit(128 + signal.SIGTERM)
-    console.print(f"{result.steps} steps, {result.images_per_s:.1f} img/s; student: {result.student}")
 
 
 def evaluate(
@@ -147,7 +145,7 @@ def repsim(
     from teachercache.jobs.inspection.tables import similarity_table
     from teachercache.pipeline.cache import FeatureCache
     from teachercache.student import load_student
-    from teachercache.student.measuring.repsim import representation_similarity
+    from teachercache.student.similarity import representation_similarity
 
     found = representation_similarity(
         load_student(student),

@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # they bring torch, which `inspect` has no time for
     from teachercache.cache_builder.plan import Plan
     from teachercache.pipeline.records.spec import GridSpec
     from teachercache.student.datasets import Finding
-    from teachercache.student.measuring.repsim import Similarity
+    from teachercache.student.similarity import Similarity
 
 _SHOWN = 8
 

@@ -20,6 +20,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from teachercache.pipeline.cache import FeatureCache
+from teachercache.pipeline.crops import uniforms
 from teachercache.pipeline.errors import CacheError
 
 Ints = NDArray[np.int64]
@@ -32,12 +33,19 @@ def random_samples(num_samples: int, fraction: float, seed: int = 0) -> Ints:
     return np.sort(generator.permutation(num_samples)[:count]).astype(np.int64)
 
 
+def held_out_samples(sample_keys: Sequence[str], fraction: float, seed: int) -> Ints:
+    """Ascending indices of about a `fraction` of the samples, by a number that is drawn of each key and the
+    seed: as a cache grows, those that it had stay in or out."""
+    named = [f"validation/{key}" for key in sample_keys]
+    return np.flatnonzero(uniforms(seed, named, np.zeros(1, np.int64), draws=1) < fraction)
+
+
 class ShardShuffleSampler:
     """Batches of rows, deterministic by (seed, epoch).
 
     Sample s in epoch e is seen through view (e + offset(s)) % num_views, with a fixed random offset,
     so a batch mixes views and num_views epochs see each of them once. An epoch holds a random `fraction` of
-    the samples, the one that `teachercache subset` keeps.
+    the samples, the one that `teachercache subset` keeps; of these only those `among` some, where given.
 
     Raises `IncompleteCacheError` unless these teachers are complete, and `CacheError` when not one
     sample is valid for all of them.
@@ -54,6 +62,7 @@ class ShardShuffleSampler:
         seed: int = 0,
         window_shards: int = 16,
         fraction: float = 1.0,
+        among: Ints | None = None,
     ) -> None:
         self.cache = cache
         self.batch_size_per_process = batch_size_per_process
@@ -61,13 +70,16 @@ class ShardShuffleSampler:
         self._first_of_rank = batch_size_per_process * rank
         self._seed = seed
         chosen = random_samples(cache.num_samples, fraction)
+        if among is not None:
+            chosen = np.intersect1d(chosen, among, assume_unique=True)
         self._samples = np.intersect1d(cache.valid_samples(teachers), chosen, assume_unique=True)
         if not chosen.size:
             raise CacheError(
                 "Of so small a part of the cache no sample is left.",
-                got=f"a fraction of {fraction:g} of {cache.num_samples} samples",
+                got=f"a fraction of {fraction:g} of {cache.num_samples} samples"
+                + ("" if among is None else f", among {among.size} of them"),
                 expected="at least one",
-                do="raise multitask.dataset.fraction",
+                do="choose another multitask.dataset.fraction or validation.fraction, or more images",
             )
         if not self._samples.size:
             raise CacheError(

@@ -11,7 +11,8 @@ import json
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -144,6 +145,18 @@ class Student(nn.Module, ABC):
 
     def keep_levels(self, teacher: str, count: int) -> None:
         """Exclude from training what only distillation needs for levels before the last `count`, if any."""
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """In eval mode and without gradients; afterwards each part is in the mode it was in."""
+        modes = [(module, module.training) for module in self.modules()]
+        self.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
 
     def parameters_by_part(self) -> dict[str, int]:
         """The number of parameters of each of `PARTS`; one pattern matches each, so they are the whole."""

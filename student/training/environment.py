@@ -10,12 +10,7 @@ import os
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import (
-    DistributedType,
-    GradientAccumulationPlugin,
-    ProjectConfiguration,
-    TorchDynamoPlugin,
-)
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, TorchDynamoPlugin
 
 from teachercache.pipeline.errors import RecipeError
 from teachercache.student.training.train_recipe import TrainRecipe
@@ -51,8 +46,6 @@ def accelerator_for(recipe: TrainRecipe) -> Accelerator:
             mixed_precision=recipe.mixed_precision,
             gradient_accumulation_plugin=GradientAccumulationPlugin(recipe.gradient_accumulation_steps),
             dynamo_plugin=TorchDynamoPlugin("no", "default", False, False, use_regional_compilation=False),
-            log_with="tensorboard",
-            project_config=ProjectConfiguration(project_dir=recipe.output),
             kwargs_handlers=[
                 DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
             ],

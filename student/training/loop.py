@@ -71,32 +71,24 @@ class _Taken:
         return dict(zip(self.names, self.values.tolist(), strict=True))
 
 
+@dataclass
 class TrainingLoop:
     """Minimises `objective(batch, timer) -> (loss, terms to log)` on every process of `accelerator`.
 
-    `not_finite` says what of the data of some rows is not finite.
+    `identity`: what checkpoints say of the run. `not_finite`: what of the data of some rows is not finite.
     """
 
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        recipe: TrainRecipe,
-        model: nn.Module,
-        optimizer: Optimizer,
-        objective: Objective,
-        learning_rate: Callable[[int], float],
-        run: Mapping[str, Any],
-        not_finite: Callable[[NDArray], list[str]],
-    ) -> None:
-        self._accelerator = accelerator
-        self._recipe = recipe
-        self._model = model
-        self._optimizer = optimizer
-        self._objective = objective
-        self._learning_rate = learning_rate
-        self._run = run
-        self._not_finite = not_finite
-        self._on_device = DeviceBatches(accelerator.device)
+    accelerator: Accelerator
+    recipe: TrainRecipe
+    model: nn.Module
+    optimizer: Optimizer
+    objective: Objective
+    learning_rate: Callable[[int], float]
+    identity: Mapping[str, Any]
+    not_finite: Callable[[NDArray], list[str]]
+
+    def __post_init__(self) -> None:
+        self._on_device = DeviceBatches(self.accelerator.device)
 
     def run(self, batches: Iterator[Batch], first_step: int, total_steps: int, log: RunLog) -> LoopResult:
         """Take the steps `first_step`, …, `total_steps - 1`, or fewer when SIGTERM comes.
@@ -107,7 +99,7 @@ class TrainingLoop:
         """
         result = LoopResult(next_step=first_step)
         late: _Taken | None = None
-        self._model.train()
+        self.model.train()
         self._clock = time.perf_counter()
         with StopRequest(signal.SIGTERM) as stop:  # heard of by every process in the same step
             while result.next_step < total_steps and not result.interrupted:
@@ -116,8 +108,8 @@ class TrainingLoop:
                 if late is not None:
                     self._finish(late, result, log)
                 late, last = taken, result.next_step == total_steps
-                saves = last or result.next_step % self._recipe.checkpoint_every_steps == 0
-                if saves or result.interrupted or log.draws(taken.step):  # what needs this step's student
+                saves = last or result.next_step % self.recipe.checkpoint_every_steps == 0
+                if saves or result.interrupted or log.looks(taken.step):  # what needs this step's student
                     self._finish(taken, result, log)
                     late = None
                     if saves or result.interrupted:
@@ -127,36 +119,36 @@ class TrainingLoop:
 
     def _step(self, step: int, batches: Iterator[Batch], stop: StopRequest) -> _Taken:
         """One optimizer step; what it gives are means over micro-batches and processes."""
-        for group in self._optimizer.param_groups:
-            group["lr"] = self._learning_rate(step)
-        timer, device = StageTimer(self._accelerator.device), self._accelerator.device
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(step)
+        timer, device = StageTimer(self.accelerator.device), self.accelerator.device
         rows, logged, norms = list[NDArray](), list[Tensor](), list[Tensor]()
-        for micro_step in range(self._accelerator.gradient_accumulation_steps):
+        for micro_step in range(self.accelerator.gradient_accumulation_steps):
             batch = next(batches)
             rows.append(batch.rows)
             for stage, seconds in batch.seconds.items():
                 timer.add(stage, seconds)
-            torch.manual_seed(step_seed(self._recipe.seed, step, micro_step, self._accelerator.process_index))
-            with self._accelerator.accumulate(self._model):
-                loss, terms = self._objective(self._on_device(batch), timer)
+            torch.manual_seed(step_seed(self.recipe.seed, step, micro_step, self.accelerator.process_index))
+            with self.accelerator.accumulate(self.model):
+                loss, terms = self.objective(self._on_device(batch), timer)
                 with timer.stage("backward"):
-                    self._accelerator.backward(loss)
+                    self.accelerator.backward(loss)
                 with timer.stage("optimizer"):
-                    if self._accelerator.sync_gradients:
+                    if self.accelerator.sync_gradients:
                         norms.append(self._clip())
-                    self._optimizer.step()
-                    self._optimizer.zero_grad()
+                    self.optimizer.step()
+                    self.optimizer.zero_grad()
             logged.append(torch.stack([loss.detach(), *terms.values()]))
         stopping = torch.full((), float(stop.requested), device=device)  # a copy from the host would block
         values = torch.cat([torch.stack(logged).mean(0), torch.stack([*norms, stopping])])
-        values = self._accelerator.reduce(values, reduction="mean")
+        values = self.accelerator.reduce(values, reduction="mean")
         return _Taken(step, rows, timer, ["loss", *terms, "grad_norm", "stop"], values)
 
     def _clip(self) -> Tensor:
         """Clip the gradients, unless `clip_norm` is 0; returns the norm that they had."""
-        parameters = list(self._model.parameters())
-        if self._recipe.clip_norm:
-            norm: Tensor = self._accelerator.clip_grad_norm_(parameters, self._recipe.clip_norm)
+        parameters = list(self.model.parameters())
+        if self.recipe.clip_norm:
+            norm: Tensor = self.accelerator.clip_grad_norm_(parameters, self.recipe.clip_norm)
             return norm
         return get_total_norm([one.grad for one in parameters if one.grad is not None])
 
@@ -167,8 +159,8 @@ class TrainingLoop:
         if not math.isfinite(values["loss"]):
             raise self._error(taken.step, values["loss"], taken.rows)
         duration, self._clock = taken.done - self._clock, taken.done
-        values["images_per_s"] = self._recipe.images_per_step(self._accelerator.num_processes) / duration
-        values["lr"] = self._learning_rate(taken.step)
+        values["images_per_s"] = self.recipe.images_per_step(self.accelerator.num_processes) / duration
+        values["lr"] = self.learning_rate(taken.step)
         log.write(taken.step, values | {f"seconds/{stage}": spent for stage, spent in seconds.items()})
         for stage, spent in seconds.items():
             result.seconds[stage] += spent
@@ -177,15 +169,15 @@ class TrainingLoop:
         result.steps += 1
 
     def _save(self, step: int) -> None:
-        if self._accelerator.is_main_process:
-            model = self._accelerator.unwrap_model(self._model)
-            folder, keep = self._recipe.checkpoint_folder, self._recipe.keep_checkpoints
-            save_checkpoint(folder, step, model, self._optimizer, self._run, keep)
-        self._accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            model = self.accelerator.unwrap_model(self.model)
+            folder, keep = self.recipe.checkpoint_folder, self.recipe.keep_checkpoints
+            save_checkpoint(folder, step, model, self.optimizer, self.identity, keep)
+        self.accelerator.wait_for_everyone()
 
     def _error(self, step: int, loss: float, rows: list[NDArray]) -> TrainingError:
         """Every process comes here in the same step, and each knows only its own rows."""
-        found: list[str] = gather_object(self._not_finite(np.concatenate(rows)))
+        found: list[str] = gather_object(self.not_finite(np.concatenate(rows)))
         if not found:
             return TrainingError(
                 f"The loss is no longer finite at step {step}.",
@@ -198,8 +190,8 @@ class TrainingLoop:
             f"The loss is not finite at step {step}, since the data are not.",
             got="; ".join(found[:_NAMED]) + more,
             expected="finite features and labels: no codec writes others, so these were changed since",
-            do=f"of features: teachercache verify {self._recipe.cache} --full, then teachercache repair "
-            f"{self._recipe.cache}; labels: put the files back. Then run the same command again",
+            do=f"of features: teachercache verify {self.recipe.cache} --full, then teachercache repair "
+            f"{self.recipe.cache}; labels: put the files back. Then run the same command again",
         )
 
 

@@ -13,6 +13,7 @@ from teachercache.student.saving import replacing
 
 if TYPE_CHECKING:
     from teachercache.pipeline.cache import FeatureCache
+    from teachercache.student.training.train import TrainResult
     from teachercache.student.training.train_recipe import TrainRecipe
 
 
@@ -21,8 +22,7 @@ def write_model_card(
     student: Student,
     recipe: TrainRecipe,
     cache: FeatureCache,
-    steps: int,
-    last_loss: float | None,
+    result: TrainResult,
 ) -> None:
     """Write `folder`/README.md: what the student gives, how to use it, and how it came to be."""
     height, width = student.image_size
@@ -36,7 +36,9 @@ def write_model_card(
         if student.tasks
         else f"{{teacher: {student.num_levels} Ã— (B, C, h, w)}} for {', '.join(student.teachers)}"
     )
-    loss = "" if last_loss is None else f", last loss {last_loss:.4f}"
+    loss = "" if result.last_loss is None else f", last loss {result.last_loss:.4f}"
+    found = [f"{one.mean:.4f} to {name}" for name, one in result.similarity.items()]
+    loss += f", similarity on held-out images {' and '.join(found)}" if found else ""
     text = f"""---
 {yaml.safe_dump(head, sort_keys=False)}---
 # {student.kind.upper()}, {student.config["stem"]}
@@ -54,7 +56,7 @@ output = student(student.normalize(images))  # uint8 (B, 3, {height}, {width}) â
 
 ## Training
 
-{steps:,} steps{loss}, from {cache.num_samples:,} images in {cache.num_views} views each (cache
+{result.steps:,} steps{loss}, from {cache.num_samples:,} images in {cache.num_views} views each (cache
 `{cache.spec.cache_id}`). The recipe:
 
 ```yaml
@@ -73,11 +75,13 @@ The licences of the teachers' weights apply to what was distilled from them: see
 def recipe_for_card(recipe: TrainRecipe) -> dict[str, Any]:
     """The recipe without where things lie on the machine it ran on: of each folder its name alone."""
     told = recipe.model_dump(mode="json")
-    dataset = (told["multitask"] or {}).get("dataset", {})
+    dataset, validation = (told["multitask"] or {}).get("dataset", {}), told["validation"] or {}
     for tree, key, kept in (
         (told, "cache", 1),
         (told, "images", 1),
         (told, "output", 1),
+        (validation, "cache", 1),
+        (validation, "images", 1),
         (dataset, "root", 1),
         (told["student"], "init_from", 2),  # <run>/student, or user/name on the Hub
     ):

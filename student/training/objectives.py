@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,17 +12,14 @@ from torch import Tensor, nn
 from teachercache.pipeline.loading.loader import Batch
 from teachercache.student.kpu.latent_space import Features
 from teachercache.student.losses.alignment import AlignmentLoss
-from teachercache.student.losses.distillation import (
-    DistillationLoss,
-    LossOutput,
-    Target,
-)
+from teachercache.student.losses.distillation import DistillationLoss, LossOutput, Target
 from teachercache.student.losses.tasks import MultiTaskLoss
 from teachercache.student.models.student import Student, StudentOutput
 from teachercache.student.timing import StageTimer
 from teachercache.student.training.targets import TargetSource
 
 
+@dataclass
 class Objective:
     """L = γ · L_distillation + Σ_tasks w_t · L_t (SAK, Eq. 6); stage 1 has no tasks and γ = 1.
 
@@ -29,50 +27,47 @@ class Objective:
     and the aligners do not run: a baseline that learns from labels alone.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        student: Student,
-        targets: TargetSource,
-        distillation: DistillationLoss | None,
-        weight: float = 1.0,
-        tasks: MultiTaskLoss | None = None,
-    ) -> None:
-        assert distillation or tasks, "nothing to minimise"
-        self._model, self._student, self._targets = model, student, targets
-        self._distillation, self._weight, self._tasks = distillation, weight, tasks
+    model: nn.Module
+    student: Student
+    targets: TargetSource
+    distillation: DistillationLoss | None
+    weight: float = 1.0
+    tasks: MultiTaskLoss | None = None
+
+    def __post_init__(self) -> None:
+        assert self.distillation or self.tasks, "nothing to minimise"
 
     def __call__(self, batch: Batch, timer: StageTimer) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch, and its terms for the log."""
-        device = self._student.mean.device
+        device = self.student.mean.device
         with timer.stage("targets"):
-            reads = self._distillation is not None or self._student.reads_features
-            targets = self._targets(batch) if reads else {}
+            reads = self.distillation is not None or self.student.reads_features
+            targets = self.targets(batch) if reads else {}
             labels = {task: values.to(device, non_blocking=True) for task, values in batch.labels.items()}
         with timer.stage("forward"):
             images_B3HW = batch.images.to(device, non_blocking=True)
-            output = self._run(self._student.normalize(images_B3HW), targets)
+            output = self._run(self.student.normalize(images_B3HW), targets)
             losses: list[Tensor] = []
             terms: dict[str, Tensor] = {}
-            if self._distillation:
+            if self.distillation:
                 maps = {
                     name: output.feature_maps[name][-target.num_levels :] for name, target in targets.items()
                 }
-                distilled = self._distillation(maps, targets)
-                losses.append(self._weight * distilled.total)
-                terms |= _terms(distilled, self._distillation.distance)
-            if self._tasks:
-                tasks = self._tasks(output.predictions, labels)
+                distilled = self.distillation(maps, targets)
+                losses.append(self.weight * distilled.total)
+                terms |= _terms(distilled, self.distillation.distance)
+            if self.tasks:
+                tasks = self.tasks(output.predictions, labels)
                 losses.append(tasks.total)
                 terms |= {f"loss/{task}": loss for task, loss in tasks.tasks.items()}
-                terms |= _mean_gates(output, self._student)
+                terms |= _mean_gates(output, self.student)
         return sum(losses[1:], start=losses[0]), terms
 
     def _run(self, pixels_B3HW: Tensor, targets: Mapping[str, Target]) -> StudentOutput:
-        inputs: dict[str, Any] = {"full": True, "maps": self._distillation is not None}
-        if self._student.reads_features:
+        inputs: dict[str, Any] = {"full": True, "maps": self.distillation is not None}
+        if self.student.reads_features:
             inputs["features"] = {name: target.feature_maps_BSHWC for name, target in targets.items()}
-        output: StudentOutput = self._model(pixels_B3HW, **inputs)
+        output: StudentOutput = self.model(pixels_B3HW, **inputs)
         return output
 
 
@@ -96,6 +91,7 @@ def _mean_gates(output: StudentOutput, student: Student) -> dict[str, Tensor]:
     }
 
 
+@dataclass
 class KPUObjective:
     """The loss of a batch, called as `teachercache.student.training.objectives.Objective`; `weight`
     multiplies all of it.
@@ -103,28 +99,23 @@ class KPUObjective:
     `model` is `student` as accelerate wrapped it.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        student: Student,
-        targets: TargetSource,
-        loss: AlignmentLoss,
-        weight: float = 1.0,
-        tasks: None = None,
-    ) -> None:
-        self._model, self._student, self._targets = model, student, targets
-        self._loss, self._weight = loss, weight
+    model: nn.Module
+    student: Student
+    targets: TargetSource
+    loss: AlignmentLoss
+    weight: float = 1.0
+    tasks: None = None
 
     def __call__(self, batch: Batch, timer: StageTimer) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch, and its terms for the log."""
         with timer.stage("targets"):
-            teachers = {name: last_level(target) for name, target in self._targets(batch).items()}
+            teachers = {name: last_level(target) for name, target in self.targets(batch).items()}
         with timer.stage("forward"):
             images_B3HW = batch.images
-            images_B3HW = images_B3HW.to(self._student.mean.device, non_blocking=True)
-            alignments = self._model(self._student.normalize(images_B3HW), teachers=teachers)
-            loss, terms = self._loss(alignments)
-        return self._weight * loss, terms
+            images_B3HW = images_B3HW.to(self.student.mean.device, non_blocking=True)
+            alignments = self.model(self.student.normalize(images_B3HW), teachers=teachers)
+            loss, terms = self.loss(alignments)
+        return self.weight * loss, terms
 
 
 def last_level(target: Target) -> Features:

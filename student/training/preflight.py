@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
 
 from teachercache.pipeline.cache import FeatureCache
-from teachercache.pipeline.errors import Problems, RecipeError
-from teachercache.pipeline.loading.sampler import ShardShuffleSampler
+from teachercache.pipeline.errors import CacheMismatchError, Problems, RecipeError, require_known
+from teachercache.pipeline.loading.sampler import ShardShuffleSampler, held_out_samples
 from teachercache.pipeline.records.spec import CacheSpec, TeacherSpec
 from teachercache.pipeline.records.strict import Size
 from teachercache.pipeline.records.view_policy import ViewPolicy
 from teachercache.student.losses.tasks import MultiTaskLoss
 from teachercache.student.models.student import Student, TeacherFacts
+from teachercache.student.similarity import Similarity, mean_similarity
 from teachercache.student.training.first_student import first_student
 from teachercache.student.training.targets import complete_teachers
-from teachercache.student.training.train_recipe import MultiTaskRecipe, TrainRecipe
+from teachercache.student.training.trackers import missing_trackers
+from teachercache.student.training.train_recipe import MultiTaskRecipe, TrainRecipe, ValidationRecipe
 from teachercache.student.training.view_labels import ViewLabels, task_channels
+
+_OF_OTHER_IMAGES = {"num_views", "seed", "tables_hash"}  # may be others: what is compared stays the same
 
 
 @dataclass
 class Preflight:
     """What was found. `teachers`: those that the run learns from; `held`: whose features the cache must hold.
 
-    `num_samples`: of an epoch. `tasks`: name → output channels. `student` is blank (`first_student`). What is
-    None is not asked for, or a problem keeps it from being made.
+    `num_samples`: of an epoch. `validation`: `mean_similarity` on held-out samples, of a student. `tasks`:
+    name → output channels. `student` is blank (`first_student`). What is None is not asked for, or a problem
+    keeps it from being made.
     """
 
     teachers: dict[str, TeacherSpec]
@@ -37,6 +44,7 @@ class Preflight:
     student: Student | None = None
     labels: ViewLabels | None = None
     sampler: ShardShuffleSampler | None = None
+    validation: Callable[..., dict[str, Similarity]] | None = None
     notices: list[str] = field(default_factory=list)
     problems: Problems = field(default_factory=Problems)
 
@@ -76,7 +84,10 @@ def preflight(
         _ask_tasks(found, recipe.multitask, cache)
     with found.problems.noted():
         _require_length(found.num_samples, recipe, processes, is_built=cache is not None)
-    found.problems += _unknown_weights(recipe, names)
+    for name in recipe.distillation.teacher_weights:
+        with found.problems.noted():
+            require_known("distilled teacher (distillation.teacher_weights)", name, names)
+    found.problems += missing_trackers(recipe.trackers)
     if len(teachers) == len(names) and (found.tasks is None) == (recipe.multitask is None):
         size, distills = spec.views.size, recipe.distills
         with found.problems.noted():
@@ -99,19 +110,60 @@ def preflight(
 
 
 def _ask_cache(found: Preflight, recipe: TrainRecipe, cache: FeatureCache, processes: int, rank: int) -> None:
+    sampler = partial(
+        ShardShuffleSampler,
+        batch_size_per_process=recipe.batch_size_per_process,
+        rank=rank,
+        world_size=processes,
+        seed=recipe.seed,
+    )
+    among = held_out = None
     with found.problems.noted():
         if recipe.features == "hybrid":
             found.held = _held(cache, found.held)
-        found.sampler = ShardShuffleSampler(
-            cache,
-            found.held or None,
-            batch_size_per_process=recipe.batch_size_per_process,
-            rank=rank,
-            world_size=processes,
-            seed=recipe.seed,
-            fraction=recipe.fraction,
-        )
+        if recipe.held_out:
+            keys = cache.samples["key"].to_pylist()
+            held_out = held_out_samples(keys, recipe.held_out, recipe.seed)
+            among = np.setdiff1d(np.arange(len(keys)), held_out)
+        found.sampler = sampler(cache, found.held or None, fraction=recipe.fraction, among=among)
         found.num_samples = found.num_samples or found.sampler.num_samples
+    if (wanted := recipe.validation) is None or (recipe.held_out and found.sampler is None):
+        return
+    with found.problems.noted():
+        teachers = found.held if recipe.held_out else list(found.teachers)
+        images = cache if recipe.held_out else _open_second(wanted, cache, teachers)
+        samples = sampler(images, teachers, among=held_out)
+        count, threads = min(wanted.max_samples, samples.num_samples), recipe.loader.threads
+        of_these = partial(mean_similarity, sampler=samples, teachers=teachers, num_samples=count)
+        found.validation = partial(of_these, threads=threads, seed=recipe.seed)
+        found.notices.append(
+            f"Similarity to {', '.join(teachers)} is measured every {wanted.every_steps:,} steps, on"
+            f" {count:,} images of {images.storage.url} that are not trained on."
+        )
+
+
+def _open_second(wanted: ValidationRecipe, cache: FeatureCache, teachers: Sequence[str]) -> FeatureCache:
+    """The cache to validate on. Raises `CacheError` unless its images, and they alone, are not `cache`'s."""
+    other = FeatureCache.open(wanted.cache or "", images=wanted.images)
+    other.check_teachers(teachers)
+    parts = tuple(f"{part}." for part in ("views", *(f"teachers.{name}" for name in teachers)))
+    differing = {
+        name: pair
+        for name, pair in cache.spec.differences(other.spec).items()
+        if name.startswith(parts) and name.rpartition(".")[2] not in _OF_OTHER_IMAGES
+    }
+    trained, held_out = (set(one.samples["head_hash"].to_pylist()) for one in (cache, other))
+    if held_out <= trained:
+        differing["images"] = "others than are trained on", f"{other.num_samples:,}, all of them trained on"
+    if differing:
+        ours, theirs = (", ".join(f"{name}: {pair[i]}" for name, pair in differing.items()) for i in (0, 1))
+        raise CacheMismatchError(
+            f"The cache to validate on, {wanted.cache}, is not one of the same recipe and of other images.",
+            got=theirs,
+            expected=ours,
+            do="build it as the cache to train on, with another source.path; or give validation.fraction",
+        )
+    return other
 
 
 def _ask_tasks(found: Preflight, recipe: MultiTaskRecipe, cache: FeatureCache | None) -> None:
@@ -155,18 +207,6 @@ def _require_length(num_samples: int | None, recipe: TrainRecipe, processes: int
             do="lower batch_size_per_process or gradient_accumulation_steps",
         )
     recipe.schedule.steps(num_samples / images_per_step)
-
-
-def _unknown_weights(recipe: TrainRecipe, teachers: Sequence[str]) -> Iterator[RecipeError]:
-    for name in recipe.distillation.teacher_weights:
-        if name not in teachers:
-            near = difflib.get_close_matches(name, teachers, 1)
-            yield RecipeError(
-                "A weight is given for a teacher that is not distilled.",
-                got=f"distillation.teacher_weights.{name}",
-                expected=f"one of {', '.join(teachers)}",
-                do=f"did you mean {near[0]}?" if near else "remove it",
-            )
 
 
 def _other_steps(views: ViewPolicy, grid: Size | None, stem: str | None) -> Iterator[RecipeError]:

@@ -1,137 +1,162 @@
-"""What a run says while it goes on: `metrics.jsonl`, TensorBoard and the line on the terminal."""
+"""What a run says while it goes on: `metrics.jsonl`, its trackers and the line on the terminal."""
 
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import timedelta
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
 from numpy.typing import NDArray
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from teachercache.pipeline.terminal import Terminal
+from teachercache.pipeline.terminal import Terminal, progress_bar
 from teachercache.student.saving import replacing, saving
+from teachercache.student.similarity import Similarity
 from teachercache.student.timing import bottleneck
+from teachercache.student.training.trackers import PICTURES
+from teachercache.student.training.train_recipe import TrainRecipe
 
 METRICS_FILE = "metrics.jsonl"
+_WHAT = "What the run logs"
 
 
+@dataclass
 class RunLog:
-    """One line of JSON for each step; every `every_steps` their means go to TensorBoard, with the bottleneck
-    in words. A context manager.
+    """One line of JSON for each step; every `log_every_steps` their means go to the trackers, with the
+    bottleneck in words, and to the log where there is no terminal. A context manager.
 
-    `pictures`, by tag, are asked for and go to TensorBoard every `picture_every_steps`, where that is not 0,
-    and after the last step. Steps that a resumed run takes again are removed from what was written before.
-    Only the main process writes, each time after `before_writing`, which ends the run by raising.
+    `pictures`, by tag, and what `validate` measures, the similarity to each teacher, are asked for when the
+    recipe says so, and after the last step: pictures of the main process, similarities of all. Steps that a
+    resumed run takes again are removed from what was written before. Only the main process writes, each time
+    after `before_writing`, which ends the run by raising.
     """
 
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        output: Path,
-        *,
-        first_step: int,
-        total_steps: int,
-        every_steps: int,
-        pictures: Callable[[], Mapping[str, NDArray]] = dict,
-        picture_every_steps: int = 0,
-        before_writing: Callable[[], None] = lambda: None,
-    ) -> None:
-        self._accelerator = accelerator
-        self._file_path = output / METRICS_FILE
-        self._first_step = first_step
-        self._total_steps = total_steps
-        self._every_steps = every_steps
-        self._pictures = pictures
-        self._picture_every_steps = picture_every_steps
-        self._before_writing = before_writing
+    recipe: TrainRecipe
+    is_main: bool
+    first_step: int
+    total_steps: int
+    steps_per_epoch: float
+    start_trackers: Callable[[int], list[GeneralTracker]]  # by the first step
+    pictures: Callable[[], Mapping[str, NDArray]]
+    validate: Callable[[], dict[str, Similarity]] | None
+    before_writing: Callable[[], None]
+
+    def __post_init__(self) -> None:
+        self._output = Path(self.recipe.output)
         self._recent: list[Mapping[str, float]] = []
         self._file: IO[str] | None = None
+        self._trackers: list[GeneralTracker] = []
+        self.similarity: dict[str, Similarity] = {}
         self._console = Terminal(stderr=True)
-        self._progress = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=self._console,
-            disable=not (accelerator.is_main_process and self._console.is_terminal),
-        )
+        self._progress = progress_bar(self._console, disable=not (self.is_main and self._console.is_terminal))
 
     def __enter__(self) -> RunLog:
-        self._accelerator.init_trackers(
-            "tensorboard", init_kwargs={"tensorboard": {"purge_step": self._first_step}}
-        )
-        if self._accelerator.is_main_process:
-            with saving(METRICS_FILE, self._file_path):
+        if self.is_main:
+            with saving(_WHAT, self._output):
+                self._trackers = self.start_trackers(self.first_step)
                 self._file = self._reopen()
         self._entered = time.monotonic()
         self._progress.start()
-        self._task = self._progress.add_task("train", total=self._total_steps, completed=self._first_step)
+        self._task = self._progress.add_task("train", total=self.total_steps, completed=self.first_step)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
-        with saving("What the run logs", self._file_path.parent):
+        with saving(_WHAT, self._output):
             if self._file is not None:
                 self._file.close()
-            for tracker in self._accelerator.trackers:
+            for tracker in self._trackers:
                 tracker.finish()
 
-    def draws(self, step: int) -> bool:
-        """Whether pictures of the student as it is after `step` are due."""
-        return self._is_due(step, self._picture_every_steps)
+    def looks(self, step: int) -> bool:
+        """Whether pictures or similarities of the student as it is after `step` are due."""
+        return self._draws(step) or self._validates(step)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
+        """By every process, since all of them validate."""
+        if self.validate is not None and self._validates(step):
+            self.similarity = self.validate()
         if self._file is None:
             return
-        self._before_writing()
-        pictures = self._pictures() if self.draws(step) else None
-        with saving("What the run logs", self._file_path.parent):
+        self.before_writing()
+        pictures = self.pictures() if self._draws(step) else {}
+        with saving(_WHAT, self._output):
             self._write(self._file, step, values, pictures)
 
     def _write(
-        self,
-        file: IO[str],
-        step: int,
-        values: Mapping[str, float],
-        pictures: Mapping[str, NDArray] | None,
+        self, file: IO[str], step: int, values: Mapping[str, float], pictures: Mapping[str, NDArray]
     ) -> None:
-        file.write(json.dumps({"step": step, **values}) + "\n")
+        told = dict[str, float]()
+        for name, one in self.similarity.items() if self._validates(step) else ():
+            told[f"similarity/{name}"] = one.mean
+            told |= {f"similarity/{name}/level{level}": value for level, value in enumerate(one.levels)}
+        file.write(json.dumps({"step": step, **values, **told}) + "\n")
         file.flush()
         self._recent.append(values)
-        line = _in_words(values)
-        self._progress.update(self._task, completed=step + 1, description=line)
-        for tracker in self._accelerator.trackers if pictures is not None else ():
-            tracker.log_images(pictures, step, dataformats="NHWC")
-        if self._is_due(step, self._every_steps):
+        self._progress.update(self._task, completed=step + 1, description=self._in_words(step, values))
+        if told:
+            found = ", ".join(f"{name} {one.mean:.4f}" for name, one in self.similarity.items())
+            self._tell(step, f"similarity on held-out images: {found}")
+        words = {}
+        if self._is_due(step, self.recipe.log_every_steps):
             means = {key: sum(row[key] for row in self._recent) / len(self._recent) for key in values}
             seconds = {key.removeprefix("seconds/"): mean for key, mean in means.items()}
-            self._accelerator.log({**means, "bottleneck": bottleneck(seconds, steps=1)}, step=step)
+            words["bottleneck"] = bottleneck(seconds, steps=1)
+            told |= means | {"epoch": (step + 1) / self.steps_per_epoch}
             self._recent.clear()
             if not self._console.is_terminal:
-                a_step = (time.monotonic() - self._entered) / (step + 1 - self._first_step)
-                left = timedelta(seconds=round(a_step * (self._total_steps - step - 1)))
-                line = f"step {step + 1}/{self._total_steps} · {_in_words(means)} · {left} left"
-                self._console.print(line, highlight=False)
+                a_step = (time.monotonic() - self._entered) / (step + 1 - self.first_step)
+                minutes, rest = divmod(round(a_step * (self.total_steps - step - 1)), 60)
+                left = f"{minutes // 60}:{minutes % 60:02}:{rest:02} left"
+                self._tell(step, f"{self._in_words(step, means)} · {left}")
+        for tracker in self._trackers:
+            if pictures and tracker.name in PICTURES:
+                tracker.log_images(pictures, step, **PICTURES[tracker.name])
+            if told:  # most take numbers alone
+                tracker.log(told | words if tracker.name == "tensorboard" else told, step)
+
+    def _tell(self, step: int, words: str) -> None:
+        self._console.print(f"step {step + 1}/{self.total_steps} · {words}")
+
+    def _in_words(self, step: int, values: Mapping[str, float]) -> str:
+        """Epoch, loss, by teacher and task too where there are several, learning rate and speed."""
+        parts = defaultdict[str, list[float]](list)
+        for key, value in values.items():
+            if key.startswith("loss/"):
+                parts[key.split("/")[1]].append(value)
+        by_part = ", ".join(f"{name} {sum(terms):.4f}" for name, terms in parts.items())
+        epochs = (done / self.steps_per_epoch for done in (step + 1, self.total_steps))
+        return (
+            "epoch {:.2f}/{:.2f} · ".format(*epochs)
+            + f"loss {values['loss']:.4f}{f' ({by_part})' if len(parts) > 1 else ''}"
+            + f" · lr {values['lr']:.2e} · {values['images_per_s']:.1f} img/s"
+        )
+
+    def _draws(self, step: int) -> bool:
+        shown = not PICTURES.keys().isdisjoint(self.recipe.trackers)
+        return shown and self._is_due(step, self.recipe.picture_every_steps)
+
+    def _validates(self, step: int) -> bool:
+        wanted = self.recipe.validation
+        return wanted is not None and self._is_due(step, wanted.every_steps)
 
     def _is_due(self, step: int, every_steps: int) -> bool:
-        return every_steps > 0 and ((step + 1) % every_steps == 0 or step + 1 == self._total_steps)
+        return every_steps > 0 and ((step + 1) % every_steps == 0 or step + 1 == self.total_steps)
 
     def _reopen(self) -> IO[str]:
-        lines = self._file_path.read_bytes().split(b"\n") if self._file_path.exists() else [b""]
+        path = self._output / METRICS_FILE
+        lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
         kept, last, again, garbage = list[bytes](), -1, 0, 0
         for line, step in _steps(lines):
             if step <= last:
                 garbage += line is not lines[-1]  # behind the last line break: torn when a process ended
                 continue
             last = step
-            if step < self._first_step:
+            if step < self.first_step:
                 kept.append(line)
             else:
                 again += 1
@@ -139,20 +164,9 @@ class RunLog:
             self._console.print(f"{again} steps that no checkpoint holds are taken again")
         if garbage:
             self._console.print(f"{garbage} lines of {METRICS_FILE} cannot be read and go")
-        with replacing(self._file_path) as file:
+        with replacing(path) as file:
             file.write_bytes(b"".join(line + b"\n" for line in kept))
-        return self._file_path.open("a")
-
-
-def _in_words(values: Mapping[str, float]) -> str:
-    """Loss, by teacher too where there are several, learning rate and speed."""
-    levels = defaultdict[str, list[float]](list)
-    for key, value in values.items():
-        if match := re.fullmatch(r"loss/(.+)/level\d+", key):
-            levels[match[1]].append(value)
-    by_teacher = ", ".join(f"{name} {sum(parts):.4f}" for name, parts in levels.items())
-    loss = f"loss {values['loss']:.4f}" + (f" ({by_teacher})" if len(levels) > 1 else "")
-    return f"{loss} · lr {values['lr']:.2e} · {values['images_per_s']:.1f} img/s"
+        return path.open("a")
 
 
 def logged_steps(output: Path) -> int:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import InitVar, dataclass
 from typing import NamedTuple
 
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.exploring.feature_pictures import (
@@ -85,7 +84,7 @@ class RunPictures:
             self._kinds = {name: _kinds(reader, name) for name in self._teachers}
             self._views = [reader.view(row) for row in reader.rows]
         images_B3HW = torch.stack([torch.from_numpy(view).permute(2, 0, 1) for view in self._views])
-        with _evaluating(self._student):
+        with self._student.evaluating():
             pixels_B3HW = self._student.normalize(images_B3HW.to(self._student.mean.device))
             maps = self._student(pixels_B3HW, full=True).feature_maps
         boards = {}
@@ -140,16 +139,3 @@ def _norm_range(maps_BHWC: Tensor) -> tuple[float, float]:
     norms_BHW = token_norms(maps_BHWC)
     norms_N = norms_BHW[norms_BHW.isfinite()]
     return (norms_N.min().item(), norms_N.max().item()) if norms_N.numel() else (math.nan, math.nan)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """In eval mode and without gradients; afterwards each part is in the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

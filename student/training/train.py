@@ -5,14 +5,14 @@ cache, never a teacher, unless the recipe says `features: online`.
 
     <output>/checkpoints/   to continue from; running the same command again does
     <output>/metrics.jsonl  one line for each step
-    <output>/tensorboard/   the same, as means
+    <output>/tensorboard/   the same, as means, which other `trackers` get too
     <output>/student/       the finished student with its model card, for `teachercache.load_student`
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from inspect import signature
@@ -30,6 +30,7 @@ from teachercache.pipeline.loading.loader import FeatureLoader
 from teachercache.pipeline.places.durable import make_folder
 from teachercache.student.models.student import Student
 from teachercache.student.saving import saving
+from teachercache.student.similarity import Similarity
 from teachercache.student.timing import bottleneck
 from teachercache.student.training.checkpoint import (
     DAMAGED_SUFFIX,
@@ -50,6 +51,7 @@ from teachercache.student.training.run_log import METRICS_FILE, RunLog, logged_s
 from teachercache.student.training.run_pictures import RunPictures
 from teachercache.student.training.schedule import SCHEDULES
 from teachercache.student.training.targets import TARGET_SOURCES, TargetSource
+from teachercache.student.training.trackers import start_trackers
 from teachercache.student.training.train_recipe import TrainRecipe, run_identity
 
 _COMPILED: dict[str, Any] = {"dynamic": False, "options": {"combo_kernels": True}}  # small ones, side by side
@@ -60,7 +62,8 @@ class TrainResult:
     """`student` is None when the run was interrupted by SIGTERM; the same command then continues it.
 
     `steps` counts those of the whole run, earlier processes' included; `last_loss` is None where there
-    was no step left to take. `images_per_s` is over all processes.
+    was no step left to take. `images_per_s` is over all processes. `similarity`: to each teacher, after the
+    last of these steps, of a run with `validation`.
     """
 
     output: Path
@@ -69,10 +72,18 @@ class TrainResult:
     last_loss: float | None
     images_per_s: float
     bottleneck: str
+    similarity: Mapping[str, Similarity]
 
     @property
     def interrupted(self) -> bool:
         return self.student is None
+
+    def __str__(self) -> str:
+        told = f"{self.bottleneck}\n{self.steps:,} steps, {self.images_per_s:.1f} img/s"
+        if self.student is None:
+            return f"{told}; interrupted: the same command goes on from there"
+        use = f"from teachercache import load_student; student = load_student({str(self.student)!r})"
+        return f"{told}; student: {self.student}\n{use}"
 
 
 def train(recipe: TrainRecipe) -> TrainResult:
@@ -125,19 +136,21 @@ class _Run:
             run,
             partial(not_finite, self.cache, reads, found.labels),
         )
+        config = {**run, "cache_id": self.cache.spec.cache_id}
         log = RunLog(
-            accelerator,
-            Path(recipe.output),
-            first_step=first_step,
-            total_steps=total_steps,
-            every_steps=recipe.log_every_steps,
-            pictures=RunPictures(self.cache, found.held if recipe.distills else [], student).draw,
-            picture_every_steps=recipe.picture_every_steps,
+            recipe,
+            accelerator.is_main_process,
+            first_step,
+            total_steps,
+            self._steps_per_epoch,
+            partial(start_trackers, recipe.trackers, Path(recipe.output), config, self.cache),
+            RunPictures(self.cache, found.held if recipe.distills else [], student).draw,
+            found.validation and partial(found.validation, student, gather=accelerator.gather),
             before_writing=require_held,
         )
         with log, self._loader(targets, reads, first_step) as loader:
             done = loop.run(iter(loader), first_step, total_steps, log)
-        return self._finish(student, done)
+        return self._finish(student, done, log.similarity)
 
     def _student(self) -> Student:
         """With its weights, drawn from the run's seed where they are not loaded."""
@@ -166,12 +179,15 @@ class _Run:
         }
         return run_identity(self.recipe, facts)
 
+    @property
+    def _steps_per_epoch(self) -> float:
+        assert self.found.num_samples is not None
+        return self.found.num_samples / self.recipe.images_per_step(self.accelerator.num_processes)
+
     def _schedule(self) -> tuple[int, Callable[[int], float]]:
         """(number of steps, the learning rate of each)."""
-        assert self.found.num_samples is not None
         schedule, peak = self.recipe.schedule, self.recipe.optimizer.lr
-        images_per_step = self.recipe.images_per_step(self.accelerator.num_processes)
-        total, warmup = schedule.steps(self.found.num_samples / images_per_step)
+        total, warmup = schedule.steps(self._steps_per_epoch)
         steps = {"warmup_steps": warmup, "total_steps": total}
         return total, partial(SCHEDULES[schedule.kind], peak=peak, final=schedule.final_lr, **steps)
 
@@ -209,28 +225,29 @@ class _Run:
             pin_memory=self.accelerator.device.type == "cuda",
         )
 
-    def _finish(self, student: Student, done: LoopResult) -> TrainResult:
-        """Say what held the run up, and write the student where it has taken all its steps."""
-        output, recipe = Path(self.recipe.output), self.recipe
-        verdict = bottleneck(done.seconds, done.steps)
-        self.accelerator.print(verdict)
-        if not done.interrupted and self.accelerator.is_main_process:
-            with saving("The finished student", output / "student"):
-                student.save_pretrained(output / "student")
-                write_model_card(
-                    output / "student", student, recipe, self.cache, done.next_step, done.last_loss
-                )
-        self.accelerator.wait_for_everyone()
-        self.accelerator.end_training()
-        images = done.steps * recipe.images_per_step(self.accelerator.num_processes)
-        return TrainResult(
+    def _finish(
+        self, student: Student, done: LoopResult, similarity: Mapping[str, Similarity]
+    ) -> TrainResult:
+        """Say what held the run up, and write the student where it has taken all its steps, and say where."""
+        output = Path(self.recipe.output)
+        images = done.steps * self.recipe.images_per_step(self.accelerator.num_processes)
+        result = TrainResult(
             output=output,
             student=None if done.interrupted else output / "student",
             steps=done.next_step,
             last_loss=done.last_loss,
             images_per_s=images / done.wall_s if done.steps else 0.0,
-            bottleneck=verdict,
+            bottleneck=bottleneck(done.seconds, done.steps),
+            similarity=similarity,
         )
+        if result.student is not None and self.accelerator.is_main_process:
+            with saving("The finished student", result.student):
+                student.save_pretrained(result.student)
+                write_model_card(result.student, student, self.recipe, self.cache, result)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+        self.accelerator.print(result)
+        return result
 
 
 def _require_folder(output: Path) -> None:
@@ -246,11 +263,7 @@ def _require_folder(output: Path) -> None:
 
 
 def _resume(
-    recipe: TrainRecipe,
-    accelerator: Accelerator,
-    student: Student,
-    optimizer: Any,
-    run: dict[str, Any],
+    recipe: TrainRecipe, accelerator: Accelerator, student: Student, optimizer: Any, run: dict[str, Any]
 ) -> int:
     """Load the newest checkpoint of the output folder, if there is one; returns the first step to take."""
     if recipe.checkpoint_folder.exists() and not recipe.checkpoint_folder.is_dir():

@@ -17,6 +17,9 @@ from teachercache.student.losses.distillation import CosineKind, DistanceKind
 from teachercache.student.training.student_recipe import SakRecipe, StudentOfAKind
 
 Weight = Annotated[float, Field(ge=0)]
+Tracker = Literal[
+    "tensorboard", "wandb", "mlflow", "aim", "comet_ml", "clearml", "dvclive", "swanlab", "trackio"
+]
 
 
 class DatasetRecipe(Strict):
@@ -113,6 +116,24 @@ class LoaderRecipe(Strict):
     prefetch: int = Field(2, ge=1)
 
 
+class ValidationRecipe(Strict):
+    """Similarity to each teacher on up to `max_samples` images that the run does not train on, every
+    `every_steps` steps and at its end. They are those of a second `cache` of the same recipe (`images`: where
+    its images are now), or about a `fraction` of the cache's own, which their keys and the seed choose."""
+
+    cache: str | None = None
+    images: str | None = None
+    fraction: float | None = Field(None, gt=0, lt=1)
+    every_steps: int = Field(1000, ge=1)
+    max_samples: int = Field(1000, ge=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.cache is None) == (self.fraction is None):
+            raise ValueError("give a cache of other images, or a fraction of the run's own")
+        return self
+
+
 class TrainRecipe(Strict):
     """A training run: distillation alone (stage 1), or with `multitask` beside the labels of a data set
     (stage 2). `cache` decides the views and their size, and so the student's input.
@@ -122,6 +143,8 @@ class TrainRecipe(Strict):
     of reading their features, `hybrid` those of which the cache does not hold every shard; `fresh` runs them
     on views that are drawn anew at each epoch. `student_jitter`: of the pixels that the student alone sees.
     `global_batch_size`: images of a step, over processes and accumulation, which then follows from it.
+    `trackers`: what the run logs to beside its own file, by accelerate's names; each but tensorboard is a
+    package to install.
     """
 
     cache: str
@@ -146,6 +169,8 @@ class TrainRecipe(Strict):
     keep_checkpoints: int = Field(2, ge=1)
     log_every_steps: int = Field(50, ge=1)
     picture_every_steps: int = Field(1000, ge=0)
+    trackers: tuple[Tracker, ...] = ("tensorboard",)
+    validation: ValidationRecipe | None = None
     loader: LoaderRecipe = LoaderRecipe()
 
     @field_validator("output")
@@ -158,6 +183,8 @@ class TrainRecipe(Strict):
         problems = list(self.student.contradictions_of(self))
         if self.multitask is None and not self.distills:
             problems.append("without multitask, at least one teacher and distillation.weight > 0 are needed")
+        if self.validation and not self.distills:
+            problems.append("validation compares with teachers, and none is distilled: leave it out")
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -174,6 +201,11 @@ class TrainRecipe(Strict):
     def fraction(self) -> float:
         """Of the cache's samples."""
         return self.multitask.dataset.fraction if self.multitask else 1.0
+
+    @property
+    def held_out(self) -> float:
+        """Of the cache's samples, those that are never trained on."""
+        return (self.validation and self.validation.fraction) or 0.0
 
     @property
     def checkpoint_folder(self) -> Path:
@@ -213,6 +245,8 @@ _PLACES_AND_SPEED: dict[str, Any] = {
     "keep_checkpoints": True,
     "log_every_steps": True,
     "picture_every_steps": True,
+    "trackers": True,
+    "validation": True,  # but for what it holds out of training
     "loader": True,
     "global_batch_size": True,
     "batch_size_per_process": True,
@@ -232,6 +266,8 @@ def run_identity(recipe: TrainRecipe, facts: Mapping[str, Any]) -> dict[str, Any
     over processes and accumulation. So a run may go on with more or fewer processes.
     """
     said = recipe.model_dump(mode="json", exclude=_PLACES_AND_SPEED)
+    if recipe.held_out:
+        said["validation"] = {"fraction": recipe.held_out}
     return _flatten(said | {"student": _OF_EVERY_KIND | said["student"]} | dict(facts))
 
 

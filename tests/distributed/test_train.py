@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -65,20 +66,39 @@ def run(cache: Path, output: Path, **arguments: Any) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def one_process(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    return run(cache, tmp_path_factory.mktemp("one"), batch_size=4)
+def held_out(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Five other images, on which nobody trains: two batches, of which the last is not full."""
+    root = tmp_path_factory.mktemp("held_out")
+    build(build_recipe(root / "cache", make_images(root / "images", 5, seed=1)))
+    return {"cache": str(root / "cache"), "every_steps": 10}
 
 
 @pytest.fixture(scope="module")
-def two_processes(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    return run(cache, tmp_path_factory.mktemp("two"), processes=2, batch_size=2)
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def one_process(cache: Path, runs: Path, held_out: dict[str, Any]) -> list[float]:
+    return run(cache, runs / "one", batch_size=4, validation=held_out)
+
+
+@pytest.fixture(scope="module")
+def two_processes(cache: Path, runs: Path, held_out: dict[str, Any]) -> list[float]:
+    return run(cache, runs / "two", processes=2, batch_size=2, validation=held_out)
 
 
 def test_two_processes_are_one_with_twice_the_batch(
-    one_process: list[float], two_processes: list[float]
+    one_process: list[float], two_processes: list[float], runs: Path
 ) -> None:
     assert len(one_process) == STEPS
     assert two_processes[:10] == pytest.approx(one_process[:10], rel=1e-4)
+    one, two = (
+        json.loads((runs / name / "metrics.jsonl").read_text().splitlines()[9]) for name in ("one", "two")
+    )
+    measured = {key: value for key, value in one.items() if key.startswith("similarity/tiny")}
+    assert len(measured) == 5, "on average, and four levels"
+    assert {key: two[key] for key in measured} == pytest.approx(measured, rel=1e-4)
 
 
 def test_online_teachers_give_the_losses_of_the_cache(

@@ -27,7 +27,7 @@ from teachercache.pipeline.sources import open_source
 from teachercache.student import KPU, load_student
 from teachercache.student.measuring.evaluate import evaluate
 from teachercache.student.measuring.image_features import StudentFeatures
-from teachercache.student.measuring.repsim import representation_similarity
+from teachercache.student.similarity import representation_similarity
 from teachercache.student.training.objectives import last_level
 from teachercache.student.training.preflight import notices
 from teachercache.student.training.targets import CachedTargets

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from typer.testing import CliRunner
 
 from teachercache import build_student
@@ -19,7 +20,7 @@ from teachercache.student.models.stem import Stem
 from teachercache.student.training.preflight import preflight
 from teachercache.student.training.student_recipe import KpuRecipe
 from teachercache.student.training.train import train
-from teachercache.student.training.train_recipe import TrainRecipe, run_identity
+from teachercache.student.training.train_recipe import Tracker, TrainRecipe, run_identity
 from tests.make_cache import make_cache, make_images, teacher_spec
 from tests.train_recipes import CONTENT, train_recipe
 
@@ -141,6 +142,57 @@ def test_an_option_of_another_kind_is_refused(kind: str, option: str) -> None:
         build_student(kind, stem="test_vit", **options)
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    make_cache(folder / "cache", make_images(folder / "images", 4), teachers={"alpha": teacher_spec()})
+    return folder / "cache"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"teachers": {"beta": teacher_spec()}}, "no teacher of that name(.|\n)*got: +alpha"),
+        ({"teachers": {"alpha": teacher_spec(codec="f16")}}, r"alpha\.codec: f16\n.*alpha\.codec: f32\n"),
+        ({"view_size": (48, 48)}, r"views\.size: \(48, 48\)\n.*views\.size: \(32, 32\)\n"),
+        ({"seed": 0}, "images: 3, all of them trained on"),
+        ({"skip_shards": [0]}, "not complete(.|\n)*alpha: 1 of 1 shards missing"),
+    ],
+)
+def test_a_cache_to_validate_on_differs_in_its_images_alone(
+    whole: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    images = make_images(tmp_path / "images", 3, seed=changes.pop("seed", 1))
+    make_cache(
+        tmp_path / "other", images, **{"teachers": {"alpha": teacher_spec()}, "num_views": 1} | changes
+    )
+    recipe = train_recipe(whole, tmp_path / "run", validation={"cache": str(tmp_path / "other")})
+    with pytest.raises(TeacherCacheError, match=message) as error:
+        train(recipe)
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe.model_dump(mode="json")))
+    done = CliRunner().invoke(app, ["train", str(tmp_path / "recipe.yaml"), "--dry-run"])
+    assert str(done.exception) == str(error.value)
+
+
+def test_what_is_validated_and_followed_is_said_before(whole: Path, tmp_path: Path) -> None:
+    validation = {"fraction": 0.001, "every_steps": 5}
+    recipe = train_recipe(whole, tmp_path / "run", validation=validation, trackers=["comet_ml", "aim"])
+    with pytest.raises(RecipeError) as error:
+        train(recipe)
+    for text in ("There are 3 problems", "no sample is left", "pip install comet-ml", "pip install 'aim<4'"):
+        assert text in str(error.value)
+    with pytest.raises(RecipeError, match="nowhere"):
+        train(train_recipe(whole, tmp_path / "run", validation={"cache": "nowhere"}, teachers=["alhpa"]))
+    on_labels = {"multitask": {"dataset": {"kind": "scenes", "root": "."}}, "teachers": []}
+    with pytest.raises(ValueError, match="validation compares with teachers"):
+        train_recipe(whole, "run", validation=validation, **on_labels)
+
+
+def test_every_tracker_of_accelerate_can_be_named() -> None:
+    assert set(get_args(Tracker)) == set(LOGGER_TYPE_TO_CLASS)
+
+
 GOLDENS = json.loads((Path(__file__).parents[1] / "goldens/run_identities.json").read_text())
 
 
@@ -152,6 +204,11 @@ def test_a_run_is_what_its_checkpoints_say(golden: dict[str, Any]) -> None:
     assert {key: identity.get(key) for key in golden["identity"]} == golden["identity"]
     new = identity.keys() - golden["identity"].keys()
     assert [identity[key] for key in new if identity[key] is not None] == [], "as if it were not stated"
+    aside = {"validation": {"cache": "other"}, "trackers": ["wandb"]}
+    assert run_identity(TrainRecipe.model_validate(golden["recipe"] | aside), golden["facts"]) == identity
+    assert not [key for key in identity if key.startswith(("validation", "trackers"))]
+    held_out = TrainRecipe.model_validate(golden["recipe"] | {"validation": {"fraction": 0.1}})
+    assert run_identity(held_out, golden["facts"]) == identity | {"validation.fraction": 0.1}
 
 
 def test_a_build_lists_every_teacher_that_cannot_be(tmp_path: Path) -> None:

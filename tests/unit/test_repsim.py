@@ -20,7 +20,7 @@ from teachercache.pipeline.grids import upsample
 from teachercache.pipeline.records.spec import GridSpec
 from teachercache.pipeline.views import render_view
 from teachercache.student import SAK, Student, build_student
-from teachercache.student.measuring.repsim import Similarity, representation_similarity, token_cosines
+from teachercache.student.similarity import Similarity, representation_similarity, token_cosines
 from tests.make_cache import make_cache, make_images, teacher_spec
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import CacheError
-from teachercache.pipeline.loading.sampler import ShardShuffleSampler
+from teachercache.pipeline.loading.sampler import ShardShuffleSampler, held_out_samples
 from teachercache.pipeline.rearranging.subset import subset
 from tests.make_cache import make_cache, make_images, teacher_spec
 
@@ -108,6 +108,17 @@ def test_a_fraction_is_that_of_a_subset(cache: FeatureCache, tmp_path: Path) -> 
     assert set(cache.index.locate(rows)[0].tolist()) < set(seen.tolist())
     with pytest.raises(CacheError, match=r"a fraction of 0\.01 of 23 samples"):
         ShardShuffleSampler(cache, batch_size_per_process=4, fraction=0.01)
+
+
+def test_what_is_held_out_follows_from_keys_and_seed() -> None:
+    """So that a cache that grows moves nobody."""
+    keys = [f"image_{i:04d}" for i in range(2000)]
+    held_out = held_out_samples(keys, 0.1, seed=0)
+    assert held_out.size == pytest.approx(200, rel=0.2)
+    grown = held_out_samples(["first", *keys, "last"], 0.1, seed=0)
+    assert set(held_out + 1) == set(grown) - {0, 2001}
+    assert set(held_out) < set(held_out_samples(keys, 0.2, seed=0))
+    assert set(held_out) != set(held_out_samples(keys, 0.1, seed=1))
 
 
 def test_nothing_valid_is_an_error(tmp_path: Path) -> None:

@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate import tracking
 from accelerate.state import AcceleratorState
+from accelerate.tracking import GeneralTracker
 from huggingface_hub import HfApi
 from rich.console import Console
 from safetensors.torch import load_file
@@ -35,15 +37,17 @@ from teachercache.pipeline.errors import (
 )
 from teachercache.pipeline.exploring.map_reader import MapReader
 from teachercache.pipeline.loading.batch_memory import TensorLayout
+from teachercache.pipeline.loading.sampler import ShardShuffleSampler, held_out_samples
 from teachercache.pipeline.records.spec import GridSpec
 from teachercache.pipeline.views import View
 from teachercache.student import hub, load_student
-from teachercache.student.measuring.repsim import representation_similarity
 from teachercache.student.models.student import StudentOutput
 from teachercache.student.sak.model import SAK
+from teachercache.student.similarity import mean_similarity, representation_similarity
 from teachercache.student.training.checkpoint import newest_checkpoint
 from teachercache.student.training.model_card import recipe_for_card
 from teachercache.student.training.not_finite import not_finite
+from teachercache.student.training.preflight import preflight
 from teachercache.student.training.run_pictures import NUM_ROWS, RunPictures
 from teachercache.student.training.train import _require_folder, train
 from teachercache.student.training.train_recipe import TrainRecipe
@@ -97,11 +101,160 @@ def test_a_run_tells_what_it_is_at_and_how_long_it_will_take_without_a_terminal_
     cache: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(train_recipe(cache, start_from(finished, 3, tmp_path), log_every_steps=2))
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step ")]
+    told = capsys.readouterr()
+    lines = [line for line in told.err.splitlines() if line.startswith("step ")]
     assert [line.split()[1] for line in lines] == ["4/8", "6/8", "8/8"]
-    one = r"step .* · loss \d+\.\d{4} .*· lr \d\.\d\de-\d\d · [\d.]+ img/s · \d:\d\d:\d\d left"
+    one = r"step .* · epoch .* · loss \d+\.\d{4} \(alpha \d.*, beta \d.*\) · lr \d\.\d\de-\d\d · "
+    one += r"[\d.]+ img/s · \d:\d\d:\d\d left"
     assert all(re.fullmatch(one, line) for line in lines), lines
     assert lines[-1].endswith("0:00:00 left")
+    assert "epoch 1.78/1.78" in lines[-1], "16 of 9 images"
+    *_, where, use = told.out.splitlines()
+    assert where.endswith(f"student: {tmp_path / 'student'}")
+    loaded: dict[str, Any] = {}
+    exec(use, loaded)
+    assert loaded["student"].teachers == ["alpha", "beta"]
+
+
+HELD_OUT = {"validation": {"fraction": 0.4, "every_steps": 4}}
+
+
+def similarities(output: Path) -> dict[int, dict[str, float]]:
+    """What was measured, by the step before."""
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    found = {row["step"]: {key: row[key] for key in row if key.startswith("similarity/")} for row in rows}
+    return {step: values for step, values in found.items() if values}
+
+
+def test_images_that_a_run_validates_on_are_not_trained_on(cache: Path) -> None:
+    opened = FeatureCache.open(cache)
+    found = preflight(train_recipe(cache, "run", **HELD_OUT), opened.spec, opened)
+    assert found.sampler is not None
+    assert found.num_samples == found.sampler.num_samples
+    rows = np.concatenate([found.sampler.batch(step) for step in range(50)])
+    trained = set(opened.index.locate(rows)[0].tolist())
+    held_out = set(held_out_samples([opened.key(i) for i in range(10)], 0.4, 0).tolist())
+    assert not trained & held_out
+    assert trained | held_out | {4} == set(range(10)), "and 4 is quarantined"
+    (notice,) = found.notices
+    assert f"every 4 steps, on {len(held_out - {4})} images" in notice
+
+
+def test_a_run_measures_its_student_on_held_out_images(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the same steps, to the bit, where it was interrupted."""
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    result = train(train_recipe(cache, whole, **HELD_OUT))
+    found = similarities(whole)
+    assert list(found) == [3, 7]
+    assert result.student is not None
+    opened = FeatureCache.open(cache)
+    held_out = held_out_samples([opened.key(i) for i in range(10)], 0.4, 0)
+    sampler = ShardShuffleSampler(opened, batch_size_per_process=4, among=held_out)
+    expected = mean_similarity(load_student(result.student), sampler, opened.teachers, sampler.num_samples)
+    for name, one in expected.items():
+        assert result.similarity[name].levels == pytest.approx(one.levels, abs=1e-5)
+        assert found[7][f"similarity/{name}"] == pytest.approx(one.mean, abs=1e-5)
+        assert found[7][f"similarity/{name}/level3"] == pytest.approx(one.levels[3], abs=1e-5)
+    means = {name: f"{one.mean:.4f}" for name, one in result.similarity.items()}
+    told = "step 8/8 · similarity on held-out images: " + ", ".join(map(" ".join, means.items()))
+    assert told in capsys.readouterr().err
+    assert f"held-out images {means['alpha']} to alpha" in (result.student / "README.md").read_text()
+    events = EventAccumulator(str(whole / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("similarity/alpha/level0")] == [3, 7]
+
+    train(train_recipe(cache, start_from(whole, 3, resumed), **HELD_OUT))
+    assert logged(resumed) == logged(whole)
+    assert similarities(resumed) == found
+    with pytest.raises(CheckpointError, match=r"validation\.fraction: 0\.3"):
+        train(train_recipe(cache, whole, validation={"fraction": 0.3}))
+
+
+def test_validation_on_a_second_cache_leaves_the_run_what_it_is(
+    cache: Path, finished: Path, tmp_path: Path
+) -> None:
+    make_cache(tmp_path / "other", make_images(tmp_path / "images", 3, seed=1), num_views=1)
+    validation = {"cache": str(tmp_path / "other"), "every_steps": 3}
+    result = train(train_recipe(cache, tmp_path / "run", validation=validation))
+    assert logged(tmp_path / "run") == logged(finished)
+    assert list(similarities(tmp_path / "run")) == [2, 5, 7]
+    states = [
+        json.loads((run / "checkpoints/step_00000008/state.json").read_text())
+        for run in (tmp_path / "run", finished)
+    ]
+    assert states[0] == states[1]
+    assert result.student is not None
+    found = representation_similarity(load_student(result.student), FeatureCache.open(tmp_path / "other"))
+    for name, one in found.items():
+        assert result.similarity[name].levels == pytest.approx(one.levels, abs=1e-5)
+
+
+class Noting(GeneralTracker):
+    """What a service would be told."""
+
+    name = "wandb"
+    requires_logging_directory = False
+    told: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, project: str, **settings: Any) -> None:
+        super().__init__()
+        self.told.update(project=project, settings=settings, steps={}, pictures=[])
+
+    @property
+    def tracker(self) -> Any:
+        return self
+
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        self.told["config"] = values
+
+    def log(self, values: dict[str, Any], step: int | None = None, **_: Any) -> None:
+        self.told["steps"][step] = values
+
+    def log_images(self, values: dict[str, Any], step: int | None = None, **_: Any) -> None:
+        self.told["pictures"] += [(step, tag, images.shape[0]) for tag, images in values.items()]
+
+    def log_artifact(self, file: str, **about: Any) -> None:
+        self.told["artifact"] = json.loads(Path(file).read_text()), about
+
+    def finish(self) -> None:
+        self.told["finished"] = self.told.get("finished", 0) + 1
+
+
+def test_a_tracker_is_told_what_the_run_is_and_of_which_cache(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", Noting)
+    monkeypatch.setattr(tracking, "_available_trackers", [tracking.LoggerType.WANDB])
+    changes = {"trackers": ["wandb"], "log_every_steps": 3, "picture_every_steps": 8}
+    train(train_recipe(cache, tmp_path / "mine", **changes))
+    spec = FeatureCache.open(cache).spec
+    told = Noting.told
+    assert (told["project"], told["settings"]["name"]) == ("teachercache", "mine")
+    assert told["config"]["cache_id"] == spec.cache_id
+    assert told["config"]["teachers.alpha"] == spec.content_id("alpha")
+    assert told["config"]["optimizer.lr"] == 1e-3
+    document, about = told["artifact"]
+    assert (document["cache_id"], about["name"]) == (spec.cache_id, "cache")
+    assert list(told["steps"]) == [2, 5, 7]
+    assert told["steps"][5]["epoch"] == pytest.approx(12 / 9)
+    assert all(type(value) is float for values in told["steps"].values() for value in values.values())
+    assert (7, "maps/alpha", 1) in told["pictures"]
+    assert told["finished"] == 1
+    assert not (tmp_path / "mine/tensorboard").exists()
+
+
+def test_a_tracker_that_does_not_start_is_one_message(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Refusing(Noting):
+        def start(self) -> None:
+            raise RuntimeError("no account")
+
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", Refusing)
+    monkeypatch.setattr(tracking, "_available_trackers", [tracking.LoggerType.WANDB])
+    with pytest.raises(RecipeError, match=r"wandb does not start(.|\n)*no account"):
+        train(train_recipe(cache, tmp_path, trackers=["wandb"]))
 
 
 def test_with_accumulation_too_and_whatever_its_split(cache: Path, tmp_path: Path) -> None:
@@ -132,7 +285,8 @@ def test_a_card_names_no_folder_of_the_machine() -> None:
         TrainRecipe,
         "sak_stage2_pascal_base",
         ["cache=/data/secret/pascal", "multitask.dataset.root=/home/me/PASCAL", "output=/home/me/runs/mine",
-         "student.init_from=/home/me/runs/stage1/student", "images=s3://bucket/secret/images"],
+         "student.init_from=/home/me/runs/stage1/student", "images=s3://bucket/secret/images",
+         "validation.cache=/data/secret/held_out"],
     )  # fmt: skip
     told = recipe_for_card(recipe)
     assert (told["cache"], told["output"], told["images"]) == ("pascal", "mine", "images")
@@ -549,6 +703,9 @@ SCENES = {"kind": "scenes", "root": "."}
     [
         ({"teachers": []}, "at least one"),
         ({"schedule": {}}, "epochs and max_steps"),
+        ({"validation": {}}, "a cache of other images, or a fraction"),
+        ({"validation": {"fraction": 0.1, "cache": "other"}}, "a cache of other images, or a fraction"),
+        ({"trackers": ["wandbb"]}, "trackers.0"),
         ({"multitask": {"dataset": SCENES, "tasks": []}}, "at least 1 item"),
         ({"multitask": {"dataset": SCENES, "weights": {"semseg": -1}}}, "greater than or equal to 0"),
         ({"multitask": {"dataset": SCENES | {"fraction": 0}}}, "greater than 0"),

@@ -28,7 +28,7 @@ from teachercache.pipeline.records.strict import Size
 from teachercache.pipeline.records.view_policy import ViewPolicy
 from teachercache.pipeline.windows import cut, grid_in
 from teachercache.student.datasets.scenes import write_scenes
-from teachercache.student.measuring.repsim import representation_similarity
+from teachercache.student.similarity import representation_similarity
 from teachercache.student.training.targets import target_of
 from teachercache.student.training.train import train
 from tests.make_cache import build_recipe, teacher_spec

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +31,6 @@ class Similarity:
         return sum(self.levels) / len(self.levels)
 
 
-@torch.no_grad()
 def representation_similarity(
     student: Student,
     cache: FeatureCache,
@@ -44,14 +43,12 @@ def representation_similarity(
     seed: int = 0,
 ) -> dict[str, Similarity]:
     """Mean cosine similarity of student and cached features, for each of `teachers` (null: those that
-    student and cache have in common).
+    student and cache have in common), as `mean_similarity` takes it.
 
-    The student's map is upsampled to the teacher's grid; one cosine per token is averaged over tokens and
-    samples. (The paper does not say what its cosine is taken over.) For an adjoint grid it is the cosine to
-    the part of the teacher's map that a map on that grid can reach; the paper's needs a native grid. Each
-    sample is seen once, in one of its views; `seed` draws `max_samples` of them. Runs on the student's
-    device. With `stem`, the bare stem, which is aligned with no teacher, is compared too, under "stem, NAME",
-    with the teachers of its width: row 1 of Table 17.
+    For an adjoint grid it is the cosine to the part of the teacher's map that a map on that grid can reach;
+    the paper's needs a native grid. Each sample is seen once, in one of its views; `seed` draws `max_samples`
+    of them. With `stem`, the bare stem, which is aligned with no teacher, is compared too, under "stem,
+    NAME", with the teachers of its width: row 1 of Table 17.
 
     Raises `CacheError` if the cache does not allow this, `RecipeError` if the student does not.
     """
@@ -59,32 +56,49 @@ def representation_similarity(
     _require_fit(student, cache, names)
     of_stem = _of_stem_width(student, cache, names) if stem else []
     sampler = ShardShuffleSampler(cache, names, batch_size_per_process=batch_size, seed=seed)
-    left = min(max_samples or sampler.num_samples, sampler.num_samples)
-    device, was_training = student.mean.device, student.training
+    count = min(max_samples or sampler.num_samples, sampler.num_samples)
+    return mean_similarity(student, sampler, names, count, of_stem=of_stem, threads=threads, seed=seed)
+
+
+def mean_similarity(
+    student: Student,
+    sampler: ShardShuffleSampler,
+    teachers: Sequence[str],
+    num_samples: int,
+    *,
+    of_stem: Collection[str] = (),
+    threads: int = 2,
+    seed: int = 0,
+    gather: Callable[[Tensor], Tensor] = lambda local: local,
+) -> dict[str, Similarity]:
+    """The similarity to each of `teachers`, over the first `num_samples` of the sampler, each seen once.
+
+    The student's map is upsampled to the teacher's grid; one cosine per token is averaged over tokens and
+    samples. (The paper does not say what its cosine is taken over.) `of_stem`: teachers that the bare stem is
+    compared with too, under "stem, NAME". `gather` gives every process what all have, in the order of ranks.
+    Runs on the student's device, draws no random number, and leaves the student as it was.
+    """
+    cache, device, views = sampler.cache, student.mean.device, sampler.cache.spec.views
     cosines_BS: defaultdict[str, list[Tensor]] = defaultdict(list)
-    student.eval()
-    with FeatureLoader(cache, sampler, names, seed=seed, threads=threads) as loader:
-        for batch in loader:
-            images_B3HW = batch.images[:left].to(device)
-            pixels_B3HW = student.normalize(images_B3HW)
+    steps = range(-(-num_samples // sampler.global_batch_size))
+    with FeatureLoader(cache, sampler, teachers, seed=seed, threads=threads) as loader, student.evaluating():
+        for _, batch in zip(steps, loader, strict=False):  # which has no end
+            pixels_B3HW = student.normalize(batch.images.to(device))
             maps = student(pixels_B3HW, full=True).feature_maps
             stem_maps = _stem_maps(student, pixels_B3HW) if of_stem else []
-            for name in names:
-                windows, views = batch.windows[:left], cache.spec.views
-                targets_BSHWC = cut(batch.features[name].decode(device)[:left], windows, views)
-                grid = grid_in(cache.spec.teachers[name].stored_grid, windows, views, device)
+            for name in teachers:
+                targets_BSHWC = cut(batch.features[name].decode(device), batch.windows, views)
+                grid = grid_in(cache.spec.teachers[name].stored_grid, batch.windows, views, device)
                 compared = {name: maps[name]} | ({f"stem, {name}": stem_maps} if name in of_stem else {})
                 for title, levels in compared.items():
                     count = min(len(levels), targets_BSHWC.shape[1])  # the last ones that both have
                     cosines_BS[title].append(token_cosines(levels[-count:], targets_BSHWC[:, -count:], grid))
-            left -= len(images_B3HW)
-            if not left:
-                break
-    student.train(was_training)
-    return {
-        name: Similarity(tuple(torch.cat(parts).double().mean(0).tolist()))
-        for name, parts in cosines_BS.items()
-    }
+    found = {}
+    for title, parts in cosines_BS.items():
+        by_rank = gather(torch.stack(parts)).unflatten(0, (-1, len(parts)))  # (ranks, steps, batch, levels)
+        cosines = by_rank.transpose(0, 1).flatten(0, 2)[:num_samples]
+        found[title] = Similarity(tuple(cosines.double().mean(0).tolist()))
+    return found
 
 
 def token_cosines(student_SBChw: Sequence[Tensor], targets_BSHWC: Tensor, grid: Grid | None = None) -> Tensor:
