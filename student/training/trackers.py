@@ -53,12 +53,14 @@ def start_trackers(
         kind = LOGGER_TYPE_TO_CLASS[name]
         place = [output] if kind.requires_logging_directory else []
         try:
-            tracker = kind(name if place else "teachercache", *place, **settings.get(name, {}))
+            project = {"tensorboard": name, "aim": run_name}.get(name, "teachercache")
+            tracker = kind(project, *place, **settings.get(name, {}))
             tracker.start()
             if name == "tensorboard":  # whose own form of a configuration is a run beside the run
                 tracker.log({"config": "".join(f"    {key}: {config[key]}\n" for key in config)}, first_step)
             else:
-                tracker.store_init_configuration(dict(config))
+                plain = {key: str(one) if isinstance(one, list) else one for key, one in config.items()}
+                tracker.store_init_configuration(plain)
             if name in _KEEP_FILE:
                 (output / SPEC_NAME).write_bytes(cache.storage.read(SPEC_NAME))
                 _KEEP_FILE[name](tracker, str(output / SPEC_NAME))

@@ -245,8 +245,8 @@ class _Run:
                 student.save_pretrained(result.student)
                 write_model_card(result.student, student, self.recipe, self.cache, result)
         self.accelerator.wait_for_everyone()
-        self.accelerator.end_training()
         self.accelerator.print(result)
+        self.accelerator.end_training()
         return result
 
 

@@ -70,6 +70,14 @@ def cache(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache like the first, of other images."""
+    folder = tmp_path_factory.mktemp("other")
+    make_cache(folder / "cache", make_images(folder / "images", 3, seed=1), num_views=1)
+    return folder / "cache"
+
+
+@pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     output = tmp_path_factory.mktemp("run")
     result = train(train_recipe(cache, output))
@@ -172,10 +180,9 @@ def test_a_run_measures_its_student_on_held_out_images(
 
 
 def test_validation_on_a_second_cache_leaves_the_run_what_it_is(
-    cache: Path, finished: Path, tmp_path: Path
+    cache: Path, other: Path, finished: Path, tmp_path: Path
 ) -> None:
-    make_cache(tmp_path / "other", make_images(tmp_path / "images", 3, seed=1), num_views=1)
-    validation = {"cache": str(tmp_path / "other"), "every_steps": 3}
+    validation = {"cache": str(other), "every_steps": 3}
     result = train(train_recipe(cache, tmp_path / "run", validation=validation))
     assert logged(tmp_path / "run") == logged(finished)
     assert list(similarities(tmp_path / "run")) == [2, 5, 7]
@@ -185,7 +192,7 @@ def test_validation_on_a_second_cache_leaves_the_run_what_it_is(
     ]
     assert states[0] == states[1]
     assert result.student is not None
-    found = representation_similarity(load_student(result.student), FeatureCache.open(tmp_path / "other"))
+    found = representation_similarity(load_student(result.student), FeatureCache.open(other))
     for name, one in found.items():
         assert result.similarity[name].levels == pytest.approx(one.levels, abs=1e-5)
 
@@ -411,9 +418,13 @@ def test_the_student_learns(cache: Path, tmp_path: Path) -> None:
     assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
 
 
-def test_bf16_stays_near_float32(cache: Path, finished: Path, tmp_path: Path) -> None:
-    train(train_recipe(cache, tmp_path, mixed_precision="bf16"))
+def test_bf16_stays_near_float32(cache: Path, other: Path, finished: Path, tmp_path: Path) -> None:
+    validation = {"cache": str(other), "every_steps": 8}
+    result = train(train_recipe(cache, tmp_path, mixed_precision="bf16", validation=validation))
     assert logged(tmp_path)[0] == pytest.approx(logged(finished)[0], rel=0.02)
+    assert result.student is not None
+    found = representation_similarity(load_student(result.student), FeatureCache.open(other))
+    assert result.similarity["alpha"].levels == pytest.approx(found["alpha"].levels, abs=0.01)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(cache: Path, tmp_path: Path) -> None:
