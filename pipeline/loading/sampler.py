@@ -70,8 +70,7 @@ class ShardShuffleSampler:
         self._first_of_rank = batch_size_per_process * rank
         self._seed = seed
         chosen = random_samples(cache.num_samples, fraction)
-        if among is not None:
-            chosen = np.intersect1d(chosen, among, assume_unique=True)
+        chosen = chosen if among is None else np.intersect1d(chosen, among, assume_unique=True)
         self._samples = np.intersect1d(cache.valid_samples(teachers), chosen, assume_unique=True)
         if not chosen.size:
             raise CacheError(

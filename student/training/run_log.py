@@ -46,6 +46,9 @@ class RunLog:
     before_writing: Callable[[], None]
 
     def __post_init__(self) -> None:
+        shown, validation = PICTURES.keys() & set(self.recipe.trackers), self.recipe.validation
+        self._draw_every_steps = self.recipe.picture_every_steps if shown else 0
+        self._validate_every_steps = validation.every_steps if validation else 0
         self._output = Path(self.recipe.output)
         self._recent: list[Mapping[str, float]] = []
         self._file: IO[str] | None = None
@@ -74,50 +77,49 @@ class RunLog:
 
     def looks(self, step: int) -> bool:
         """Whether pictures or similarities of the student as it is after `step` are due."""
-        return self._draws(step) or self._validates(step)
+        return self._is_due(step, self._draw_every_steps) or self._is_due(step, self._validate_every_steps)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """By every process, since all of them validate."""
-        if self.validate is not None and self._validates(step):
-            self.similarity = self.validate()
+        due = self._is_due(step, self._validate_every_steps)
+        similarity = self.validate() if self.validate and due else {}
+        self.similarity = similarity or self.similarity
         if self._file is None:
             return
         self.before_writing()
-        pictures = self.pictures() if self._draws(step) else {}
-        with saving(_WHAT, self._output):
-            self._write(self._file, step, values, pictures)
-
-    def _write(
-        self, file: IO[str], step: int, values: Mapping[str, float], pictures: Mapping[str, NDArray]
-    ) -> None:
-        told = dict[str, float]()
-        for name, one in self.similarity.items() if self._validates(step) else ():
-            told[f"similarity/{name}"] = one.mean
+        pictures = self.pictures() if self._is_due(step, self._draw_every_steps) else {}
+        told: dict[str, float | str] = {f"similarity/{name}": one.mean for name, one in similarity.items()}
+        for name, one in similarity.items():
             told |= {f"similarity/{name}/level{level}": value for level, value in enumerate(one.levels)}
-        file.write(json.dumps({"step": step, **values, **told}) + "\n")
-        file.flush()
-        self._recent.append(values)
-        self._progress.update(self._task, completed=step + 1, description=self._in_words(step, values))
-        if told:
-            found = ", ".join(f"{name} {one.mean:.4f}" for name, one in self.similarity.items())
-            self._tell(step, f"similarity on held-out images: {found}")
-        words = {}
-        if self._is_due(step, self.recipe.log_every_steps):
-            means = {key: sum(row[key] for row in self._recent) / len(self._recent) for key in values}
-            seconds = {key.removeprefix("seconds/"): mean for key, mean in means.items()}
-            words["bottleneck"] = bottleneck(seconds, steps=1)
-            told |= means | {"epoch": (step + 1) / self.steps_per_epoch}
-            self._recent.clear()
-            if not self._console.is_terminal:
-                a_step = (time.monotonic() - self._entered) / (step + 1 - self.first_step)
-                minutes, rest = divmod(round(a_step * (self.total_steps - step - 1)), 60)
-                left = f"{minutes // 60}:{minutes % 60:02}:{rest:02} left"
-                self._tell(step, f"{self._in_words(step, means)} · {left}")
-        for tracker in self._trackers:
-            if pictures and tracker.name in PICTURES:
-                tracker.log_images(pictures, step, **PICTURES[tracker.name])
-            if told:  # most take numbers alone
-                tracker.log(told | words if tracker.name == "tensorboard" else told, step)
+        with saving(_WHAT, self._output):
+            self._file.write(json.dumps({"step": step, **values, **told}) + "\n")
+            self._file.flush()
+            self._recent.append(values)
+            self._progress.update(self._task, completed=step + 1, description=self._in_words(step, values))
+            if similarity:
+                found = ", ".join(f"{name} {one.mean:.4f}" for name, one in similarity.items())
+                self._tell(step, f"similarity on held-out images: {found}")
+            if self._is_due(step, self.recipe.log_every_steps):
+                told |= self._take_means(step, values)
+            numbers = {key: value for key, value in told.items() if not isinstance(value, str)}
+            for tracker in self._trackers:
+                if pictures and tracker.name in PICTURES:
+                    tracker.log_images(pictures, step, **PICTURES[tracker.name])
+                if told:  # most take numbers alone
+                    tracker.log(told if tracker.name == "tensorboard" else numbers, step)
+
+    def _take_means(self, step: int, values: Mapping[str, float]) -> dict[str, float | str]:
+        """Of the steps since the last time, said where there is no terminal, and the bottleneck in words."""
+        means = {key: sum(row[key] for row in self._recent) / len(self._recent) for key in values}
+        seconds = {key.removeprefix("seconds/"): mean for key, mean in means.items()}
+        self._recent.clear()
+        if not self._console.is_terminal:
+            a_step = (time.monotonic() - self._entered) / (step + 1 - self.first_step)
+            minutes, rest = divmod(round(a_step * (self.total_steps - step - 1)), 60)
+            left = f"{minutes // 60}:{minutes % 60:02}:{rest:02} left"
+            self._tell(step, f"{self._in_words(step, means)} · {left}")
+        epoch = (step + 1) / self.steps_per_epoch
+        return {**means, "epoch": epoch, "bottleneck": bottleneck(seconds, steps=1)}
 
     def _tell(self, step: int, words: str) -> None:
         self._console.print(f"step {step + 1}/{self.total_steps} · {words}")
@@ -135,14 +137,6 @@ class RunLog:
             + f"loss {values['loss']:.4f}{f' ({by_part})' if len(parts) > 1 else ''}"
             + f" · lr {values['lr']:.2e} · {values['images_per_s']:.1f} img/s"
         )
-
-    def _draws(self, step: int) -> bool:
-        shown = not PICTURES.keys().isdisjoint(self.recipe.trackers)
-        return shown and self._is_due(step, self.recipe.picture_every_steps)
-
-    def _validates(self, step: int) -> bool:
-        wanted = self.recipe.validation
-        return wanted is not None and self._is_due(step, wanted.every_steps)
 
     def _is_due(self, step: int, every_steps: int) -> bool:
         return every_steps > 0 and ((step + 1) % every_steps == 0 or step + 1 == self.total_steps)

@@ -14,7 +14,6 @@ from teachercache.pipeline.records.manifest import SPEC_NAME
 
 PICTURES: dict[str, dict[str, Any]] = {"tensorboard": {"dataformats": "NHWC"}, "wandb": {}, "swanlab": {}}
 """Arguments of `log_images`, of trackers that take pictures (N, H, W, 3) uint8 by tag."""
-_PACKAGES = {"aim": "'aim<4'", "comet_ml": "comet-ml"}  # where they are called otherwise
 _KEEP_FILE: dict[str, Callable[[Any, str], object]] = {
     "wandb": lambda tracker, file: tracker.tracker.log_artifact(file, name="cache", type="dataset"),
     "mlflow": lambda tracker, file: tracker.log_artifact(file),
@@ -32,7 +31,7 @@ def missing_trackers(names: Sequence[str]) -> Iterator[RecipeError]:
                 "The package of a tracker is not installed.",
                 got=f"trackers: {name}",
                 expected=f"one of {', '.join(installed) or 'none'}",
-                do=f"pip install {_PACKAGES.get(name, name)}, or take it out of trackers",
+                do=f"pip install {name.replace('aim', 'aim<4')!r}, or take it out of trackers",
             )
 
 
@@ -47,7 +46,6 @@ def start_trackers(
         "tensorboard": {"purge_step": first_step},
         "wandb": {"name": run_name, "dir": str(output)},
         "mlflow": {"run_name": run_name},
-        "trackio": {"name": run_name},
     }
     for name in names:
         kind = LOGGER_TYPE_TO_CLASS[name]
