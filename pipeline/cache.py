@@ -7,7 +7,7 @@ a forked child has none. Start processes by "spawn" there (`multiprocessing_cont
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, SupportsIndex
 
@@ -25,7 +25,7 @@ from teachercache.pipeline.records.array_layout import ArrayLayout
 from teachercache.pipeline.records.feature_stats import FeatureMoments
 from teachercache.pipeline.records.manifest import CommitRecord, Manifest
 from teachercache.pipeline.records.rows import RowIndex
-from teachercache.pipeline.records.sample_table import SampleTable
+from teachercache.pipeline.records.sample_table import SampleTable, find_key
 from teachercache.pipeline.records.spec import IMAGES, CacheSpec
 from teachercache.pipeline.records.stats_files import merged_moments
 from teachercache.pipeline.sources import Source, decode_image
@@ -237,19 +237,33 @@ class FeatureCache:
     def key(self, sample_index: int) -> str:
         return self._samples.key(sample_index)
 
-    def find(self, key: str) -> int:
-        """The index of the sample with this key. Raises `KeyError` naming the nearest keys."""
-        return self._samples.find(key)
+    def find(self, key: str, *, whole: bool = False) -> int:
+        """The index of the sample with this key or, unless it must be `whole`, of the only one that ends so.
+
+        Raises `UnknownKeyError` naming those that end so, or else the nearest.
+        """
+        return find_key(self.samples["key"], key, whole=whole)
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __iter__(self) -> Iterator[SampleView]:
+        return (self[number] for number in range(len(self)))
 
     def __getitem__(self, sample: str | SupportsIndex) -> SampleView:
-        """A sample by its key or number, which a notebook shows with its maps.
+        """A sample by its key, the end of its key or its number, which a notebook shows with its maps.
 
-        Raises `KeyError` naming the nearest keys, or `IndexError`.
+        Raises as `find`, or `IndexError`.
         """
         from teachercache.pipeline.exploring.sample_view import SampleView
 
         index = self.find(sample) if isinstance(sample, str) else range(self.num_samples)[sample]
         return SampleView(self, index)
+
+    def _repr_html_(self) -> str:
+        from teachercache.pipeline.exploring.sample_view import cache_table
+
+        return cache_table(self)
 
     def to_xarray(self, teachers: Sequence[str] | None = None) -> DataTree:
         """The decoded features as labelled arrays that are read when they are used; see `labelled_arrays`."""

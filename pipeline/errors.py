@@ -13,6 +13,7 @@
     │   └── WeightsNotFoundError (FileNotFoundError)
     ├── CacheError
     │   ├── CacheNotFoundError (FileNotFoundError)
+    │   ├── UnknownKeyError (KeyError)        a key of no sample, or the end of several
     │   ├── CacheMismatchError                another spec at the same path
     │   ├── IncompleteCacheError              shards are not committed yet
     │   ├── AlreadyCommittedError             another job committed this shard; ours is dropped
@@ -175,6 +176,10 @@ class CacheError(TeacherCacheError):
 
 class CacheNotFoundError(CacheError, FileNotFoundError):
     """No cache at this path."""
+
+
+class UnknownKeyError(CacheError, KeyError):
+    """A key that no sample has, or in which the keys of several end."""
 
 
 class CacheMismatchError(CacheError):

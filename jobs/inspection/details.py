@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import safetensors.numpy
 from numpy.typing import NDArray
@@ -21,13 +20,12 @@ from teachercache.pipeline.records.array_layout import ArrayLayout
 from teachercache.pipeline.records.integrity import Checked, Depth, check_shards, file_problems, quarantine
 from teachercache.pipeline.records.manifest import SAMPLES_NAME, VIEWS_NAME, CommitRecord, Manifest
 from teachercache.pipeline.records.rows import RowIndex
-from teachercache.pipeline.records.sample_table import SampleTable
+from teachercache.pipeline.records.sample_table import SampleTable, find_key
 from teachercache.pipeline.records.spec import CacheSpec
 from teachercache.pipeline.records.tables import table_line
 from teachercache.pipeline.stores.committed_shards import CommittedShards
 from teachercache.pipeline.stores.open_store import open_store
 
-_NEAR_KEYS = 5
 _NORMS = ("min", "mean", "max")
 
 
@@ -77,7 +75,7 @@ def row_details(manifest: Manifest, row: int) -> dict[str, Any]:
 def sample_details(manifest: Manifest, key: str) -> dict[str, Any]:
     """A sample by its key or the end of it, with the state of each of its rows."""
     spec = manifest.spec()
-    sample = _find(manifest.storage, key)
+    sample = find_key(_keys(manifest.storage), key)
     segments = [segment for segment in spec.segments if sample in range(*segment.samples)]
     held = [view for segment in segments for view in range(*segment.views)]
     rows = RowIndex(spec.segments).rows(sample, held).tolist()
@@ -189,29 +187,6 @@ def _token_norms(codes_SHWC: NDArray, dtype: str) -> list[dict[str, float | None
         norms = {name: float(getattr(finite, name)()) if finite.size else None for name in _NORMS}
         levels.append(norms | {"not_finite": int((~np.isfinite(tokens_HWC)).sum())})
     return levels
-
-
-def _find(storage: Storage, key: str) -> int:
-    """The index of the sample whose key is `key`, or the only one that ends in it: behind a slash, or else
-    anywhere. Raises `CacheError`."""
-    keys = _keys(storage)
-    index: int = pc.index(keys, key).as_py()
-    if index >= 0:
-        return index
-    for end in (f"/{key}", key):
-        found = np.flatnonzero(pc.ends_with(keys, end).to_numpy())
-        if len(found) == 1:
-            return int(found[0])
-        if found.size:
-            break
-    near = found if found.size else np.flatnonzero(pc.match_substring(keys, key).to_numpy())
-    shown = ", ".join(keys[int(index)].as_py() for index in near[:_NEAR_KEYS])
-    raise CacheError(
-        f"{len(found)} samples have keys that end so." if found.size else "No sample has this key.",
-        got=key,
-        expected=f"one of {shown}, …" if shown else "a key of samples.parquet, or the end of one",
-        do="give the whole key",
-    )
 
 
 def _line(storage: Storage, name: str, index: int, problems: list[str]) -> dict[str, Any]:

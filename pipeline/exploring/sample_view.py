@@ -1,4 +1,4 @@
-"""`cache[key]`: one sample, as a notebook shows it."""
+"""`cache` and `cache[key]`, one sample, as a notebook shows them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from torch import Tensor
 from teachercache.pipeline.errors import TeacherCacheError, in_a_line
 from teachercache.pipeline.exploring.feature_pictures import jpeg_uri, png_uri
 from teachercache.pipeline.exploring.map_reader import MapReader, level_name
+from teachercache.pipeline.records.spec import TeacherSpec
+from teachercache.pipeline.stores.shard_format import disk_nbytes
+from teachercache.pipeline.units import human_bytes
 
 if TYPE_CHECKING:
     from teachercache import FeatureCache
@@ -65,13 +68,32 @@ class SampleView:
                 _cell(partial(self._picture, name, level), level_name(spec, level))
                 for level in range(spec.num_levels)
             ]
-            lines.append(_line(name if spec.pretrained else f"{name} (random weights)", cells))
+            lines.append(_line(_titled(name, spec), cells))
         caption = f"{escape(self.key)}: first three principal components, in the same colours for every image"
         return f"<table><caption style='text-align:left'>{caption}</caption>{''.join(lines)}</table>"
 
     def _picture(self, teacher: str, level: int) -> str:
         reader = _reader(self.cache)
         return png_uri(reader.basis(teacher, level).picture(reader.maps(teacher, self.row())[level]))
+
+
+def cache_table(cache: FeatureCache) -> str:
+    """HTML: a line for each teacher, with the bytes of a view and of all, and its committed shards."""
+    columns = ("teacher", "levels", "grid", "channels", "codec", "a view", "all views", "committed")
+    lines = [columns]
+    for name, spec in cache.spec.teachers.items():
+        nbytes = disk_nbytes(cache.layouts(name).values())
+        shape = str(spec.num_levels), "×".join(map(str, spec.stored_grid)), f"{spec.width:,}"
+        stored = spec.codec, human_bytes(nbytes), human_bytes(nbytes * cache.num_rows)
+        done = f"{cache.committed(name).sum():,} of {cache.spec.num_shards:,} shards"
+        lines.append((_titled(name, spec), *shape, *stored, done))
+    counts = f"{len(cache):,} samples, {cache.num_views} views, {cache.num_rows:,} rows"
+    cells = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in line)}</tr>" for line in lines)
+    return f"<table><caption>{escape(cache.storage.url)}: {counts}</caption>{cells}</table>"
+
+
+def _titled(name: str, spec: TeacherSpec) -> str:
+    return name if spec.pretrained else f"{name} (random weights)"
 
 
 def _line(title: str, cells: list[str]) -> str:

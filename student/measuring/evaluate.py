@@ -327,7 +327,7 @@ def _features(
     cache: FeatureCache, teachers: list[str], items: Sequence[Item], device: torch.device
 ) -> dict[str, Tensor]:
     """(B, S, H, W, C) for each teacher."""
-    rows = cache.index.rows([cache.find(item.key) for item in items], 0)
+    rows = cache.index.rows([cache.find(item.key, whole=True) for item in items], 0)
     return {name: encoded.decode(device) for name, encoded in cache.read(rows, teachers).items()}
 
 

@@ -58,7 +58,7 @@ def norm_figure(
     difference has its own, from 0. Raises `RecipeError` for a missing key or level and for a student of
     other views or teachers, otherwise as `FeatureCache.read` does.
     """
-    rows = [int(cache.index.rows(_sample(cache, key), 0)) for key in keys]
+    rows = [int(cache.index.rows(cache.find(key), 0)) for key in keys]
     reader = MapReader(cache, window=student is not None)
     views = [reader.view(row) for row in rows]
     maps_2HWC = {
@@ -123,18 +123,6 @@ def _level(maps_SHWC: Tensor, level: int) -> Tensor:
             do="choose another level",
         )
     return maps_SHWC[level]
-
-
-def _sample(cache: FeatureCache, key: str) -> int:
-    try:
-        return cache.find(key)
-    except KeyError as error:
-        raise RecipeError(
-            "There is no such sample.",
-            got=error.args[0],
-            expected="the key of a sample, such as " + cache.key(0),
-            do="look for it with `teachercache inspect CACHE --key …`",
-        ) from error
 
 
 def prediction_figure(

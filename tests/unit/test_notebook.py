@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from teachercache import FeatureCache, render_view
-from teachercache.pipeline.errors import CacheError, CorruptShardError
+from teachercache.pipeline.errors import CacheError, CorruptShardError, UnknownKeyError
 from teachercache.pipeline.records.spec import GridSpec
+from teachercache.pipeline.units import human_bytes
 from tests.make_cache import make_cache, make_images, teacher_spec
 
 
@@ -38,8 +39,9 @@ def test_a_sample_by_key_and_by_number(cache: FeatureCache) -> None:
     rendered = render_view(cache.image(3), cache.view(row)).permute(1, 2, 0).numpy()
     np.testing.assert_array_equal(sample.pixels(1), rendered)
     assert (cache[np.int64(3)].key, cache[-1].key) == (key, cache.key(5))
-    assert [one.key for one in cache] == cache.samples["key"].to_pylist()  # type: ignore[attr-defined]
-    with pytest.raises(KeyError, match="near: image_003"):
+    assert [one.key for one in cache] == cache.samples["key"].to_pylist()
+    assert len(cache) == 6
+    with pytest.raises(KeyError, match=r"No sample has this key.*\n.*\n.*image_003"):
         cache["image_0033"]
     for wrong in (6, -7):
         with pytest.raises(IndexError):
@@ -48,6 +50,32 @@ def test_a_sample_by_key_and_by_number(cache: FeatureCache) -> None:
         sample.features("alpha", view=2)
     with pytest.raises(CacheError, match="could not be decoded"):
         cache[4].features("alpha")
+
+
+def test_a_sample_by_the_end_of_its_key(cache: FeatureCache) -> None:
+    assert cache["<b>"].key == "a/<b>"
+    assert cache["_003"].key == "image_003"
+    with pytest.raises(UnknownKeyError, match=r"6 samples have keys that end so.*\n.*\n.*<b>, image_001"):
+        cache[""]
+    with pytest.raises(UnknownKeyError, match="No sample"):
+        cache.find("_003", whole=True)
+
+
+def test_a_notebook_shows_the_whole_cache(cache: FeatureCache, tmp_path: Path, images: Path) -> None:
+    html = cache._repr_html_()
+    lines = [re.findall("<td>(.*?)</td>", line) for line in re.findall("<tr>(.*?)</tr>", html)]
+    assert [line[0] for line in lines] == [
+        "teacher",
+        "alpha (random weights)",
+        "beta &lt;b&gt; (random weights)",
+    ]
+    assert lines[1][1:5] == ["4", "2×2", "8", "f32"]
+    assert lines[1][7] == "2 of 2 shards"
+    assert "6 samples, 2 views, 12 rows" in html
+    row = 4 * 2 * 2 * 8 * 4 + 4 + 16  # its values, its checksum and its place in the index
+    assert lines[1][5:7] == [f"{row} B", human_bytes(12 * row)]
+    half = make_cache(tmp_path / "cache", images, skip_shards=[1])
+    assert half._repr_html_().count("1 of 2 shards") == 2
 
 
 def test_a_notebook_shows_it(cache: FeatureCache) -> None:
