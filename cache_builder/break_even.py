@@ -6,6 +6,7 @@ from math import inf
 from typing import NamedTuple
 
 from teachercache.cache_builder.plan import Plan
+from teachercache.pipeline.units import human_number
 
 
 class BreakEven(NamedTuple):
@@ -28,7 +29,7 @@ class BreakEven(NamedTuple):
             return "do not cache: to read an epoch costs no less than to run the teachers"
         _, most = max((self.build, "build"), (self.keep, "keep"), (self.read, "read"))
         advice = "cache" if self.cached < self.online else f"do not cache: too dear to {most}"
-        return f"{advice}; it pays from {self.epochs:,.3g} epochs in all"
+        return f"{advice}; it pays from {human_number(self.epochs)} epochs in all"
 
 
 def break_even(plan: Plan) -> BreakEven:

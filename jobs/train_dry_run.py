@@ -16,7 +16,7 @@ from teachercache.jobs.recipes import find_recipe
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import CacheNotFoundError, Problems
 from teachercache.pipeline.records.spec import CacheSpec, DatasetSpec
-from teachercache.pipeline.units import human_bytes
+from teachercache.pipeline.units import human_bytes, human_hours
 from teachercache.student.training.preflight import preflight
 from teachercache.student.training.train_plan import TrainPlan, make_train_plan
 from teachercache.student.training.train_recipe import TrainRecipe
@@ -95,13 +95,14 @@ def train_plan_table(plan: TrainPlan) -> RenderableType:
     parts = ", ".join(f"{part} {count:,}" for part, count in size.parameters.items() if count)
     gmacs = ", ".join(f"{part} {count:.1f}" for part, count in size.gmacs_by_part.items())
     attention = f"({size.attention_gmacs:.1f} of the stem's are attention's own products)"
+    hours, unit = human_hours(plan.hours)
     return lines(
         {
             "steps": f"{plan.steps:,} of {plan.images_per_step} images, {plan.images:,} in all",
             "parameters": parts,
             "#Param": f"{size.num_parameters:,} to predict with; {size.trained:,} are trained",
             "GMACs": f"a view forward: {gmacs} {attention}; {size.train_gmacs:.1f} with backward",
-            "hours": f"at least {plan.hours:.3g} on {gpus}, {plan.gpu_hours:.3g} GPU-hours",
+            unit: f"at least {hours} on {gpus}, {' GPU-'.join(human_hours(plan.gpu_hours))}",
             "reads": f"{rate}; a slower disk takes longer" if plan.row_bytes else "no features of the cache",
         }
     )

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from teachercache.pipeline.records.view_policy import ViewPolicy
-from teachercache.pipeline.units import human_bytes, human_seconds
+from teachercache.pipeline.units import human_bytes, human_hours, human_number, human_seconds
 
 if TYPE_CHECKING:  # they bring torch, which `inspect` has no time for
     from teachercache.cache_builder.budget import Option
@@ -42,6 +42,8 @@ def plan_table(plan: Plan) -> RenderableType:
     }
     free = "no limit known" if plan.free_bytes is None else f"{human_bytes(plan.free_bytes)} free"
     gmacs = sum(teacher.gmacs for teacher in plan.teachers)
+    amount, unit = human_hours(plan.gpu_hours)
+    online, online_unit = human_hours(found.online_gpu_hours, digits=4)
     totals = {
         "cache": plan.url,
         "images": f"{spec.dataset.num_samples:,} from {spec.dataset.kind} {spec.dataset.location}",
@@ -50,13 +52,13 @@ def plan_table(plan: Plan) -> RenderableType:
         "files": f"{plan.num_files:,}",
         "bytes": f"{human_bytes(plan.total_bytes)} ({human_bytes(plan.bytes_per_row)} a view)",
         "to write": f"{human_bytes(plan.missing_bytes)} ({free})",
-        "teachers": f"{gmacs:,.1f} GMACs a view, {2e-6 * gmacs * spec.num_rows:,.3g} PFLOP in all",
-        "GPU-hours": f"{plan.gpu_hours:,.3g} at {prices.tflops:g} TFLOP/s sustained by a GPU ({origin})",
+        "teachers": f"{gmacs:,.1f} GMACs a view, {human_bytes(2e9 * gmacs * spec.num_rows, 'FLOP')} in all",
+        f"GPU-{unit}": f"{amount} at {prices.tflops:g} TFLOP/s sustained by a GPU ({origin})",
         "building": f"writes {human_bytes(prices.gpus * plan.views_per_s * plan.bytes_per_row)}/s on "
-        f"{prices.gpus} GPUs of {plan.views_per_s:,.3g} views/s each",
+        f"{prices.gpus} GPUs of {human_number(plan.views_per_s)} views/s each",
         "training": f"reads {human_bytes(prices.student_images_per_s * plan.bytes_per_row)}/s at "
         f"{prices.student_images_per_s:g} img/s",
-        "online": f"${found.online:,.2f} for teachers, {found.online_gpu_hours:,.4g} GPU-hours a run: "
+        "online": f"${found.online:,.2f} for teachers, {online} GPU-{online_unit} a run: "
         f"{prices.runs} × {prices.epochs:g} epochs",
         "cached": f"${found.cached:,.2f}: ${found.build:,.2f} to build, ${found.keep:,.2f} to keep, "
         f"${found.read:,.2f} to read",
@@ -231,7 +233,7 @@ def _fidelity(fidelity: Mapping[str, float] | None) -> str:
 def _speed(teacher: Mapping[str, Any]) -> str:
     if not teacher["rows_per_s"]:
         return "–"
-    return f"{teacher['rows_per_s']:.3g} rows/s for {human_seconds(teacher['busy_s'])}"
+    return f"{human_number(teacher['rows_per_s'])} rows/s for {human_seconds(teacher['busy_s'])}"
 
 
 def _share(seconds: Mapping[str, float]) -> str:

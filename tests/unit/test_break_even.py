@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from io import StringIO
 from math import inf
@@ -132,6 +133,15 @@ def test_the_plan_says_it_on_lines_that_fit_a_terminal(vitl: Plan, width: int) -
         f"advice     {break_even(plan).verdict}",
     ):
         assert f"{line}\n" in printed
+
+
+def test_the_plan_of_a_few_images_is_in_seconds() -> None:
+    recipe = find_recipe(BuildRecipe, "imagenet1k_kpu_vitb", ["cache=memory://nothing_here"])
+    text = StringIO()
+    Console(file=text, width=120).print(plan_table(foresee(recipe, 16, 110_000)))
+    assert re.search(r"^GPU-seconds +0\.\d+ at ", text.getvalue(), re.M)
+    assert re.search(r" [\d.]+ GPU-(seconds|minutes) a run", text.getvalue())
+    assert not re.search(r"\de[-+]\d", text.getvalue())
 
 
 def test_options_of_the_command_override_the_recipe(tmp_path: Path) -> None:
