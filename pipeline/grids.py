@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from teachercache.pipeline.records.spec import GridSpec
+from teachercache.pipeline.records.spec import GridSpec, TeacherSpec
 from teachercache.pipeline.records.strict import Size
 
 
@@ -192,3 +192,15 @@ def _sandwich(rows: Tensor, maps: Tensor, columns: Tensor) -> Tensor:
     """rows @ map @ columnsᵀ in the dtype of the maps, autocast or not."""
     with torch.autocast(maps.device.type, enabled=False):
         return rows @ maps @ columns.mT
+
+
+def mean_token(tokens_BNC: Tensor, spec: TeacherSpec) -> Tensor:
+    """(B, C): the mean of the tokens on a teacher's own grid, from features as the cache holds them.
+
+    It is exact for an adjoint grid: upsampling can reach a constant map, so that U p and t have the same sum.
+    """
+    if spec.grid.kind == "adjoint":
+        ones = torch.ones(1, 1, *spec.native_grid, dtype=tokens_BNC.dtype, device=tokens_BNC.device)
+        shares_N = adjoint(ones / ones.sum(), spec.stored_grid).flatten()
+        return shares_N @ tokens_BNC
+    return tokens_BNC.mean(1)

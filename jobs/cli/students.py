@@ -189,6 +189,7 @@ def probe(
     from teachercache.student.measuring.image_features import (
         CachedTeacherFeatures,
         StudentFeatures,
+        require_other_images,
         require_same_teacher,
     )
     from teachercache.student.measuring.linear_probe import linear_probe, probe_table
@@ -200,10 +201,11 @@ def probe(
         if student:
             loaded = load_student(student).to(device)
             square = (size, size) if size else None
-            images = (
+            images = [
                 StudentFeatures(loaded, open_source(place), square, batch_size, threads)
                 for place in (train, test)
-            )
+            ]
+            require_other_images(*(one.images for one in images))
             found.append(linear_probe(*images, name=student, progress=tell))
         else:
             caches = FeatureCache.open(train), FeatureCache.open(test)
@@ -213,6 +215,7 @@ def probe(
                     CachedTeacherFeatures(cache, name, tokens, batch_size, threads) for cache in caches
                 )
                 require_same_teacher(one, other)
+                require_other_images(one.images, other.images)
                 title = name if one.spec.pretrained else f"{name} (random weights)"
                 found.append(linear_probe(one, other, name=title, progress=tell))
     if is_first:

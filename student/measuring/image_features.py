@@ -17,8 +17,7 @@ from torch import Tensor
 
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import CacheMismatchError, RecipeError
-from teachercache.pipeline.grids import adjoint
-from teachercache.pipeline.records.spec import TeacherSpec
+from teachercache.pipeline.grids import mean_token
 from teachercache.pipeline.records.strict import Size
 from teachercache.pipeline.records.view_policy import ViewPolicy
 from teachercache.pipeline.sources import Source, decode_image
@@ -75,6 +74,11 @@ class CachedTeacherFeatures:
     def labels(self) -> Sequence[str | None]:
         return self.cache.samples["label"].take(self._samples).to_pylist()
 
+    @property
+    def images(self) -> set[int]:
+        """Hashes of their first bytes."""
+        return set(self.cache.samples["head_hash"].take(self._samples).to_pylist())
+
     def read(self, numbers: Sequence[int]) -> Tensor:
         starts = range(0, len(numbers), self._batch_size)
         vectors = torch.empty(len(numbers), self.width)
@@ -96,18 +100,6 @@ class CachedTeacherFeatures:
         return mean_token(tokens_BNC, self.spec)
 
 
-def mean_token(tokens_BNC: Tensor, spec: TeacherSpec) -> Tensor:
-    """(B, C): the mean of the tokens on a teacher's own grid, from features as the cache holds them.
-
-    It is exact for an adjoint grid: upsampling can reach a constant map, so that U p and t have the same sum.
-    """
-    if spec.grid.kind == "adjoint":
-        ones = torch.ones(1, 1, *spec.native_grid, dtype=tokens_BNC.dtype, device=tokens_BNC.device)
-        shares_N = adjoint(ones / ones.sum(), spec.stored_grid).flatten()
-        return shares_N @ tokens_BNC
-    return tokens_BNC.mean(1)
-
-
 def require_same_teacher(one: CachedTeacherFeatures, other: CachedTeacherFeatures) -> None:
     """Raises `CacheMismatchError` if two caches hold different teachers under one name."""
     facts = ("model", "weights_hash", "image_size", "block_indices", "width")
@@ -120,6 +112,17 @@ def require_same_teacher(one: CachedTeacherFeatures, other: CachedTeacherFeature
                 expected=f"{fact} {mine}, as in the cache to train on",
                 do="build both caches with the same recipe",
             )
+
+
+def require_other_images(train: set[int], test: set[int]) -> None:
+    """Raises `RecipeError` where all images to test on are also trained on, whatever they are called."""
+    if test <= train:
+        raise RecipeError(
+            "A probe would be tested on what it is trained on.",
+            got=f"{len(test):,} test images, all of them among the {len(train):,} training images",
+            expected="images that were kept apart, such as the validation images of the data set",
+            do="build a cache of those, or divide this one with `teachercache subset --keys`",
+        )
 
 
 class StudentFeatures:
@@ -161,6 +164,10 @@ class StudentFeatures:
     def labels(self) -> Sequence[str | None]:
         return [sample["label"] for sample in self._samples]
 
+    @property
+    def images(self) -> set[int]:
+        return {sample["head_hash"] for sample in self._samples}
+
     @torch.no_grad()
     def read(self, numbers: Sequence[int]) -> Tensor:
         """Raises as `Source.read` and `decode_image` do if an image cannot be read."""
@@ -191,5 +198,5 @@ class StudentFeatures:
 
 
 def _usable(source: Source) -> list[dict]:
-    samples = source.scan().select(["key", "path", "offset", "nbytes", "label", "status"]).to_pylist()
+    samples = source.scan().drop_columns(["width", "height"]).to_pylist()
     return [sample for sample in samples if sample["status"] == OK]

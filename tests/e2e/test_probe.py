@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,8 @@ from teachercache import build
 from teachercache.jobs.cli import app
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import CacheMismatchError, RecipeError
-from teachercache.pipeline.grids import nearest
+from teachercache.pipeline.grids import mean_token, nearest
+from teachercache.pipeline.rearranging.subset import subset
 from teachercache.pipeline.records.spec import GridSpec
 from teachercache.pipeline.records.view_policy import ViewPolicy
 from teachercache.pipeline.sources import open_source
@@ -28,7 +30,6 @@ from teachercache.student import SAK, build_student, load_student
 from teachercache.student.measuring.image_features import (
     CachedTeacherFeatures,
     StudentFeatures,
-    mean_token,
     require_same_teacher,
 )
 from tests.make_cache import build_recipe, make_images, teacher_spec
@@ -150,9 +151,28 @@ def test_what_cannot_be_probed_is_refused(caches: Path, images: Path, student: P
     with pytest.raises(CacheMismatchError, match="weights_hash"):
         require_same_teacher(one, other)
     flat = make_images(tmp_path / "flat", 3)
-    found = CliRunner().invoke(app, ["probe", str(flat), str(flat), "--student", str(student)])
+    other_flat = make_images(tmp_path / "other_flat", 2, seed=1)
+    found = CliRunner().invoke(app, ["probe", str(flat), str(other_flat), "--student", str(student)])
     assert isinstance(found.exception, RecipeError)
     assert "3 of 3" in str(found.exception)
+
+
+def test_images_are_not_tested_on_that_were_trained_on(
+    caches: Path, images: Path, student: Path, tmp_path: Path
+) -> None:
+    """Whatever they are called, and wherever they lie: by content."""
+    renamed = shutil.copytree(images / "train", tmp_path / "renamed")
+    for path in sorted(renamed.rglob("*.png")):
+        path.rename(path.with_name(f"other_{path.name}"))
+    subset(str(caches / "train"), str(tmp_path / "part"), fraction=0.5).run()
+    for arguments in (
+        [str(caches / "train"), str(caches / "train")],
+        [str(caches / "train"), str(tmp_path / "part")],
+        [str(images / "train"), str(renamed), "--student", str(student)],
+    ):
+        found = CliRunner().invoke(app, ["probe", *arguments])
+        assert isinstance(found.exception, RecipeError), found.output
+        assert "all of them among the 27 training images" in str(found.exception)
 
 
 def test_two_processes_find_what_one_finds(caches: Path, tmp_path: Path) -> None:
