@@ -208,7 +208,7 @@ def _establish(recipe: BuildRecipe, manifest: Manifest, drafted: Draft, runner: 
                 _write(manifest, drafted, established)
         spec = manifest.spec()
         _require_same_rows(manifest, spec, established)
-        _lay_out(manifest, spec, spec.teachers)
+        _lay_out(manifest, spec, (*spec.teachers, None))
     return established
 
 
@@ -235,7 +235,7 @@ def _require_other_tables(recipe: BuildRecipe, drafted: Draft) -> None:
     other_tables(recipe.tables_from, {name: drafted.spec.teachers[name] for name in recipe.teachers})
 
 
-def _lay_out(manifest: Manifest, spec: CacheSpec, names: Iterable[str]) -> None:
+def _lay_out(manifest: Manifest, spec: CacheSpec, names: Iterable[str | None]) -> None:
     store = FeatureCache(manifest.storage, spec).store
     for name in names:
         store.create(name)

@@ -78,7 +78,7 @@ def _rebuild(cache: FeatureCache, problem: Problem) -> None:
         with cache.storage.exclusive(SPEC_NAME):
             if cache.manifest.spec() != cache.spec:
                 continue
-            if problem.teacher is not None:
+            if tables is None:
                 cache.store.create(problem.teacher)
             elif problem.file == SAMPLES_NAME:
                 cache.manifest.write_samples(tables)
@@ -88,7 +88,7 @@ def _rebuild(cache: FeatureCache, problem: Problem) -> None:
 
 
 def _tables(cache: FeatureCache, problem: Problem) -> pa.Table | None:
-    if problem.teacher is not None:
+    if problem.teacher is not None or problem.file in cache.store.layout_files(None):
         return None
     if problem.file == SAMPLES_NAME:
         return _scan(cache)

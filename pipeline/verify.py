@@ -4,7 +4,7 @@ shards, image tars      size and checksum in their commit records
 commit records          a checksum in themselves, the cache's content ids and row numbers, and, of one
                         shard, the same source images
 sample and view table   a checksum in themselves, the hashes of samples, labels and views in the spec
-zarr.json               follows from the spec
+zarr.json               follows from the spec; those above the teachers' may be missing
 codec tables            a checksum in the spec
 quarantine lists        a checksum in themselves, the invalid rows of the records
 cache.json              a checksum in itself; without it there is no cache to open
@@ -91,7 +91,7 @@ def problems_of_shards(
 
 
 def _problems_of_the_rest(cache: FeatureCache, full: bool) -> list[Problem]:
-    layouts = [problem for teacher in cache.teachers for problem in layout_problems(cache, teacher)]
+    layouts = [problem for name in (*cache.teachers, None) for problem in layout_problems(cache, name)]
     tables = table_problems(cache.manifest, cache.spec)
     return layouts + tables + (_content_problems(cache, {problem.file for problem in tables}) if full else [])
 
@@ -132,12 +132,12 @@ def quarantine_problems(
     return [] if reason is None else [Problem(name, reason, shard=shard)]
 
 
-def layout_problems(cache: FeatureCache, teacher: str) -> list[Problem]:
-    """Of a teacher's zarr.json files, which follow from the spec."""
+def layout_problems(cache: FeatureCache, teacher: str | None) -> list[Problem]:
+    """Of a teacher's zarr.json files, or (None) of those above it, which follow from the spec."""
     problems = []
     for name, expected in cache.store.layout_files(teacher).items():
         found = cache.storage.read(name) if cache.storage.exists(name) else None
-        if found != expected:
+        if found != expected and (found, teacher) != (None, None):
             what = "is missing" if found is None else f"is not what follows from {SPEC_NAME}"
             problems.append(Problem(name, f"{name} {what}", teacher=teacher))
     return problems
@@ -197,7 +197,7 @@ def strays(cache: FeatureCache) -> list[str]:
     """
     found = [name for name, _ in cache.storage.walk() if not _in_use(cache.storage, name)]
     cache = cache.reopened()
-    known = {SPEC_NAME, SAMPLES_NAME, VIEWS_NAME}
+    known = {SPEC_NAME, SAMPLES_NAME, VIEWS_NAME, *cache.store.layout_files(None)}
     for teacher in cache.teachers:
         known |= {tables_name(teacher), *cache.store.layout_files(teacher)}
     for teacher in cache.spec.teachers_and_images:

@@ -124,6 +124,7 @@ def make_cache(
     cache = FeatureCache(storage, spec)
     for teacher in spec.teachers:
         cache.store.create(teacher)
+    cache.store.create(None)
     manifest.create(spec, samples, views)
     for teacher in spec.teachers:
         for shard in range(spec.num_shards):

@@ -88,7 +88,7 @@ def _begin(
                 expected="nothing, or the beginning of this very cache",
                 do="choose another place (-o …)",
             )
-    layouts = [file for name in spec.teachers for file in target.store.layout_files(name)]
+    layouts = [file for name in (*spec.teachers, None) for file in target.store.layout_files(name)]
     new = [SPEC_NAME, SAMPLES_NAME, VIEWS_NAME, *map(tables_name, spec.teachers), *layouts]
     with whole_or_nothing(storage, new):
         for name in spec.teachers:
@@ -96,6 +96,7 @@ def _begin(
             if sources[0].storage.exists(tables):
                 storage.write(tables, sources[0].storage.read(tables))
             target.store.create(name)
+        target.store.create(None)
         manifest.create(spec, samples.slice(0, spec.dataset.num_samples), views.slice(0, spec.num_rows))
     return target
 

@@ -63,8 +63,9 @@ class FeatureStore(ABC):
         self.storage, self.spec = storage, spec
 
     @abstractmethod
-    def layout_files(self, teacher: str) -> dict[str, bytes]:
-        """The files, by name, that describe a teacher's arrays; the spec determines them."""
+    def layout_files(self, teacher: str | None) -> dict[str, bytes]:
+        """The files, by name, that describe a teacher's arrays or (None) lead to all teachers, which older
+        caches lack; the spec determines them."""
 
     @abstractmethod
     def shard_files(self, teacher: str, shard: int) -> list[str]:
@@ -84,8 +85,8 @@ class FeatureStore(ABC):
         """Whether a teacher's arrays still have our layout: others may have recompressed them."""
         return True
 
-    def create(self, teacher: str) -> None:
-        """Lay out a teacher's arrays; where they exist, update those that the cache's growth changes."""
+    def create(self, teacher: str | None) -> None:
+        """Write these `layout_files`; where they exist, update those that the cache's growth changes."""
         for name, data in self.layout_files(teacher).items():
             if not self.storage.exists(name) or self.storage.read(name) != data:
                 self.storage.write(name, data)

@@ -90,7 +90,9 @@ class WebDatasetStore(FeatureStore):
         self._key = key
         self._read_index = lru_cache(_KEPT_INDEXES)(partial(read_index, storage))
 
-    def layout_files(self, teacher: str) -> dict[str, bytes]:
+    def layout_files(self, teacher: str | None) -> dict[str, bytes]:
+        if teacher is None:
+            return {}
         arrays = {
             name: {
                 "shape": layout.shape,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic_core import from_json
@@ -18,6 +19,14 @@ Document = dict[str, Any]
 
 def group_json(attributes: dict[str, Any]) -> bytes:
     return _json({"attributes": attributes, "zarr_format": 3, "node_type": "group"})
+
+
+def consolidated_json(below: Mapping[str, bytes]) -> bytes:
+    """A group that repeats these files of what lies below it, so that readers need not look for them."""
+    metadata = {name.removesuffix("/zarr.json"): from_json(data) for name, data in below.items()}
+    consolidated = {"kind": "inline", "must_understand": False, "metadata": metadata}
+    document = {"attributes": {}, "zarr_format": 3, "consolidated_metadata": consolidated}
+    return _json(document | {"node_type": "group"})
 
 
 def array_json(layout: ArrayLayout, num_rows: int, rows_per_shard: int) -> bytes:

@@ -33,7 +33,7 @@ from teachercache.pipeline.stores.shard_format import (
     index_nbytes,
     parse_index,
 )
-from teachercache.pipeline.stores.zarr_metadata import array_json, group_json, layout_of
+from teachercache.pipeline.stores.zarr_metadata import array_json, consolidated_json, group_json, layout_of
 
 if TYPE_CHECKING:
     from teachercache.pipeline.stores.through_zarr import ThroughZarr
@@ -92,7 +92,11 @@ class ZarrStore(FeatureStore):
         self._layout = lru_cache(None)(partial(_read_layout, storage, spec.rows_per_shard))
         self._read_index = lru_cache(_KEPT_INDEXES)(partial(_read_index, storage))
 
-    def layout_files(self, teacher: str) -> dict[str, bytes]:
+    def layout_files(self, teacher: str | None) -> dict[str, bytes]:
+        if teacher is None:
+            below = [file for name in self.spec.teachers for file in self.layout_files(name).items()]
+            teachers = {"teachers/zarr.json": group_json({})}
+            return teachers | {"zarr.json": consolidated_json(teachers | dict(below))}
         description = self.spec.teachers[teacher].model_dump(mode="json")
         attributes = {"teacher": description, "content_id": self.spec.shard_content_id(teacher, 0)}
         num_rows, rows_per_shard = self.spec.num_shards * self.spec.rows_per_shard, self.spec.rows_per_shard

@@ -16,6 +16,8 @@ import fsspec
 import numpy as np
 import pytest
 import s3fs
+import xarray
+import zarr
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 from rich.console import Console
 from werkzeug.serving import WSGIRequestHandler, make_server
@@ -196,6 +198,16 @@ def test_reading_asks_for_ranges(
         assert all(request.range is not None for request in shards)
         if direct:  # the two ends and the indexes of three shards, and four rows
             assert len(shards) == 3 * len({request.path for request in shards}) + len(rows) == 13
+
+
+def test_zarr_and_xarray_open_it_at_its_root(
+    server: Server, remote: tuple[FeatureCache, list[Request]], local: FeatureCache
+) -> None:
+    root: Any = zarr.open("s3://bucket/cache", mode="r")
+    assert sorted(root["teachers/tiny"].array_keys()) == ["codes"]
+    with xarray.open_datatree("s3://bucket/cache", engine="zarr") as tree:
+        found = tree["teachers/tiny/codes"].isel(row=[5]).values
+    np.testing.assert_array_equal(found.astype(np.float32), local.read([5])["tiny"].decode())
 
 
 def test_a_flipped_bit_of_a_row_on_s3_is_never_read(
