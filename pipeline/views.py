@@ -61,6 +61,11 @@ class View:
     photometric: Photometric = "color_jitter"
 
     @property
+    def crop(self) -> tuple[float, ...]:
+        """left, top, right, bottom in source pixels, and 1 where the view is mirrored."""
+        return (*self.box, float(self.flip))
+
+    @property
     def magnification(self) -> float:
         """Pixels of the student's input per source pixel, the geometric mean of both axes."""
         left, top, right, bottom = self.box

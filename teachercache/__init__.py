@@ -1,6 +1,6 @@
 """Run frozen vision teachers once, cache their features, distil students from the cache.
 
-from teachercache import FeatureCache, load_student
+from teachercache import CachedTeachers, FeatureCache, load_student
 
 The folders of the checkout are packages of this one: teachercache.pipeline, .cache_builder, .student and
 .jobs are links to them, and real folders in a wheel. Names are imported on first use.
@@ -15,12 +15,15 @@ if TYPE_CHECKING:
     from teachercache.cache_builder.builder import build
     from teachercache.cache_builder.teachers import build_teacher
     from teachercache.pipeline.cache import FeatureCache
+    from teachercache.pipeline.loading.cached_teachers import CachedTeachers, ShardBatches
     from teachercache.pipeline.records.view_policy import ViewPolicy
     from teachercache.pipeline.views import View, render_view
     from teachercache.student.build import build_student, load_student
 
 _HOMES = {
+    "CachedTeachers": "teachercache.pipeline.loading.cached_teachers",
     "FeatureCache": "teachercache.pipeline.cache",
+    "ShardBatches": "teachercache.pipeline.loading.cached_teachers",
     "View": "teachercache.pipeline.views",
     "ViewPolicy": "teachercache.pipeline.records.view_policy",
     "build": "teachercache.cache_builder.builder",
@@ -41,7 +44,9 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "CachedTeachers",
     "FeatureCache",
+    "ShardBatches",
     "View",
     "ViewPolicy",
     "build",

@@ -102,7 +102,11 @@ class ShardShuffleSampler:
 
     def batch(self, step: int) -> Ints:
         """This rank's rows of one global batch, at the cost of the windows it touches."""
-        positions, epochs = self._positions(step), self.epochs(step)
+        return self.rows_at(self.positions(step))
+
+    def rows_at(self, positions: Ints) -> Ints:
+        """The rows at these places of the stream, ascending."""
+        epochs = positions // self.num_samples
         samples = np.concatenate(
             [
                 self._epoch_slice(int(epoch), positions[epochs == epoch] % self.num_samples)
@@ -116,9 +120,10 @@ class ShardShuffleSampler:
 
     def epochs(self, step: int) -> Ints:
         """The epoch of each of these rows."""
-        return self._positions(step) // self.num_samples
+        return self.positions(step) // self.num_samples
 
-    def _positions(self, step: int) -> Ints:
+    def positions(self, step: int) -> Ints:
+        """The places of this rank's rows in the stream of samples."""
         start = step * self.global_batch_size + self._first_of_rank
         return np.arange(start, start + self.batch_size_per_process)
 
