@@ -54,22 +54,24 @@ def subset(
 def convert(
     cache: CacheArgument,
     output: Output,
-    to: Annotated[str, typer.Option(help="webdataset, zarr or theia.")],
-    level: Annotated[int, typer.Option(help="theia: which stored level; -1 is the last.")] = -1,
+    to: Annotated[str, typer.Option(help="webdataset, zarr, theia, parquet or lance.")],
+    level: Annotated[int, typer.Option(help="All but the first two: which stored level.")] = -1,
     dataset: Annotated[str, typer.Option(help="theia: the name of the data set.")] = "imagenet",
     split: Annotated[str, typer.Option(help="theia: train, val or test.")] = "train",
     images: Images = None,
 ) -> None:
-    """Write the rows of a cache to the other kind of store, or in the form that Theia's training code reads.
+    """Write the rows of a cache to the other kind of store, or in the form that other programs read.
 
     Between webdataset and zarr only the store changes: the rows, records and content ids are the same.
-    Run it again to continue after any stop.
+    theia: what Theia's training code reads. Run it again to continue after any stop. parquet, lance: a line
+    for each view, with its key and label, mean tokens and class tokens, as `datasets.load_dataset` reads it.
 
     Example: `teachercache convert /data/cache -o /data/tars --to webdataset`
     """
     from teachercache.pipeline.cache import FeatureCache
     from teachercache.pipeline.errors import RecipeError
     from teachercache.pipeline.rearranging.convert import convert as convert_cache
+    from teachercache.pipeline.rearranging.line_per_view import export_lines
     from teachercache.pipeline.rearranging.theia import export_theia
 
     if to in ("webdataset", "zarr"):
@@ -88,10 +90,13 @@ def convert(
                 progress=lambda count: bar.advance(task, count),
             )
         console.print(f"{output}/{dataset}: {count} samples of {', '.join(opened.teachers)}")
+    elif to in ("parquet", "lance"):
+        with console.status("exporting"):
+            count = export_lines(FeatureCache.open(cache), output, to, level)  # type: ignore[arg-type]
+        console.print(f"{output}: {count} lines")
     else:
-        raise RecipeError(
-            "There is no such form.", got=to, expected="webdataset, zarr or theia", do="choose one with --to"
-        )
+        forms = "webdataset, zarr, theia, parquet or lance"
+        raise RecipeError("There is no such form.", got=to, expected=forms, do="choose one with --to")
 
 
 def _rearrange(steps: Rearrangement, doing: str) -> None:

@@ -19,6 +19,8 @@ HEAD_NBYTES, TAIL_NBYTES = 1 << 12, 1 << 16  # the tail holds the index of up to
 class ChecksumWriter:
     """A write-only file that hashes the bytes as they pass, so that they need not be read for that."""
 
+    closed = False  # pyarrow asks
+
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self._hash = xxhash.xxh3_128()

@@ -55,14 +55,7 @@ def export_theia(
     of samples of each finished column of a tar. Raises `CacheError` for a level that is not stored and for
     keys that `webdataset` would cut, `CacheMismatchError` where there is another export of this split.
     """
-    for name, teacher in cache.spec.teachers.items():
-        if not -teacher.num_levels <= level < teacher.num_levels:
-            raise CacheError(
-                f"Teacher {name} cannot be exported.",
-                got=f"level {level} of {teacher.num_levels}",
-                expected="a level that is stored",
-                do="choose another --level",
-            )
+    require_level(cache, level)
     if split not in _SPLITS:
         raise CacheError("There is no such split.", got=split, expected=", ".join(_SPLITS))
     storage = open_storage(out)
@@ -99,6 +92,17 @@ def export_theia(
         splits = dict.fromkeys(_SPLITS, 0) | _splits(storage, dataset) | {split: len(rows)}
         storage.write(f"{dataset}/splits.json", (json.dumps(splits, indent=2) + "\n").encode())
     return len(rows)
+
+
+def require_level(cache: FeatureCache, level: int) -> None:
+    for name, teacher in cache.spec.teachers.items():
+        if not -teacher.num_levels <= level < teacher.num_levels:
+            raise CacheError(
+                f"Teacher {name} cannot be exported.",
+                got=f"level {level} of {teacher.num_levels}",
+                expected="a level that is stored",
+                do="choose another --level",
+            )
 
 
 def _claim(storage: Storage, name: str, made_from: dict[str, Any]) -> None:

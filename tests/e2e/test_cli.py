@@ -169,15 +169,19 @@ def test_caches_from_caches(teachercache: Command, tmp_path: Path, images: Path)
         (["convert", tmp_path / "two", "-o", tmp_path / "tars", "--to", "webdataset"], "0 shards written"),
         (["inspect", tmp_path / "tars", "--row", "3"], "sound"),
         (["convert", tmp_path / "tars", "-o", tmp_path / "theia", "--to", "theia"], "imagenet: 4 samples of"),
+        (["convert", cache, "-o", tmp_path / "lines.parquet", "--to", "parquet"], "lines.parquet: 8 lines"),
     ):
         status, text = teachercache(*arguments)
         assert (status, message in text) == (0, True), text
-        if arguments[0] not in ("inspect",) and "theia" not in arguments:
+        if arguments[0] not in ("inspect",) and arguments[-1] not in ("theia", "parquet"):
             assert teachercache("verify", arguments[arguments.index("-o") + 1], "--full")[0] == 0
     for arguments, message in (
         (["merge", cache, cache, "-o", tmp_path / "x"], "4 samples are in more than one of them"),
         (["subset", cache, "-o", tmp_path / "x", "--fraction", "0"], "would be empty"),
-        (["convert", cache, "-o", tmp_path / "x", "--to", "tfrecord"], "webdataset, zarr or theia"),
+        (
+            ["convert", cache, "-o", tmp_path / "x", "--to", "tfrecord"],
+            "webdataset, zarr, theia, parquet or lance",
+        ),
     ):
         status, text = teachercache(*arguments)
         assert (status in (1, 2), message in text, "do:" in text) == (True, True, True), text
