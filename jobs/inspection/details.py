@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import safetensors.numpy
 from numpy.typing import NDArray
 from safetensors import SafetensorError
@@ -75,7 +74,7 @@ def row_details(manifest: Manifest, row: int) -> dict[str, Any]:
 def sample_details(manifest: Manifest, key: str) -> dict[str, Any]:
     """A sample by its key or the end of it, with the state of each of its rows."""
     spec = manifest.spec()
-    sample = find_key(_keys(manifest.storage), key)
+    sample = find_key(manifest.samples(spec)["key"], key)
     segments = [segment for segment in spec.segments if sample in range(*segment.samples)]
     held = [view for segment in segments for view in range(*segment.views)]
     rows = RowIndex(spec.segments).rows(sample, held).tolist()
@@ -197,18 +196,6 @@ def _line(storage: Storage, name: str, index: int, problems: list[str]) -> dict[
     except (OSError, IndexError, RuntimeError, pa.ArrowException) as error:
         problems.append(f"{name} cannot be read: {in_a_line(error)}")
         return {}
-
-
-def _keys(storage: Storage) -> pa.ChunkedArray:
-    try:
-        return pq.read_table(pa.BufferReader(storage.read(SAMPLES_NAME)), columns=["key"])["key"]
-    except (OSError, KeyError, pa.ArrowException) as error:
-        raise CacheError(
-            f"{SAMPLES_NAME} of this cache cannot be read, so no key can be looked up.",
-            got=in_a_line(error),
-            expected="the table that the build wrote before any shard",
-            do="restore it from a copy",
-        ) from error
 
 
 def _not_here(what: str, number: int, count: int) -> CacheError:

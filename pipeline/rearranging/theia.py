@@ -95,6 +95,7 @@ def export_theia(
 
 
 def require_level(cache: FeatureCache, level: int) -> None:
+    """Raises `CacheError` unless every teacher stores this level."""
     for name, teacher in cache.spec.teachers.items():
         if not -teacher.num_levels <= level < teacher.num_levels:
             raise CacheError(
