@@ -145,13 +145,14 @@ def _ask_cache(found: Preflight, recipe: TrainRecipe, cache: FeatureCache, proce
 def _open_second(wanted: ValidationRecipe, cache: FeatureCache, teachers: Sequence[str]) -> FeatureCache:
     """The cache to validate on. Raises `CacheError` unless its images, and they alone, are not `cache`'s."""
     other = FeatureCache.open(wanted.cache or "", images=wanted.images)
-    other.check_teachers(teachers)
     parts = tuple(f"{part}." for part in ("views", *(f"teachers.{name}" for name in teachers)))
     differing = {
         name: pair
         for name, pair in cache.spec.differences(other.spec).items()
         if name.startswith(parts) and name.rpartition(".")[2] not in _OF_OTHER_IMAGES
     }
+    if not set(teachers) <= set(other.teachers):
+        differing["teachers"] = ", ".join(teachers), ", ".join(other.teachers)
     trained, held_out = (set(one.samples["head_hash"].to_pylist()) for one in (cache, other))
     if held_out <= trained:
         differing["images"] = "others than are trained on", f"{other.num_samples:,}, all of them trained on"
