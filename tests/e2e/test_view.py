@@ -154,6 +154,7 @@ LIBRARY_NAMES = {"", "Textbox", "Dropdown", "Radio", "CheckboxGroup", "Checkbox 
 def assert_nothing_is_cut(page: Any) -> None:
     """At five widths: all is inside the window and whole, no control lies on another, and each has a name."""
     usual = page.viewport_size
+    page.wait_for_function("!document.querySelector('.options')")  # a list that was open fades out
     for width in (390, 500, 1280, 1500, 1920):
         page.set_viewport_size({"width": width, "height": 720})
         assert page.evaluate(LAYOUT) == [], width
