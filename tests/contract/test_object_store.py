@@ -206,8 +206,9 @@ def test_zarr_and_xarray_open_it_at_its_root(
     root: Any = zarr.open("s3://bucket/cache", mode="r")
     assert sorted(root["teachers/tiny"].array_keys()) == ["codes"]
     with xarray.open_datatree("s3://bucket/cache", engine="zarr") as tree:
-        found = tree["teachers/tiny/codes"].isel(row=[5]).values
-    np.testing.assert_array_equal(found.astype(np.float32), local.read([5])["tiny"].decode())
+        codes: Any = tree["teachers/tiny/codes"]
+        found = codes.isel(row=[5]).values.astype(np.float32)
+    np.testing.assert_array_equal(found, local.read([5])["tiny"].decode())
 
 
 def test_a_flipped_bit_of_a_row_on_s3_is_never_read(
