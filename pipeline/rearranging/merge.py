@@ -20,7 +20,6 @@ from teachercache.pipeline.rearranging.rearrangement import (
     with_samples,
 )
 from teachercache.pipeline.rearranging.whole_shards import whole_shards
-from teachercache.pipeline.records.spec import Segment
 from teachercache.pipeline.records.tables import dataset_fingerprint
 from teachercache.pipeline.sources.place import Place
 
@@ -60,15 +59,12 @@ def merge(urls: Sequence[str], out: str) -> Rearrangement:
     segments, views = [], []
     for source, offset, shard in zip(sources, offsets, shards, strict=False):
         for segment in source.spec.segments:
-            segments.append(
-                Segment(
-                    first_row=segment.first_row + shard * first.rows_per_shard,
-                    samples=(segment.samples[0] + offset, segment.samples[1] + offset),
-                    views=segment.views,
-                    fingerprint=segment.fingerprint or source.spec.dataset.fingerprint,
-                    views_hash=segment.views_hash,
-                )
-            )
+            moved = {
+                "first_row": segment.first_row + shard * first.rows_per_shard,
+                "samples": (segment.samples[0] + offset, segment.samples[1] + offset),
+                "fingerprint": segment.fingerprint or source.spec.dataset.fingerprint,
+            }
+            segments.append(segment.model_copy(update=moved))
         lines = source.manifest.views(source.spec)
         views.append(with_samples(lines, lines["sample_index"].to_numpy() + offset))
     dataset = first.dataset.model_copy(
