@@ -2,6 +2,7 @@ import itertools
 import math
 import pickle
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
@@ -47,6 +48,12 @@ def calibrated(name: str, x: Tensor) -> Codec:
     return get_codec(name).calibrate(x)
 
 
+@cache
+def ready(name: str) -> Codec:
+    """Calibrated on `features()`, once for all tests; none of them changes it."""
+    return calibrated(name, features())
+
+
 def relative_error(actual: Tensor, x: Tensor) -> float:
     deviation = x - x.mean((0, 2, 3), keepdim=True)
     return float((actual - x).norm() / deviation.norm())
@@ -54,8 +61,7 @@ def relative_error(actual: Tensor, x: Tensor) -> float:
 
 @each_codec
 def test_encoded_tensors_are_those_of_the_layout(name: str) -> None:
-    x = features()
-    codec = calibrated(name, x)
+    x, codec = features(), ready(name)
     tensors, layout = codec.encode(x).tensors(), codec.layout(2, (4, 6), 96)
     assert get_codec(name).layout(2, (4, 6), 96) == layout  # a plan needs it before any calibration
     assert tensors.keys() == layout.keys()
@@ -113,8 +119,7 @@ def test_rotation_saves_tokens_with_more_outliers_than_slots() -> None:
 
 @each_codec
 def test_rows_are_encoded_alone(name: str) -> None:
-    x = features()
-    codec = calibrated(name, x)
+    x, codec = features(), ready(name)
     together = codec.encode(x).tensors()
     for row in range(3):
         for key, tensor in codec.encode(x[row : row + 1]).tensors().items():
@@ -123,7 +128,7 @@ def test_rows_are_encoded_alone(name: str) -> None:
 
 @each_codec
 def test_no_rows(name: str) -> None:
-    codec = calibrated(name, features())
+    codec = ready(name)
     encoded = codec.encode(features()[:0])
     assert encoded.nbytes == 0
     assert encoded.decode(dtype=torch.float16).shape == (0, 2, 4, 6, 96)
@@ -165,7 +170,7 @@ def test_a_sample_without_any_variance_says_nothing(name: str) -> None:
 
 @each_codec
 def test_copies_to_the_cpu_block(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    encoded, copy = calibrated(name, features()).encode(features()), Tensor.to
+    encoded, copy = ready(name).encode(features()), Tensor.to
 
     def blocking(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         assert not kwargs.get("non_blocking")
@@ -177,8 +182,7 @@ def test_copies_to_the_cpu_block(name: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 @each_int_codec
 def test_tokens_at_the_mean_come_back_as_the_mean(name: str) -> None:
-    x = features()
-    codec = calibrated(name, x)
+    x, codec = features(), ready(name)
     mean = x.double().mean((0, 2, 3), keepdim=True).float().expand(1, 2, 4, 6, 96)
     torch.testing.assert_close(codec.encode(mean).decode(), mean, rtol=1e-5, atol=1e-5)
 
@@ -198,8 +202,7 @@ def test_constant_channels(name: str) -> None:
 
 @each_int_codec
 def test_state_survives_safetensors_and_decodes_the_same(name: str, tmp_path: Path) -> None:
-    x = features()
-    codec = calibrated(name, x)
+    x, codec = features(), ready(name)
     encoded = codec.encode(x)
     save_file(codec.state(), tmp_path / "stats.safetensors")
     loaded = get_codec(name).load_state(load_file(tmp_path / "stats.safetensors"))
@@ -212,7 +215,7 @@ def test_state_survives_safetensors_and_decodes_the_same(name: str, tmp_path: Pa
 
 @each_int_codec
 def test_encoded_rows_can_be_pickled(name: str) -> None:
-    encoded = calibrated(name, features()).encode(features())
+    encoded = ready(name).encode(features())
     assert torch.equal(pickle.loads(pickle.dumps(encoded)).decode(), encoded.decode())  # noqa: S301
 
 
@@ -220,7 +223,7 @@ def test_encoded_rows_can_be_pickled(name: str) -> None:
     "name", ["int8", "int3-hadamard", "int4-hadamard", "int4-phi-s", "int4-dct", "int3-rings"]
 )
 def test_decode_compiles_to_one_graph_that_gives_the_same(name: str) -> None:
-    encoded = calibrated(name, features()).encode(features())
+    encoded = ready(name).encode(features())
     compiled = torch.compile(encoded.codec.decode_tensors, fullgraph=True, dynamic=False, backend="eager")
     actual = compiled(encoded.tensors(), "cpu", torch.float32)
     torch.testing.assert_close(actual, encoded.decode(), rtol=1e-5, atol=1e-5)
@@ -228,8 +231,7 @@ def test_decode_compiles_to_one_graph_that_gives_the_same(name: str) -> None:
 
 @each_int_codec
 def test_autocast_and_inference_mode_change_nothing(name: str) -> None:
-    x = features()
-    codec = calibrated(name, x)
+    x, codec = features(), ready(name)
     expected = codec.encode(x)
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.inference_mode():
         encoded = codec.encode(x)
@@ -253,7 +255,7 @@ def test_a_codec_that_is_not_calibrated_says_what_to_do(name: str) -> None:
 @each_int_codec
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
 def test_values_that_cannot_be_held_are_refused(name: str, value: float) -> None:
-    codec = calibrated(name, features())
+    codec = ready(name)
     x = features()
     x[1, 1, 2, 3, 4] = value
     with pytest.raises(CodecError, match="cannot hold"):
@@ -265,7 +267,7 @@ def test_values_that_cannot_be_held_are_refused(name: str, value: float) -> None
 
 @each_int_codec
 def test_features_of_another_shape_are_refused(name: str) -> None:
-    codec = calibrated(name, features())
+    codec = ready(name)
     for x in (features(width=104), features(levels=3), features()[0]):
         with pytest.raises(CodecError, match="another shape"):
             codec.encode(x)
@@ -275,7 +277,7 @@ def test_features_of_another_shape_are_refused(name: str) -> None:
 
 @each_int_codec
 def test_tables_of_another_codec_are_refused(name: str) -> None:
-    state = calibrated(name, features()).state()
+    state = ready(name).state()
     state.pop("mean")
     with pytest.raises(CodecError, match="not the tables"):
         get_codec(name).load_state(state)
@@ -283,7 +285,7 @@ def test_tables_of_another_codec_are_refused(name: str) -> None:
 
 @each_int_codec
 def test_arrays_of_another_codec_or_shape_are_refused(name: str) -> None:
-    codec = calibrated(name, features())
+    codec = ready(name)
     tensors = codec.encode(features()).tensors()
     broken = [tensors | {"codes": tensors["codes"][..., 1:]}, tensors | {"scales": tensors["scales"].float()}]
     for arrays in (*broken, {}):
