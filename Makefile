@@ -34,12 +34,19 @@ check: .venv/installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-# Tests of real processes and servers wait for each other. One that a busy machine broke passes alone; a defect fails
-# again. Status 1 is "some failed"; anything else (a crash, an interrupt) is final.
+# Two suites, a core each. Tests of real processes and servers wait for each other: one that a busy machine broke passes
+# when it runs again, a defect fails. Status 1 is "some failed"; anything else (a crash, an interrupt) is final.
 test: check
 	rm -rf .pytest_cache
-	$(BIN)/python -m pytest || { [ $$? = 1 ] && \
-	echo "== what failed runs once more, alone ==" && $(BIN)/python -m pytest --last-failed --last-failed-no-failures none; }
+	$(MAKE) --no-print-directory --jobs 2 suite-of-parts suite-of-processes
+
+suite-of-parts: FOLDERS := tests --ignore tests/e2e --ignore tests/distributed
+suite-of-processes: FOLDERS := tests/e2e tests/distributed
+suite-of-%: export OMP_NUM_THREADS := 1
+suite-of-%: PYTEST = $(BIN)/python -m pytest $(FOLDERS) -o cache_dir=.pytest_cache/$*
+suite-of-%:
+	$(PYTEST) || { [ $$? = 1 ] && \
+	echo "== what failed runs once more ==" && $(PYTEST) --last-failed --last-failed-no-failures none; }
 
 clean:
 	rm -rf .venv demo
