@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from teachercache.jobs.cli.terminal import CacheArgument, Images, Overrides, console
+from teachercache.jobs.cli.terminal import CacheArgument, Images, Overrides, console, counting
 from teachercache.jobs.launch import EXIT_FAILED
-from teachercache.pipeline.terminal import progress_bar
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
-
     from teachercache.pipeline.cache import FeatureCache
 
 
@@ -53,7 +50,8 @@ def verify(
     opened = FeatureCache.open(cache, images)
     names = opened.spec.teachers_and_images
     shards = sum(len(opened.manifest.committed_shards(name)) for name in names)
-    problems = verify_cache(opened, full=full, progress=_progress(shards))
+    with counting("verifying", shards) as step:
+        problems = verify_cache(opened, full=full, progress=step)
     for problem in problems:
         console.print(problem.reason + (f"; {problem.do}" if problem.do else ""), style="red")
     if problems:
@@ -70,17 +68,6 @@ def verify(
         console.print(f"{len(unknown)} files do not belong to this cache: {', '.join(unknown[:3])}, …")
     if against_teacher and not _against_teacher(opened, against_teacher, weights.checkpoints):
         raise typer.Exit(EXIT_FAILED)
-
-
-def _progress(shards: int) -> Callable[[], None]:
-    bar = progress_bar(console, transient=True)
-    steps = iter(_while_shown(bar, shards))
-    return lambda: (next(steps, None), None)[1]
-
-
-def _while_shown(bar: Progress, shards: int) -> Iterator[int]:
-    with bar:
-        yield from bar.track(range(shards), description="verifying")
 
 
 def _against_teacher(cache: FeatureCache, num_rows: int, checkpoints: Mapping[str, str]) -> bool:
@@ -122,7 +109,8 @@ def repair(cache: CacheArgument, overrides: Overrides = None, images: Images = N
     recipe = load_overrides(RepairRecipe, overrides or [], "runner of this repair")
     opened = FeatureCache.open(cache, images)
     shards = sum(len(opened.manifest.committed_shards(name)) for name in opened.spec.teachers_and_images)
-    repaired = repair_cache(opened, recipe, _progress(shards), recipe.checkpoints)
+    with counting("verifying", shards) as step:
+        repaired = repair_cache(opened, recipe, step, recipe.checkpoints)
     for problem in repaired.mended:
         console.print(f"mended: {problem.file}")
     for problem in repaired.left:

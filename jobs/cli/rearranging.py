@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from teachercache.jobs.cli.terminal import CacheArgument, Images, console
-from teachercache.pipeline.terminal import progress_bar
+from teachercache.jobs.cli.terminal import CacheArgument, Images, console, counting
 
 if TYPE_CHECKING:
     from teachercache.pipeline.rearranging.rearrangement import Rearrangement
@@ -79,16 +78,8 @@ def convert(
     elif to == "theia":
         opened = FeatureCache.open(cache, images)
         total = opened.valid_samples().size * opened.num_views * (len(opened.teachers) + 1)
-        with progress_bar(console, transient=True) as bar:
-            task = bar.add_task("exporting", total=total)
-            count = export_theia(
-                opened,
-                output,
-                dataset=dataset,
-                split=split,
-                level=level,
-                progress=lambda count: bar.advance(task, count),
-            )
+        with counting("exporting", total) as step:
+            count = export_theia(opened, output, dataset=dataset, split=split, level=level, progress=step)
         console.print(f"{output}/{dataset}: {count} samples of {', '.join(opened.teachers)}")
     elif to in ("parquet", "lance"):
         with console.status("exporting"):
@@ -100,9 +91,8 @@ def convert(
 
 
 def _rearrange(steps: Rearrangement, doing: str) -> None:
-    with progress_bar(console, transient=True) as bar:
-        task = bar.add_task(doing, total=len(steps.steps))
-        cache = steps.run(lambda: bar.advance(task))
+    with counting(doing, len(steps.steps)) as step:
+        cache = steps.run(step)
     console.print(
         f"{cache.storage.url}: {cache.num_samples} samples, {cache.num_rows} rows of "
         f"{', '.join(cache.teachers)}; {len(steps.steps)} shards written",

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Annotated
 
 import typer
 
-from teachercache.pipeline.terminal import Terminal
+from teachercache.pipeline.terminal import Terminal, progress_bar
 
 console = Terminal()
 
@@ -27,6 +30,13 @@ StudentArgument = Annotated[
     str, typer.Argument(metavar="STUDENT", help="A folder that `train` wrote (…/student).")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+
+
+@contextmanager
+def counting(doing: str, total: int) -> Iterator[Callable[..., None]]:
+    """A bar, while something is done; what it yields is called after each step, or with a number of steps."""
+    with progress_bar(console, transient=True) as bar:
+        yield partial(bar.advance, bar.add_task(doing, total=total))
 
 
 def print_result(record: object, markdown: str, as_json: bool) -> None:
