@@ -151,14 +151,13 @@ def test_features_and_results_of_any_dtype(name: str, dtype: torch.dtype) -> Non
 
 
 @pytest.mark.parametrize("name", [name for name in INT_CODECS if "-" in name and "phi-s" not in name])
-@pytest.mark.parametrize(("constant", "most"), [(1, 1.6), (700, 32.0)])
-def test_channels_that_are_constant_in_the_sample_alone(name: str, constant: int, most: float) -> None:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(4, 1, 4, 4, 1024, generator=generator)
-    sample = x.clone()
-    sample[..., :constant] = 0.5
+def test_channels_that_are_constant_in_the_sample_alone(name: str) -> None:
+    x = torch.randn(4, 1, 4, 4, 1024, generator=torch.Generator().manual_seed(0))
     usual = relative_error(calibrated(name, x).encode(x).decode(), x)
-    assert relative_error(calibrated(name, sample).encode(x).decode(), x) < most * usual
+    for constant, most in ((1, 1.6), (700, 32.0)):
+        sample = x.clone()
+        sample[..., :constant] = 0.5
+        assert relative_error(calibrated(name, sample).encode(x).decode(), x) < most * usual
 
 
 @pytest.mark.parametrize("name", [name for name in INT_CODECS if "dct" not in name])
