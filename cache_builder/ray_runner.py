@@ -177,13 +177,11 @@ class RayRunner(Runner):
             ray.shutdown()
 
     def weights_hashes(self) -> dict[str, str]:
-        hashes: dict[str, str] = answer_of(self._first_loaded().loaded)
-        return hashes
+        return answer_of(self._first_loaded().loaded)
 
     def calibrate(self, sample: CalibrationSample, names: Collection[str]) -> dict[str, Calibration]:
         sent = self._first_loaded().handle.calibrate.remote(sample, list(names))
-        calibrations: dict[str, Calibration] = answer_of(sent)
-        return calibrations
+        return answer_of(sent)
 
     def run(self, url: str, images: str, tasks: Sequence[Task], on_commit: OnCommit) -> list[FailedShard]:
         self._place = url, images

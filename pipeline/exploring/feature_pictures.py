@@ -65,8 +65,7 @@ class PcaBasis:
 
     def picture(self, map_HWC: Tensor) -> Picture:
         colours_HW3 = (self.project(map_HWC) - self.low_3) / (self.high_3 - self.low_3).clamp_min(1e-12)
-        pixels: Picture = (colours_HW3.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
-        return pixels
+        return (colours_HW3.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
 
 
 def finite(values: Tensor) -> Tensor:
@@ -75,8 +74,7 @@ def finite(values: Tensor) -> Tensor:
 
 
 def token_norms(map_HWC: Tensor) -> Tensor:
-    norms_HW: Tensor = torch.linalg.vector_norm(map_HWC, dim=-1)
-    return norms_HW
+    return torch.linalg.vector_norm(map_HWC, dim=-1)
 
 
 def heat(values_HW: Tensor, low: float, high: float) -> Picture:
@@ -84,8 +82,7 @@ def heat(values_HW: Tensor, low: float, high: float) -> Picture:
     from matplotlib import colormaps
 
     scaled_HW = ((values_HW - low) / max(high - low, 1e-12)).clamp(0, 1).double().numpy()
-    pixels: Picture = colormaps["viridis"].with_extremes(bad="grey")(scaled_HW, bytes=True)[..., :3]
-    return pixels
+    return colormaps["viridis"].with_extremes(bad="grey")(scaled_HW, bytes=True)[..., :3]
 
 
 def range_words(low: float, high: float) -> str:
@@ -117,8 +114,7 @@ def figure_pixels(figure: Figure) -> Picture:
 
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    pixels: Picture = np.asarray(canvas.buffer_rgba())[..., :3]
-    return pixels
+    return np.asarray(canvas.buffer_rgba())[..., :3]
 
 
 def png_uri(picture: Picture) -> str:

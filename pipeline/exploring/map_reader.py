@@ -114,8 +114,7 @@ class MapReader:
         sample, view = int(self.cache.index.locate(row)[0]), self.cache.view(row)
         if self._window:
             view = view.window(self._window, self.cache.spec.views.size)
-        pixels: Picture = render_view(self.cache.image(sample), view, size).permute(1, 2, 0).numpy()
-        return pixels
+        return render_view(self.cache.image(sample), view, size).permute(1, 2, 0).numpy()
 
 
 def _why_absent(cache: FeatureCache, teacher: str) -> str | None:

@@ -58,12 +58,10 @@ class RemoteStorage(Storage):
         return f"{self._root}/{safe_name(name)}"
 
     def _open(self, name: str) -> IO[bytes]:
-        file: IO[bytes] = self.filesystem.open(self._path(name), "rb")
-        return file
+        return self.filesystem.open(self._path(name), "rb")
 
     def _read(self, name: str) -> bytes:
-        data: bytes = self.filesystem.cat_file(self._path(name))
-        return data
+        return self.filesystem.cat_file(self._path(name))
 
     def _read_range(self, name: str, offset: int, nbytes: int) -> bytes:
         if not nbytes:
@@ -82,11 +80,10 @@ class RemoteStorage(Storage):
     def read_ranges(self, names: Sequence[str], offsets: Sequence[int], nbytes: Sequence[int]) -> list[bytes]:
         paths = [self._path(name) for name in names]
         ends = [offset + length for offset, length in zip(offsets, nbytes, strict=True)]
-        data: list[bytes] = retrying(
+        return retrying(
             lambda: self.filesystem.cat_ranges(paths, list(offsets), ends, on_error="raise"),
             f"{self.url}/{names[0]}" if len(set(names)) == 1 else f"one of {len(names)} files in {self.url}",
         )
-        return data
 
     def each(self, read: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
         return list(self._threads.map(read, items))

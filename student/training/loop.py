@@ -148,8 +148,7 @@ class TrainingLoop:
         """Clip the gradients, unless `clip_norm` is 0; returns the norm that they had."""
         parameters = list(self.model.parameters())
         if self.recipe.clip_norm:
-            norm: Tensor = self.accelerator.clip_grad_norm_(parameters, self.recipe.clip_norm)
-            return norm
+            return self.accelerator.clip_grad_norm_(parameters, self.recipe.clip_norm)
         return get_total_norm([one.grad for one in parameters if one.grad is not None])
 
     def _finish(self, taken: _Taken, result: LoopResult, log: RunLog) -> None:

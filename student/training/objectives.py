@@ -67,8 +67,7 @@ class Objective:
         inputs: dict[str, Any] = {"full": True, "maps": self.distillation is not None}
         if self.student.reads_features:
             inputs["features"] = {name: target.feature_maps_BSHWC for name, target in targets.items()}
-        output: StudentOutput = self.model(pixels_B3HW, **inputs)
-        return output
+        return self.model(pixels_B3HW, **inputs)
 
 
 def _terms(loss: LossOutput, distance: str) -> dict[str, Tensor]:

@@ -204,10 +204,7 @@ class _Run:
             targets.compile(**_COMPILED)
             if isinstance(loss, nn.Module):
                 loss.compile(**_COMPILED)
-        objective: Objective | KPUObjective = kind.objective(
-            model, student, targets, loss, wanted.weight, tasks
-        )
-        return objective
+        return kind.objective(model, student, targets, loss, wanted.weight, tasks)
 
     def _loader(self, targets: TargetSource, reads: Sequence[str], first_step: int) -> FeatureLoader:
         assert self.found.sampler is not None
