@@ -160,11 +160,10 @@ class RayRunner(Runner):
         self._head = Head()
         self._shards = Gauge("teachercache_build_shards", "Shards of a build by state.", ("state",))
         self._waiting = Gauge("teachercache_build_actors_waiting", "Actors that wait for a node, or load.")
-        self._failed_starts = 0
         self._place: tuple[str, str] | None = None
         asks = () if recipe.gpus_per_actor is not None else teachers.values()
         self._is_large = sum(map(teacher_gmacs, asks)) >= _LARGE_GMACS
-        self._said_to_wait = -math.inf
+        self._failed_starts, self._said_to_wait = 0, -math.inf
         self._actors: list[_Actor] = []
         self._fit_to_nodes()
 

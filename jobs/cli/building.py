@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shlex
@@ -139,6 +140,7 @@ def submit(
     # `ray job stop` would give it 3 s, and a build needs up to 20 to end cleanly.
     runtime_env = {**code, "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "30", **variables}}
     command = ["python", "-m", "teachercache.jobs.cache_teachers", recipe, *(overrides or [])]
+    logging.getLogger("ray").setLevel(logging.ERROR)
     try:
         client = JobSubmissionClient(address)
         job = client.submit_job(entrypoint=shlex.join(command), runtime_env=runtime_env)
