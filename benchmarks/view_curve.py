@@ -24,6 +24,7 @@ OUTPUT/results.json beside OUTPUT/curve.png. The same command continues where it
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import statistics
@@ -82,12 +83,12 @@ default_cfgs = {
 
 
 def curve_vit(pretrained: bool = False, **changes: Any) -> Any:
-    """8 blocks of width 128, patches of 16 pixels: 1.3M parameters."""
+    """4 blocks of width 128, patches of 16 pixels: 0.8M parameters."""
     arguments = {
         "img_size": SIZE,
         "patch_size": PATCH,
         "embed_dim": 128,
-        "depth": 8,
+        "depth": 4,
         "num_heads": 4,
         "mlp_ratio": 3,
         "num_classes": 0,
@@ -108,17 +109,22 @@ class Arm:
     codec: str = ADVISED["codec"]
     grid: str = ADVISED["grid"]
     jitter: bool = False
+    least_area: float | None = None  # of an image's area that a stored view shows
 
     @property
     def cache(self) -> str:
         many = "a view an epoch" if self.views is None else f"{self.views} views"
-        return f"{many} margin {self.margin} {self.flip} {self.codec} {self.grid}"
+        area = f" from {self.least_area:g}" if self.least_area else ""
+        return f"{many} margin {self.margin} {self.flip} {self.codec} {self.grid}{area}"
 
 
-CEILING = "fresh crops"
+PLAIN, CEILING = "1 view", "fresh crops"
 ARMS: dict[str, Arm] = {
     **{f"{views} view{'s' * (views > 1)}": Arm(views) for views in (1, 2, 4, 8, 16)},
     **{f"{views} wide, {margin} px": Arm(views, margin) for views in (1, 2) for margin in MARGINS},
+    # A window shows 56% of its row: of rows that show most of an image it shows what a plain view does.
+    f"1 wide, {MARGINS[1]} px, large": Arm(1, MARGINS[1], least_area=0.5),
+    f"1 wide, {MARGINS[1]} px, native": Arm(1, MARGINS[1], grid="native"),
     "2 views, a pair of flips": Arm(2, flip="pairs"),
     "1 view, jitter": Arm(1, jitter=True),
     f"1 wide, {MARGINS[1]} px, jitter": Arm(1, MARGINS[1], jitter=True),
@@ -130,7 +136,6 @@ CODES: dict[str, Arm] = {
         *((codec, "native") for codec in ("f16", "int8", "int4-hadamard", "int4-rings", "int4-dct-rings")),
         ("int3-dct-rings", "native"),
         ("f16", "adjoint"),
-        ("int8", "adjoint"),
     )
 }
 
@@ -142,13 +147,13 @@ class Settings:
     images: str | None = None
     labelled: tuple[str, str] | None = None
     random_teacher: bool = False
-    held_out: float = 0.2
+    train_images: int = 100  # the first of them; all others are held out
     batch_size: int = 16
-    short_steps: int = 200
-    long_steps: int = 800
+    short_steps: int = 150
+    long_steps: int = 600
     learning_rate: float = 1e-3
-    probe_images: int = 3000
-    scenes: int = 150
+    probe_images: int = 1500
+    scenes: int = 100
     arms: tuple[str, ...] = (*ARMS, *CODES)
 
 
@@ -163,10 +168,15 @@ def main() -> None:
         "make_images": ["all"],
         "make_cache": ["held out", *caches],
         "measure": [
-            f"{name}; {length}; {seed}" for seed in seeds for name in settings.arms for length in LENGTHS
+            f"{name}; {length}; {seed}"
+            for seed in seeds
+            for name in settings.arms
+            for length in LENGTHS
+            if _is_measured(name, length)
         ],
     }
-    run_all([curve], phases, arguments.processes)
+    if not arguments.report:
+        run_all([curve], phases, arguments.processes)
     results = collect(curve, seeds) | {
         "wall_s": time.perf_counter() - started,
         "processes": arguments.processes,
@@ -179,6 +189,11 @@ def main() -> None:
 
 
 LENGTHS = ("short", "long")
+
+
+def _is_measured(name: str, length: str) -> bool:
+    """What codes and grids cost is asked at the longer length alone."""
+    return length == "long" or name in ARMS
 
 
 def arm(name: str) -> Arm:
@@ -197,6 +212,7 @@ def parse() -> tuple[argparse.Namespace, Settings]:
     parser.add_argument("--output", type=Path, default=Path("runs/view_curve"), help="(runs/view_curve)")
     parser.add_argument("--processes", type=int, default=max(1, os.cpu_count() or 1), help="side by side")
     parser.add_argument("--smoke", action="store_true", help="a few steps on a few images")
+    parser.add_argument("--report", action="store_true", help="only print and draw what is done so far")
     parser.add_argument("--short-steps", type=int)
     parser.add_argument("--long-steps", type=int)
     arguments = parser.parse_args()
@@ -228,21 +244,24 @@ class Curve(Study):
     settings: Settings
 
     def make_images(self, _: str) -> dict[str, Any]:
-        """Links to the photographs, every fifth of them held out; and scenes with labels."""
+        """Links to the photographs, in an order by their names' hashes; and scenes with labels."""
         settings = self.settings
         write_scenes(self.folder / "scenes", settings.scenes, max(4, settings.scenes // 3), SIZE)
         photographs = Path(settings.images) if settings.images else self.folder / "scenes" / "images"
-        files = sorted(file for file in photographs.rglob("*") if file.is_file())
-        every = round(1 / settings.held_out)
+        files = sorted(
+            (file for file in photographs.rglob("*") if file.is_file()),
+            key=lambda file: hashlib.sha256(file.name.encode()).digest(),
+        )
+        count = min(settings.train_images, len(files) // 2)
         for number, file in enumerate(files):
-            folder = self._images("held out" if number % every == 0 else "train")
+            folder = self._images("train" if number < count else "held out")
             folder.mkdir(parents=True, exist_ok=True)
             link = folder / f"{number:06d}{file.suffix}"
             link.unlink(missing_ok=True)
             link.symlink_to(file.resolve())
         if not settings.random_teacher:
             trained.write_checkpoints(self.folder / "weights")
-        return {"train": len(files) - len(files[::every]), "held out": len(files[::every])}
+        return {"train": count, "held out": len(files) - count}
 
     def make_cache(self, name: str) -> dict[str, Any]:
         held_out = name == "held out"
@@ -252,6 +271,7 @@ class Curve(Study):
             views = {"policy": "imagenet_train", "size": SIZE, "num_views": one.views or self._epochs()}
             views |= {"margin": one.margin} if one.margin else {}
             views |= {"flip": one.flip} if one.flip != "random" else {}
+            views |= {"scale": (one.least_area, 1)} if one.least_area else {}
         codec, grid = ("f16", "native") if held_out else (one.codec, one.grid)
         recipe = {
             "cache": str(self._cache(name)),
@@ -294,9 +314,10 @@ class Curve(Study):
         student = load_student(result.student).eval()
         levels = self._similarity(student)
         found: dict[str, Any] = {"similarity": statistics.mean(levels), "levels": levels}
-        if self.settings.labelled:
-            found |= self._classes(student)
-        return found | {"semseg": self._semseg(student), "steps": steps}
+        if length == "long":
+            found |= {"semseg": self._semseg(student)}
+            found |= self._classes(student) if self.settings.labelled else {}
+        return found | {"steps": steps}
 
     @torch.no_grad()
     def _similarity(self, student: Student) -> list[float]:
@@ -401,11 +422,14 @@ def _neighbours(train_images: _First, test_images: _First) -> float:
 
 
 def collect(curve: Curve, seeds: Sequence[int]) -> dict[str, Any]:
-    """By length and arm: bytes of an image, and every figure as a list over the seeds."""
+    """By length and arm: bytes of an image, and every figure as a list over the seeds that are done."""
     figures: dict[str, dict[str, Any]] = {}
     for length in LENGTHS:
-        for name in curve.settings.arms:
-            runs = [curve.result(f"measure, {name}; {length}; {seed}") for seed in seeds]
+        for name in (name for name in curve.settings.arms if _is_measured(name, length)):
+            parts = [f"{name}; {length}; {seed}" for seed in seeds]
+            runs = [curve.result(f"measure, {part}") for part in parts if curve.is_done("measure", part)]
+            if not runs:
+                continue
             nbytes = curve.result(f"make_cache, {arm(name).cache}")["bytes_per_image"]
             row: dict[str, Any] = {"bytes_per_image": nbytes}
             row |= {key: [run[key] for run in runs] for key in MEASURES if key in runs[0]}
@@ -424,23 +448,13 @@ def collect(curve: Curve, seeds: Sequence[int]) -> dict[str, Any]:
 MEASURES = {"similarity": 4, "top1": 1, "knn": 1, "semseg": 1}  # with the digits that are printed
 
 
-def of_the_way(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, list[float]]:
-    """How much of the way from V plain views to fresh crops each other arm of V views goes, in percent of the
-    similarity's difference, by seed."""
-    if CEILING not in rows:
+def of_the_way(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """How much of the way in similarity from one view to fresh crops each arm goes, in percent, by means."""
+    if not {PLAIN, CEILING} <= rows.keys():
         return {}
-    ceiling = rows[CEILING]["similarity"]
-    ways = {}
-    for name, row in rows.items():
-        views = arm(name).views
-        plain = f"{views} view{'s' * ((views or 0) > 1)}"
-        if name in ARMS and name not in (plain, CEILING) and plain in rows:
-            start = rows[plain]["similarity"]
-            ways[name] = [
-                100 * (value - low) / (high - low)
-                for value, low, high in zip(row["similarity"], start, ceiling, strict=True)
-            ]
-    return ways
+    mean = {name: statistics.mean(row["similarity"]) for name, row in rows.items()}
+    gap = mean[CEILING] - mean[PLAIN]
+    return {name: 100 * (value - mean[PLAIN]) / gap for name, value in mean.items()} if gap else {}
 
 
 def draw(results: Mapping[str, Any], file: Path) -> None:
@@ -491,18 +505,23 @@ def print_results(results: Mapping[str, Any]) -> None:
     console, seeds = Console(width=150), len(results["seeds"])
     if results["settings"]["random_teacher"]:
         console.print("The teacher has random weights: these figures say nothing of trained ones.")
-    print(f"mean ± standard deviation over {seeds} seeds; {results['images']['train']} images to train on")
+    images = results["images"]
+    print(
+        f"mean ± standard deviation over {seeds} seeds, or as many as are done; {images['train']} images to "
+        f"train on, {images['held out']} held out"
+    )
     for length in LENGTHS:
         rows, ways = results["figures"][length], results["of_the_way"][length]
         title = f"{length}: {_steps(results, length)} steps of {results['settings']['batch_size']} images"
-        heads = ("similarity", "to fresh crops %", "top-1 %", "k-NN %", "semseg mIoU %")
+        heads = ("seeds", "similarity", "to fresh crops %", "top-1 %", "k-NN %", "semseg mIoU %")
         table = Table("", "kB an image", *heads, title=title, title_justify="left")
         for name, row in rows.items():
             cells = [
                 spread(row[key], 4 if key == "similarity" else 1) if key in row else "–" for key in MEASURES
             ]
-            way = spread(ways[name], 0) if name in ways else ""
-            table.add_row(name, f"{row['bytes_per_image'] / 1e3:,.1f}", cells[0], way, *cells[1:])
+            way = f"{ways[name]:.0f}" if name in ways else ""
+            kilobytes, done = f"{row['bytes_per_image'] / 1e3:,.1f}", str(len(row["similarity"]))
+            table.add_row(name, kilobytes, done, cells[0], way, *cells[1:])
         console.print(table)
     print(json.dumps(results))
 
