@@ -36,6 +36,7 @@ from teachercache.pipeline.errors import (
     CacheMismatchError,
     Problems,
     RecipeError,
+    extra,
     place_error,
 )
 from teachercache.pipeline.places.open_storage import open_storage
@@ -177,7 +178,8 @@ def _require_writable(storage: Storage) -> None:
 def _runner(recipe: BuildRecipe, teachers: Mapping[str, TeacherSpec], num_shards: int) -> Runner:
     if recipe.runner.kind == "local":
         return LocalRunner(recipe.runner, teachers, num_shards)
-    from teachercache.cache_builder.ray_runner import RayRunner  # a local build starts without ray
+    with extra("build"):  # a local build starts without ray
+        from teachercache.cache_builder.ray_runner import RayRunner
 
     return RayRunner(recipe.runner, teachers, num_shards)
 

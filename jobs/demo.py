@@ -17,7 +17,6 @@ import time
 from pathlib import Path
 
 import pyarrow.compute as pc
-import skimage
 import torch
 import xxhash
 from rich.console import Console
@@ -33,7 +32,7 @@ from teachercache.jobs.inspection.tables import summary_table
 from teachercache.jobs.launch import run
 from teachercache.jobs.recipes import find_recipe
 from teachercache.pipeline import FeatureCache
-from teachercache.pipeline.errors import TeacherCacheError, WeightsNotFoundError
+from teachercache.pipeline.errors import TeacherCacheError, WeightsNotFoundError, extra
 from teachercache.pipeline.places.durable import rename
 from teachercache.pipeline.sources import open_source
 from teachercache.pipeline.sources.keys import OK
@@ -42,6 +41,9 @@ from teachercache.pipeline.units import human_bytes
 from teachercache.pipeline.verify import verify
 from teachercache.student import build_student, load_student
 from teachercache.student.similarity import Similarity, representation_similarity
+
+with extra("train"):
+    import skimage
 
 PHOTOGRAPHS = {
     *("astronaut", "brick", "camera", "chelsea", "coffee", "coins", "grass", "gravel", "hubble_deep_field"),

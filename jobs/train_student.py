@@ -28,12 +28,13 @@ if not __package__:  # run as a script: it imports this checkout's packages, ins
 
 from teachercache.jobs.launch import recipe_and_overrides, run
 from teachercache.jobs.recipes import find_recipe
-from teachercache.student.training.train import train
 from teachercache.student.training.train_recipe import TrainRecipe
 
 
 def main() -> None:
     path, overrides = recipe_and_overrides(__doc__ or "")
+    from teachercache.student.training.train import train
+
     if train(find_recipe(TrainRecipe, path, overrides)).interrupted:
         raise SystemExit(128 + signal.SIGTERM)
 

@@ -24,6 +24,7 @@
     ├── StorageError (OSError)                a file or a store that failed on every attempt
     ├── BuildError                            shards failed; everything else is committed
     │   └── BuildInterruptedError             a signal or a hang ended the build; the same command continues
+    ├── MissingExtraError (ImportError)       a package that an extra of `pip install` brings
     ├── TrainingError (FloatingPointError)    a loss that is no longer finite
     └── CheckpointError                       a checkpoint that does not fit the run
 
@@ -230,6 +231,21 @@ class BuildInterruptedError(BuildError):
     """
 
     exit_status = 1
+
+
+class MissingExtraError(TeacherCacheError, ImportError):
+    """A package that `pip install teachercache` alone does not bring."""
+
+
+@contextmanager
+def extra(name: str) -> Iterator[None]:
+    """Around imports of what the extra `name` brings. Raises `MissingExtraError` where it is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(
+            f"This needs {error.name}, which is not installed: pip install 'teachercache[{name}]'"
+        ) from error
 
 
 class TrainingError(TeacherCacheError, FloatingPointError):

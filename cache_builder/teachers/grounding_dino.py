@@ -49,7 +49,7 @@ from teachercache.cache_builder.teachers.weights import (
     seeded,
     weights_not_found,
 )
-from teachercache.pipeline.errors import TeacherError, TeacherInputError
+from teachercache.pipeline.errors import TeacherInputError, extra
 from teachercache.pipeline.records.spec import TeacherSpec
 from teachercache.pipeline.records.strict import Size
 
@@ -115,16 +115,9 @@ class GroundingDinoTeacher(Teacher):
 
 def _transformers() -> tuple[Any, Any]:
     """(transformers, its GroundingDINO module), imported only if a teacher needs it."""
-    try:
+    with extra("grounding-dino"):
         import transformers
         from transformers.models.grounding_dino import modeling_grounding_dino
-    except ImportError as reason:
-        raise TeacherError(
-            "GroundingDINO needs transformers.",
-            got=f"{type(reason).__name__}: {reason}",
-            expected="transformers 5 or newer in this environment",
-            do='pip install "teachercache[grounding-dino]"',
-        ) from reason
     return transformers, modeling_grounding_dino
 
 

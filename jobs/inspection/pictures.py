@@ -6,13 +6,14 @@ import json
 from itertools import cycle
 from pathlib import Path
 
-import matplotlib
-from matplotlib.figure import Figure
-
 from teachercache.pipeline.cache import FeatureCache
-from teachercache.pipeline.errors import CacheError
+from teachercache.pipeline.errors import CacheError, extra
 from teachercache.pipeline.exploring.feature_pictures import Picture, picture_grid
 from teachercache.pipeline.exploring.map_reader import MapReader, level_name
+
+with extra("view"):
+    import matplotlib
+    from matplotlib.figure import Figure
 
 matplotlib.use("agg")
 

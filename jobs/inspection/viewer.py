@@ -17,19 +17,20 @@ from typing import Any
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 
-import gradio as gr
-import uvicorn
-from fastapi import FastAPI
-from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.responses import PlainTextResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
 from teachercache.jobs.inspection.explorer import Explorer, Selection
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.codecs import codec_names
-from teachercache.pipeline.errors import CacheError, TeacherCacheError
+from teachercache.pipeline.errors import CacheError, TeacherCacheError, extra
 from teachercache.student.models.student import Student
+
+with extra("view"):
+    import gradio as gr
+    import uvicorn
+    from fastapi import FastAPI
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+    from starlette.responses import PlainTextResponse
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 STYLE = Path(__file__).with_name("viewer.css").read_text()
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from teachercache.pipeline.errors import extra
+
 if TYPE_CHECKING:
     import xarray
 
@@ -26,12 +28,13 @@ def to_xarray(cache: FeatureCache, teachers: Sequence[str] | None = None) -> xar
     `attrs["grid"]` is the kind of grid that they are stored on. `valid` (sample, view) says which rows the
     teacher holds; all others are NaN: rows of quarantined samples, and of shards that are not committed or
     whose commit record is damaged. Samples are labelled by key and levels from 1; the coordinate `block`
-    counts from 0, as `block_indices` does. Needs the package xarray.
+    counts from 0, as `block_indices` does. Needs the extra `view`.
     Reading raises `CorruptShardError` for damaged features.
     """
-    import xarray
-    from xarray.backends import BackendArray
-    from xarray.core import indexing
+    with extra("view"):
+        import xarray
+        from xarray.backends import BackendArray
+        from xarray.core import indexing
 
     class Lazy(BackendArray):
         """`read` returns values (rows, …) for any row numbers."""

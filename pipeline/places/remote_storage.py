@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property, partial
-from importlib.util import find_spec
 from pathlib import PurePosixPath
 from typing import IO, Any
 
@@ -14,7 +13,7 @@ import fsspec
 from fsspec.spec import AbstractBufferedFile
 from typing_extensions import Buffer
 
-from teachercache.pipeline.errors import StorageError
+from teachercache.pipeline.errors import StorageError, extra
 from teachercache.pipeline.places.files import ChecksumWriter
 from teachercache.pipeline.places.retries import is_passing, retrying
 from teachercache.pipeline.places.storage import Item, Result, Storage, safe_name
@@ -28,15 +27,16 @@ def client_options(url: str) -> dict[str, Any]:
     (FSSPEC_BUCKETS, JSON of options by name), and when to give up on a store."""
     protocol, _, path = url.partition("://")
     stated: dict[str, Any] = dict(fsspec.config.conf.get("buckets", {}).get(path.partition("/")[0], {}))
-    if protocol in ("http", "https") and find_spec("aiohttp") is not None:
+    if protocol in ("http", "https"):
         from aiohttp import ClientTimeout
 
         return {
             "client_kwargs": {"timeout": ClientTimeout(total=None, sock_connect=_HTTP_S, sock_read=_HTTP_S)}
         }
-    if protocol not in ("s3", "s3a") or find_spec("s3fs") is None:
+    if protocol not in ("s3", "s3a"):
         return stated
-    from teachercache.pipeline.places.s3_patience import PatientSession
+    with extra("s3"):
+        from teachercache.pipeline.places.s3_patience import PatientSession
 
     config = fsspec.config.conf.get("s3", {}).get("config_kwargs", {}) | stated.get("config_kwargs", {})
     return stated | {"config_kwargs": {"http_session_cls": PatientSession, **config}}

@@ -5,7 +5,11 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import laplace
-from skimage.morphology import thin
+
+from teachercache.pipeline.errors import extra
+
+with extra("train"):
+    from skimage.morphology import thin
 
 
 def partition_boundaries(classes_HW: NDArray) -> NDArray[np.uint8]:

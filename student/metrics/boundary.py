@@ -17,10 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-from skimage.morphology import thin
 from torch import Tensor
 
-from teachercache.pipeline.errors import ArgumentError
+from teachercache.pipeline.errors import ArgumentError, extra
 from teachercache.student.metrics.edge_nms import edge_nms
 from teachercache.student.metrics.matching import Bools, find_candidates, match
 from teachercache.student.metrics.sum_metric import SumMetric, check_same_shape
@@ -41,6 +40,8 @@ def boundary_counts(
     Returns int64 (T, 4): true pixels matched and in total, over all annotators; predicted pixels matched with
     any annotator and in total. Predictions are thinned at every threshold; targets are not changed.
     """
+    with extra("train"):
+        from skimage.morphology import thin
     radius_px = max_distance * float(np.hypot(*probability_HW.shape))
     # The maps are nested, so those of equal size are equal.
     size_T = np.count_nonzero(probability_HW >= thresholds_T[:, None, None], axis=(1, 2))

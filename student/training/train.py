@@ -20,12 +20,17 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate import Accelerator
 from torch import nn
 from torch.optim import AdamW
 
 from teachercache.pipeline.cache import FeatureCache
-from teachercache.pipeline.errors import CheckpointError, RecipeError
+from teachercache.pipeline.errors import CheckpointError, RecipeError, extra
+
+with extra("train"):
+    import matplotlib  # noqa: F401 (a run draws and logs much later)
+    import tensorboard  # noqa: F401
+    from accelerate import Accelerator
+
 from teachercache.pipeline.loading.loader import FeatureLoader
 from teachercache.pipeline.places.durable import make_folder
 from teachercache.student.models.student import Student

@@ -30,7 +30,7 @@ from teachercache.cache_builder.teachers import (
     teacher_gmacs,
 )
 from teachercache.cache_builder.teachers import grounding_dino as module
-from teachercache.pipeline.errors import TeacherError, TeacherInputError, WeightsNotFoundError
+from teachercache.pipeline.errors import MissingExtraError, TeacherInputError, WeightsNotFoundError
 from teachercache.pipeline.verify import verify
 from tests.make_cache import build_recipe, make_images
 
@@ -227,7 +227,7 @@ def test_without_the_hub_the_error_says_how_to_pass_a_file(monkeypatch: pytest.M
 
 def test_without_transformers_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(TeacherError, match=r'pip install "teachercache\[grounding-dino\]"'):
+    with pytest.raises(MissingExtraError, match=r"pip install 'teachercache\[grounding-dino\]'"):
         resolve_teacher("grounding_dino_tiny", TeacherRecipe(), (384, 384))
     assert resolve_teacher("dinov2_small", TeacherRecipe(), (98, 98)).width == 384
 
