@@ -25,12 +25,13 @@ from teachercache.student.training.train_recipe import TrainRecipe
 
 ROOT = Path(__file__).parents[2]
 EXTENDING = ROOT / "docs/extending.md"  # names what its examples add, and has a test of its own
-PAGES = sorted({ROOT / "README.md", ROOT / "infra/README.md", *(ROOT / "docs").glob("*.md")} - {EXTENDING})
-CODE = ("pipeline", "cache_builder", "student", "jobs", "tests", "benchmarks", "examples", "infra")
+PAGES = sorted({*ROOT.glob("*.md"), ROOT / "infra/README.md", *(ROOT / "docs").glob("*.md")} - {EXTENDING})
+CODE = ("pipeline", "cache_builder", "student", "jobs", "tests", "benchmarks", "infra")
 VERBS: dict[str, Any] = dict(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 MODELS: dict[str, type[Any]] = {
-    **dict.fromkeys(("plan", "build", "submit", "calibrate", "jobs/cache_teachers.py"), BuildRecipe),
-    **dict.fromkeys(("train", "jobs/train_student.py"), TrainRecipe),
+    **dict.fromkeys(("plan", "build", "calibrate", "submit"), BuildRecipe),
+    **dict.fromkeys(("jobs/cache_teachers.py", "teachercache.jobs.cache_teachers"), BuildRecipe),
+    **dict.fromkeys(("train", "jobs/train_student.py", "teachercache.jobs.train_student"), TrainRecipe),
     "verify": MovedRecipe,
     "repair": RepairRecipe,
 }

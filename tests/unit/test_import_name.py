@@ -1,4 +1,4 @@
-"""`teachercache` is the one name to import, from a checkout and from a wheel."""
+"""`teachercache` is the one name to import; tests/e2e/test_wheel.py has the same of a wheel."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -18,8 +17,8 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("pipeline", "cache_builder", "student", "jobs")
 
 
-def python(*arguments: str, folder: Path, path: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(path), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+def python(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     command = [sys.executable, *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
@@ -69,32 +68,6 @@ def test_scripts_see_the_checkout_that_they_lie_in(tmp_path: Path) -> None:
         r"^if not __package__:.*\n(?: .*\n)+", (checkout / "jobs/evaluate_student.py").read_text(), re.M
     )
     assert all(lines in script for script in scripts)
-
-
-def test_a_wheel_holds_files_and_no_links(tmp_path: Path) -> None:
-    checkout, wheels = tmp_path / "checkout", tmp_path / "wheels"
-    skipped = shutil.ignore_patterns(
-        "__pycache__", ".*", "*.egg-info", "build", "dist", "tests", "benchmarks"
-    )
-    shutil.copytree(ROOT, checkout, symlinks=True, ignore=skipped)
-    code = f"from setuptools.build_meta import build_wheel; build_wheel({str(wheels)!r})"
-    done = python("-c", code, folder=checkout)
-    assert done.returncode == 0, done.stderr
-    (wheel,) = wheels.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        names = {name for name in archive.namelist() if ".dist-info/" not in name}
-        archive.extractall(tmp_path / "installed")
-    shipped = {
-        f"teachercache/{path.relative_to(ROOT)}"
-        for package in PACKAGES
-        for path in (ROOT / package).rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
-    }
-    assert names == shipped | {"teachercache/__init__.py"}
-    script = "teachercache/jobs/evaluate_student.py"
-    for arguments in (("-m", "teachercache.jobs.evaluate_student"), (str(tmp_path / "installed" / script),)):
-        done = python(*arguments, "--help", folder=tmp_path, path=tmp_path / "installed")
-        assert done.returncode == 0, done.stderr
 
 
 def test_the_map_names_every_room() -> None:
