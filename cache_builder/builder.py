@@ -114,6 +114,9 @@ def build(recipe: BuildRecipe, console: Console | None = None) -> BuildResult:
     when another cache is at the path or a checkpoint does not hold the cache's weights, `DiskSpaceError` when
     the plan does not fit, and `BuildError` when shards failed for good, after all others are committed.
     """
+    if recipe.runner.kind == "ray":  # asked before the images are listed
+        with extra("build"):
+            import ray  # noqa: F401
     console = console or Terminal(stderr=True)
     storage = open_storage(recipe.cache)
     manifest = Manifest(storage)
@@ -178,8 +181,7 @@ def _require_writable(storage: Storage) -> None:
 def _runner(recipe: BuildRecipe, teachers: Mapping[str, TeacherSpec], num_shards: int) -> Runner:
     if recipe.runner.kind == "local":
         return LocalRunner(recipe.runner, teachers, num_shards)
-    with extra("build"):  # a local build starts without ray
-        from teachercache.cache_builder.ray_runner import RayRunner
+    from teachercache.cache_builder.ray_runner import RayRunner  # a local build starts without ray
 
     return RayRunner(recipe.runner, teachers, num_shards)
 
