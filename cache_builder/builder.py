@@ -114,9 +114,9 @@ def build(recipe: BuildRecipe, console: Console | None = None) -> BuildResult:
     when another cache is at the path or a checkpoint does not hold the cache's weights, `DiskSpaceError` when
     the plan does not fit, and `BuildError` when shards failed for good, after all others are committed.
     """
-    if recipe.runner.kind == "ray":  # asked before the images are listed
-        with extra("build"):
-            import ray  # noqa: F401
+    if recipe.runner.kind == "ray":
+        with extra("build"):  # asked before the images are listed
+            from teachercache.cache_builder import ray_runner  # noqa: F401
     console = console or Terminal(stderr=True)
     storage = open_storage(recipe.cache)
     manifest = Manifest(storage)

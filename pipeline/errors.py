@@ -243,9 +243,8 @@ def extra(name: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        raise MissingExtraError(
-            f"This needs {error.name}, which is not installed: pip install 'teachercache[{name}]'"
-        ) from error
+        problem = f"This needs {error.name}, which is not installed: pip install 'teachercache[{name}]'"
+        raise MissingExtraError(problem) from error
 
 
 class TrainingError(TeacherCacheError, FloatingPointError):

@@ -30,9 +30,8 @@ def client_options(url: str) -> dict[str, Any]:
     if protocol in ("http", "https"):
         from aiohttp import ClientTimeout
 
-        return {
-            "client_kwargs": {"timeout": ClientTimeout(total=None, sock_connect=_HTTP_S, sock_read=_HTTP_S)}
-        }
+        timeout = ClientTimeout(total=None, sock_connect=_HTTP_S, sock_read=_HTTP_S)
+        return {"client_kwargs": {"timeout": timeout}}
     if protocol not in ("s3", "s3a"):
         return stated
     with extra("s3"):

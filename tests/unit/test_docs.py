@@ -26,7 +26,7 @@ from teachercache.student.training.train_recipe import TrainRecipe
 ROOT = Path(__file__).parents[2]
 EXTENDING = ROOT / "docs/extending.md"  # names what its examples add, and has a test of its own
 PAGES = sorted({*ROOT.glob("*.md"), ROOT / "infra/README.md", *(ROOT / "docs").glob("*.md")} - {EXTENDING})
-CODE = ("pipeline", "cache_builder", "student", "jobs", "tests", "benchmarks", "infra")
+CODE = ("pipeline", "cache_builder", "student", "jobs", "tests", "benchmarks", "examples", "infra")
 VERBS: dict[str, Any] = dict(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 MODELS: dict[str, type[Any]] = {
     **dict.fromkeys(("plan", "build", "calibrate", "submit"), BuildRecipe),
