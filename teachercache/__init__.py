@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from teachercache.cache_builder.builder import build
     from teachercache.cache_builder.teachers import build_teacher
+    from teachercache.jobs.distill import distill
     from teachercache.pipeline.cache import FeatureCache
     from teachercache.pipeline.loading.cached_teachers import CachedTeachers, ShardBatches
     from teachercache.pipeline.records.view_policy import ViewPolicy
@@ -29,6 +30,7 @@ _HOMES = {
     "build": "teachercache.cache_builder.builder",
     "build_student": "teachercache.student.build",
     "build_teacher": "teachercache.cache_builder.teachers",
+    "distill": "teachercache.jobs.distill",
     "load_student": "teachercache.student.build",
     "render_view": "teachercache.pipeline.views",
 }
@@ -52,6 +54,7 @@ __all__ = [
     "build",
     "build_student",
     "build_teacher",
+    "distill",
     "load_student",
     "render_view",
 ]

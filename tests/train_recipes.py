@@ -53,7 +53,11 @@ def room_for(nbytes: int) -> Iterator[None]:
 
 @pytest.fixture
 def fresh_accelerate() -> Iterator[None]:
-    """accelerate keeps its precision for the life of a process."""
     yield
+    forget_accelerate()
+
+
+def forget_accelerate() -> None:
+    """accelerate keeps its precision for the life of a process."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()

@@ -19,6 +19,7 @@ app = typer.Typer(
 )
 
 VERBS = {
+    "From images to a student": (building.distill,),
     "Build a cache": (building.plan, building.build, building.submit, building.calibrate),
     "Check and mend a cache": (integrity.verify, integrity.repair),
     "Look at a cache": (inspection.inspect, inspection.report, inspection.view, inspection.norms),

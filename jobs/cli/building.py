@@ -1,4 +1,4 @@
-"""Verbs that compute: plan, build, here or on a cluster, and calibrate."""
+"""Verbs that compute: distill, plan, build, here or on a cluster, and calibrate."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import shlex
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -25,6 +26,35 @@ if TYPE_CHECKING:
 
 # Keys and addresses of stores; no names of profiles and files, which are on this machine alone.
 _PASSED = re.compile(r"(?!.*_(PROFILE|FILE|DIR)$)(AWS_|AZURE_STORAGE_|FSSPEC_|HF_(TOKEN|ENDPOINT)$)")
+
+
+def distill(
+    images: Annotated[str, typer.Argument(metavar="IMAGES", help="A folder of images, tars or Parquet.")],
+    cache: Annotated[str | None, typer.Option(help="Where the cache goes (IMAGES.teachercache).")] = None,
+    output: Annotated[
+        str | None, typer.Option("-o", "--output", help="Where the student goes (IMAGES.student).")
+    ] = None,
+    pretrained: Annotated[
+        bool, typer.Option("--pretrained/--random-weights", help="From the Hub, or random for a trial.")
+    ] = True,
+    build: Annotated[list[str] | None, typer.Option(help="KEY=VALUE for the cache; repeat it.")] = None,
+    train: Annotated[list[str] | None, typer.Option(help="KEY=VALUE for the student; repeat it.")] = None,
+    print_recipes: Annotated[bool, typer.Option("--print-recipes", help="Print both, and stop.")] = False,
+) -> None:
+    """From images to a student in one command; run it again to continue after any stop.
+
+    Teachers, views, batches and length follow from the device, the memory and the disk that there are. It
+    builds `photos_cache` and trains `photos_student`; with `--print-recipes` you see both as they will be.
+
+    Example: `teachercache distill ~/photos --build views.num_views=4 --train schedule.max_steps=500`
+    """
+    from teachercache.jobs.distill import choose, follow, in_yaml
+
+    recipes = choose(images, cache, output, pretrained, build or [], train or [])
+    if print_recipes:
+        typer.echo("---\n".join(in_yaml(*recipes).values()), nl=False)
+    elif follow(*recipes)[1].interrupted:
+        raise typer.Exit(128 + signal.SIGTERM)
 
 
 def plan(

@@ -44,23 +44,18 @@ def pca_maps(cache: FeatureCache, path: Path, num_samples: int = 3, seed: int = 
 def loss_curve(metrics: Path, path: Path) -> list[float]:
     """Draw the loss of a run's `metrics.jsonl`, whole and by teacher, to a PNG; returns the whole loss."""
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-    teachers = sorted({key.split("/")[1] for key in lines[0] if key.startswith("loss/")})
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
     steps = [line["step"] + 1 for line in lines]
     losses: list[float] = [line["loss"] for line in lines]
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
     axes.plot(steps, losses, color="black", linewidth=2, label="all teachers")
+    teachers = sorted({key.split("/")[1] for key in lines[0] if key.startswith("loss/")})
     for teacher, style in zip(teachers, cycle(("-", "--", ":", "-.")), strict=False):
-        terms = [
-            sum(value for key, value in line.items() if key.startswith(f"loss/{teacher}/")) for line in lines
-        ]
+        start = f"loss/{teacher}/"
+        terms = [sum(value for key, value in line.items() if key.startswith(start)) for line in lines]
         axes.plot(steps, terms, style, label=teacher)
-    axes.set(
-        xlabel="step",
-        ylabel="distillation loss",
-        title="Distillation loss, summed over levels",
-        ylim=(0, None),
-    )
+    title = "Distillation loss, summed over levels"
+    axes.set(xlabel="step", ylabel="distillation loss", title=title, ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=110)

@@ -24,9 +24,10 @@ def environment() -> dict[str, str]:
 
 
 def demo(folder: Path) -> str:
-    """What `python -m teachercache.jobs.demo --images images` prints in `folder`."""
+    """What `python -m teachercache.jobs.demo --images images` prints in `folder`, for steps of two images."""
+    keys = "--train", "global_batch_size=2", "--train", "batch_size_per_process=2"
     ran = subprocess.run(
-        [sys.executable, "-m", "teachercache.jobs.demo", "--images", "images"],
+        [sys.executable, "-m", "teachercache.jobs.demo", "--images", "images", *keys],
         cwd=folder,
         env=environment(),
         capture_output=True,
@@ -45,13 +46,14 @@ def written(*folders: Path) -> dict[Path, int]:
 
 
 def test_the_demo_makes_pictures_and_computes_once(tmp_path: Path) -> None:
-    names = ("a.jpg", "b/c.jpg", "new\nline.jpg")
+    names = ("a.jpg", "b/c.jpg", "d.jpg", "e.jpg", "new\nline.jpg")
     write_folder(tmp_path / "images", {name: encode(photo(64, 48, i)) for i, name in enumerate(names)})
 
     first = demo(tmp_path)
     (folder,) = (tmp_path / "demo").iterdir()
-    assert [path.name for path in sorted((folder / "images").iterdir())] == ["000_a.jpg", "001_c.jpg"]
-    assert "4 (2 images × 2 views)" in first
+    copies = [path.name for path in sorted((folder / "images").iterdir())]
+    assert copies == ["000_a.jpg", "001_c.jpg", "002_d.jpg", "003_e.jpg"]
+    assert "8 in 1 shards" in first
     for name in ("pca_maps.png", "loss.png"):
         with Image.open(folder / name) as picture:
             pixels = np.asarray(picture.convert("RGB"))
@@ -63,7 +65,7 @@ def test_the_demo_makes_pictures_and_computes_once(tmp_path: Path) -> None:
     second = demo(tmp_path)
     assert list((tmp_path / "demo").iterdir()) == [folder]
     assert written(folder / "cache", folder / "run" / "checkpoints") == computed
-    assert "it was complete already" in second
+    assert "Nothing to do: all" in second
     assert "No step was left to take." in second
 
     *_, last = second.splitlines()

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from benchmarks import trained
+from teachercache.cache_builder.build_recipe import BuildRecipe
 from teachercache.cache_builder.teachers import TeacherRecipe, build_teacher, resolve_teacher
-from teachercache.jobs.demo import build_recipe
+from teachercache.jobs.demo import teachers
+from teachercache.jobs.recipes import find_recipe
 from teachercache.pipeline.errors import TeacherInputError
-from teachercache.pipeline.terminal import Terminal
 
 needs_packages = pytest.mark.skipif(bool(trained.missing()), reason=trained.missing() or "all is installed")
 
@@ -65,14 +66,16 @@ def test_random_weights_have_no_positions_to_resample() -> None:
 
 def test_the_demo_takes_a_trained_teacher_beside_random_ones(tmp_path: Path) -> None:
     checkpoint = tmp_path / "with space, and comma.safetensors"
-    recipe = build_recipe(tmp_path, tmp_path / "images", False, checkpoint, Terminal())
-    random = build_recipe(tmp_path, tmp_path / "images", False, None, Terminal()).teachers
+    ours, random = (
+        find_recipe(BuildRecipe, "photos_cache", teachers(False, file)).teachers
+        for file in (checkpoint, None)
+    )
     trained_dinov2 = TeacherRecipe(preset="dinov2_small", checkpoint=str(checkpoint))
-    assert recipe.teachers == random | {"dinov2": trained_dinov2}
+    assert ours == random | {"dinov2": trained_dinov2}
 
 
-def test_the_random_dinov2_of_the_demo_differs_from_level_to_level(tmp_path: Path) -> None:
-    dinov2 = build_recipe(tmp_path, tmp_path / "images", False, None, Terminal()).teachers["dinov2"]
+def test_the_random_dinov2_of_the_demo_differs_from_level_to_level() -> None:
+    dinov2 = find_recipe(BuildRecipe, "photos_cache", teachers(False, None)).teachers["dinov2"]
     pixels = torch.randint(0, 256, (1, 3, 56, 56), dtype=torch.uint8)
     likeness = []
     for recipe in (dinov2, dinov2.model_copy(update={"layer_scale": None})):
