@@ -32,6 +32,8 @@ def client_options(url: str) -> dict[str, Any]:
 
         timeout = ClientTimeout(total=None, sock_connect=_HTTP_S, sock_read=_HTTP_S)
         return {"client_kwargs": {"timeout": timeout}}
+    if protocol == "hf":
+        return {"skip_instance_cache": True}  # it keeps the listings of all that were opened before
     if protocol not in ("s3", "s3a"):
         return stated
     with extra("s3"):
@@ -52,6 +54,9 @@ class RemoteStorage(Storage):
         self.url = url.rstrip("/")
         options = client_options(self.url)
         self.filesystem, self._root = fsspec.core.url_to_fs(self.url, use_listings_cache=False, **options)
+
+    def __reduce__(self) -> tuple[object, ...]:  # another process has its own threads and connections
+        return type(self), (self.url,)
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{safe_name(name)}"

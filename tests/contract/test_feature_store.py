@@ -167,6 +167,15 @@ def test_rows_of_remote_tars_are_asked_for_at_once(images: Path, monkeypatch: py
     assert asked == [6, 4]  # the two ends of three tars, then the rows
 
 
+def test_a_cache_on_an_object_store_goes_to_other_processes_after_it_was_read(images: Path) -> None:
+    location = f"memory://{uuid.uuid4().hex}"
+    make_cache(location, images)
+    cache = FeatureCache.open(location)
+    read = cache.read([3, 1])["alpha"].decode()
+    again = pickle.loads(pickle.dumps(cache))  # noqa: S301
+    assert torch.equal(again.read([3, 1])["alpha"].decode(), read)
+
+
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # webdataset leaves closing tars to the collector
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_plain_webdataset_reads_the_store(tmp_path: Path, images: Path) -> None:
