@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from teachercache.jobs.cli.terminal import CacheArgument, Images, console, counting
 
 if TYPE_CHECKING:
+    from teachercache.pipeline.cache import FeatureCache
     from teachercache.pipeline.rearranging.rearrangement import Rearrangement
 
 Output = Annotated[str, typer.Option("-o", "--output", metavar="PLACE", help="A folder or URL.")]
+Keys = Annotated[Path | None, typer.Option(help="A file with the key of a sample on each line.")]
+Fraction = Annotated[float | None, typer.Option(help="A random part of the samples.")]
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
+Teachers = Annotated[Any, typer.Option(parser=_names, metavar="A,B", help="Teachers to keep.")]
+Levels = Annotated[Any, typer.Option(parser=_numbers, metavar="0,-1", help="Levels to keep, from 0.")]
 
 
 def merge(
@@ -33,21 +48,21 @@ def merge(
 def subset(
     cache: CacheArgument,
     output: Output,
-    keys: Annotated[Path | None, typer.Option(help="A file with the key of a sample on each line.")] = None,
-    fraction: Annotated[float | None, typer.Option(help="A random part of the samples.")] = None,
+    keys: Keys = None,
+    fraction: Fraction = None,
     seed: Annotated[int, typer.Option(min=0, help="Which part.")] = 0,
-    teachers: Annotated[str, typer.Option(help="Teachers to keep, separated by commas.")] = "",
+    teachers: Teachers = None,
+    levels: Levels = None,
 ) -> None:
-    """Make a smaller cache of some samples, some teachers, or both; nothing is computed.
+    """Make a smaller cache of some samples, teachers or levels; nothing is computed.
 
     Example: `teachercache subset /data/cache -o /data/tenth --fraction 0.1 --teachers dinov2,sam`
     """
     from teachercache.pipeline.rearranging.subset import subset as take_subset
 
-    names = [name.strip() for name in teachers.split(",")] if teachers else None
     chosen = None if keys is None else [line for line in keys.read_text().splitlines() if line]
-    steps = take_subset(cache, output, keys=chosen, fraction=fraction, seed=seed, teachers=names)
-    _rearrange(steps, "packing")
+    choice = {"keys": chosen, "fraction": fraction, "teachers": teachers, "levels": levels}
+    _rearrange(take_subset(cache, output, seed=seed, **choice), "packing")
 
 
 def convert(
@@ -91,9 +106,13 @@ def convert(
 
 
 def _rearrange(steps: Rearrangement, doing: str) -> None:
-    with counting(doing, len(steps.steps)) as step:
-        cache = steps.run(step)
+    cache = fill(steps, doing)
     console.print(
         f"{cache.storage.url}: {cache.num_samples} samples, {cache.num_rows} rows of "
         f"{', '.join(cache.teachers)}; {len(steps.steps)} shards written",
     )
+
+
+def fill(steps: Rearrangement, doing: str = "laying out") -> FeatureCache:
+    with counting(doing, len(steps.steps)) as step:
+        return steps.run(step)

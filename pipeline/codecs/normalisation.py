@@ -26,6 +26,7 @@ from teachercache.pipeline.codecs.quantizer import take
 from teachercache.pipeline.errors import CodecError
 
 SIGN_SEED = 0
+LEVEL_TABLES = ("mean", "std", "rotation")  # those that have an entry for each level
 SMALLEST_STD = 1e-12
 # A channel that hardly varies in the calibration sample is not blown up to match the others: it may vary
 # later. At 1/√C of the others' std it then takes half of its token's energy, and costs √2 in the error.

@@ -11,9 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from teachercache.pipeline.cache import FeatureCache
+from teachercache.pipeline.places.local_storage import LocalStorage
 from teachercache.pipeline.rearranging.rearrangement import Step
 from teachercache.pipeline.records.manifest import CommitRecord, FileRecord, QuarantineEntry
 from teachercache.pipeline.records.spec import IMAGES
+from teachercache.pipeline.stores.feature_store import GLOBAL_FEATURE
 from teachercache.pipeline.stores.image_tar import ImageTarWriter
 
 _BATCH_NBYTES = 1 << 26
@@ -83,10 +85,19 @@ def packed_shards(source: FeatureCache, target: FeatureCache, chosen: Ints) -> I
 def write_rows(
     source: FeatureCache, target: FeatureCache, teacher: str, shard: int, old: Ints, invalid: set[int]
 ) -> dict[str, FileRecord]:
-    """Write rows `old` of `source`, except invalid ones, as a shard of `target`, without decoding."""
-    for old_shard in np.unique(old // source.spec.rows_per_shard).tolist():
-        source.shards[teacher].require_sound(old_shard)  # or the new checksum would cover damaged bytes
+    """Write rows `old` of `source`, except invalid ones, as a shard of `target`, without decoding.
+
+    Of their levels, those whose blocks `target` has.
+    """
+    shards, old_shards = source.shards[teacher], np.unique(old // source.spec.rows_per_shard).tolist()
+    if isinstance(source.storage, LocalStorage):
+        for old_shard in old_shards:
+            shards.require_sound(old_shard)  # or the new checksum would cover damaged bytes
+    else:  # that would fetch them all: a row that is read is compared with its own checksum
+        shards.require_ends(old_shards)
     layouts = source.layouts(teacher)
+    ours, theirs = (cache.spec.teachers[teacher].block_indices for cache in (target, source))
+    kept = [level for level, block in enumerate(theirs) if block in ours]
     row_nbytes = sum(layout.row_nbytes for layout in layouts.values())
     valid = np.array([place for place, row in enumerate(old.tolist()) if row not in invalid], np.int64)
     with target.store.write_shard(teacher, shard) as writer:
@@ -94,6 +105,8 @@ def write_rows(
             arrays = {name: layout.empty(len(places)) for name, layout in layouts.items()}
             if len(places):
                 source.store.read(teacher, old[places], arrays)
+                if len(ours) < len(theirs):
+                    arrays |= {name: arrays[name][:, kept] for name in arrays if name != GLOBAL_FEATURE}
                 writer.write(places.tolist(), arrays)
         return writer.publish()
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +14,6 @@ from numpy.typing import NDArray
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import AlreadyCommittedError, CacheMismatchError
 from teachercache.pipeline.places.open_storage import open_storage
-from teachercache.pipeline.places.storage import Storage
 from teachercache.pipeline.places.whole_or_nothing import room_at, whole_or_nothing
 from teachercache.pipeline.records.manifest import SAMPLES_NAME, SPEC_NAME, VIEWS_NAME, Manifest, tables_name
 from teachercache.pipeline.records.spec import IMAGES, CacheSpec
@@ -57,48 +57,50 @@ class Rearrangement:
 
 
 def lay_out(
-    out: str, spec: CacheSpec, sources: Sequence[FeatureCache], samples: pa.Table, views: pa.Table
+    out: str,
+    spec: CacheSpec,
+    sources: Sequence[FeatureCache],
+    samples: pa.Table,
+    views: pa.Table,
+    codec_tables: Mapping[str, bytes] = MappingProxyType({}),
 ) -> FeatureCache:
-    """The new cache, empty or as complete as an earlier run left it."""
+    """The new cache, empty or as complete as an earlier run left it.
+
+    `codec_tables` of teachers by name, where they are not those of the first source.
+    """
     storage = open_storage(out)
     with room_at(storage.url), storage.exclusive(SPEC_NAME):
-        return _begin(storage, spec, sources, samples, views)
-
-
-def _begin(
-    storage: Storage, spec: CacheSpec, sources: Sequence[FeatureCache], samples: pa.Table, views: pa.Table
-) -> FeatureCache:
-    manifest = Manifest(storage)
-    if manifest.exists():
-        existing = manifest.spec()
-        if (existing.cache_id, existing.store) != (spec.cache_id, spec.store):
-            raise CacheMismatchError(
-                "Another cache is at this path.",
-                got=f"{storage.url}: {existing.store}, cache_id {existing.cache_id}",
-                expected=f"nothing, or the beginning of this very cache: {spec.store}, {spec.cache_id}",
-                do="choose another place (-o …)",
-            )
-        return FeatureCache(storage, existing)
-    target = FeatureCache(storage, spec)
-    for name in (*spec.teachers, IMAGES):
-        if left := manifest.committed_shards(name):
-            raise CacheMismatchError(
-                "Shards of another cache are at this path.",
-                got=f"{len(left)} commit records of {name} in {storage.url}, without {SPEC_NAME}",
-                expected="nothing, or the beginning of this very cache",
-                do="choose another place (-o …)",
-            )
-    layouts = [file for name in (*spec.teachers, None) for file in target.store.layout_files(name)]
-    new = [SPEC_NAME, SAMPLES_NAME, VIEWS_NAME, *map(tables_name, spec.teachers), *layouts]
-    with whole_or_nothing(storage, new):
-        for name in spec.teachers:
-            tables = tables_name(name)
-            if sources[0].storage.exists(tables):
-                storage.write(tables, sources[0].storage.read(tables))
-            target.store.create(name)
-        target.store.create(None)
-        manifest.create(spec, samples.slice(0, spec.dataset.num_samples), views.slice(0, spec.num_rows))
-    return target
+        manifest = Manifest(storage)
+        if manifest.exists():
+            existing = manifest.spec()
+            if (existing.cache_id, existing.store) != (spec.cache_id, spec.store):
+                raise CacheMismatchError(
+                    "Another cache is at this path.",
+                    got=f"{storage.url}: {existing.store}, cache_id {existing.cache_id}",
+                    expected=f"nothing, or the beginning of this very cache: {spec.store}, {spec.cache_id}",
+                    do="choose another place (-o …)",
+                )
+            return FeatureCache(storage, existing)
+        target = FeatureCache(storage, spec)
+        for name in (*spec.teachers, IMAGES):
+            if left := manifest.committed_shards(name):
+                raise CacheMismatchError(
+                    "Shards of another cache are at this path.",
+                    got=f"{len(left)} commit records of {name} in {storage.url}, without {SPEC_NAME}",
+                    expected="nothing, or the beginning of this very cache",
+                    do="choose another place (-o …)",
+                )
+        layouts = [file for name in (*spec.teachers, None) for file in target.store.layout_files(name)]
+        new = [SPEC_NAME, SAMPLES_NAME, VIEWS_NAME, *map(tables_name, spec.teachers), *layouts]
+        with whole_or_nothing(storage, new):
+            for name in spec.teachers:
+                tables = tables_name(name)
+                if sources[0].storage.exists(tables):
+                    storage.write(tables, codec_tables.get(name) or sources[0].storage.read(tables))
+                target.store.create(name)
+            target.store.create(None)
+            manifest.create(spec, samples.slice(0, spec.dataset.num_samples), views.slice(0, spec.num_rows))
+        return target
 
 
 def labels_hash_of(sources: Sequence[FeatureCache], samples: pa.Table) -> str | None:

@@ -1,4 +1,4 @@
-"""Make a cache of some samples and teachers of another."""
+"""Make a cache of some samples, teachers and levels of another."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import safetensors.torch
+import xxhash
 from numpy.typing import NDArray
 
 from teachercache.pipeline.cache import FeatureCache
+from teachercache.pipeline.codecs.normalisation import LEVEL_TABLES
 from teachercache.pipeline.errors import CacheError
 from teachercache.pipeline.loading.sampler import random_samples
 from teachercache.pipeline.rearranging.packed_shards import packed_shards
@@ -22,7 +25,7 @@ from teachercache.pipeline.rearranging.rearrangement import (
 )
 from teachercache.pipeline.rearranging.whole_shards import whole_shards
 from teachercache.pipeline.records.rows import divide_views
-from teachercache.pipeline.records.spec import Segment
+from teachercache.pipeline.records.spec import Segment, TeacherSpec
 from teachercache.pipeline.records.tables import dataset_fingerprint, views_hash
 
 Ints = NDArray[np.int64]
@@ -36,18 +39,25 @@ def subset(
     fraction: float | None = None,
     seed: int = 0,
     teachers: Sequence[str] | None = None,
+    levels: Sequence[int] | None = None,
 ) -> Rearrangement:
-    """A cache of some samples (those of `keys`, or a random `fraction`) and some teachers of another.
+    """A cache of some samples (those of `keys`, or a random `fraction`), teachers and levels of another.
 
-    A smaller fraction with the same seed is a subset of a larger one. Without a choice of samples, shards
-    stay as they are; otherwise their rows are packed into new ones. A shard whose rows are not all committed
-    in the cache is left out; run the same command again once they are.
+    A smaller fraction with the same seed is a subset of a larger one. `levels` are counted from 0, or from
+    the end as -1. Without a choice of samples or levels, shards stay as they are; otherwise their rows are
+    packed into new ones. A shard whose rows are not all committed in the cache is left out; run the same
+    command again once they are. Raises `CacheError` for what the cache does not hold.
     """
     source = FeatureCache.open(url, checksums=True)
     names = source.check_teachers(teachers)
     kept = {name: source.spec.teachers[name] for name in names}
     fidelity = {name: value for name, value in source.spec.fidelity.items() if name in kept}
-    if keys is None and fraction is None:
+    tables = dict[str, bytes]()
+    if levels is not None:
+        fidelity = {}  # it is of all levels together
+        for name in names:
+            kept[name], tables[name] = _of_levels(source, name, levels)
+    if keys is None and fraction is None and levels is None:
         spec = source.spec.changed(teachers=kept, fidelity=fidelity)
         target = lay_out(out, spec, [source], source.samples, source.manifest.views(source.spec))
         return Rearrangement(target.storage.url, whole_shards(source, target, 0))
@@ -81,8 +91,33 @@ def subset(
         }
     )
     spec = source.spec.changed(dataset=dataset, segments=tuple(segments), teachers=kept, fidelity=fidelity)
-    target = lay_out(out, spec, [source], samples, pa.concat_tables(views))
+    target = lay_out(out, spec, [source], samples, pa.concat_tables(views), tables)
     return Rearrangement(target.storage.url, list(packed_shards(source, target, chosen)))
+
+
+def _of_levels(source: FeatureCache, name: str, levels: Sequence[int]) -> tuple[TeacherSpec, bytes]:
+    """A teacher with these levels alone, and its codec's tables for them (empty if it has none)."""
+    spec, features = source.spec.teachers[name], source.features[name]
+    single = range(-spec.num_levels, spec.num_levels)
+    if any(layout.axes[0] != "level" for layout in features.feature_layouts.values()):
+        single = range(0)
+    if not levels or not {*levels} <= {*single}:
+        raise CacheError(
+            f"Teacher {name} has no such levels by themselves.",
+            got=", ".join(map(str, levels)) or "none",
+            expected=f"some of 0…{spec.num_levels - 1}"
+            if single
+            else f"all: {spec.codec} codes them together",
+            do="choose other levels, or take all levels of this teacher",
+        )
+    numbers = sorted({level % spec.num_levels for level in levels})
+    changes: dict[str, object] = {"block_indices": tuple(spec.block_indices[number] for number in numbers)}
+    data = b""
+    if tables := features.codec.state():
+        tables |= {table: tables[table][numbers] for table in LEVEL_TABLES if table in tables}
+        data = safetensors.torch.save(tables)
+        changes["tables_hash"] = xxhash.xxh3_128_hexdigest(data)
+    return spec.model_copy(update=changes), data
 
 
 def _chosen(source: FeatureCache, keys: Iterable[str] | None, fraction: float | None, seed: int) -> Ints:
@@ -102,9 +137,10 @@ def _chosen(source: FeatureCache, keys: Iterable[str] | None, fraction: float | 
                 do=f"did you mean {near[0]}?" if near else "give whole keys, one per line",
             )
         chosen = np.sort(places.to_numpy())
-    else:
-        assert fraction is not None
+    elif fraction is not None:
         chosen = random_samples(source.num_samples, fraction if 0 < fraction <= 1 else 0, seed)
+    else:
+        chosen = np.arange(source.num_samples)
     if not chosen.size:
         raise CacheError(
             "This subset would be empty.",

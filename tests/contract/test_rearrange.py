@@ -16,16 +16,18 @@ import pytest
 import safetensors.torch
 import torch
 import webdataset
+import xxhash
 from rich.console import Console
 
 from teachercache import FeatureCache, build, render_view
+from teachercache.pipeline.codecs import get_codec
 from teachercache.pipeline.errors import CacheError, CacheMismatchError, CorruptShardError
 from teachercache.pipeline.rearranging.convert import convert
 from teachercache.pipeline.rearranging.merge import merge
 from teachercache.pipeline.rearranging.rearrangement import Rearrangement
 from teachercache.pipeline.rearranging.subset import subset
 from teachercache.pipeline.rearranging.theia import export_theia
-from teachercache.pipeline.records.manifest import QuarantineEntry
+from teachercache.pipeline.records.manifest import QuarantineEntry, tables_name
 from teachercache.pipeline.records.spec import StoreKind
 from teachercache.pipeline.sources.place import Place
 from teachercache.pipeline.verify import strays, verify
@@ -141,6 +143,40 @@ def test_a_webdataset_cache_is_built_and_converted(tmp_path: Path) -> None:
         build(build_recipe(tmp_path / "converted", images, store="webdataset", images="copy"), QUIET).shards
         == 0
     )
+
+
+@pytest.mark.parametrize("codec", ["bf16", "int4-hadamard", "int4-phi-s"])
+def test_levels_by_themselves_are_what_they_were_among_all(tmp_path: Path, codec: str) -> None:
+    tables = safetensors.torch.save(get_codec(codec).calibrate(torch.randn(2, 4, 2, 2, 8)).state())
+    spec = teacher_spec(codec=codec, cls_token=True)
+    spec = spec.model_copy(update={"tables_hash": xxhash.xxh3_128_hexdigest(tables)})
+    images = make_images(tmp_path / "images", 4)
+    cache = make_cache(tmp_path / "cache", images, teachers={"t": spec})
+    cache.storage.write(tables_name("t"), tables)
+    part = subset(cache.storage.url, str(tmp_path / "part"), levels=[-1, 1]).run()
+    assert_sound(part)
+    assert part.spec.teachers["t"].block_indices == (1, 3)
+    rows = part.index.rows([0, 1, 3], 1)
+    assert torch.equal(part.feature_maps("t", rows), cache.feature_maps("t", rows)[:, [1, 3]])
+    assert torch.equal(part.read_tokens(rows, "t", "cls"), cache.read_tokens(rows, "t", "cls")[:, [1, 3]])
+
+
+@pytest.mark.parametrize(
+    ("codec", "levels", "expected"),
+    [
+        ("f16", [4], "some of 0…3"),
+        ("f16", [], "some of 0…3"),
+        ("int4-dct", [0], "all: int4-dct codes them together"),
+    ],
+)
+def test_levels_that_are_not_there_by_themselves_are_refused(
+    tmp_path: Path, codec: str, levels: list[int], expected: str
+) -> None:
+    teachers = {"t": teacher_spec(width=16, codec=codec)}
+    cache = make_cache(tmp_path / "cache", make_images(tmp_path / "images", 2), teachers=teachers)
+    with pytest.raises(CacheError, match=f"(?s)t has no such levels.*{expected}"):
+        subset(cache.storage.url, str(tmp_path / "part"), levels=levels)
+    assert not (tmp_path / "part").exists()
 
 
 @pytest.mark.parametrize("store", ["zarr", "webdataset"])
