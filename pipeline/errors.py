@@ -26,7 +26,8 @@
     │   └── BuildInterruptedError             a signal or a hang ended the build; the same command continues
     ├── MissingExtraError (ImportError)       a package that an extra of `pip install` brings
     ├── TrainingError (FloatingPointError)    a loss that is no longer finite
-    └── CheckpointError                       a checkpoint that does not fit the run
+    ├── CheckpointError                       a checkpoint that does not fit the run
+    └── LicenceError                          a public push of what a teacher's licence restricts
 
 A message says what was got, what was expected and what to do: `explain()` gives it that form.
 """
@@ -253,3 +254,7 @@ class TrainingError(TeacherCacheError, FloatingPointError):
 
 class CheckpointError(TeacherCacheError):
     """A checkpoint that is missing, damaged or from another run, or a folder that another run writes to."""
+
+
+class LicenceError(TeacherCacheError):
+    """A public push of what the licences that it comes from do not simply let everybody have."""

@@ -22,6 +22,7 @@ import numpy as np
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.codecs import get_codec
 from teachercache.pipeline.errors import CacheError, in_a_line
+from teachercache.pipeline.places.hub_storage import BESIDE
 from teachercache.pipeline.places.locks import LOCK_SUFFIX
 from teachercache.pipeline.places.processes import TEMPORARY_SUFFIX, is_abandoned, is_stale
 from teachercache.pipeline.places.storage import Storage
@@ -197,7 +198,7 @@ def strays(cache: FeatureCache) -> list[str]:
     """
     found = [name for name, _ in cache.storage.walk() if not _in_use(cache.storage, name)]
     cache = cache.reopened()
-    known = {SPEC_NAME, SAMPLES_NAME, VIEWS_NAME, *cache.store.layout_files(None)}
+    known = {SPEC_NAME, SAMPLES_NAME, VIEWS_NAME, *BESIDE, *cache.store.layout_files(None)}
     for teacher in cache.teachers:
         known |= {tables_name(teacher), *cache.store.layout_files(teacher)}
     for teacher in cache.spec.teachers_and_images:

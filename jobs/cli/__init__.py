@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from teachercache.jobs.cli import building, inspection, integrity, listing, rearranging, students
+from teachercache.jobs.cli import building, inspection, integrity, listing, rearranging, sharing, students
 from teachercache.jobs.launch import run
 
 app = typer.Typer(
@@ -23,11 +23,12 @@ VERBS = {
     "Build a cache": (building.plan, building.build, building.submit, building.calibrate),
     "Check and mend a cache": (integrity.verify, integrity.repair),
     "Look at a cache": (inspection.inspect, inspection.report, inspection.view, inspection.norms),
-    "Train a student": (students.train, students.remove_teacher, students.push, students.import_reference),
+    "Train a student": (students.train, students.remove_teacher, students.import_reference),
     "Measure a student": (
         *(students.evaluate, students.repsim, students.probe, students.depth_probe, students.figure),
     ),
     "Rearrange caches": (rearranging.merge, rearranging.subset, rearranging.convert),
+    "Share on the Hugging Face Hub": (sharing.push, sharing.push_cache, sharing.pull),
     "What there is": (
         *(listing.recipes, listing.presets, listing.codecs, listing.help_keys),
         *(students.datasets,),

@@ -320,24 +320,6 @@ def figure(
     console.print(output, soft_wrap=True, markup=False)
 
 
-def push(
-    student: StudentArgument,
-    repository: Annotated[
-        str, typer.Argument(metavar="REPOSITORY", help="user/name on the Hub; made if it is not there.")
-    ],
-    private: Annotated[bool, typer.Option("--private", help="Make a repository that only you see.")] = False,
-) -> None:
-    """Upload a student with its model card to the Hugging Face Hub, from where `load_student` loads it.
-
-    Log in first: `hf auth login`, or set HF_TOKEN.
-
-    Example: `teachercache push runs/base/student user/sak-base --private`
-    """
-    from teachercache.student import push_to_hub
-
-    console.print(push_to_hub(student, repository, private=private))
-
-
 def import_reference(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A .pth of SAK's authors' code.")],
     output: Annotated[

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from teachercache.pipeline.places.hub_storage import PROTOCOL, HubStorage
 from teachercache.pipeline.places.local_storage import LocalStorage
 from teachercache.pipeline.places.remote_storage import RemoteStorage
 from teachercache.pipeline.places.storage import Storage
@@ -13,5 +14,5 @@ def open_storage(url: str | os.PathLike[str]) -> Storage:
     """The storage at a local path or an fsspec URL."""
     text = os.fspath(url)
     if "://" in text and not text.startswith("file://"):
-        return RemoteStorage(text)
+        return HubStorage(text) if text.startswith(PROTOCOL) else RemoteStorage(text)
     return LocalStorage(text.removeprefix("file://"))

@@ -32,8 +32,10 @@ class Storage(Lockable):
     """A folder of whole files. Names are relative POSIX paths and cannot leave the folder.
 
     A read that fails temporarily is repeated (`retrying`), and raises `StorageError`, with the file's name,
-    when it keeps failing.
+    when it keeps failing. `if_absent`: what to do where there is no cache.
     """
+
+    if_absent = "check the path, or build the cache first"
 
     def open_read(self, name: str) -> IO[bytes]:
         return io.BufferedReader(RereadFile(lambda: self._open(name), f"{self.url}/{name}"))
@@ -153,5 +155,6 @@ def first_contact(storage: Storage) -> Iterator[None]:
             "This place cannot be read.",
             got=f"{type(error).__name__}: {error}",
             expected=f"{storage.url}, reachable and readable with your credentials",
-            do="check the URL; for s3:// also AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL",
+            do="check the URL; for s3:// also AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL, "
+            "for hf:// HF_TOKEN",
         ) from error

@@ -172,7 +172,7 @@ class Manifest:
                 "There is no cache here.",
                 got=f"{self.storage.url} without a {SPEC_NAME}",
                 expected="a folder or URL that `teachercache build` has written to",
-                do="check the path, or build the cache first",
+                do=self.storage.if_absent,
             ) from error
         spec = _parse(CacheSpec, SPEC_NAME, data)
         check_limits(spec)

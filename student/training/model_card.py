@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path, PurePosixPath
+from string import Template
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from teachercache.student.hub import CARD_FILE
+from teachercache.pipeline.places.hub_storage import CARD_FILE
+from teachercache.pipeline.sharing.licences import card_header, licence_of, licence_rows
 from teachercache.student.models.student import Student
 from teachercache.student.saving import replacing
 
@@ -26,11 +28,7 @@ def write_model_card(
 ) -> None:
     """Write `folder`/README.md: what the student gives, how to use it, and how it came to be."""
     height, width = student.image_size
-    head = {
-        "library_name": "teachercache",
-        "pipeline_tag": "image-feature-extraction",
-        "tags": ["knowledge-distillation", "multi-task-learning", student.kind],
-    }
+    licences = {name: licence_of(cache.spec.teachers.get(name)) for name in student.teachers}
     gives = (
         f"{{task: (B, channels, {height}, {width})}} for {', '.join(student.tasks)}"
         if student.tasks
@@ -39,35 +37,21 @@ def write_model_card(
     loss = "" if result.last_loss is None else f", last loss {result.last_loss:.4f}"
     found = [f"{one.mean:.4f} to {name}" for name, one in result.similarity.items()]
     loss += f", similarity on held-out images {' and '.join(found)}" if found else ""
-    text = f"""---
-{yaml.safe_dump(head, sort_keys=False)}---
-# {student.kind.upper()}, {student.config["stem"]}
-
-```python
-from teachercache import load_student
-
-student = load_student("THIS_FOLDER_OR_REPOSITORY")
-output = student(student.normalize(images))  # uint8 (B, 3, {height}, {width}) → {gives}
-```
-
-## Teachers
-
-{_teachers(student, cache)}
-
-## Training
-
-{result.steps:,} steps{loss}, from {cache.num_samples:,} images in {cache.num_views} views each (cache
-`{cache.spec.cache_id}`). The recipe:
-
-```yaml
-{yaml.safe_dump(recipe_for_card(recipe), sort_keys=False)}```
-
-| part | parameters |
-|---|---|
-{_parts(student)}
-
-The licences of the teachers' weights apply to what was distilled from them: see their model cards.
-"""
+    text = Template(Path(__file__).with_name("model_card.md.template").read_text()).substitute(
+        kind=student.kind,
+        header=card_header(licences),
+        name=f"{student.kind.upper()}, {student.config['stem']}",
+        height=height,
+        width=width,
+        gives=gives,
+        teachers=_teachers(student, cache),
+        steps=f"{result.steps:,} steps{loss}",
+        images=f"{cache.num_samples:,} images in {cache.num_views} views each",
+        cache_id=cache.spec.cache_id,
+        recipe=yaml.safe_dump(recipe_for_card(recipe), sort_keys=False),
+        parts=_parts(student),
+        licences=licence_rows(licences),
+    )
     with replacing(folder / CARD_FILE) as file:
         file.write_text(text)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -15,7 +16,8 @@ from huggingface_hub import HfApi
 from typer.testing import CliRunner
 
 from teachercache.jobs.cli import app
-from teachercache.pipeline.errors import CheckpointError, RecipeError
+from teachercache.pipeline.errors import CheckpointError, LicenceError, RecipeError
+from teachercache.pipeline.sharing.licences import card_header
 from teachercache.student import build_student, hub, load_student, push_to_hub
 
 
@@ -84,6 +86,20 @@ def test_a_student_without_weights_is_not_pushed(
     (tmp_path / "config.json").write_bytes((saved / "config.json").read_bytes())
     with pytest.raises(CheckpointError, match=r"no model\.safetensors"):
         push_to_hub(tmp_path, "me/sak")
+
+
+def test_a_student_is_public_only_where_the_licences_in_its_card_let_it(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "HfApi", partial(HfApi, endpoint="http://127.0.0.1:9", token="none"))
+    shutil.copytree(saved, tmp_path / "student")
+    header = card_header({"a": "mit", "dinov3": "dinov3-license"})
+    (tmp_path / "student" / "README.md").write_text(f"---\n{header}---\n# A student\n")
+    with pytest.raises(LicenceError, match="dinov3 is under dinov3-license"):
+        push_to_hub(tmp_path / "student", "me/sak")
+    for rights in ({"private": True}, {"accept_licences": True}):
+        with pytest.raises(CheckpointError, match="not pushed to me/sak"):
+            push_to_hub(tmp_path / "student", "me/sak", **rights)
 
 
 def test_to_share_a_student_takes_neither_cache_nor_ray_nor_teachers() -> None:

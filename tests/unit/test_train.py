@@ -280,6 +280,8 @@ def test_a_finished_student_says_what_it_is(finished: Path) -> None:
     card = (finished / "student/README.md").read_text()
     _, head, text = card.split("---\n", 2)
     assert "sak" in yaml.safe_load(head)["tags"]
+    assert set(yaml.safe_load(head)["teacher_licences"].values()) == {"random weights"}
+    assert "| alpha | [random weights](#licences) |" in text
     assert "8 steps" in text
     assert "alpha: none, random weights" in text
     recipe = text.split("```yaml\n")[1].split("```")[0]
