@@ -122,8 +122,14 @@ class ShardBatches(ShardShuffleSampler):
     ) -> None:
         if rank is None and dist.is_available() and dist.is_initialized():
             rank, world_size = dist.get_rank(), dist.get_world_size()
-        ranked = {"rank": rank or 0, "world_size": world_size}
-        super().__init__(data.cache, data.teachers, batch_size_per_process=batch_size, seed=seed, **ranked)
+        super().__init__(
+            data.cache,
+            data.teachers,
+            batch_size_per_process=batch_size,
+            seed=seed,
+            rank=rank or 0,
+            world_size=world_size,
+        )
         self._rows, self._epoch = data.rows, 0
 
     def set_epoch(self, epoch: int) -> None:

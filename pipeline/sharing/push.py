@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import DatasetInfo, HfApi
 
@@ -54,7 +55,8 @@ def push_cache(
     pushed = run(subset(cache, str(folder), teachers=kept, levels=levels, fraction=fraction))
     for name, text in cards(pushed, repository).items():
         (folder / name).write_text(text)
-    api, place = HfApi(), {"repo_id": repository, "repo_type": "dataset"}
+    api = HfApi()
+    place: dict[str, Any] = {"repo_id": repository, "repo_type": "dataset"}
     with pushing("cache", repository, CacheError):
         address = str(api.create_repo(**place, private=private, exist_ok=True))
         _require_own(api.dataset_info(repository), pushed, private)

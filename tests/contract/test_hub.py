@@ -17,7 +17,7 @@ import torch
 import xarray
 import yaml
 import zarr
-from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars
 from typer.testing import CliRunner
 
 from teachercache.jobs.cli import app

@@ -320,7 +320,7 @@ def test_token_features_beyond_their_dtype_are_refused(tmp_path: Path, images: P
     assert _tokens(single, **tokens)[name].max() == 7e4
     stored, moments = _tokens(half, **tokens), FeatureMoments.empty(1, 3)
     with pytest.raises(CodecError, match=f"bf16 cannot hold these {name} features(.|\n)*choose f32"):
-        Computed(get_codec("bf16"), stored, _finite(stored), moments).arrays()
+        Computed(get_codec("bf16"), stored, {**_finite(stored)}, moments).arrays()
 
 
 @pytest.mark.parametrize(

@@ -163,9 +163,8 @@ def test_a_cache_to_validate_on_differs_in_its_images_alone(
     whole: Path, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     images = make_images(tmp_path / "images", 3, seed=changes.pop("seed", 1))
-    make_cache(
-        tmp_path / "other", images, **{"teachers": {"alpha": teacher_spec()}, "num_views": 1} | changes
-    )
+    usual: dict[str, Any] = {"teachers": {"alpha": teacher_spec()}, "num_views": 1}
+    make_cache(tmp_path / "other", images, **usual | changes)
     recipe = train_recipe(whole, tmp_path / "run", validation={"cache": str(tmp_path / "other")})
     with pytest.raises(TeacherCacheError, match=message) as error:
         train(recipe)
