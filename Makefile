@@ -34,19 +34,25 @@ check: .venv/installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-# Two suites, a core each. Tests of real processes and servers wait for each other: one that a busy machine broke passes
-# when it runs again, a defect fails. Status 1 is "some failed"; anything else (a crash, an interrupt) is final.
+# Two suites side by side, a core each; then that of processes that wait for each other. What failed runs once more, alone:
+# a test that a busy machine broke then passes, a defect fails again. Status 1 is "some failed"; any other ends it all.
 test: check
 	rm -rf .pytest_cache
-	$(MAKE) --no-print-directory --jobs 2 suite-of-parts suite-of-processes
+	$(MAKE) --no-print-directory --jobs 2 suite-of-parts suite-of-commands
+	$(MAKE) --no-print-directory suite-of-processes
+	$(MAKE) --no-print-directory again-parts again-commands again-processes
 
-suite-of-parts: FOLDERS := tests --ignore tests/e2e --ignore tests/distributed
-suite-of-processes: FOLDERS := tests/e2e tests/distributed
-suite-of-%: export OMP_NUM_THREADS := 1
-suite-of-%: PYTEST = $(BIN)/python -m pytest $(FOLDERS) -o cache_dir=.pytest_cache/$*
+suite-of-parts again-parts: FOLDERS := tests --ignore tests/e2e --ignore tests/distributed
+suite-of-commands again-commands: FOLDERS := tests/e2e
+suite-of-processes again-processes: FOLDERS := tests/distributed
+suite-of-parts suite-of-commands: export OMP_NUM_THREADS := 1
+suite-of-% again-%: PYTEST = $(BIN)/python -m pytest $(FOLDERS) -o cache_dir=.pytest_cache/$*
+
 suite-of-%:
-	$(PYTEST) || { [ $$? = 1 ] && \
-	echo "== what failed runs once more ==" && $(PYTEST) --last-failed --last-failed-no-failures none; }
+	$(PYTEST) || [ $$? = 1 ]
+
+again-%:
+	[ ! -f .pytest_cache/$*/v/cache/lastfailed ] || $(PYTEST) --last-failed
 
 clean:
 	rm -rf .venv demo
