@@ -35,7 +35,7 @@ from teachercache.pipeline.verify import verify
 from tests.make_cache import build_recipe, make_images
 
 TINY = "grounding-dino-of-tests"
-SWIN = {"embed_dim": 8, "depths": (1, 1, 2, 1), "num_heads": (1, 2, 4, 8), "window_size": 4}
+SWIN = (8, (1, 1, 2, 1), (1, 2, 4, 8), 4, 224)  # as of `module._SWINS`
 STRIDES = (8, 16, 32, 64)
 STAGES = "model.backbone.conv_encoder.model.swin.encoder.layers"
 REAL = ["grounding_dino_tiny", "grounding_dino_base"]
