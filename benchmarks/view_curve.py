@@ -459,7 +459,7 @@ def of_the_way(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
 
 def draw(results: Mapping[str, Any], file: Path) -> None:
     """Similarity against bytes, a panel for each length."""
-    figure, axes = plt.subplots(1, len(LENGTHS), figsize=(13, 5), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, len(LENGTHS), figsize=(13, 5), layout="constrained")
     kinds = {"plain": "o-", "wide": "s", "flips, jitter": "^", "other codes": "x", CEILING: "--"}
     for axis, length in zip(axes, LENGTHS, strict=True):
         groups: dict[str, list[tuple[float, float, float]]] = {kind: [] for kind in kinds}
