@@ -154,12 +154,13 @@ def submit(
 
     Example: `teachercache submit imagenet1k_vitl source.path=s3://bucket/train cache=s3://bucket/cache`
     """
-    from ray.exceptions import RayError
-    from ray.job_submission import JobSubmissionClient
-
     from teachercache.cache_builder.build_recipe import BuildRecipe
     from teachercache.jobs.recipes import SHIPPED, find_recipe
-    from teachercache.pipeline.errors import BuildError
+    from teachercache.pipeline.errors import BuildError, extra
+
+    with extra("build"):
+        from ray.exceptions import RayError
+        from ray.job_submission import JobSubmissionClient
 
     find_recipe(BuildRecipe, recipe, overrides or [])
     root = Path(teachercache.__file__).parents[1]
