@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
-
 from teachercache.pipeline.cache import FeatureCache
-from teachercache.pipeline.errors import RecipeError
+from teachercache.pipeline.errors import RecipeError, extra
 from teachercache.pipeline.records.manifest import SPEC_NAME
+
+with extra("train"):
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
 
 PICTURES: dict[str, dict[str, Any]] = {"tensorboard": {"dataformats": "NHWC"}, "wandb": {}, "swanlab": {}}
 """Arguments of `log_images`, of trackers that take pictures (N, H, W, 3) uint8 by tag."""

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from teachercache import build_student
 from teachercache.jobs.cli import app
 from teachercache.pipeline.cache import FeatureCache
-from teachercache.pipeline.errors import RecipeError
+from teachercache.pipeline.errors import RecipeError, UnknownKeyError
 from teachercache.pipeline.exploring.feature_pictures import heat, range_words, token_norms
 from teachercache.student.measuring.figures import norm_figure
 from tests.make_cache import make_cache, make_images
@@ -65,7 +65,7 @@ def test_maps_are_norms_and_norms_of_differences(cache: FeatureCache, level: int
 
 
 def test_what_cannot_be_drawn_is_refused(cache: FeatureCache) -> None:
-    with pytest.raises(RecipeError, match="no sample 'image_9'"):
+    with pytest.raises(UnknownKeyError, match="No sample has this key"):
         norm_figure(cache, ("image_000", "image_9"))
     with pytest.raises(RecipeError, match="no such level"):
         norm_figure(cache, KEYS, level=4)

@@ -193,7 +193,6 @@ NEED = {
     "build build.yaml cache=another runner.kind=ray": "ray build",
     "plan build.yaml cache=another teachers=[grounding_dino_tiny]": "transformers grounding-dino",
     "train sak_stage1_base cache=cache output=another": "matplotlib train",
-    "repsim student cache": "accelerate train",
     "probe cache cache": "accelerate train",
     "depth-probe student nyud data": "accelerate train",
     "norms cache one two": "accelerate train",
