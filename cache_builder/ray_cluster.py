@@ -51,6 +51,9 @@ class Head:
         return time.monotonic() - self._heard > _HEAD_TIMEOUT_S
 
 
+_GUARDED = "it wants another token"
+
+
 def connect() -> bool:
     """Join the cluster of this job or machine, or start a private one here, and return whether it did that.
 
@@ -58,10 +61,12 @@ def connect() -> bool:
     """
     quiet: dict[str, Any] = {"logging_level": "error", "log_to_driver": False}
     logging.getLogger("ray").setLevel(logging.ERROR)
-    authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     address = os.environ.get("RAY_ADDRESS")
     known = address or read_ray_address()  # Ray would try a dead cluster forever, and a stranger's at length
     refusal = _refusal(known) if known else None
+    if refusal == _GUARDED:  # a token that is known lets us in; with one, calls to an open cluster fail
+        authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+        refusal = _refusal(known)
     if address and refusal:
         raise BuildError(
             "The Ray cluster cannot be joined.",
@@ -94,7 +99,7 @@ def _refusal(address: str) -> str | None:
             head.GetClusterId(gcs_service_pb2.GetClusterIdRequest(), timeout=_CONNECT_TIMEOUT_S)
         except grpc.RpcError as error:
             is_guarded = error.code() == grpc.StatusCode.UNAUTHENTICATED
-            return "it wants another token" if is_guarded else "it does not answer"
+            return _GUARDED if is_guarded else "it does not answer"
     return None
 
 
