@@ -6,6 +6,8 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from numpy.typing import NDArray
@@ -60,12 +62,14 @@ class Computing:
         self._cache, self._teachers = cache, dict(teachers)
         self._copies = {name: DeviceCopies(teacher) for name, teacher in teachers.items()}
         self._device = ThreadPoolExecutor(1, thread_name_prefix="device")
-        # For whole batches of compiled teachers; what is left of a shard would be compiled anew.
-        self._encode = torch.compile(_encode, dynamic=False)
-        self._moments_of = torch.compile(FeatureMoments.of, dynamic=False)
 
     def close(self) -> None:
         self._device.shutdown(cancel_futures=True)
+
+    @cached_property
+    def _compiled(self) -> tuple[Any, Any]:
+        """`_encode` and `FeatureMoments.of`; a compiler takes seconds to import."""
+        return torch.compile(_encode, dynamic=False), torch.compile(FeatureMoments.of, dynamic=False)
 
     def encode(self, name: str, pixels: Mapping[Size, Tensor], seconds: StageSeconds) -> Computed:
         """What to store of one batch of one teacher, on the teacher's device."""
@@ -75,9 +79,9 @@ class Computing:
     def _compute(self, name: str, views: Tensor, seconds: StageSeconds) -> Computed:
         copies, spec, codec = self._copies[name], self._cache.spec.teachers[name], self._cache.codec(name)
         teacher = self._teachers[name]
-        is_compiled = len(views) == teacher.compiled_for
-        encode = self._encode if is_compiled else _encode
-        moments_of = self._moments_of if is_compiled else FeatureMoments.of
+        encode, moments_of = _encode, FeatureMoments.of
+        if len(views) == teacher.compiled_for:  # what is left of a shard would be compiled anew
+            encode, moments_of = self._compiled
         with torch.inference_mode():
             with seconds.stage("forward"):
                 copies.wait(views)

@@ -121,9 +121,10 @@ def choose(
     def builds(fitting: Keys = ()) -> BuildRecipe:
         keys = [f"source.path={images}", f"cache={cache}", *chosen.get(BUILD, ()), *fitting, *build]
         teachers = find_recipe(BuildRecipe, folder / f"{BUILD}.yaml", keys).teachers
-        said = [key for key in build if "pretrained=" in key or "pretrained:" in key]
         for name, teacher in teachers.items():
-            if not teacher.checkpoint and not any(name in key for key in said):
+            of_it = ("teachers=", f"teachers.{name}=", f"teachers.{name}.pretrained=")
+            is_said = any(key.startswith(of_it) and "pretrained" in key for key in build)
+            if not teacher.checkpoint and not is_said:
                 keys.append(f"teachers.{name}.{weights}")
         return find_recipe(BuildRecipe, folder / f"{BUILD}.yaml", keys)
 

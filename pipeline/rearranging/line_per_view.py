@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from teachercache.pipeline.cache import FeatureCache
-from teachercache.pipeline.errors import RecipeError
+from teachercache.pipeline.errors import extra
 from teachercache.pipeline.grids import mean_token
 from teachercache.pipeline.places.open_storage import open_storage
 from teachercache.pipeline.rearranging.theia import require_level
@@ -27,8 +27,8 @@ _ROWS_AT_ONCE = 256
 
 
 def export_lines(cache: FeatureCache, out: str, form: Literal["parquet", "lance"], level: int = -1) -> int:
-    """Write all lines, or nothing; returns their number. Raises `RecipeError` without the package pylance,
-    and `CacheError` for a level that is not stored."""
+    """Write all lines, or nothing; returns their number. Raises `MissingExtraError` without pylance, and
+    `CacheError` for a level that is not stored."""
     require_level(cache, level)
     rows = cache.index.rows(cache.valid_samples()[:, None], np.arange(cache.num_views)).ravel()
     parts = (_lines(cache, rows[at : at + _ROWS_AT_ONCE], level) for at in range(0, len(rows), _ROWS_AT_ONCE))
@@ -40,11 +40,8 @@ def export_lines(cache: FeatureCache, out: str, form: Literal["parquet", "lance"
             for part in parts:
                 writer.write_batch(part)
         return len(rows)
-    try:
+    with extra("lance"):
         import lance
-    except ImportError as error:
-        how = "pip install 'teachercache[lance]', or choose --to parquet"
-        raise RecipeError("Lance is written by the package pylance.", got=str(error), do=how) from error
     lance.write_dataset(parts, out, schema=schema)
     return len(rows)
 

@@ -148,6 +148,12 @@ def test_what_is_said_of_a_teachers_weights_holds(tmp_path: Path) -> None:
         teacher = recipe.teachers["tiny"]
         assert (teacher.checkpoint, teacher.pretrained) == (("/weights", None) if not flag else (None, False))
         assert student.student.pretrained is flag
+    two = [*BUILD, "teachers.untiny={model: test_vit}", "teachers.untiny.pretrained=true"]
+    recipe, _ = choose(photos, None, None, False, two, TRAIN)
+    assert {name: teacher.pretrained for name, teacher in recipe.teachers.items()} == {
+        "tiny": False,
+        "untiny": True,
+    }
 
 
 def test_three_images_are_too_few(tmp_path: Path) -> None:

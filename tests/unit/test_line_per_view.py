@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from teachercache import FeatureCache
-from teachercache.pipeline.errors import CacheError, RecipeError
+from teachercache.pipeline.errors import CacheError, MissingExtraError
 from teachercache.pipeline.rearranging.line_per_view import export_lines
 from tests.make_cache import make_cache, make_images, teacher_spec
 
@@ -93,9 +93,11 @@ pq.write_table(lance.dataset(out).to_table(), copy)
     check(cache, pq.read_table(copy))
 
 
-@pytest.mark.skipif(HAS_LANCE, reason="the package pylance is installed")
-def test_without_the_package_the_error_says_how_to_get_it(cache: FeatureCache, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"pip install 'teachercache\[lance\]'"):
+def test_without_the_package_the_error_says_how_to_get_it(
+    cache: FeatureCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "lance", None)  # as if it were not installed
+    with pytest.raises(MissingExtraError, match=r"pip install 'teachercache\[lance\]'"):
         export_lines(cache, str(tmp_path / "lines.lance"), "lance")
     assert list(tmp_path.iterdir()) == []
 
