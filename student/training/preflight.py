@@ -140,6 +140,12 @@ def _ask_cache(found: Preflight, recipe: TrainRecipe, cache: FeatureCache, proce
             f"Similarity to {', '.join(teachers)} is measured every {wanted.every_steps:,} steps, on"
             f" {count:,} images of {images.storage.url} that are not trained on."
         )
+        if images is not cache and (shared := len(_images(images) & _images(cache))):
+            found.notices.append(f"But {shared:,} of the images in {images.storage.url} are trained on.")
+
+
+def _images(cache: FeatureCache) -> set[str]:
+    return set(cache.samples["head_hash"].to_pylist())
 
 
 def _open_second(wanted: ValidationRecipe, cache: FeatureCache, teachers: Sequence[str]) -> FeatureCache:
@@ -153,8 +159,7 @@ def _open_second(wanted: ValidationRecipe, cache: FeatureCache, teachers: Sequen
     }
     if not set(teachers) <= set(other.teachers):
         differing["teachers"] = ", ".join(teachers), ", ".join(other.teachers)
-    trained, held_out = (set(one.samples["head_hash"].to_pylist()) for one in (cache, other))
-    if held_out <= trained:
+    if _images(other) <= _images(cache):
         differing["images"] = "others than are trained on", f"{other.num_samples:,}, all of them trained on"
     if differing:
         ours, theirs = (", ".join(f"{name}: {pair[i]}" for name, pair in differing.items()) for i in (0, 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any, get_args
 
@@ -147,6 +148,16 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
     make_cache(folder / "cache", make_images(folder / "images", 4), teachers={"alpha": teacher_spec()})
     return folder / "cache"
+
+
+def test_images_to_validate_on_that_are_trained_on_are_counted(whole: Path, tmp_path: Path) -> None:
+    images = make_images(tmp_path / "images", 3, seed=1)
+    shutil.copy(next((whole.parent / "images").iterdir()), images / "known.jpg")
+    make_cache(tmp_path / "other", images, teachers={"alpha": teacher_spec()}, num_views=1)
+    recipe = train_recipe(whole, tmp_path / "run", validation={"cache": str(tmp_path / "other")})
+    cache = FeatureCache.open(whole)
+    notices = preflight(recipe, cache.spec, cache).notices
+    assert [notice for notice in notices if notice.startswith("But 1 of the images in ")]
 
 
 @pytest.mark.parametrize(
