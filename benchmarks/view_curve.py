@@ -5,10 +5,10 @@
 
 One teacher, a DINOv2 ViT-S/14 that was really trained (`benchmarks.trained`), is cached in many ways: 1 to
 16 plain views; wide rows of two margins, of which a student sees another window in each epoch; pairs of
-flips; pixels of the student that are jittered anew in each epoch; and one view in other codecs and on two
-grids. The ceiling is a cache with a view of its own for every epoch: what a teacher gives that runs on a
-fresh crop in each. From every cache a small student is trained from scratch, at two lengths, with several
-seeds.
+flips; pixels of the student that are jittered anew in each epoch; views that are mixed, enlarged or compared
+with tolerance (`benchmarks.mixed_views`); and one view in other codecs and on two grids. The ceiling is a
+cache with a view of its own for every epoch: what a teacher gives that runs on a fresh crop in each. From
+every cache a small student is trained from scratch, at two lengths, with several seeds.
 
 similarity   mean cosine of student and teacher over the trusted levels, both standardised by the teacher's
              mean and deviation in each channel; on images that nobody was trained on, the teacher's own grid
@@ -32,7 +32,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -45,6 +45,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks import trained
+from benchmarks.mixed_views import Mix, mixed
 from benchmarks.studies import Study, claim_folder, run_all, spread
 from teachercache import build, load_student
 from teachercache.cache_builder.build_recipe import BuildRecipe
@@ -110,6 +111,7 @@ class Arm:
     grid: str = ADVISED["grid"]
     jitter: bool = False
     least_area: float | None = None  # of an image's area that a stored view shows
+    mix: Mix | None = None
 
     @property
     def cache(self) -> str:
@@ -128,6 +130,8 @@ ARMS: dict[str, Arm] = {
     "2 views, a pair of flips": Arm(2, flip="pairs"),
     "1 view, jitter": Arm(1, jitter=True),
     f"1 wide, {MARGINS[1]} px, jitter": Arm(1, MARGINS[1], jitter=True),
+    **{f"1 view, {mix}, native": Arm(grid="native", mix=mix) for mix in get_args(Mix)},
+    f"1 wide, {MARGINS[1]} px, tolerant, native": Arm(1, MARGINS[1], grid="native", mix="tolerant"),
     CEILING: Arm(None),
 }
 CODES: dict[str, Arm] = {
@@ -192,8 +196,8 @@ LENGTHS = ("short", "long")
 
 
 def _is_measured(name: str, length: str) -> bool:
-    """What codes and grids cost is asked at the longer length alone."""
-    return length == "long" or name in ARMS
+    """What codes, grids and mixes give is asked at the longer length alone."""
+    return length == "long" or (name in ARMS and arm(name).mix is None)
 
 
 def arm(name: str) -> Arm:
@@ -308,7 +312,8 @@ class Curve(Study):
         }
         if one.jitter:
             recipe["student_jitter"] = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}
-        result = train(TrainRecipe.model_validate(recipe))
+        with mixed(one.mix, PATCH):
+            result = train(TrainRecipe.model_validate(recipe))
         if result.student is None:
             raise KeyboardInterrupt(f"{name} was interrupted; the same command continues it")
         student = load_student(result.student).eval()
@@ -460,7 +465,7 @@ def of_the_way(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
 def draw(results: Mapping[str, Any], file: Path) -> None:
     """Similarity against bytes, a panel for each length."""
     figure, axes = plt.subplots(1, len(LENGTHS), figsize=(13, 5), layout="constrained")
-    kinds = {"plain": "o-", "wide": "s", "flips, jitter": "^", "other codes": "x", CEILING: "--"}
+    kinds = {"plain": "o-", "wide": "s", "flips, jitter, mixes": "^", "other codes": "x", CEILING: "--"}
     for axis, length in zip(axes, LENGTHS, strict=True):
         groups: dict[str, list[tuple[float, float, float]]] = {kind: [] for kind in kinds}
         for name, row in results["figures"][length].items():
@@ -490,8 +495,8 @@ def _kind(name: str) -> str:
     one = arm(name)
     if one.views is None:
         return CEILING
-    if one.jitter or one.flip == "pairs":
-        return "flips, jitter"
+    if one.jitter or one.mix or one.flip == "pairs":
+        return "flips, jitter, mixes"
     if one.margin:
         return "wide"
     return "plain" if name in ARMS else "other codes"
