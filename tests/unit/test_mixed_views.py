@@ -45,6 +45,7 @@ def test_the_student_of_a_zoomed_view_is_asked_where_the_kept_tokens_lie(seed: i
     one = batch(ramp)
     target = _zoom(one, {"t": Target(features)}, PATCH)["t"]
     student = one.images[:, :1].float()  # a student that says its pixels
+    assert target.grid is not None
     seen = upsample(student, target.grid)
     kept = target.feature_maps_BSHWC
     assert int(LEAST_SIDE * 7) <= kept.shape[3] <= 7
