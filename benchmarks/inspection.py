@@ -35,7 +35,7 @@ from teachercache.pipeline.places.open_storage import open_storage
 from teachercache.pipeline.records.manifest import CommitRecord, FileRecord, Manifest
 from teachercache.pipeline.records.spec import CacheSpec, DatasetSpec, Segment, TeacherSpec
 from teachercache.pipeline.records.view_policy import ViewPolicy
-from teachercache.pipeline.sources import SAMPLE_SCHEMA
+from teachercache.pipeline.sources import SAMPLE_SCHEMA, dataset_fingerprint
 from teachercache.pipeline.stores.feature_store import teacher_layouts
 from teachercache.pipeline.stores.shard_format import CHECKSUM_NBYTES, index_nbytes
 from teachercache.pipeline.stores.zarr_store import shard_file
@@ -159,6 +159,8 @@ def make_large_cache(folder: Path, shards: int, teachers: int) -> FeatureCache:
     """A complete cache of `shards` × `ROWS_PER_SHARD` samples whose features were never computed."""
     num_samples = shards * ROWS_PER_SHARD
     keys = [f"n{index:08d}/image" for index in range(num_samples)]
+    sizes = np.full(num_samples, 480)
+    samples = sample_table(keys, sizes)
     teacher = TeacherSpec(
         model="vit_large_patch14_dinov2.lvd142m",
         weights_hash="0" * 32,
@@ -173,7 +175,10 @@ def make_large_cache(folder: Path, shards: int, teachers: int) -> FeatureCache:
     )
     spec = CacheSpec(
         dataset=DatasetSpec(
-            kind="image_folder", location="/data/imagenet", num_samples=num_samples, fingerprint="0" * 32
+            kind="image_folder",
+            location="/data/imagenet",
+            num_samples=num_samples,
+            fingerprint=dataset_fingerprint(samples),
         ),
         views=ViewPolicy(),
         rows_per_shard=ROWS_PER_SHARD,
@@ -187,9 +192,8 @@ def make_large_cache(folder: Path, shards: int, teachers: int) -> FeatureCache:
         cache.store.create(name)
         for shard in range(shards):
             commit_empty_shard(cache, folder, name, shard)
-    sizes = np.full(num_samples, 480)
     views = draw_views(spec.views, keys, sizes, sizes, (0, 1))
-    Manifest(cache.storage).create(spec, sample_table(keys, sizes), views)
+    Manifest(cache.storage).create(spec, samples, views)
     return cache
 
 
