@@ -10,6 +10,7 @@ import torch
 
 from teachercache.cache_builder.build_recipe import BuildRecipe
 from teachercache.cache_builder.prices import PlanRecipe
+from teachercache.cache_builder.rates import Rates
 from teachercache.cache_builder.teachers.flops import teacher_gmacs
 from teachercache.pipeline.errors import DiskSpaceError, Problems
 from teachercache.pipeline.places.storage import Storage
@@ -41,7 +42,8 @@ class TeacherPlan:
 class Plan:
     """`image_bytes`: of all images to be copied, `missing_image_bytes`: of those that are not yet.
 
-    `free_bytes` is None where the place has no limit that can be asked for (object stores).
+    `free_bytes` is None where the place has no limit that can be asked for (object stores). `measured` rates
+    replace those that `prices` assume.
     """
 
     url: str
@@ -51,6 +53,13 @@ class Plan:
     missing_image_bytes: int
     free_bytes: int | None
     prices: PlanRecipe
+    measured: Rates | None = None
+
+    @property
+    def rates(self) -> Rates:
+        """Those measured, or the arithmetic of the teachers at the TFLOP/s that are assumed."""
+        flops_per_s = self.prices.tflops * 1e12
+        return self.measured or Rates({one.name: 2e9 * one.gmacs / flops_per_s for one in self.teachers})
 
     @property
     def bytes_per_row(self) -> int:
@@ -83,13 +92,12 @@ class Plan:
 
     @property
     def gpu_hours(self) -> float:
-        flops = sum(2e9 * teacher.gmacs * teacher.missing_rows for teacher in self.teachers)
-        return flops / (self.prices.tflops * 1e12) / 3600
+        return self.rates.seconds({teacher.name: teacher.missing_rows for teacher in self.teachers}) / 3600
 
     @property
     def views_per_s(self) -> float:
         """What a GPU takes through all teachers."""
-        return self.prices.tflops * 1e12 / sum(2e9 * teacher.gmacs for teacher in self.teachers)
+        return 1 / self.rates.seconds({teacher.name: 1 for teacher in self.teachers})
 
     def require(self, budget: int | None) -> None:
         """Raises what `require_space` and `require_budget` do, or both as one."""

@@ -36,9 +36,10 @@ class PlanRecipe(Strict):
     """What `teachercache plan` assumes; state what you see and pay.
 
     `gpu`: one of `GPUS`, for the rate and the price that are not stated. `gpus`: that build, and train later,
-    when the student takes `student_images_per_s`. `runs` of `epochs` epochs read the cache, which is kept
-    `months`. Prices are S3 Standard's (a TB is 10¹² bytes; a request reads a row of one array, and is free
-    where the cache is a folder). `storage_gb_per_s`: 10⁹ bytes a second, for all GPUs together.
+    when the student takes `student_images_per_s`. `measure_s`: how long `--measure` tries. `runs` of `epochs`
+    epochs read the cache, which is kept `months`. Prices are S3 Standard's (a TB is 10¹² bytes; a request
+    reads a row of one array, and is free where the cache is a folder). `storage_gb_per_s`: 10⁹ bytes a
+    second, for all GPUs together.
     """
 
     model_config = ConfigDict(allow_inf_nan=False)
@@ -46,6 +47,7 @@ class PlanRecipe(Strict):
     gpu: GpuName = "h100"
     gpus: int = Field(8, ge=1)
     teacher_tflops_per_gpu: float | None = Field(None, gt=0)
+    measure_s: float = Field(30, gt=0)
     student_images_per_s: float = Field(1000, gt=0)
     runs: int = Field(1, ge=1)
     epochs: float = Field(30, gt=0)

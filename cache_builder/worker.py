@@ -21,19 +21,19 @@ class Worker:
     def __init__(self, teachers: Mapping[str, TeacherSpec], runner: RunnerRecipe) -> None:
         device = _device(runner.device)
         self._runner = runner
-        self._teachers: dict[str, Teacher] = {
+        self.teachers: dict[str, Teacher] = {
             name: build_teacher(spec, device=device) for name, spec in teachers.items()
         }
         if device.startswith("cuda") if runner.compile is None else runner.compile:
-            for teacher in self._teachers.values():
+            for teacher in self.teachers.values():
                 teacher.compile_blocks(runner.batch_size)
 
     def weights_hashes(self) -> dict[str, str]:
-        return {name: teacher.weights_hash for name, teacher in self._teachers.items()}
+        return {name: teacher.weights_hash for name, teacher in self.teachers.items()}
 
     def calibrate(self, sample: CalibrationSample, names: Collection[str]) -> dict[str, Calibration]:
         """Tables and fidelity of the codecs of the named teachers."""
-        return calibrate({name: self._teachers[name] for name in names}, sample, self._runner.batch_size)
+        return calibrate({name: self.teachers[name] for name in names}, sample, self._runner.batch_size)
 
     def open(self, url: str, images: str | None = None) -> ShardExtractor:
         """An extractor for a cache; `images`: where the source images are, if not where `cache.json` says.
@@ -52,7 +52,7 @@ class Worker:
                 )
         return ShardExtractor(
             cache,
-            self._teachers,
+            self.teachers,
             batch_size=self._runner.batch_size,
             decode_threads=self._runner.decode_threads,
         )

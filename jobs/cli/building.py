@@ -8,6 +8,7 @@ import re
 import shlex
 import signal
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -66,6 +67,7 @@ def plan(
     epochs: Annotated[str | None, typer.Option(help="Of each training (30).")] = None,
     gpu: Annotated[str | None, typer.Option(help="The kind of GPU (h100).")] = None,
     tflops_per_gpu: Annotated[str | None, typer.Option(help="What it sustains, if known.")] = None,
+    measure: Annotated[bool, typer.Option(help="Measure it here (plan.measure_s=30).")] = False,
 ) -> None:
     """Print what a build will cost (rows, bytes, files, GPU-hours), and whether it pays; nothing runs.
 
@@ -87,11 +89,16 @@ def plan(
     stated = [f"plan.{key}={value}" for key, value in use.items() if value is not None]
     checked = find_recipe(BuildRecipe, recipe, [*(overrides or []), *stated])
     if samples is not None:
-        result = foresee(checked, samples, image_bytes)
+        drafted, result = None, foresee(checked, samples, image_bytes)
     else:
         drafted, _, result = prepare(checked, console)
+    if measure:
+        from teachercache.cache_builder.rates import measure_rates
+
+        with console.status("measuring the teachers and the decoding"):
+            result = replace(result, measured=measure_rates(checked, drafted))
     console.print(plan_table(result))
-    if checked.budget is not None:
+    if checked.budget is not None and drafted is not None:
         from teachercache.cache_builder.budget import choose, require_possible
 
         specs = _candidates(checked, drafted)

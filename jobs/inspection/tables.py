@@ -29,13 +29,17 @@ def plan_table(plan: Plan) -> RenderableType:
     from teachercache.cache_builder.break_even import break_even
     from teachercache.cache_builder.prices import GPUS
 
-    spec, prices, found = plan.spec, plan.prices, break_even(plan)
+    spec, prices, found, rates = plan.spec, plan.prices, break_even(plan), plan.rates
     origin = "stated" if prices.teacher_tflops_per_gpu else f"{prices.gpu}, {GPUS[prices.gpu].origin}"
+    how = f"at {prices.tflops:g} TFLOP/s sustained by a GPU ({origin})"
+    if rates.device:
+        how = f"measured on {rates.device}, which decodes {human_number(1 / rates.decode_s)} img/s"
     columns = {
         teacher.name: {
             **_teacher_facts(teacher.spec.model_dump(mode="json")),
             "bytes per view": human_bytes(teacher.bytes_per_row),
             "GMACs per view": f"{teacher.gmacs:,.1f}",
+            f"img/s of a {rates.machine}": human_number(1 / rates.forward_s[teacher.name]),
             "shards to do": f"{teacher.missing_shards:,} of {spec.num_shards:,}",
         }
         for teacher in plan.teachers
@@ -53,18 +57,18 @@ def plan_table(plan: Plan) -> RenderableType:
         "bytes": f"{human_bytes(plan.total_bytes)} ({human_bytes(plan.bytes_per_row)} a view)",
         "to write": f"{human_bytes(plan.missing_bytes)} ({free})",
         "teachers": f"{gmacs:,.1f} GMACs a view, {human_bytes(2e9 * gmacs * spec.num_rows, 'FLOP')} in all",
-        f"GPU-{unit}": f"{amount} at {prices.tflops:g} TFLOP/s sustained by a GPU ({origin})",
+        f"{rates.machine}-{unit}": f"{amount} {how}",
         "building": f"writes {human_bytes(prices.gpus * plan.views_per_s * plan.bytes_per_row)}/s on "
-        f"{prices.gpus} GPUs of {human_number(plan.views_per_s)} views/s each",
+        f"{prices.gpus} {rates.machine}s of {human_number(plan.views_per_s)} views/s each",
         "training": f"reads {human_bytes(prices.student_images_per_s * plan.bytes_per_row)}/s at "
         f"{prices.student_images_per_s:g} img/s",
-        "online": f"${found.online:,.2f} for teachers, {online} GPU-{online_unit} a run: "
+        "online": f"${found.online:,.2f} for teachers, {online} {rates.machine}-{online_unit} a run: "
         f"{prices.runs} × {prices.epochs:g} epochs",
         "cached": f"${found.cached:,.2f}: ${found.build:,.2f} to build, ${found.keep:,.2f} to keep, "
         f"${found.read:,.2f} to read",
-        "prices": f"${3600 * prices.gpu_usd_per_s:g} a GPU-hour, ${prices.usd_per_tb_month:g} a TB-month × "
-        f"{prices.months:g}, ${prices.usd_per_million_requests:g} a million requests, "
-        f"{prices.storage_gb_per_s:g} GB/s",
+        "prices": f"${3600 * prices.gpu_usd_per_s:g} a {rates.machine}-hour, "
+        f"${prices.usd_per_tb_month:g} a TB-month × {prices.months:g}, "
+        f"${prices.usd_per_million_requests:g} a million requests, {prices.storage_gb_per_s:g} GB/s",
         "advice": found.verdict,
     }
     return Group(columns_table("teacher", columns), lines(totals))

@@ -1,0 +1,126 @@
+"""How fast teachers and decoding are: by arithmetic, or measured on this machine's device."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+from PIL import Image
+
+from teachercache.cache_builder.build_recipe import BuildRecipe, SourceRecipe
+from teachercache.cache_builder.calibrate import CalibrationSample
+from teachercache.cache_builder.draft import Draft, draft
+from teachercache.cache_builder.teachers import Teacher
+from teachercache.cache_builder.worker import Worker
+from teachercache.pipeline.errors import ImageDecodeError
+from teachercache.pipeline.records.strict import Size
+from teachercache.pipeline.sources import decode_image
+from teachercache.pipeline.views import render_view
+
+_IMAGES = 64  # that are decoded, over and over
+_PHOTO = 500, 375  # pixels, ImageNet's most frequent size
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Seconds of a view in each teacher, and in the threads that decode; where they were measured, on what.
+
+    A GPU computes while the CPU's cores decode; on a CPU one waits for the other.
+    """
+
+    forward_s: Mapping[str, float]
+    decode_s: float = 0.0
+    device: str | None = None
+
+    @property
+    def machine(self) -> str:
+        """What its hours are called."""
+        return "CPU" if self.device == "CPU" else "GPU"
+
+    def seconds(self, views: Mapping[str, int]) -> float:
+        """For so many views through each teacher."""
+        forward = sum(self.forward_s[name] * count for name, count in views.items())
+        decode = self.decode_s * max(views.values())
+        return forward + decode if self.machine == "CPU" else max(forward, decode)
+
+
+def measure_rates(recipe: BuildRecipe, drafted: Draft | None = None) -> Rates:
+    """In `plan.measure_s` seconds, or a pass of each teacher, as the recipe's runner would compute here.
+
+    Decodes images of the source or, without a draft, made ones. Weights are random, which takes as long.
+    """
+    with TemporaryDirectory() as folder:
+        if drafted is None:
+            _make_photos(Path(folder))
+            drafted = draft(recipe.model_copy(update={"source": SourceRecipe(path=folder)}))
+        specs = {
+            name: drafted.spec.teachers[name].model_copy(update={"pretrained": False, "checkpoint": None})
+            for name in recipe.teachers
+        }
+        share = recipe.plan.measure_s / (len(specs) + 1)
+        sizes = {spec.render_size for spec in specs.values()}
+        decode_s = _decode_s(drafted.calibration_sample(_IMAGES), sizes, recipe.runner.decode_threads, share)
+    forward_s, device = {}, torch.device("cpu")
+    for name, spec in specs.items():
+        teacher = Worker({name: spec}, recipe.runner).teachers[name]
+        device = next(teacher.parameters()).device
+        forward_s[name] = _forward_s(teacher, recipe.runner.batch_size, device, share)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+    return Rates(forward_s, decode_s, name)
+
+
+def _forward_s(teacher: Teacher, batch_size: int, device: torch.device, seconds: float) -> float:
+    """Of a view, in batches."""
+    views_B3HW = torch.zeros(batch_size, 3, *teacher.spec.render_size, dtype=torch.uint8, device=device)
+
+    def compute(count: int) -> None:
+        teacher(views_B3HW[:count])
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    with torch.inference_mode():
+        if device.type == "cuda":
+            compute(batch_size)  # compiles
+        return _seconds_each(compute, batch_size, seconds)
+
+
+def _decode_s(sample: CalibrationSample, sizes: set[Size], threads: int, seconds: float) -> float:
+    """Of an image that is read, decoded and rendered at all sizes by one of `threads`."""
+
+    def load(index: int) -> None:
+        with suppress(ImageDecodeError):  # the build will quarantine it
+            image = decode_image(sample.source.read(*sample.places[index]))
+            for size in sizes:
+                render_view(image, sample.views[index], size)
+
+    with ThreadPoolExecutor(threads) as pool:
+        return _seconds_each(lambda count: list(pool.map(load, range(count))), len(sample.places), seconds)
+
+
+def _seconds_each(run: Callable[[int], object], most: int, seconds: float) -> float:
+    """What `run(count)` takes, divided by the count, which doubles up to `most` for so many seconds.
+
+    The first half of the passes warms up, and does not count.
+    """
+    passes: list[tuple[int, float]] = []
+    while not passes or sum(took for _, took in passes) + passes[-1][1] < seconds:
+        count, start = min(1 << len(passes), most), time.perf_counter()
+        run(count)
+        passes.append((count, time.perf_counter() - start))
+    counted = passes[len(passes) // 2 :]
+    return sum(took for _, took in counted) / sum(count for count, _ in counted)
+
+
+def _make_photos(folder: Path) -> None:
+    generator = np.random.default_rng(0)
+    for index in range(_IMAGES):
+        coarse = generator.integers(0, 256, (48, 64, 3), np.uint8)
+        photo = Image.fromarray(coarse).resize(_PHOTO, Image.Resampling.BICUBIC)
+        photo.save(folder / f"{index}.jpg", quality=90)
