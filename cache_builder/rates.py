@@ -88,7 +88,7 @@ def _forward_s(teacher: Teacher, batch_size: int, device: torch.device, seconds:
     with torch.inference_mode():
         if device.type == "cuda":
             compute(batch_size)  # compiles
-        return _seconds_each(compute, batch_size, seconds)
+        return _seconds_each(compute, batch_size, seconds, least=max(1, teacher.compiled_for))
 
 
 def _decode_s(sample: CalibrationSample, sizes: set[Size], threads: int, seconds: float) -> float:
@@ -104,14 +104,14 @@ def _decode_s(sample: CalibrationSample, sizes: set[Size], threads: int, seconds
         return _seconds_each(lambda count: list(pool.map(load, range(count))), len(sample.places), seconds)
 
 
-def _seconds_each(run: Callable[[int], object], most: int, seconds: float) -> float:
-    """What `run(count)` takes, divided by the count, which doubles up to `most` for so many seconds.
+def _seconds_each(run: Callable[[int], object], most: int, seconds: float, least: int = 1) -> float:
+    """What `run(count)` takes, divided by the count, which doubles from `least` to `most` for so many seconds.
 
     The first half of the passes warms up, and does not count.
     """
     passes: list[tuple[int, float]] = []
     while not passes or sum(took for _, took in passes) + passes[-1][1] < seconds:
-        count, start = min(1 << len(passes), most), time.perf_counter()
+        count, start = min(least << len(passes), most), time.perf_counter()
         run(count)
         passes.append((count, time.perf_counter() - start))
     counted = passes[len(passes) // 2 :]

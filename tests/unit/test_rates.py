@@ -57,6 +57,12 @@ def test_one_pass_is_enough_where_a_second_would_take_too_long() -> None:
     assert counts == [1]
 
 
+def test_a_compiled_teacher_is_given_whole_batches_since_it_fills_others_up() -> None:
+    counts: list[int] = []
+    _seconds_each(lambda count: counts.append(count), 4, 0.001, least=4)
+    assert set(counts) == {4}
+
+
 def test_a_gpu_computes_while_cores_decode_and_a_cpu_does_both(plan: Plan) -> None:
     forward = {"small": 0.1, "large": 0.4}
     for device, second in (("CPU", 0.5 + 0.2), ("NVIDIA H100", 0.5)):
