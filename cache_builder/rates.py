@@ -105,7 +105,7 @@ def _decode_s(sample: CalibrationSample, sizes: set[Size], threads: int, seconds
 
 
 def _seconds_each(run: Callable[[int], object], most: int, seconds: float, least: int = 1) -> float:
-    """What `run(count)` takes, divided by the count, which doubles from `least` to `most` for so many seconds.
+    """What `run(count)` takes, over the count, which doubles from `least` to `most` for so many seconds.
 
     The first half of the passes warms up, and does not count.
     """

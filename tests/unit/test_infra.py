@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
@@ -15,6 +16,7 @@ import pytest
 import ray
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from jsonschema import Draft202012Validator
 from ray._private.runtime_env.packaging import create_package
 from ray.autoscaler._private import commands
 from ray.autoscaler._private.util import prepare_config, validate_config
@@ -111,7 +113,10 @@ def test_the_nodes_of_ray_get_what_they_install(cluster: dict[str, Any]) -> None
     assert setup.startswith("cd ~/teachercache && ")
 
 
-# --- Kubernetes ----------------------------------------------------------------------------------------
+# --- schemas -------------------------------------------------------------------------------------------
+
+SCHEMAS = yaml.safe_load((ROOT / "tests" / "goldens" / "cluster_schemas.yaml").read_text())["$defs"]
+FREE = {"labels", "annotations", "limits", "requests", "rayStartParams", "nodeSelector", "envs", "secrets"}
 
 
 def documents(name: str) -> list[dict[str, Any]]:
@@ -119,51 +124,81 @@ def documents(name: str) -> list[dict[str, Any]]:
     return document["items"] if document["kind"] == "List" else [document]
 
 
+def validator(kind: str) -> Draft202012Validator:
+    return Draft202012Validator({"$ref": f"#/$defs/{kind}", "$defs": SCHEMAS})
+
+
+GIVEN = {
+    "RayJob": documents("rayjob.yaml")[0],
+    **{one["kind"]: one for one in documents("priority.yaml")},
+    "skypilot": yaml.safe_load((INFRA / "skypilot" / "build.yaml").read_text()),
+    "prometheus": yaml.safe_load((INFRA / "monitoring" / "alerts.yaml").read_text()),
+}
+
+
+def misspelt(value: Any, free: bool = False) -> Iterator[Any]:
+    """The document, each time with one key spelt wrongly, but not those of one's own choice."""
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in parts:
+        if isinstance(value, dict) and not free:
+            yield {f"{name}s" if name == key else name: one for name, one in value.items()}
+        for wrong in misspelt(part, free=key in FREE):
+            changed = dict(value) if isinstance(value, dict) else list(value)
+            changed[key] = wrong
+            yield changed
+
+
+@pytest.mark.parametrize("kind", GIVEN)
+def test_what_clusters_are_given_keeps_to_their_schemas(kind: str) -> None:
+    validator(kind).validate(GIVEN[kind])
+
+
+@pytest.mark.parametrize("kind", GIVEN)
+def test_the_schemas_find_every_key_that_is_misspelt(kind: str) -> None:
+    wrong = list(misspelt(GIVEN[kind]))
+    assert len(wrong) >= 5
+    assert [one for one in wrong if validator(kind).is_valid(one)] == []
+
+
+# --- Kubernetes ----------------------------------------------------------------------------------------
+
+
 @pytest.fixture
 def groups() -> dict[str, dict[str, Any]]:
     """Of the RayJob: the head and the workers by name."""
-    (job,) = documents("rayjob.yaml")
-    cluster = job["spec"]["rayClusterSpec"]
+    cluster = GIVEN["RayJob"]["spec"]["rayClusterSpec"]
     workers = {group["groupName"]: group for group in cluster["workerGroupSpecs"]}
     return {"head": cluster["headGroupSpec"], **workers}
 
 
-def test_what_kubernetes_is_given_has_the_fields_it_requires(groups: dict[str, dict[str, Any]]) -> None:
-    every = [*documents("rayjob.yaml"), *documents("priority.yaml")]
-    for document in every:
-        assert {"apiVersion", "kind", "metadata"} <= document.keys()
-        assert re.fullmatch(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?", document["metadata"]["name"])
-    for group in groups.values():
-        assert {"rayStartParams", "template"} <= group.keys()
-        assert all(isinstance(value, str) for value in group["rayStartParams"].values())
-        for container in group["template"]["spec"]["containers"]:
-            assert {"name", "image", "resources"} <= container.keys()
-            for amounts in container["resources"].values():
-                assert all(
-                    re.fullmatch(r"\d+(\.\d+)?(m|[KMGT]i?)?", str(amount)) for amount in amounts.values()
-                )
-            for one in container.get("env", []):
-                assert isinstance(one["value"], str)
-        for taint in group["template"]["spec"].get("tolerations", []):
-            assert taint["effect"] in ("NoSchedule", "PreferNoSchedule", "NoExecute")
-            assert taint["operator"] == "Exists" or "value" in taint
-
-
 def test_a_rayjob_scales_from_no_gpu_at_all(groups: dict[str, dict[str, Any]]) -> None:
-    (job,) = documents("rayjob.yaml")
-    assert job["spec"]["rayClusterSpec"]["enableInTreeAutoscaling"] is True
-    assert job["spec"]["rayClusterSpec"]["rayVersion"] == ray.__version__
-    assert job["metadata"]["annotations"] == {"kueue.x-k8s.io/elastic-job": "true"}
+    cluster = GIVEN["RayJob"]["spec"]["rayClusterSpec"]
+    assert cluster["enableInTreeAutoscaling"] is True
+    assert cluster["rayVersion"] == ray.__version__
+    assert GIVEN["RayJob"]["metadata"]["annotations"] == {"kueue.x-k8s.io/elastic-job": "true"}
     gpu = groups["gpu"]
     assert gpu["replicas"] == gpu["minReplicas"] == 0 < gpu["maxReplicas"]
+
+
+def test_workers_are_placed_on_spot_machines_with_gpus(groups: dict[str, dict[str, Any]]) -> None:
+    """Both are tainted where they are: by the device plugin, and by the cloud."""
+    pod = groups["gpu"]["template"]["spec"]
+    (spot,) = pod["nodeSelector"].items()
+    assert spot == ("cloud.google.com/gke-spot", "true")
+    tolerated = {one["key"]: one.get("value") for one in pod["tolerations"]}
+    assert tolerated == {"nvidia.com/gpu": None, spot[0]: spot[1]}
+    (container,) = pod["containers"]
+    assert container["resources"]["limits"] == container["resources"]["requests"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
 
 
 def test_every_pod_has_the_keys_of_the_stores_and_the_priority_that_is_defined(
     groups: dict[str, dict[str, Any]],
 ) -> None:
-    (job,) = documents("rayjob.yaml")
     defined = {document["kind"]: document["metadata"]["name"] for document in documents("priority.yaml")}
-    assert job["metadata"]["labels"]["kueue.x-k8s.io/priority-class"] == defined["WorkloadPriorityClass"]
+    labels = GIVEN["RayJob"]["metadata"]["labels"]
+    assert labels.keys() == {"kueue.x-k8s.io/queue-name", "kueue.x-k8s.io/priority-class"}
+    assert labels["kueue.x-k8s.io/priority-class"] == defined["WorkloadPriorityClass"]
     for group in groups.values():
         assert group["template"]["spec"]["priorityClassName"] == defined["PriorityClass"]
         (container,) = group["template"]["spec"]["containers"]
@@ -183,11 +218,9 @@ def test_a_job_that_is_stopped_gets_the_time_to_end(
 # --- SkyPilot ------------------------------------------------------------------------------------------
 
 
-def test_skypilot_is_given_its_own_keys_and_bash() -> None:
-    task = yaml.safe_load((INFRA / "skypilot" / "build.yaml").read_text())
-    keys = {"name", "num_nodes", "workdir", "resources", "envs", "secrets", "setup", "run"}
-    assert task.keys() == keys
-    assert all(choice.keys() == {"accelerators"} for choice in task["resources"]["any_of"])
+def test_skypilot_is_given_bash_and_the_variables_that_it_names() -> None:
+    task = GIVEN["skypilot"]
+    assert task["resources"]["use_spot"] is True
     for script in (task["setup"], task["run"]):
         assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
     named = set(re.findall(r"\$(?!SKYPILOT)([A-Z_]+)", task["run"]))
@@ -224,16 +257,12 @@ def test_the_dashboard_shows_every_metric_that_builds_have() -> None:
     assert shown == metrics()
 
 
-def test_alerts_have_what_prometheus_requires() -> None:
+def test_alerts_ask_for_metrics_that_builds_have() -> None:
     path = INFRA / "monitoring" / "alerts.yaml"
-    (group,) = yaml.safe_load(path.read_text())["groups"]
+    (group,) = GIVEN["prometheus"]["groups"]
     for rule in group["rules"]:
-        assert rule.keys() <= {"alert", "expr", "for", "labels", "annotations"}
-        assert rule["labels"]["severity"] in ("warning", "critical")
-        assert rule["annotations"].keys() == {"summary", "description"}
-        assert re.fullmatch(r"\d+[smh]", rule.get("for", "0s"))
         assert rule["expr"].count("(") == rule["expr"].count(")")
-        assert names_in(rule["expr"]) <= metrics()
+        assert set() < names_in(rule["expr"]) <= metrics()
     if promtool := shutil.which("promtool"):
         subprocess.run([promtool, "check", "rules", path], check=True)
 
