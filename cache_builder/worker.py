@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 
@@ -21,9 +22,10 @@ class Worker:
     def __init__(self, teachers: Mapping[str, TeacherSpec], runner: RunnerRecipe) -> None:
         device = _device(runner.device)
         self._runner = runner
-        self.teachers: dict[str, Teacher] = {
-            name: build_teacher(spec, device=device) for name, spec in teachers.items()
-        }
+        with _enough_memory():
+            self.teachers: dict[str, Teacher] = {
+                name: build_teacher(spec, device=device) for name, spec in teachers.items()
+            }
         if device.startswith("cuda") if runner.compile is None else runner.compile:
             for teacher in self.teachers.values():
                 teacher.compile_blocks(runner.batch_size)
@@ -33,7 +35,8 @@ class Worker:
 
     def calibrate(self, sample: CalibrationSample, names: Collection[str]) -> dict[str, Calibration]:
         """Tables and fidelity of the codecs of the named teachers."""
-        return calibrate({name: self.teachers[name] for name in names}, sample, self._runner.batch_size)
+        with _enough_memory():
+            return calibrate({name: self.teachers[name] for name in names}, sample, self._runner.batch_size)
 
     def open(self, url: str, images: str | None = None) -> ShardExtractor:
         """An extractor for a cache; `images`: where the source images are, if not where `cache.json` says.
@@ -56,6 +59,21 @@ class Worker:
             batch_size=self._runner.batch_size,
             decode_threads=self._runner.decode_threads,
         )
+
+
+@contextmanager
+def _enough_memory() -> Iterator[None]:
+    """Raises `BuildError` where a GPU is too small; calibration takes the first batches."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise BuildError(
+            "The teachers of this recipe do not fit the memory of this GPU.",
+            got=str(error).splitlines()[0],
+            expected="a GPU that holds all of them and a batch",
+            do="take a larger GPU, set runner.batch_size=1, or leave teachers to a later build "
+            "(teachers.NAME=null)",
+        ) from error
 
 
 def _device(name: str) -> str:

@@ -18,15 +18,15 @@ from rich.console import Console
 
 from benchmarks.chaos import ChaosCluster, make_images, recipe_for
 from teachercache import build
-from teachercache.cache_builder.build_recipe import BuildRecipe, RunnerRecipe
+from teachercache.cache_builder.build_recipe import BuildRecipe
 from teachercache.cache_builder.builder import BuildResult
 from teachercache.cache_builder.ray_runner import RayRunner, RayWorker
 from teachercache.cache_builder.runner import Task
-from teachercache.pipeline.errors import BuildError
 from teachercache.pipeline.records.manifest import CommitRecord
 
 TIMEOUT_S = 240
-USED_WITHIN_S = 60  # a few seconds on a machine with nothing else to do: an actor imports torch
+ASKED_WITHIN_S = 10  # the runner looks around every other second
+USED_WITHIN_S = 60  # seven on a machine with something else to do: an actor imports torch
 QUIET = Console(quiet=True)
 
 
@@ -87,8 +87,24 @@ def with_runner(recipe: BuildRecipe, **options: object) -> BuildRecipe:
     return recipe.model_copy(update={"runner": recipe.runner.model_copy(update=options)})
 
 
+@pytest.fixture
+def require_in_time(capsys: pytest.CaptureFixture[str]) -> Callable[[float], None]:
+    """To check after how many seconds GPUs that joined are used, and to show it."""
+
+    def require(seconds: float) -> None:
+        with capsys.disabled():
+            print(f"[used after {seconds:.1f} s]", end=" ")
+        assert seconds < USED_WITHIN_S
+
+    return require
+
+
 def test_a_build_waits_for_gpus_says_so_and_asks_the_autoscaler(
-    nodes: ChaosCluster, gpus: Callable[[int], None], recipe: BuildRecipe, caplog: pytest.LogCaptureFixture
+    nodes: ChaosCluster,
+    gpus: Callable[[int], None],
+    recipe: BuildRecipe,
+    caplog: pytest.LogCaptureFixture,
+    require_in_time: Callable[[float], None],
 ) -> None:
     with ThreadPoolExecutor(1) as pool:
         running: Future[BuildResult] = pool.submit(build, with_runner(recipe, gpus_per_actor=1.0), QUIET)
@@ -98,13 +114,17 @@ def test_a_build_waits_for_gpus_says_so_and_asks_the_autoscaler(
         gpus(1)
         joined = time.time()
         until((Path(recipe.cache) / "cache.json").exists, running)
-        assert time.time() - joined < USED_WITHIN_S
+        require_in_time(time.time() - joined)
         assert running.result(TIMEOUT_S).shards == 12
     until(lambda: not demand(nodes))
 
 
 def test_cpus_work_until_gpus_come_and_then_retire(
-    nodes: ChaosCluster, gpus: Callable[[int], None], recipe: BuildRecipe, folder: Path
+    nodes: ChaosCluster,
+    gpus: Callable[[int], None],
+    recipe: BuildRecipe,
+    folder: Path,
+    require_in_time: Callable[[float], None],
 ) -> None:
     """And while nobody asks for GPUs, no autoscaler is asked for nodes."""
     cache = build(with_runner(recipe, kind="local"), QUIET).cache
@@ -136,18 +156,10 @@ def test_cpus_work_until_gpus_come_and_then_retire(
         assert [actor.gpus for actor in runner._actors] == [0]
         assert demand(nodes) == []
         gpus(1)
-        joined = time.time()
+        joined, clock = time.time(), time.monotonic()
+        until(lambda: any(actor.gpus for actor in runner._actors), running)
+        assert time.monotonic() - clock < ASKED_WITHIN_S
         assert running.result(TIMEOUT_S) == []
-        assert arrived.stat().st_mtime - joined < USED_WITHIN_S
+        require_in_time(arrived.stat().st_mtime - joined)
         assert {actor.gpus for actor in runner._actors} == {1}
     assert len(cache.manifest.committed_shards("tiny")) == 12
-
-
-def test_gpus_that_are_too_small_are_an_error(
-    nodes: ChaosCluster, gpus: Callable[[int], None], recipe: BuildRecipe
-) -> None:
-    gpus(1)
-    with pytest.raises(
-        BuildError, match=r"has room(.|\n)*1 CPUs and 1 GPUs(.|\n)*one with 1 CPUs and 2 GPUs"
-    ):
-        RayRunner(RunnerRecipe(gpus_per_actor=2), {})

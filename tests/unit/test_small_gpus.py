@@ -1,0 +1,71 @@
+"""Clusters and GPUs that are too small for a recipe: a message that says what to do, before any work."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import ray
+import torch
+
+from teachercache.cache_builder import worker
+from teachercache.cache_builder.build_recipe import RunnerRecipe
+from teachercache.cache_builder.ray_cluster import Need
+from teachercache.cache_builder.worker import Worker
+from teachercache.pipeline.errors import BuildError
+from tests.make_cache import teacher_spec
+
+
+def cluster(monkeypatch: pytest.MonkeyPatch, *nodes: dict[str, float]) -> None:
+    """What Ray says of the nodes that are alive; one that has died had everything."""
+    alive = [{"Alive": True, "Resources": resources} for resources in nodes]
+    dead = {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}}
+    monkeypatch.setattr(ray, "nodes", lambda: [*alive, dead])
+
+
+def test_a_cluster_whose_only_gpus_are_too_small_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster(monkeypatch, {"CPU": 4.0}, {"CPU": 8.0, "GPU": 1.0})
+    with pytest.raises(BuildError) as raised:
+        Need(cpus=1, gpus=2).room(nodes_may_join=True, has_begun=False)
+    lines = str(raised.value).splitlines()
+    assert lines[1] == "  got:      nodes with 4 CPUs and 0 GPUs, 8 CPUs and 1 GPUs"
+    assert lines[2] == "  expected: one with 1 CPUs and 2 GPUs"
+    assert "start larger nodes, or lower runner.cpus_per_actor or runner.gpus_per_actor" in lines[3]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "room"),
+    [
+        ([{"CPU": 4.0}], 0),  # GPUs may come
+        ([{"GPU": 2.0}, {"CPU": 4.0}], 0),  # a node that gives no CPU to anybody
+        ([{"CPU": 8.0, "GPU": 1.0}, {"CPU": 8.0, "GPU": 5.0}], 2),
+        ([{"CPU": 1.0, "GPU": 4.0}], 1),
+    ],
+)
+def test_a_build_waits_for_gpus_where_there_are_none_yet(
+    monkeypatch: pytest.MonkeyPatch, nodes: list[dict[str, float]], room: int
+) -> None:
+    cluster(monkeypatch, *nodes)
+    assert Need(cpus=1, gpus=2).room(nodes_may_join=True, has_begun=False) == room
+
+
+def test_a_build_that_has_begun_waits_and_a_cluster_of_its_own_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cluster(monkeypatch, {"CPU": 8.0, "GPU": 1.0})
+    assert Need(cpus=1, gpus=2).room(nodes_may_join=True, has_begun=True) == 0
+    cluster(monkeypatch, {"CPU": 4.0})
+    with pytest.raises(BuildError, match="No node of this Ray cluster has room"):
+        Need(cpus=1, gpus=2).room(nodes_may_join=False, has_begun=False)
+
+
+def test_teachers_that_do_not_fit_a_gpu_end_a_build_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build_teacher(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmany lines")
+
+    monkeypatch.setattr(worker, "build_teacher", build_teacher)
+    with pytest.raises(BuildError) as raised:
+        Worker({"alpha": teacher_spec()}, RunnerRecipe(device="cpu"))
+    lines = str(raised.value).splitlines()
+    assert lines[1] == "  got:      CUDA out of memory. Tried to allocate 2.00 GiB."
+    assert "runner.batch_size=1" in lines[3]
