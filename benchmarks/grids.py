@@ -112,7 +112,7 @@ def losses(t: Tensor, student: Size) -> dict[str, tuple[Loss, Loss]]:
         "flattened: int4 of Uᵀt": (from_adjoint(coded_adjoint), flattened),
         "token: adjoint": (lambda s: pair(s, small).token_cosine().mean(), token),
         "token: pooled": (lambda s: F.cosine_similarity(s, pooled, dim=1).mean(), token),
-        "smooth-L1: adjoint": (lambda s: pair(s, small).smooth_l1(), smooth_l1),
+        "smooth-L1: adjoint": (lambda s: pair(s, small).smooth_l1().mean(), smooth_l1),
         "smooth-L1: pooled": (lambda s: F.smooth_l1_loss(s, pooled), smooth_l1),
     }
 

@@ -324,10 +324,10 @@ def count_step(
     def step(roofline: Roofline) -> None:
         targets = {name: target(spec) for name, spec in specs.items()}
         wrapped: Any = convert_outputs_to_fp32(model)  # as accelerate does
-        objective = Objective(wrapped, student, lambda _: targets, DistillationLoss())  # type: ignore[arg-type]
+        objective = Objective(wrapped, student, [lambda _: targets], DistillationLoss())  # type: ignore[list-item]
         pixels = torch.empty(batch_size, 3, *size, dtype=torch.uint8)
         batch: Any = SimpleNamespace(labels={}, images=pixels)
-        loss, _ = objective(batch, roofline)  # type: ignore[arg-type]
+        loss, _ = objective([batch], roofline)  # type: ignore[arg-type]
         with roofline.stage("backward"):
             loss.backward()
         with roofline.stage("optimizer"):

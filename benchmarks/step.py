@@ -168,7 +168,8 @@ class Trainer:
         sources[MEMORY] = InMemory(sources[CACHED](batch))
         self.kinds = sorted(sources, key=[MEMORY, CACHED, ONLINE].index)
         self._objectives = {
-            kind: Objective(model, student, targets, DistillationLoss()) for kind, targets in sources.items()
+            kind: Objective(model, student, [targets], DistillationLoss())
+            for kind, targets in sources.items()
         }
 
     def turn(self, kind: str, steps: int) -> list[float]:
@@ -187,7 +188,7 @@ class Trainer:
         return int(counter.get_total_flops())
 
     def _step(self, kind: str) -> None:
-        loss, _ = self._objectives[kind](next(self._batches[kind]), self._timer)
+        loss, _ = self._objectives[kind]([next(self._batches[kind])], self._timer)
         self.accelerator.backward(loss)
         self._optimizer.step()
         self._optimizer.zero_grad()

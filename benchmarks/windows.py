@@ -108,7 +108,9 @@ def _led(targets: dict[str, Target], level: int, state: str, cosine: Any) -> dic
     noise = torch.randn(near.shape, generator=torch.Generator().manual_seed(0), dtype=near.dtype)
     student = (near + 0.3 * noise if state == "near" else noise).requires_grad_()
     gradients = {
-        kind: torch.autograd.grad(target.compare(level, student, cosine, "squared_error")[0], student)[0]
+        kind: torch.autograd.grad(target.compare(level, student, cosine, "squared_error")[0].mean(), student)[
+            0
+        ]
         for kind, target in targets.items()
     }
     native = gradients.pop("native").flatten()

@@ -24,6 +24,7 @@ from teachercache.pipeline.codecs.hadamard import hadamard_factors, rotate
 from teachercache.pipeline.codecs.outliers import put_back, take_out, usual_moments
 from teachercache.pipeline.codecs.quantizer import take
 from teachercache.pipeline.errors import CodecError
+from teachercache.pipeline.records.feature_stats import FeatureMoments
 
 SIGN_SEED = 0
 LEVEL_TABLES = ("mean", "std", "rotation")  # those that have an entry for each level
@@ -48,6 +49,11 @@ class Normalisation(ABC):
     @abstractmethod
     def calibrate(cls, features_RSHWC: Tensor) -> Self:
         """The tables for features like these; float32, on their device."""
+
+    @classmethod
+    @abstractmethod
+    def of_moments(cls, moments: FeatureMoments) -> Self:
+        """The tables for features of these moments. Raises `ValueError` where a covariance is missing."""
 
     def require_shape(self, features_RSHWC: Tensor) -> None:
         """Raises `CodecError` unless the features have the levels and channels of the calibration."""
@@ -98,7 +104,11 @@ class Standardise(Normalisation):
 
     @classmethod
     def calibrate(cls, features_RSHWC: Tensor) -> Self:
-        return cls(_standard_tables(features_RSHWC))
+        return cls.of_moments(usual_moments(features_RSHWC))
+
+    @classmethod
+    def of_moments(cls, moments: FeatureMoments) -> Self:
+        return cls(_standard_tables(moments))
 
     def rotate(self, z_RSHWC: Tensor) -> Tensor:
         return z_RSHWC
@@ -116,7 +126,11 @@ class Hadamard(Normalisation):
 
     @classmethod
     def calibrate(cls, features_RSHWC: Tensor) -> Self:
-        return cls(_standard_tables(features_RSHWC) | _rotation_tables(features_RSHWC))
+        return cls.of_moments(usual_moments(features_RSHWC))
+
+    @classmethod
+    def of_moments(cls, moments: FeatureMoments) -> Self:
+        return cls(_standard_tables(moments) | _rotation_tables(moments))
 
     def rotate(self, z_RSHWC: Tensor) -> Tensor:
         return rotate(z_RSHWC * self.tables["signs"], self.tables["left"], self.tables["right"])
@@ -133,9 +147,12 @@ class PhiS(Normalisation):
 
     @classmethod
     def calibrate(cls, features_RSHWC: Tensor) -> Self:
-        moments = usual_moments(features_RSHWC, covariance=True)
+        return cls.of_moments(usual_moments(features_RSHWC, covariance=True))
+
+    @classmethod
+    def of_moments(cls, moments: FeatureMoments) -> Self:
         variances_SC, eigenvectors_SCC = torch.linalg.eigh(moments.covariance_SCC())
-        tables = _rotation_tables(features_RSHWC)
+        tables = _rotation_tables(moments)
         signed_SCC = (tables["signs"].double() * eigenvectors_SCC).contiguous()
         rotation_SCC = rotate(signed_SCC, tables["left"].double(), tables["right"].double()).mT
         std_S = variances_SC.clamp(min=0).mean(1).sqrt()
@@ -157,8 +174,7 @@ class PhiS(Normalisation):
         return torch.addcmul(self.tables["mean"][level], rotated, scales * self.tables["std"][level])
 
 
-def _standard_tables(features_RSHWC: Tensor) -> dict[str, Tensor]:
-    moments = usual_moments(features_RSHWC)
+def _standard_tables(moments: FeatureMoments) -> dict[str, Tensor]:
     return {"mean": moments.mean_SC.float(), "std": floored_std(moments.std_SC()).float()}
 
 
@@ -172,13 +188,13 @@ def floored_std(std_SC: Tensor) -> Tensor:
     return torch.where(usual_S1.isnan(), 1, std_SC.maximum(SMALLEST_RELATIVE_STD * usual_S1))
 
 
-def _rotation_tables(features_RSHWC: Tensor) -> dict[str, Tensor]:
-    width = features_RSHWC.shape[-1]
+def _rotation_tables(moments: FeatureMoments) -> dict[str, Tensor]:
+    width = moments.mean_SC.shape[1]
     generator = torch.Generator().manual_seed(SIGN_SEED)
     signs_C = 1.0 - 2.0 * torch.randint(2, (width,), generator=generator)
     left, right = hadamard_factors(width)
     tables = {"signs": signs_C, "left": left.float(), "right": right.float()}
-    return {name: table.to(features_RSHWC.device) for name, table in tables.items()}
+    return {name: table.to(moments.mean_SC.device) for name, table in tables.items()}
 
 
 def _per_level(table_SC: Tensor) -> Tensor:

@@ -69,11 +69,11 @@ class AdjointPair:
         return cosine_similarity(student_BCHW, reached_BCHW, dim=1) * share_B[:, None, None]
 
     def smooth_l1(self) -> Tensor:
-        """Smooth-L1 (beta = 1) of U s against U p, approximate: the mean over all elements, a scalar.
+        """Smooth-L1 (beta = 1) of U s against U p (B,), approximate: the mean over a map's elements.
 
         Its gradient is exact where all differences to t and to U p are below 1.
         """
-        return F.smooth_l1_loss(*self._on_grid())
+        return F.smooth_l1_loss(*self._on_grid(), reduction="none").mean(_OF_A_MAP)
 
     def _exact_products(self) -> tuple[Tensor, Tensor]:
         """<U s, t> and ‖U s‖² (B,); the maps on `grid` are not formed."""

@@ -32,21 +32,28 @@ class AlignmentLoss:
     teacher_weights: Mapping[str, float] = field(default_factory=dict)
 
     def __call__(self, alignments: Mapping[str, Alignment]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Eq. 4, whose three sums are means over teachers, and the detached terms for the log: L_align and
-        its parts, for each teacher and space ("s2t", "t2s", "rec")."""
-        losses: list[Tensor] = []
+        """Eq. 4, whose three sums are means over teachers, and the terms of `samples`."""
+        samples, terms = self.samples(alignments)
+        return torch.stack([loss_B.mean() for loss_B in samples.values()]).mean(), terms
+
+    def samples(self, alignments: Mapping[str, Alignment]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """(L_s2t + L_t2s + λ L_rec of each teacher, (B,), and the detached terms for the log: L_align and its
+        parts, for each teacher and space, "s2t", "t2s" and "rec")."""
+        samples: dict[str, Tensor] = {}
         terms: dict[str, Tensor] = {}
         for name, alignment in alignments.items():
+            losses_B = []
             for space, weight, one, other in self._pairs(alignment):
                 with torch.autocast(one.map.device.type, enabled=False):
-                    loss, parts = self.align(one, other)
-                losses.append(self.teacher_weights.get(name, 1.0) * weight * loss)
-                for term, value in {"loss": loss, **parts}.items():
-                    terms[f"{term}/{name}/{space}"] = value.detach()
-        return torch.stack(losses).sum() / len(alignments), terms
+                    loss_B, parts = self.align(one, other)
+                losses_B.append(self.teacher_weights.get(name, 1.0) * weight * loss_B)
+                for term, value_B in {"loss": loss_B, **parts}.items():
+                    terms[f"{term}/{name}/{space}"] = value_B.detach().mean()
+            samples[name] = torch.stack(losses_B).sum(0)
+        return samples, terms
 
     def align(self, one: Features, other: Features) -> tuple[Tensor, dict[str, Tensor]]:
-        """(L_align, its terms before their weights): `one` on the grid of `other`."""
+        """(L_align (B,), its terms before their weights): `one` on the grid of `other`."""
         target = Target(other.map.permute(0, 2, 3, 1)[:, None])
         cosine, distance = target.compare(0, one.map, self.cosine, self.distance)
         loss = self.cosine_weight * cosine + self.distance_weight * distance
@@ -54,7 +61,7 @@ class AlignmentLoss:
         if one.image is not None and other.image is not None:
             dtype = torch.promote_types(one.image.dtype, torch.float32)
             cosines_B = cosine_similarity(one.image.to(dtype), other.image.to(dtype), dim=-1)
-            parts["image_cosine"] = 1 - cosines_B.mean()
+            parts["image_cosine"] = 1 - cosines_B
             loss = loss + self.image_weight * parts["image_cosine"]
         return loss, parts
 

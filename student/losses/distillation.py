@@ -38,7 +38,7 @@ class Target:
     def compare(
         self, level: int, student_BChw: Tensor, cosine: CosineKind, distance: DistanceKind
     ) -> tuple[Tensor, Tensor]:
-        """(1 - cosine, distance) at one level, two scalars; computed in at least float32.
+        """(1 - cosine, distance) at one level, (B,) each; computed in at least float32.
 
         The student's map is resampled bilinearly to the teacher's grid, whichever is the finer. (The
         authors' code resamples the coarser of the two; with the teachers of the paper that is always
@@ -51,10 +51,11 @@ class Target:
         student_BHWC = upsample(student_BChw.to(dtype), self.grid or (height, width)).permute(0, 2, 3, 1)
         teacher_BHWC = teacher_BHWC.to(dtype)
         measure = F.smooth_l1_loss if distance == "smooth_l1" else F.mse_loss
-        difference = measure(student_BHWC, teacher_BHWC)
+        difference_B = measure(student_BHWC, teacher_BHWC, reduction="none").mean((1, 2, 3))
         if cosine == "flattened":
-            student_BHWC, teacher_BHWC = student_BHWC.flatten(1), teacher_BHWC.flatten(1)
-        return (1 - cosine_similarity(student_BHWC, teacher_BHWC, dim=-1)).mean(), difference
+            student_BHWC, teacher_BHWC = (one.flatten(1)[:, None] for one in (student_BHWC, teacher_BHWC))
+        cosines_BN = cosine_similarity(student_BHWC, teacher_BHWC, dim=-1).flatten(1)
+        return 1 - cosines_BN.mean(1), difference_B
 
 
 @dataclass
@@ -82,12 +83,12 @@ class AdjointTarget(Target):
                 do="build the cache with the student's grid as grid_size, or with grid: native",
             )
         pair = AdjointPair(student_BChw, nearest_BChw, self.norms_BS[:, level].square(), self.grid)
-        cosines = pair.flattened_cosine() if cosine == "flattened" else pair.token_cosine()
+        cosines_B = pair.flattened_cosine() if cosine == "flattened" else pair.token_cosine().mean((1, 2))
         if distance == "smooth_l1":
-            return 1 - cosines.mean(), pair.smooth_l1()
+            return 1 - cosines_B, pair.smooth_l1()
         height, width = self.grid.size if isinstance(self.grid, Places) else self.grid
         elements = height * width * nearest_BChw.shape[1]
-        return 1 - cosines.mean(), pair.squared_error().mean() / elements
+        return 1 - cosines_B, pair.squared_error() / elements
 
 
 def _require_width(level: int, student_BChw: Tensor, channels: int) -> None:
@@ -102,10 +103,12 @@ def _require_width(level: int, student_BChw: Tensor, channels: int) -> None:
 
 @dataclass
 class LossOutput:
-    """`total` has the gradient. The others are detached, (S,) for each teacher: `levels` are the terms of
-    the sum before the teacher's weight, `cosine` (as 1 - cosine) and `distance` their parts."""
+    """`total` has the gradient, and `samples`, (B,) for each teacher, whose means are its terms. The others
+    are detached, (S,) for each teacher: `levels` are the terms of the sum before the teacher's weight,
+    `cosine` (as 1 - cosine) and `distance` their parts."""
 
     total: Tensor
+    samples: dict[str, Tensor]
     levels: dict[str, Tensor]
     cosine: dict[str, Tensor]
     distance: dict[str, Tensor]
@@ -142,7 +145,7 @@ class DistillationLoss(nn.Module):
         Raises `ValueError` where student and targets differ in teachers, levels or widths.
         """
         _require_pairs(student, targets)
-        losses, levels, cosine, distance = [], {}, {}, {}
+        samples, levels, cosine, distance = {}, {}, {}, {}
         for teacher, maps_BChw in student.items():
             target = targets[teacher]
             with torch.autocast(maps_BChw[0].device.type, enabled=False):
@@ -150,12 +153,13 @@ class DistillationLoss(nn.Module):
                     target.compare(i, map_BChw, self.cosine, self.distance)
                     for i, map_BChw in enumerate(maps_BChw)
                 ]
-            cosine_S, distance_S = (torch.stack(values) for values in zip(*terms, strict=True))
-            loss_S = self.cosine_weight * cosine_S + self.distance_weight * distance_S
-            losses.append(self.teacher_weights.get(teacher, 1.0) * loss_S.sum())
-            levels[teacher] = loss_S.detach()
-            cosine[teacher], distance[teacher] = cosine_S.detach(), distance_S.detach()
-        return LossOutput(torch.stack(losses).sum(), levels, cosine, distance)
+            cosine_SB, distance_SB = (torch.stack(values) for values in zip(*terms, strict=True))
+            loss_SB = self.cosine_weight * cosine_SB + self.distance_weight * distance_SB
+            samples[teacher] = self.teacher_weights.get(teacher, 1.0) * loss_SB.sum(0)
+            levels[teacher] = loss_SB.detach().mean(1)
+            cosine[teacher], distance[teacher] = cosine_SB.detach().mean(1), distance_SB.detach().mean(1)
+        total = torch.stack([loss_B.mean() for loss_B in samples.values()]).sum()
+        return LossOutput(total, samples, levels, cosine, distance)
 
 
 def _require_pairs(student: Mapping[str, Sequence[Tensor]], targets: Mapping[str, Target]) -> None:

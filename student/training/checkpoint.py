@@ -1,8 +1,9 @@
 """Checkpoints: `<output>/checkpoints/step_00000100/{model.safetensors, optimizer.safetensors, state.json}`.
 
 A checkpoint is written under a temporary name and renamed, so a folder with the final name is complete.
-`state.json` holds the step, the checksums of the other two files and what the run was; nothing else is
-needed, because batches, seeds and the learning rate are functions of the step. One that was damaged since is
+`state.json` holds the step, the checksums of the other two files, what the run was, and FAMO's ξ where it
+weighs the teachers; nothing else is needed, because batches, seeds and the learning rate are functions of the
+step. One that was damaged since is
 passed over and set aside as `step_00000100.damaged`.
 """
 
@@ -25,6 +26,7 @@ from teachercache.pipeline.errors import CheckpointError
 from teachercache.pipeline.places.durable import fsync, make_folder, rename
 from teachercache.pipeline.places.local_storage import LocalStorage
 from teachercache.pipeline.places.processes import TEMPORARY_SUFFIX
+from teachercache.student.losses.weighting import Famo
 from teachercache.student.saving import saving
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
@@ -32,7 +34,13 @@ DAMAGED_SUFFIX = ".damaged"
 
 
 def save_checkpoint(
-    folder: Path, step: int, model: nn.Module, optimizer: Optimizer, run: Mapping[str, Any], keep: int
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: Optimizer,
+    run: Mapping[str, Any],
+    keep: int,
+    famo: Famo | None = None,
 ) -> Path:
     """Write the state after `step` optimizer steps, then delete all but the newest `keep` checkpoints.
 
@@ -52,6 +60,8 @@ def save_checkpoint(
             files = LocalStorage(temporary)
             checksums = {name: files.checksum(name) for name in (MODEL, OPTIMIZER)}
             state = {"step": step, "checksums": checksums, "run": dict(run)}
+            if famo is not None:
+                state["famo"] = famo.state()
             (temporary / STATE).write_text(json.dumps(state, indent=2) + "\n")
             for path in (*temporary.iterdir(), temporary):
                 fsync(path)
@@ -78,7 +88,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def load_newest(
-    folder: Path, model: nn.Module, optimizer: Optimizer, run: Mapping[str, Any]
+    folder: Path, model: nn.Module, optimizer: Optimizer, run: Mapping[str, Any], famo: Famo | None = None
 ) -> tuple[int, dict[Path, CheckpointError]]:
     """Restore from the newest checkpoint that is sound: (the steps that were taken, the damaged newer ones).
 
@@ -105,6 +115,8 @@ def load_newest(
         _require_same_run(path, state["run"], run)
         _load_weights(path, model, tensors[MODEL])
         _load_optimizer(path, model, optimizer, tensors[OPTIMIZER])
+        if famo is not None:
+            famo.load(state["famo"])
         return int(state["step"]), damaged
     others = misnamed(folder)
     if damaged or others:

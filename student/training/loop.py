@@ -1,6 +1,6 @@
 """The training loop: optimizer steps, checkpoints and measurements, whatever the objective is.
 
-Nothing here has a state beside the model's and the optimizer's: batches, random seeds and the
+Nothing here has a state beside the model's, the optimizer's and FAMO's: batches, random seeds and the
 learning rate are functions of the step. That is what makes a resumed run the same run.
 """
 
@@ -10,9 +10,9 @@ import math
 import signal
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 from teachercache.pipeline.errors import TrainingError
 from teachercache.pipeline.loading.loader import Batch
 from teachercache.pipeline.stop_request import StopRequest
+from teachercache.student.losses.weighting import Famo, Losses
 from teachercache.student.timing import StageTimer
 from teachercache.student.training.checkpoint import save_checkpoint
 from teachercache.student.training.device_batches import DeviceBatches
@@ -33,7 +34,14 @@ from teachercache.student.training.run_log import RunLog
 from teachercache.student.training.train_recipe import TrainRecipe
 
 _NAMED = 5
-Objective = Callable[[Batch, StageTimer], tuple[Tensor, dict[str, Tensor]]]
+
+
+class Objective(Protocol):
+    """What is minimised: called with the batches of a step, one of each input."""
+
+    def __call__(self, batches: Sequence[Batch], timer: StageTimer) -> tuple[Tensor, dict[str, Tensor]]: ...
+
+    def losses(self, batches: Sequence[Batch], timer: StageTimer) -> list[Losses]: ...
 
 
 @dataclass
@@ -53,7 +61,7 @@ class _Taken:
     """A step that the device may still be at; `done`, by the host's clock, once it was read."""
 
     step: int
-    rows: list[NDArray]
+    rows: list[list[NDArray]]
     timer: StageTimer
     names: list[str]
     values: Tensor
@@ -73,9 +81,10 @@ class _Taken:
 
 @dataclass
 class TrainingLoop:
-    """Minimises `objective(batch, timer) -> (loss, terms to log)` on every process of `accelerator`.
+    """Minimises `objective(batches, timer) -> (loss, terms to log)` on every process of `accelerator`.
 
-    `identity`: what checkpoints say of the run. `not_finite`: what of the data of some rows is not finite.
+    `identity`: what checkpoints say of the run. `not_finite`: what of the data of some rows is not finite, by
+    input. `famo` learns from each step, for which the batches are looked at again.
     """
 
     accelerator: Accelerator
@@ -85,12 +94,15 @@ class TrainingLoop:
     objective: Objective
     learning_rate: Callable[[int], float]
     identity: Mapping[str, Any]
-    not_finite: Callable[[NDArray], list[str]]
+    not_finite: Sequence[Callable[[NDArray], list[str]]]
+    famo: Famo | None = None
 
     def __post_init__(self) -> None:
         self._on_device = DeviceBatches(self.accelerator.device)
 
-    def run(self, batches: Iterator[Batch], first_step: int, total_steps: int, log: RunLog) -> LoopResult:
+    def run(
+        self, batches: Iterator[Sequence[Batch]], first_step: int, total_steps: int, log: RunLog
+    ) -> LoopResult:
         """Take the steps `first_step`, …, `total_steps - 1`, or fewer when SIGTERM comes.
 
         What a step gave is read when the next one is under way, so that no GPU waits for the host; a run may
@@ -117,20 +129,21 @@ class TrainingLoop:
                     self._clock = time.perf_counter()
         return result
 
-    def _step(self, step: int, batches: Iterator[Batch], stop: StopRequest) -> _Taken:
+    def _step(self, step: int, batches: Iterator[Sequence[Batch]], stop: StopRequest) -> _Taken:
         """One optimizer step; what it gives are means over micro-batches and processes."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
         timer, device = StageTimer(self.accelerator.device), self.accelerator.device
-        rows, logged, norms = list[NDArray](), list[Tensor](), list[Tensor]()
+        rows, logged, norms = list[list[NDArray]](), list[Tensor](), list[Tensor]()
         for micro_step in range(self.accelerator.gradient_accumulation_steps):
-            batch = next(batches)
-            rows.append(batch.rows)
-            for stage, seconds in batch.seconds.items():
+            inputs = [self._on_device(batch) for batch in next(batches)]
+            rows.append([batch.rows for batch in inputs])
+            for stage, seconds in [one for batch in inputs for one in batch.seconds.items()]:
                 timer.add(stage, seconds)
-            torch.manual_seed(step_seed(self.recipe.seed, step, micro_step, self.accelerator.process_index))
+            seed = step_seed(self.recipe.seed, step, micro_step, self.accelerator.process_index)
+            torch.manual_seed(seed)
             with self.accelerator.accumulate(self.model):
-                loss, terms = self.objective(self._on_device(batch), timer)
+                loss, terms = self.objective(inputs, timer)
                 with timer.stage("backward"):
                     self.accelerator.backward(loss)
                 with timer.stage("optimizer"):
@@ -138,6 +151,9 @@ class TrainingLoop:
                         norms.append(self._clip())
                     self.optimizer.step()
                     self.optimizer.zero_grad()
+            if self.famo is not None:
+                torch.manual_seed(seed)
+                self.famo.update(self.objective.losses(inputs, timer))
             logged.append(torch.stack([loss.detach(), *terms.values()]))
         stopping = torch.full((), float(stop.requested), device=device)  # a copy from the host would block
         values = torch.cat([torch.stack(logged).mean(0), torch.stack([*norms, stopping])])
@@ -171,12 +187,15 @@ class TrainingLoop:
         if self.accelerator.is_main_process:
             model = self.accelerator.unwrap_model(self.model)
             folder, keep = self.recipe.checkpoint_folder, self.recipe.keep_checkpoints
-            save_checkpoint(folder, step, model, self.optimizer, self.identity, keep)
+            save_checkpoint(folder, step, model, self.optimizer, self.identity, keep, self.famo)
         self.accelerator.wait_for_everyone()
 
-    def _error(self, step: int, loss: float, rows: list[NDArray]) -> TrainingError:
+    def _error(self, step: int, loss: float, rows: list[list[NDArray]]) -> TrainingError:
         """Every process comes here in the same step, and each knows only its own rows."""
-        found: list[str] = gather_object(self.not_finite(np.concatenate(rows)))
+        by_input = zip(self.not_finite, zip(*rows, strict=True), strict=True)
+        found: list[str] = gather_object(
+            [line for look, some in by_input for line in look(np.concatenate(some))]
+        )
         if not found:
             return TrainingError(
                 f"The loss is no longer finite at step {step}.",

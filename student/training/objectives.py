@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from teachercache.pipeline.codecs.normalisation import Normalisation
 from teachercache.pipeline.loading.loader import Batch
-from teachercache.student.kpu.latent_space import Features
+from teachercache.student.kpu.latent_space import Alignment, Features
 from teachercache.student.losses.alignment import AlignmentLoss
 from teachercache.student.losses.distillation import DistillationLoss, LossOutput, Target
 from teachercache.student.losses.tasks import MultiTaskLoss
+from teachercache.student.losses.weighting import Equal, Losses, Weighting
 from teachercache.student.models.student import Student, StudentOutput
 from teachercache.student.timing import StageTimer
+from teachercache.student.training.balance import balanced
 from teachercache.student.training.targets import TargetSource
 
 
@@ -23,26 +26,30 @@ from teachercache.student.training.targets import TargetSource
 class Objective:
     """L = γ · L_distillation + Σ_tasks w_t · L_t (SAK, Eq. 6); stage 1 has no tasks and γ = 1.
 
-    `model` is `student` as accelerate wrapped it. Without `distillation` the features are not asked for
-    and the aligners do not run: a baseline that learns from labels alone.
+    `model` is `student` as accelerate wrapped it, and `targets` those of its one input. Without
+    `distillation` the features are not asked for and the aligners do not run: a baseline that learns from
+    labels alone. `balance`: in whose terms maps are compared, by teacher.
     """
 
     model: nn.Module
     student: Student
-    targets: TargetSource
+    targets: Sequence[TargetSource]
     distillation: DistillationLoss | None
     weight: float = 1.0
     tasks: MultiTaskLoss | None = None
+    weighting: Weighting = field(default_factory=Equal)
+    balance: Mapping[str, Normalisation] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         assert self.distillation or self.tasks, "nothing to minimise"
 
-    def __call__(self, batch: Batch, timer: StageTimer) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a batch, and its terms for the log."""
+    def __call__(self, batches: Sequence[Batch], timer: StageTimer) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a step's batch, and its terms for the log."""
+        (batch,), (targets_of,) = batches, self.targets
         device = self.student.mean.device
         with timer.stage("targets"):
             reads = self.distillation is not None or self.student.reads_features
-            targets = self.targets(batch) if reads else {}
+            targets = targets_of(batch) if reads else {}
             labels = {task: values.to(device, non_blocking=True) for task, values in batch.labels.items()}
         with timer.stage("forward"):
             images_B3HW = batch.images.to(device, non_blocking=True)
@@ -50,18 +57,34 @@ class Objective:
             losses: list[Tensor] = []
             terms: dict[str, Tensor] = {}
             if self.distillation:
-                maps = {
-                    name: output.feature_maps[name][-target.num_levels :] for name, target in targets.items()
-                }
-                distilled = self.distillation(maps, targets)
-                losses.append(self.weight * distilled.total)
+                distilled = self._distilled(output, targets)
+                mean = self.weighting([distilled.samples], [batch])
+                losses.append(self.weight * len(targets) * mean)
                 terms |= _terms(distilled, self.distillation.distance)
+                terms |= {f"weight/{name}": weight for name, weight in self.weighting.weights().items()}
             if self.tasks:
                 tasks = self.tasks(output.predictions, labels)
                 losses.append(tasks.total)
                 terms |= {f"loss/{task}": loss for task, loss in tasks.tasks.items()}
                 terms |= _mean_gates(output, self.student)
         return sum(losses[1:], start=losses[0]), terms
+
+    def losses(self, batches: Sequence[Batch], timer: StageTimer) -> list[Losses]:
+        """Those of the teachers, before any weight; without a gradient."""
+        (batch,), (targets_of,) = batches, self.targets
+        images_B3HW = batch.images.to(self.student.mean.device, non_blocking=True)
+        with torch.no_grad(), timer.stage("forward"):
+            targets = targets_of(batch)
+            return [self._distilled(self._run(self.student.normalize(images_B3HW), targets), targets).samples]
+
+    def _distilled(self, output: StudentOutput, targets: Mapping[str, Target]) -> LossOutput:
+        assert self.distillation is not None
+        maps = {name: output.feature_maps[name][-target.num_levels :] for name, target in targets.items()}
+        for name, normalisation in self.balance.items():
+            maps[name] = balanced(normalisation, maps[name])
+            whole = normalisation.forward(targets[name].feature_maps_BSHWC)
+            targets = {**targets, name: replace(targets[name], feature_maps_BSHWC=whole)}
+        return self.distillation(maps, targets)
 
     def _run(self, pixels_B3HW: Tensor, targets: Mapping[str, Target]) -> StudentOutput:
         inputs: dict[str, Any] = {"full": True, "maps": self.distillation is not None}
@@ -92,29 +115,56 @@ def _mean_gates(output: StudentOutput, student: Student) -> dict[str, Tensor]:
 
 @dataclass
 class KPUObjective:
-    """The loss of a batch, called as `teachercache.student.training.objectives.Objective`; `weight`
-    multiplies all of it.
+    """Eq. 4 over the teachers of all inputs, called as `teachercache.student.training.objectives.Objective`;
+    `weight` multiplies all of it.
 
-    `model` is `student` as accelerate wrapped it.
+    Each input has `targets` of its own and is a forward pass of its own. `model` is `student` as accelerate
+    wrapped it. `balance`: in whose terms L_s2t and L_rec compare maps, by teacher.
     """
 
     model: nn.Module
     student: Student
-    targets: TargetSource
+    targets: Sequence[TargetSource]
     loss: AlignmentLoss
     weight: float = 1.0
     tasks: None = None
+    weighting: Weighting = field(default_factory=Equal)
+    balance: Mapping[str, Normalisation] = field(default_factory=dict)
 
-    def __call__(self, batch: Batch, timer: StageTimer) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a batch, and its terms for the log."""
-        with timer.stage("targets"):
-            teachers = {name: last_level(target) for name, target in self.targets(batch).items()}
-        with timer.stage("forward"):
-            images_B3HW = batch.images
-            images_B3HW = images_B3HW.to(self.student.mean.device, non_blocking=True)
-            alignments = self.model(self.student.normalize(images_B3HW), teachers=teachers)
-            loss, terms = self.loss(alignments)
-        return self.weight * loss, terms
+    def __call__(self, batches: Sequence[Batch], timer: StageTimer) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a step's batches, one of each input, and its terms for the log."""
+        inputs, terms = self._inputs(batches, timer)
+        total = self.weight * self.weighting(inputs, batches)
+        return total, terms | {f"weight/{name}": one for name, one in self.weighting.weights().items()}
+
+    def losses(self, batches: Sequence[Batch], timer: StageTimer) -> list[Losses]:
+        """Those of the teachers of each input, before any weight; without a gradient."""
+        with torch.no_grad():
+            return self._inputs(batches, timer)[0]
+
+    def _inputs(self, batches: Sequence[Batch], timer: StageTimer) -> tuple[list[Losses], dict[str, Tensor]]:
+        inputs, terms = list[Losses](), dict[str, Tensor]()
+        for batch, targets_of in zip(batches, self.targets, strict=True):
+            with timer.stage("targets"):
+                teachers = {name: last_level(target) for name, target in targets_of(batch).items()}
+            with timer.stage("forward"):
+                images_B3HW = batch.images.to(self.student.mean.device, non_blocking=True)
+                found = self.model(self.student.normalize(images_B3HW), teachers=teachers)
+                alignments = {name: self._balanced(name, alignment) for name, alignment in found.items()}
+                samples, of_input = self.loss.samples(alignments)
+            inputs.append(samples)
+            terms |= of_input
+        return inputs, terms
+
+    def _balanced(self, name: str, alignment: Alignment) -> Alignment:
+        if name not in self.balance:
+            return alignment
+        changed = {
+            space: one._replace(map=balanced(self.balance[name], [one.map])[0])
+            for space, one in alignment._asdict().items()
+            if space in ("teacher", "s2t", "rec") and one is not None
+        }
+        return alignment._replace(**changed)
 
 
 def last_level(target: Target) -> Features:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -88,6 +88,7 @@ def preflight(
         with found.problems.noted():
             require_known("distilled teacher (distillation.teacher_weights)", name, names)
     found.problems += missing_trackers(recipe.trackers)
+    found.problems += _unbalanced(recipe, teachers)
     if len(teachers) == len(names) and (found.tasks is None) == (recipe.multitask is None):
         size, distills = spec.views.size, recipe.distills
         with found.problems.noted():
@@ -213,6 +214,26 @@ def _require_length(num_samples: int | None, recipe: TrainRecipe, processes: int
             do="lower batch_size_per_process or gradient_accumulation_steps",
         )
     recipe.schedule.steps(num_samples / images_per_step)
+
+
+def _unbalanced(recipe: TrainRecipe, teachers: Mapping[str, TeacherSpec]) -> Iterator[RecipeError]:
+    """What keeps teachers from being weighed, or brought to equal terms."""
+    wanted = recipe.distillation
+    if wanted.weighting != "equal" and recipe.gradient_accumulation_steps > 1:
+        yield RecipeError(
+            f"{wanted.weighting} needs the losses of a whole step at once.",
+            got=f"gradient_accumulation_steps {recipe.gradient_accumulation_steps}",
+            expected="1",
+            do="use more processes, a larger batch_size_per_process, or weighting=equal",
+        )
+    adjoint = [name for name, spec in teachers.items() if spec.grid.kind == "adjoint"]
+    if wanted.targets != "raw" and adjoint:
+        yield RecipeError(
+            f"On the adjoint grid no map can be {wanted.targets}: its norms are those of raw features.",
+            got=f"grid: adjoint of {', '.join(adjoint)}",
+            expected="grid: native or bilinear",
+            do="set distillation.targets=raw, or build a cache of these images with such a grid",
+        )
 
 
 def _other_steps(views: ViewPolicy, grid: Size | None, stem: str | None) -> Iterator[RecipeError]:

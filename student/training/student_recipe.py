@@ -75,7 +75,8 @@ class StudentRecipe(Strict):
 
     def contradictions_of(self, run: TrainRecipe) -> Iterator[str]:
         """Why `run` cannot train such a student."""
-        said = run.distillation.model_dump(exclude={"weight"}, exclude_defaults=True)
+        of_a_kind = {"image_weight", "reconstruction_weight"}
+        said = run.distillation.model_dump(include=of_a_kind, exclude_defaults=True)
         if foreign := said.keys() - signature(self.loss).parameters:
             yield f"{', '.join(sorted(foreign))}: only a kpu has such weights, leave them out"
 

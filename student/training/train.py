@@ -33,10 +33,12 @@ with extra("train"):
 
 from teachercache.pipeline.loading.loader import FeatureLoader
 from teachercache.pipeline.places.durable import make_folder
+from teachercache.student.losses.weighting import Equal, Famo, TeacherDrop, Weighting
 from teachercache.student.models.student import Student
 from teachercache.student.saving import saving
 from teachercache.student.similarity import Similarity
 from teachercache.student.timing import bottleneck
+from teachercache.student.training.balance import normalisations
 from teachercache.student.training.checkpoint import (
     DAMAGED_SUFFIX,
     load_newest,
@@ -129,17 +131,20 @@ class _Run:
         reads = targets.reads if recipe.distills or student.reads_features else []
         model, optimizer = self._prepared(student)
         run = self._identity()
-        first_step = _resume(recipe, accelerator, student, optimizer, run)
+        weighting = self._weighting()
+        famo = weighting if isinstance(weighting, Famo) else None
+        first_step = _resume(recipe, accelerator, student, optimizer, run, famo)
         total_steps, learning_rate = self._schedule()
         loop = TrainingLoop(
             accelerator,
             recipe,
             model,
             optimizer,
-            self._objective(model, student, targets),
+            self._objective(model, student, targets, weighting),
             learning_rate,
             run,
-            partial(not_finite, self.cache, reads, found.labels),
+            [partial(not_finite, self.cache, reads, found.labels)],
+            famo,
         )
         config = {**run, "cache_id": self.cache.spec.cache_id}
         log = RunLog(
@@ -154,7 +159,7 @@ class _Run:
             before_writing=require_held,
         )
         with log, self._loader(targets, reads, first_step) as loader:
-            done = loop.run(iter(loader), first_step, total_steps, log)
+            done = loop.run(zip(loader, strict=True), first_step, total_steps, log)
         return self._finish(student, done, log.similarity)
 
     def _student(self) -> Student:
@@ -197,7 +202,7 @@ class _Run:
         return total, partial(SCHEDULES[schedule.kind], peak=peak, final=schedule.final_lr, **steps)
 
     def _objective(
-        self, model: nn.Module, student: Student, targets: TargetSource
+        self, model: nn.Module, student: Student, targets: TargetSource, weighting: Weighting
     ) -> Objective | KPUObjective:
         kind: Any = type(self.recipe.student)
         wanted, tasks = self.recipe.distillation, self.found.task_loss
@@ -209,7 +214,17 @@ class _Run:
             targets.compile(**_COMPILED)
             if isinstance(loss, nn.Module):
                 loss.compile(**_COMPILED)
-        return kind.objective(model, student, targets, loss, wanted.weight, tasks)
+        device, num_levels = self.accelerator.device, student.num_levels
+        balance = normalisations(wanted.targets, self.cache, self.found.teachers, num_levels, device)
+        return kind.objective(model, student, [targets], loss, wanted.weight, tasks, weighting, balance)
+
+    def _weighting(self) -> Weighting:
+        wanted, mean = self.recipe.distillation, partial(self.accelerator.reduce, reduction="mean")
+        if wanted.weighting == "famo":
+            return Famo(list(self.found.teachers), wanted.famo_lr, wanted.famo_decay, mean)
+        if wanted.weighting == "teacher_drop":
+            return TeacherDrop(wanted.drop_probability, self.recipe.seed, mean)
+        return Equal()
 
     def _loader(self, targets: TargetSource, reads: Sequence[str], first_step: int) -> FeatureLoader:
         assert self.found.sampler is not None
@@ -265,7 +280,12 @@ def _require_folder(output: Path) -> None:
 
 
 def _resume(
-    recipe: TrainRecipe, accelerator: Accelerator, student: Student, optimizer: Any, run: dict[str, Any]
+    recipe: TrainRecipe,
+    accelerator: Accelerator,
+    student: Student,
+    optimizer: Any,
+    run: dict[str, Any],
+    famo: Famo | None,
 ) -> int:
     """Load the newest checkpoint of the output folder, if there is one; returns the first step to take."""
     if recipe.checkpoint_folder.exists() and not recipe.checkpoint_folder.is_dir():
@@ -290,7 +310,7 @@ def _resume(
             expected="the checkpoints of its run, or a folder without a student",
             do="choose another output, or move that student away to train again",
         )
-    first_step, damaged = load_newest(recipe.checkpoint_folder, student, optimizer, run)
+    first_step, damaged = load_newest(recipe.checkpoint_folder, student, optimizer, run, famo)
     if not first_step and (taken := logged_steps(Path(recipe.output))) > recipe.checkpoint_every_steps:
         raise CheckpointError(
             "The run has logged steps beyond its first checkpoint, and there is none to continue from.",

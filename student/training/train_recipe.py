@@ -14,6 +14,7 @@ from teachercache.pipeline.crops import StudentJitter
 from teachercache.pipeline.errors import RecipeError
 from teachercache.pipeline.records.strict import Strict
 from teachercache.student.losses.distillation import CosineKind, DistanceKind
+from teachercache.student.training.balance import TargetKind
 from teachercache.student.training.student_recipe import SakRecipe, StudentOfAKind
 
 Weight = Annotated[float, Field(ge=0)]
@@ -48,7 +49,11 @@ class MultiTaskRecipe(Strict):
 class DistillationRecipe(Strict):
     """`DistillationLoss`'s arguments, and its `weight` in the sum with the tasks' losses (γ of SAK, Eq. 6):
     0 leaves the features unread. `cosine`: null is "flattened" for a SAK, "token" for a KPU. `image_weight`
-    and `reconstruction_weight` are those that `AlignmentLoss` has beside, for a KPU."""
+    and `reconstruction_weight` are those that `AlignmentLoss` has beside, for a KPU.
+
+    `weighting`: how much teachers count (KPU, Figure 4): by `famo`, with `famo_lr` and `famo_decay`, which is
+    one more forward pass a step, or `teacher_drop`, with `drop_probability`. `targets`: how maps are scaled
+    before they are compared, by the cache's statistics. Class tokens stay raw."""
 
     weight: float = Field(1.0, ge=0)
     cosine: CosineKind | None = None
@@ -58,6 +63,17 @@ class DistillationRecipe(Strict):
     teacher_weights: dict[str, Weight] = Field({})
     image_weight: float = Field(1.0, ge=0)
     reconstruction_weight: float = Field(1.0, ge=0)
+    weighting: Literal["equal", "famo", "teacher_drop"] = "equal"
+    famo_lr: float = Field(0.025, gt=0)
+    famo_decay: float = Field(1e-3, ge=0)
+    drop_probability: float = Field(0.5, ge=0, le=1)
+    targets: TargetKind = "raw"
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.weighting != "equal" and self.teacher_weights:
+            raise ValueError(f"{self.weighting} weighs the teachers itself: leave out teacher_weights")
+        return self
 
 
 class OptimizerRecipe(Strict):
@@ -253,6 +269,14 @@ _PLACES_AND_SPEED: dict[str, Any] = {
     "gradient_accumulation_steps": True,
 }
 
+_CAME_LATER = {
+    "weighting",
+    "famo_lr",
+    "famo_decay",
+    "drop_probability",
+    "targets",
+}  # stated where not default
+
 _OF_EVERY_KIND = {  # checkpoints state these whatever the student's kind is: those that it has not, so
     **{"reduction": 4, "adapter_paths": True, "sak_compat": False, "fusion": "mor", "decoder": "simple"},
     **{"preservation": True, "unification": True, "reconstruction": True},
@@ -266,6 +290,10 @@ def run_identity(recipe: TrainRecipe, facts: Mapping[str, Any]) -> dict[str, Any
     over processes and accumulation. So a run may go on with more or fewer processes.
     """
     said = recipe.model_dump(mode="json", exclude=_PLACES_AND_SPEED)
+    came_later = recipe.distillation.model_dump(include=_CAME_LATER, exclude_defaults=True)
+    said["distillation"] = {
+        key: value for key, value in said["distillation"].items() if key not in _CAME_LATER - set(came_later)
+    }
     if recipe.held_out:
         said["validation"] = {"fraction": recipe.held_out}
     return _flatten(said | {"student": _OF_EVERY_KIND | said["student"]} | dict(facts))

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from teachercache.pipeline.cache import FeatureCache
-from teachercache.pipeline.loading.loader import Batch, FeatureLoader
+from teachercache.pipeline.loading.loader import FeatureLoader
 from teachercache.pipeline.loading.sampler import ShardShuffleSampler
 from teachercache.student.training.checkpoint import newest_checkpoint
 from teachercache.student.training.device_batches import DeviceBatches
@@ -39,9 +39,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def on_each_step(monkeypatch: pytest.MonkeyPatch, act: Callable[[int], None]) -> None:
     own = Objective.__call__
 
-    def call(self: Objective, batch: Batch, timer: Any) -> Any:
-        act(batch.step)
-        return own(self, batch, timer)
+    def call(self: Objective, batches: Any, timer: Any) -> Any:
+        act(batches[0].step)
+        return own(self, batches, timer)
 
     monkeypatch.setattr(Objective, "__call__", call)
 
