@@ -26,6 +26,7 @@ VERBS = {
     "Train a student": (students.train, students.remove_teacher, students.import_reference),
     "Measure a student": (
         *(students.evaluate, students.repsim, students.probe, students.depth_probe, students.figure),
+        inspection.gap,
     ),
     "Rearrange caches": (rearranging.merge, rearranging.subset, rearranging.convert),
     "Share on the Hugging Face Hub": (sharing.push, sharing.push_cache, sharing.pull),

@@ -1,4 +1,4 @@
-"""Verbs that show: inspect, report, view and norms."""
+"""Verbs that show: inspect, report, view, norms and gap."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from teachercache.jobs.cli.terminal import CacheArgument, Images, Json, console, print_json
+from teachercache.jobs.cli.terminal import CacheArgument, Images, Json, StudentArgument, console, print_json
 
 _MAX_INDEX = 2**63 - 1
 
@@ -142,3 +142,32 @@ def norms(
     loaded = load_student(student) if student else None
     norm_figure(opened, (first, second), loaded, level).savefig(output)
     console.print(f"{output}")
+
+
+def gap(
+    student: StudentArgument,
+    cache: CacheArgument,
+    teachers: Annotated[str, typer.Option(help="Of these alone, separated by commas.")] = "",
+    max_samples: Annotated[int | None, typer.Option(min=1, help="Samples to measure on; all.")] = None,
+    as_json: Json = False,
+) -> None:
+    """The gap between teachers: standard deviations in their own spaces and in a KPU's shared one.
+
+    Example: `teachercache gap runs/kpu_base/student /data/imagenet1k_kpu_vitb_val`
+    """
+    from teachercache.jobs.inspection.tables import columns_table
+    from teachercache.pipeline.cache import FeatureCache
+    from teachercache.student import load_student
+    from teachercache.student.measuring.gap import largest_ratio, teacher_gap
+
+    names = [name.strip() for name in teachers.split(",")] if teachers else None
+    found = teacher_gap(load_student(student), FeatureCache.open(cache), names, max_samples=max_samples)
+    found |= {"largest / smallest": largest_ratio(found)}
+    if as_json:
+        print_json({name: spread._asdict() for name, spread in found.items()})
+    else:
+        columns = {
+            name: {"own space": f"{spread.own:.4g}", "shared space": f"{spread.shared:.4g}"}
+            for name, spread in found.items()
+        }
+        console.print(columns_table("standard deviation", columns))

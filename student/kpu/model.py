@@ -137,6 +137,14 @@ class KPU(Student):
             for name, features in student.items()
         }
 
+    def unify(self, teachers: Mapping[str, Features]) -> dict[str, Features]:
+        """h_t2s(X^t) of each teacher, on the grid of the scale that represents it."""
+        assert self.latent_space.t2s is not None
+        return {
+            name: self.latent_space.t2s[name](teacher, self._scale_grids[self._scales[name]])
+            for name, teacher in teachers.items()
+        }
+
     def forward(
         self,
         pixels_B3HW: Tensor,
@@ -161,11 +169,15 @@ class KPU(Student):
 
     def _nearest_scale(self, grid: Size) -> int:
         """The scale of V whose number of tokens is nearest to the grid's, by their ratio."""
-        if self.vit_adapter is None:
-            return 0
-        height, width = self.image_size
-        sizes = [math.ceil(height / stride) * math.ceil(width / stride) for stride in STRIDES]
+        sizes = [math.prod(own) for own in self._scale_grids]
         return min(range(len(sizes)), key=lambda scale: abs(math.log(sizes[scale] / math.prod(grid))))
+
+    @property
+    def _scale_grids(self) -> list[Size]:
+        if self.vit_adapter is None:
+            return [self.stem.grid]
+        height, width = self.image_size
+        return [(math.ceil(height / stride), math.ceil(width / stride)) for stride in STRIDES]
 
     def _for_teachers(self, pixels_B3HW: Tensor) -> dict[str, Features]:
         """What is compared with each teacher: x, and one scale of V."""

@@ -25,7 +25,9 @@ from teachercache.pipeline.loading.sampler import ShardShuffleSampler
 from teachercache.pipeline.records.spec import GridSpec
 from teachercache.pipeline.sources import open_source
 from teachercache.student import KPU, load_student
+from teachercache.student.kpu.latent_space import Features
 from teachercache.student.measuring.evaluate import evaluate
+from teachercache.student.measuring.gap import teacher_gap
 from teachercache.student.measuring.image_features import StudentFeatures
 from teachercache.student.similarity import representation_similarity
 from teachercache.student.training.objectives import last_level
@@ -214,6 +216,37 @@ def test_features_to_probe_are_x_and_the_means_of_the_maps_that_are_compared(
         image_BD, maps_BDhw = student.features(pixels)
     expected = torch.cat([image_BD, *(maps_BDhw[level].mean((2, 3)) for level in student.scales)], dim=1)
     np.testing.assert_allclose(found_NF, expected, atol=1e-5)
+
+
+def test_the_gap_between_teachers_is_that_of_their_last_levels_and_of_what_h_t2s_makes_of_them(
+    cache: Path, finished: Path
+) -> None:
+    told = CliRunner().invoke(app, ["gap", str(finished / "student"), str(cache), "--json"])
+    assert told.exit_code == 0, told.output
+    found = json.loads(told.output)
+    student, opened = load_student(finished / "student"), FeatureCache.open(cache)
+    assert isinstance(student, KPU)
+    sampler = ShardShuffleSampler(opened, ["clip", "sam"], batch_size_per_process=opened.num_samples - 1)
+    rows = sampler.batch(0)
+    grids = {"clip": (2, 2), "sam": (8, 8)}
+    for name in ("clip", "sam"):
+        own = opened.feature_maps(name, rows)[:, -1].permute(0, 3, 1, 2)
+        image = opened.read_tokens(rows, "clip", "cls")[:, -1] if name == "clip" else None
+        with torch.no_grad():
+            shared = student.latent_space.t2s[name](Features(image, own), grids[name]).map  # type: ignore[index]
+        for space, map_BCHW in (("own", own), ("shared", shared)):
+            spread = map_BCHW.double().var((0, 2, 3), correction=0).mean().sqrt().item()
+            assert found[name][space] == pytest.approx(spread, rel=1e-5)
+    ratio = found["largest / smallest"]["own"]
+    assert ratio == pytest.approx(max(found[n]["own"] for n in grids) / min(found[n]["own"] for n in grids))
+    half = CliRunner().invoke(app, ["gap", str(finished / "student"), str(cache), "--max-samples", "4"])
+    assert "largest / smallest" in half.output
+
+
+def test_a_student_without_a_shared_space_has_no_gap_to_measure(cache: Path) -> None:
+    student = KPU("test_vit", {"clip": 8}, (64, 64), {"clip": (8, 8)}, **BASE_B)
+    with pytest.raises(RecipeError, match=r"no space(.|\n)*unification=true"):
+        teacher_gap(student, FeatureCache.open(cache))
 
 
 def test_an_adjoint_is_refused(images: Path, tmp_path: Path) -> None:
