@@ -37,7 +37,7 @@ def build_student(
     do, see `Stem`; `fusion`, how a task makes one of the stem's and the paths' representations, "mor", "sum"
     or "concat"; `decoder`, the heads, "simple" or "upernet".
     Of a KPU: `teacher_grids`, (rows, columns) of each teacher's map, `class_tokens`, the teachers that have
-    one, and `preservation`, `unification` and `reconstruction`, the switches of its Table 2.
+    one, `preservation`, `unification` and `reconstruction`, the switches of its Table 2, and `norm`.
     Raises `RecipeError` for arguments that cannot work or are of another kind, `WeightsNotFoundError` when
     the stem's weights cannot be had.
     """

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from teachercache.pipeline.errors import RecipeError
 from teachercache.pipeline.records.strict import Size
 from teachercache.student.kpu.latent_space import Features, LatentSpace
-from teachercache.student.kpu.vit_adapter import STRIDES, ViTAdapter
+from teachercache.student.kpu.vit_adapter import STRIDES, NormKind, ViTAdapter
 from teachercache.student.models.stem import Stem
 from teachercache.student.models.student import (
     Student,
@@ -40,8 +40,8 @@ class KPU(Student):
     with a class token, which x is compared with.
 
     Table 2's rows: `preservation=False` trains the ViT itself, without an adapter; `unification` and
-    `reconstruction` are Eq. 2 and 3. x is the sentinel's last class token (or the mean of its patch tokens)
-    after a norm.
+    `reconstruction` are Eq. 2 and 3. `norm`: that of the adapter. x is the sentinel's last class token (or
+    the mean of its patch tokens) after a norm.
 
     Parts that are not compared with any teacher are not trained: scales of V that are nearest to none, and
     the norm of x where no teacher has a class token.
@@ -74,6 +74,7 @@ class KPU(Student):
         preservation: bool = True,
         unification: bool = True,
         reconstruction: bool = True,
+        norm: NormKind = "group",
     ) -> None:
         check_names("teacher", teacher_dims)
         require_teachers(teacher_dims)
@@ -98,11 +99,12 @@ class KPU(Student):
             "preservation": preservation,
             "unification": unification,
             "reconstruction": reconstruction,
+            "norm": norm,
         }
         super().__init__(config, module.mean, module.std)
         self.stem = module
         self.norm = nn.LayerNorm(module.width, eps=1e-6)
-        self.vit_adapter = ViTAdapter(module.width, module.level_depths) if preservation else None
+        self.vit_adapter = ViTAdapter(module.width, module.level_depths, norm) if preservation else None
         self.latent_space = LatentSpace(
             module.width, teacher_dims, config["class_tokens"], unification, reconstruction
         )

@@ -8,9 +8,9 @@ N  tokens of C2, C3 and C4, map by map
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from teachercache.pipeline.grids import upsample
 from teachercache.student.kpu.deformable_attention import DeformableAttention, Grids
 from teachercache.student.models.stem import Stem
 
+NormKind = Literal["group", "sync_batch"]
 STRIDES = (4, 8, 16, 32)
 _HEAD_WIDTH = 64
 _CONV_WIDTH = 64
@@ -33,16 +34,17 @@ class ViTAdapter(nn.Module):
     end. Class token and registers bypass the adapter.
 
     All is as in the original, except for the norms: `GroupNorm` replaces its `SyncBatchNorm`, so that nothing
-    depends on how a batch is divided (docs/design.md). A new injector adds nothing: its gamma is 0.
+    depends on how a batch is divided (docs/design.md). `norm="sync_batch"` is the original's: batch norms,
+    which training on several GPUs turns into those. A new injector adds nothing: its gamma is 0.
     """
 
     extractors: Any  # a ModuleList of ModuleLists, which its type cannot express
 
-    def __init__(self, width: int, level_depths: Collection[int]) -> None:
+    def __init__(self, width: int, level_depths: Collection[int], norm: NormKind = "group") -> None:
         super().__init__()
         self._ends = list(level_depths)
         self._starts = [0, *self._ends[:-1]]
-        self.prior = SpatialPrior(width)
+        self.prior = SpatialPrior(width, norm)
         self.scale_embedding = nn.Parameter(torch.empty(len(STRIDES) - 1, width))
         self.injectors = nn.ModuleList(Injector(width) for _ in self._starts)
         self.extractors = nn.ModuleList(
@@ -50,7 +52,7 @@ class ViTAdapter(nn.Module):
             for end in self._ends
         )
         self.up = nn.ConvTranspose2d(width, width, kernel_size=2, stride=2)
-        self.norms = nn.ModuleList(_norm(width) for _ in STRIDES)
+        self.norms = nn.ModuleList(_NORMS[norm](width) for _ in STRIDES)
         self.apply(_initialise)
         nn.init.normal_(self.scale_embedding)
 
@@ -103,17 +105,17 @@ class ViTAdapter(nn.Module):
 class SpatialPrior(nn.Module):
     """Convolutions over the image: C1 to C4 before any interaction (the spatial prior module)."""
 
-    def __init__(self, width: int, conv_width: int = _CONV_WIDTH) -> None:
+    def __init__(self, width: int, norm: NormKind = "group", conv_width: int = _CONV_WIDTH) -> None:
         super().__init__()
         widths = [conv_width, 2 * conv_width, 4 * conv_width, 4 * conv_width]
         self.stem = nn.Sequential(
-            _convolution(3, conv_width, stride=2),
-            _convolution(conv_width, conv_width),
-            _convolution(conv_width, conv_width),
+            _convolution(3, conv_width, norm, stride=2),
+            _convolution(conv_width, conv_width, norm),
+            _convolution(conv_width, conv_width, norm),
             nn.MaxPool2d(3, stride=2, padding=1),
         )
         self.stages = nn.ModuleList(
-            _convolution(before, after, stride=2) for before, after in pairwise(widths)
+            _convolution(before, after, norm, stride=2) for before, after in pairwise(widths)
         )
         self.projections = nn.ModuleList(nn.Conv2d(channels, width, 1) for channels in widths)
 
@@ -186,14 +188,16 @@ def _num_heads(width: int) -> int:
     return max(1, width // _HEAD_WIDTH)
 
 
-def _norm(channels: int) -> nn.GroupNorm:
+def _group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(math.gcd(32, channels), channels)
 
 
-def _convolution(before: int, after: int, stride: int = 1) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(before, after, 3, stride, padding=1, bias=False), _norm(after), nn.ReLU(inplace=True)
-    )
+_NORMS: dict[NormKind, Callable[[int], nn.Module]] = {"group": _group_norm, "sync_batch": nn.BatchNorm2d}
+
+
+def _convolution(before: int, after: int, norm: NormKind, stride: int = 1) -> nn.Sequential:
+    convolution = nn.Conv2d(before, after, 3, stride, padding=1, bias=False)
+    return nn.Sequential(convolution, _NORMS[norm](after), nn.ReLU(inplace=True))
 
 
 def _initialise(module: nn.Module) -> None:

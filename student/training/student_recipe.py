@@ -16,6 +16,7 @@ from teachercache.pipeline.records.spec import TeacherSpec
 from teachercache.pipeline.records.strict import Size, Strict
 from teachercache.pipeline.records.view_policy import ViewPolicy
 from teachercache.student.kpu.latent_space import Features
+from teachercache.student.kpu.vit_adapter import NormKind
 from teachercache.student.losses.alignment import AlignmentLoss
 from teachercache.student.losses.distillation import DistillationLoss
 from teachercache.student.models.student import NUM_LEVELS, TeacherFacts
@@ -137,7 +138,8 @@ class SakRecipe(_TaskRecipe):
 
 
 class KpuRecipe(StudentRecipe):
-    """`stem` is the sentinel; the switches are those of KPU's Table 2."""
+    """`stem` is the sentinel; the switches are those of KPU's Table 2. `norm`: of its ViT-Adapter,
+    `sync_batch` as in the original, which then depends on how a batch is divided."""
 
     loss = AlignmentLoss
     objective = KPUObjective
@@ -146,9 +148,12 @@ class KpuRecipe(StudentRecipe):
     preservation: bool = True
     unification: bool = True
     reconstruction: bool = True
+    norm: NormKind = "group"
 
     def contradictions(self) -> Iterator[str]:
         yield from super().contradictions()
+        if self.norm != "group" and not self.preservation:
+            yield "only a ViT-Adapter has such a norm: leave out norm or set preservation=true"
         if self.lora_rank and self.preservation:
             yield "a kpu keeps its sentinel as it is: leave out lora_rank or set preservation=false"
         if self.init_from:

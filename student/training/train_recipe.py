@@ -294,6 +294,8 @@ def run_identity(recipe: TrainRecipe, facts: Mapping[str, Any]) -> dict[str, Any
     said["distillation"] = {
         key: value for key, value in said["distillation"].items() if key not in _CAME_LATER - set(came_later)
     }
+    if said["student"].get("norm") == "group":
+        del said["student"]["norm"]
     if recipe.held_out:
         said["validation"] = {"fraction": recipe.held_out}
     return _flatten(said | {"student": _OF_EVERY_KIND | said["student"]} | dict(facts))

@@ -244,7 +244,9 @@ def test_the_gap_between_teachers_is_that_of_their_last_levels_and_of_what_h_t2s
 
 
 def test_a_student_without_a_shared_space_has_no_gap_to_measure(cache: Path) -> None:
-    student = KPU("test_vit", {"clip": 8}, (64, 64), {"clip": (8, 8)}, **BASE_B)
+    student = KPU(
+        "test_vit", {"clip": 8}, (64, 64), {"clip": (8, 8)}, unification=False, reconstruction=False
+    )
     with pytest.raises(RecipeError, match=r"no space(.|\n)*unification=true"):
         teacher_gap(student, FeatureCache.open(cache))
 

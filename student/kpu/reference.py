@@ -1,0 +1,58 @@
+"""The checkpoints of ViT-Adapter's authors (github.com/czczup/ViT-Adapter), with the names of their code."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from teachercache.pipeline.errors import CheckpointError
+from teachercache.student.kpu.vit_adapter import ViTAdapter
+
+_RENAMED = (
+    (r"^spm\.stem\.(\d+)\.", lambda found: f"prior.stem.{int(found[1]) // 3}.{int(found[1]) % 3}."),
+    (r"^spm\.conv(\d)\.", lambda found: f"prior.stages.{int(found[1]) - 2}."),
+    (r"^spm\.fc(\d)\.", lambda found: f"prior.projections.{int(found[1]) - 1}."),
+    (r"^level_embed$", "scale_embedding"),
+    (r"^norm(\d)\.", lambda found: f"norms.{int(found[1]) - 1}."),
+    (r"^interactions\.(\d+)\.injector\.", r"injectors.\1."),
+    (r"^interactions\.(\d+)\.extractor\.", r"extractors.\1.0."),
+    (
+        r"^interactions\.(\d+)\.extra_extractors\.(\d+)\.",
+        lambda found: f"extractors.{found[1]}.{int(found[2]) + 1}.",
+    ),
+    (r"\.feat_norm\.", ".feature_norm."),
+    (r"\.attn\.sampling_offsets\.", ".attention.offsets."),
+    (r"\.attn\.attention_weights\.", ".attention.weights."),
+    (r"\.attn\.value_proj\.", ".attention.values."),
+    (r"\.attn\.output_proj\.", ".attention.output."),
+    (r"\.ffn\.fc1\.", ".ffn.enter."),
+    (r"\.ffn\.dwconv\.dwconv\.", ".ffn.depthwise."),
+    (r"\.ffn\.fc2\.", ".ffn.leave."),
+)
+_OF_ADAPTER = r"(backbone\.)?((spm|interactions|up|norm\d)\..+|level_embed)"
+
+
+def load_vit_adapter(adapter: ViTAdapter, tensors: Mapping[str, Tensor]) -> None:
+    """Give a new `adapter` the weights among `tensors`, the `state_dict` of a checkpoint: those of its ViT
+    and of a decoder are left out.
+
+    Raises `CheckpointError` where they are not all of this adapter's, as where its norm is not "sync_batch".
+    """
+    found = {}
+    for name, tensor in tensors.items():
+        if own := re.fullmatch(_OF_ADAPTER, name):
+            renamed = own[2]
+            for pattern, replacement in _RENAMED:
+                renamed = re.sub(pattern, replacement, renamed)
+            found[renamed] = tensor
+    try:
+        adapter.load_state_dict(found)
+    except RuntimeError as error:
+        raise CheckpointError(
+            "The checkpoint does not hold this ViT-Adapter.",
+            got=error,
+            expected=f"its {len(adapter.state_dict())} tensors, by the names of ViT-Adapter's code",
+            do="build the KPU on a ViT of the checkpoint's width, with norm='sync_batch'",
+        ) from error
