@@ -129,7 +129,7 @@ class _TolerantTarget(Target):
             distances.append(apart.flatten(1).mean(1))
         nearest_1B = torch.stack(cosines).argmax(0, keepdim=True)
         cosine_B, distance_B = (torch.stack(one).gather(0, nearest_1B)[0] for one in (cosines, distances))
-        return 1 - cosine_B.mean(), distance_B.mean()
+        return 1 - cosine_B, distance_B
 
 
 def _tolerant(batch: Batch, targets: dict[str, Target], patch: int) -> dict[str, Target]:
