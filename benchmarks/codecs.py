@@ -3,6 +3,7 @@
     python -m benchmarks.codecs                      synthetic features, a random ViT and trained teachers
     python -m benchmarks.codecs --cache PATH         the teachers of a cache stored as f16 or f32
     python -m benchmarks.codecs --ideas              also what was tried and not kept
+    python -m benchmarks.codecs --compressors        also what Zarr's compressors make of them
 
 Prints one table and, last, one line of JSON. Speeds are GB/s of float16 features, the median of several
 runs into fresh memory. A codec is calibrated on rows that are not measured. On a GPU there are two more
@@ -20,17 +21,21 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from zarr.storage import MemoryStore
 
 from benchmarks import signals, trained
 from benchmarks.codec_ideas import IDEAS
 from teachercache.pipeline.codecs import Encoded, codec_names, get_codec
 from teachercache.pipeline.codecs.fidelity import compare, measure_fidelity
+from teachercache.pipeline.records.spec import Compressor
+from teachercache.pipeline.stores.through_zarr import JSON, encoded_chunks, open_quietly
+from teachercache.pipeline.stores.zarr_metadata import chunks_json
 
 LEVELS, GRID = 4, (24, 24)
 TRAINED_GRID = 16, 16
@@ -57,6 +62,7 @@ def main() -> None:
     parser.add_argument("--signals", nargs="+", help="these alone, of those that it prints (default: all)")
     parser.add_argument("--codecs", nargs="+", default=codec_names())
     parser.add_argument("--ideas", action="store_true", help="also codecs that did not win (slow)")
+    parser.add_argument("--compressors", action="store_true", help="also compressed, codec by codec")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=5, help="of each timing; 0 measures no speed")
     args = parser.parse_args()
@@ -66,6 +72,9 @@ def main() -> None:
         for codec in args.codecs:
             print(f"{name}: {codec}", file=sys.stderr)
             results.append({"signal": name, "codec": codec} | measure(codec, sample, features, args.repeats))
+            for compressor in get_args(Compressor) if args.compressors else ():
+                found = measure_compressed(codec, compressor, sample, features, args.repeats)
+                results.append({"signal": name, "codec": f"{codec}, {compressor}"} | found)
         for idea in IDEAS if args.ideas else ():
             results.append({"signal": name, "codec": f"({idea})"} | measure_idea(idea, sample, features))
     Console(width=120).print(_table(results))
@@ -115,6 +124,40 @@ def measure(name: str, sample: Tensor, features: Tensor, repeats: int) -> dict[s
             / _median_s(lambda: encoded.decode(features.device, torch.float16), repeats),
         }
     )
+
+
+def measure_compressed(
+    name: str, compressor: Compressor, sample: Tensor, features: Tensor, repeats: int
+) -> dict[str, Any]:
+    """The bytes in a Zarr store, and the speeds of codec and zarr together, from and to memory.
+
+    What it loses is what the codec loses.
+    """
+    codec = get_codec(name).calibrate(sample)
+    rows, *shape, width = features.shape
+    layouts = codec.layout(shape[0], (shape[1], shape[2]), width)
+    chunks = dict[str, dict[str, Any]]()
+
+    def write() -> None:
+        for array, tensor in codec.encode(features).tensors().items():
+            text = chunks_json(layouts[array], rows, compressor)
+            chunks[array] = encoded_chunks(text, tensor.cpu().numpy())
+
+    def read() -> None:
+        arrays = {
+            array: torch.from_numpy(open_quietly(MemoryStore(of_array), mode="r")[:])
+            for array, of_array in chunks.items()
+        }
+        Encoded(codec, arrays).decode(features.device, torch.float16)
+
+    write()
+    nbytes = sum(len(chunk) for of_array in chunks.values() for key, chunk in of_array.items() if key != JSON)
+    float16_gb = 2 * features.numel() / 1e9
+    found = {"float16_ratio": nbytes / 1e9 / float16_gb}
+    if repeats:
+        found |= {"encode_gb_per_s": float16_gb / _median_s(write, repeats)}
+        found |= {"decode_gb_per_s": float16_gb / _median_s(read, repeats)}
+    return found
 
 
 def gpu_speeds(encoded: Encoded, features: Tensor, repeats: int) -> dict[str, float]:

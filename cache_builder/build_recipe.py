@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from teachercache.cache_builder.prices import PlanRecipe
 from teachercache.cache_builder.teachers.teacher_recipe import TeacherRecipe
-from teachercache.pipeline.records.spec import IMAGES, StoreKind
+from teachercache.pipeline.records.spec import IMAGES, Compressor, StoreKind
 from teachercache.pipeline.records.strict import Strict
 from teachercache.pipeline.records.view_policy import ViewPolicy
 from teachercache.pipeline.units import parse_bytes
@@ -52,7 +52,7 @@ class BuildRecipe(Strict):
     `accept_loss`: build also where a codec ruins the features of a teacher, which is else an error.
     `budget` ("6TB", or a number of bytes): the most that features, their statistics and copied images may
     take; `teachercache plan` says which grids and codecs fit it. `covariance`: include it in the statistics
-    of the features, in addition to mean and variance.
+    of the features, in addition to mean and variance. `compressor`: of a Zarr store's rows.
     """
 
     cache: str
@@ -67,9 +67,19 @@ class BuildRecipe(Strict):
     covariance: bool = False
     images: Literal["reference", "copy"] = "reference"
     store: StoreKind = "zarr"
+    compressor: Compressor | None = None
     sak_compat: bool = False
     runner: RunnerRecipe = RunnerRecipe()
     plan: PlanRecipe = PlanRecipe()
+
+    @model_validator(mode="after")
+    def _compresses_zarr(self) -> Self:
+        if self.compressor and self.store != "zarr":
+            raise ValueError(
+                f"compressor {self.compressor} is for store: zarr, got {self.store}, whose rows are not "
+                "compressed; leave compressor out, or choose zarr"
+            )
+        return self
 
     @field_validator("budget", mode="before")
     @classmethod

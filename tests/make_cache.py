@@ -16,6 +16,7 @@ from teachercache.pipeline.places.open_storage import open_storage
 from teachercache.pipeline.records.manifest import CommitRecord, Manifest
 from teachercache.pipeline.records.spec import (
     CacheSpec,
+    Compressor,
     DatasetSpec,
     GridSpec,
     Segment,
@@ -85,6 +86,7 @@ def make_cache(
     invalid_samples: Collection[int] = (),
     skip_shards: Collection[int] = (),
     store: StoreKind = "zarr",
+    compressor: Compressor | None = None,
     hashes: bool = True,
 ) -> FeatureCache:
     """A cache over `images`, every shard committed except `skip_shards`, `invalid_samples` quarantined.
@@ -105,6 +107,7 @@ def make_cache(
         views=policy,
         rows_per_shard=samples_per_shard * num_views,
         store=store,
+        compressor=compressor,
         segments=(Segment(first_row=0, samples=(0, samples.num_rows), views=(0, num_views)),),
         teachers=teachers or {"alpha": teacher_spec(), "beta": teacher_spec(width=4, grid=3, codec="f16")},
         created="2026-01-01T00:00:00+00:00",

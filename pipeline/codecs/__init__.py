@@ -15,6 +15,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import get_args
 
+from teachercache.pipeline.codecs.bit_rounding import BitRoundCodec
 from teachercache.pipeline.codecs.codec import Codec, Encoded, Standing, torch_dtype
 from teachercache.pipeline.codecs.dct import RINGS, SCALAR, GridDctCodec
 from teachercache.pipeline.codecs.quantized import SCHEMES, QuantizedCodec
@@ -24,6 +25,7 @@ from teachercache.pipeline.errors import CodecError
 _CODECS: dict[str, Callable[[], Codec]] = {
     codec.name: codec for codec in (Float32Codec, Float16Codec, BFloat16Codec)
 }
+_CODECS |= {f"bitround-{_bits}": partial(BitRoundCodec, _bits) for _bits in (8, 6, 5, 4, 3)}
 for _bits in (8, 6, 5, 4, 3):
     for _suffix, _scheme in SCHEMES.items():
         if _bits in _scheme.rates:

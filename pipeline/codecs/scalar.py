@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from teachercache.pipeline.codecs.codec import Codec, Encoded, may_arrive_late, torch_dtype
+from teachercache.pipeline.codecs.codec import Codec, Encoded, Standing, may_arrive_late, torch_dtype
 from teachercache.pipeline.records.array_layout import ArrayLayout
 
 CODE_AXES = ("level", "height", "width", "channel")
@@ -48,7 +48,7 @@ class Float32Codec(_FloatCodec):
 
 class Float16Codec(_FloatCodec):
     name = "f16"
-    standing = "advised"
+    standing: Standing = "advised"
     reported = True
     dtype = torch.float16
     stored_dtype = np.dtype("float16")

@@ -21,7 +21,7 @@ from teachercache.pipeline.records.spec import IMAGES, StoreKind
 
 
 def convert(url: str, out: str, store: StoreKind) -> Rearrangement:
-    """The same rows in the other kind of store; content ids, `cache_id` and records stay the same.
+    """The same rows in the other kind of store, uncompressed, with the same ids and records.
 
     Raises `CacheMismatchError` where another cache is at `out`.
     """
@@ -33,9 +33,8 @@ def convert(url: str, out: str, store: StoreKind) -> Rearrangement:
             expected="a cache of the other kind",
             do="copy the folder if you want a copy",
         )
-    target = lay_out(
-        out, source.spec.changed(store=store), [source], source.samples, source.manifest.views(source.spec)
-    )
+    spec = source.spec.changed(store=store, compressor=None)
+    target = lay_out(out, spec, [source], source.samples, source.manifest.views(source.spec))
 
     def rewrite(teacher: str, shard: int) -> None:
         record = source.commits(teacher)[shard]

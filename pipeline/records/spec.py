@@ -35,6 +35,7 @@ GridKind = Literal["native", "adjoint", "bilinear"]
 Precision = Literal["float32", "bfloat16"]
 Resampling = Literal["antialias", "plain"]
 StoreKind = Literal["zarr", "webdataset"]
+Compressor = Literal["zstd", "blosc", "lz4", "pcodec"]
 
 
 class GridSpec(Strict):
@@ -150,6 +151,7 @@ class CacheSpec(Strict):
     """The content of `cache.json`. `fidelity`: what each teacher's codec lost on the calibration sample.
 
     `covariance`: whether the statistics of the features keep it, 8 C² bytes per level and shard.
+    `compressor`: of the rows of a Zarr store; like the store, it changes no row and no identity.
     """
 
     schema_version: Literal[2] = SCHEMA_VERSION
@@ -158,6 +160,7 @@ class CacheSpec(Strict):
     rows_per_shard: int = Field(ge=1)
     images: Literal["reference", "copy"] = "reference"
     store: StoreKind = "zarr"
+    compressor: Compressor | None = Field(None, exclude_if=lambda chosen: chosen is None)
     covariance: bool = False
     segments: tuple[Segment, ...] = Field(min_length=1, max_length=MAX_SEGMENTS)
     teachers: dict[str, TeacherSpec] = Field(max_length=MAX_TEACHERS)
@@ -289,7 +292,7 @@ class CacheSpec(Strict):
         """
         pairs: dict[str, tuple[object, object]] = {
             name: (getattr(self, name), getattr(other, name))
-            for name in ("rows_per_shard", "images", "covariance", "store")
+            for name in ("rows_per_shard", "images", "covariance", "store", "compressor")
         }
         pairs["source.kind"] = self.dataset.kind, other.dataset.kind
         pairs["teachers"] = sorted(self.teachers), sorted(other.teachers)

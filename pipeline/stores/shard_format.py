@@ -24,6 +24,7 @@ Index = NDArray[np.uint64]  # (rows, 2): offset, and nbytes with the checksum
 
 
 def checksum(data: bytes | memoryview) -> bytes:
+    """The crc32c. numcodecs' is this very function in another coat, and holds the GIL as well."""
     value: int = google_crc32c.value(np.frombuffer(data, np.uint8))  # it takes no memoryview
     return value.to_bytes(CHECKSUM_NBYTES, "little")
 

@@ -1,24 +1,68 @@
-"""Rows as zarr-python reads them: arrays that others have compressed or chunked anew, or all, on request."""
+"""Rows as zarr-python encodes and reads them: compressed ones, and all on request."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import numcodecs.errors
 import numpy as np
 import zarr
 from numpy.typing import NDArray
 from zarr.abc.store import Store
-from zarr.core.buffer import default_buffer_prototype
-from zarr.storage import FsspecStore, LocalStore
+from zarr.core.buffer import Buffer, default_buffer_prototype
+from zarr.errors import UnknownCodecError, ZarrUserWarning
+from zarr.storage import FsspecStore, LocalStore, MemoryStore
 
-from teachercache.pipeline.errors import StorageError
+from teachercache.pipeline.errors import MissingExtraError, StorageError
 from teachercache.pipeline.places.local_storage import LocalStorage
 from teachercache.pipeline.places.remote_storage import client_options
 from teachercache.pipeline.places.retries import retrying
 from teachercache.pipeline.places.storage import Storage
+
+JSON = "zarr.json"
+
+
+def encoded_rows(array_json: bytes, rows: NDArray) -> Iterator[bytes]:
+    """Each row as a chunk of the array that `array_json` describes, which has one chunk a row.
+
+    Raises `MissingExtraError` for a codec that is not installed.
+    """
+    chunks, suffix = encoded_chunks(array_json, rows), "/0" * (rows.ndim - 1)
+    return (chunks[f"c/{number}{suffix}"].to_bytes() for number in range(len(rows)))
+
+
+def encoded_chunks(array_json: bytes, values: NDArray) -> dict[str, Buffer]:
+    """The files of the array that `array_json` describes, by name. Raises as `encoded_rows`."""
+    chunks = {JSON: default_buffer_prototype().buffer.from_bytes(array_json)}
+    with _installed_codecs("rows"):
+        array = open_quietly(MemoryStore(chunks), mode="r+")
+        array.with_config({"write_empty_chunks": True})[:] = values
+    return chunks
+
+
+def open_quietly(store: Store, **options: Any) -> zarr.Array:
+    with warnings.catch_warnings():  # that few readers know numcodecs' codecs, docs/codecs.md says
+        warnings.simplefilter("ignore", ZarrUserWarning)
+        return zarr.open_array(store, **options)
+
+
+@contextmanager
+def _installed_codecs(what: str) -> Iterator[None]:
+    """Raises `MissingExtraError` where zarr does not know a codec."""
+    try:
+        yield
+    except (UnknownCodecError, numcodecs.errors.UnknownCodecError) as error:
+        raise MissingExtraError(
+            f"The {what} are compressed by a codec that is not installed.",
+            got=error,
+            expected="the codecs that zarr.json names, known to zarr",
+            do="pip install 'teachercache[pcodec]' for pcodec, or the package of that codec",
+        ) from error
 
 
 class ThroughZarr:
@@ -45,19 +89,18 @@ class ThroughZarr:
 
     def _array(self, folder: str) -> zarr.Array:
         if folder not in self._arrays:
-            name = f"{folder}/zarr.json"
+            name = f"{folder}/{JSON}"
             if not self._storage.exists(name):  # zarr would read a device for ever
                 raise FileNotFoundError(name)
-            self._arrays[folder] = self._ask(
-                lambda: zarr.open_array(self._store(), path=folder, mode="r"), name
-            )
+            self._arrays[folder] = self._ask(lambda: open_quietly(self._store(), path=folder, mode="r"), name)
         return self._arrays[folder]
 
     def _ask(self, zarr_for: Callable[[], Any], what: str) -> Any:
         """Of what zarr meets in damaged or hostile files, every kind of error comes out."""
         try:
-            return retrying(zarr_for, f"{self._storage.url}/{what}")
-        except StorageError:
+            with _installed_codecs(what):
+                return retrying(zarr_for, f"{self._storage.url}/{what}")
+        except (MissingExtraError, StorageError):
             raise
         except Exception as error:
             raise ValueError(f"{what}: {type(error).__name__}: {error}") from error

@@ -7,7 +7,7 @@ gigabytes), fsynced, renamed and hashed as it is written. The format is that of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, lru_cache, partial
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from teachercache.pipeline.places.files import ChecksumWriter
 from teachercache.pipeline.places.storage import Storage
 from teachercache.pipeline.records.array_layout import ArrayLayout
-from teachercache.pipeline.records.spec import CacheSpec
+from teachercache.pipeline.records.spec import CacheSpec, Compressor
 from teachercache.pipeline.stores.feature_store import (
     Arrays,
     FeatureStore,
@@ -33,7 +33,13 @@ from teachercache.pipeline.stores.shard_format import (
     index_nbytes,
     parse_index,
 )
-from teachercache.pipeline.stores.zarr_metadata import array_json, consolidated_json, group_json, layout_of
+from teachercache.pipeline.stores.zarr_metadata import (
+    array_json,
+    chunks_json,
+    consolidated_json,
+    group_json,
+    layout_of,
+)
 
 if TYPE_CHECKING:
     from teachercache.pipeline.stores.through_zarr import ThroughZarr
@@ -56,11 +62,16 @@ class ZarrShardWriter(ShardWriter):
     """`layouts` by array; `names` of the arrays' files, in the same order."""
 
     def __init__(
-        self, storage: Storage, names: Sequence[str], layouts: dict[str, ArrayLayout], rows: int
+        self,
+        storage: Storage,
+        names: Sequence[str],
+        layouts: dict[str, ArrayLayout],
+        rows: int,
+        compressor: Compressor | None,
     ) -> None:
         super().__init__(storage, names)
         self._file_of = dict(zip(layouts, self._files.values(), strict=True))
-        self._layouts = layouts
+        self._layouts, self._compressor = layouts, compressor
         self._index = {array: empty_index(rows) for array in layouts}
 
     def write(self, offsets: Sequence[int], arrays: Mapping[str, NDArray]) -> None:
@@ -69,10 +80,17 @@ class ZarrShardWriter(ShardWriter):
             file, layout = self._file_of[array], self._layouts[array]
             assert values.shape == (len(offsets), *layout.shape), (array, values.shape, layout.shape)
             data = np.ascontiguousarray(values, layout.dtype)
-            for offset, chunk in zip(offsets, data, strict=True):
-                start = file.nbytes
-                _write_checked(file, chunk.tobytes())
-                self._index[array][offset] = start, file.nbytes - start
+            for offset, chunk in zip(offsets, self._chunks(layout, data), strict=True):
+                self._index[array][offset] = file.nbytes, len(chunk)
+                file.write(chunk)
+
+    def _chunks(self, layout: ArrayLayout, rows: NDArray) -> Iterable[bytes]:
+        """Each row as it is stored, with its checksum."""
+        if self._compressor is None:
+            return (data + checksum(data) for data in map(bytes, rows))
+        from teachercache.pipeline.stores.through_zarr import encoded_rows  # slow to import
+
+        return encoded_rows(chunks_json(layout, len(rows), self._compressor), rows)
 
     def _end(self) -> None:
         for array, index in self._index.items():
@@ -89,7 +107,7 @@ def _write_checked(file: ChecksumWriter, data: bytes) -> None:
 class ZarrStore(FeatureStore):
     def __init__(self, storage: Storage, spec: CacheSpec) -> None:
         super().__init__(storage, spec)
-        self._layout = lru_cache(None)(partial(_read_layout, storage, spec.rows_per_shard))
+        self._layout = lru_cache(None)(partial(_read_layout, storage, spec))
         self._read_index = lru_cache(_KEPT_INDEXES)(partial(_read_index, storage))
 
     def layout_files(self, teacher: str | None) -> dict[str, bytes]:
@@ -101,7 +119,9 @@ class ZarrStore(FeatureStore):
         attributes = {"teacher": description, "content_id": self.spec.shard_content_id(teacher, 0)}
         num_rows, rows_per_shard = self.spec.num_shards * self.spec.rows_per_shard, self.spec.rows_per_shard
         arrays = {
-            f"{array_folder(teacher, name)}/zarr.json": array_json(layout, num_rows, rows_per_shard)
+            f"{array_folder(teacher, name)}/zarr.json": array_json(
+                layout, num_rows, rows_per_shard, self.spec.compressor
+            )
             for name, layout in teacher_layouts(self.spec.teachers[teacher]).items()
         }
         return dict(sorted([*arrays.items(), (f"teachers/{teacher}/zarr.json", group_json(attributes))]))
@@ -112,7 +132,8 @@ class ZarrStore(FeatureStore):
 
     def write_shard(self, teacher: str, shard: int) -> ZarrShardWriter:
         layouts, names = teacher_layouts(self.spec.teachers[teacher]), self.shard_files(teacher, shard)
-        return ZarrShardWriter(self.storage, names, layouts, self.spec.rows_per_shard)
+        spec = self.spec
+        return ZarrShardWriter(self.storage, names, layouts, spec.rows_per_shard, spec.compressor)
 
     def read(self, teacher: str, rows: NDArray[np.int64], out: Arrays) -> None:
         shards, places = np.divmod(rows, self.spec.rows_per_shard)
@@ -164,14 +185,15 @@ class ZarrStore(FeatureStore):
 
     def is_plain(self, teacher: str, name: str, values: NDArray) -> bool:
         """Whether a chunk's bytes are a row's in memory, as `create` lays them out."""
-        layout, plain = self._layout(teacher, name)
+        layout, as_written = self._layout(teacher, name)
+        plain = as_written and self.spec.compressor is None
         return plain and (layout.dtype, layout.shape) == (values.dtype, values.shape[1:])
 
 
-def _read_layout(storage: Storage, rows_per_shard: int, teacher: str, name: str) -> tuple[ArrayLayout, bool]:
+def _read_layout(storage: Storage, spec: CacheSpec, teacher: str, name: str) -> tuple[ArrayLayout, bool]:
     file = f"{array_folder(teacher, name)}/zarr.json"
     try:
-        return layout_of(storage.read(file), rows_per_shard)
+        return layout_of(storage.read(file), spec.rows_per_shard, spec.compressor)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
 

@@ -10,7 +10,7 @@ import threading
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -30,13 +30,13 @@ from teachercache.pipeline.errors import (
     IncompleteCacheError,
 )
 from teachercache.pipeline.records.manifest import FileRecord
-from teachercache.pipeline.records.spec import GridSpec, StoreKind
+from teachercache.pipeline.records.spec import Compressor, GridSpec, StoreKind
 from teachercache.pipeline.stores import tar_index
 from teachercache.pipeline.stores.shard_format import ABSENT, checksum, index_nbytes, parse_index
 from teachercache.pipeline.verify import verify
 from tests.make_cache import commit_shard, features, make_cache, make_images, teacher_spec
 
-ROADS = ("direct", "zarr", "memory", "webdataset", "webdataset memory")
+ROADS = ("direct", "zarr", "memory", "webdataset", "webdataset memory", "zstd", "blosc memory")
 PLAIN_CODECS = ("f32", "f16", "bf16")
 
 ADJOINT_AND_BITS = {
@@ -57,10 +57,11 @@ def make(request: pytest.FixtureRequest, tmp_path: Path) -> Make:
     """`make_cache(…)` somewhere, opened by one road."""
     location = f"memory://{uuid.uuid4().hex}" if "memory" in request.param else str(tmp_path / "cache")
     store: StoreKind = "webdataset" if "webdataset" in request.param else "zarr"
+    compressor = next((name for name in get_args(Compressor) if name in request.param), None)
 
     def make(images: Path, **arguments: Any) -> FeatureCache:
-        make_cache(location, images, store=store, **arguments)
-        return FeatureCache.open(location, direct=request.param == "direct")
+        make_cache(location, images, store=store, compressor=compressor, **arguments)
+        return FeatureCache.open(location, direct=request.param in ("direct", "zstd"))
 
     return make
 
