@@ -1,7 +1,8 @@
-"""The README's `teachercache submit`, against a cluster that `ray start --head` made."""
+"""The README's `teachercache submit` and `ray job submit`, against a cluster that `ray start --head` made."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import secrets
@@ -19,6 +20,7 @@ import pytest
 from teachercache import FeatureCache
 from teachercache.pipeline.verify import verify
 from tests.make_cache import build_recipe, make_images
+from tests.wheel import Wheel
 
 ROOT = Path(__file__).parents[2]
 RAY = str(Path(sys.executable).with_name("ray"))
@@ -38,15 +40,19 @@ def environment() -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def dashboard(environment: dict[str, str]) -> Iterator[str]:
-    """Address of the job server of a new cluster, which ends with the module and touches no other one."""
+def dashboard(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of the job server of a new cluster, which ends with the module and touches no other one.
+
+    It knows nothing of the checkout: jobs bring their code.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     start = (RAY, "start", "--head", "--block", "--num-cpus=2", "--num-gpus=0", "--port=0")
     cluster = subprocess.Popen(
         [*start, f"--dashboard-port={port}"],
-        env=environment,
+        cwd=tmp_path_factory.mktemp("elsewhere"),
+        env={name: value for name, value in environment.items() if name != "PYTHONPATH"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -107,6 +113,29 @@ def test_a_submitted_job_builds_a_cache_with_the_keys_of_where_it_was_typed(
     cache = FeatureCache.open(tmp_path / "cache")
     assert cache.valid_samples().size == 16
     assert verify(cache, full=True) == []
+
+
+def test_an_installed_wheel_builds_a_cache_by_rays_own_command(
+    tmp_path: Path, dashboard: str, environment: dict[str, str], wheel: Wheel
+) -> None:
+    """The README's, where the package is installed on every node: here, in a folder on their path."""
+    package = wheel.environment["PYTHONPATH"]
+    variables = json.dumps({"env_vars": {"PYTHONPATH": package}})
+    command = [RAY, "job", "submit", "--address", dashboard, "--runtime-env-json", variables, "--"]
+    where = "python -c 'import teachercache; print(teachercache.__file__)'"
+    build = f"python -m teachercache.jobs.cache_teachers {recipe(tmp_path)} views.num_views=1"
+    command += ["sh", "-c", f"{where} && {build}"]
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while True:
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240, check=False
+        )
+        if "Failed to connect" not in done.stderr or time.monotonic() > deadline:
+            break
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{package}/teachercache/__init__.py\n" in done.stdout
+    assert "16 views in" in done.stdout
+    assert verify(FeatureCache.open(tmp_path / "cache"), full=True) == []
 
 
 def test_ctrl_c_says_how_to_stop_the_job_which_then_ends_cleanly(
