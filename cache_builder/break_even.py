@@ -43,7 +43,7 @@ def break_even(plan: Plan) -> BreakEven:
     gpu_usd, bytes_per_s = prices.gpu_usd_per_s, 1e9 * prices.storage_gb_per_s
     online_s = images / plan.views_per_s
     build_s = max(3600 * plan.gpu_hours, prices.gpus * plan.missing_bytes / bytes_per_s)
-    wait_s = images * max(plan.bytes_per_row / bytes_per_s - 1 / prices.student_images_per_s, 0)
+    wait_s = images * max(plan.read_bytes_per_row / bytes_per_s - 1 / prices.student_images_per_s, 0)
     requests = images * sum(teacher.num_files for teacher in plan.teachers if plan.free_bytes is None)
     read = wait_s * prices.gpus * gpu_usd + requests / 1e6 * prices.usd_per_million_requests
     once = plan.total_bytes / 1e12 * prices.usd_per_tb_month * prices.months + build_s * gpu_usd

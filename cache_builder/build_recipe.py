@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from teachercache.cache_builder.prices import PlanRecipe
 from teachercache.cache_builder.teachers.teacher_recipe import TeacherRecipe
-from teachercache.pipeline.records.spec import IMAGES, Compressor, StoreKind
+from teachercache.pipeline.records.spec import IMAGES, Compressor, ImagesKind, StoreKind
 from teachercache.pipeline.records.strict import Strict
 from teachercache.pipeline.records.view_policy import ViewPolicy
 from teachercache.pipeline.units import parse_bytes
@@ -52,7 +52,9 @@ class BuildRecipe(Strict):
     `accept_loss`: build also where a codec ruins the features of a teacher, which is else an error.
     `budget` ("6TB", or a number of bytes): the most that features, their statistics and copied images may
     take; `teachercache plan` says which grids and codecs fit it. `covariance`: include it in the statistics
-    of the features, in addition to mean and variance. `compressor`: of a Zarr store's rows.
+    of the features, in addition to mean and variance. `images`: what the cache keeps of them beside their
+    place: nothing, copies of their files, or the student's pixels of every row, which training then reads.
+    `compressor`: of a Zarr store's rows.
     """
 
     cache: str
@@ -65,7 +67,7 @@ class BuildRecipe(Strict):
     accept_loss: bool = False
     budget: int | None = Field(None, ge=0)
     covariance: bool = False
-    images: Literal["reference", "copy"] = "reference"
+    images: ImagesKind = "reference"
     store: StoreKind = "zarr"
     compressor: Compressor | None = None
     sak_compat: bool = False

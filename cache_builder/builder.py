@@ -208,11 +208,11 @@ def _establish(recipe: BuildRecipe, manifest: Manifest, drafted: Draft, runner: 
                 _require_other_tables(recipe, drafted)
             with whole_or_nothing(manifest.storage, _new_files(manifest, drafted)):
                 established = _with_findings(manifest, drafted.spec, hashes, calibrations)
-                _lay_out(manifest, established, _without_weights(drafted.spec))
+                _lay_out(manifest, established, _new_arrays(drafted))
                 _write(manifest, drafted, established)
         spec = manifest.spec()
         _require_same_rows(manifest, spec, established)
-        _lay_out(manifest, spec, (*spec.teachers, None))
+        _lay_out(manifest, spec, (*spec.with_arrays, None))
     return established
 
 
@@ -248,8 +248,14 @@ def _lay_out(manifest: Manifest, spec: CacheSpec, names: Iterable[str | None]) -
 def _new_files(manifest: Manifest, drafted: Draft) -> list[str]:
     """The files written before the cache exists, or before it has its new teachers."""
     store, new = FeatureCache(manifest.storage, drafted.spec).store, _without_weights(drafted.spec)
-    layouts = [name for teacher in new for name in store.layout_files(teacher)]
+    layouts = [name for owner in _new_arrays(drafted) for name in store.layout_files(owner)]
     return [SPEC_NAME, SAMPLES_NAME, VIEWS_NAME, *map(tables_name, new), *layouts]
+
+
+def _new_arrays(drafted: Draft) -> list[str]:
+    """Whose arrays the cache does not have yet; it has all but new teachers' from its beginning."""
+    new = set(_without_weights(drafted.spec)) | (set() if drafted.stored else {IMAGES})
+    return [name for name in drafted.spec.with_arrays if name in new]
 
 
 def _is_overtaken(manifest: Manifest, drafted: Draft) -> bool:

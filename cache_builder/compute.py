@@ -21,12 +21,13 @@ from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.codecs import Codec, Encoded, torch_dtype
 from teachercache.pipeline.grids import stored_form
 from teachercache.pipeline.records.feature_stats import FeatureMoments
-from teachercache.pipeline.records.spec import GridSpec, TeacherSpec
+from teachercache.pipeline.records.spec import IMAGES, GridSpec, TeacherSpec
 from teachercache.pipeline.records.strict import Size
 from teachercache.pipeline.stores.feature_store import (
     CLS_TOKEN,
     GLOBAL_FEATURE,
     NORMS,
+    PIXELS,
     ShardWriter,
     teacher_layouts,
 )
@@ -60,6 +61,7 @@ class Computing:
 
     def __init__(self, cache: FeatureCache, teachers: Mapping[str, Teacher]) -> None:
         self._cache, self._teachers = cache, dict(teachers)
+        self.render_size = cache.spec.render_size
         self._copies = {name: DeviceCopies(teacher) for name, teacher in teachers.items()}
         self._device = ThreadPoolExecutor(1, thread_name_prefix="device")
 
@@ -73,7 +75,7 @@ class Computing:
 
     def encode(self, name: str, pixels: Mapping[Size, Tensor], seconds: StageSeconds) -> Computed:
         """What to store of one batch of one teacher, on the teacher's device."""
-        views = self._copies[name].start(pixels[self._cache.spec.teachers[name].render_size])
+        views = self._copies[name].start(pixels[self.render_size(name)])
         return self._device.submit(self._compute, name, views, seconds).result()
 
     def _compute(self, name: str, views: Tensor, seconds: StageSeconds) -> Computed:
@@ -163,15 +165,25 @@ class Batches:
             size: torch.stack([renders[size] for renders in self._renders]) for size in self._renders[0]
         }
         for name, writer in self._writers.items():
-            computed = self._computing.encode(name, pixels, self._seconds)
-            before = self.moments.get(name)
-            self.moments[name] = computed.moments if before is None else before.merge(computed.moments)
+            arrays = self._arrays(name, pixels)
             self._on_progress()
             while len(self._writes) >= _WRITES_IN_FLIGHT:
                 self._writes.popleft().result()
-            self._writes.append(self._writing.submit(self._write, writer, self._offsets, computed))
+            self._writes.append(self._writing.submit(self._write, writer, self._offsets, arrays))
         self._offsets, self._renders = [], []
 
-    def _write(self, writer: ShardWriter, offsets: list[int], computed: Computed) -> None:
+    def _arrays(self, name: str, pixels: Mapping[Size, Tensor]) -> Callable[[], dict[str, NDArray]]:
+        """What gives the arrays to write, in the thread that writes."""
+        if name == IMAGES:
+            rendered = pixels[self._computing.render_size(IMAGES)].numpy()
+            return lambda: {PIXELS: rendered}
+        computed = self._computing.encode(name, pixels, self._seconds)
+        before = self.moments.get(name)
+        self.moments[name] = computed.moments if before is None else before.merge(computed.moments)
+        return computed.arrays
+
+    def _write(
+        self, writer: ShardWriter, offsets: list[int], arrays: Callable[[], dict[str, NDArray]]
+    ) -> None:
         with self._seconds.stage("write"):
-            writer.write(offsets, computed.arrays())
+            writer.write(offsets, arrays())

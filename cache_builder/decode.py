@@ -41,9 +41,9 @@ class Decoding:
         self._pool.shutdown(cancel_futures=True)
 
     def samples(self, shard: int, teachers: Iterable[str], seconds: StageSeconds) -> Iterator[Sample]:
-        """The samples of a shard in order, rendered at the sizes that these teachers take."""
+        """The samples of a shard in order, rendered at the sizes of these teachers, or of "images"."""
         spec = self._cache.spec
-        sizes = {spec.teachers[name].render_size for name in teachers}
+        sizes = set(map(spec.render_size, teachers))
         num_views, first_row = spec.shard_segment(shard).num_views, spec.shard_rows(shard).start
         samples = (
             Sample(index, range(first_row + place * num_views, first_row + (place + 1) * num_views))

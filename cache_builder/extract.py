@@ -52,7 +52,7 @@ def extract_shard(
     """Compute, write and commit one shard of each of these teachers.
 
     `cache` names the images, views, specs and the store. Returns the commit records by teacher (and
-    under "images" when the source images are copied too). Undecodable images are quarantined; any
+    under "images" for copied or rendered images). Undecodable images are quarantined; any
     other failure leaves no file and no commit behind.
     """
     with ShardExtractor(cache, teachers, batch_size=batch_size, decode_threads=decode_threads) as extractor:
@@ -111,7 +111,7 @@ class ShardExtractor:
         self._abandoned = True
 
     def extract(self, shard: int, names: Collection[str], replace: bool = False) -> dict[str, CommitRecord]:
-        """Extract and commit one shard for the named teachers, and "images" for the copied images.
+        """Extract and commit one shard for the named teachers, and "images" for copied or rendered images.
 
         Shards that another job has already committed, or commits meanwhile, stay and are not returned;
         `replace` replaces them once everything is computed, and leaves them unchanged if that fails.
@@ -152,9 +152,10 @@ class ShardExtractor:
             writers = {
                 name: stack.enter_context(cache.store.write_shard(name, number))
                 for name in names
-                if name != IMAGES
+                if name in cache.spec.with_arrays
             }
-            tar = stack.enter_context(ImageTarWriter(cache.storage, number)) if IMAGES in names else None
+            copies = len(writers) < len(names)
+            tar = stack.enter_context(ImageTarWriter(cache.storage, number)) if copies else None
             shard = _Shard(number, writers, tar)
             self._compute(shard)
             new = [] if replace else names

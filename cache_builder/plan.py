@@ -17,7 +17,7 @@ from teachercache.pipeline.places.storage import Storage
 from teachercache.pipeline.records.feature_stats import FeatureMoments
 from teachercache.pipeline.records.manifest import Manifest
 from teachercache.pipeline.records.spec import IMAGES, CacheSpec, TeacherSpec
-from teachercache.pipeline.stores.feature_store import teacher_layouts
+from teachercache.pipeline.stores.feature_store import pixels_layout, teacher_layouts
 from teachercache.pipeline.stores.shard_format import disk_nbytes
 from teachercache.pipeline.units import human_bytes
 
@@ -40,7 +40,8 @@ class TeacherPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """`image_bytes`: of all images to be copied, `missing_image_bytes`: of those that are not yet.
+    """`image_bytes`: of all images to be copied or rendered, `missing_image_bytes`: of those not yet.
+    `pixel_bytes`: of a rendered row, or what it would take.
 
     `free_bytes` is None where the place has no limit that can be asked for (object stores). `measured` rates
     replace those that `prices` assume.
@@ -51,6 +52,7 @@ class Plan:
     teachers: tuple[TeacherPlan, ...]
     image_bytes: int
     missing_image_bytes: int
+    pixel_bytes: int
     free_bytes: int | None
     prices: PlanRecipe
     measured: Rates | None = None
@@ -66,12 +68,17 @@ class Plan:
         return sum(teacher.bytes_per_row for teacher in self.teachers)
 
     @property
+    def read_bytes_per_row(self) -> int:
+        """What training reads of the cache for a view."""
+        return self.bytes_per_row + (self.pixel_bytes if self.spec.images == "rendered" else 0)
+
+    @property
     def total_bytes(self) -> int:
         return self.spec.num_rows * self.bytes_per_row + self.fixed_bytes
 
     @property
     def fixed_bytes(self) -> int:
-        """What no grid and no codec changes: copied images, and the statistics of every shard."""
+        """What no grid and no codec changes: copied or rendered images, and the statistics of every shard."""
         statistics = sum(teacher.statistics_bytes for teacher in self.teachers)
         return self.spec.num_shards * statistics + self.image_bytes
 
@@ -85,9 +92,9 @@ class Plan:
 
     @property
     def num_files(self) -> int:
-        """Shard files, statistics and commit records, with the images' where they are copied."""
+        """Shard files, statistics and commit records, with the images' where the cache holds any."""
         per_shard = sum(teacher.num_files + 2 for teacher in self.teachers)
-        images = 2 * len(self.spec.shards(IMAGES)) if self.spec.images == "copy" else 0
+        images = 2 * len(self.spec.shards(IMAGES)) if self.spec.images != "reference" else 0
         return self.spec.num_shards * per_shard + images
 
     @property
@@ -133,7 +140,7 @@ def make_plan(recipe: BuildRecipe, spec: CacheSpec, storage: Storage, samples: p
     """The plan for the recipe's teachers in the cache `spec`; `samples`: its sample table."""
     manifest = Manifest(storage)
     rows = {shard: len(spec.shard_rows(shard)) for shard in range(spec.num_shards)}
-    images = _copied_bytes(spec, samples) if spec.images == "copy" else {}
+    images = _image_bytes(spec, samples)
     teachers = []
     for name in recipe.teachers:
         teacher = spec.teachers[name]
@@ -156,13 +163,22 @@ def make_plan(recipe: BuildRecipe, spec: CacheSpec, storage: Storage, samples: p
         teachers=tuple(teachers),
         image_bytes=sum(images.values()),
         missing_image_bytes=sum(images[shard] for shard in images.keys() - manifest.committed_shards(IMAGES)),
+        pixel_bytes=pixel_bytes(spec),
         free_bytes=storage.free_bytes(),
         prices=recipe.plan,
     )
 
 
-def _copied_bytes(spec: CacheSpec, samples: pa.Table) -> dict[int, int]:
-    """Bytes of the source images that each shard of copies holds."""
+def pixel_bytes(spec: CacheSpec) -> int:
+    """Bytes on disk of one row of rendered images, checksum and index included."""
+    return disk_nbytes([pixels_layout(spec.views)])
+
+
+def _image_bytes(spec: CacheSpec, samples: pa.Table) -> dict[int, int]:
+    """Bytes of each shard of copied or rendered images."""
+    if spec.images != "copy":
+        shards = spec.shards(IMAGES) if spec.images == "rendered" else ()
+        return {shard: len(spec.shard_rows(shard)) * pixel_bytes(spec) for shard in shards}
     nbytes = samples["nbytes"].to_numpy()
     return {shard: int(nbytes[spec.shard_samples(shard)].sum()) for shard in spec.shards(IMAGES)}
 
@@ -180,8 +196,8 @@ def statistics_bytes(teacher: TeacherSpec, covariance: bool) -> int:
 
 
 def pending(manifest: Manifest, spec: CacheSpec, names: Sequence[str]) -> dict[int, tuple[str, ...]]:
-    """Who is still missing in each shard: teachers, and "images" where they are copied."""
-    wanted = [*names, *([IMAGES] if spec.images == "copy" else [])]
+    """Who is still missing in each shard: teachers, and "images" where the cache holds them."""
+    wanted = [*names, *([IMAGES] if spec.images != "reference" else [])]
     left = {name: set(spec.shards(name)) - manifest.committed_shards(name) for name in wanted}
     missing = {
         shard: tuple(name for name in wanted if shard in left[name]) for shard in range(spec.num_shards)

@@ -39,7 +39,8 @@ class PlanRecipe(Strict):
     when the student takes `student_images_per_s`. `measure_s`: how long `--measure` tries. `runs` of `epochs`
     epochs read the cache, which is kept `months`. Prices are S3 Standard's (a TB is 10¹² bytes; a request
     reads a row of one array, and is free where the cache is a folder). `storage_gb_per_s`: 10⁹ bytes a
-    second, for all GPUs together.
+    second, for all GPUs together. `render_ms`: what decoding and rendering a student's view takes a core
+    (measured: 6 to 7 at 384²).
     """
 
     model_config = ConfigDict(allow_inf_nan=False)
@@ -56,6 +57,7 @@ class PlanRecipe(Strict):
     usd_per_tb_month: float = Field(23, ge=0)
     usd_per_million_requests: float = Field(0.4, ge=0)
     storage_gb_per_s: float = Field(10, gt=0)
+    render_ms: float = Field(6.5, gt=0)
 
     @property
     def tflops(self) -> float:

@@ -9,9 +9,10 @@ from rich.console import RenderableType
 
 from teachercache.cache_builder.build_recipe import BuildRecipe
 from teachercache.cache_builder.draft import spec_of, teachers_of
-from teachercache.cache_builder.plan import bytes_per_row
+from teachercache.cache_builder.plan import bytes_per_row, pixel_bytes
+from teachercache.cache_builder.prices import PlanRecipe
 from teachercache.cache_builder.teachers.flops import teacher_gmacs, teacher_parameters
-from teachercache.jobs.inspection.tables import columns_table, lines
+from teachercache.jobs.inspection.tables import columns_table, lines, pixels_line
 from teachercache.jobs.recipes import find_recipe
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import CacheNotFoundError, Problems
@@ -88,7 +89,8 @@ def costs_table(recipe: TrainRecipe, plan: TrainPlan) -> RenderableType:
     return columns_table("Table 21", columns)
 
 
-def train_plan_table(plan: TrainPlan) -> RenderableType:
+def train_plan_table(recipe: TrainRecipe, plan: TrainPlan) -> RenderableType:
+    spec = _cache(recipe)[1]
     size = plan.size
     gpus = f"{plan.processes} GPUs at {plan.tflops_per_gpu:g} TFLOP/s sustained by each (--gpu)"
     rate = f"{human_bytes(round(plan.read_bytes_per_s))}/s of the cache, for {plan.images_per_s:,.0f} img/s"
@@ -104,5 +106,8 @@ def train_plan_table(plan: TrainPlan) -> RenderableType:
             "GMACs": f"a view forward: {gmacs} {attention}; {size.train_gmacs:.1f} with backward",
             unit: f"at least {hours} on {gpus}, {' GPU-'.join(human_hours(plan.gpu_hours))}",
             "reads": f"{rate}; a slower disk takes longer" if plan.row_bytes else "no features of the cache",
+            "pixels": pixels_line(
+                spec, pixel_bytes(spec), plan.images_per_s / plan.processes, PlanRecipe().render_ms
+            ),
         }
     )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, SupportsIndex
 
 import numpy as np
 import pyarrow as pa
+import torch
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 from torch import Tensor
@@ -31,9 +32,10 @@ from teachercache.pipeline.records.stats_files import merged_moments
 from teachercache.pipeline.sources import Source, decode_image
 from teachercache.pipeline.stores.cached_images import CachedImages
 from teachercache.pipeline.stores.committed_shards import CommittedShards
+from teachercache.pipeline.stores.feature_store import PIXELS
 from teachercache.pipeline.stores.open_store import open_store
-from teachercache.pipeline.stores.teacher_features import TeacherFeatures
-from teachercache.pipeline.views import View, ViewTable
+from teachercache.pipeline.stores.teacher_features import StoredRows, TeacherFeatures
+from teachercache.pipeline.views import View, ViewTable, render_view
 
 if TYPE_CHECKING:
     from xarray import DataTree
@@ -64,6 +66,7 @@ class FeatureCache:
         self.store = open_store(storage, spec, self._samples.key, direct=direct, checksums=checksums)
         self.shards = {name: CommittedShards(self.store, name) for name in (*spec.teachers, IMAGES)}
         self.features = {name: TeacherFeatures(self.shards[name], self._samples) for name in spec.teachers}
+        self._pixels = StoredRows(self.shards[IMAGES], self._samples)
         self._images = CachedImages(self.shards[IMAGES], self._samples, images, checksums)
 
     @classmethod
@@ -153,8 +156,11 @@ class FeatureCache:
         return merged_moments(self.manifest, teacher, shards, (spec.num_levels, spec.width))
 
     def require_complete(self, teachers: Sequence[str] | None = None) -> None:
-        """Raises `IncompleteCacheError` unless every shard of these teachers is committed."""
-        missing = {name: int((~self.committed(name)).sum()) for name in self.check_teachers(teachers)}
+        """Raises `IncompleteCacheError` unless every shard of these teachers, and of rendered images, is
+        committed."""
+        wanted = {*self.check_teachers(teachers), IMAGES}
+        names = [name for name in self.spec.with_arrays if name in wanted]
+        missing = {name: int((~self.committed(name)).sum()) for name in names}
         if any(missing.values()):
             raise IncompleteCacheError(
                 f"The cache at {self.storage.url} is not complete.",
@@ -273,6 +279,23 @@ class FeatureCache:
 
     def view(self, row: int) -> View:
         return self.views.view(int(self.index.locate(row)[2]))
+
+    def pixels(self, rows: ArrayLike, out: Tensor | None = None) -> Tensor:
+        """The stored views of `rows`, uint8 (rows, 3, H, W) of `views.stored_size`, as a student sees them.
+
+        As the build rendered them where `images` is "rendered", else rendered from the images. `out` and
+        errors as those of `read`, or as those of `image_bytes`.
+        """
+        rows = _row_numbers(rows)
+        if self.spec.images == "rendered":
+            into = None if out is None else {PIXELS: out}
+            return self._pixels.read(rows, self._pixels.layouts, into)[PIXELS]
+        samples, _, lines = self.index.locate(rows)
+        if out is None:
+            out = torch.empty(len(rows), 3, *self.spec.views.stored_size, dtype=torch.uint8)
+        for i, (sample, line) in enumerate(zip(samples.tolist(), lines.tolist(), strict=True)):
+            out[i] = render_view(self.image(sample), self.views.view(line))
+        return out[: len(rows)]
 
     def image(self, sample_index: int) -> Image.Image:
         """The decoded source image. Raises `ImageDecodeError`."""

@@ -92,7 +92,9 @@ def problems_of_shards(
 
 
 def _problems_of_the_rest(cache: FeatureCache, full: bool) -> list[Problem]:
-    layouts = [problem for name in (*cache.teachers, None) for problem in layout_problems(cache, name)]
+    layouts = [
+        problem for name in (*cache.spec.with_arrays, None) for problem in layout_problems(cache, name)
+    ]
     tables = table_problems(cache.manifest, cache.spec)
     return layouts + tables + (_content_problems(cache, {problem.file for problem in tables}) if full else [])
 
@@ -199,7 +201,7 @@ def strays(cache: FeatureCache) -> list[str]:
     found = [name for name, _ in cache.storage.walk() if not _in_use(cache.storage, name)]
     cache = cache.reopened()
     known = {SPEC_NAME, SAMPLES_NAME, VIEWS_NAME, *BESIDE, *cache.store.layout_files(None)}
-    for teacher in cache.teachers:
+    for teacher in cache.spec.with_arrays:
         known |= {tables_name(teacher), *cache.store.layout_files(teacher)}
     for teacher in cache.spec.teachers_and_images:
         for shard, record in cache.manifest.commits(teacher).items():

@@ -57,7 +57,7 @@ def train(
 
         rate = tflops_per_gpu or GPUS[check_recipe(PlanRecipe, {"gpu": gpu}, "--dry-run").gpu].training
         plan = plan_training(checked, processes=processes, tflops_per_gpu=rate, num_samples=samples)
-        console.print(train_plan_table(plan))
+        console.print(train_plan_table(checked, plan))
         if costs:
             console.print(costs_table(checked, plan))
         return

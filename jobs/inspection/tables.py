@@ -17,11 +17,16 @@ from teachercache.pipeline.units import human_bytes, human_hours, human_number, 
 if TYPE_CHECKING:  # they bring torch, which `inspect` has no time for
     from teachercache.cache_builder.budget import Option
     from teachercache.cache_builder.plan import Plan
-    from teachercache.pipeline.records.spec import GridSpec
+    from teachercache.pipeline.records.spec import CacheSpec, GridSpec
     from teachercache.student.datasets import Finding
     from teachercache.student.similarity import Similarity
 
 _SHOWN = 8
+_IMAGES = {
+    "reference": "read from there in training",
+    "copy": "copied into the cache",
+    "rendered": "whose pixels are in the cache",
+}
 
 
 def plan_table(plan: Plan) -> RenderableType:
@@ -54,14 +59,17 @@ def plan_table(plan: Plan) -> RenderableType:
         "views": _views(spec.views.model_dump(mode="json")),
         "rows": f"{spec.num_rows:,} in {spec.num_shards:,} shards of {spec.rows_per_shard} for each teacher",
         "files": f"{plan.num_files:,}",
-        "bytes": f"{human_bytes(plan.total_bytes)} ({human_bytes(plan.bytes_per_row)} a view)",
+        "bytes": f"{human_bytes(plan.total_bytes)} ({human_bytes(plan.read_bytes_per_row)} a view)",
         "to write": f"{human_bytes(plan.missing_bytes)} ({free})",
         "teachers": f"{gmacs:,.1f} GMACs a view, {human_bytes(2e9 * gmacs * spec.num_rows, 'FLOP')} in all",
         f"{rates.machine}-{unit}": f"{amount} {how}",
-        "building": f"writes {human_bytes(prices.gpus * plan.views_per_s * plan.bytes_per_row)}/s on "
+        "building": f"writes {human_bytes(prices.gpus * plan.views_per_s * plan.read_bytes_per_row)}/s on "
         f"{prices.gpus} {rates.machine}s of {human_number(plan.views_per_s)} views/s each",
-        "training": f"reads {human_bytes(prices.student_images_per_s * plan.bytes_per_row)}/s at "
+        "training": f"reads {human_bytes(prices.student_images_per_s * plan.read_bytes_per_row)}/s at "
         f"{prices.student_images_per_s:g} img/s",
+        "pixels": pixels_line(
+            spec, plan.pixel_bytes, prices.student_images_per_s / prices.gpus, prices.render_ms
+        ),
         "online": f"${found.online:,.2f} for teachers, {online} {rates.machine}-{online_unit} a run: "
         f"{prices.runs} × {prices.epochs:g} epochs",
         "cached": f"${found.cached:,.2f}: ${found.build:,.2f} to build, ${found.keep:,.2f} to keep, "
@@ -72,6 +80,17 @@ def plan_table(plan: Plan) -> RenderableType:
         "advice": found.verdict,
     }
     return Group(columns_table("teacher", columns), lines(totals))
+
+
+def pixels_line(spec: CacheSpec, pixel_bytes: int, images_per_s: float, render_ms: float) -> str:
+    """What training's pixels cost each GPU, by both ways: cores that decode, or bytes that are read."""
+    in_all = f", {human_bytes(spec.num_rows * pixel_bytes)} in all" if spec.num_rows else ""
+    nbytes = f"{human_bytes(pixel_bytes)} a view{in_all}"
+    cores = f"{images_per_s * render_ms / 1000:.1f} cores a GPU that decode, at {render_ms:g} ms a view"
+    rate = f"for {images_per_s:,.0f} img/s"
+    if spec.images == "rendered":
+        return f"read from the cache, {nbytes}; images: reference takes {cores} {rate}"
+    return f"{cores} {rate}; images: rendered takes none, but {nbytes}"
 
 
 def summary_table(summary: Mapping[str, Any]) -> RenderableType:
@@ -109,7 +128,7 @@ def summary_facts(
 ) -> tuple[dict[str, str], dict[str, dict[str, str | Text]]]:
     """What a cache is, and what there is to say of each teacher."""
     dataset, versions = summary["dataset"], summary["versions"]
-    images = "copied into the cache" if summary["images"] == "copy" else "read from there in training"
+    images = _IMAGES[summary["images"]]
     teachers = summary["teachers"]
     row_nbytes = sum(teacher["bytes_per_row"] or 0 for teacher in teachers.values())
     nbytes = sum(teacher["nbytes"] for teacher in teachers.values())

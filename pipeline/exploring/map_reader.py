@@ -111,6 +111,10 @@ class MapReader:
 
     def view(self, row: int, size: Size | None = None) -> Picture:
         """The pixels of a row's view, at its own size or another. Raises as `FeatureCache.image` does."""
+        if size is None and self.cache.spec.images == "rendered":
+            pixels_HW3 = self.cache.pixels(row)[0].permute(1, 2, 0).numpy()
+            (top, left), (height, width) = self._window or (0, 0), self.cache.spec.views.size
+            return pixels_HW3[top : top + height, left : left + width] if self._window else pixels_HW3
         sample, view = int(self.cache.index.locate(row)[0]), self.cache.view(row)
         if self._window:
             view = view.window(self._window, self.cache.spec.views.size)

@@ -25,7 +25,6 @@ from teachercache.pipeline.codecs import Encoded
 from teachercache.pipeline.errors import CacheMismatchError
 from teachercache.pipeline.loading.sampler import ShardShuffleSampler
 from teachercache.pipeline.stores.feature_store import CLS_TOKEN
-from teachercache.pipeline.views import render_view
 
 _BOX_TOLERANCE = 0.01  # source pixels
 
@@ -57,14 +56,12 @@ class CachedTeachers(Dataset[dict[str, Any]]):
             return _first(self[[index.__index__()]])
         rows, cache = self.rows[list(index)], self.cache
         samples, views, _ = cache.index.locate(rows)
-        seen = [cache.view(row) for row in rows.tolist()]
-        images = map(cache.image, samples.tolist())
         with_cls = [name for name in self.teachers if cache.spec.teachers[name].cls_token]
         return {
-            "pixels": torch.stack([render_view(*one) for one in zip(images, seen, strict=True)]),
+            "pixels": cache.pixels(rows),
             "key": [cache.key(sample) for sample in samples.tolist()],
             "view": torch.from_numpy(views),
-            "crop": torch.tensor([view.crop for view in seen], dtype=torch.float64),
+            "crop": torch.tensor([cache.view(row).crop for row in rows.tolist()], dtype=torch.float64),
             "codes": {name: one.tensors() for name, one in cache.read(rows, self.teachers).items()},
             "cls": {name: cache.read_tokens(rows, name, CLS_TOKEN) for name in with_cls},
         }

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cache as once
 from itertools import count
 from typing import Any, Protocol
 
@@ -123,7 +124,8 @@ class FeatureLoader:
     `features=False` leaves the cached features unread (training with online teachers), `images=False`
     the images; `extra_sizes` asks for renders at further sizes, such as the teachers' own; `labels` come
     along with the images. `fresh`: views are drawn anew at each epoch, instead of those of the cache.
-    `jitter`: what is changed of the student's pixels alone. `seed`: by which windows, fresh views and jitter
+    `jitter`: what is changed of the student's pixels alone; with one, they are rendered here, as fresh views
+    are, whatever pixels the cache holds. `seed`: by which windows, fresh views and jitter
     are drawn. Memory for `prefetch` + 2 batches goes round, while
     the consumer holds one.
     """
@@ -159,6 +161,7 @@ class FeatureLoader:
         self._images, self._labels = images, labels
         self._fresh, self._jitter = fresh, jitter
         self._sees_whole = images and not (self._views.margin or jitter)
+        self._stored_pixels = cache.spec.images == "rendered" and not (fresh or jitter)
         own = {self._views.size} if self._sees_whole else set()
         self._sizes = sorted({*own, *extra_sizes}) if images else []
         self._steps = count(start_step)
@@ -297,14 +300,21 @@ class FeatureLoader:
         return draw_view(policy, self._cache.key(sample), width, height, epoch)
 
     def _render_sample(self, batch: Batch, i: int, sample: int, view: View, epoch: int) -> None:
-        image = self._cache.image(sample)
+        image = once(lambda: self._cache.image(sample))
         for size, pixels in batch.renders.items():
-            pixels[i] = render_view(image, view, size)
-        seen = view.window(batch.windows[i].tolist(), self._views.size)
+            if self._stored_pixels and size == view.size:
+                self._cache.pixels(batch.rows[i], pixels[i : i + 1])
+            else:
+                pixels[i] = render_view(image(), view, size)
+        (top, left), (height, width) = batch.windows[i].tolist(), self._views.size
+        seen = view.window((top, left), (height, width))
         if self._jitter:
             seen = seen.jittered(*draw_jitter(self._jitter, self._seed, batch.sample_keys[i], epoch))
-        if not self._sees_whole:
-            batch.images[i] = render_view(image, seen)
+        if self._stored_pixels and not self._sees_whole:
+            whole = self._cache.pixels(batch.rows[i])[0]
+            batch.images[i] = whole[:, top : top + height, left : left + width]
+        elif not self._sees_whole:
+            batch.images[i] = render_view(image(), seen)
         if self._labels:
             for task, values in self._labels.read(batch.sample_keys[i], seen).items():
                 batch.labels[task][i] = values

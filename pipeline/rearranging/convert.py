@@ -17,7 +17,7 @@ from teachercache.pipeline.rearranging.whole_shards import (
     whole_shards,
 )
 from teachercache.pipeline.records.manifest import moments_name
-from teachercache.pipeline.records.spec import IMAGES, StoreKind
+from teachercache.pipeline.records.spec import StoreKind
 
 
 def convert(url: str, out: str, store: StoreKind) -> Rearrangement:
@@ -50,7 +50,7 @@ def convert(url: str, out: str, store: StoreKind) -> Rearrangement:
     steps = [
         Step(name, shard, partial(rewrite, name, shard))
         for name, shard in missing(source, target)
-        if name != IMAGES
+        if name in source.spec.with_arrays
     ]
-    images = [step for step in whole_shards(source, target, 0) if step.teacher == IMAGES]
-    return Rearrangement(target.storage.url, [*steps, *images])
+    copies = [step for step in whole_shards(source, target, 0) if step.teacher not in source.spec.with_arrays]
+    return Rearrangement(target.storage.url, [*steps, *copies])

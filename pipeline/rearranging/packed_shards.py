@@ -37,7 +37,7 @@ def packed_shards(source: FeatureCache, target: FeatureCache, chosen: Ints) -> I
         new = target.spec.shard_rows(shard)
         broken = [row for row, from_row in zip(new, old.tolist(), strict=True) if from_row in invalid]
         members: tuple[tuple[int, int], ...] = ()
-        if teacher == IMAGES:
+        if teacher not in target.spec.with_arrays:
             files, members = _write_images(source, target, shard, chosen)
         else:
             files = write_rows(source, target, teacher, shard, old, invalid)
@@ -72,7 +72,8 @@ def packed_shards(source: FeatureCache, target: FeatureCache, chosen: Ints) -> I
         for shard in target.spec.shards(teacher):
             samples, views, _ = target.index.locate(target.spec.shard_rows(shard))
             old = source.index.rows(chosen[samples], views)
-            needed = source.index.rows(chosen[samples], 0) if teacher == IMAGES else old
+            is_row = teacher in target.spec.with_arrays
+            needed = old if is_row else source.index.rows(chosen[samples], 0)  # copies are of first views
             if (
                 shard in packed
                 or not set((needed // source.spec.rows_per_shard).tolist()) <= committed.keys()
@@ -95,8 +96,8 @@ def write_rows(
             shards.require_sound(old_shard)  # or the new checksum would cover damaged bytes
     else:  # that would fetch them all: a row that is read is compared with its own checksum
         shards.require_ends(old_shards)
-    layouts = source.layouts(teacher)
-    ours, theirs = (cache.spec.teachers[teacher].block_indices for cache in (target, source))
+    layouts = source.store.layouts(teacher)
+    ours, theirs = (_blocks(cache, teacher) for cache in (target, source))
     kept = [level for level, block in enumerate(theirs) if block in ours]
     row_nbytes = sum(layout.row_nbytes for layout in layouts.values())
     valid = np.array([place for place, row in enumerate(old.tolist()) if row not in invalid], np.int64)
@@ -109,6 +110,10 @@ def write_rows(
                     arrays |= {name: arrays[name][:, kept] for name in arrays if name != GLOBAL_FEATURE}
                 writer.write(places.tolist(), arrays)
         return writer.publish()
+
+
+def _blocks(cache: FeatureCache, teacher: str) -> tuple[int, ...]:
+    return () if teacher == IMAGES else cache.spec.teachers[teacher].block_indices
 
 
 def _write_images(

@@ -90,15 +90,15 @@ def lay_out(
                     expected="nothing, or the beginning of this very cache",
                     do="choose another place (-o …)",
                 )
-        layouts = [file for name in (*spec.teachers, None) for file in target.store.layout_files(name)]
+        layouts = [file for name in (*spec.with_arrays, None) for file in target.store.layout_files(name)]
         new = [SPEC_NAME, SAMPLES_NAME, VIEWS_NAME, *map(tables_name, spec.teachers), *layouts]
         with whole_or_nothing(storage, new):
             for name in spec.teachers:
                 tables = tables_name(name)
                 if sources[0].storage.exists(tables):
                     storage.write(tables, codec_tables.get(name) or sources[0].storage.read(tables))
-                target.store.create(name)
-            target.store.create(None)
+            for layout in (*spec.with_arrays, None):
+                target.store.create(layout)
             manifest.create(spec, samples.slice(0, spec.dataset.num_samples), views.slice(0, spec.num_rows))
         return target
 

@@ -33,7 +33,6 @@ from teachercache.pipeline.places.storage import Storage
 from teachercache.pipeline.places.whole_or_nothing import room_at
 from teachercache.pipeline.stores.feature_store import CLS_TOKEN
 from teachercache.pipeline.stores.tar_index import TAR_END, add_member
-from teachercache.pipeline.views import render_view
 
 _ROWS_AT_ONCE = 16
 _SPLITS = ("train", "val", "test")
@@ -150,8 +149,8 @@ def _keys(cache: FeatureCache, rows: NDArray[np.int64]) -> list[str]:
 
 
 def _images(cache: FeatureCache, rows: NDArray[np.int64]) -> Iterator[bytes]:
-    for row, sample in zip(rows.tolist(), cache.index.locate(rows)[0].tolist(), strict=True):
-        pixels = render_view(cache.image(sample), cache.view(row)).permute(1, 2, 0).numpy()
+    for row in rows.tolist():
+        pixels = cache.pixels(row)[0].permute(1, 2, 0).numpy()
         file = io.BytesIO()
         np.save(file, np.ascontiguousarray(pixels), allow_pickle=False)
         yield file.getvalue()

@@ -177,7 +177,7 @@ def check_shards(
 
 def _listed_sizes(storage: RemoteStorage, spec: CacheSpec) -> SizeOf:
     """Bytes of every file by its name: each alone would be a request."""
-    folders = [f"{kind}/{name}" for name in spec.teachers for kind in ("teachers", "stats")]
+    folders = [f"{kind}/{name}" for name in spec.with_arrays for kind in ("teachers", "stats")]
     return {name: size for folder in (*folders, IMAGES) for name, size in storage.sizes(folder).items()}.get
 
 

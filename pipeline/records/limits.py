@@ -93,6 +93,8 @@ def _sizes(spec: CacheSpec) -> Iterator[tuple[str, int, int]]:
     yield "the number of shards", spec.num_shards, MAX_SHARDS
     for side in spec.views.stored_size:
         yield "views.size and margin", side, MAX_SIDE
+    if spec.images == "rendered":
+        yield "the number of values of a view", 3 * prod(spec.views.stored_size), MAX_VALUES_PER_ROW
     for name, teacher in spec.teachers.items():
         for what, value, most in _teacher_sizes(teacher):
             yield f"teachers.{name}: {what}", value, most

@@ -74,12 +74,12 @@ class FileRecord(Strict):
 
 
 class CommitRecord(Strict):
-    """What makes one shard of one teacher (or of the copied images) exist.
+    """What makes one shard of one teacher (or of the images) exist.
 
     `invalid_rows` are the absolute numbers of rows whose image could not be decoded; they hold no data.
     `seconds` are summed over threads, except `wall`. `worker` names the process that computed the shard, as
-    host:pid; it is empty in older records, and where rows were copied. `members` (images only) are the byte
-    ranges (offset, nbytes) of each sample of the shard in its tar, (0, 0) for an invalid one.
+    host:pid; it is empty in older records, and where rows were copied. `members` (of copied images) are the
+    byte ranges (offset, nbytes) of each sample of the shard in its tar, (0, 0) for an invalid one.
     """
 
     teacher: str
@@ -121,7 +121,8 @@ class CommitRecord(Strict):
         rows = spec.shard_rows(self.shard)
         if (self.first_row, self.num_rows) != (rows.start, len(rows)):
             return f"holds {self.num_rows} rows from row {self.first_row}, expected {rows}"
-        if self.teacher == IMAGES and len(self.members) != len(spec.shard_samples(self.shard)):
+        copied = self.teacher == IMAGES and spec.images != "rendered"
+        if copied and len(self.members) != len(spec.shard_samples(self.shard)):
             return f"holds {len(self.members)} images, expected {len(spec.shard_samples(self.shard))}"
         return None
 

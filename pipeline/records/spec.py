@@ -27,7 +27,7 @@ from teachercache.pipeline.records.strict import Size, Strict
 from teachercache.pipeline.records.view_policy import ViewPolicy
 
 SCHEMA_VERSION: Literal[2] = 2
-IMAGES = "images"  # the pseudo-teacher under which copied source images are committed
+IMAGES = "images"  # the pseudo-teacher under which copied or rendered images are committed
 MAX_SEGMENTS = 1 << 10
 MAX_TEACHERS = 1 << 8
 
@@ -36,6 +36,7 @@ Precision = Literal["float32", "bfloat16"]
 Resampling = Literal["antialias", "plain"]
 StoreKind = Literal["zarr", "webdataset"]
 Compressor = Literal["zstd", "blosc", "lz4", "pcodec"]
+ImagesKind = Literal["reference", "copy", "rendered"]
 
 
 class GridSpec(Strict):
@@ -151,6 +152,7 @@ class CacheSpec(Strict):
     """The content of `cache.json`. `fidelity`: what each teacher's codec lost on the calibration sample.
 
     `covariance`: whether the statistics of the features keep it, 8 C² bytes per level and shard.
+    `images`: what the cache holds of them: nothing, copies of their files, or the pixels of every row.
     `compressor`: of the rows of a Zarr store; like the store, it changes no row and no identity.
     """
 
@@ -158,7 +160,7 @@ class CacheSpec(Strict):
     dataset: DatasetSpec
     views: ViewPolicy
     rows_per_shard: int = Field(ge=1)
-    images: Literal["reference", "copy"] = "reference"
+    images: ImagesKind = "reference"
     store: StoreKind = "zarr"
     compressor: Compressor | None = Field(None, exclude_if=lambda chosen: chosen is None)
     covariance: bool = False
@@ -200,8 +202,17 @@ class CacheSpec(Strict):
 
     @property
     def teachers_and_images(self) -> list[str]:
-        """The names that shards belong to: every teacher, and "images" where the images are copied."""
-        return [*self.teachers, *([IMAGES] if self.images == "copy" else [])]
+        """The names that shards belong to: every teacher, and "images" where the cache holds any."""
+        return [*self.teachers, *([IMAGES] if self.images != "reference" else [])]
+
+    @property
+    def with_arrays(self) -> list[str]:
+        """The names that arrays belong to: every teacher, and "images" where these are rendered."""
+        return [*self.teachers, *([IMAGES] if self.images == "rendered" else [])]
+
+    def render_size(self, name: str) -> Size:
+        """The size at which a teacher, or the student (name "images"), sees a stored view."""
+        return self.views.stored_size if name == IMAGES else self.teachers[name].render_size
 
     @property
     def num_shards(self) -> int:
@@ -228,9 +239,9 @@ class CacheSpec(Strict):
         raise IndexError(f"shard {shard} is not in 0…{self.num_shards - 1}")
 
     def shards(self, teacher: str) -> list[int]:
-        """The shards of a teacher, or of the copied images, which only first views have."""
+        """The shards of a teacher, or of the images: of copies, those of first views."""
         count = range(self.num_shards)
-        if teacher != IMAGES:
+        if teacher in self.with_arrays:
             return list(count)
         return [shard for shard in count if self.shard_segment(shard).views[0] == 0]
 
@@ -252,7 +263,7 @@ class CacheSpec(Strict):
         return [name for name, teacher in self.teachers.items() if not teacher.pretrained]
 
     def shard_content_id(self, teacher: str, shard: int) -> str:
-        """Hash of all that decides the bytes of this teacher's rows (or of the copied images) in a shard."""
+        """Hash of all that decides the bytes of this teacher's rows (or of the images) in a shard."""
         return self._content_ids[teacher][self.segment_index(shard)]
 
     def content_id(self, teacher: str) -> str:

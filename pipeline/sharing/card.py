@@ -37,7 +37,9 @@ def cards(cache: FeatureCache, repository: str) -> dict[str, str]:
         f"{' × '.join(map(str, spec.views.size))} pixels each, by {len(spec.teachers)} frozen vision models: "
         f"{cache.num_rows:,} rows, {human_bytes(sum(nbytes.values()))}.",
         "teachers": "\n".join(_row(cache, name, nbytes[name]) for name in cache.teachers),
-        "images": "are in it, under a licence of their own" if spec.images == "copy" else "are not in it",
+        "images": "are in it, under a licence of their own"
+        if spec.images != "reference"
+        else "are not in it",
         "header": card_header(licences),
         "licences": licence_rows(licences),
         "licences_json": json.dumps([f"{teacher}: {name}" for teacher, name in licences.items()]),

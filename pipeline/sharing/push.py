@@ -48,7 +48,7 @@ def push_cache(
     kept = source.check_teachers(teachers)
     if not private and not accept_licences:
         licences = {name: licence_of(source.spec.teachers[name]) for name in kept}
-        require_shareable(licences, source.num_samples if source.spec.images == "copy" else 0)
+        require_shareable(licences, source.num_samples if source.spec.images != "reference" else 0)
     here = cache if isinstance(source.storage, LocalStorage) else cache.rstrip("/").rpartition("/")[2]
     choice = digest([source.spec.cache_id, repository, kept, levels, fraction])
     folder = Path(f"{Path(here).resolve()}.push-{choice[:8]}")

@@ -19,13 +19,12 @@ from teachercache.pipeline.records.integrity import (
 )
 from teachercache.pipeline.records.manifest import CommitRecord, Manifest
 from teachercache.pipeline.records.rows import RowIndex
-from teachercache.pipeline.records.spec import IMAGES
 from teachercache.pipeline.stores.feature_store import Arrays, FeatureStore
 from teachercache.pipeline.stores.image_tar import image_tar_name
 
 
 class CommittedShards:
-    """The committed shards of one teacher, or of the copied images (teacher "images").
+    """The committed shards of one teacher, or of the images (teacher "images").
 
     Each record and the ends of each file are read once; a cache sees later commits when it is reopened.
     """
@@ -45,9 +44,8 @@ class CommittedShards:
 
     def files(self, shard: int) -> list[str]:
         """The names of a shard's files, without its statistics, in one order for all shards."""
-        return (
-            [image_tar_name(shard)] if self.teacher == IMAGES else self.store.shard_files(self.teacher, shard)
-        )
+        copied = self.teacher not in self._spec.with_arrays
+        return [image_tar_name(shard)] if copied else self.store.shard_files(self.teacher, shard)
 
     @cached_property
     def _readable(self) -> NDArray[np.bool_]:
@@ -124,7 +122,8 @@ class CommittedShards:
                 return
         except FileNotFoundError:
             pass  # which one, is found below
-        if self.teacher == IMAGES or self.store.is_as_written(self.teacher):
+        copied = self.teacher not in self._spec.with_arrays
+        if copied or self.store.is_as_written(self.teacher):
             for record in records:
                 self._refuse(file_problems(self._storage, record, Depth.ENDS))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +12,8 @@ from numpy.typing import NDArray
 from teachercache.pipeline.errors import CorruptShardError
 from teachercache.pipeline.places.storage import Storage
 from teachercache.pipeline.records.array_layout import ArrayLayout
-from teachercache.pipeline.records.spec import CacheSpec, TeacherSpec
+from teachercache.pipeline.records.spec import IMAGES, CacheSpec, TeacherSpec
+from teachercache.pipeline.records.view_policy import ViewPolicy
 from teachercache.pipeline.stores.new_files import NewFiles
 
 Arrays = dict[str, NDArray]
@@ -19,6 +21,7 @@ Arrays = dict[str, NDArray]
 CLS_TOKEN = "cls"
 GLOBAL_FEATURE = "global"
 NORMS = "norms"
+PIXELS = "pixels"  # of rendered images
 
 
 def teacher_layouts(teacher: TeacherSpec) -> dict[str, ArrayLayout]:
@@ -37,6 +40,11 @@ def teacher_layouts(teacher: TeacherSpec) -> dict[str, ArrayLayout]:
     if teacher.global_width:
         layouts[GLOBAL_FEATURE] = ArrayLayout((teacher.global_width,), codec.token_dtype, ("channel",), {})
     return layouts
+
+
+def pixels_layout(views: ViewPolicy) -> ArrayLayout:
+    """Of the views as a student sees them."""
+    return ArrayLayout((3, *views.stored_size), np.dtype("uint8"), ("channel", "y", "x"), {})
 
 
 def unreadable(storage: Storage, what: str, error: Exception) -> CorruptShardError:
@@ -61,6 +69,18 @@ class FeatureStore(ABC):
 
     def __init__(self, storage: Storage, spec: CacheSpec) -> None:
         self.storage, self.spec = storage, spec
+
+    def layouts(self, name: str) -> dict[str, ArrayLayout]:
+        """Every array of a teacher, or of the rendered images (name "images")."""
+        if name != IMAGES:
+            return teacher_layouts(self.spec.teachers[name])
+        return {PIXELS: pixels_layout(self.spec.views)}
+
+    def _description(self, name: str) -> dict[str, Any]:
+        """What the files beside the arrays repeat of the spec."""
+        what = {"views": self.spec.views} if name == IMAGES else {"teacher": self.spec.teachers[name]}
+        described: dict[str, Any] = {key: part.model_dump(mode="json") for key, part in what.items()}
+        return described | {"content_id": self.spec.shard_content_id(name, 0)}
 
     @abstractmethod
     def layout_files(self, teacher: str | None) -> dict[str, bytes]:

@@ -1,4 +1,4 @@
-"""The features of one teacher: how they are laid out and decoded, and their rows."""
+"""Rows of arrays; those of a teacher are its features, which know how they are decoded."""
 
 from __future__ import annotations
 
@@ -16,53 +16,22 @@ from teachercache.pipeline.errors import CacheError, IncompleteCacheError, expla
 from teachercache.pipeline.records.array_layout import ArrayLayout
 from teachercache.pipeline.records.manifest import RESTORE_TABLES, tables_name
 from teachercache.pipeline.records.sample_table import SampleTable
+from teachercache.pipeline.records.spec import TeacherSpec
 from teachercache.pipeline.records.stats_files import read_tables
 from teachercache.pipeline.stores.committed_shards import CommittedShards
-from teachercache.pipeline.stores.feature_store import CLS_TOKEN, GLOBAL_FEATURE, teacher_layouts
+from teachercache.pipeline.stores.feature_store import CLS_TOKEN, GLOBAL_FEATURE
 
 
-class TeacherFeatures:
+class StoredRows:
+    """Of a teacher, or the pixels of rendered images."""
+
     def __init__(self, shards: CommittedShards, samples: SampleTable) -> None:
         self._shards, self._samples, self._name = shards, samples, shards.teacher
-        self._teacher = shards.store.spec.teachers[shards.teacher]
-
-    @cached_property
-    def codec(self) -> Codec:
-        return self.load_codec()
-
-    def load_codec(self) -> Codec:
-        """The codec with newly read tables. Raises `CacheError` unless they can decode."""
-        teacher, codec = self._teacher, get_codec(self._teacher.codec)
-        if codec.needs_tables:
-            tables = read_tables(self._shards.manifest, self._name, teacher.tables_hash)
-            layouts = codec.layout(teacher.num_levels, teacher.stored_grid, teacher.width)
-            try:
-                codec.load_state(tables)  # sound tables can decode codes of zeros
-                Encoded(codec, _tensors(layouts, 1, torch.zeros)).decode()
-            except (ArithmeticError, IndexError, RuntimeError, TypeError, ValueError) as error:
-                raise CacheError(
-                    f"{tables_name(self._name)} does not hold tables of codec {teacher.codec} "
-                    f"for teacher {self._name}.",
-                    got=f"{type(error).__name__}: {error}",
-                    expected="the tables that the features were encoded with",
-                    do=RESTORE_TABLES,
-                ) from error
-        return codec
 
     @cached_property
     def layouts(self) -> dict[str, ArrayLayout]:
-        """Every array: those of the encoded features, and the token features."""
-        return teacher_layouts(self._teacher)
-
-    @cached_property
-    def feature_layouts(self) -> dict[str, ArrayLayout]:
-        """The arrays of the encoded features alone."""
-        tokens = (CLS_TOKEN, GLOBAL_FEATURE)
-        return {array: layout for array, layout in self.layouts.items() if array not in tokens}
-
-    def buffers(self, num_rows: int, pin_memory: bool) -> Encoded:
-        empty = partial(torch.empty, pin_memory=pin_memory)
-        return Encoded(self.codec, _tensors(self.feature_layouts, num_rows, empty))
+        """Every array: of a teacher, those of the encoded features, and the token features."""
+        return self._shards.store.layouts(self._name)
 
     def read(
         self,
@@ -101,6 +70,45 @@ class TeacherFeatures:
             expected="rows of `valid_samples()`",
             do=f"see {self._shards.store.storage.url}/quarantine for the reason",
         )
+
+
+class TeacherFeatures(StoredRows):
+    @property
+    def _teacher(self) -> TeacherSpec:
+        return self._shards.store.spec.teachers[self._name]
+
+    @cached_property
+    def codec(self) -> Codec:
+        return self.load_codec()
+
+    def load_codec(self) -> Codec:
+        """The codec with newly read tables. Raises `CacheError` unless they can decode."""
+        teacher, codec = self._teacher, get_codec(self._teacher.codec)
+        if codec.needs_tables:
+            tables = read_tables(self._shards.manifest, self._name, teacher.tables_hash)
+            layouts = codec.layout(teacher.num_levels, teacher.stored_grid, teacher.width)
+            try:
+                codec.load_state(tables)  # sound tables can decode codes of zeros
+                Encoded(codec, _tensors(layouts, 1, torch.zeros)).decode()
+            except (ArithmeticError, IndexError, RuntimeError, TypeError, ValueError) as error:
+                raise CacheError(
+                    f"{tables_name(self._name)} does not hold tables of codec {teacher.codec} "
+                    f"for teacher {self._name}.",
+                    got=f"{type(error).__name__}: {error}",
+                    expected="the tables that the features were encoded with",
+                    do=RESTORE_TABLES,
+                ) from error
+        return codec
+
+    @cached_property
+    def feature_layouts(self) -> dict[str, ArrayLayout]:
+        """The arrays of the encoded features alone."""
+        tokens = (CLS_TOKEN, GLOBAL_FEATURE)
+        return {array: layout for array, layout in self.layouts.items() if array not in tokens}
+
+    def buffers(self, num_rows: int, pin_memory: bool) -> Encoded:
+        empty = partial(torch.empty, pin_memory=pin_memory)
+        return Encoded(self.codec, _tensors(self.feature_layouts, num_rows, empty))
 
 
 def _tensors(

@@ -30,7 +30,6 @@ from teachercache.pipeline.stores.feature_store import (
     Arrays,
     FeatureStore,
     ShardWriter,
-    teacher_layouts,
     unreadable,
 )
 from teachercache.pipeline.stores.tar_index import (
@@ -78,7 +77,7 @@ class TarShardWriter(ShardWriter):
         self._file.write(TAR_END)
 
 
-def _description(teacher: str) -> str:
+def _description_file(teacher: str) -> str:
     return f"teachers/{teacher}/teacher.json"
 
 
@@ -100,21 +99,17 @@ class WebDatasetStore(FeatureStore):
                 "axes": layout.axes,
                 "attributes": layout.attributes,
             }
-            for name, layout in teacher_layouts(self.spec.teachers[teacher]).items()
+            for name, layout in self.layouts(teacher).items()
         }
-        description = {
-            "teacher": self.spec.teachers[teacher].model_dump(mode="json"),
-            "content_id": self.spec.shard_content_id(teacher, 0),
-            "arrays": arrays,
-        }
-        return {_description(teacher): (json.dumps(description, indent=1) + "\n").encode()}
+        description = self._description(teacher) | {"arrays": arrays}
+        return {_description_file(teacher): (json.dumps(description, indent=1) + "\n").encode()}
 
     def _stored_layouts(self, teacher: str) -> dict[str, ArrayLayout]:
         try:
-            arrays = from_json(self.storage.read(_description(teacher)))["arrays"]
+            arrays = from_json(self.storage.read(_description_file(teacher)))["arrays"]
             return {name: stored_layout(**array) for name, array in arrays.items()}
         except (AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"{_description(teacher)}: {type(error).__name__}: {error}") from error
+            raise ValueError(f"{_description_file(teacher)}: {type(error).__name__}: {error}") from error
 
     def shard_files(self, teacher: str, shard: int) -> list[str]:
         return [tar_name(teacher, shard)]
@@ -125,7 +120,7 @@ class WebDatasetStore(FeatureStore):
             f"{member_key(self._key(sample))}.{view}.safetensors"
             for sample, view in zip(samples.tolist(), views.tolist(), strict=True)
         ]
-        name, layouts = tar_name(teacher, shard), teacher_layouts(self.spec.teachers[teacher])
+        name, layouts = tar_name(teacher, shard), self.layouts(teacher)
         return TarShardWriter(self.storage, name, layouts, members, self.spec.rows_per_shard)
 
     def read(self, teacher: str, rows: NDArray[np.int64], out: Arrays) -> None:

@@ -22,7 +22,6 @@ from teachercache.pipeline.stores.feature_store import (
     Arrays,
     FeatureStore,
     ShardWriter,
-    teacher_layouts,
     unreadable,
 )
 from teachercache.pipeline.stores.shard_format import (
@@ -112,26 +111,28 @@ class ZarrStore(FeatureStore):
 
     def layout_files(self, teacher: str | None) -> dict[str, bytes]:
         if teacher is None:
-            below = [file for name in self.spec.teachers for file in self.layout_files(name).items()]
+            below = [file for name in self.spec.with_arrays for file in self.layout_files(name).items()]
             teachers = {"teachers/zarr.json": group_json({})}
             return teachers | {"zarr.json": consolidated_json(teachers | dict(below))}
-        description = self.spec.teachers[teacher].model_dump(mode="json")
-        attributes = {"teacher": description, "content_id": self.spec.shard_content_id(teacher, 0)}
         num_rows, rows_per_shard = self.spec.num_shards * self.spec.rows_per_shard, self.spec.rows_per_shard
         arrays = {
             f"{array_folder(teacher, name)}/zarr.json": array_json(
                 layout, num_rows, rows_per_shard, self.spec.compressor
             )
-            for name, layout in teacher_layouts(self.spec.teachers[teacher]).items()
+            for name, layout in self.layouts(teacher).items()
         }
-        return dict(sorted([*arrays.items(), (f"teachers/{teacher}/zarr.json", group_json(attributes))]))
+        return dict(
+            sorted(
+                [*arrays.items(), (f"teachers/{teacher}/zarr.json", group_json(self._description(teacher)))]
+            )
+        )
 
     def shard_files(self, teacher: str, shard: int) -> list[str]:
-        layouts = teacher_layouts(self.spec.teachers[teacher])
+        layouts = self.layouts(teacher)
         return [shard_file(teacher, array, shard, len(layout.shape)) for array, layout in layouts.items()]
 
     def write_shard(self, teacher: str, shard: int) -> ZarrShardWriter:
-        layouts, names = teacher_layouts(self.spec.teachers[teacher]), self.shard_files(teacher, shard)
+        layouts, names = self.layouts(teacher), self.shard_files(teacher, shard)
         spec = self.spec
         return ZarrShardWriter(self.storage, names, layouts, spec.rows_per_shard, spec.compressor)
 

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
+import PIL
 
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import CacheMismatchError, Problems, RecipeError, require_known
 from teachercache.pipeline.loading.sampler import ShardShuffleSampler, held_out_samples
-from teachercache.pipeline.records.spec import CacheSpec, TeacherSpec
+from teachercache.pipeline.records.spec import IMAGES, CacheSpec, TeacherSpec
 from teachercache.pipeline.records.strict import Size
 from teachercache.pipeline.records.view_policy import ViewPolicy
 from teachercache.student.losses.tasks import MultiTaskLoss
@@ -128,6 +129,9 @@ def _ask_cache(found: Preflight, recipe: TrainRecipe, cache: FeatureCache, proce
             among = np.setdiff1d(np.arange(len(keys)), held_out)
         found.sampler = sampler(cache, found.held or None, fraction=recipe.fraction, among=among)
         found.num_samples = found.num_samples or found.sampler.num_samples
+    if cache.spec.images == "rendered":
+        with found.problems.noted():
+            found.notices += _pixel_notices(recipe, cache)
     if (wanted := recipe.validation) is None or (recipe.held_out and found.sampler is None):
         return
     with found.problems.noted():
@@ -143,6 +147,20 @@ def _ask_cache(found: Preflight, recipe: TrainRecipe, cache: FeatureCache, proce
         )
         if images is not cache and (shared := len(_images(images) & _images(cache))):
             found.notices.append(f"But {shared:,} of the images in {images.storage.url} are trained on.")
+
+
+def _pixel_notices(recipe: TrainRecipe, cache: FeatureCache) -> Iterator[str]:
+    """Of a cache that holds the student's pixels."""
+    if recipe.features == "fresh" or recipe.student_jitter:
+        yield "The pixels in the cache are not read: fresh views and jitter are rendered from the images."
+    elif not recipe.reads_cache or recipe.features == "hybrid":
+        made = {record.versions.get("pillow", "unknown") for record in cache.commits(IMAGES).values()}
+        if others := sorted(made - {PIL.__version__}):
+            yield (
+                f"The student's pixels were rendered by Pillow {', '.join(others)}, the teachers' are by"
+                f" {PIL.__version__} here: they may differ in some bits. Install the former, or give images:"
+                " reference to a build of your own."
+            )
 
 
 def _images(cache: FeatureCache) -> set[str]:
