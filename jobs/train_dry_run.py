@@ -18,8 +18,8 @@ from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import CacheNotFoundError, Problems
 from teachercache.pipeline.records.spec import CacheSpec, DatasetSpec
 from teachercache.pipeline.units import human_bytes, human_hours
-from teachercache.student.training.preflight import preflight
-from teachercache.student.training.train_plan import TrainPlan, make_train_plan
+from teachercache.student.training.preflight import joined, preflight
+from teachercache.student.training.train_plan import TrainPlan, make_train_plan, of_all_inputs, student_size
 from teachercache.student.training.train_recipe import TrainRecipe
 
 
@@ -33,20 +33,30 @@ def plan_training(
     does for what stands in the way of the run.
     """
     recipe = recipe.on(processes)
-    cache, spec = _cache(recipe)
     samples = round(recipe.fraction * (1 - recipe.held_out) * num_samples) if num_samples else None
-    found = preflight(recipe, spec, cache, processes=processes, num_samples=samples)
-    found.require(print)
-    assert found.student is not None
-    return make_train_plan(
-        recipe,
-        found.student,
-        found.facts,
-        num_samples=found.num_samples or recipe.images_per_step(processes),
-        row_bytes=sum(map(bytes_per_row, found.teachers.values())),
-        processes=processes,
-        tflops_per_gpu=tflops_per_gpu,
-    )
+    opened = [(one, *_cache(one)) for one in recipe.each]
+    parts = [
+        preflight(one, spec, cache, processes=processes, num_samples=samples) for one, cache, spec in opened
+    ]
+    whole = joined(recipe, parts)
+    whole.require(print)
+    plans = []
+    for one, found in zip(recipe.each, parts, strict=True):
+        assert found.student is not None
+        plan = make_train_plan(
+            one,
+            found.student,
+            found.facts,
+            num_samples=found.num_samples or one.images_per_step(processes),
+            row_bytes=sum(map(bytes_per_row, found.teachers.values())),
+            processes=processes,
+            tflops_per_gpu=tflops_per_gpu,
+        )
+        plans.append(plan)
+    if len(plans) == 1:
+        return plans[0]
+    assert whole.student is not None
+    return of_all_inputs(plans, student_size(recipe.student, whole.student, whole.facts, distills=True))
 
 
 def _cache(recipe: TrainRecipe) -> tuple[FeatureCache | None, CacheSpec]:
@@ -65,10 +75,14 @@ def _cache(recipe: TrainRecipe) -> tuple[FeatureCache | None, CacheSpec]:
 
 def costs_table(recipe: TrainRecipe, plan: TrainPlan) -> RenderableType:
     """Parameters and arithmetic of the teachers and the student, as fvcore counts it (SAK, Table 21)."""
-    specs = _cache(recipe)[1].teachers
+    specs = {
+        name: spec
+        for one in recipe.each
+        for name, spec in _cache(one)[1].teachers.items()
+        if one.teachers is None or name in one.teachers
+    }
     costs = {
-        name: (specs[name].image_size, teacher_parameters(specs[name]), teacher_gmacs(specs[name]))
-        for name in (specs if recipe.teachers is None else recipe.teachers)
+        name: (spec.image_size, teacher_parameters(spec), teacher_gmacs(spec)) for name, spec in specs.items()
     }
     size = plan.size
     costs["student"] = plan.image_size, size.num_parameters, size.gmacs - size.attention_gmacs

@@ -9,7 +9,7 @@ X = {x, V}     image feature x (B, D) and feature map V (B, D, h, w)
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
@@ -40,7 +40,8 @@ class KPU(Student):
     with a class token, which x is compared with.
 
     Table 2's rows: `preservation=False` trains the ViT itself, without an adapter; `unification` and
-    `reconstruction` are Eq. 2 and 3. `norm`: that of the adapter. x is the sentinel's last class token (or
+    `reconstruction` are Eq. 2 and 3. `norm`: that of the adapter. `image_sizes`: (height, width) of the
+    images that are compared with a teacher, where not `image_size`. x is the sentinel's last class token (or
     the mean of its patch tokens) after a norm.
 
     Parts that are not compared with any teacher are not trained: scales of V that are nearest to none, and
@@ -75,6 +76,7 @@ class KPU(Student):
         unification: bool = True,
         reconstruction: bool = True,
         norm: NormKind = "group",
+        image_sizes: Mapping[str, Size] | None = None,
     ) -> None:
         check_names("teacher", teacher_dims)
         require_teachers(teacher_dims)
@@ -88,7 +90,10 @@ class KPU(Student):
                 expected="both, unification alone, or neither (KPU, Table 2)",
                 do="set unification, or leave out reconstruction",
             )
-        module = Stem(stem, image_size, pretrained)
+        other_sizes = {
+            name: list(size) for name, size in (image_sizes or {}).items() if tuple(size) != tuple(image_size)
+        }
+        module = Stem(stem, image_size, pretrained, resizes=bool(other_sizes))
         config: dict[str, Any] = {
             "stem": stem,
             "teacher_dims": dict(teacher_dims),
@@ -100,6 +105,7 @@ class KPU(Student):
             "unification": unification,
             "reconstruction": reconstruction,
             "norm": norm,
+            "image_sizes": other_sizes,
         }
         super().__init__(config, module.mean, module.std)
         self.stem = module
@@ -108,7 +114,7 @@ class KPU(Student):
         self.latent_space = LatentSpace(
             module.width, teacher_dims, config["class_tokens"], unification, reconstruction
         )
-        self._scales = {name: self._nearest_scale(grid) for name, grid in self._grids.items()}
+        self._scales = {name: self._nearest_scale(name, grid) for name, grid in self._grids.items()}
         if self.vit_adapter is not None:
             self.stem.requires_grad_(False)
             self.norm.requires_grad_(bool(config["class_tokens"]))
@@ -133,7 +139,7 @@ class KPU(Student):
     def project(self, pixels_B3HW: Tensor) -> dict[str, Features]:
         """h_s2t(X) for each teacher: the student's version of its class token and map of raw tokens, before
         any norm and head of the teacher's own."""
-        student = self._for_teachers(pixels_B3HW)
+        student = self._for_teachers(pixels_B3HW, self.teachers)
         return {
             name: self.latent_space.s2t[name](features, self._grids[name])
             for name, features in student.items()
@@ -143,7 +149,7 @@ class KPU(Student):
         """h_t2s(X^t) of each teacher, on the grid of the scale that represents it."""
         assert self.latent_space.t2s is not None
         return {
-            name: self.latent_space.t2s[name](teacher, self._scale_grids[self._scales[name]])
+            name: self.latent_space.t2s[name](teacher, self._scale_grids(name)[self._scales[name]])
             for name, teacher in teachers.items()
         }
 
@@ -157,7 +163,7 @@ class KPU(Student):
         """As `Student.forward`: one map (B, C, H, W) per teacher, for its last level. With the features of
         `teachers`, an `Alignment` for each, which is what training compares."""
         if teachers is not None:
-            student = self._for_teachers(pixels_B3HW)
+            student = self._for_teachers(pixels_B3HW, teachers)
             return {
                 name: self.latent_space.align(name, student[name], teacher)
                 for name, teacher in teachers.items()
@@ -169,26 +175,29 @@ class KPU(Student):
     def _grids(self) -> dict[str, Size]:
         return {name: (height, width) for name, (height, width) in self.config["teacher_grids"].items()}
 
-    def _nearest_scale(self, grid: Size) -> int:
+    def _nearest_scale(self, teacher: str, grid: Size) -> int:
         """The scale of V whose number of tokens is nearest to the grid's, by their ratio."""
-        sizes = [math.prod(own) for own in self._scale_grids]
+        sizes = [math.prod(own) for own in self._scale_grids(teacher)]
         return min(range(len(sizes)), key=lambda scale: abs(math.log(sizes[scale] / math.prod(grid))))
 
-    @property
-    def _scale_grids(self) -> list[Size]:
+    def _scale_grids(self, teacher: str) -> list[Size]:
+        height, width = self.config["image_sizes"].get(teacher, self.image_size)
         if self.vit_adapter is None:
-            return [self.stem.grid]
-        height, width = self.image_size
+            return [self.stem.grid_of((height, width))]
         return [(math.ceil(height / stride), math.ceil(width / stride)) for stride in STRIDES]
 
-    def _for_teachers(self, pixels_B3HW: Tensor) -> dict[str, Features]:
-        """What is compared with each teacher: x, and one scale of V."""
-        image_BD, maps_BDhw = self._represent(pixels_B3HW, self.scales)
-        by_scale = dict(zip(self.scales, maps_BDhw, strict=True))
-        return {name: Features(image_BD, by_scale[scale]) for name, scale in self._scales.items()}
+    def _for_teachers(self, pixels_B3HW: Tensor, teachers: Iterable[str]) -> dict[str, Features]:
+        """What is compared with each of these: x, and one scale of V."""
+        scales = {name: self._scales[name] for name in teachers}
+        wanted = sorted(set(scales.values()))
+        image_BD, maps_BDhw = self._represent(pixels_B3HW, wanted)
+        by_scale = dict(zip(wanted, maps_BDhw, strict=True))
+        return {name: Features(image_BD, by_scale[scale]) for name, scale in scales.items()}
 
     def _represent(self, pixels_B3HW: Tensor, scales: Sequence[int]) -> ImageRepresentation:
         prefix = self.stem.num_prefix_tokens
+        if self.config["image_sizes"]:
+            self.stem.resize((pixels_B3HW.shape[2], pixels_B3HW.shape[3]))
         if self.vit_adapter is None:
             tokens_BND = self.stem(pixels_B3HW)[-1]
             patches_BnD = self.norm(tokens_BND[:, prefix:])

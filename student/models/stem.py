@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import timm
@@ -35,6 +35,7 @@ class Stem(nn.Module):
     Images whose sides are not multiples of the patch are resampled to the nearest ones: 512² → 518² for a
     patch of 14 pixels, as for a teacher. `sak_compat` prepares images as it does for teachers: ImageNet's
     statistics for every model, pixels that fill no patch dropped (512² → 36×36 tokens), SAM at 1024².
+    `resizes`: positions are resampled at each pass, as they are for one size, so that sizes can take turns.
     Raises `RecipeError` for a name that cannot be a stem, `WeightsNotFoundError` if `pretrained` weights
     cannot be loaded.
     """
@@ -42,13 +43,19 @@ class Stem(nn.Module):
     vit: Any  # timm does not type its models
 
     def __init__(
-        self, name: str, image_size: Size, pretrained: bool = False, sak_compat: bool = False
+        self,
+        name: str,
+        image_size: Size,
+        pretrained: bool = False,
+        sak_compat: bool = False,
+        resizes: bool = False,
     ) -> None:
         super().__init__()
-        self._sak_compat = sak_compat
+        self._sak_compat, self._resizes = sak_compat, resizes
         self.patch, self._resamples_itself = _require_vit(name)
         self._fit(image_size)
-        self.vit = _create(name, None if self._resamples_itself else self._input_size, pretrained)
+        sizes = {} if self._resamples_itself else {"img_size": self._input_size, "dynamic_img_size": resizes}
+        self.vit = _create(name, sizes, pretrained)
         self.width: int = self.vit.embed_dim
         self.depth = len(self.vit.blocks)
         self.num_prefix_tokens: int = getattr(self.vit, "num_prefix_tokens", 0)
@@ -97,17 +104,24 @@ class Stem(nn.Module):
     def resize(self, image_size: Size) -> None:
         """Take images of another size from now on; timm resamples the position embeddings."""
         self._fit(image_size)
-        if not self._resamples_itself:
+        if not (self._resamples_itself or self._resizes):
             self.vit.set_input_size(img_size=self._input_size)
 
     def _fit(self, image_size: Size) -> None:
-        height, width = image_size
-        rows, columns = max(1, round(height / self.patch[0])), max(1, round(width / self.patch[1]))
-        self._image_size: Size = height, width
-        self._input_size: Size = rows * self.patch[0], columns * self.patch[1]
+        self._image_size: Size = image_size[0], image_size[1]
+        self._input_size: Size = self._input_size_of(image_size)
+        self.grid: Size = self.grid_of(image_size)
+
+    def grid_of(self, image_size: Size) -> Size:
+        """(rows, columns) of the patches of such images."""
+        height, width = self._input_size_of(image_size)
+        return height // self.patch[0], width // self.patch[1]
+
+    def _input_size_of(self, image_size: Size) -> Size:
         if self._sak_compat:
-            self._input_size = (SAM_SIDE, SAM_SIDE) if self._resamples_itself else self._image_size
-        self.grid: Size = self._input_size[0] // self.patch[0], self._input_size[1] // self.patch[1]
+            return (SAM_SIDE, SAM_SIDE) if self._resamples_itself else image_size
+        rows, columns = (max(1, round(n / patch)) for n, patch in zip(image_size, self.patch, strict=True))
+        return rows * self.patch[0], columns * self.patch[1]
 
     def _require_size(self, pixels_B3HW: Tensor) -> None:
         if pixels_B3HW.shape[1:] != (3, *self._image_size):
@@ -124,10 +138,9 @@ def level_depths(depth: int) -> list[int]:
     return [math.ceil(depth * level / NUM_LEVELS) for level in range(1, NUM_LEVELS + 1)]
 
 
-def _create(name: str, input_size: Size | None, pretrained: bool) -> Any:
-    arguments = {"img_size": input_size} if input_size else {}
+def _create(name: str, sizes: Mapping[str, Any], pretrained: bool) -> Any:
     try:
-        vit = timm.create_model(name, pretrained=pretrained, **arguments)
+        vit = timm.create_model(name, pretrained=pretrained, **sizes)
     except (OSError, RuntimeError) as error:
         if not pretrained:
             raise

@@ -38,17 +38,19 @@ _OF_A_CONFIG = (TypeError, ValueError, AttributeError, LookupError, ArithmeticEr
 
 class TeacherFacts(NamedTuple):
     """What a student is built from of a teacher: its channels, the (rows, columns) of its maps, whether it
-    has a class token, and how many levels."""
+    has a class token, how many levels, and (height, width) of the student's images where that is known."""
 
     width: int
     grid: Size
     cls_token: bool = False
     num_levels: int = NUM_LEVELS
+    image_size: Size | None = None
 
     @classmethod
     def of(cls, spec: TeacherSpec, views: ViewPolicy) -> Self:
         """Of students that see windows of these views."""
-        return cls(spec.width, views.seen_grid(spec.stored_grid), spec.cls_token, spec.num_levels)
+        grid = views.seen_grid(spec.stored_grid)
+        return cls(spec.width, grid, spec.cls_token, spec.num_levels, views.size)
 
 
 class StudentOutput(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from string import Template
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from teachercache.student.saving import replacing
 
 if TYPE_CHECKING:
     from teachercache.pipeline.cache import FeatureCache
+    from teachercache.pipeline.records.spec import TeacherSpec
     from teachercache.student.training.train import TrainResult
     from teachercache.student.training.train_recipe import TrainRecipe
 
@@ -23,12 +25,13 @@ def write_model_card(
     folder: Path,
     student: Student,
     recipe: TrainRecipe,
-    cache: FeatureCache,
+    caches: Sequence[FeatureCache],
     result: TrainResult,
 ) -> None:
     """Write `folder`/README.md: what the student gives, how to use it, and how it came to be."""
     height, width = student.image_size
-    licences = {name: licence_of(cache.spec.teachers.get(name)) for name in student.teachers}
+    specs = {name: spec for cache in caches for name, spec in cache.spec.teachers.items()}
+    licences = {name: licence_of(specs.get(name)) for name in student.teachers}
     gives = (
         f"{{task: (B, channels, {height}, {width})}} for {', '.join(student.tasks)}"
         if student.tasks
@@ -44,10 +47,10 @@ def write_model_card(
         height=height,
         width=width,
         gives=gives,
-        teachers=_teachers(student, cache),
+        teachers=_teachers(student, specs),
         steps=f"{result.steps:,} steps{loss}",
-        images=f"{cache.num_samples:,} images in {cache.num_views} views each",
-        cache_id=cache.spec.cache_id,
+        images=" and ".join(f"{one.num_samples:,} images in {one.num_views} views each" for one in caches),
+        cache_id=", ".join(cache.spec.cache_id for cache in caches),
         recipe=yaml.safe_dump(recipe_for_card(recipe), sort_keys=False),
         parts=_parts(student),
         licences=licence_rows(licences),
@@ -64,6 +67,7 @@ def recipe_for_card(recipe: TrainRecipe) -> dict[str, Any]:
         (told, "cache", 1),
         (told, "images", 1),
         (told, "output", 1),
+        *((one, key, 1) for one in told["inputs"] for key in ("cache", "images")),
         (validation, "cache", 1),
         (validation, "images", 1),
         (dataset, "root", 1),
@@ -74,10 +78,10 @@ def recipe_for_card(recipe: TrainRecipe) -> dict[str, Any]:
     return told
 
 
-def _teachers(student: Student, cache: FeatureCache) -> str:
+def _teachers(student: Student, specs: Mapping[str, TeacherSpec]) -> str:
     lines = []
     for name in student.teachers:
-        teacher = cache.spec.teachers.get(name)
+        teacher = specs.get(name)
         if teacher is None:
             lines.append(f"- {name}, of an earlier run")
             continue

@@ -29,7 +29,8 @@ _OF_OTHER_IMAGES = {"num_views", "seed", "tables_hash"}  # may be others: what i
 
 @dataclass
 class Preflight:
-    """What was found. `teachers`: those that the run learns from; `held`: whose features the cache must hold.
+    """What was found. `teachers`: those that the run learns from; `facts`: of them, for a student; `held`:
+    whose features the cache must hold.
 
     `num_samples`: of an epoch. `validation`: `mean_similarity` on held-out samples, of a student. `tasks`:
     name → output channels. `student` is blank (`first_student`). What is None is not asked for, or a problem
@@ -37,6 +38,7 @@ class Preflight:
     """
 
     teachers: dict[str, TeacherSpec]
+    facts: dict[str, TeacherFacts]
     held: list[str]
     views: ViewPolicy
     num_samples: int | None = None
@@ -48,10 +50,6 @@ class Preflight:
     validation: Callable[..., dict[str, Similarity]] | None = None
     notices: list[str] = field(default_factory=list)
     problems: Problems = field(default_factory=Problems)
-
-    @property
-    def facts(self) -> dict[str, TeacherFacts]:
-        return {name: TeacherFacts.of(spec, self.views) for name, spec in self.teachers.items()}
 
     def require(self, tell: Callable[[str], object]) -> None:
         """Tell every notice; then raise what stands in the way, where that is several things as one."""
@@ -76,7 +74,8 @@ def preflight(
     """
     names = list(spec.teachers) if recipe.teachers is None else list(recipe.teachers)
     teachers = {name: spec.teachers[name] for name in names if name in spec.teachers}
-    found = Preflight(teachers, list(teachers), spec.views, num_samples=num_samples)
+    facts = {name: TeacherFacts.of(one, spec.views) for name, one in teachers.items()}
+    found = Preflight(teachers, facts, list(teachers), spec.views, num_samples=num_samples)
     with found.problems.noted():
         spec.check_teachers(names)
     if cache is not None:
@@ -108,6 +107,36 @@ def preflight(
     else:
         found.problems += lacks
     found.notices += notices(recipe, spec, cached)
+    return found
+
+
+def joined(recipe: TrainRecipe, parts: Sequence[Preflight]) -> Preflight:
+    """What was found of all inputs of `recipe`, each asked as one of `TrainRecipe.each`."""
+    if len(parts) == 1:
+        return parts[0]
+    names = [name for part in parts for name in part.teachers]
+    teachers = {name: spec for part in parts for name, spec in part.teachers.items()}
+    facts = {name: one for part in parts for name, one in part.facts.items()}
+    found = Preflight(teachers, facts, names, parts[0].views, num_samples=parts[0].num_samples)
+    found.problems += {str(one): one for part in parts for one in part.problems}.values()
+    alone = {line for part in parts for line in recipe.student.notices(part.teachers)}
+    found.notices = [line for part in parts for line in part.notices if line not in alone]
+    found.notices += recipe.student.notices(teachers)
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        found.problems.append(
+            RecipeError(
+                "A teacher can be of one input alone.",
+                got=f"{', '.join(twice)} of several",
+                expected="each teacher once",
+                do="name the teachers of each input",
+            )
+        )
+    for name in recipe.distillation.teacher_weights:
+        with found.problems.noted():
+            require_known("distilled teacher (distillation.teacher_weights)", name, names)
+    with found.problems.noted():
+        size, distills = found.views.size, recipe.distills
+        found.student = first_student(recipe.student, facts, size, None, distills=distills, blank=True)
     return found
 
 

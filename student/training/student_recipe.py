@@ -80,6 +80,8 @@ class StudentRecipe(Strict):
         said = run.distillation.model_dump(include=of_a_kind, exclude_defaults=True)
         if foreign := said.keys() - signature(self.loss).parameters:
             yield f"{', '.join(sorted(foreign))}: only a kpu has such weights, leave them out"
+        if run.inputs and self.kind != "kpu":
+            yield "only a kpu sees images of several sizes: leave out inputs"
 
     def requirements(
         self, teachers: Specs, compared: Collection[str], views: ViewPolicy, grid: Size | None
@@ -182,12 +184,13 @@ class KpuRecipe(StudentRecipe):
         return super().arguments(teachers) | {
             "teacher_grids": {name: teacher.grid for name, teacher in teachers.items()},
             "class_tokens": [name for name, teacher in teachers.items() if teacher.cls_token],
+            "image_sizes": {name: one.image_size for name, one in teachers.items() if one.image_size},
         }
 
     def blank_inputs(self, teachers: Facts) -> dict[str, Any]:
         features = {
             name: Features(torch.empty(1, width) if cls_token else None, torch.empty(1, width, *grid))
-            for name, (width, grid, cls_token, _) in teachers.items()
+            for name, (width, grid, cls_token, *_) in teachers.items()
         }
         return {"teachers": features}
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from inspect import signature
@@ -52,7 +53,7 @@ from teachercache.student.training.loop import LoopResult, TrainingLoop
 from teachercache.student.training.model_card import write_model_card
 from teachercache.student.training.not_finite import not_finite
 from teachercache.student.training.objectives import KPUObjective, Objective
-from teachercache.student.training.preflight import Preflight, preflight
+from teachercache.student.training.preflight import Preflight, joined, preflight
 from teachercache.student.training.run_lock import only_trainer
 from teachercache.student.training.run_log import METRICS_FILE, RunLog, logged_steps
 from teachercache.student.training.run_pictures import RunPictures
@@ -104,22 +105,28 @@ def train(recipe: TrainRecipe) -> TrainResult:
     accelerator = accelerator_for(recipe)
     recipe = recipe.on(accelerator.num_processes)
     accelerator.gradient_accumulation_steps = recipe.gradient_accumulation_steps
-    cache = FeatureCache.open(recipe.cache, images=recipe.images)
+    caches = [FeatureCache.open(one.cache, images=one.images) for one in recipe.each]
     processes, rank = accelerator.num_processes, accelerator.process_index
-    found = preflight(recipe, cache.spec, cache, processes=processes, rank=rank)
+    parts = [
+        preflight(one, cache.spec, cache, processes=processes, rank=rank)
+        for one, cache in zip(recipe.each, caches, strict=True)
+    ]
+    found = joined(recipe, parts)
     found.notices[:0] = overruled(recipe)
     found.require(accelerator.print)
     _require_folder(Path(recipe.output))
     with only_trainer(accelerator, Path(recipe.output)) as require_held:
-        return _Run(recipe, cache, found, accelerator).go(require_held)
+        return _Run(recipe, caches, parts, found, accelerator).go(require_held)
 
 
 @dataclass
 class _Run:
-    """A run of which nothing stands in the way, on one process of `accelerator`."""
+    """A run of which nothing stands in the way, on one process of `accelerator`: `caches` and `parts` are of
+    its inputs, `found` of all of them."""
 
     recipe: TrainRecipe
-    cache: FeatureCache
+    caches: list[FeatureCache]
+    parts: list[Preflight]
     found: Preflight
     accelerator: Accelerator
 
@@ -127,8 +134,12 @@ class _Run:
         """`require_held` raises where another run has taken the output folder."""
         recipe, accelerator, found = self.recipe, self.accelerator, self.found
         student = self._student()
-        targets = TARGET_SOURCES[recipe.features](self.cache, list(found.teachers), accelerator.device)
-        reads = targets.reads if recipe.distills or student.reads_features else []
+        inputs = list(zip(self.caches, self.parts, strict=True))
+        targets = [
+            TARGET_SOURCES[recipe.features](cache, list(part.teachers), accelerator.device)
+            for cache, part in inputs
+        ]
+        reads = [one.reads if recipe.distills or student.reads_features else [] for one in targets]
         model, optimizer = self._prepared(student)
         run = self._identity()
         weighting = self._weighting()
@@ -143,30 +154,38 @@ class _Run:
             self._objective(model, student, targets, weighting),
             learning_rate,
             run,
-            [partial(not_finite, self.cache, reads, found.labels)],
+            [
+                partial(not_finite, cache, names, found.labels)
+                for cache, names in zip(self.caches, reads, strict=True)
+            ],
             famo,
         )
-        config = {**run, "cache_id": self.cache.spec.cache_id}
+        first = self.caches[0]
+        config = {**run, "cache_id": first.spec.cache_id}
         log = RunLog(
             recipe,
             accelerator.is_main_process,
             first_step,
             total_steps,
             self._steps_per_epoch,
-            partial(start_trackers, recipe.trackers, Path(recipe.output), config, self.cache),
-            RunPictures(self.cache, found.held if recipe.distills else [], student).draw,
+            partial(start_trackers, recipe.trackers, Path(recipe.output), config, first),
+            RunPictures(first, self.parts[0].held if recipe.distills else [], student).draw,
             found.validation and partial(found.validation, student, gather=accelerator.gather),
             before_writing=require_held,
         )
-        with log, self._loader(targets, reads, first_step) as loader:
-            done = loop.run(zip(loader, strict=True), first_step, total_steps, log)
+        with log, ExitStack() as stack:
+            loaders = [
+                stack.enter_context(self._loader(i, targets[i], reads[i], first_step))
+                for i in range(len(inputs))
+            ]
+            done = loop.run(zip(*loaders, strict=True), first_step, total_steps, log)
         return self._finish(student, done, log.similarity)
 
     def _student(self) -> Student:
         """With its weights, drawn from the run's seed where they are not loaded."""
         found, distills = self.found, self.recipe.distills
         torch.manual_seed(self.recipe.seed)
-        size = self.cache.spec.views.size
+        size = found.views.size
         student = first_student(self.recipe.student, found.facts, size, found.tasks, distills=distills)
         if self.accelerator.device.type == "cuda" and self.accelerator.num_processes > 1:
             student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
@@ -182,17 +201,25 @@ class _Run:
         return model, optimizer
 
     def _identity(self) -> dict[str, Any]:
-        facts = {
-            "images_per_step": self.recipe.images_per_step(self.accelerator.num_processes),
+        inputs = list(zip(self.recipe.each, self.caches, self.parts, strict=True))
+        processes = self.accelerator.num_processes
+        facts: dict[str, Any] = {
+            "images_per_step": self.recipe.images_per_step(processes),
             "samples": self.found.num_samples,
-            "teachers": {name: self.cache.spec.content_id(name) for name in self.found.teachers},
+            "teachers": {
+                name: cache.spec.content_id(name) for _, cache, part in inputs for name in part.teachers
+            },
         }
+        if len(inputs) > 1:
+            sizes = [[one.images_per_step(processes), part.num_samples] for one, _, part in inputs]
+            facts["inputs"] = sizes
         return run_identity(self.recipe, facts)
 
     @property
     def _steps_per_epoch(self) -> float:
         assert self.found.num_samples is not None
-        return self.found.num_samples / self.recipe.images_per_step(self.accelerator.num_processes)
+        first = self.recipe.each[0]  # whose epochs are counted
+        return self.found.num_samples / first.images_per_step(self.accelerator.num_processes)
 
     def _schedule(self) -> tuple[int, Callable[[int], float]]:
         """(number of steps, the learning rate of each)."""
@@ -202,7 +229,7 @@ class _Run:
         return total, partial(SCHEDULES[schedule.kind], peak=peak, final=schedule.final_lr, **steps)
 
     def _objective(
-        self, model: nn.Module, student: Student, targets: TargetSource, weighting: Weighting
+        self, model: nn.Module, student: Student, targets: Sequence[TargetSource], weighting: Weighting
     ) -> Objective | KPUObjective:
         kind: Any = type(self.recipe.student)
         wanted, tasks = self.recipe.distillation, self.found.task_loss
@@ -211,12 +238,17 @@ class _Run:
         compiles = self.recipe.student.compile
         if student.mean.device.type == "cuda" if compiles is None else compiles:
             model = cast(nn.Module, torch.compile(model, **_COMPILED))
-            targets.compile(**_COMPILED)
+            for source in targets:
+                source.compile(**_COMPILED)
             if isinstance(loss, nn.Module):
                 loss.compile(**_COMPILED)
         device, num_levels = self.accelerator.device, student.num_levels
-        balance = normalisations(wanted.targets, self.cache, self.found.teachers, num_levels, device)
-        return kind.objective(model, student, [targets], loss, wanted.weight, tasks, weighting, balance)
+        balance = {
+            name: one
+            for cache, part in zip(self.caches, self.parts, strict=True)
+            for name, one in normalisations(wanted.targets, cache, part.teachers, num_levels, device).items()
+        }
+        return kind.objective(model, student, targets, loss, wanted.weight, tasks, weighting, balance)
 
     def _weighting(self) -> Weighting:
         wanted, mean = self.recipe.distillation, partial(self.accelerator.reduce, reduction="mean")
@@ -226,13 +258,17 @@ class _Run:
             return TeacherDrop(wanted.drop_probability, self.recipe.seed, mean)
         return Equal()
 
-    def _loader(self, targets: TargetSource, reads: Sequence[str], first_step: int) -> FeatureLoader:
-        assert self.found.sampler is not None
+    def _loader(
+        self, number: int, targets: TargetSource, reads: Sequence[str], first_step: int
+    ) -> FeatureLoader:
+        """Of an input."""
+        part = self.parts[number]
+        assert part.sampler is not None
         return FeatureLoader(
-            self.cache,
-            self.found.sampler,
+            self.caches[number],
+            part.sampler,
             reads,
-            labels=self.found.labels,
+            labels=part.labels,
             extra_sizes=targets.extra_sizes,
             start_step=first_step * self.recipe.gradient_accumulation_steps,
             fresh=self.recipe.features == "fresh",
@@ -260,7 +296,7 @@ class _Run:
         if result.student is not None and self.accelerator.is_main_process:
             with saving("The finished student", result.student):
                 student.save_pretrained(result.student)
-                write_model_card(result.student, student, self.recipe, self.cache, result)
+                write_model_card(result.student, student, self.recipe, self.caches, result)
         self.accelerator.wait_for_everyone()
         self.accelerator.print(result)
         self.accelerator.end_training()

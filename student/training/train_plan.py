@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -99,6 +99,26 @@ def make_train_plan(
         processes=processes,
         tflops_per_gpu=tflops_per_gpu,
     )
+
+
+def of_all_inputs(plans: Sequence[TrainPlan], student: StudentSize) -> TrainPlan:
+    """The plan of a run whose steps take a batch of each input: what is of a view is a mean over images."""
+    images = [plan.images_per_step for plan in plans]
+
+    def mean(values: Iterable[float]) -> float:
+        return sum(value * count for value, count in zip(values, images, strict=True)) / sum(images)
+
+    sizes = [plan.size for plan in plans]
+    parts = {
+        part: mean(size.gmacs_by_part.get(part, 0.0) for size in sizes) for part in sizes[0].gmacs_by_part
+    }
+    student = student._replace(
+        gmacs_by_part=parts,
+        attention_gmacs=mean(size.attention_gmacs for size in sizes),
+        train_gmacs=mean(size.train_gmacs for size in sizes),
+    )
+    row_bytes = round(mean(plan.row_bytes for plan in plans))
+    return replace(plans[0], images_per_step=sum(images), size=student, row_bytes=row_bytes)
 
 
 def student_size(

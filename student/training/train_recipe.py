@@ -150,14 +150,26 @@ class ValidationRecipe(Strict):
         return self
 
 
+class InputRecipe(Strict):
+    """Images of their own for some teachers: a cache, `teachers` of it (null: all), and how many of its
+    images a step takes in each process. `images` as in `TrainRecipe`."""
+
+    cache: str
+    images: str | None = None
+    teachers: tuple[str, ...] | None = Field(None, min_length=1)
+    batch_size_per_process: int = Field(16, ge=1)
+
+
 class TrainRecipe(Strict):
     """A training run: distillation alone (stage 1), or with `multitask` beside the labels of a data set
     (stage 2). `cache` decides the views and their size, and so the student's input.
 
-    `images`: where the source images are now, if they moved since the cache was built. `teachers`: null
-    for all of the cache's; none ([]) trains on labels alone. `features: online` runs the teachers instead
-    of reading their features, `hybrid` those of which the cache does not hold every shard; `fresh` runs them
-    on views that are drawn anew at each epoch. `student_jitter`: of the pixels that the student alone sees.
+    `inputs`: several caches in place of one, each with teachers of its own: a step takes a batch of each, and
+    their losses add up (KPU). `images`: where the source images are now, if they moved since the cache was
+    built. `teachers`: null for all of the cache's; none ([]) trains on labels alone. `features: online` runs
+    the teachers instead of reading their features, `hybrid` those of which the cache does not hold every
+    shard; `fresh` runs them on views that are drawn anew at each epoch. `student_jitter`: of the pixels that
+    the student alone sees.
     `global_batch_size`: images of a step, over processes and accumulation, which then follows from it.
     `trackers`: what the run logs to beside its own file, by accelerate's names; each but tensorboard is a
     package to install.
@@ -165,6 +177,7 @@ class TrainRecipe(Strict):
 
     cache: str
     images: str | None = None
+    inputs: tuple[InputRecipe, ...] = ()
     output: str
     features: Literal["cached", "online", "hybrid", "fresh"] = "cached"
     student_jitter: StudentJitter | None = None
@@ -189,6 +202,18 @@ class TrainRecipe(Strict):
     validation: ValidationRecipe | None = None
     loader: LoaderRecipe = LoaderRecipe()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _first_input(cls, value: Any) -> Any:
+        """`cache` is that of the first input."""
+        if not isinstance(value, dict) or not value.get("inputs"):
+            return value
+        first = dict(value["inputs"][0]).get("cache")
+        said = {key for key in ("images", "teachers", "global_batch_size") if value.get(key) is not None}
+        if value.get("cache", first) != first or said:
+            raise ValueError("inputs have caches, images, teachers and batches: leave them out beside inputs")
+        return value | {"cache": first}
+
     @field_validator("output")
     @classmethod
     def _at_home(cls, value: str) -> str:
@@ -197,6 +222,8 @@ class TrainRecipe(Strict):
     @model_validator(mode="after")
     def _check(self) -> Self:
         problems = list(self.student.contradictions_of(self))
+        if self.inputs and (self.schedule.epochs or self.schedule.warmup_epochs or self.validation):
+            problems.append("inputs have epochs of their own: give max_steps and warmup_steps, no validation")
         if self.multitask is None and not self.distills:
             problems.append("without multitask, at least one teacher and distillation.weight > 0 are needed")
         if self.validation and not self.distills:
@@ -204,6 +231,13 @@ class TrainRecipe(Strict):
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    @property
+    def each(self) -> list[Self]:
+        """The run on each of its inputs alone."""
+        loss = self.distillation.model_copy(update={"teacher_weights": {}})  # of all inputs
+        alone = {"inputs": (), "distillation": loss}
+        return [self.model_copy(update=dict(one) | alone) for one in self.inputs] or [self]
 
     @property
     def distills(self) -> bool:
@@ -246,12 +280,14 @@ class TrainRecipe(Strict):
 
     def images_per_step(self, num_processes: int) -> int:
         """Images of one optimizer step, over all processes."""
-        return self.batch_size_per_process * self.gradient_accumulation_steps * num_processes
+        images = sum(one.batch_size_per_process for one in self.each)
+        return images * self.gradient_accumulation_steps * num_processes
 
 
 _PLACES_AND_SPEED: dict[str, Any] = {
     "cache": True,
     "images": True,
+    "inputs": True,
     "output": True,
     "teachers": True,
     "student": {"compile"},

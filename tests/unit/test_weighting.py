@@ -114,6 +114,29 @@ def test_teachers_whose_losses_are_equal_count_as_in_the_mean(weighting: Weighti
     torch.testing.assert_close(weighting([losses], [BATCH]), Equal()([losses], [BATCH]))
 
 
+@pytest.mark.parametrize("kind", ["famo", "teacher_drop"])
+def test_two_processes_weigh_as_one_does(kind: str) -> None:
+    """The mean of what each has of its half of the samples, when both know the means of both."""
+    losses = {name: [*one, one[0] + 0.1] for name, one in LOSSES.items()}
+    keys = ["p", "q", "r", "s"]
+    halves = [{name: one[part] for name, one in losses.items()} for part in (slice(2), slice(2, 4))]
+    batches: Any = [SimpleNamespace(step=3, sample_keys=some) for some in (keys[:2], keys[2:])]
+    whole: Any = SimpleNamespace(step=3, sample_keys=keys)
+
+    def made(mean: Any) -> Weighting:
+        return Famo(list("abc"), 0.1, 0.1, mean) if kind == "famo" else TeacherDrop(0.5, 7, mean)
+
+    seen: list[Tensor] = []
+    for half, batch in zip(halves, batches, strict=True):
+        made(lambda local: seen.append(local) or local)([losses_of(half)], [batch])  # type: ignore[func-returns-value]
+    of_both = [
+        made(lambda _: torch.stack(seen).mean(0))([losses_of(half)], [batch])
+        for half, batch in zip(halves, batches, strict=True)
+    ]
+    alone = made(lambda local: local)([losses_of(losses)], [whole])
+    torch.testing.assert_close(torch.stack(of_both).mean(), alone)
+
+
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two small ViTs, with the statistics of their features."""

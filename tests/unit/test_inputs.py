@@ -1,0 +1,194 @@
+"""Teachers with images of their own: a step takes a batch of each input, and is one step (KPU)."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from teachercache import build
+from teachercache.jobs.cli import app
+from teachercache.jobs.train_dry_run import plan_training
+from teachercache.pipeline.cache import FeatureCache
+from teachercache.pipeline.errors import CheckpointError, RecipeError
+from teachercache.pipeline.loading.loader import FeatureLoader
+from teachercache.pipeline.loading.sampler import ShardShuffleSampler
+from teachercache.student import KPU, load_student
+from teachercache.student.losses.alignment import AlignmentLoss
+from teachercache.student.timing import StageTimer
+from teachercache.student.training.objectives import KPUObjective, last_level
+from teachercache.student.training.targets import CachedTargets
+from teachercache.student.training.train import train
+from teachercache.student.training.train_recipe import TrainRecipe
+from tests.make_cache import build_recipe, make_images
+from tests.train_recipes import CONTENT, logged
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+TINY = {"model": "test_vit", "pretrained": False, "codec": "f32"}
+STUDENT = {"kind": "kpu", "stem": "test_vit", "pretrained": False}
+
+
+@pytest.fixture(scope="module")
+def caches(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """One of squares for two teachers, and one of oblongs for a third."""
+    root = tmp_path_factory.mktemp("caches")
+    images = make_images(root / "images", 9)
+    square, oblong = {"image_size": 64}, {"image_size": [96, 64]}
+    teachers = {
+        "small": {"clip": TINY | square | {"cls_token": True}, "dino": TINY | square | {"random_seed": 1}},
+        "large": {"detector": TINY | oblong | {"random_seed": 2}},
+    }
+    for name, size in (("small", [64, 64]), ("large", [96, 64])):
+        views = {"num_views": 1, "size": size}
+        build(build_recipe(root / name, images, teachers=teachers[name], views=views), Console(quiet=True))
+    return [root / "small", root / "large"]
+
+
+def recipe(caches: list[Path], output: Path, steps: int = 5, **changes: Any) -> TrainRecipe:
+    inputs = [
+        {"cache": str(cache), "batch_size_per_process": size}
+        for cache, size in zip(caches, (4, 2), strict=True)
+    ]
+    stated = {"student": STUDENT, "schedule": {"max_steps": steps}, "output": str(output), "inputs": inputs}
+    content = {key: value for key, value in CONTENT.items() if key != "batch_size_per_process"}
+    return TrainRecipe.model_validate(content | stated | changes)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, caches: list[Path]) -> Path:
+    output = tmp_path_factory.mktemp("run")
+    train(recipe(caches, output, distillation={"weighting": "famo"}))
+    return output
+
+
+def test_a_resumed_run_of_two_inputs_and_famo_is_the_same_run(
+    caches: list[Path], finished: Path, tmp_path: Path
+) -> None:
+    name = "checkpoints/step_00000003"
+    shutil.copytree(finished / name, tmp_path / name)
+    shutil.copy(finished / "metrics.jsonl", tmp_path)
+    train(recipe(caches, tmp_path, distillation={"weighting": "famo"}))
+    assert logged(tmp_path) == logged(finished)
+    weights, expected = (load_file(run / "student/model.safetensors") for run in (tmp_path, finished))
+    assert all(weights[name].equal(tensor) for name, tensor in expected.items())
+    weights_of = [logged(finished, f"weight/{teacher}") for teacher in ("clip", "dino", "detector")]
+    assert [sum(of_step) for of_step in zip(*weights_of, strict=True)] == pytest.approx([1.0] * 5)
+
+
+def test_live_teachers_give_the_losses_of_the_caches(caches: list[Path], tmp_path: Path) -> None:
+    for features in ("cached", "online"):
+        train(recipe(caches, tmp_path / features, 10, features=features))
+    assert logged(tmp_path / "online") == pytest.approx(logged(tmp_path / "cached"), rel=1e-5)
+
+
+def test_the_loss_of_a_step_is_the_mean_over_the_teachers_of_both_inputs_and_one_gradient(
+    caches: list[Path], finished: Path
+) -> None:
+    student = load_student(finished / "student")
+    assert isinstance(student, KPU)
+    assert student.config["image_sizes"] == {"detector": [96, 64]}
+    opened = [FeatureCache.open(cache) for cache in caches]
+    targets = [CachedTargets(one, one.teachers, torch.device("cpu")) for one in opened]
+    batches = []
+    for one, size in zip(opened, (4, 2), strict=True):
+        sampler = ShardShuffleSampler(one, batch_size_per_process=size)
+        with FeatureLoader(one, sampler, one.teachers) as loader:
+            batches.append(next(iter(loader)))
+    total, terms = KPUObjective(student, student, targets, AlignmentLoss())(
+        batches, StageTimer(torch.device("cpu"))
+    )
+    losses = []
+    for batch, target in zip(batches, targets, strict=True):
+        teachers = {name: last_level(one) for name, one in target(batch).items()}
+        found = student(student.normalize(batch.images), teachers=teachers)
+        losses += [AlignmentLoss()({name: one})[0] for name, one in found.items()]
+    assert total.item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
+    assert {key.split("/")[1] for key in terms} == {"clip", "dino", "detector"}
+    total.backward()
+    learning = {name for name, one in student.named_parameters() if one.requires_grad}
+    assert {name for name, one in student.named_parameters() if one.grad is not None} == learning
+
+
+def test_a_sentinel_resamples_its_positions_to_each_size_and_is_what_it_was_at_its_own() -> None:
+    arguments: dict[str, Any] = {
+        "teacher_dims": {"a": 8, "b": 8},
+        "image_size": (64, 64),
+        "teacher_grids": {"a": (4, 4), "b": (6, 4)},
+    }
+    fixed = KPU("test_vit", **arguments).eval()
+    taking_turns = KPU("test_vit", **arguments, image_sizes={"b": (96, 64)}).eval()
+    taking_turns.load_state_dict(fixed.state_dict())
+    small, large = torch.randn(1, 3, 64, 64), torch.randn(1, 3, 96, 64)
+    with torch.no_grad():
+        expected = fixed.project(small)["a"].map
+        assert taking_turns.project(small)["a"].map.equal(expected)
+        other = taking_turns.project(large)["b"].map
+        assert other.shape == (1, 8, 6, 4)
+        assert taking_turns.project(small)["a"].map.equal(expected)
+        fixed.stem.resize((96, 64))
+        assert other.equal(fixed.project(large)["b"].map), "as positions that were resampled once"
+
+
+def test_the_plan_counts_the_images_of_all_inputs(caches: list[Path], finished: Path, tmp_path: Path) -> None:
+    planned = plan_training(recipe(caches, tmp_path), processes=2, tflops_per_gpu=100)
+    alone = [plan_training(one, processes=2, tflops_per_gpu=100) for one in recipe(caches, tmp_path).each]
+    assert (planned.steps, planned.images_per_step) == (5, 12)
+    assert planned.gpu_hours == pytest.approx(sum(plan.gpu_hours for plan in alone))
+    assert planned.size.trained == sum(
+        one.numel() for one in load_student(finished / "student").parameters() if one.requires_grad
+    )
+    rows = [plan.row_bytes * plan.images_per_step for plan in alone]
+    assert planned.row_bytes * 12 == pytest.approx(sum(rows), rel=1e-3)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(json.dumps(recipe(caches, tmp_path).model_dump(mode="json")))
+    told = CliRunner().invoke(app, ["train", str(file), "--dry-run", "--costs"])
+    assert told.exit_code == 0, told.output
+    assert "5 of 6 images" in told.output
+    assert "detector" in told.output
+
+
+def test_the_card_names_the_teachers_of_all_caches(finished: Path) -> None:
+    card = (finished / "student/README.md").read_text()
+    assert "of an earlier run" not in card
+    assert "cache: small" in card
+    assert "cache: large" in card
+
+
+def test_a_run_goes_on_with_the_same_inputs_alone(caches: list[Path], finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished / "checkpoints", tmp_path / "checkpoints")
+    changed = recipe(caches, tmp_path, distillation={"weighting": "famo"})
+    inputs = tuple(one.model_copy(update={"batch_size_per_process": 3}) for one in changed.inputs)
+    with pytest.raises(CheckpointError, match="inputs"):
+        train(changed.model_copy(update={"inputs": inputs}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"student": {"stem": "test_vit"}}, "only a kpu sees images of several sizes"),
+        ({"schedule": {"epochs": 2}}, "give max_steps"),
+        ({"teachers": ["clip"]}, "leave them out beside inputs"),
+        ({"cache": "another"}, "leave them out beside inputs"),
+    ],
+)
+def test_recipes_of_inputs_that_contradict_themselves(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        recipe([Path("a"), Path("b")], Path("run"), **changes)
+
+
+def test_a_teacher_of_two_inputs_and_one_that_a_cache_lacks_are_refused(
+    caches: list[Path], tmp_path: Path
+) -> None:
+    inputs: list[dict[str, Any]] = [
+        {"cache": str(caches[0]), "batch_size_per_process": 2},
+        {"cache": str(caches[0]), "batch_size_per_process": 2, "teachers": ["clip", "sam"]},
+    ]
+    with pytest.raises(RecipeError, match=r"sam(.|\n)*one input alone(.|\n)*clip of several"):
+        train(recipe(caches, tmp_path, inputs=inputs))
