@@ -270,7 +270,7 @@ def count_build(fake: FakeTensorMode, spec: TeacherSpec, batch_size: int) -> dic
 
     def batch(roofline: Roofline) -> None:
         views = torch.empty(batch_size, 3, *spec.render_size, dtype=torch.uint8, device="cuda")
-        computed = computing._compute("teacher", views, roofline)  # type: ignore[arg-type]
+        computed = computing._compute(["teacher"], views, roofline)["teacher"]  # type: ignore[arg-type]
         with roofline.stage("write"):
             for tensor in computed.tensors.values():
                 tensor.cpu()

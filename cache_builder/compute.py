@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from teachercache.cache_builder.decode import Renders
 from teachercache.cache_builder.device_copies import DeviceCopies
 from teachercache.cache_builder.stages import StageSeconds
 from teachercache.cache_builder.teachers import Teacher
+from teachercache.cache_builder.teachers.registry import passes
+from teachercache.cache_builder.teachers.teacher import TeacherFeatures
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.codecs import Codec, Encoded, torch_dtype
 from teachercache.pipeline.grids import stored_form
@@ -65,6 +67,9 @@ class Computing:
         self._copies = {name: DeviceCopies(teacher) for name, teacher in teachers.items()}
         self._device = ThreadPoolExecutor(1, thread_name_prefix="device")
 
+    def passes(self, names: Collection[str]) -> list[list[str]]:
+        return passes({name: self._cache.spec.teachers[name] for name in names})
+
     def close(self) -> None:
         self._device.shutdown(cancel_futures=True)
 
@@ -73,22 +78,31 @@ class Computing:
         """`_encode` and `FeatureMoments.of`; a compiler takes seconds to import."""
         return torch.compile(_encode, dynamic=False), torch.compile(FeatureMoments.of, dynamic=False)
 
-    def encode(self, name: str, pixels: Mapping[Size, Tensor], seconds: StageSeconds) -> Computed:
-        """What to store of one batch of one teacher, on the teacher's device."""
-        views = self._copies[name].start(pixels[self.render_size(name)])
-        return self._device.submit(self._compute, name, views, seconds).result()
+    def encode(
+        self, names: Sequence[str], pixels: Mapping[Size, Tensor], seconds: StageSeconds
+    ) -> dict[str, Computed]:
+        """What to store of one batch of the teachers of one pass (`passes`), on the first one's device."""
+        views = self._copies[names[0]].start(pixels[self.render_size(names[0])])
+        return self._device.submit(self._compute, names, views, seconds).result()
 
-    def _compute(self, name: str, views: Tensor, seconds: StageSeconds) -> Computed:
-        copies, spec, codec = self._copies[name], self._cache.spec.teachers[name], self._cache.codec(name)
-        teacher = self._teachers[name]
-        encode, moments_of = _encode, FeatureMoments.of
-        if len(views) == teacher.compiled_for:  # what is left of a shard would be compiled anew
-            encode, moments_of = self._compiled
+    def _compute(self, names: Sequence[str], views: Tensor, seconds: StageSeconds) -> dict[str, Computed]:
+        copies, teacher = self._copies[names[0]], self._teachers[names[0]]
+        with torch.inference_mode(), seconds.stage("forward"):
+            copies.wait(views)
+            features = teacher.together(views, [self._teachers[name].spec for name in names])
+            copies.synchronize()
+        is_compiled = len(views) == teacher.compiled_for  # what is left of a shard would be compiled anew
+        return {
+            name: self._stored(name, one, is_compiled, seconds)
+            for name, one in zip(names, features, strict=True)
+        }
+
+    def _stored(
+        self, name: str, features: TeacherFeatures, is_compiled: bool, seconds: StageSeconds
+    ) -> Computed:
+        spec, codec = self._cache.spec.teachers[name], self._cache.codec(name)
+        encode, moments_of = self._compiled if is_compiled else (_encode, FeatureMoments.of)
         with torch.inference_mode():
-            with seconds.stage("forward"):
-                copies.wait(views)
-                features = teacher(views)
-                copies.synchronize()
             with seconds.stage("encode"):
                 encoded, norms_BS = encode(features.feature_maps_BSHWC, codec, spec.grid)
                 tokens = _tokens(spec, features.cls_token_BSC, features.global_feature_BD)
@@ -164,23 +178,23 @@ class Batches:
         pixels = {
             size: torch.stack([renders[size] for renders in self._renders]) for size in self._renders[0]
         }
-        for name, writer in self._writers.items():
-            arrays = self._arrays(name, pixels)
-            self._on_progress()
-            while len(self._writes) >= _WRITES_IN_FLIGHT:
-                self._writes.popleft().result()
-            self._writes.append(self._writing.submit(self._write, writer, self._offsets, arrays))
+        if IMAGES in self._writers:
+            rendered = pixels[self._computing.render_size(IMAGES)].numpy()
+            self._submit(IMAGES, lambda: {PIXELS: rendered})
+        for names in self._computing.passes([name for name in self._writers if name != IMAGES]):
+            for name, computed in self._computing.encode(names, pixels, self._seconds).items():
+                before = self.moments.get(name)
+                self.moments[name] = computed.moments if before is None else before.merge(computed.moments)
+                self._submit(name, computed.arrays)
         self._offsets, self._renders = [], []
 
-    def _arrays(self, name: str, pixels: Mapping[Size, Tensor]) -> Callable[[], dict[str, NDArray]]:
-        """What gives the arrays to write, in the thread that writes."""
-        if name == IMAGES:
-            rendered = pixels[self._computing.render_size(IMAGES)].numpy()
-            return lambda: {PIXELS: rendered}
-        computed = self._computing.encode(name, pixels, self._seconds)
-        before = self.moments.get(name)
-        self.moments[name] = computed.moments if before is None else before.merge(computed.moments)
-        return computed.arrays
+    def _submit(self, name: str, arrays: Callable[[], dict[str, NDArray]]) -> None:
+        """`arrays` gives what to write, in the thread that writes."""
+        self._on_progress()
+        while len(self._writes) >= _WRITES_IN_FLIGHT:
+            self._writes.popleft().result()
+        write = partial(self._write, self._writers[name], self._offsets, arrays)
+        self._writes.append(self._writing.submit(write))
 
     def _write(
         self, writer: ShardWriter, offsets: list[int], arrays: Callable[[], dict[str, NDArray]]

@@ -12,6 +12,7 @@ from teachercache.cache_builder.build_recipe import BuildRecipe
 from teachercache.cache_builder.prices import PlanRecipe
 from teachercache.cache_builder.rates import Rates
 from teachercache.cache_builder.teachers.flops import teacher_gmacs
+from teachercache.cache_builder.teachers.registry import passes
 from teachercache.pipeline.errors import DiskSpaceError, Problems
 from teachercache.pipeline.places.storage import Storage
 from teachercache.pipeline.records.feature_stats import FeatureMoments
@@ -26,7 +27,8 @@ _HEADER_BYTES = 512  # of a file of statistics, at most
 
 @dataclass(frozen=True)
 class TeacherPlan:
-    """One teacher's share. `gmacs` are for one view; `statistics_bytes` for one shard."""
+    """One teacher's share. `gmacs` are for one view, none where another's forward
+    pass serves it; `statistics_bytes` for one shard."""
 
     name: str
     spec: TeacherSpec
@@ -142,6 +144,7 @@ def make_plan(recipe: BuildRecipe, spec: CacheSpec, storage: Storage, samples: p
     rows = {shard: len(spec.shard_rows(shard)) for shard in range(spec.num_shards)}
     images = _image_bytes(spec, samples)
     teachers = []
+    leading = {names[0] for names in passes({name: spec.teachers[name] for name in recipe.teachers})}
     for name in recipe.teachers:
         teacher = spec.teachers[name]
         missing = rows.keys() - manifest.committed_shards(name)
@@ -154,7 +157,7 @@ def make_plan(recipe: BuildRecipe, spec: CacheSpec, storage: Storage, samples: p
                 num_files=1 if spec.store == "webdataset" else len(teacher_layouts(teacher)),
                 missing_shards=len(missing),
                 missing_rows=sum(rows[shard] for shard in missing),
-                gmacs=teacher_gmacs(teacher),
+                gmacs=teacher_gmacs(teacher) if name in leading else 0.0,
             )
         )
     return Plan(

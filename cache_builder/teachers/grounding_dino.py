@@ -12,8 +12,9 @@ the input of everything after the image side (encoder, query selection, decoder)
 
 These maps are the blocks of this teacher, in the form in which `GroundingDinoModel` flattens them, before any
 text. Their grids differ, so a teacher holds one map: by its presets block 1, whose stride is a student's
-patch. To plug in the decoder, make four teachers, with `block_indices` [0] to [3]. Stages of Swin that a map
-does not need are cut off, and their weights do not enter the hash.
+patch. To plug in the decoder, make four teachers, with `block_indices` [0] to [3]: a build computes them in
+one forward pass, that of the last. Stages of Swin that a map does not need are cut off, and their weights do
+not enter the hash.
 
 Views are rendered at the size to which its processor resizes images: the shorter side to 800 or, if that is
 smaller, the longer one to 1333, then to the nearest multiples of 32, Swin's last stride. A square view
@@ -64,6 +65,8 @@ _EXPECTED = "every weight of the image side, in safetensors as transformers save
 
 
 class GroundingDinoTeacher(Teacher):
+    shares_passes = True
+
     def __init__(self, spec: TeacherSpec) -> None:
         super().__init__(spec)
         self.model = _create_model(spec).eval().requires_grad_(False)
@@ -103,14 +106,21 @@ class GroundingDinoTeacher(Teacher):
         return self.model.backbone.conv_encoder.model.swin.encoder.layers
 
     def forward(self, pixels_B3HW: Tensor) -> TeacherFeatures:
+        return self._features(pixels_B3HW, [self.spec])[0]
+
+    def together(self, pixels_B3HW: Tensor, specs: Sequence[TeacherSpec]) -> list[TeacherFeatures]:
+        found = self._features(self.filled(pixels_B3HW), specs)
+        return [features.first(len(pixels_B3HW)) for features in found]
+
+    def _features(self, pixels_B3HW: Tensor, specs: Sequence[TeacherSpec]) -> list[TeacherFeatures]:
+        indices = [index for spec in specs for index in spec.block_indices]
         with torch.inference_mode(), autocast(self.spec, pixels_B3HW.device):
-            maps = self.model(preprocess(pixels_B3HW, self.spec), self.spec.block_indices)
-        # Copied outside inference mode: a loss may then save this tensor for its backward pass.
-        return TeacherFeatures(
-            feature_maps_BSHWC=torch.stack([m.permute(0, 2, 3, 1) for m in maps], dim=1),
-            cls_token_BSC=None,
-            global_feature_BD=None,
-        )
+            maps = iter(self.model(preprocess(pixels_B3HW, self.spec), indices))
+        # Copied outside inference mode: a loss may then save these tensors for its backward pass.
+        stacked = [
+            torch.stack([next(maps).permute(0, 2, 3, 1) for _ in spec.block_indices], 1) for spec in specs
+        ]
+        return [TeacherFeatures(maps_BSHWC, None, None) for maps_BSHWC in stacked]
 
 
 def _transformers() -> tuple[Any, Any]:

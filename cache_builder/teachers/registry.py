@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Mapping
 from difflib import get_close_matches
 from functools import cache
 from importlib.resources import files
@@ -12,8 +14,13 @@ from teachercache.cache_builder.teachers.grounding_dino import GroundingDinoTeac
 from teachercache.cache_builder.teachers.teacher import Teacher
 from teachercache.cache_builder.teachers.timm_teacher import TimmTeacher
 from teachercache.pipeline.errors import UnknownTeacherError
+from teachercache.pipeline.records.spec import TeacherSpec
 from teachercache.pipeline.records.strict import Strict
 
+_OF_A_PASS = (
+    *("model", "pretrained", "checkpoint", "random_seed", "precision"),
+    *("image_size", "render_size", "mean", "std"),
+)
 _KINDS: tuple[type[Teacher], ...] = (TimmTeacher, GroundingDinoTeacher)
 
 
@@ -62,6 +69,16 @@ def kind_of(model: str) -> type[Teacher]:
         if model in kind.models():
             return kind
     raise _unknown("teacher", model)
+
+
+def passes(specs: Mapping[str, TeacherSpec]) -> list[list[str]]:
+    """The teachers that one forward pass serves, first the one whose pass it is, which goes as far as any."""
+    groups = defaultdict[object, list[str]](list)
+    for name in sorted(specs, key=lambda name: specs[name].block_indices[-1], reverse=True):
+        shared = tuple(getattr(specs[name], field) for field in _OF_A_PASS)
+        shares = any(specs[name].model in kind.models() for kind in _KINDS if kind.shares_passes)
+        groups[shared if shares else name].append(name)
+    return list(groups.values())
 
 
 def _unknown(what: str, name: str) -> UnknownTeacherError:

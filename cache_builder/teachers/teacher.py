@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import xxhash
@@ -79,6 +79,7 @@ class Teacher(nn.Module, ABC):
     answer without weights, so that a recipe can be resolved and planned anywhere.
     """
 
+    shares_passes: ClassVar[bool] = False  # with teachers that differ from it in their blocks alone
     spec: TeacherSpec
     weights_hash: str
 
@@ -122,11 +123,18 @@ class Teacher(nn.Module, ABC):
                     module.to(torch.bfloat16)
 
     def __call__(self, pixels_B3HW: Tensor) -> TeacherFeatures:
-        count, missing = len(pixels_B3HW), max(0, self.compiled_for - len(pixels_B3HW))
-        if missing:
-            pixels_B3HW = torch.cat([pixels_B3HW, pixels_B3HW[-1:].expand(missing, -1, -1, -1)])
-        features: TeacherFeatures = super().__call__(pixels_B3HW)
-        return features.first(count) if missing else features
+        features: TeacherFeatures = super().__call__(self.filled(pixels_B3HW))
+        return features.first(len(pixels_B3HW))
+
+    def filled(self, pixels_B3HW: Tensor) -> Tensor:
+        """With the last view again, up to as many as the teacher is compiled for."""
+        missing = max(0, self.compiled_for - len(pixels_B3HW))
+        return torch.cat([pixels_B3HW, *[pixels_B3HW[-1:]] * missing]) if missing else pixels_B3HW
+
+    def together(self, pixels_B3HW: Tensor, specs: Sequence[TeacherSpec]) -> list[TeacherFeatures]:
+        """What the teachers of `specs` give, in one forward pass of this one (`registry.passes`)."""
+        assert list(specs) == [self.spec]
+        return [self(pixels_B3HW)]
 
     @abstractmethod
     def forward(self, pixels_B3HW: Tensor) -> TeacherFeatures:

@@ -21,6 +21,7 @@ from transformers import BertConfig, GroundingDinoConfig, GroundingDinoForObject
 
 from teachercache import build
 from teachercache.cache_builder.against_teacher import compare_with_teachers
+from teachercache.cache_builder.builder import prepare
 from teachercache.cache_builder.teachers import (
     Teacher,
     TeacherRecipe,
@@ -389,3 +390,33 @@ def test_the_stages_of_swin_are_compiled(monkeypatch: pytest.MonkeyPatch) -> Non
             for teacher in (plain, compiled)
         )
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_teachers_of_one_detector_cost_one_pass_and_are_what_they_are_alone(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five views in batches of two, and one of them as precise as no other."""
+    detector = {"model": TINY, "checkpoint": str(folder), "image_size": 64, "codec": "f32"}
+    teachers = {f"stride{stride}": detector | {"block_indices": [i]} for i, stride in enumerate(STRIDES)}
+    teachers["rough"] = detector | {"block_indices": [1], "precision": "bfloat16"}
+    images, views = make_images(tmp_path / "images", 5), {"num_views": 1, "size": [64, 64]}
+    recipe = build_recipe(
+        tmp_path / "cache", images, teachers=teachers, views=views, rows_per_shard=5, runner={"batch_size": 2}
+    )
+    own, passes = module.GroundingDinoTeacher._features, list[tuple[int, list[int]]]()
+
+    def counted(self: Any, pixels_B3HW: Tensor, specs: Any) -> Any:
+        passes.append((len(pixels_B3HW), [spec.block_indices[0] for spec in specs]))
+        return own(self, pixels_B3HW, specs)
+
+    monkeypatch.setattr(module.GroundingDinoTeacher, "_features", counted)
+    _, _, plan = prepare(recipe, Console(quiet=True))
+    assert [one.gmacs > 0 for one in plan.teachers] == [False, False, False, True, True]
+    passes.clear()
+    cache = build(recipe, Console(quiet=True)).cache
+    of_views = [(count, sorted(blocks)) for count, blocks in passes if len(blocks) > 1]
+    assert sorted(of_views) == [(1, [0, 1, 2, 3]), (2, [0, 1, 2, 3]), (2, [0, 1, 2, 3])]
+    assert [spec.native_grid[0] for spec in cache.spec.teachers.values()] == [8, 4, 2, 1, 4]
+    comparisons = compare_with_teachers(cache, 5, seed=0)
+    assert len(comparisons) == 5
+    assert all(comparison.kept for comparison in comparisons)
