@@ -24,7 +24,7 @@ from teachercache.pipeline.records.spec import (
     TeacherSpec,
 )
 from teachercache.pipeline.records.tables import dataset_fingerprint, labels_hash, with_views_hashes
-from teachercache.pipeline.records.view_policy import ViewPolicy
+from teachercache.pipeline.records.view_policy import PolicyName, ViewPolicy
 from teachercache.pipeline.sources import open_source
 from teachercache.pipeline.stores.feature_store import teacher_layouts
 from teachercache.pipeline.views import draw_views
@@ -83,6 +83,7 @@ def make_cache(
     num_views: int = 2,
     samples_per_shard: int = 3,
     view_size: tuple[int, int] = (32, 32),
+    policy: PolicyName = "imagenet_train",
     invalid_samples: Collection[int] = (),
     skip_shards: Collection[int] = (),
     store: StoreKind = "zarr",
@@ -95,7 +96,7 @@ def make_cache(
     """
     source = open_source(str(images))
     samples = source.scan(workers=1, progress=None)
-    policy = ViewPolicy(num_views=num_views, size=view_size)
+    view_policy = ViewPolicy(policy=policy, num_views=num_views, size=view_size)
     spec = CacheSpec(
         dataset=DatasetSpec(
             kind=source.kind,
@@ -104,7 +105,7 @@ def make_cache(
             fingerprint=dataset_fingerprint(samples),
             labels_hash=labels_hash(samples) if hashes else None,
         ),
-        views=policy,
+        views=view_policy,
         rows_per_shard=samples_per_shard * num_views,
         store=store,
         compressor=compressor,
@@ -115,7 +116,7 @@ def make_cache(
     )
     storage = open_storage(path)
     views = draw_views(
-        policy,
+        view_policy,
         samples["key"].to_pylist(),
         samples["width"].to_numpy(),
         samples["height"].to_numpy(),

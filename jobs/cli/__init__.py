@@ -7,7 +7,16 @@ from typing import Annotated
 
 import typer
 
-from teachercache.jobs.cli import building, inspection, integrity, listing, rearranging, sharing, students
+from teachercache.jobs.cli import (
+    building,
+    decoders,
+    inspection,
+    integrity,
+    listing,
+    rearranging,
+    sharing,
+    students,
+)
 from teachercache.jobs.launch import run
 
 app = typer.Typer(
@@ -24,6 +33,7 @@ VERBS = {
     "Check and mend a cache": (integrity.verify, integrity.repair),
     "Look at a cache": (inspection.inspect, inspection.report, inspection.view, inspection.norms),
     "Train a student": (students.train, students.remove_teacher, students.import_reference),
+    "Train what uses its features": (decoders.train_decoders, decoders.evaluate_decoders),
     "Measure a student": (
         *(students.evaluate, students.repsim, students.probe, students.depth_probe, students.figure),
         inspection.gap,

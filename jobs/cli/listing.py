@@ -24,6 +24,7 @@ class Kind(StrEnum):
 
     BUILD = "build"
     TRAIN = "train"
+    TRAIN_DECODERS = "train-decoders"
 
 
 def recipes() -> None:
@@ -84,9 +85,13 @@ def help_keys(
     """
     from teachercache.cache_builder.build_recipe import BuildRecipe
     from teachercache.pipeline.errors import RecipeError
+    from teachercache.student.training.decoder_recipe import DecoderRecipe
     from teachercache.student.training.train_recipe import TrainRecipe
 
-    models: dict[Kind, type[BaseModel]] = {Kind.BUILD: BuildRecipe, Kind.TRAIN: TrainRecipe}
+    models: dict[Kind, type[BaseModel]] = {
+        **{Kind.BUILD: BuildRecipe, Kind.TRAIN: TrainRecipe},
+        Kind.TRAIN_DECODERS: DecoderRecipe,
+    }
     rooms = [
         (path, room) for path, room in _rooms(models[kind]) if f"{path}.".startswith(part and f"{part}.")
     ]

@@ -26,12 +26,14 @@ def find_recipe(model: type[Model], path: str | Path, overrides: Sequence[str] =
     return load_recipe(model, path, overrides, shipped=SHIPPED)
 
 
-_VERBS = {"BuildRecipe": "build", "TrainRecipe": "train"}
-_KEYS = {"build": {"source", "views"}, "train": {"student", "schedule"}}
+_VERBS = {"BuildRecipe": "build", "TrainRecipe": "train", "DecoderRecipe": "train-decoders"}
+_KEYS = {"build": {"source", "views"}, "train-decoders": {"decoders"}, "train": {"student", "schedule"}}
 
 
 def verb_of(file: Path) -> str | None:
     """Which verb a recipe is for, by the keys that only its kind has; None where it has none or of both."""
     stated = set(re.findall(r"^(\w+):", file.read_text("utf-8", "replace"), re.MULTILINE))
+    if stated & _KEYS["train-decoders"]:  # they have a student and a schedule as well
+        return "train-decoders"
     verbs = [verb for verb, keys in _KEYS.items() if stated & keys]
     return verbs[0] if len(verbs) == 1 else None

@@ -17,6 +17,9 @@ from teachercache.student.datasets.labelled_dataset import Finding, LabelledData
 _CLASSES = {
     "pascal_context": ("teachercache.student.datasets.pascal_context", "PascalContext"),
     "nyud": ("teachercache.student.datasets.nyud", "NYUD"),
+    "ade20k": ("teachercache.student.datasets.ade20k", "ADE20K"),
+    "coco": ("teachercache.student.datasets.coco", "COCO"),
+    "image_classes": ("teachercache.student.datasets.image_classes", "ImageClasses"),
     "scenes": ("teachercache.student.datasets.scenes", "Scenes"),
 }
 DATASETS = tuple(_CLASSES)

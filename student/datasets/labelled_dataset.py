@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tokenize import TokenError
@@ -22,6 +22,7 @@ from teachercache.pipeline.errors import SourceError, SourceNotFoundError
 from teachercache.pipeline.records.strict import Size
 from teachercache.pipeline.sources import decode_image
 from teachercache.pipeline.sources.keys import name_problem, printable
+from teachercache.pipeline.sources.source import is_image_name
 
 _SHOWN_FILES = 3
 _DAMAGE = (  # what the readers of all these formats raise for damaged files
@@ -48,22 +49,28 @@ class LabelledDataset(ABC):
     predicted boundary may be off, as a fraction of the diagonal. `keys[i]` is the sample key of image i in a
     cache whose source is `images_folder`.
 
+    `decoder_tasks`: what only decoders learn, "instances" and "class", with the number of classes.
+
     `FILES`: where the file of a key may be, by its content; the first place that has it counts. `LISTS`: the
-    file that lists a split's keys, and how many the published data set has.
+    file that lists a split's keys, or the folder that holds their images, and how many the published data set
+    has. `FOLDERS`: what a split is called in both, where that is another name.
 
     Raises `SourceNotFoundError` where the split is missing, `SourceError` for a list with unsafe names.
     """
 
     name: ClassVar[str]
-    tasks: ClassVar[dict[str, int]]
-    boundary_distance: ClassVar[float]
+    tasks: ClassVar[dict[str, int]] = {}
+    decoder_tasks: Mapping[str, int] = {}
+    boundary_distance: ClassVar[float] = 0.0075
     FILES: ClassVar[dict[str, tuple[str, ...]]]
     LISTS: ClassVar[dict[str, tuple[str, int | None]]]
+    FOLDERS: ClassVar[dict[str, str]] = {}
 
     def __init__(self, root: str | os.PathLike[str], split: str = "train") -> None:
         self.root = Path(root).expanduser()
         self.split = split
-        if split not in self.LISTS or not (self.root / self.LISTS[split][0]).is_file():
+        self._folder = self.FOLDERS.get(split, split)
+        if split not in self.LISTS or not self.list_file.exists():
             raise SourceNotFoundError(
                 f"There is no split {split!r} of {self.name} here.",
                 got=str(self.root),
@@ -75,7 +82,7 @@ class LabelledDataset(ABC):
     @property
     def images_folder(self) -> Path:
         """The folder that sample keys are relative to."""
-        place = self.FILES["images"][0].format(split=self.split, key="")
+        place = self.FILES["images"][0].format(split=self._folder, key="")
         return self.root / place.rpartition("/")[0]
 
     @property
@@ -90,6 +97,11 @@ class LabelledDataset(ABC):
         """The image's file."""
         return self._path("images", self.keys[index]).read_bytes()
 
+    def image_size(self, index: int) -> Size:
+        """(height, width) of the image, from its header."""
+        with Image.open(self._path("images", self.keys[index])) as image:
+            return image.height, image.width
+
     def labels(
         self, index: int, tasks: Iterable[str] | None = None, measured: bool = False
     ) -> dict[str, NDArray]:
@@ -99,9 +111,7 @@ class LabelledDataset(ABC):
         Raises `SourceNotFoundError` for a missing file, `SourceError` for one that cannot be read or does not
         have the size of its image.
         """
-        key = self.keys[index]
-        with Image.open(self._path("images", key)) as image:
-            size = image.height, image.width
+        key, size = self.keys[index], self.image_size(index)
         read = self._measured_label if measured else self._label
         labels = {}
         for task in self.tasks if tasks is None else tasks:
@@ -111,7 +121,7 @@ class LabelledDataset(ABC):
                 raise
             except _DAMAGE as error:
                 raise self._unreadable(task, key, f"{type(error).__name__}: {error}") from error
-            if labels[task].shape[-2:] != size:
+            if labels[task].ndim and labels[task].shape[-2:] != size:
                 raise self._unreadable(task, key, f"{labels[task].shape[-2:]} pixels, its image {size}")
         return labels
 
@@ -124,10 +134,10 @@ class LabelledDataset(ABC):
             findings.append(
                 Finding(
                     self.split,
-                    f"{what} ({' or '.join(place.format(split=self.split, key='*') for place in places)})",
+                    f"{what} ({' or '.join(place.format(split=self._folder, key='*') for place in places)})",
                     len(self.keys) - len(missing),
                     len(self.keys),
-                    tuple(places[0].format(split=self.split, key=key) for key in missing[:_SHOWN_FILES]),
+                    tuple(places[0].format(split=self._folder, key=key) for key in missing[:_SHOWN_FILES]),
                 )
             )
         return findings
@@ -154,6 +164,8 @@ class LabelledDataset(ABC):
         return self._label(task, key, size)
 
     def _listed_keys(self) -> list[str]:
+        if self.list_file.is_dir():
+            return sorted(path.stem for path in self.list_file.iterdir() if is_image_name(path.name))
         keys = self.list_file.read_text(errors="replace").split()
         for key in keys:
             if problem := name_problem(key):
@@ -166,7 +178,7 @@ class LabelledDataset(ABC):
         return keys
 
     def _find(self, what: str, key: str) -> Path | None:
-        paths = (self.root / place.format(split=self.split, key=key) for place in self.FILES[what])
+        paths = (self.root / place.format(split=self._folder, key=key) for place in self.FILES[what])
         return next((path for path in paths if path.is_file()), None)
 
     def _path(self, what: str, key: str) -> Path:
@@ -175,7 +187,7 @@ class LabelledDataset(ABC):
             raise SourceNotFoundError(
                 f"{self.name} has no {what} for {key}.",
                 got=f"nothing in {self.root}",
-                expected=" or ".join(place.format(split=self.split, key=key) for place in self.FILES[what]),
+                expected=" or ".join(place.format(split=self._folder, key=key) for place in self.FILES[what]),
                 do=self._advice(),
             )
         return path
@@ -197,7 +209,7 @@ def check_folder(dataset: type[LabelledDataset], root: str | os.PathLike[str]) -
     """How complete all splits of a data set are in the folder `root`."""
     findings = []
     for split, (path, count) in dataset.LISTS.items():
-        if (Path(root).expanduser() / path).is_file():
+        if (Path(root).expanduser() / path).exists():
             findings += dataset(root, split).check()
         else:
             findings.append(Finding(split, path, 0, count or 1, (path,)))

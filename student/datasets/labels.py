@@ -26,12 +26,15 @@ IGNORE: dict[str, int] = {
     "boundary": IGNORE_INDEX,
     "depth": 0,
     "normals": 0,
+    "instances": 0,
 }
 """By task: the value of a pixel without a label.
 
 semseg, parts, saliency, boundary   uint8 (H, W)        the class; of saliency and boundary 0 or 1
 depth                               float32 (H, W)      metres along the camera's axis
-normals                             float32 (3, H, W)   unit vectors x, y, z; as each data set has the axes,
+instances                           int32 (H, W)        256·n + class + 1 on the n-th thing, n from 1; 0
+elsewhere normals                             float32 (3, H, W)   unit vectors x, y, z; as each data set has
+the axes,
                                                         but x points along the image's rows in all of them
 """
 
@@ -45,6 +48,8 @@ def render_labels(labels: Labels, view: View, size: Size | None = None) -> dict[
 
     Raises `ValueError` for a task that is not in `IGNORE`, or labels whose sizes differ.
     """
+    rendered = {task: torch.from_numpy(array) for task, array in labels.items() if not array.ndim}
+    labels = {task: array for task, array in labels.items() if array.ndim}  # of pixels, not of a whole image
     sizes = {array.shape[-2:] for array in labels.values()}
     unknown = sorted(labels.keys() - IGNORE.keys())
     if unknown or len(sizes) > 1:
@@ -54,7 +59,6 @@ def render_labels(labels: Labels, view: View, size: Size | None = None) -> dict[
             expected=f"one size, and tasks among {', '.join(IGNORE)}",
             do="resize the labels to their image when you read them",
         )
-    rendered: dict[str, Tensor] = {}
     for image_size in sizes:
         rows, columns = source_pixels(view, image_size, size)
         outside = (rows < 0)[:, None] | (columns < 0)

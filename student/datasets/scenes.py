@@ -8,9 +8,11 @@ open_dataset("scenes", "OUT", "train")
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors import safe_open
@@ -20,11 +22,12 @@ from teachercache.pipeline.errors import RecipeError
 from teachercache.pipeline.records.strict import Size
 from teachercache.student.datasets.labelled_dataset import LabelledDataset
 from teachercache.student.datasets.synthetic.person import PARTS
-from teachercache.student.datasets.synthetic.scene_renderer import CLASSES, render_scene
+from teachercache.student.datasets.synthetic.scene_renderer import CLASSES, THINGS, render_scene
 
 
 class Scenes(LabelledDataset):
-    """The data set that `write_scenes` writes; its labels are those of `scene_renderer.Scene`."""
+    """The data set that `write_scenes` writes; its labels are those of `scene_renderer.Scene`. An image's
+    class is that of the things that fill most of it."""
 
     name = "scenes"
     tasks: ClassVar = {
@@ -35,6 +38,7 @@ class Scenes(LabelledDataset):
         "normals": 3,
         "boundary": 1,
     }
+    decoder_tasks: Mapping[str, int] = {"instances": len(THINGS), "class": len(THINGS) + 1}  # or none
     boundary_distance = 0.0075
     FILES: ClassVar = {
         "images": ("images/{split}/{key}.png",),
@@ -43,6 +47,9 @@ class Scenes(LabelledDataset):
     LISTS: ClassVar = {"train": ("train.txt", None), "val": ("val.txt", None)}
 
     def _label(self, task: str, key: str, size: Size) -> NDArray:
+        if task == "class":
+            areas = np.bincount(self._label("instances", key, size).ravel() % 256, minlength=len(THINGS) + 1)
+            return np.array(areas[1:].argmax() if areas[1:].any() else len(THINGS))
         with safe_open(self._path("labels", key), "numpy") as file:
             array: NDArray = file.get_tensor(task)
         return array

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -20,18 +20,12 @@ from teachercache.student.kpu.latent_space import Features, LatentSpace
 from teachercache.student.kpu.vit_adapter import STRIDES, NormKind, ViTAdapter
 from teachercache.student.models.stem import Stem
 from teachercache.student.models.student import (
+    ImageRepresentation,
     Student,
     StudentOutput,
     check_names,
     require_teachers,
 )
-
-
-class ImageRepresentation(NamedTuple):
-    """X: `image` x (B, D), and V at every scale, `maps` (B, D, h, w) from fine to coarse."""
-
-    image: Tensor
-    maps: list[Tensor]
 
 
 class KPU(Student):

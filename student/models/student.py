@@ -66,6 +66,13 @@ class StudentOutput(NamedTuple):
     gates: dict[str, Tensor]
 
 
+class ImageRepresentation(NamedTuple):
+    """X of KPU: `image` x (B, D), and V at every scale, `maps` (B, C, h, w) from fine to coarse."""
+
+    image: Tensor
+    maps: list[Tensor]
+
+
 class Student(nn.Module, ABC):
     """`config` holds the arguments of the constructor in a form that JSON can hold; `teacher_dims`,
     `image_size` and `tasks` are among them.
@@ -127,6 +134,15 @@ class Student(nn.Module, ABC):
     @abstractmethod
     def experts(self) -> list[str]:
         """What the gates weigh, in order."""
+
+    def features(self, pixels_B3HW: Tensor) -> ImageRepresentation:
+        """What decoders work on, of normalised pixels. Raises `ArgumentError` for a student without any."""
+        raise ArgumentError(
+            "This student has no features of its own.",
+            got=f"a student of kind {self.kind}",
+            expected="one that sees images alone, such as sak or kpu",
+            do="name the cache of its teachers instead",
+        )
 
     def freeze(self, *parts: str) -> None:
         """Exclude parts from training, each named as a submodule: "stem", "paths", "paths.clip", …

@@ -21,6 +21,7 @@ from teachercache.pipeline.records.strict import Size
 from teachercache.student.models.stem import Stem
 from teachercache.student.models.student import (
     NUM_LEVELS,
+    ImageRepresentation,
     Student,
     StudentOutput,
     check_names,
@@ -114,6 +115,21 @@ class SAK(Student):
             stem=[tokens_BND[block][:, prefix:] for block in self.stem.level_depths],
             paths={name: self.paths[name](tokens_BND, prefix) for name in self.experts[1:]},
         )
+
+    def features(self, pixels_B3HW: Tensor) -> ImageRepresentation:
+        """The last class token of the stem, or the mean of its patch tokens, and the experts side by side at
+        each level."""
+        stem, paths = self.stem, self.paths
+        tokens_BND = stem(pixels_B3HW)
+        prefix = stem.num_prefix_tokens
+        experts = [[tokens_BND[block][:, prefix:] for block in stem.level_depths]]
+        experts += [paths[name](tokens_BND, prefix) for name in self.experts[1:]]
+        maps = [
+            torch.cat(level, 2).transpose(1, 2).unflatten(2, stem.grid)
+            for level in zip(*experts, strict=True)
+        ]
+        last_BND = tokens_BND[-1]
+        return ImageRepresentation(last_BND[:, 0] if stem.has_class_token else last_BND.mean(1), maps)
 
     def forward(
         self, pixels_B3HW: Tensor, full: bool = False, maps: bool = True

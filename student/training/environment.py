@@ -13,7 +13,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, TorchDynamoPlugin
 
 from teachercache.pipeline.errors import RecipeError
-from teachercache.student.training.train_recipe import TrainRecipe
+from teachercache.student.training.decoder_recipe import AnyRecipe
 
 _ENGINES = {
     "ACCELERATE_USE_FSDP": "FSDP",
@@ -26,7 +26,7 @@ _SPLIT_STUDENT = {DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedTy
 _OFF = {"", "0", "no", "n", "false", "f", "off"}
 
 
-def accelerator_for(recipe: TrainRecipe) -> Accelerator:
+def accelerator_for(recipe: AnyRecipe) -> Accelerator:
     """Raises `RecipeError` for what the environment asks for and this trainer cannot do or must not heed."""
     for variable, engine in _ENGINES.items():
         if os.environ.get(variable, "").lower() not in _OFF:
@@ -74,7 +74,7 @@ def accelerator_for(recipe: TrainRecipe) -> Accelerator:
     return accelerator
 
 
-def overruled(recipe: TrainRecipe) -> list[str]:
+def overruled(recipe: AnyRecipe) -> list[str]:
     """One line for each variable that says otherwise than the recipe, which holds; `accelerate launch` sets
     some of them to "no" unasked."""
     steps, clip_norm = recipe.gradient_accumulation_steps, recipe.clip_norm

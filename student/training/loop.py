@@ -29,9 +29,9 @@ from teachercache.pipeline.stop_request import StopRequest
 from teachercache.student.losses.weighting import Famo, Losses
 from teachercache.student.timing import StageTimer
 from teachercache.student.training.checkpoint import save_checkpoint
+from teachercache.student.training.decoder_recipe import AnyRecipe, DecoderRecipe
 from teachercache.student.training.device_batches import DeviceBatches
 from teachercache.student.training.run_log import RunLog
-from teachercache.student.training.train_recipe import TrainRecipe
 
 _NAMED = 5
 
@@ -88,7 +88,7 @@ class TrainingLoop:
     """
 
     accelerator: Accelerator
-    recipe: TrainRecipe
+    recipe: AnyRecipe
     model: nn.Module
     optimizer: Optimizer
     objective: Objective
@@ -196,7 +196,7 @@ class TrainingLoop:
         found: list[str] = gather_object(
             [line for look, some in by_input for line in look(np.concatenate(some))]
         )
-        if not found:
+        if not found or isinstance(self.recipe, DecoderRecipe):
             return TrainingError(
                 f"The loss is no longer finite at step {step}.",
                 got=loss,

@@ -17,8 +17,8 @@ from teachercache.pipeline.terminal import Terminal, progress_bar
 from teachercache.student.saving import replacing, saving
 from teachercache.student.similarity import Similarity
 from teachercache.student.timing import bottleneck
+from teachercache.student.training.decoder_recipe import AnyRecipe
 from teachercache.student.training.trackers import PICTURES
-from teachercache.student.training.train_recipe import TrainRecipe
 
 METRICS_FILE = "metrics.jsonl"
 _WHAT = "What the run logs"
@@ -35,7 +35,7 @@ class RunLog:
     after `before_writing`, which ends the run by raising.
     """
 
-    recipe: TrainRecipe
+    recipe: AnyRecipe
     is_main: bool
     first_step: int
     total_steps: int

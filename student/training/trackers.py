@@ -37,7 +37,7 @@ def missing_trackers(names: Sequence[str]) -> Iterator[RecipeError]:
 
 
 def start_trackers(
-    names: Sequence[str], output: Path, config: Mapping[str, Any], cache: FeatureCache, first_step: int
+    names: Sequence[str], output: Path, config: Mapping[str, Any], cache: FeatureCache | None, first_step: int
 ) -> list[GeneralTracker]:
     """On the main process. `config` is what the run is, flat, and is stored by each; those that have
     artifacts keep `cache.json`. Raises `RecipeError` where one does not start."""
@@ -60,7 +60,7 @@ def start_trackers(
             else:
                 plain = {key: str(one) if isinstance(one, list) else one for key, one in config.items()}
                 tracker.store_init_configuration(plain)
-            if name in _KEEP_FILE:
+            if cache is not None and name in _KEEP_FILE:
                 (output / SPEC_NAME).write_bytes(cache.storage.read(SPEC_NAME))
                 _KEEP_FILE[name](tracker, str(output / SPEC_NAME))
         except OSError:

@@ -47,6 +47,7 @@ from teachercache.student.training.checkpoint import (
     newest_checkpoint,
     set_aside,
 )
+from teachercache.student.training.decoder_recipe import AnyRecipe
 from teachercache.student.training.environment import accelerator_for, overruled
 from teachercache.student.training.first_student import first_student
 from teachercache.student.training.loop import LoopResult, TrainingLoop
@@ -114,7 +115,7 @@ def train(recipe: TrainRecipe) -> TrainResult:
     found = joined(recipe, parts)
     found.notices[:0] = overruled(recipe)
     found.require(accelerator.print)
-    _require_folder(Path(recipe.output))
+    require_folder(Path(recipe.output))
     with only_trainer(accelerator, Path(recipe.output)) as require_held:
         return _Run(recipe, caches, parts, found, accelerator).go(require_held)
 
@@ -144,7 +145,7 @@ class _Run:
         run = self._identity()
         weighting = self._weighting()
         famo = weighting if isinstance(weighting, Famo) else None
-        first_step = _resume(recipe, accelerator, student, optimizer, run, famo)
+        first_step = resume(recipe, accelerator, student, optimizer, run, famo)
         total_steps, learning_rate = self._schedule()
         loop = TrainingLoop(
             accelerator,
@@ -303,7 +304,7 @@ class _Run:
         return result
 
 
-def _require_folder(output: Path) -> None:
+def require_folder(output: Path) -> None:
     try:
         make_folder(output)
     except OSError as error:
@@ -315,10 +316,10 @@ def _require_folder(output: Path) -> None:
         ) from error
 
 
-def _resume(
-    recipe: TrainRecipe,
+def resume(
+    recipe: AnyRecipe,
     accelerator: Accelerator,
-    student: Student,
+    student: nn.Module,
     optimizer: Any,
     run: dict[str, Any],
     famo: Famo | None,

@@ -30,7 +30,7 @@ class DatasetRecipe(Strict):
     keeps. `reencoded`: the cache was built from copies of the images in other files, of as many pixels.
     """
 
-    kind: Literal["pascal_context", "nyud", "scenes"]
+    kind: Literal["pascal_context", "nyud", "ade20k", "coco", "image_classes", "scenes"]
     root: str
     split: str = "train"
     fraction: float = Field(1.0, gt=0, le=1)
@@ -334,14 +334,14 @@ def run_identity(recipe: TrainRecipe, facts: Mapping[str, Any]) -> dict[str, Any
         del said["student"]["norm"]
     if recipe.held_out:
         said["validation"] = {"fraction": recipe.held_out}
-    return _flatten(said | {"student": _OF_EVERY_KIND | said["student"]} | dict(facts))
+    return flatten(said | {"student": _OF_EVERY_KIND | said["student"]} | dict(facts))
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value
     return flat

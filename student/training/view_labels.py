@@ -22,8 +22,8 @@ from teachercache.student.training.train_recipe import MultiTaskRecipe
 def task_channels(recipe: MultiTaskRecipe) -> dict[str, int]:
     """Name → output channels of the tasks that are learnt. Raises `RecipeError` for one that is not known."""
     known = dataset_class(recipe.dataset.kind).tasks
-    for task in recipe.tasks or ():
-        require_known("task of this data set", task, known)
+    for task in recipe.tasks or ([] if known else ["any"]):
+        require_known("task of this data set", task, known or ["none: it is for decoders"])
     return {task: known[task] for task in recipe.tasks or known}
 
 
@@ -32,12 +32,14 @@ class ViewLabels:
     (`teachercache.pipeline.loading.loader.Labels`).
 
     Samples are found by their keys. Raises `RecipeError` for a task that the data set does not have, and
-    where the cache holds images that have no labels in this split.
+    where the cache holds images that have no labels in this split. `tasks`: others than the recipe's.
     """
 
-    def __init__(self, recipe: MultiTaskRecipe, cache: FeatureCache) -> None:
+    def __init__(
+        self, recipe: MultiTaskRecipe, cache: FeatureCache, tasks: tuple[str, ...] | None = None
+    ) -> None:
         self._dataset = open_dataset(recipe.dataset.kind, recipe.dataset.root, recipe.dataset.split)
-        self.tasks = tuple(task_channels(recipe))
+        self.tasks = tasks or tuple(task_channels(recipe))
         self._size = cache.spec.views.size
         self._cache, self._checks_files, self._known = cache, not recipe.dataset.reencoded, set[int]()
         self._index = {key: index for index, key in enumerate(self._dataset.keys)}
@@ -83,4 +85,7 @@ class ViewLabels:
 def _layout(task: str, height: int, width: int) -> TensorLayout:
     if task == "normals":
         return (3, height, width), torch.float32
-    return (height, width), torch.float32 if task == "depth" else torch.uint8
+    if task == "class":
+        return (), torch.int64
+    kinds = {"depth": torch.float32, "instances": torch.int32}
+    return (height, width), kinds.get(task, torch.uint8)

@@ -21,6 +21,7 @@ from teachercache.cache_builder.moved_weights import MovedRecipe, RepairRecipe
 from teachercache.jobs.cli import app
 from teachercache.pipeline.errors import RecipeError
 from teachercache.pipeline.recipe_files import check_recipe, load_overrides, load_recipe
+from teachercache.student.training.decoder_recipe import DecoderRecipe
 from teachercache.student.training.train_recipe import TrainRecipe
 
 ROOT = Path(__file__).parents[2]
@@ -32,6 +33,7 @@ MODELS: dict[str, type[Any]] = {
     **dict.fromkeys(("plan", "build", "calibrate", "submit"), BuildRecipe),
     **dict.fromkeys(("jobs/cache_teachers.py", "teachercache.jobs.cache_teachers"), BuildRecipe),
     **dict.fromkeys(("train", "jobs/train_student.py", "teachercache.jobs.train_student"), TrainRecipe),
+    "train-decoders": DecoderRecipe,
     "verify": MovedRecipe,
     "repair": RepairRecipe,
 }
@@ -158,7 +160,7 @@ def test_recipes_of_commands_load(page: Path) -> None:
             continue
         model, recipe = MODELS[words[start]], " ".join(words[start + 1 : start + 2])
         overrides = [word for word in words[start + 2 :] if re.fullmatch(r"[a-z_]\w*(\.\w+)*=.+", word)]
-        if model in (BuildRecipe, TrainRecipe) and re.fullmatch(r"[a-z]\w*", recipe):
+        if model in (BuildRecipe, TrainRecipe, DecoderRecipe) and re.fullmatch(r"[a-z]\w*", recipe):
             load_recipe(model, ROOT / f"jobs/recipes/{recipe}.yaml", overrides)
         else:
             assert unknown_keys(model, overrides) == [], words
@@ -171,7 +173,9 @@ def test_keys_of_recipes_are_known(page: Path) -> None:
         key, _, value = code.partition("=")
         is_file = key.startswith("cache.") or key.endswith((".parquet", ".json"))
         if re.fullmatch(r"[a-z_]\w*(\.\w+)+", key) and not is_file and not value.startswith("="):
-            models = [m for m in (BuildRecipe, TrainRecipe) if key.split(".")[0] in m.model_fields]
+            models = [
+                m for m in (BuildRecipe, TrainRecipe, DecoderRecipe) if key.split(".")[0] in m.model_fields
+            ]
             assert not models or any(not unknown_keys(model, [f"{key}=x"]) for model in models), code
             assert models or not value, code
 

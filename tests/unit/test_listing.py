@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -14,6 +15,7 @@ from teachercache.jobs.cli import VERBS, app
 from teachercache.jobs.recipes import SHIPPED, find_recipe, verb_of
 from teachercache.pipeline.codecs import codec_names
 from teachercache.pipeline.errors import RecipeError
+from teachercache.student.training.decoder_recipe import DecoderRecipe
 from teachercache.student.training.train_recipe import TrainRecipe
 
 
@@ -38,10 +40,8 @@ def test_every_shipped_recipe_is_listed_for_its_verb() -> None:
     listed = {name.strip(): verb.strip() for _, name, verb, *_ in rows if name.strip()}
     assert set(listed) == {file.stem for file in SHIPPED.glob("*.yaml")}
     for name, verb in listed.items():
-        if verb == "build":
-            find_recipe(BuildRecipe, name)
-        else:
-            find_recipe(TrainRecipe, name)
+        models: dict[str, Any] = {"build": BuildRecipe, "train": TrainRecipe, "train-decoders": DecoderRecipe}
+        find_recipe(models[verb], name)
 
 
 def test_every_preset_and_codec_is_listed() -> None:

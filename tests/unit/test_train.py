@@ -49,7 +49,7 @@ from teachercache.student.training.model_card import recipe_for_card
 from teachercache.student.training.not_finite import not_finite
 from teachercache.student.training.preflight import preflight
 from teachercache.student.training.run_pictures import NUM_ROWS, RunPictures
-from teachercache.student.training.train import _require_folder, train
+from teachercache.student.training.train import require_folder, train
 from teachercache.student.training.train_recipe import TrainRecipe
 from tests.make_cache import build_recipe, commit_shard, make_cache, make_images, teacher_spec
 from tests.train_recipes import CONTENT, logged, room_for, train_recipe
@@ -757,7 +757,7 @@ def test_an_output_that_is_no_folder_is_one_message(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for output in (tmp_path / "file", tmp_path / "file" / "run"):
         with pytest.raises(RecipeError, match=r"output folder cannot be made(.|\n)*choose another output"):
-            _require_folder(output)
+            require_folder(output)
 
 
 def test_ctrl_c_is_no_traceback() -> None:

@@ -1,4 +1,4 @@
-"""Synthetic scenes with labels of six tasks, exact and consistent with each other.
+"""Synthetic scenes with labels of seven tasks, exact and consistent with each other.
 
     scene = render_scene(seed=0, index=7, size=(128, 160))
     scene.image_HW3, scene.labels["depth"]
@@ -28,6 +28,7 @@ from teachercache.student.datasets.synthetic.textures import (
 )
 
 CLASSES = ("wall", "floor", "ceiling", "ground", "sky", "person", "ball", "crate", "pillar", "table", "tree")
+THINGS = CLASSES[5:]
 _ID = {name: number for number, name in enumerate(CLASSES)}
 _FAR = 40.0  # metres; everything beyond counts as sky
 _FACES = 6  # instances 1 to 6 are those of the room or the ground; things come after
@@ -278,6 +279,8 @@ class _World:
         boundary_HW[:, :-1] |= instance_HW[:, :-1] != instance_HW[:, 1:]
         boundary_HW[:-1] |= instance_HW[:-1] != instance_HW[1:]
         normals_HW3 = np.where(seen_HW[..., None], canvas.normals_HW3, 0)
+        number_HW = np.maximum(instance_HW.astype(np.int32) - _FACES, 0)
+        thing_HW = canvas.semantic_HW.astype(np.int32) - _ID[THINGS[0]] + 1
         return {
             "semseg": np.where(seen_HW, canvas.semantic_HW, _ID["sky"]).astype(np.uint8),
             "parts": canvas.part_HW.copy(),
@@ -285,6 +288,7 @@ class _World:
             "depth": np.where(seen_HW, canvas.depth_HW, 0).astype(np.float32),
             "normals": np.ascontiguousarray(normals_HW3.transpose(2, 0, 1)).astype(np.float32),
             "boundary": boundary_HW,
+            "instances": np.where(number_HW > 0, 256 * number_HW + thing_HW, 0),
         }
 
     def _salient(self, instance_HW: NDArray[np.uint8]) -> NDArray[np.uint8]:

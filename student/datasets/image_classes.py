@@ -1,0 +1,70 @@
+"""Images with a class each, as any source has them: ImageNet's folders, tars with .cls, Parquet with
+labels."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from teachercache.pipeline.errors import SourceError
+from teachercache.pipeline.records.strict import Size
+from teachercache.pipeline.sources import open_source
+from teachercache.pipeline.sources.keys import OK
+from teachercache.student.datasets.labelled_dataset import LabelledDataset
+
+
+class ImageClasses(LabelledDataset):
+    """A source in `root`/train and one in `root`/val. The classes are the labels of `train`, in their order.
+
+    Raises `SourceError` for images without a label, and for labels that `train` does not have.
+    """
+
+    name = "image_classes"
+    FILES: ClassVar = {"images": ("{split}/{key}",)}
+    LISTS: ClassVar = {"train": ("train", None), "val": ("val", None)}
+
+    def __init__(self, root: str | os.PathLike[str], split: str = "train") -> None:
+        super().__init__(root, split)
+        of_train = self._samples if split == "train" else _labelled(self.root / "train")
+        classes = sorted({sample["label"] for sample in of_train})
+        self.decoder_tasks = {"class": len(classes)}
+        self._number = {name: number for number, name in enumerate(classes)}
+        if strangers := {sample["label"] for sample in self._samples} - self._number.keys():
+            raise SourceError(
+                f"{len(strangers)} classes of {self.list_file} are none of the images to train on.",
+                got=", ".join(sorted(strangers)[:3]),
+                expected=f"labels among {', '.join(classes[:3])} …",
+                do="name the folder that holds both splits of one data set",
+            )
+
+    def image_bytes(self, index: int) -> bytes:
+        sample = self._samples[index]
+        return self._source.read(sample["path"], sample["offset"], sample["nbytes"])
+
+    def image_size(self, index: int) -> Size:
+        return self._samples[index]["height"], self._samples[index]["width"]
+
+    def _label(self, task: str, key: str, size: Size) -> NDArray:
+        return np.array(self._number[self._label_of[key]], np.int64)
+
+    def _listed_keys(self) -> list[str]:
+        self._source = open_source(self.list_file)
+        self._samples = _labelled(self.list_file)
+        self._label_of = {sample["key"]: sample["label"] for sample in self._samples}
+        return list(self._label_of)
+
+
+def _labelled(folder: Path) -> list[dict]:
+    samples = [sample for sample in open_source(folder).scan().to_pylist() if sample["status"] == OK]
+    if unlabelled := [sample["key"] for sample in samples if sample["label"] is None]:
+        raise SourceError(
+            "A classifier is trained on labelled images.",
+            got=f"{len(unlabelled)} of {len(samples)} without a label in {folder}, such as {unlabelled[0]}",
+            expected="a folder for each class, or another source with labels",
+            do="sort the images into folders that are named as their classes",
+        )
+    return samples
