@@ -1,12 +1,17 @@
-"""Should you cache at all? Teachers in every training, against a cache that is built, kept and read."""
+"""Should you cache at all? Teachers in every training, against a cache that is built, kept and read. And what
+the curve of views and bits advises where you do."""
 
 from __future__ import annotations
 
+from importlib.resources import files
 from math import inf
 from typing import NamedTuple
 
-from teachercache.cache_builder.plan import Plan
-from teachercache.pipeline.units import human_number
+import yaml
+
+from teachercache.cache_builder.plan import Plan, bytes_per_row
+from teachercache.pipeline.codecs import get_codec
+from teachercache.pipeline.units import human_bytes, human_number
 
 
 class BreakEven(NamedTuple):
@@ -56,3 +61,22 @@ def break_even(plan: Plan) -> BreakEven:
         read=prices.runs * prices.epochs * read,
         epochs=once / saved if saved > 0 else inf,
     )
+
+
+def advice(plan: Plan) -> dict[str, str]:
+    """What makes a cache better, or smaller, by the measured curve of views and bits (docs/views.md)."""
+    curve = yaml.safe_load(files("teachercache.cache_builder").joinpath("curve.yaml").read_text("utf-8"))
+    spec, found = plan.spec, {}
+    if spec.views.margin:
+        found["better"] = curve["margin"]
+    elif spec.views.num_views == 1 and not spec.views.is_fixed:
+        found["better"] = f"{curve['views']}, +{human_bytes(spec.num_rows * plan.bytes_per_row)}"
+    codec = get_codec(curve["codec"])
+    saved = sum(
+        max(0, one.bytes_per_row - bytes_per_row(one.spec.model_copy(update={"codec": codec.name})))
+        for one in plan.teachers
+        if codec.fits(one.spec.width)
+    )
+    if saved:
+        found["smaller"] = f"{curve['bits']}, -{human_bytes(spec.num_rows * saved)}"
+    return found

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import numpy as np
 import torch
 from PIL import Image
 
@@ -56,20 +55,20 @@ def measure_rates(recipe: BuildRecipe, drafted: Draft | None = None) -> Rates:
 
     Decodes images of the source or, without a draft, made ones. Weights are random, which takes as long.
     """
+    share = recipe.plan.measure_s / (len(recipe.teachers) + 1)
     with TemporaryDirectory() as folder:
         if drafted is None:
-            _make_photos(Path(folder))
+            for index in range(_IMAGES):
+                coarse = Image.effect_noise((64, 48), 100).convert("RGB")
+                coarse.resize(_PHOTO, Image.Resampling.BICUBIC).save(Path(folder, f"{index}.jpg"))
             drafted = draft(recipe.model_copy(update={"source": SourceRecipe(path=folder)}))
-        specs = {
-            name: drafted.spec.teachers[name].model_copy(update={"pretrained": False, "checkpoint": None})
-            for name in recipe.teachers
-        }
-        share = recipe.plan.measure_s / (len(specs) + 1)
-        sizes = {spec.render_size for spec in specs.values()}
-        decode_s = _decode_s(drafted.calibration_sample(_IMAGES), sizes, recipe.runner.decode_threads, share)
+        specs = {name: drafted.spec.teachers[name] for name in recipe.teachers}
+        sample, sizes = drafted.calibration_sample(_IMAGES), {spec.render_size for spec in specs.values()}
+        decode_s = _decode_s(sample, sizes, recipe.runner.decode_threads, share)
     forward_s, device = {}, torch.device("cpu")
     for name, spec in specs.items():
-        teacher = Worker({name: spec}, recipe.runner).teachers[name]
+        blank = spec.model_copy(update={"pretrained": False, "checkpoint": None})
+        teacher = Worker({name: blank}, recipe.runner).teachers[name]
         device = next(teacher.parameters()).device
         forward_s[name] = _forward_s(teacher, recipe.runner.batch_size, device, share)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
@@ -116,11 +115,3 @@ def _seconds_each(run: Callable[[int], object], most: int, seconds: float, least
         passes.append((count, time.perf_counter() - start))
     counted = passes[len(passes) // 2 :]
     return sum(took for _, took in counted) / sum(count for count, _ in counted)
-
-
-def _make_photos(folder: Path) -> None:
-    generator = np.random.default_rng(0)
-    for index in range(_IMAGES):
-        coarse = generator.integers(0, 256, (48, 64, 3), np.uint8)
-        photo = Image.fromarray(coarse).resize(_PHOTO, Image.Resampling.BICUBIC)
-        photo.save(folder / f"{index}.jpg", quality=90)

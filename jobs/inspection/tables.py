@@ -31,7 +31,7 @@ _IMAGES = {
 
 def plan_table(plan: Plan) -> RenderableType:
     """What a build will cost, beside teachers that run in every training."""
-    from teachercache.cache_builder.break_even import break_even
+    from teachercache.cache_builder.break_even import advice, break_even
     from teachercache.cache_builder.prices import GPUS
 
     spec, prices, found, rates = plan.spec, plan.prices, break_even(plan), plan.rates
@@ -79,7 +79,7 @@ def plan_table(plan: Plan) -> RenderableType:
         f"${prices.usd_per_million_requests:g} a million requests, {prices.storage_gb_per_s:g} GB/s",
         "advice": found.verdict,
     }
-    return Group(columns_table("teacher", columns), lines(totals))
+    return Group(columns_table("teacher", columns), lines(totals | advice(plan)))
 
 
 def pixels_line(spec: CacheSpec, pixel_bytes: int, images_per_s: float, render_ms: float) -> str:

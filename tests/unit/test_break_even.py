@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from importlib.resources import files
 from io import StringIO
 from math import inf
 from pathlib import Path
 
 import pytest
+import yaml
 from rich.console import Console
 from typer.testing import CliRunner
 
-from teachercache.cache_builder.break_even import BreakEven, break_even
+from teachercache.cache_builder.break_even import BreakEven, advice, break_even
 from teachercache.cache_builder.build_recipe import BuildRecipe
 from teachercache.cache_builder.builder import foresee, prepare
 from teachercache.cache_builder.plan import Plan
@@ -209,3 +211,45 @@ def test_a_plan_without_images_wants_a_new_cache_and_no_budget(tmp_path: Path) -
     make_cache(tmp_path / "cache", make_images(tmp_path / "images", 2))
     with pytest.raises(RecipeError, match=r"got: +a cache at .*cache"):
         foresee(build_recipe(tmp_path / "cache", "nowhere"), 8, 1000)
+
+
+def advised(plan: Plan) -> str:
+    text = StringIO()
+    Console(file=text, width=120).print(plan_table(plan))
+    return text.getvalue().partition("advice ")[2].partition("\n")[2]
+
+
+def test_a_second_view_is_advised_with_what_it_costs(vitl: Plan) -> None:
+    line = "views.num_views=2 went 90% of the way from one view to fresh crops (docs/views.md), +4.56 TB"
+    assert advised(vitl) == f"better     {line}\n"
+
+
+def test_four_bits_are_advised_with_what_they_save() -> None:
+    recipe = find_recipe(BuildRecipe, "imagenet1k_vitl", ["cache=memory://nothing_here", "views.num_views=2"])
+    line = "teachers.NAME.codec=int4-hadamard: .0005 less than f16's .3269 (docs/views.md), -27.2 TB"
+    assert advised(foresee(recipe, IMAGENET, 110_000)) == f"smaller    {line}\n"
+
+
+def test_no_view_is_advised_where_there_is_but_one_and_no_margin_at_all(vitl: Plan) -> None:
+    views = vitl.spec.views
+    fixed = views.model_copy(update={"policy": "imagenet_eval"})
+    assert advised(replace(vitl, spec=vitl.spec.model_copy(update={"views": fixed}))) == ""
+    wide = views.model_copy(update={"margin": 64})
+    assert advice(replace(vitl, spec=vitl.spec.model_copy(update={"views": wide}))) == {
+        "better": "views.margin=0: wide views reached .2909, plain ones .3255 (docs/views.md)"
+    }
+
+
+def test_the_figures_of_the_advice_are_those_of_the_page() -> None:
+    """Rows of its table: mean similarity, and the share of the way in the next column."""
+    page = (Path(__file__).parents[2] / "docs/views.md").read_text()
+    rows = re.findall(r"^\| (.+?) \| .*?(\.\d{4}).*? \| (.*?) \|", page, re.M)
+    of = {name.strip("*"): (float(similarity), way) for name, similarity, way in rows}
+    curve = yaml.safe_load(files("teachercache.cache_builder").joinpath("curve.yaml").read_text())
+    assert of["2 views"][1] in curve["views"]
+    said = " ".join((curve["margin"], curve["bits"]))
+    wide, plain, lost, half = map(float, re.findall(r"\.\d{4}", said))
+    assert (wide, plain) == (of["1 wide view, margin 32 px"][0], of["1 view"][0])
+    assert half == of["1 view, `f16`, native"][0]
+    (four,) = re.findall(r"\(\.3269 to (\.\d+) at seed 0\)", page)
+    assert lost == pytest.approx(half - float(four))
