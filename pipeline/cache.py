@@ -67,7 +67,7 @@ class FeatureCache:
         self.shards = {name: CommittedShards(self.store, name) for name in (*spec.teachers, IMAGES)}
         self.features = {name: TeacherFeatures(self.shards[name], self._samples) for name in spec.teachers}
         self._pixels = StoredRows(self.shards[IMAGES], self._samples)
-        self._images = CachedImages(self.shards[IMAGES], self._samples, images, checksums)
+        self.images = CachedImages(self.shards[IMAGES], self._samples, images, checksums)
 
     @classmethod
     def open(
@@ -128,7 +128,7 @@ class FeatureCache:
 
         Raises `SourceError` for a place that only `cache.json` names and that is not followed (`own_places`).
         """
-        return self._images.source
+        return self.images.source
 
     def codec(self, teacher: str) -> Codec:
         return self.features[teacher].codec
@@ -307,11 +307,11 @@ class FeatureCache:
         Raises `CacheMismatchError` for an image other than the one that was cached, and `CorruptShardError`,
         in a cache opened with `checksums`, for a damaged tar.
         """
-        return self._images.read(sample_index)
+        return self.images.read(sample_index)
 
     def source_bytes(self, sample_index: int) -> bytes:
         """The image in the source, even where a copy exists. Raises as `image_bytes`."""
-        return self._images.read_source(sample_index)
+        return self.images.read_source(sample_index)
 
 
 def _row_numbers(rows: ArrayLike) -> NDArray[np.int64]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Executor, Future
 from typing import TypeVar
 
@@ -13,7 +13,7 @@ Made = TypeVar("Made")
 
 def ordered_map(
     pool: Executor, make: Callable[[Item], Made], items: Iterable[Item], ahead: int
-) -> Iterator[Made]:
+) -> Generator[Made]:
     """`make(item)` of every item; up to `ahead` more are in progress while one is consumed.
 
     Those not yet begun are cancelled when one fails, or when the iterator is closed.

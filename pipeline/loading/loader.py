@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from teachercache.pipeline.cache import FeatureCache
@@ -33,10 +34,14 @@ from teachercache.pipeline.errors import (
     TeacherCacheError,
 )
 from teachercache.pipeline.loading.batch_memory import BatchMemory, TensorLayout
+from teachercache.pipeline.loading.streaming import StreamedRow, StreamSampler, TarStream
 from teachercache.pipeline.records.strict import Size
+from teachercache.pipeline.sources import decode_image
 from teachercache.pipeline.stores.feature_store import CLS_TOKEN, GLOBAL_FEATURE
+from teachercache.pipeline.stores.webdataset_store import WebDatasetStore
 from teachercache.pipeline.views import View, draw_view, render_view
 
+_Streamed = Future[list[StreamedRow]] | None
 _LABELS, _IMAGES = "labels/", "images/"  # no names of teachers
 
 
@@ -119,7 +124,8 @@ class _Pending:
 
 
 class FeatureLoader:
-    """Endless iterator of `Batch`; a context manager that stops its threads.
+    """Endless iterator of `Batch`; a context manager that stops its threads. With a `StreamSampler` it reads
+    tars from front to back, as that draws their rows.
 
     `features=False` leaves the cached features unread (training with online teachers), `images=False`
     the images; `extra_sizes` asks for renders at further sizes, such as the teachers' own; `labels` come
@@ -169,12 +175,19 @@ class FeatureLoader:
         self._prefetch = prefetch
         self._memory = BatchMemory(self._layouts(), pin_memory)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="loader")
+        self._stream: TarStream | None = None
+        if isinstance(sampler, StreamSampler):
+            self._stream = TarStream(cache, sampler, self._teachers, images, start_step)
+        self._stream_thread = ThreadPoolExecutor(1, thread_name_prefix="loader-stream")
         self._pending: deque[_Pending] = deque()
 
     def __enter__(self) -> FeatureLoader:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._stream_thread.shutdown(cancel_futures=True)
+        if self._stream is not None:
+            self._stream.close()
         self._pool.shutdown(cancel_futures=True)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -239,24 +252,30 @@ class FeatureLoader:
             labels={task: tensors[_LABELS, task] for task in self._label_layouts()},
             seconds={},
         )
+        streamed = None
+        if self._stream is not None:
+            streamed = self._stream_thread.submit(self._stream.take, rows)
         step_rows = -(-len(rows) // self._threads)
         parts = [slice(start, start + step_rows) for start in range(0, len(rows), step_rows)]
         reads = [
-            self._pool.submit(self._read, batch, teacher, part)
+            self._pool.submit(self._read, batch, teacher, part, streamed)
             for teacher in self._teachers
             for part in parts
         ]
         renders = [
-            self._pool.submit(self._render, batch, i, *place)
+            self._pool.submit(self._render, batch, i, *place, streamed)
             for i, place in enumerate(zip(samples.tolist(), lines.tolist(), epochs, strict=True))
             if self._images
         ]
         return _Pending(batch, reads, renders)
 
-    def _read(self, batch: Batch, teacher: str, part: slice) -> float:
+    def _read(self, batch: Batch, teacher: str, part: slice, streamed: _Streamed) -> float:
         start = time.perf_counter()
         try:
-            self._read_features(batch, teacher, part)
+            if streamed:
+                self._load_features(batch, teacher, part, streamed.result()[part])
+            else:
+                self._read_features(batch, teacher, part)
         except TeacherCacheError:
             raise
         except Exception as error:  # a thread's own traceback says nothing of what it was at
@@ -276,11 +295,19 @@ class FeatureLoader:
         if teacher in batch.cls_tokens:
             self._cache.read_tokens(rows, teacher, CLS_TOKEN, out=batch.cls_tokens[teacher][part])
 
-    def _render(self, batch: Batch, i: int, sample: int, line: int, epoch: int) -> float:
+    def _load_features(self, batch: Batch, teacher: str, part: slice, rows: Sequence[StreamedRow]) -> None:
+        arrays = dict(batch.features[teacher].arrays)
+        if teacher in batch.cls_tokens:
+            arrays[CLS_TOKEN] = batch.cls_tokens[teacher]
+        into = {name: tensor[part].numpy() for name, tensor in arrays.items()}
+        assert isinstance(self._cache.store, WebDatasetStore)
+        self._cache.store.load_rows(teacher, (row.features[teacher] for row in rows), into)
+
+    def _render(self, batch: Batch, i: int, sample: int, line: int, epoch: int, streamed: _Streamed) -> float:
         start = time.perf_counter()
         try:
             view = self._fresh_view(sample, epoch) if self._fresh else self._cache.views.view(line)
-            self._render_sample(batch, i, sample, view, epoch)
+            self._render_sample(batch, i, once(lambda: self._image(sample, i, streamed)), view, epoch)
         except Exception as error:
             if isinstance(error, TeacherCacheError) and not isinstance(error, ImageDecodeError):
                 raise
@@ -299,8 +326,16 @@ class FeatureLoader:
         policy = self._views.model_copy(update={"seed": self._seed})
         return draw_view(policy, self._cache.key(sample), width, height, epoch)
 
-    def _render_sample(self, batch: Batch, i: int, sample: int, view: View, epoch: int) -> None:
-        image = once(lambda: self._cache.image(sample))
+    def _image(self, sample: int, i: int, streamed: _Streamed) -> Image.Image:
+        if streamed and (data := streamed.result()[i].image) is not None:
+            self._cache.images.require_cached(sample, data)
+        else:
+            data = self._cache.image_bytes(sample)
+        return decode_image(data)
+
+    def _render_sample(
+        self, batch: Batch, i: int, image: Callable[[], Image.Image], view: View, epoch: int
+    ) -> None:
         for size, pixels in batch.renders.items():
             if self._stored_pixels and size == view.size:
                 self._cache.pixels(batch.rows[i], pixels[i : i + 1])

@@ -53,7 +53,7 @@ class CachedImages:
             self._copies.require_sound(shard)
         data = self._storage.read_range(image_tar_name(shard), offset, nbytes)
         if data or nbytes:  # a quarantined sample has no copy
-            self._require_cached(sample_index, data)
+            self.require_cached(sample_index, data)
         return data
 
     def read_source(self, sample_index: int) -> bytes:
@@ -66,14 +66,14 @@ class CachedImages:
             if self._place is not None:
                 raise
             raise self._gone(path) from error
-        self._require_cached(sample_index, data)
+        self.require_cached(sample_index, data)
         return data
 
     def _facts(self, sample_index: int, *columns: str) -> tuple:
         samples = self._samples.table
         return tuple(samples[name][sample_index].as_py() for name in columns)
 
-    def _require_cached(self, sample_index: int, data: bytes) -> None:
+    def require_cached(self, sample_index: int, data: bytes) -> None:
         """Without this check, features of one image and pixels of another would train silently."""
         key, nbytes, head_hash = self._facts(sample_index, "key", "nbytes", "head_hash")
         if (len(data), xxhash.xxh3_64_intdigest(data[:HEAD_BYTES])) != (nbytes, head_hash):

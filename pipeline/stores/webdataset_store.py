@@ -12,7 +12,7 @@ With the index (`tar_index`), reading a row takes one read; its checksum is alwa
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache, partial
 
 import google_crc32c
@@ -77,6 +77,10 @@ class TarShardWriter(ShardWriter):
         self._file.write(TAR_END)
 
 
+def row_member(member_key: str, view: int) -> str:
+    return f"{member_key}.{view}.safetensors"
+
+
 def _description_file(teacher: str) -> str:
     return f"teachers/{teacher}/teacher.json"
 
@@ -117,7 +121,7 @@ class WebDatasetStore(FeatureStore):
     def write_shard(self, teacher: str, shard: int) -> TarShardWriter:
         samples, views, _ = RowIndex(self.spec.segments).locate(self.spec.shard_rows(shard))
         members = [
-            f"{member_key(self._key(sample))}.{view}.safetensors"
+            row_member(member_key(self._key(sample)), view)
             for sample, view in zip(samples.tolist(), views.tolist(), strict=True)
         ]
         name, layouts = tar_name(teacher, shard), self.layouts(teacher)
@@ -132,12 +136,19 @@ class WebDatasetStore(FeatureStore):
             files = read_rows(
                 self.storage, [names[i] for i in which], [indexes[i] for i in which], places.tolist()
             )
-            for number, data in enumerate(files):
+            self.load_rows(teacher, files, out)
+        except (ValueError, FileNotFoundError) as error:
+            raise unreadable(self.storage, teacher, error) from error
+
+    def load_rows(self, teacher: str, rows: Iterable[bytes], out: Arrays) -> None:
+        """Fill the arrays of `out` with rows as tars hold them. Raises as `read`."""
+        try:
+            for number, data in enumerate(rows):
                 tensors = safetensors.numpy.load(data)
                 for array, values in out.items():
                     tensor = tensors[array]
                     if (tensor.dtype, tensor.shape) != (values.dtype, values.shape[1:]):
-                        raise ValueError(f"{array} of row {rows[number]} is {tensor.dtype} {tensor.shape}")
+                        raise ValueError(f"{array} of a row is {tensor.dtype} {tensor.shape}")
                     values[number] = tensor
-        except (ValueError, KeyError, FileNotFoundError, SafetensorError) as error:
+        except (ValueError, KeyError, SafetensorError) as error:
             raise unreadable(self.storage, teacher, error) from error

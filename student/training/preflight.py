@@ -12,6 +12,7 @@ import PIL
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import CacheMismatchError, Problems, RecipeError, require_known
 from teachercache.pipeline.loading.sampler import ShardShuffleSampler, held_out_samples
+from teachercache.pipeline.loading.streaming import StreamSampler, require_tars
 from teachercache.pipeline.records.spec import IMAGES, CacheSpec, TeacherSpec
 from teachercache.pipeline.records.strict import Size
 from teachercache.pipeline.records.view_policy import ViewPolicy
@@ -78,6 +79,9 @@ def preflight(
     found = Preflight(teachers, facts, list(teachers), spec.views, num_samples=num_samples)
     with found.problems.noted():
         spec.check_teachers(names)
+    if cache is None and recipe.streams:
+        with found.problems.noted():
+            require_tars(spec)
     if cache is not None:
         _ask_cache(found, recipe, cache, processes, rank)
     if recipe.multitask is not None:
@@ -156,7 +160,10 @@ def _ask_cache(found: Preflight, recipe: TrainRecipe, cache: FeatureCache, proce
             keys = cache.samples["key"].to_pylist()
             held_out = held_out_samples(keys, recipe.held_out, recipe.seed)
             among = np.setdiff1d(np.arange(len(keys)), held_out)
-        found.sampler = sampler(cache, found.held or None, fraction=recipe.fraction, among=among)
+        drawing: Callable[..., ShardShuffleSampler] = sampler
+        if recipe.streams:
+            drawing = partial(StreamSampler, **sampler.keywords, shuffle_buffer=recipe.loader.shuffle_buffer)
+        found.sampler = drawing(cache, found.held or None, fraction=recipe.fraction, among=among)
         found.num_samples = found.num_samples or found.sampler.num_samples
     if cache.spec.images == "rendered":
         with found.problems.noted():

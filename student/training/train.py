@@ -211,6 +211,8 @@ class _Run:
                 name: cache.spec.content_id(name) for _, cache, part in inputs for name in part.teachers
             },
         }
+        if self.recipe.streams:
+            facts["processes"] = processes
         if len(inputs) > 1:
             sizes = [[one.images_per_step(processes), part.num_samples] for one, _, part in inputs]
             facts["inputs"] = sizes
@@ -275,7 +277,7 @@ class _Run:
             fresh=self.recipe.features == "fresh",
             jitter=self.recipe.student_jitter,
             seed=self.recipe.seed,
-            **self.recipe.loader.model_dump(),
+            **self.recipe.loader.model_dump(include={"threads", "prefetch"}),
             pin_memory=self.accelerator.device.type == "cuda",
         )
 

@@ -126,8 +126,11 @@ class ScheduleRecipe(Strict):
 
 
 class LoaderRecipe(Strict):
-    """`threads` decode images and read features in each process; `prefetch` batches are kept ready."""
+    """`threads` decode images and read features in each process; `prefetch` batches are kept ready. `kind`:
+    rows in random order, or a `stream` of tars through a buffer of `shuffle_buffer` rows in each process."""
 
+    kind: Literal["random", "stream"] = "random"
+    shuffle_buffer: int = Field(256, ge=1)
     threads: int = Field(8, ge=1)
     prefetch: int = Field(2, ge=1)
 
@@ -228,6 +231,8 @@ class TrainRecipe(Strict):
             problems.append("without multitask, at least one teacher and distillation.weight > 0 are needed")
         if self.validation and not self.distills:
             problems.append("validation compares with teachers, and none is distilled: leave it out")
+        if self.streams and self.features != "cached":
+            problems.append(f"loader.kind=stream reads features=cached, got {self.features}")
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -238,6 +243,10 @@ class TrainRecipe(Strict):
         loss = self.distillation.model_copy(update={"teacher_weights": {}})  # of all inputs
         alone = {"inputs": (), "distillation": loss}
         return [self.model_copy(update=dict(one) | alone) for one in self.inputs] or [self]
+
+    @property
+    def streams(self) -> bool:
+        return self.loader.kind == "stream"
 
     @property
     def distills(self) -> bool:
@@ -299,7 +308,7 @@ _PLACES_AND_SPEED: dict[str, Any] = {
     "picture_every_steps": True,
     "trackers": True,
     "validation": True,  # but for what it holds out of training
-    "loader": True,
+    "loader": True,  # but for a stream's order
     "global_batch_size": True,
     "batch_size_per_process": True,
     "gradient_accumulation_steps": True,
@@ -323,7 +332,7 @@ def run_identity(recipe: TrainRecipe, facts: Mapping[str, Any]) -> dict[str, Any
     """All that decides the numbers of a run, flat: a checkpoint can be continued only where it is equal.
 
     `facts` stand for what the recipe does not say: the cache's contents and the size of a whole batch,
-    over processes and accumulation. So a run may go on with more or fewer processes.
+    over processes and accumulation. So a run may go on with more or fewer processes, unless it streams.
     """
     said = recipe.model_dump(mode="json", exclude=_PLACES_AND_SPEED)
     came_later = recipe.distillation.model_dump(include=_CAME_LATER, exclude_defaults=True)
@@ -334,6 +343,8 @@ def run_identity(recipe: TrainRecipe, facts: Mapping[str, Any]) -> dict[str, Any
         del said["student"]["norm"]
     if recipe.held_out:
         said["validation"] = {"fraction": recipe.held_out}
+    if recipe.streams:
+        said["loader"] = recipe.loader.model_dump(include={"kind", "shuffle_buffer"})
     return flatten(said | {"student": _OF_EVERY_KIND | said["student"]} | dict(facts))
 
 
