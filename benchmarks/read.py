@@ -2,6 +2,7 @@
 
     python -m benchmarks.read                    synthetic float16 features: 4 levels × 24×24 × 1024
     python -m benchmarks.read --cache PATH       rows of your own cache
+    python -m benchmarks.read --s3               tars over a loopback S3: as a stream, and by ranges
 
 Random order, warm page cache, memory that is reused; one process. Every repeat takes each reader in turn,
 and what is reported are medians over repeats, of the ratios too. The loaders give ready batches, features
@@ -29,6 +30,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import read_s3
 from benchmarks.readers import LOADERS, READERS, TAR, Arrays, Workload
 from teachercache.pipeline.cache import FeatureCache
 from tests.make_cache import make_cache, make_images, teacher_spec
@@ -60,7 +62,13 @@ def main() -> None:
     )
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument(
+        "--s3", action="store_true", help="compare streaming with ranges (benchmarks.read_s3)"
+    )
     arguments = parser.parse_args()
+    if arguments.s3:
+        read_s3.compare(arguments.rows, arguments.batch_size, arguments.repeats)
+        return
     with tempfile.TemporaryDirectory() as folder:
         workload = make_workload(arguments, Path(folder))
         speeds = measure(workload, arguments.repeats)

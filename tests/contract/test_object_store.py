@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,11 @@ from teachercache import FeatureCache, build
 from teachercache.cache_builder.build_recipe import RunnerRecipe
 from teachercache.cache_builder.repair import repair
 from teachercache.pipeline.errors import BuildError, CacheError, CacheNotFoundError, CorruptShardError
+from teachercache.pipeline.loading.loader import FeatureLoader
+from teachercache.pipeline.loading.streaming import StreamSampler
 from teachercache.pipeline.places.open_storage import open_storage
 from teachercache.pipeline.verify import verify
-from tests.make_cache import build_recipe, make_images
+from tests.make_cache import build_recipe, make_cache, make_images, teacher_spec
 
 QUIET = Console(quiet=True)
 READ_TIMEOUT_S = 1.0
@@ -364,3 +367,20 @@ def test_what_is_not_there_is_said(server: Server, monkeypatch: pytest.MonkeyPat
     with pytest.raises(CacheError, match=r"NoCredentialsError(.|\n)*AWS_ACCESS_KEY_ID"):
         FeatureCache.open("s3://bucket/cache")
     s3fs.S3FileSystem.clear_instance_cache()
+
+
+def test_a_stream_asks_once_for_a_tar_where_rows_are_asked_for_one_by_one(
+    server: Server, images: Path
+) -> None:
+    teachers = {"t": teacher_spec(codec="f16")}
+    make_cache("s3://bucket/tars", images, teachers=teachers, store="webdataset")
+    cache = FeatureCache.open("s3://bucket/tars", images=str(images))
+    sampler = StreamSampler(cache, batch_size_per_process=4, shuffle_buffer=3)
+    server.answered.clear()
+    with FeatureLoader(cache, sampler, threads=2) as loader:
+        batches = list(islice(loader, 4))
+    asked = [request.path for request in server.requests("GET") if request.path.endswith(".tar")]
+    assert len(set(asked[:3])) == 3, "the pass has three tars"
+    for batch in batches:
+        expected = cache.read(batch.rows)["t"].tensors()["codes"]
+        np.testing.assert_array_equal(batch.features["t"].tensors()["codes"].numpy(), expected.numpy())
