@@ -63,7 +63,6 @@ class Computing:
 
     def __init__(self, cache: FeatureCache, teachers: Mapping[str, Teacher]) -> None:
         self._cache, self._teachers = cache, dict(teachers)
-        self.render_size = cache.spec.render_size
         self._copies = {name: DeviceCopies(teacher) for name, teacher in teachers.items()}
         self._device = ThreadPoolExecutor(1, thread_name_prefix="device")
 
@@ -72,6 +71,10 @@ class Computing:
 
     def close(self) -> None:
         self._device.shutdown(cancel_futures=True)
+
+    def views_of(self, name: str, pixels: Mapping[Size, Tensor]) -> Tensor:
+        """What a teacher, or the student (name "images"), sees."""
+        return pixels[self._cache.spec.render_size(name)]
 
     @cached_property
     def _compiled(self) -> tuple[Any, Any]:
@@ -82,7 +85,7 @@ class Computing:
         self, names: Sequence[str], pixels: Mapping[Size, Tensor], seconds: StageSeconds
     ) -> dict[str, Computed]:
         """What to store of one batch of the teachers of one pass (`passes`), on the first one's device."""
-        views = self._copies[names[0]].start(pixels[self.render_size(names[0])])
+        views = self._copies[names[0]].start(self.views_of(names[0], pixels))
         return self._device.submit(self._compute, names, views, seconds).result()
 
     def _compute(self, names: Sequence[str], views: Tensor, seconds: StageSeconds) -> dict[str, Computed]:
@@ -179,7 +182,7 @@ class Batches:
             size: torch.stack([renders[size] for renders in self._renders]) for size in self._renders[0]
         }
         if IMAGES in self._writers:
-            rendered = pixels[self._computing.render_size(IMAGES)].numpy()
+            rendered = self._computing.views_of(IMAGES, pixels).numpy()
             self._submit(IMAGES, lambda: {PIXELS: rendered})
         for names in self._computing.passes([name for name in self._writers if name != IMAGES]):
             for name, computed in self._computing.encode(names, pixels, self._seconds).items():

@@ -39,6 +39,10 @@ class Coder(ABC):
     def decode(self, *arrays: Tensor, out: Tensor) -> None:
         """Fill `out` with the features of these rows, but for their outliers."""
 
+    def decode_at_once(self, *arrays: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """Features with their outliers by one kernel, or None where there is none for these arrays."""
+        return None
+
 
 class CalibratedCodec(Codec):
     """A codec that is its tables, kept on the CPU; a `Coder` works with them on one device."""
@@ -127,7 +131,10 @@ class CalibratedCodec(Codec):
         device = torch.device(device)
         coder = self._on(device)
         num_levels, width = coder.normalisation.levels, coder.normalisation.width
-        *arrays, places, values = self._arrays_on(device, tensors, num_levels, width)
+        all_arrays = self._arrays_on(device, tensors, num_levels, width)
+        if (whole := coder.decode_at_once(*all_arrays, dtype=dtype)) is not None:
+            return whole
+        *arrays, places, values = all_arrays
         features_RSHWC = torch.empty(*tensors["scales"].shape, width, dtype=dtype, device=device)
         with torch.autocast(device.type, enabled=False):
             for rows in row_blocks(features_RSHWC):

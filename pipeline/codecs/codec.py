@@ -27,7 +27,8 @@ class Codec(ABC):
     `standing`: a plan tries those that are advised; a special one serves one purpose, and an experiment is
     there for comparison. A report tries those that are `reported`. A choice needs a sample of `least_rows`; a
     look at what is lost learns from `trial_rows`, the fewest and the most. `token_dtype` is that of class
-    tokens and global features, which are few bytes and matter much.
+    tokens and global features, which are few bytes and matter much; `dtype` holds decoded features without
+    a loss beside the codec's own, and is what a GPU trains on.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Codec(ABC):
     least_rows: ClassVar[int] = 1
     trial_rows: ClassVar[tuple[int, int]] = (1, 2)
     token_dtype: ClassVar[np.dtype] = np.dtype("float16")
+    dtype: ClassVar[torch.dtype] = torch.bfloat16
     holds: str = "finite values, class tokens within float16"
 
     def fits(self, width: int) -> bool:

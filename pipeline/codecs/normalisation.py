@@ -124,6 +124,16 @@ class Hadamard(Normalisation):
         super().__init__(tables)
         self._signed_std_SC = tables["signs"] * tables["std"]
 
+    @property
+    def device(self) -> torch.device:
+        return self.tables["mean"].device
+
+    @property
+    def decode_tables(self) -> tuple[Tensor, ...]:
+        """As `decode_hadamard` takes them."""
+        tables = self.tables
+        return tables["mean"], tables["std"], self._signed_std_SC, tables["left"], tables["right"]
+
     @classmethod
     def calibrate(cls, features_RSHWC: Tensor) -> Self:
         return cls.of_moments(usual_moments(features_RSHWC))

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from teachercache.pipeline.codecs.calibrated import OUTLIER_ARRAYS, CalibratedCodec, Coder, join, row_blocks
+from teachercache.pipeline.codecs.kernels import has_kernel
 from teachercache.pipeline.codecs.lloyd_max import gaussian_levels
 from teachercache.pipeline.codecs.normalisation import Hadamard, Normalisation, PhiS, Standardise
 from teachercache.pipeline.codecs.packing import packed_width
@@ -76,6 +77,13 @@ class _Coder(Coder):
             tokens = self.quantizer.dequantise(codes[:, level], self.normalisation.width)
             scales = scales_RSHW[:, level, ..., None].float()
             out[:, level] = self.normalisation.inverse(tokens, scales, level)
+
+    def decode_at_once(self, *arrays: Tensor, dtype: torch.dtype) -> Tensor | None:
+        one, other = self.normalisation, self.quantizer
+        if not (isinstance(one, Hadamard) and isinstance(other, ScalarQuantizer) and has_kernel(one.device)):
+            return None
+        arrays = *(array.contiguous() for array in arrays), other.levels, *one.decode_tables
+        return torch.ops.teachercache.decode_hadamard(*arrays, dtype)
 
 
 class QuantizedCodec(CalibratedCodec):

@@ -89,7 +89,7 @@ class Objective:
     def _run(self, pixels_B3HW: Tensor, targets: Mapping[str, Target]) -> StudentOutput:
         inputs: dict[str, Any] = {"full": True, "maps": self.distillation is not None}
         if self.student.reads_features:
-            inputs["features"] = {name: target.feature_maps_BSHWC for name, target in targets.items()}
+            inputs["features"] = {name: target.feature_maps_BSHWC.float() for name, target in targets.items()}
         return self.model(pixels_B3HW, **inputs)
 
 

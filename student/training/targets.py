@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from teachercache.pipeline.cache import FeatureCache
-from teachercache.pipeline.codecs import Encoded
+from teachercache.pipeline.codecs import Codec, Encoded
 from teachercache.pipeline.grids import stored_form, upsampled_norms
 from teachercache.pipeline.loading.loader import Batch
 from teachercache.pipeline.records.spec import GridSpec, TeacherSpec
@@ -58,9 +58,15 @@ class CachedTargets(TargetSource):
         for name, spec in self._specs.items():
             encoded = batch.features[name]
             norms_BS = encoded.arrays.get(NORMS) if spec.grid.kind == "adjoint" else None
-            stored = self._decode(encoded, self._device), norms_BS
+            stored = self._decode(encoded, self._device, self._dtype(encoded.codec, spec)), norms_BS
             targets[name] = target_of(stored, batch.cls_tokens.get(name), spec, batch.windows, self._views)
         return targets
+
+    def _dtype(self, codec: Codec, spec: TeacherSpec) -> torch.dtype:
+        """Of a CPU, and of what is still computed of windows, float32; in that losses compute anyway."""
+        if self._device.type == "cpu" or (self._views.margin and spec.grid.kind == "adjoint"):
+            return torch.float32
+        return codec.dtype
 
 
 def target_of(
@@ -76,7 +82,8 @@ def target_of(
     of the whole view: nothing stored says what it would be of a window.
     """
     maps_BSHWC, norms_BS = stored
-    cls_token_BC = None if cls_token_BSC is None else cls_token_BSC[:, -1].to(maps_BSHWC, non_blocking=True)
+    there: dict[str, Any] = {"device": maps_BSHWC.device, "dtype": torch.float32, "non_blocking": True}
+    cls_token_BC = None if cls_token_BSC is None else cls_token_BSC[:, -1].to(**there)
     if norms_BS is None:
         height, width = maps_BSHWC.shape[2:4]
         grid = grid_in((height, width), windows_B2, views, maps_BSHWC.device)
