@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCard
 
@@ -35,11 +36,16 @@ def push_to_hub(
             do="copy or download the folder again",
         )
     if not private and not accept_licences:
-        head = ModelCard.load(place / CARD_FILE).data.to_dict() if (place / CARD_FILE).is_file() else {}
-        require_shareable(head.get(LINEAGE, {}))
+        require_shareable(teacher_licences(place))
     api = HfApi()
     files = [CONFIG_FILE, WEIGHTS_FILE, CARD_FILE]
     with pushing("student", repository, CheckpointError):
         api.create_repo(repository, private=private, exist_ok=True)
         uploaded = api.upload_folder(repo_id=repository, folder_path=place, allow_patterns=files)
     return str(uploaded.repo_url)
+
+
+def teacher_licences(folder: Path) -> dict[str, str]:
+    """What the card of a saved student says: licences by teacher; none where there is no card."""
+    card = folder / CARD_FILE
+    return ModelCard.load(card).data.to_dict().get(LINEAGE, {}) if card.is_file() else {}

@@ -16,6 +16,7 @@ from teachercache.jobs.cli import (
     rearranging,
     sharing,
     students,
+    zero_shot,
 )
 from teachercache.jobs.launch import run
 
@@ -48,6 +49,7 @@ VERBS = {
 for use, verbs in VERBS.items():
     for verb in verbs:
         app.command(rich_help_panel=use)(verb)
+app.add_typer(zero_shot.app, name="zeroshot", rich_help_panel="Measure a student")
 
 
 def _print_version(wanted: bool) -> None:

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 VERBS = (
     "plan build calibrate verify repair inspect report view merge subset convert train evaluate repsim "
     "probe depth-probe figure remove-teacher push import-reference norms datasets "
-    "recipes presets codecs help-keys"
+    "zeroshot recipes presets codecs help-keys"
 )
 Command = Callable[..., tuple[int, str]]
 

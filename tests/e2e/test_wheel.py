@@ -196,6 +196,7 @@ NEED = {
     "probe cache cache": "accelerate train",
     "depth-probe student nyud data": "accelerate train",
     "norms cache one two": "accelerate train",
+    "zeroshot classify student cache --classes build.yaml --clip nowhere": "accelerate train",
     "figure 1": "accelerate train",
     "evaluate student pascal_context data": "accelerate train",
 }

@@ -17,7 +17,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import BertConfig, GroundingDinoConfig, GroundingDinoForObjectDetection
+from transformers import GroundingDinoConfig
 
 from teachercache import build
 from teachercache.cache_builder.against_teacher import compare_with_teachers
@@ -34,9 +34,8 @@ from teachercache.cache_builder.teachers import grounding_dino as module
 from teachercache.pipeline.errors import MissingExtraError, TeacherInputError, WeightsNotFoundError
 from teachercache.pipeline.verify import verify
 from tests.make_cache import build_recipe, make_images
+from tests.tiny_grounding_dino import SWIN, TINY, tiny_grounding_dino
 
-TINY = "grounding-dino-of-tests"
-SWIN = (8, (1, 1, 2, 1), (1, 2, 4, 8), 4, 224)  # as of `module._SWINS`
 STRIDES = (8, 16, 32, 64)
 STAGES = "model.backbone.conv_encoder.model.swin.encoder.layers"
 REAL = ["grounding_dino_tiny", "grounding_dino_base"]
@@ -52,22 +51,7 @@ def _tiny_model() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def whole(_tiny_model: None) -> Any:
     """A whole detector with this Swin and small remaining parts."""
-    text = BertConfig(
-        vocab_size=1100, hidden_size=16, num_hidden_layers=1, num_attention_heads=1, intermediate_size=16
-    )
-    config = GroundingDinoConfig(
-        backbone_config=module._config(TINY).backbone_config,
-        text_config=text,
-        num_queries=3,
-        encoder_layers=1,
-        decoder_layers=2,
-    )
-    torch.manual_seed(5)
-    model = GroundingDinoForObjectDetection(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():  # biases and norms too, which begin as zeros and ones
-            parameter.add_(torch.randn_like(parameter), alpha=0.05)
-    return model
+    return tiny_grounding_dino()
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,58 @@
+"""COCO's annotations, and the average precision of detections against them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from teachercache.pipeline.errors import RecipeError, extra
+
+_MEASURES = ("AP", "AP50", "AP75", "AP small", "AP medium", "AP large")
+
+
+class CocoAnnotations:
+    """The numbers of a file's `images`, by name without folder and suffix, and of its `categories`.
+
+    Raises `RecipeError` for a file that holds something else, or no image.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            self.images = {PurePosixPath(one["file_name"]).stem: one["id"] for one in content["images"]}
+            self.categories = {one["name"].lower(): one["id"] for one in content["categories"]}
+            problem = "" if self.images and content["annotations"] else "no images or no annotations in it"
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            problem = f"{type(error).__name__}: {error}"
+        if problem:
+            raise RecipeError(
+                f"{file} does not hold COCO's annotations.",
+                got=problem,
+                expected="JSON with images, annotations and categories, such as instances_val2017.json",
+                do="pass such a file, or leave it out",
+            )
+
+    def require(self, phrases: Sequence[str], names: Sequence[str]) -> None:
+        """Raises `RecipeError` for phrases that are no categories, and where no image is annotated."""
+        unknown = [phrase for phrase in phrases if phrase not in self.categories]
+        if unknown or not any(name in self.images for name in names):
+            raise RecipeError(
+                f"{self.file} annotates other {'things' if unknown else 'images'}.",
+                got=", ".join(unknown or names[:3]) or "no image",
+                expected=f"such as {', '.join([*(self.categories if unknown else self.images)][:5])}",
+                do="leave these phrases out" if unknown else "pass the folder of the annotated images",
+            )
+
+    def average_precision(self, content: dict[str, list]) -> dict[str, float]:
+        """Of boxes in percent, over the images and categories of `content`, which has COCO's form."""
+        with extra("decoders"):
+            from faster_coco_eval import COCO, COCOeval_faster
+        truth = COCO(str(self.file))
+        measured: Any = COCOeval_faster(truth, truth.loadRes(content["annotations"]), "bbox")
+        measured.params.imgIds = [one["id"] for one in content["images"]]
+        measured.params.catIds = [one["id"] for one in content["categories"]]
+        measured.run()
+        return dict(zip(_MEASURES, (100 * measured.stats[:6]).tolist(), strict=True))
