@@ -130,10 +130,15 @@ class KPU(Student):
         """
         return self._represent(pixels_B3HW, range(len(STRIDES)) if self.vit_adapter else [0])
 
-    def project(self, pixels_B3HW: Tensor) -> dict[str, Features]:
-        """h_s2t(X) for each teacher: the student's version of its class token and map of raw tokens, before
-        any norm and head of the teacher's own."""
-        student = self._for_teachers(pixels_B3HW, self.teachers)
+    def size_for(self, teacher: str) -> Size:
+        """The (height, width) of the images on which the student learnt from this teacher."""
+        height, width = self.config["image_sizes"].get(teacher, self.image_size)
+        return height, width
+
+    def project(self, pixels_B3HW: Tensor, teachers: Iterable[str] | None = None) -> dict[str, Features]:
+        """h_s2t(X) for each of `teachers` (None: all): the student's version of its class token and map of
+        raw tokens, before any norm and head of the teacher's own."""
+        student = self._for_teachers(pixels_B3HW, self.teachers if teachers is None else teachers)
         return {
             name: self.latent_space.s2t[name](features, self._grids[name])
             for name, features in student.items()
@@ -175,7 +180,7 @@ class KPU(Student):
         return min(range(len(sizes)), key=lambda scale: abs(math.log(sizes[scale] / math.prod(grid))))
 
     def _scale_grids(self, teacher: str) -> list[Size]:
-        height, width = self.config["image_sizes"].get(teacher, self.image_size)
+        height, width = self.size_for(teacher)
         if self.vit_adapter is None:
             return [self.stem.grid_of((height, width))]
         return [(math.ceil(height / stride), math.ceil(width / stride)) for stride in STRIDES]

@@ -61,7 +61,8 @@ def classify(
     several have a class token. Raises `RecipeError` as `require_clip` does.
     """
     teacher = require_clip(student, clip, teacher)
-    tokens = ClassTokens(student, images, batch_size=batch_size)
+    assert isinstance(student, KPU)
+    tokens = ClassTokens(student, images, student.size_for(teacher), batch_size)
     tokens.teacher, tokens.width = teacher, clip.width
     clip.model.to(student.mean.device)
     names_KP, labels = clip.embed(list(classes.values()), templates), list(classes)
@@ -94,7 +95,7 @@ class ClassTokens(StudentFeatures):
 
     def _vectors(self, pixels_B3HW: Tensor) -> Tensor:
         assert isinstance(self.student, KPU)
-        token_BC = self.student.project(pixels_B3HW)[self.teacher].image
+        token_BC = self.student.project(pixels_B3HW, [self.teacher])[self.teacher].image
         assert token_BC is not None
         return token_BC
 

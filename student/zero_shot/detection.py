@@ -39,16 +39,17 @@ class Box(NamedTuple):
 def find(
     student: Student, images: Sequence[Image.Image], detector: Detector, phrases: Sequence[str]
 ) -> list[list[Box]]:
-    """The 300 best boxes of each image, best first. An image is fitted into the student's size and padded.
+    """The 300 best boxes of each image, best first. An image is fitted into the size on which the student
+    learnt from GroundingDINO, and padded.
 
     `student`, on its device, is in the place of the image side of `detector`, which moves there too. Raises
     `RecipeError` for a student without GroundingDINO's four maps.
     """
     names, device = require_maps(student, detector), student.mean.device
     assert isinstance(student, KPU)
-    fitted = [_fitted(image, student.image_size) for image in images]
+    fitted = [_fitted(image, student.size_for(names[0])) for image in images]
     pixels_B3HW, shown_BHW = (torch.stack(parts).to(device) for parts in zip(*fitted, strict=True))
-    projected = student.eval().project(student.normalize(pixels_B3HW))
+    projected = student.eval().project(student.normalize(pixels_B3HW), names)
     boxes_BQ4, scores_BQP = detector([projected[name].map for name in names], shown_BHW, phrases)
     found = []
     for image, boxes_Q4, scores_QP in zip(images, boxes_BQ4.cpu(), scores_BQP.cpu(), strict=True):
@@ -119,16 +120,18 @@ def detect(
 
 def require_maps(student: Student, detector: Detector) -> list[str]:
     """The student's teachers that are the detector's maps, from fine to coarse. Raises `RecipeError`."""
-    widths, grids = student.config["teacher_dims"], student.config.get("teacher_grids", {})
-    able = [name for name, width in widths.items() if width == detector.width]
-    if not isinstance(student, KPU) or len({math.prod(grids[name]) for name in able}) != detector.num_maps:
+    able = [name for name, width in student.config["teacher_dims"].items() if width == detector.width]
+    maps: dict[int, str] = {}
+    if isinstance(student, KPU) and len({student.size_for(name) for name in able}) == 1:
+        maps = {-math.prod(student.config["teacher_grids"][name]): name for name in able}
+    if not len(maps) == len(able) == detector.num_maps:
         raise RecipeError(
             "The student does not have the maps that the detector takes.",
             got=f"a {student.kind}; of {detector.width} channels: {', '.join(able) or 'no teacher'}",
-            expected=f"a KPU of {detector.num_maps} teachers, GroundingDINO with each of its block_indices",
+            expected=f"a KPU of {detector.num_maps} teachers, the block_indices of one GroundingDINO",
             do="distil such a student (docs/zero_shot.md), or pass the detector that its teachers are of",
         )
-    return sorted(able, key=lambda name: -math.prod(grids[name]))
+    return [maps[tokens] for tokens in sorted(maps)]
 
 
 def _fitted(image: Image.Image, size: Size) -> tuple[Tensor, Tensor]:

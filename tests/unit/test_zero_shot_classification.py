@@ -109,7 +109,7 @@ def test_accuracy_is_the_share_of_images_whose_folder_names_the_best_class(
     clip: Clip, cache: FeatureCache, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kpu, tokens_BC = student(), cache.read_tokens(range(6), "clip", CLS_TOKEN)[:, -1].float()
-    monkeypatch.setattr(kpu, "project", lambda _: {"clip": Features(tokens_BC, tokens_BC)})
+    monkeypatch.setattr(kpu, "project", lambda *_: {"clip": Features(tokens_BC, tokens_BC)})
     found = classify(kpu, open_source(images), clip, CLASSES)
     chances_BK = clip.logits(tokens_BC, clip.embed(list(CLASSES.values()), TEMPLATES)).softmax(1)
     best = [list(CLASSES)[int(place)] for place in chances_BK.argmax(1)]
@@ -124,7 +124,7 @@ def test_accuracy_is_the_share_of_images_whose_folder_names_the_best_class(
 
 
 def test_a_student_says_what_its_own_tokens_say(clip: Clip, cache: FeatureCache, images: Path) -> None:
-    kpu = student()
+    kpu = student(image_size=(64, 64), image_sizes={"clip": (SIZE, SIZE)})  # CLIP had images of its own
     found = classify(kpu, open_source(images), clip, CLASSES, batch_size=4)
     with torch.no_grad():
         token_BC = kpu.project(kpu.normalize(pixels(cache)))["clip"].image

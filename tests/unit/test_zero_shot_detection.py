@@ -106,10 +106,10 @@ def test_an_image_is_fitted_and_its_padding_is_masked(
     whole: Any, detector: Detector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The whole model's own maps of the very pixels; an image of half the student's height fills its top."""
-    kpu = student()
+    kpu = student(image_size=(32, 32), image_sizes=dict.fromkeys(MAPS, SIZE))
     kpu.mean, kpu.std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
 
-    def project(pixels: Tensor) -> dict[str, Features]:
+    def project(pixels: Tensor, _: object) -> dict[str, Features]:
         stages = whole.model.backbone.conv_encoder.model(pixels).feature_maps
         maps = zip(whole.model.input_proj_vision, (*stages, stages[-1]), strict=True)
         found = [part(stage) for part, stage in maps]
@@ -147,7 +147,9 @@ def test_maps_go_from_fine_to_coarse(detector: Detector) -> None:
 def test_a_student_without_the_four_maps_is_refused(detector: Detector) -> None:
     three = dict.fromkeys(("first", "second", "third"), 256)
     sak = build_student("sak", stem="test_vit", teacher_dims=dict.fromkeys(MAPS, 256), image_size=(32, 32))
-    for one in (student(teacher_dims=three | {"clip": 8}), sak):
+    five = student(teacher_dims=dict.fromkeys((*MAPS, "clip"), 256))
+    sizes = student(image_sizes={"first": (64, 64)})
+    for one in (student(teacher_dims=three | {"clip": 8}), five, sizes, sak):
         with pytest.raises(RecipeError, match=rf"(?s)the maps.*a {one.kind};.*a KPU of 4 teachers"):
             require_maps(one, detector)
 
