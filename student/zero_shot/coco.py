@@ -1,15 +1,12 @@
-"""COCO's annotations, and the average precision of detections against them."""
+"""COCO's annotations of images that are not a data set's, and the average precision of boxes on them."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
 
-from teachercache.pipeline.errors import RecipeError, extra
-
-_MEASURES = ("AP", "AP50", "AP75", "AP small", "AP medium", "AP large")
+from teachercache.pipeline.errors import RecipeError
 
 
 class CocoAnnotations:
@@ -21,10 +18,10 @@ class CocoAnnotations:
     def __init__(self, file: Path) -> None:
         self.file = file
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-            self.images = {PurePosixPath(one["file_name"]).stem: one["id"] for one in content["images"]}
-            self.categories = {one["name"].lower(): one["id"] for one in content["categories"]}
-            problem = "" if self.images and content["annotations"] else "no images or no annotations in it"
+            self.content = json.loads(file.read_text(encoding="utf-8"))
+            self.images = {PurePosixPath(one["file_name"]).stem: one["id"] for one in self.content["images"]}
+            self.categories = {one["name"].lower(): one["id"] for one in self.content["categories"]}
+            problem = "" if self.images and self.content["annotations"] else "no images, or nothing in them"
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             problem = f"{type(error).__name__}: {error}"
         if problem:
@@ -46,13 +43,15 @@ class CocoAnnotations:
                 do="leave these phrases out" if unknown else "pass the folder of the annotated images",
             )
 
-    def average_precision(self, content: dict[str, list]) -> dict[str, float]:
-        """Of boxes in percent, over the images and categories of `content`, which has COCO's form."""
-        with extra("decoders"):
-            from faster_coco_eval import COCO, COCOeval_faster
-        truth = COCO(str(self.file))
-        measured: Any = COCOeval_faster(truth, truth.loadRes(content["annotations"]), "bbox")
-        measured.params.imgIds = [one["id"] for one in content["images"]]
-        measured.params.catIds = [one["id"] for one in content["categories"]]
-        measured.run()
-        return dict(zip(_MEASURES, (100 * measured.stats[:6]).tolist(), strict=True))
+    def average_precision(self, found: dict[str, list]) -> dict[str, float]:
+        """Of boxes in percent, over the images and categories of `found`, which has COCO's form."""
+        from teachercache.student.metrics.average_precision import average_precision
+
+        images, categories = ({one["id"] for one in found[key]} for key in ("images", "categories"))
+        kept = [
+            one
+            for one in self.content["annotations"]
+            if one["image_id"] in images and one["category_id"] in categories
+        ]
+        scores = average_precision({**found, "annotations": kept}, found["annotations"], "bbox")
+        return {name: 100 * score for name, score in scores.items()}

@@ -207,6 +207,14 @@ def test_average_precision_is_that_of_pycocotools(coco: Path, capsys: pytest.Cap
     found = truth.average_precision(content)
     assert list(found.values()) == pytest.approx((100 * reference.stats[:6]).tolist(), abs=1e-6)
     assert 5 < found["AP"] < 95
+    dogs = content | {"categories": content["categories"][1:]}
+    dogs["annotations"] = [one for one in content["annotations"] if one["category_id"] == 9]
+    reference.params.catIds = [9]
+    for step in (reference.evaluate, reference.accumulate, reference.summarize):
+        step()
+    assert list(truth.average_precision(dogs).values()) == pytest.approx(
+        (100 * reference.stats[:6]).tolist(), abs=1e-6
+    )
 
 
 def test_annotated_images_alone_are_looked_at_and_scored(
