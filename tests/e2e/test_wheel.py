@@ -199,6 +199,8 @@ NEED = {
     "zeroshot classify student cache --classes build.yaml --clip nowhere": "accelerate train",
     "figure 1": "accelerate train",
     "evaluate student pascal_context data": "accelerate train",
+    "train-decoders kpu_decoders_frozen": "accelerate train",
+    "evaluate-decoders decoders semseg data": "accelerate train",
 }
 
 
