@@ -39,19 +39,21 @@ _WRITES_IN_FLIGHT = 4
 
 @dataclass(frozen=True)
 class Computed:
-    """What to store, its statistics, and whether the codec can hold it, all on the device."""
+    """What to store, and whether the codec can hold it, once it has `arrived`; statistics, on the device."""
 
     codec: Codec
     tensors: dict[str, Tensor]
-    finite: dict[str, Tensor | bool]
+    finite: dict[str, Tensor]
     moments: FeatureMoments
+    arrived: Callable[[], object] = lambda: None
 
     def arrays(self) -> dict[str, NDArray]:
-        """Waits for the device. Raises `CodecError` where the codec cannot hold the features."""
+        """Waits for the copies. Raises `CodecError` where the codec cannot hold the features."""
+        self.arrived()
         for what, finite in self.finite.items():
             if not finite:
                 raise self.codec.not_finite(what)
-        return {name: tensor.cpu().numpy() for name, tensor in self.tensors.items()}
+        return {name: tensor.numpy() for name, tensor in self.tensors.items()}
 
 
 class Computing:
@@ -71,6 +73,12 @@ class Computing:
 
     def close(self) -> None:
         self._device.shutdown(cancel_futures=True)
+
+    def stack(self, views: Sequence[Tensor]) -> Tensor:
+        """Views as a batch, where a GPU can fetch it from."""
+        pinned = any(copies.on_gpu for copies in self._copies.values())
+        out = torch.empty(len(views), *views[0].shape, dtype=views[0].dtype, pin_memory=pinned)
+        return torch.stack(tuple(views), out=out)
 
     def views_of(self, name: str, pixels: Mapping[Size, Tensor]) -> Tensor:
         """What a teacher, or the student (name "images"), sees."""
@@ -114,7 +122,9 @@ class Computing:
                     tensors[NORMS] = norms_BS
             with seconds.stage("statistics"):
                 moments = moments_of(features.feature_maps_BSHWC, self._cache.spec.covariance)
-        return Computed(codec, tensors, {"features": encoded.finite, **_finite(tokens)}, moments)
+            finite = {"features": torch.as_tensor(encoded.finite), **_finite(tokens)}
+            [tensors, finite], arrived = self._copies[name].to_host(tensors, finite)
+        return Computed(codec, tensors, finite, moments, arrived)
 
 
 def _encode(maps_BSHWC: Tensor, codec: Codec, grid: GridSpec) -> tuple[Encoded, Tensor | None]:
@@ -179,7 +189,8 @@ class Batches:
 
     def _run(self) -> None:
         pixels = {
-            size: torch.stack([renders[size] for renders in self._renders]) for size in self._renders[0]
+            size: self._computing.stack([renders[size] for renders in self._renders])
+            for size in self._renders[0]
         }
         if IMAGES in self._writers:
             rendered = self._computing.views_of(IMAGES, pixels).numpy()

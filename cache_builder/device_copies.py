@@ -1,6 +1,8 @@
-"""Copy views to a teacher's device while it computes."""
+"""Copy views to a teacher's device, and codes from it, while it computes."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +16,9 @@ class DeviceCopies:
 
     def __init__(self, teacher: nn.Module) -> None:
         self._device = next(teacher.parameters()).device
-        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        self.on_gpu = self._device.type == "cuda"
+        streams = [torch.cuda.Stream(self._device) if self.on_gpu else None for _ in range(2)]
+        self._stream, self._back = streams
 
     def start(self, views: Tensor) -> Tensor:
         """`views` on the device, perhaps still being copied; use them after `wait`."""
@@ -34,3 +38,19 @@ class DeviceCopies:
         """Wait until this thread's computations are done, so that times are right."""
         if self._stream is not None:
             torch.cuda.current_stream(self._device).synchronize()
+
+    def to_host(self, *groups: Mapping[str, Tensor]) -> tuple[list[dict[str, Tensor]], Callable[[], object]]:
+        """The tensors on the host, once what is returned beside them was called, in whichever thread.
+
+        They are copied behind what this thread has computed, and beside what it computes next, into
+        page-locked memory, of which PyTorch keeps a ring.
+        """
+        if self._back is None:
+            return [dict(group) for group in groups], lambda: None
+        self._back.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._back):
+            copies = [{name: one.to("cpu", non_blocking=True) for name, one in g.items()} for g in groups]
+        for group in groups:
+            for tensor in group.values():
+                tensor.record_stream(self._back)
+        return copies, self._back.record_event().synchronize

@@ -120,7 +120,7 @@ def render_view(image: Image.Image, view: View, size: Size | None = None) -> Ten
         crop = canvas
     if view.flip:
         crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return torch.from_numpy(np.array(crop)).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(np.stack([np.asarray(band) for band in crop.split()]))
 
 
 def enlarge_and_pad(pixels_B3HW: Tensor, size: Size) -> Tensor:

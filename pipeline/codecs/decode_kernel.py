@@ -9,6 +9,8 @@ three of them, which keep float32's. Imported where a GPU decodes; Triton comes 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -33,7 +35,7 @@ def decode_hadamard(
     dtype: torch.dtype,
 ) -> Tensor:
     """Features (R, S, H, W, C) of the arrays of a codec and its tables; all contiguous, on one device."""
-    rows, num_levels, height, width, num_bytes = codes.shape
+    rows, num_levels, height, width = scales.shape
     tokens, channels = height * width, mean.shape[1]
     out = torch.empty(rows, num_levels, height, width, channels, dtype=dtype, device=codes.device)
     sides = [max(16, triton.next_power_of_2(len(factor))) for factor in (left, right)]
@@ -42,8 +44,6 @@ def decode_hadamard(
     if rows:
         _decode[(rows * num_levels * blocks,)](
             *(codes, scales, levels, mean, signed_std, left, right, out, tokens, blocks, num_levels),
-            CHANNELS=channels,
-            NUM_BYTES=num_bytes,
             BITS=len(levels).bit_length() - 1,
             M=len(left),
             K=len(right),
@@ -63,19 +63,8 @@ def decode_hadamard(
 
 
 @decode_hadamard.register_fake
-def _(
-    codes: Tensor,
-    scales: Tensor,
-    places: Tensor,
-    values: Tensor,
-    levels: Tensor,
-    mean: Tensor,
-    std: Tensor,
-    signed_std: Tensor,
-    left: Tensor,
-    right: Tensor,
-    dtype: torch.dtype,
-) -> Tensor:
+def _(codes: Tensor, scales: Tensor, *rest: Any) -> Tensor:
+    mean, dtype = rest[3], rest[-1]
     return codes.new_empty((*scales.shape, mean.shape[1]), dtype=dtype)
 
 
@@ -92,8 +81,6 @@ def _decode(
     num_tokens,
     num_blocks,
     num_levels,
-    CHANNELS: tl.constexpr,
-    NUM_BYTES: tl.constexpr,
     BITS: tl.constexpr,
     M: tl.constexpr,
     K: tl.constexpr,
@@ -114,7 +101,7 @@ def _decode(
     place = map_ * num_tokens + token
 
     bit = channel * BITS
-    at = codes + place[:, None] * NUM_BYTES + bit // 8
+    at = codes + place[:, None] * ((M * K * BITS + 7) // 8) + bit // 8
     word = tl.load(at, mask=held, other=0).to(tl.int32)
     if 8 % BITS != 0:  # a code may lie in two bytes
         word |= tl.load(at + 1, mask=held & (bit % 8 + BITS > 8), other=0).to(tl.int32) << 8
@@ -134,11 +121,11 @@ def _decode(
     signed = tl.reshape(signed, (TOKENS * PADDED_M, PADDED_K))
 
     scale = tl.load(scales + place, mask=is_token, other=0.0).to(tl.float32)
-    of_level = level * CHANNELS + channel
+    of_level = level * (M * K) + channel
     spread = tl.load(signed_std + of_level, mask=held, other=0.0)
     centre = tl.load(mean + of_level, mask=held, other=0.0)
     features = centre + signed * scale[:, None] * spread
-    tl.store(out + place[:, None] * CHANNELS + channel, features.to(out.dtype.element_ty), mask=held)
+    tl.store(out + place[:, None] * (M * K) + channel, features.to(out.dtype.element_ty), mask=held)
 
 
 @triton.jit

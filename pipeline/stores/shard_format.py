@@ -9,6 +9,7 @@ So shards that differ anywhere also differ near their end (`Storage.ends`).
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterable
 
 import google_crc32c
@@ -23,9 +24,17 @@ CHECKSUM_NBYTES = 4
 Index = NDArray[np.uint64]  # (rows, 2): offset, and nbytes with the checksum
 
 
+try:  # the library's own: other threads run meanwhile, while the package's (and numcodecs') holds the GIL
+    _crc32c = ctypes.CDLL(google_crc32c._crc32c.__file__).crc32c_value
+    _crc32c.restype, _crc32c.argtypes = ctypes.c_uint32, (ctypes.c_void_p, ctypes.c_size_t)
+except (AttributeError, OSError):  # a package without the library
+    _crc32c = None  # type: ignore[assignment]
+
+
 def checksum(data: bytes | memoryview) -> bytes:
-    """The crc32c. numcodecs' is this very function in another coat, and holds the GIL as well."""
-    value: int = google_crc32c.value(np.frombuffer(data, np.uint8))  # it takes no memoryview
+    """The crc32c."""
+    values = np.frombuffer(data, np.uint8)
+    value: int = _crc32c(values.ctypes.data, values.size) if _crc32c else google_crc32c.value(values)
     return value.to_bytes(CHECKSUM_NBYTES, "little")
 
 

@@ -79,17 +79,20 @@ class ZarrShardWriter(ShardWriter):
             file, layout = self._file_of[array], self._layouts[array]
             assert values.shape == (len(offsets), *layout.shape), (array, values.shape, layout.shape)
             data = np.ascontiguousarray(values, layout.dtype)
-            for offset, chunk in zip(offsets, self._chunks(layout, data), strict=True):
-                self._index[array][offset] = file.nbytes, len(chunk)
-                file.write(chunk)
+            for offset, parts in zip(offsets, self._chunks(layout, data), strict=True):
+                start = file.nbytes
+                for part in parts:
+                    file.write(part)
+                self._index[array][offset] = start, file.nbytes - start
 
-    def _chunks(self, layout: ArrayLayout, rows: NDArray) -> Iterable[bytes]:
-        """Each row as it is stored, with its checksum."""
+    def _chunks(self, layout: ArrayLayout, rows: NDArray) -> Iterable[Sequence[bytes | memoryview]]:
+        """Each row as it is stored, with its checksum, in parts; rows themselves are not copied."""
         if self._compressor is None:
-            return (data + checksum(data) for data in map(bytes, rows))
+            views = (row.reshape(-1).view(np.uint8).data for row in rows)
+            return ((view, checksum(view)) for view in views)
         from teachercache.pipeline.stores.through_zarr import encoded_rows  # slow to import
 
-        return encoded_rows(chunks_json(layout, len(rows), self._compressor), rows)
+        return zip(encoded_rows(chunks_json(layout, len(rows), self._compressor), rows))
 
     def _end(self) -> None:
         for array, index in self._index.items():

@@ -63,6 +63,19 @@ def test_copies_arrive_before_they_are_used() -> None:
         copies.synchronize()
 
 
+def test_codes_leave_while_the_next_are_computed() -> None:
+    copies = DeviceCopies(torch.nn.Linear(1, 1).cuda())
+    pending = []
+    for value in range(8):
+        torch.cuda._sleep(10_000_000)
+        [codes], arrived = copies.to_host({"codes": torch.full((1 << 24,), value, device="cuda")})
+        pending.append((codes["codes"], arrived))
+    for value, (host, arrived) in enumerate(pending):
+        arrived()
+        assert host.is_pinned()
+        assert int(host.max()) == int(host.min()) == value
+
+
 def test_targets_on_the_gpu_are_those_on_the_cpu(cache: FeatureCache) -> None:
     sampler = ShardShuffleSampler(cache, batch_size_per_process=4)
     names, generator = list(TEACHERS), torch.Generator().manual_seed(0)
