@@ -147,7 +147,8 @@ def _require_fit(student: Student, cache: FeatureCache, names: Sequence[str]) ->
             expected=f"some of {', '.join(student.teachers)}",
             do="name only teachers that student and cache have in common",
         )
-    if student.image_size != cache.spec.views.size:
+    others = student.config.get("image_sizes", {})  # of a KPU, by teacher
+    if {tuple(others.get(name, student.image_size)) for name in names} != {cache.spec.views.size}:
         raise RecipeError(
             "The student's images and the views of this cache differ in size.",
             got=f"views of {cache.spec.views.size}",

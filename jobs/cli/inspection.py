@@ -146,22 +146,22 @@ def norms(
 
 def gap(
     student: StudentArgument,
-    cache: CacheArgument,
-    teachers: Annotated[str, typer.Option(help="Of these alone, separated by commas.")] = "",
+    caches: Annotated[list[str], typer.Argument(metavar="CACHE…", help="Of its teachers; several, or one.")],
     max_samples: Annotated[int | None, typer.Option(min=1, help="Samples to measure on; all.")] = None,
     as_json: Json = False,
 ) -> None:
     """The gap between teachers: standard deviations in their own spaces and in a KPU's shared one.
 
-    Example: `teachercache gap runs/kpu_base/student /data/imagenet1k_kpu_vitb_val`
+    Example: `teachercache gap runs/kpu_base/student /data/clip_of_val /data/gdino_of_val`
     """
     from teachercache.jobs.inspection.tables import columns_table
     from teachercache.pipeline.cache import FeatureCache
     from teachercache.student import load_student
     from teachercache.student.measuring.gap import largest_ratio, teacher_gap
 
-    names = [name.strip() for name in teachers.split(",")] if teachers else None
-    found = teacher_gap(load_student(student), FeatureCache.open(cache), names, max_samples=max_samples)
+    loaded, found = load_student(student), {}
+    for cache in caches:
+        found |= teacher_gap(loaded, FeatureCache.open(cache), max_samples=max_samples)
     found |= {"largest / smallest": largest_ratio(found)}
     if as_json:
         print_json({name: spread._asdict() for name, spread in found.items()})

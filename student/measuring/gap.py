@@ -3,7 +3,7 @@ makes of them ("Effects of Unified Knowledge Transfer")."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from torch import Tensor
@@ -29,29 +29,23 @@ class Spread(NamedTuple):
 def teacher_gap(
     student: Student,
     cache: FeatureCache,
-    teachers: Sequence[str] | None = None,
     *,
     max_samples: int | None = None,
     batch_size: int = 16,
     threads: int = 2,
 ) -> dict[str, Spread]:
-    """Of each of `teachers` (null: those that student and cache have in common), over a view of each sample:
-    of V^t and of h_t2s(V^t), the root of the mean over channels of their variance, by which PHI-S scales.
+    """Of each teacher that student and cache have in common, over a view of each sample: of V^t and of
+    h_t2s(V^t), the root of the mean over channels of their variance, by which PHI-S scales.
 
-    Raises `RecipeError` for a student without such a space or without these teachers.
+    Raises `RecipeError` for a student without such a space or without such a teacher.
     """
-    names = list(teachers or [name for name in student.teachers if name in cache.teachers])
-    if (
-        not isinstance(student, KPU)
-        or student.latent_space.t2s is None
-        or not set(names) <= set(student.teachers)
-    ):
+    names = [name for name in student.teachers if name in cache.teachers]
+    if not isinstance(student, KPU) or student.latent_space.t2s is None or not names:
         raise RecipeError(
-            "This student has no space that these teachers share.",
-            got=f"{', '.join(names) or 'no teacher of this cache'}, and a {student.kind} of "
-            f"{', '.join(student.teachers)}",
-            expected="a kpu that was trained with unification, of teachers in the cache",
-            do="name its teachers, or train one with student.unification=true",
+            "This student has no space that teachers of this cache share.",
+            got=f"a {student.kind} of {', '.join(student.teachers)}, a cache of {', '.join(cache.teachers)}",
+            expected="a kpu that was trained with unification, and a cache with some of its teachers",
+            do="choose another cache, or train one with student.unification=true",
         )
     sampler = ShardShuffleSampler(cache, names, batch_size_per_process=batch_size)
     count = min(max_samples or sampler.num_samples, sampler.num_samples)

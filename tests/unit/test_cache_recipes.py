@@ -10,6 +10,7 @@ import pytest
 
 from teachercache.cache_builder.build_recipe import BuildRecipe
 from teachercache.cache_builder.plan import bytes_per_row
+from teachercache.cache_builder.teachers.registry import passes
 from teachercache.cache_builder.teachers.teacher_recipe import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -87,15 +88,21 @@ def test_a_recipe_of_sak_feeds_its_models_as_the_authors_do_and_says_what_differ
 
 
 def test_a_kpu_s_cache_holds_the_last_level_and_class_tokens() -> None:
-    student = find_recipe(TrainRecipe, "kpu_base")
-    name = Path(student.cache).name
-    clip, detector = teachers(name)
-    assert (clip.block_indices, clip.cls_token, clip.grid) == ((11,), True, GridSpec())
-    assert (detector.num_levels, detector.cls_token, detector.grid) == (1, False, GridSpec())
-    header = (SHIPPED / f"{name}.yaml").read_text()
-    assert f"{mb([clip, detector])} a view" in header
-    *_, sentinel = teachers(name, re.findall(r"teachers\.dinov2\.\S+", header))
-    assert (sentinel.block_indices, sentinel.cls_token) == ((11,), True)
+    of_clip, of_detector = (Path(one.cache).name for one in find_recipe(TrainRecipe, "kpu_base").each)
+    for name, cheaper in ((of_clip, False), ("imagenet1k_kpu_vitb", True)):
+        clip, *others = teachers(name)
+        assert (clip.block_indices, clip.cls_token, clip.grid) == ((11,), True, GridSpec())
+        assert [(one.num_levels, one.cls_token, one.grid) for one in others] == [
+            (1, False, GridSpec())
+        ] * cheaper
+        header = (SHIPPED / f"{name}.yaml").read_text()
+        assert f"{mb([clip, *others])} a view" in header
+        *_, sentinel = teachers(name, re.findall(r"teachers\.dinov2\.\S+", header))
+        assert (sentinel.block_indices, sentinel.cls_token) == ((11,), True)
+    maps = teachers(of_detector)
+    assert [one.native_grid[0] for one in maps] == [100, 50, 25, 13]
+    assert len(passes({str(one.block_indices): one for one in maps})) == 1
+    assert f"{mb(maps)} a view" in (SHIPPED / f"{of_detector}.yaml").read_text()
 
 
 def test_the_recipe_of_kpu_is_that_of_the_paper() -> None:
@@ -107,6 +114,7 @@ def test_the_recipe_of_kpu_is_that_of_the_paper() -> None:
         "cosine",
     )
     assert recipe.schedule.steps(1_281_167 / recipe.images_per_step(8)) == (40_000, 0)
+    assert [one.batch_size_per_process for one in recipe.each] == [32, 4]
     loss = recipe.distillation
     weights = loss.image_weight, loss.cosine_weight, loss.distance_weight, loss.reconstruction_weight
     assert weights == (1, 0.9, 0.1, 1)

@@ -161,6 +161,19 @@ def test_the_card_names_the_teachers_of_all_caches(finished: Path) -> None:
     assert "cache: large" in card
 
 
+def test_likeness_and_gap_are_measured_at_the_size_of_each_teacher(
+    caches: list[Path], finished: Path
+) -> None:
+    student = str(finished / "student")
+    told = CliRunner().invoke(app, ["gap", student, *map(str, caches), "--max-samples", "3", "--json"])
+    assert told.exit_code == 0, told.output
+    assert list(json.loads(told.output)) == ["clip", "dino", "detector", "largest / smallest"]
+    for cache, teachers in zip(caches, (["clip", "dino"], ["detector"]), strict=True):
+        told = CliRunner().invoke(app, ["repsim", student, str(cache), "--max-samples", "3", "--json"])
+        assert told.exit_code == 0, told.output
+        assert list(json.loads(told.output)) == teachers
+
+
 def test_a_run_goes_on_with_the_same_inputs_alone(caches: list[Path], finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished / "checkpoints", tmp_path / "checkpoints")
     changed = recipe(caches, tmp_path, distillation={"weighting": "famo"})
