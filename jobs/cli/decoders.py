@@ -45,9 +45,11 @@ def evaluate_decoders(
     max_images: Annotated[int | None, typer.Option(min=1, help="Measure the first few images.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images of one forward pass.")] = 4,
     threads: Annotated[int, typer.Option(min=1, help="Threads that read and render.")] = 2,
+    table: Annotated[int | None, typer.Option(help="Show the rows of this table of KPU alone.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure a decoder at the size of its images: mIoU, AP of boxes and masks as COCO has them, or top-1.
+    """Measure a decoder at the size of its images, beside KPU's rows: mIoU, AP of boxes and masks as COCO has
+    them, or top-1.
 
     `accelerate launch -m teachercache.jobs.cli evaluate-decoders …` does the same with several processes.
 
@@ -57,20 +59,22 @@ def evaluate_decoders(
     from teachercache.pipeline.errors import require_known
     from teachercache.student.datasets import open_dataset
     from teachercache.student.decoders.model import load_decoders
-    from teachercache.student.measuring.decoder_scores import evaluate_decoder
+    from teachercache.student.measuring.decoder_scores import evaluate_decoder, scores_table
+    from teachercache.student.measuring.paper_results import kpu_rows
 
     loaded = load_decoders(decoders)
     require_known("decoder of this run", name, loaded.made_of)
+    made = loaded.made_of[name]
+    kpu_rows(made["dataset"], made["classes"], (), table)
     scores = evaluate_decoder(
         loaded,
         name,
-        open_dataset(loaded.made_of[name]["dataset"], root, split),
+        open_dataset(made["dataset"], root, split),
         cache=FeatureCache.open(cache) if cache else None,
         max_images=max_images,
         batch_size=batch_size,
         threads=threads,
     )
     if os.environ.get("RANK", "0") == "0":
-        rows = [f"| {' | '.join(scores)} |", "|---" * len(scores) + "|"]
-        values = " | ".join(f"{score:.2f}" for score in scores.values())
-        print_result(scores, "\n".join([*rows, f"| {values} |"]) + "\n", as_json)
+        rows = kpu_rows(made["dataset"], made["classes"], scores, table)
+        print_result(scores, scores_table({str(decoders): scores} | rows), as_json)

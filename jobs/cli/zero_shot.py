@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from teachercache.student.zero_shot.clip import Clip
 
 app = typer.Typer(
-    help="A student in the place of CLIP or GroundingDINO: classes by name, boxes by prompt.",
+    help="""A student in the place of CLIP or GroundingDINO: classes by name, boxes by prompt.
+
+    Example: `teachercache zeroshot classify --help`""",
     no_args_is_help=True,
     rich_markup_mode="markdown",
 )

@@ -5,7 +5,7 @@ Under `accelerate launch` or `torchrun` every process takes its share of the ima
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,6 +20,7 @@ from teachercache.pipeline.grids import upsample
 from teachercache.pipeline.records.strict import Size
 from teachercache.pipeline.records.view_policy import ViewPolicy
 from teachercache.pipeline.stores.feature_store import CLS_TOKEN
+from teachercache.pipeline.terminal import in_markdown
 from teachercache.pipeline.views import View, draw_view, render_view, source_pixels
 from teachercache.student.datasets import LabelledDataset
 from teachercache.student.decoders.model import Decoders, Inputs
@@ -70,6 +71,16 @@ def evaluate_decoder(
         return reduce(sums.to(state.device), "sum").cpu()
 
     return _MEASURES[task](dataset, numbers, predicted, add_up)
+
+
+def scores_table(rows: Mapping[str, Mapping[str, float]]) -> str:
+    """Markdown, a row for each name, with the scores that the first has."""
+    columns = list(next(iter(rows.values())))
+    lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for name, scores in rows.items():
+        cells = (f"{scores[column]:.2f}" if column in scores else "–" for column in columns)
+        lines.append(f"| {in_markdown(name)} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def to_image(prediction_CHW: Tensor, view: View, size: Size) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from teachercache.pipeline.errors import RecipeError
+from teachercache.pipeline.errors import RecipeError, require_known
 from teachercache.student.models.student import Student
 
 _BACKBONES = {384: "ViT-S", 768: "ViT-B", 1024: "ViT-L"}
@@ -98,8 +98,32 @@ SIMILARITIES: dict[str, dict[str, float]] = _PAPER["similarities"]
 LINEAR_PROBES: dict[str, float] = _PAPER["linear_probes"]
 """Top-1 accuracy of linear classifiers at 224 pixels on ImageNet-1k's validation set (SAK, Table 26)."""
 
-KPU_LINEAR_PROBE: float = _PAPER["kpu_linear_probe"]
-"""The same for KPU's Base (KPU, Tables 1 and 2)."""
+KPU_ROWS: list[tuple[int, str, dict[str, float], float | None]] = [
+    (
+        table,
+        model,
+        {name: one for name, one in zip(_PAPER["kpu"]["scores"], scores, strict=False) if one},
+        mean,
+    )
+    for table, model, *scores, mean in ([*row, None][:7] for row in _PAPER["kpu"]["rows"])
+]
+"""Table, model, its scores in percent, and their mean where it is printed (KPU, Tables 1 to 3)."""
+
+
+def kpu_rows(
+    dataset: str, classes: int, scores: Collection[str], table: int | None = None
+) -> dict[str, dict[str, float]]:
+    """By title, the rows of KPU's tables (of one, or all) with some of these scores; none for a data set
+    that is not the paper's. Raises `RecipeError` for another table."""
+    require_known("table of KPU", str(table or 1), ["1", "2", "3"])
+    if _PAPER["kpu"]["classes"].get(dataset) != classes:
+        return {}
+    return {
+        f"{model} (KPU, Table {number})": found
+        for number, model, found, _ in KPU_ROWS
+        if table in (None, number) and found.keys() & set(scores)
+    }
+
 
 DEPTH_PROBES: dict[str, tuple[float, float]] = {
     model: (one, four) for model, (one, four) in _PAPER["depth_probes"].items()

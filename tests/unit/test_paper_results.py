@@ -9,12 +9,15 @@ import torch
 
 from teachercache import build_student
 from teachercache.pipeline.errors import RecipeError
+from teachercache.student.measuring.decoder_scores import scores_table
 from teachercache.student.measuring.evaluate import Evaluation
 from teachercache.student.measuring.paper_results import (
     ABLATION_ROWS,
+    KPU_ROWS,
     PAPER_ROWS,
     PaperRow,
     backbone_of,
+    kpu_rows,
     paper_rows,
     single_task_scores,
 )
@@ -113,3 +116,23 @@ def test_the_stem_decides_the_size(kind: str, stem: str | None, width: int, back
     with torch.device("meta"):
         student = build_student(kind, stem=stem, teacher_dims=dims, image_size=(32, 32), tasks={"semseg": 2})
     assert backbone_of(student) == backbone
+
+
+@pytest.mark.parametrize("row", KPU_ROWS, ids=lambda row: row[1])
+def test_the_mean_of_a_row_of_kpu_is_the_one_that_the_paper_prints(
+    row: tuple[int, str, dict[str, float], float | None],
+) -> None:
+    table, _, scores, mean = row
+    assert (mean is not None) == (table == 1 and len(scores) == 4)
+    assert mean is None or sum(scores.values()) / 4 == pytest.approx(mean, abs=0.0501)
+
+
+def test_decoders_stand_beside_kpu_on_the_data_of_the_paper_alone() -> None:
+    rows = kpu_rows("coco", 80, ["AP of boxes", "AP50 of boxes"], 2)
+    assert list(rows) == [f"{model} (KPU, Table 2)" for model in ("Base_a", "Base_b", "Base_c", "KPU")]
+    table = scores_table({"mine": {"AP of boxes": 50.0, "AP50 of boxes": 70.0}} | rows)
+    assert "| mine | 50.00 | 70.00 |\n| Base_a (KPU, Table 2) | 50.30 | – |" in table
+    assert len(kpu_rows("ade20k", 150, ["mIoU"])) == 18  # Uni-perceiver has no such score
+    assert kpu_rows("scenes", 7, ["mIoU"]) == kpu_rows("image_classes", 10, ["top-1"]) == {}
+    with pytest.raises(RecipeError, match="1, 2, 3"):
+        kpu_rows("coco", 80, ["AP of boxes"], 4)

@@ -21,7 +21,7 @@ from teachercache.student.datasets import dataset_class
 from teachercache.student.measuring.paper_results import (
     DEPTH_PROBES,
     GMACS,
-    KPU_LINEAR_PROBE,
+    KPU_ROWS,
     SIMILARITIES,
     paper_rows,
 )
@@ -136,6 +136,31 @@ def test_a_header_expects_what_the_paper_prints(size: str, data: str, dataset: s
         assert re.findall("[a-z]+", scores) in (["cache"], list(row.scores))  # or in their order alone
 
 
+def scores_of(table: int, model: str) -> list[float]:
+    """Of the first of KPU's rows whose name begins so."""
+    return next(
+        [*found.values()] for one, name, found, _ in KPU_ROWS if one == table and name.startswith(model)
+    )
+
+
+def test_decoders_are_expected_to_do_what_the_paper_prints() -> None:
+    lines = [
+        line for line in PAGE.read_text().splitlines() if "`kpu_decoders_" in line and line.startswith("|")
+    ]
+    expected = {
+        "KPU, frozen": [(1, "KPU†")],
+        "KPU, learnt": [(1, "KPU, learnt")],
+        "Base_a, Base_b, Base_c, frozen": [(2, "Base_a"), (2, "Base_b"), (2, "Base_c")],
+        "CLIP alone, GroundingDINO alone, frozen": [(3, "KPU of CLIP"), (3, "KPU of GroundingDINO")],
+        "GroundingDINO†, CLIP†, DINOv2†": [(1, "GroundingDINO†"), (1, "CLIP†"), (1, "DINOv2†")],
+    }
+    printed = {cells[1].strip(): cells[3].strip() for cells in (line.strip("|").split("|") for line in lines)}
+    assert printed == {
+        title: "; ".join(" ".join(map(str, scores_of(*row))) for row in rows)
+        for title, rows in expected.items()
+    }
+
+
 def test_figures_of_stage_1_and_of_probes_are_those_that_the_papers_print() -> None:
     page = " ".join(PAGE.read_text().split())
     for recipe, student in (
@@ -152,7 +177,8 @@ def test_figures_of_stage_1_and_of_probes_are_those_that_the_papers_print() -> N
         f"similarity {mean} on the validation set (DINOv2 {dinov2}, CLIP {clip}, SAM {sam}; Table 17)"
     )
     assert similarity in header_of("sak_stage1_base")
-    assert f"top-1 {KPU_LINEAR_PROBE} of a linear layer" in header_of("kpu_base")
+    for table in (1, 2):
+        assert f"top-1 {scores_of(table, 'KPU')[3]} of a linear layer" in header_of("kpu_base")
     three, one, dino = (
         "{:.3f} and {:.3f}".format(*DEPTH_PROBES[model])
         for model in (
