@@ -124,7 +124,8 @@ def load_student_at(folder: str | os.PathLike[str], image_size: Size) -> Student
         if student.reads_features:
             student.features(torch.empty(0))  # says what to do instead
         student.stem.resize(image_size)
-    student.config["image_size"] = list(image_size)
+    if not student.config.get("image_sizes"):  # whose stem keeps the positions of its own size
+        student.config["image_size"] = list(image_size)
     return student
 
 

@@ -48,11 +48,14 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def students(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("students")
     kpu: dict[str, Any] = {"teacher_grids": {"clip": (2, 2)}, "class_tokens": ["clip"]}
-    for kind, more in {"kpu": kpu, "sak": {}}.items():
+    kinds = {"kpu": kpu, "sak": {}, "kpu of two sizes": {**kpu, "image_sizes": {"clip": (32, 32)}}}
+    for kind, more in kinds.items():
         torch.manual_seed(0)
-        student = build_student(kind, stem="test_vit", teacher_dims={"clip": 8}, image_size=(48, 48), **more)
+        student = build_student(
+            kind.split()[0], stem="test_vit", teacher_dims={"clip": 8}, image_size=(48, 48), **more
+        )
         student.save_pretrained(folder / kind)
-    return {kind: folder / kind for kind in ("kpu", "sak")}
+    return {kind: folder / kind for kind in kinds}
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +80,9 @@ def recipe(root: Path, output: Path, decoders: dict[str, Any], **changes: Any) -
     return DecoderRecipe.model_validate(content | changes)
 
 
-@pytest.mark.parametrize(("kind", "learns"), [("kpu", False), ("kpu", True), ("sak", False), ("sak", True)])
+@pytest.mark.parametrize(
+    ("kind", "learns"), [("kpu", False), ("kpu of two sizes", True), ("sak", False), ("sak", True)]
+)
 def test_decoders_of_a_student_learn_side_by_side(
     scenes: Path, students: dict[str, Path], tmp_path: Path, kind: str, learns: bool
 ) -> None:
