@@ -147,18 +147,22 @@ LAYOUT = """() => {
                 found.push(`overlap: ${first} and ${second}`);
     return found;
 }"""
+SIDES = "(({left, right}) => [left, right])(document.querySelector('main').getBoundingClientRect())"
 CONTROL = r"- (?:button|checkbox|combobox|listbox|radio|searchbox|textbox)\b(?: \"([^\"]*)\")?"
 LIBRARY_NAMES = {"", "Textbox", "Dropdown", "Radio", "CheckboxGroup", "Checkbox Group", "Button"}
 
 
 def assert_nothing_is_cut(page: Any) -> None:
-    """At five widths: all is inside the window and whole, no control lies on another, and each has a name."""
+    """At five widths: all is inside the window, in its middle and whole, no control lies on another, and each
+    has a name."""
     usual = page.viewport_size
     page.wait_for_function("!document.querySelector('.options')")  # a list that was open fades out
     for width in (390, 500, 1280, 1500, 1920):
         page.set_viewport_size({"width": width, "height": 720})
         assert page.evaluate(LAYOUT) == [], width
         assert page.evaluate("document.documentElement.scrollWidth") <= width
+        left, right = page.evaluate(SIDES)
+        assert abs(left + right - page.evaluate("document.documentElement.clientWidth")) <= 1, width
     names = re.findall(CONTROL, page.locator("body").aria_snapshot())
     assert len(names) > PAGE_SIZE
     assert not LIBRARY_NAMES & set(names)
