@@ -27,6 +27,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import MemoryStore
 
 from benchmarks import signals, trained
@@ -34,7 +35,7 @@ from benchmarks.codec_ideas import IDEAS
 from teachercache.pipeline.codecs import Encoded, codec_names, get_codec
 from teachercache.pipeline.codecs.fidelity import compare, measure_fidelity
 from teachercache.pipeline.records.spec import Compressor
-from teachercache.pipeline.stores.through_zarr import JSON, encoded_chunks, open_quietly
+from teachercache.pipeline.stores.through_zarr import encoded_rows, open_quietly
 from teachercache.pipeline.stores.zarr_metadata import chunks_json
 
 LEVELS, GRID = 4, (24, 24)
@@ -126,6 +127,9 @@ def measure(name: str, sample: Tensor, features: Tensor, repeats: int) -> dict[s
     )
 
 
+_buffer = default_buffer_prototype().buffer.from_bytes
+
+
 def measure_compressed(
     name: str, compressor: Compressor, sample: Tensor, features: Tensor, repeats: int
 ) -> dict[str, Any]:
@@ -136,22 +140,27 @@ def measure_compressed(
     codec = get_codec(name).calibrate(sample)
     rows, *shape, width = features.shape
     layouts = codec.layout(shape[0], (shape[1], shape[2]), width)
+    texts = {array: chunks_json(layout, rows, compressor) for array, layout in layouts.items()}
     chunks = dict[str, dict[str, Any]]()
 
     def write() -> None:
         for array, tensor in codec.encode(features).tensors().items():
-            text = chunks_json(layouts[array], rows, compressor)
-            chunks[array] = encoded_chunks(text, tensor.cpu().numpy())
+            suffix = "/0" * (tensor.ndim - 1)
+            encoded = encoded_rows(texts[array], tensor.cpu().numpy())
+            files = {f"c/{row}{suffix}": data for row, data in enumerate(encoded)}
+            chunks[array] = {name: _buffer(data) for name, data in files.items()}
 
     def read() -> None:
         arrays = {
-            array: torch.from_numpy(open_quietly(MemoryStore(of_array), mode="r")[:])
+            array: torch.from_numpy(
+                open_quietly(MemoryStore({"zarr.json": _buffer(texts[array])} | of_array), mode="r")[:]
+            )
             for array, of_array in chunks.items()
         }
         Encoded(codec, arrays).decode(features.device, torch.float16)
 
     write()
-    nbytes = sum(len(chunk) for of_array in chunks.values() for key, chunk in of_array.items() if key != JSON)
+    nbytes = sum(len(chunk) for of_array in chunks.values() for chunk in of_array.values())
     float16_gb = 2 * features.numel() / 1e9
     found = {"float16_ratio": nbytes / 1e9 / float16_gb}
     if repeats:

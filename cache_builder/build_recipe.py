@@ -75,12 +75,14 @@ class BuildRecipe(Strict):
     plan: PlanRecipe = PlanRecipe()
 
     @model_validator(mode="after")
-    def _compresses_zarr(self) -> Self:
+    def _compresses(self) -> Self:
         if self.compressor and self.store != "zarr":
             raise ValueError(
-                f"compressor {self.compressor} is for store: zarr, got {self.store}, whose rows are not "
-                "compressed; leave compressor out, or choose zarr"
+                f"compressor {self.compressor} needs store: zarr, got {self.store}: leave it out"
             )
+        for name, teacher in self.teachers.items():
+            if str(teacher.codec).startswith("bitround") and not self.compressor:
+                raise ValueError(f"codec {teacher.codec} of {name} saves nothing alone: add compressor=zstd")
         return self
 
     @field_validator("budget", mode="before")

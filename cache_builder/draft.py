@@ -24,8 +24,7 @@ from teachercache.cache_builder.moved_weights import with_checkpoints
 from teachercache.cache_builder.teachers import resolve_teachers
 from teachercache.cache_builder.versions import versions
 from teachercache.pipeline.codecs import get_codec
-from teachercache.pipeline.codecs.bit_rounding import BitRoundCodec
-from teachercache.pipeline.errors import CacheMismatchError, Problems, RecipeError
+from teachercache.pipeline.errors import CacheMismatchError, Problems
 from teachercache.pipeline.places.open_storage import open_storage
 from teachercache.pipeline.records.manifest import Manifest
 from teachercache.pipeline.records.rows import divide_views
@@ -114,13 +113,7 @@ def teachers_of(recipe: BuildRecipe, problems: Problems) -> dict[str, TeacherSpe
     for name, teacher in recipe.teachers.items():
         with problems.noted():
             found |= resolve_teachers({name: teacher}, recipe.views, recipe.sak_compat)
-            if isinstance(get_codec(teacher.codec), BitRoundCodec) and recipe.compressor is None:
-                raise RecipeError(
-                    f"Rounding bits of teacher {name} would lose them and save nothing.",
-                    got=f"codec {teacher.codec}, and no compressor",
-                    expected="a compressor, which takes the zeros out",
-                    do="add compressor=zstd, or choose another codec",
-                )
+            get_codec(teacher.codec)
     return found
 
 

@@ -71,7 +71,7 @@ def summarize(cache: Stored) -> dict[str, Any]:
         "teachers": {
             name: teacher.model_dump(mode="json")
             | {"stored_grid": teacher.stored_grid, "fidelity": spec.fidelity.get(name)}
-            | {"bytes_per_row": _bytes_per_row(store, name, problems)}
+            | {"bytes_per_row": _bytes_per_row(store, name, tallies[name], problems)}
             | tallies[name].facts()
             for name, teacher in spec.teachers.items()
         },
@@ -139,10 +139,13 @@ def covered(spans: Iterable[tuple[float, float]]) -> float:
     return total
 
 
-def _bytes_per_row(store: FeatureStore, teacher: str, problems: list[str]) -> int | None:
-    """Bytes on disk of one row, checksums and index included, as the arrays' own metadata states it."""
+def _bytes_per_row(store: FeatureStore, teacher: str, tally: _Tally, problems: list[str]) -> int | None:
+    """Bytes on disk of one row, checksums and index included, as the arrays' own metadata states it; of
+    compressed rows their mean, statistics included."""
     try:
-        return disk_nbytes(store.stored_layouts(teacher).values())
+        nbytes = disk_nbytes(store.stored_layouts(teacher).values())
+        held = tally.rows - tally.invalid_rows
+        return tally.nbytes // held if store.spec.compressor and held else nbytes
     except CacheError as error:
         problems.append(in_a_line(error))
         return None

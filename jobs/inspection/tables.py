@@ -59,7 +59,8 @@ def plan_table(plan: Plan) -> RenderableType:
         "views": _views(spec.views.model_dump(mode="json")),
         "rows": f"{spec.num_rows:,} in {spec.num_shards:,} shards of {spec.rows_per_shard} for each teacher",
         "files": f"{plan.num_files:,}",
-        "bytes": f"{human_bytes(plan.total_bytes)} ({human_bytes(plan.read_bytes_per_row)} a view)",
+        "bytes": f"{human_bytes(plan.total_bytes)} ({human_bytes(plan.read_bytes_per_row)} a view)"
+        + (f", before {spec.compressor}" if spec.compressor else ""),
         "to write": f"{human_bytes(plan.missing_bytes)} ({free})",
         "teachers": f"{gmacs:,.1f} GMACs a view, {human_bytes(2e9 * gmacs * spec.num_rows, 'FLOP')} in all",
         f"{rates.machine}-{unit}": f"{amount} {how}",

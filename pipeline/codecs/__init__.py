@@ -15,11 +15,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import get_args
 
-from teachercache.pipeline.codecs.bit_rounding import BitRoundCodec
 from teachercache.pipeline.codecs.codec import Codec, Encoded, Standing, torch_dtype
 from teachercache.pipeline.codecs.dct import RINGS, SCALAR, GridDctCodec
 from teachercache.pipeline.codecs.quantized import SCHEMES, QuantizedCodec
-from teachercache.pipeline.codecs.scalar import BFloat16Codec, Float16Codec, Float32Codec
+from teachercache.pipeline.codecs.scalar import BFloat16Codec, BitRoundCodec, Float16Codec, Float32Codec
 from teachercache.pipeline.errors import CodecError
 
 _CODECS: dict[str, Callable[[], Codec]] = {

@@ -1,4 +1,4 @@
-"""The three plain codecs: float32, float16 and bfloat16."""
+"""The plain codecs: float32, float16 (rounded to fewer bits, too) and bfloat16."""
 
 from __future__ import annotations
 
@@ -52,6 +52,25 @@ class Float16Codec(_FloatCodec):
     reported = True
     dtype = torch.float16
     stored_dtype = np.dtype("float16")
+
+
+class BitRoundCodec(Float16Codec):
+    """Keeps `bits` of the mantissa, as `numcodecs.BitRound`, which takes no tensors of a GPU. Readers see
+    plain float16; it is the store's compressor that saves the bits."""
+
+    standing = "special"
+    reported = False
+
+    def __init__(self, bits: int) -> None:
+        self.name, self._dropped = f"bitround-{bits}", 10 - bits
+
+    def encode_unchecked(self, features_RSHWC: Tensor) -> Encoded:
+        halves = features_RSHWC.half().contiguous()
+        bits = halves.view(torch.int16)
+        nearest = (1 << self._dropped - 1) - 1 + (bits >> self._dropped & 1)
+        codes = ((bits + nearest) & -(1 << self._dropped)).view(torch.float16)
+        finite = torch.isfinite(halves) & torch.isfinite(codes)  # a NaN's bits may round to a number's
+        return Encoded(self, {"codes": codes}, finite.all())
 
 
 class BFloat16Codec(_FloatCodec):

@@ -35,10 +35,11 @@ from teachercache.pipeline.errors import (
 )
 from teachercache.pipeline.loading.batch_memory import BatchMemory, TensorLayout
 from teachercache.pipeline.loading.streaming import StreamedRow, StreamSampler, TarStream
+from teachercache.pipeline.records.spec import IMAGES
 from teachercache.pipeline.records.strict import Size
 from teachercache.pipeline.sources import decode_image
 from teachercache.pipeline.stores.feature_store import CLS_TOKEN, GLOBAL_FEATURE
-from teachercache.pipeline.stores.webdataset_store import WebDatasetStore
+from teachercache.pipeline.stores.webdataset_store import load_rows
 from teachercache.pipeline.views import View, draw_view, render_view
 
 _Streamed = Future[list[StreamedRow]] | None
@@ -272,10 +273,7 @@ class FeatureLoader:
     def _read(self, batch: Batch, teacher: str, part: slice, streamed: _Streamed) -> float:
         start = time.perf_counter()
         try:
-            if streamed:
-                self._load_features(batch, teacher, part, streamed.result()[part])
-            else:
-                self._read_features(batch, teacher, part)
+            self._read_features(batch, teacher, part, streamed)
         except TeacherCacheError:
             raise
         except Exception as error:  # a thread's own traceback says nothing of what it was at
@@ -288,20 +286,17 @@ class FeatureLoader:
             ) from error
         return time.perf_counter() - start
 
-    def _read_features(self, batch: Batch, teacher: str, part: slice) -> None:
+    def _read_features(self, batch: Batch, teacher: str, part: slice, streamed: _Streamed) -> None:
         rows, encoded = batch.rows[part], batch.features[teacher]
         into = Encoded(encoded.codec, {name: tensor[part] for name, tensor in encoded.arrays.items()})
+        tokens = {CLS_TOKEN: batch.cls_tokens[teacher][part]} if teacher in batch.cls_tokens else {}
+        if streamed:
+            files = (row[teacher] for row in streamed.result()[part])
+            load_rows(files, {name: array.numpy() for name, array in (into.arrays | tokens).items()})
+            return
         self._cache.read(rows, [teacher], out={teacher: into})
-        if teacher in batch.cls_tokens:
-            self._cache.read_tokens(rows, teacher, CLS_TOKEN, out=batch.cls_tokens[teacher][part])
-
-    def _load_features(self, batch: Batch, teacher: str, part: slice, rows: Sequence[StreamedRow]) -> None:
-        arrays = dict(batch.features[teacher].arrays)
-        if teacher in batch.cls_tokens:
-            arrays[CLS_TOKEN] = batch.cls_tokens[teacher]
-        into = {name: tensor[part].numpy() for name, tensor in arrays.items()}
-        assert isinstance(self._cache.store, WebDatasetStore)
-        self._cache.store.load_rows(teacher, (row.features[teacher] for row in rows), into)
+        for name, out in tokens.items():
+            self._cache.read_tokens(rows, teacher, name, out=out)
 
     def _render(self, batch: Batch, i: int, sample: int, line: int, epoch: int, streamed: _Streamed) -> float:
         start = time.perf_counter()
@@ -327,7 +322,7 @@ class FeatureLoader:
         return draw_view(policy, self._cache.key(sample), width, height, epoch)
 
     def _image(self, sample: int, i: int, streamed: _Streamed) -> Image.Image:
-        if streamed and (data := streamed.result()[i].image) is not None:
+        if streamed and (data := streamed.result()[i].get(IMAGES)):
             self._cache.images.require_cached(sample, data)
         else:
             data = self._cache.image_bytes(sample)

@@ -10,6 +10,7 @@ import shlex
 
 from teachercache.pipeline.errors import SourceError
 
+PIPE = "pipe:"  # what follows is a command
 _HERE = ("file", "memory")  # on this machine or in this process: no host is contacted
 _OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci", "oss")
 NAME_IMAGES = (
@@ -20,7 +21,7 @@ NAME_IMAGES = (
 
 def is_followed(location: str, cache: str) -> bool:
     """True for local paths, and for the bucket that the cache itself was opened from."""
-    if "::" in location:  # a chain of protocols, in any of its parts
+    if location.startswith(PIPE) or "::" in location:  # "::": a chain of protocols, in any of its parts
         return False
     protocol, scheme_ends, _ = location.partition("://")
     return not scheme_ends or protocol in _HERE or _bucket(location) == _bucket(cache) is not None

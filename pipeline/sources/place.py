@@ -15,9 +15,11 @@ import fsspec
 from teachercache.pipeline.errors import SourceError, SourceNotFoundError, TeacherCacheError
 from teachercache.pipeline.places.local_storage import LocalStorage
 from teachercache.pipeline.places.open_storage import open_storage
+from teachercache.pipeline.places.own_places import PIPE
 from teachercache.pipeline.places.remote_storage import client_options
 from teachercache.pipeline.places.retries import retrying
 from teachercache.pipeline.places.storage import Storage
+from teachercache.pipeline.sources.piped import fetched
 
 _MAGIC = re.compile(r"[*?[]")
 
@@ -37,7 +39,9 @@ class Place:
 
     @staticmethod
     def at(location: str | os.PathLike[str]) -> Place:
-        """Raises `SourceNotFoundError`. A local location becomes absolute."""
+        """Raises `SourceNotFoundError`. A local location becomes absolute; `pipe:` commands are run."""
+        if os.fspath(location).startswith(PIPE):
+            return Place(os.fspath(location), fetched(os.fspath(location)))
         text = os.fspath(location).removeprefix("file://")
         if "://" not in text:
             text = str(Path(text).expanduser().absolute())

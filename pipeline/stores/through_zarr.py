@@ -14,7 +14,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 from zarr.abc.store import Store
-from zarr.core.buffer import Buffer, default_buffer_prototype
+from zarr.core.buffer import default_buffer_prototype
 from zarr.errors import UnknownCodecError, ZarrUserWarning
 from zarr.storage import FsspecStore, LocalStore, MemoryStore
 
@@ -24,25 +24,18 @@ from teachercache.pipeline.places.remote_storage import client_options
 from teachercache.pipeline.places.retries import retrying
 from teachercache.pipeline.places.storage import Storage
 
-JSON = "zarr.json"
-
 
 def encoded_rows(array_json: bytes, rows: NDArray) -> Iterator[bytes]:
     """Each row as a chunk of the array that `array_json` describes, which has one chunk a row.
 
     Raises `MissingExtraError` for a codec that is not installed.
     """
-    chunks, suffix = encoded_chunks(array_json, rows), "/0" * (rows.ndim - 1)
-    return (chunks[f"c/{number}{suffix}"].to_bytes() for number in range(len(rows)))
-
-
-def encoded_chunks(array_json: bytes, values: NDArray) -> dict[str, Buffer]:
-    """The files of the array that `array_json` describes, by name. Raises as `encoded_rows`."""
-    chunks = {JSON: default_buffer_prototype().buffer.from_bytes(array_json)}
+    chunks = {"zarr.json": default_buffer_prototype().buffer.from_bytes(array_json)}
     with _installed_codecs("rows"):
         array = open_quietly(MemoryStore(chunks), mode="r+")
-        array.with_config({"write_empty_chunks": True})[:] = values
-    return chunks
+        array.with_config({"write_empty_chunks": True})[:] = rows
+    suffix = "/0" * (rows.ndim - 1)
+    return (chunks[f"c/{number}{suffix}"].to_bytes() for number in range(len(rows)))
 
 
 def open_quietly(store: Store, **options: Any) -> zarr.Array:
@@ -89,7 +82,7 @@ class ThroughZarr:
 
     def _array(self, folder: str) -> zarr.Array:
         if folder not in self._arrays:
-            name = f"{folder}/{JSON}"
+            name = f"{folder}/zarr.json"
             if not self._storage.exists(name):  # zarr would read a device for ever
                 raise FileNotFoundError(name)
             self._arrays[folder] = self._ask(lambda: open_quietly(self._store(), path=folder, mode="r"), name)

@@ -77,8 +77,15 @@ class TarShardWriter(ShardWriter):
         self._file.write(TAR_END)
 
 
-def row_member(member_key: str, view: int) -> str:
-    return f"{member_key}.{view}.safetensors"
+def load_rows(files: Iterable[bytes], out: Arrays) -> None:
+    """Fill the arrays of `out`. Raises `ValueError`, `KeyError`, `SafetensorError` for other files."""
+    for number, data in enumerate(files):
+        tensors = safetensors.numpy.load(data)
+        for array, values in out.items():
+            tensor = tensors[array]
+            if (tensor.dtype, tensor.shape) != (values.dtype, values.shape[1:]):
+                raise ValueError(f"{array} of row {number} is {tensor.dtype} {tensor.shape}")
+            values[number] = tensor
 
 
 def _description_file(teacher: str) -> str:
@@ -121,7 +128,7 @@ class WebDatasetStore(FeatureStore):
     def write_shard(self, teacher: str, shard: int) -> TarShardWriter:
         samples, views, _ = RowIndex(self.spec.segments).locate(self.spec.shard_rows(shard))
         members = [
-            row_member(member_key(self._key(sample)), view)
+            f"{member_key(self._key(sample))}.{view}.safetensors"
             for sample, view in zip(samples.tolist(), views.tolist(), strict=True)
         ]
         name, layouts = tar_name(teacher, shard), self.layouts(teacher)
@@ -136,19 +143,6 @@ class WebDatasetStore(FeatureStore):
             files = read_rows(
                 self.storage, [names[i] for i in which], [indexes[i] for i in which], places.tolist()
             )
-            self.load_rows(teacher, files, out)
-        except (ValueError, FileNotFoundError) as error:
-            raise unreadable(self.storage, teacher, error) from error
-
-    def load_rows(self, teacher: str, rows: Iterable[bytes], out: Arrays) -> None:
-        """Fill the arrays of `out` with rows as tars hold them. Raises as `read`."""
-        try:
-            for number, data in enumerate(rows):
-                tensors = safetensors.numpy.load(data)
-                for array, values in out.items():
-                    tensor = tensors[array]
-                    if (tensor.dtype, tensor.shape) != (values.dtype, values.shape[1:]):
-                        raise ValueError(f"{array} of a row is {tensor.dtype} {tensor.shape}")
-                    values[number] = tensor
-        except (ValueError, KeyError, SafetensorError) as error:
+            load_rows(files, out)
+        except (ValueError, KeyError, FileNotFoundError, SafetensorError) as error:
             raise unreadable(self.storage, teacher, error) from error

@@ -12,7 +12,7 @@ import PIL
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import CacheMismatchError, Problems, RecipeError, require_known
 from teachercache.pipeline.loading.sampler import ShardShuffleSampler, held_out_samples
-from teachercache.pipeline.loading.streaming import StreamSampler, require_tars
+from teachercache.pipeline.loading.streaming import StreamSampler
 from teachercache.pipeline.records.spec import IMAGES, CacheSpec, TeacherSpec
 from teachercache.pipeline.records.strict import Size
 from teachercache.pipeline.records.view_policy import ViewPolicy
@@ -79,9 +79,6 @@ def preflight(
     found = Preflight(teachers, facts, list(teachers), spec.views, num_samples=num_samples)
     with found.problems.noted():
         spec.check_teachers(names)
-    if cache is None and recipe.streams:
-        with found.problems.noted():
-            require_tars(spec)
     if cache is not None:
         _ask_cache(found, recipe, cache, processes, rank)
     if recipe.multitask is not None:

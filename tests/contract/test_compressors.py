@@ -18,8 +18,9 @@ from zarr.errors import ZarrUserWarning
 
 from teachercache import FeatureCache
 from teachercache.cache_builder.draft import draft
+from teachercache.jobs.inspection.summary import summarize
 from teachercache.pipeline.codecs import get_codec
-from teachercache.pipeline.errors import CacheError, CodecError, MissingExtraError, RecipeError
+from teachercache.pipeline.errors import CacheError, CodecError, MissingExtraError
 from teachercache.pipeline.rearranging.convert import convert
 from teachercache.pipeline.rearranging.merge import merge
 from teachercache.pipeline.records.spec import Compressor, GridSpec
@@ -143,16 +144,22 @@ def test_a_compressor_that_this_version_does_not_know_is_named(tmp_path: Path, i
         type(cache.spec).model_validate({name: content[name] for name in cache.spec.model_dump()})
 
 
+def test_a_summary_counts_compressed_bytes(tmp_path: Path, images: Path) -> None:
+    cache = make_cache(tmp_path / "cache", images, compressor="zstd")
+    stated = summarize(cache)["teachers"]["alpha"]["bytes_per_row"]
+    assert stated == sum(record.nbytes for record in cache.commits("alpha").values()) // cache.num_rows
+
+
 def test_tars_are_not_compressed() -> None:
-    with pytest.raises(ValueError, match="compressor zstd is for store: zarr, got webdataset"):
+    with pytest.raises(ValueError, match="compressor zstd needs store: zarr, got webdataset"):
         build_recipe("cache", "images", store="webdataset", compressor="zstd")
 
 
 def test_a_build_does_not_round_what_nothing_shrinks(tmp_path: Path, images: Path) -> None:
     tiny = {"model": "vit_tiny_patch16_224", "pretrained": False, "codec": "bitround-6"}
     rounded = {"teachers": {"tiny": tiny}}
-    with pytest.raises(RecipeError, match="add compressor=zstd"):
-        draft(build_recipe(tmp_path / "cache", images, **rounded))
+    with pytest.raises(ValueError, match="bitround-6 of tiny saves nothing alone: add compressor=zstd"):
+        build_recipe(tmp_path / "cache", images, **rounded)
     spec = draft(build_recipe(tmp_path / "cache", images, compressor="blosc", **rounded)).spec
     assert (spec.compressor, spec.teachers["tiny"].codec) == ("blosc", "bitround-6")
 
