@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any, Literal, Self
 
@@ -12,14 +13,21 @@ from teachercache.cache_builder.teachers.teacher_recipe import TeacherRecipe
 from teachercache.pipeline.records.spec import IMAGES, Compressor, ImagesKind, StoreKind
 from teachercache.pipeline.records.strict import Strict
 from teachercache.pipeline.records.view_policy import ViewPolicy
+from teachercache.pipeline.sources.several import KIND
 from teachercache.pipeline.units import parse_bytes
 
 
 class SourceRecipe(Strict):
-    """Where the images are. `kind: auto` looks at the files."""
+    """Where the images are. `kind: auto` looks at the files. A list of these, each with a `name`, is all."""
 
     path: str
     kind: str = "auto"
+
+
+class NamedSource(SourceRecipe):
+    """One of several sources: the keys of its images begin with its name."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$")
 
 
 class RunnerRecipe(Strict):
@@ -93,7 +101,16 @@ class BuildRecipe(Strict):
     @field_validator("source", mode="before")
     @classmethod
     def _source_from_path(cls, value: Any) -> Any:
-        return {"path": value} if isinstance(value, str) else value
+        if not isinstance(value, list):
+            return {"path": value} if isinstance(value, str) else value
+        several = {
+            one.name: {"path": one.path, "kind": one.kind} for one in map(NamedSource.model_validate, value)
+        }
+        if len(several) < max(len(value), 1):
+            raise ValueError(
+                "several sources have names of their own: [{name: a, path: …}, {name: b, path: …}]"
+            )
+        return {"path": json.dumps(several), "kind": KIND}
 
     @field_validator("teachers", mode="before")
     @classmethod

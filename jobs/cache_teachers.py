@@ -31,6 +31,7 @@ from teachercache.cache_builder.build_recipe import BuildRecipe
 from teachercache.cache_builder.builder import build
 from teachercache.jobs.launch import recipe_and_overrides, require_absolute_in_job, run
 from teachercache.jobs.recipes import find_recipe
+from teachercache.pipeline.sources.several import own_places
 from teachercache.pipeline.terminal import Terminal
 
 
@@ -38,7 +39,8 @@ def main() -> None:
     path, overrides = recipe_and_overrides(__doc__ or "")
     recipe = find_recipe(BuildRecipe, path, ["runner.kind=ray", *overrides])
     require_absolute_in_job("cache", recipe.cache)
-    require_absolute_in_job("source.path", recipe.source.path)
+    for place in own_places(recipe.source.path, recipe.source.kind):
+        require_absolute_in_job("source.path", place)
     result = build(recipe, Terminal())
     print(f"cache {result.cache.storage.url}: {result.views} views in {result.wall_s:.1f} s")
 

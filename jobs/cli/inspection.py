@@ -157,9 +157,9 @@ def gap(
     from teachercache.jobs.inspection.tables import columns_table
     from teachercache.pipeline.cache import FeatureCache
     from teachercache.student import load_student
-    from teachercache.student.measuring.gap import largest_ratio, teacher_gap
+    from teachercache.student.measuring.gap import Spread, largest_ratio, teacher_gap
 
-    loaded, found = load_student(student), {}
+    loaded, found = load_student(student), dict[str, Spread]()
     for cache in caches:
         found |= teacher_gap(loaded, FeatureCache.open(cache), max_samples=max_samples)
     found |= {"largest / smallest": largest_ratio(found)}

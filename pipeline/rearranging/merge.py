@@ -22,6 +22,7 @@ from teachercache.pipeline.rearranging.rearrangement import (
 from teachercache.pipeline.rearranging.whole_shards import whole_shards
 from teachercache.pipeline.records.tables import dataset_fingerprint
 from teachercache.pipeline.sources.place import Place
+from teachercache.pipeline.sources.several import KIND
 
 
 def merge(urls: Sequence[str], out: str) -> Rearrangement:
@@ -92,6 +93,13 @@ def _one_location(sources: Sequence[FeatureCache]) -> tuple[str, list[pa.Table]]
     locations = [source.spec.dataset.location for source in sources]
     if len(set(locations)) == 1:
         return locations[0], [source.samples for source in sources]
+    if any(source.spec.dataset.kind == KIND for source in sources):
+        raise CacheMismatchError(
+            "A cache of several sources merges with caches of the very same sources alone.",
+            got=" and ".join(sorted(set(locations))),
+            expected="one place of the images",
+            do="build one cache of all of these sources",
+        )
     roots = [
         Place.root(source.spec.dataset.location, source.samples["path"].unique().to_pylist())
         for source in sources

@@ -1,4 +1,4 @@
-"""Where images come from: four kinds of source, one sample table, one decode.
+"""Where images come from: four kinds of source, and several as one; one sample table, one decode.
 
     source = open_source("/data/imagenet/train")       detects the kind
     samples = source.scan(workers=8)                   SAMPLE_SCHEMA, sorted by key
@@ -20,6 +20,7 @@ from teachercache.pipeline.sources.ilsvrc import ILSVRCSource
 from teachercache.pipeline.sources.image_folder import ImageFolderSource
 from teachercache.pipeline.sources.parquet import ParquetSource
 from teachercache.pipeline.sources.place import Place
+from teachercache.pipeline.sources.several import SeveralSources
 from teachercache.pipeline.sources.source import (
     PHOTO_SUFFIXES,
     Source,
@@ -43,9 +44,12 @@ _TARS_LOOKED_AT = 8
 
 def open_source(location: str | os.PathLike[str], kind: str = "auto") -> Source:
     """The images at a folder, file, pattern or fsspec URL; "auto" looks at the files to detect the kind.
+    Of kind "several", `location` names several of these (`several.py`).
 
     Raises `SourceNotFoundError`, `EmptySourceError`, and `SourceError` when the kind is ambiguous.
     """
+    if kind == SeveralSources.kind:
+        return SeveralSources.at(os.fspath(location), open_source)
     if kind != "auto" and kind not in _SOURCES:
         raise RecipeError(
             "There is no source of this kind.",

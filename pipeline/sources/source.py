@@ -56,6 +56,10 @@ class Source(ABC):
     def _scan_unit(self, unit: Any) -> pa.Table:
         """The rows of one unit, `SampleRows.table()`. Runs in another process or thread."""
 
+    @property
+    def _is_local(self) -> bool:
+        return self.place.is_local
+
     def _names(self) -> Iterator[str]:
         """The names among which images are sought, for the error when there are none."""
         return (name for name, _ in self.place.files())
@@ -129,7 +133,7 @@ class Source(ABC):
     def _scan_units(self, workers: int) -> Iterator[pa.Table]:
         units = iter(self._units())
         pool: Executor
-        if self.place.is_local:
+        if self._is_local:
             start = time.monotonic()
             for unit in units:
                 yield self._scan_unit(unit)

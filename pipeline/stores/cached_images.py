@@ -12,6 +12,7 @@ from teachercache.pipeline.records.manifest import SAMPLES_NAME
 from teachercache.pipeline.records.sample_table import SampleTable
 from teachercache.pipeline.sources import Source, open_source
 from teachercache.pipeline.sources.decode import HEAD_BYTES
+from teachercache.pipeline.sources.several import own_places
 from teachercache.pipeline.stores.committed_shards import CommittedShards
 from teachercache.pipeline.stores.image_tar import image_tar_name
 
@@ -33,7 +34,8 @@ class CachedImages:
         """Raises `SourceError` for a place that only `cache.json` names and that is not followed."""
         location = self._spec.dataset.location
         if self._place is None:
-            require_followed(location, self._storage.url)
+            for place in own_places(location, self._spec.dataset.kind):
+                require_followed(place, self._storage.url)
         try:
             return open_source(self._place or location, self._spec.dataset.kind)
         except SourceNotFoundError as error:
