@@ -231,6 +231,8 @@ class TrainRecipe(Strict):
             problems.append("without multitask, at least one teacher and distillation.weight > 0 are needed")
         if self.validation and not self.distills:
             problems.append("validation compares with teachers, and none is distilled: leave it out")
+        if self.distillation.weighting != "equal" and not self.distills:
+            problems.append("weighting is of teachers, and none is distilled: leave it out")
         if self.streams and self.features != "cached":
             problems.append(f"loader.kind=stream reads features=cached, got {self.features}")
         if problems:

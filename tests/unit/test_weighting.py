@@ -213,6 +213,9 @@ def test_a_run_on_balanced_targets_learns_them(cache: Path, tmp_path: Path, kind
 def test_what_cannot_be_weighed_or_balanced_is_refused(cache: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="weighs the teachers itself"):
         recipe(cache, tmp_path, weighting="famo", teacher_weights={"sam": 2.0})
+    labels_alone = {"dataset": {"kind": "scenes", "root": "scenes"}}
+    with pytest.raises(ValueError, match="none is distilled"):
+        train_recipe(cache, tmp_path, teachers=[], distillation={"weighting": "famo"}, multitask=labels_alone)
     opened = FeatureCache.open(cache)
     divided = recipe(cache, tmp_path, weighting="teacher_drop").model_copy(
         update={"gradient_accumulation_steps": 2}
