@@ -358,7 +358,7 @@ def import_reference(
 
 
 def datasets(
-    kind: Annotated[str, typer.Argument(metavar="KIND", help="pascal_context, nyud or scenes.")],
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="One of docs/datasets.md, such as nyud.")],
     root: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where the data set was unpacked.")],
     link: Annotated[
         Path | None, typer.Option(help="Fill this folder with links to each split's images, to build from.")

@@ -24,7 +24,7 @@ class ImageClasses(LabelledDataset):
     """
 
     name = "image_classes"
-    FILES: ClassVar = {"images": ("{split}/{key}",)}
+    FILES: ClassVar = {}  # the source knows where they are
     LISTS: ClassVar = {"train": ("train", None), "val": ("val", None)}
 
     def __init__(self, root: str | os.PathLike[str], split: str = "train") -> None:
@@ -40,6 +40,10 @@ class ImageClasses(LabelledDataset):
                 expected=f"labels among {', '.join(classes[:3])} …",
                 do="name the folder that holds both splits of one data set",
             )
+
+    @property
+    def images_folder(self) -> Path:
+        return self.list_file
 
     def image_bytes(self, index: int) -> bytes:
         sample = self._samples[index]

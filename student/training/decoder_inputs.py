@@ -66,7 +66,10 @@ class ImageInput:
         policy = "imagenet_train" if self.task == "class" else "multitask_train"
         self._views = ViewPolicy.model_validate({"policy": policy, "size": run.image_size, "seed": run.seed})
         self._order = lru_cache(maxsize=2)(self._shuffled)
-        self.facts = {"samples": len(self.dataset.keys), "images_per_step": self._batch_size * processes}
+        self.facts = {
+            "samples": len(self.dataset.keys),
+            "images_per_step": self._batch_size * processes * run.gradient_accumulation_steps,
+        }
 
     def batches(self, first: int, stack: ExitStack) -> Iterator[Batch]:
         pool = ThreadPoolExecutor(self._threads, thread_name_prefix="decoder")
@@ -125,7 +128,7 @@ class CacheInput:
         self._targets = CachedTargets(self.cache, self.teachers, device)
         self.facts = {
             "samples": self._sampler.num_samples,
-            "images_per_step": self._sampler.global_batch_size,
+            "images_per_step": self._sampler.global_batch_size * run.gradient_accumulation_steps,
             "features": {name: self.cache.spec.content_id(name) for name in self.teachers},
         }
 

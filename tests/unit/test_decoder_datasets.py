@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from teachercache.pipeline.errors import SourceError, SourceNotFoundError
+from teachercache.pipeline.sources import open_source
 from teachercache.student.datasets import check_folder, dataset_class, open_dataset
 from teachercache.student.datasets.ade20k import unpack
 from teachercache.student.datasets.coco import COCO
@@ -74,6 +75,9 @@ def test_classes_are_those_of_the_images_to_train_on(tmp_path: Path) -> None:
         written(tmp_path / f"{name}.jpg", picture("jpg"))
     dataset = open_dataset("image_classes", tmp_path, "val")
     assert dataset.decoder_tasks == {"class": 2}
+    findings = check_folder(dataset_class("image_classes"), tmp_path)
+    assert [(one.split, one.found, one.expected) for one in findings] == [("train", 2, 2), ("val", 1, 1)]
+    assert open_source(dataset.images_folder).scan()["key"].to_pylist() == dataset.keys
     assert dataset.labels(0, ["class"])["class"] == 1
     assert dataset.image(0).size == (30, 20)
     written(tmp_path / "val/n03/d.jpg", picture("jpg"))

@@ -144,6 +144,18 @@ def test_a_run_that_was_cut_off_goes_on_bit_by_bit(
         run(tmp_path / "whole", optimizer={"lr": 0.5})
 
 
+def test_an_accumulated_step_is_one_of_the_whole_batch(
+    scenes: Path, students: dict[str, Path], tmp_path: Path
+) -> None:
+    for name, batch, accumulated in (("whole", 2, 1), ("parts", 1, 2)):
+        one = {"kind": {"kind": "linear", "batch_size_per_process": batch}}
+        more: dict[str, Any] = {"gradient_accumulation_steps": accumulated, "schedule": {"epochs": 1}}
+        train_decoders(recipe(scenes, tmp_path / name, one, student=str(students["sak"]), **more))
+        forget_accelerate()
+    assert len(logged(tmp_path / "whole")) == 3  # of six scenes
+    assert logged(tmp_path / "parts") == pytest.approx(logged(tmp_path / "whole"), rel=1e-4)
+
+
 @pytest.fixture(scope="module")
 def cached(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("caches")
