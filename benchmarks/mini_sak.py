@@ -23,7 +23,6 @@ continues where it was interrupted.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -31,7 +30,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from rich.console import Console
@@ -39,7 +38,7 @@ from rich.table import Table
 from torch import nn
 
 from benchmarks.mini_teachers import IMAGE_SIZE, MINI_VIT, TEACHERS, MiniScenes, alikeness, train_teacher
-from benchmarks.studies import Study, claim_folder, run_all, spread
+from benchmarks.studies import Study, claim_folder, parse, run_all, spread
 from teachercache import build, load_student
 from teachercache.cache_builder.build_recipe import BuildRecipe
 from teachercache.pipeline.cache import FeatureCache
@@ -132,9 +131,7 @@ SMOKE = Settings(
 
 
 def main() -> None:
-    arguments, settings = parse()
-    if arguments.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # every part takes the accelerator that it finds
+    arguments, settings = parse(__doc__ or "", Path("runs/mini_sak"), Settings(), SMOKE)
     claim_folder(arguments.output, settings)
     started = time.perf_counter()
     studies = [
@@ -153,39 +150,14 @@ def main() -> None:
     print_results(results)
 
 
-def parse() -> tuple[argparse.Namespace, Settings]:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    defaults = Settings()
-    parser.add_argument("--seeds", type=int, help="how often everything is done anew (3; with --smoke 1)")
-    parser.add_argument("--output", type=Path, default=Path("runs/mini_sak"), help="folder (runs/mini_sak)")
-    parser.add_argument("--device", choices=("auto", "cpu"), default="auto", help="auto takes a GPU if any")
-    parser.add_argument(
-        "--processes", type=int, default=max(1, min(8, os.cpu_count() or 1)), help="that train side by side"
-    )
-    parser.add_argument("--smoke", action="store_true", help="a few steps on a few scenes")
-    for key, value in asdict(defaults).items():
-        shown = f"{value:g} (with --smoke {asdict(SMOKE)[key]:g})"
-        parser.add_argument(f"--{key.replace('_', '-')}", type=type(value), help=shown)
-    arguments = parser.parse_args()
-    if arguments.seeds is None:
-        arguments.seeds = 1 if arguments.smoke else 3
-    given = {key: value for key in asdict(defaults) if (value := getattr(arguments, key)) is not None}
-    settings = Settings(**asdict(SMOKE if arguments.smoke else defaults) | given)
-    if min(arguments.seeds, arguments.processes, *asdict(settings).values()) <= 0:
-        parser.error("every number must be greater than 0")
-    if settings.batch_size > min(settings.scenes, settings.labelled_scenes):
-        parser.error(f"a batch of {settings.batch_size} takes more scenes than there are to train on")
-    return arguments, settings
-
-
 @dataclass(frozen=True)
 class SeedStudy(Study):
-    """All of one seed, in one folder."""
+    """All of one seed, in one folder. `CLS_TOKEN`: whether the teachers' class tokens are cached too."""
 
     seed: int
     settings: Settings
+
+    CLS_TOKEN: ClassVar[bool] = False
 
     @property
     def many_scenes(self) -> Path:
@@ -226,7 +198,11 @@ class SeedStudy(Study):
             "cache": str(self._cache(name)),
             "source": str(MiniScenes(root, split).images_folder),
             "teachers": {
-                teacher: {"model": MINI_VIT, "checkpoint": str(self._checkpoint(teacher))}
+                teacher: {
+                    "model": MINI_VIT,
+                    "checkpoint": str(self._checkpoint(teacher)),
+                    "cls_token": self.CLS_TOKEN,
+                }
                 for teacher in TEACHERS
             },
             "views": views,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import statistics
@@ -13,11 +14,45 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 
 SETTINGS = "settings.json"
+Settings = TypeVar("Settings")
+
+
+def parse(
+    description: str, output: Path, defaults: Settings, smoke: Settings
+) -> tuple[argparse.Namespace, Settings]:
+    """The command line of a miniature, and its settings: a dataclass of numbers, each of which is an
+    option."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    usual, short = (asdict(cast(Any, one)) for one in (defaults, smoke))
+    parser.add_argument("--seeds", type=int, help="how often everything is done anew (3; with --smoke 1)")
+    parser.add_argument("--output", type=Path, default=output, help=f"folder ({output})")
+    parser.add_argument("--device", choices=("auto", "cpu"), default="auto", help="auto takes a GPU if any")
+    parser.add_argument(
+        "--processes", type=int, default=max(1, min(8, os.cpu_count() or 1)), help="that train side by side"
+    )
+    parser.add_argument("--smoke", action="store_true", help="a few steps on a few scenes")
+    for key, value in usual.items():
+        shown = f"{value:g} (with --smoke {short[key]:g})"
+        parser.add_argument(f"--{key.replace('_', '-')}", type=type(value), help=shown)
+    arguments = parser.parse_args()
+    if arguments.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # every part takes the accelerator that it finds
+    if arguments.seeds is None:
+        arguments.seeds = 1 if arguments.smoke else 3
+    given = {key: value for key in usual if (value := getattr(arguments, key)) is not None}
+    stated = (short if arguments.smoke else usual) | given
+    if min(arguments.seeds, arguments.processes, *stated.values()) <= 0:
+        parser.error("every number must be greater than 0")
+    if stated["batch_size"] > min(stated["scenes"], stated["labelled_scenes"]):
+        parser.error(f"a batch of {stated['batch_size']} takes more scenes than there are to train on")
+    return arguments, type(defaults)(**stated)
 
 
 @dataclass(frozen=True)
