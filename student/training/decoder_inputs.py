@@ -140,7 +140,7 @@ class CacheInput:
             labels=self._labels,
             start_step=first,
             seed=self._run.seed,
-            **self._run.loader.model_dump(),
+            **self._run.loader.model_dump(include={"threads", "prefetch"}),
             pin_memory=self._device.type == "cuda",
         )
         return iter(stack.enter_context(loader))

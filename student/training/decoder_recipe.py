@@ -73,6 +73,8 @@ class DecoderRecipe(Strict):
             )
         if self.student is not None and len(without) < len(self.decoders):
             raise ValueError("a student sees images: leave out the decoders' caches, or the student")
+        if self.loader.kind != "random":
+            raise ValueError("decoders read rows in random order: leave out loader.kind")
         if self.schedule.epochs is not None and len(self.decoders) > 1:
             raise ValueError(
                 "decoders with data sets of their own have no epoch in common: give schedule.max_steps"

@@ -229,6 +229,7 @@ def test_scores_are_those_of_predictions_at_the_size_of_the_images(
             {"student": "kpu", "decoders": {"a": {"kind": "mask_dino", "options": {"width": 48}}}},
             "multiple of 32",
         ),
+        ({"student": "kpu", "loader": {"kind": "stream"}}, "random order"),
         ({}, "needs a cache"),
         ({"student": "kpu", "decoders": {"a": UPERNET | {"cache": "c"}}}, "leave out the decoders' caches"),
     ],
