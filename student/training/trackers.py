@@ -47,6 +47,8 @@ def start_trackers(
         "tensorboard": {"purge_step": first_step},
         "wandb": {"name": run_name, "dir": str(output)},
         "mlflow": {"run_name": run_name},
+        "swanlab": {"experiment_name": run_name},
+        "trackio": {"name": run_name},
     }
     for name in names:
         kind = LOGGER_TYPE_TO_CLASS[name]

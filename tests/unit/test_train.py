@@ -49,6 +49,7 @@ from teachercache.student.training.model_card import recipe_for_card
 from teachercache.student.training.not_finite import not_finite
 from teachercache.student.training.preflight import preflight
 from teachercache.student.training.run_pictures import NUM_ROWS, RunPictures
+from teachercache.student.training.trackers import start_trackers
 from teachercache.student.training.train import require_folder, train
 from teachercache.student.training.train_recipe import TrainRecipe
 from tests.make_cache import build_recipe, commit_shard, make_cache, make_images, teacher_spec
@@ -249,6 +250,15 @@ def test_a_tracker_is_told_what_the_run_is_and_of_which_cache(
     assert (7, "maps/alpha", 1) in told["pictures"]
     assert told["finished"] == 1
     assert not (tmp_path / "mine/tensorboard").exists()
+
+
+@pytest.mark.parametrize(("name", "word"), [("trackio", "name"), ("swanlab", "experiment_name")])
+def test_a_tracker_calls_the_run_as_its_folder_is_called(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, word: str
+) -> None:
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, name, Noting)
+    start_trackers([name], tmp_path / "mine", {}, FeatureCache.open(cache), first_step=0)
+    assert Noting.told["settings"] == {word: "mine"}
 
 
 def test_a_tracker_that_does_not_start_is_one_message(
