@@ -4,10 +4,12 @@
     python -m benchmarks.read --cache PATH       rows of your own cache
     python -m benchmarks.read --s3               tars over a loopback S3: as a stream, and by ranges
 
-Random order, warm page cache, memory that is reused; one process. Every repeat takes each reader in turn,
-and what is reported are medians over repeats, of the ratios too. The loaders give ready batches, features
-still encoded and images left out. tensorstore, litdata and MDS are measured where they are installed; they
-are no dependencies of ours (docs/benchmarks.md). Prints a table and, last, one line of JSON.
+Random order, memory that is reused, one process; first with a warm page cache, then cold: each pass after the
+files were dropped from it (posix_fadvise), so from the disk, or from what the disk keeps. Every repeat takes
+each reader in turn, and what is reported are medians over repeats, of the ratios too. The loaders give ready
+batches, features still encoded and images left out. tensorstore, zarrs, Lance, litdata, MDS and KvikIO (to a
+GPU) are measured where they are installed; they are no dependencies of ours (docs/benchmarks.md). Prints a
+table and, last, one line of JSON.
 
 The goals: reader at least 0.8 of pread, 8 times zarr-python, 5 times the tar; loader at least 0.7 of pread
 and 5 times the DataLoader; a cache that is opened anew for every pass, so that each shard is touched for the
@@ -47,6 +49,7 @@ GOALS = {  # (ours, the peer, at least)
     "loader / DataLoader": ("ours, FeatureLoader", "torch DataLoader, 2 workers", 5),
 }
 MIN_S = 0.5
+COLD_REPEATS = 3
 SETTLE_S = 0.5  # in which the loaders make their batches ahead, not in the next reader's time
 READY_BATCHES = 4  # what the loaders have made before the clock starts, and will have under way when it stops
 
@@ -71,8 +74,8 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         workload = make_workload(arguments, Path(folder))
-        speeds = measure(workload, arguments.repeats)
-    print_results(workload, speeds)
+        speeds, cold = measure(workload, arguments.repeats)
+    print_results(workload, speeds, cold)
 
 
 def make_workload(arguments: argparse.Namespace, folder: Path) -> Workload:
@@ -89,8 +92,8 @@ def make_workload(arguments: argparse.Namespace, folder: Path) -> Workload:
     return Workload(cache, teacher, chosen, batch_size, cache.buffers(batch_size, [teacher]), folder)
 
 
-def measure(workload: Workload, repeats: int) -> dict[str, list[float]]:
-    """Bytes per second of each repeat, by reader. Readers that are not installed are skipped."""
+def measure(workload: Workload, repeats: int) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Bytes per second of each repeat, by reader, warm and cold. What is not installed is skipped."""
     readers: dict[str, Iterator[Arrays]] = {}
     for name, reader in (READERS | LOADERS).items():
         iterator = reader(workload)
@@ -108,12 +111,27 @@ def measure(workload: Workload, repeats: int) -> dict[str, list[float]]:
                 next(iterator)
             speeds[name].append(bytes_per_s(iterator, workload))
             time.sleep(SETTLE_S)
-    return speeds
+    cold: dict[str, list[float]] = {name: [] for name in readers}
+    for _ in range(min(repeats, COLD_REPEATS)):
+        for name, iterator in readers.items():
+            drop_from_page_cache(Path(workload.cache.storage.url))
+            drop_from_page_cache(workload.folder)
+            cold[name].append(bytes_per_s(iterator, workload, min_s=0))
+    return speeds, cold
 
 
-def bytes_per_s(iterator: Iterator[Arrays], workload: Workload) -> float:
+def drop_from_page_cache(folder: Path) -> None:
+    """A request to the kernel, which a tmpfs cannot follow."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())  # what is not on the disk yet stays
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def bytes_per_s(iterator: Iterator[Arrays], workload: Workload, min_s: float = MIN_S) -> float:
     start, batches = time.perf_counter(), 0
-    while batches < workload.batches_per_pass or time.perf_counter() - start < MIN_S:
+    while batches < workload.batches_per_pass or time.perf_counter() - start < min_s:
         next(iterator)
         batches += 1
     return batches * workload.batch_nbytes / (time.perf_counter() - start)
@@ -124,15 +142,15 @@ def ratio(speeds: dict[str, list[float]], ours: str, peer: str) -> float:
     return statistics.median(a / b for a, b in zip(speeds[ours], speeds[peer], strict=True))
 
 
-def print_results(workload: Workload, speeds: dict[str, list[float]]) -> None:
-    table = Table(
-        "", "MB/s", "of raw pread", title="Reading features, random order, warm", title_justify="left"
-    )
+def print_results(workload: Workload, speeds: dict[str, list[float]], cold: dict[str, list[float]]) -> None:
+    columns = "", "MB/s, warm", "of raw pread", "MB/s, cold"
+    table = Table(*columns, title="Reading features, random order", title_justify="left")
     for name, values in speeds.items():
         if name == next(iter(LOADERS)):
             table.add_section()
         share = ratio(speeds, name, "raw pread")
-        table.add_row(name, f"{statistics.median(values) / 1e6:,.0f}", f"{share:.2f}")
+        warm, from_disk = (statistics.median(each) / 1e6 for each in (values, cold[name]))
+        table.add_row(name, f"{warm:,.0f}", f"{share:.2f}", f"{from_disk:,.0f}")
     Console().print(table)
     goals = {goal: ratio(speeds, ours, peer) for goal, (ours, peer, _) in GOALS.items()}
     for goal, value in goals.items():
@@ -143,6 +161,7 @@ def print_results(workload: Workload, speeds: dict[str, list[float]]) -> None:
         "rows": len(workload.rows),
         "batch_size": workload.batch_size,
         "mb_per_s": {name: statistics.median(values) / 1e6 for name, values in speeds.items()},
+        "cold_mb_per_s": {name: statistics.median(values) / 1e6 for name, values in cold.items()},
         "goals": goals,
         "cpus": os.cpu_count(),
         "load_average": os.getloadavg()[0],

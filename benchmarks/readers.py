@@ -8,7 +8,9 @@ the loaders in memory of their own). Libraries that may be missing are imported 
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import count
@@ -16,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import torch
 import zarr
 from numpy.typing import NDArray
 from torch import Tensor
@@ -28,6 +32,7 @@ from teachercache.pipeline.stores.shard_format import index_nbytes, parse_index
 from teachercache.pipeline.stores.zarr_store import array_folder, shard_file
 
 TAR = "Theia-style tar (in order)"
+_THREADS = 4
 COPY_NBYTES = 1 << 26  # of each file of a copy
 
 Ints = NDArray[np.int64]
@@ -164,6 +169,76 @@ def _zarr_arrays(w: Workload) -> dict[str, Any]:
     return {name: zarr.open_array(folder, mode="r") for name, folder in folders.items()}
 
 
+def zarrs(w: Workload) -> Iterator[Arrays]:
+    """zarr-python with the codec pipeline of zarrs, in Rust."""
+    import_module("zarrs")
+    with zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}):
+        arrays = _zarr_arrays(w)
+    for order in w.orders():
+        rows = w.rows[order].tolist()
+        yield {name: np.stack([array[row] for row in rows]) for name, array in arrays.items()}
+
+
+def threads(w: Workload) -> Iterator[Arrays]:
+    """As SPDL does: a pool of threads reads the rows of a batch, while the one before is used."""
+    places = {name: _places(w, name, values.ndim - 1) for name, values in w.arrays.items()}
+    sets = [{name: np.empty_like(values) for name, values in w.arrays.items()} for _ in range(2)]
+
+    def read(row: NDArray, place: tuple[int, int]) -> None:
+        os.preadv(place[0], [row.reshape(-1).view(np.uint8).data], place[1])
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        pending: deque[tuple[Arrays, list[Future[None]]]] = deque()
+        for number, order in enumerate(w.orders()):
+            into = sets[number % 2]
+            rows = [(into[n][i], places[n][at]) for n in places for i, at in enumerate(order.tolist())]
+            pending.append((into, [pool.submit(read, *row) for row in rows]))
+            if len(pending) == 2:
+                batch, reads = pending.popleft()
+                for each in reads:
+                    each.result()
+                yield batch
+
+
+def lance(w: Workload) -> Iterator[Arrays]:
+    """A column of bytes for each array; rows are taken by number."""
+    library = import_module("lance")
+    folder, names = _folder(w, "lance"), list(w.tensors)
+    columns = {name: [one[name].numpy().tobytes() for one in w.samples()] for name in names}
+    sizes = {name: pa.binary(len(values[0])) for name, values in columns.items()}
+    library.write_dataset(
+        pa.table({name: pa.array(values, sizes[name]) for name, values in columns.items()}), folder / "rows"
+    )
+    dataset, buffers = library.dataset(folder / "rows"), w.arrays
+    for order in w.orders():
+        table = dataset.take(order.tolist())
+        for name, buffer in buffers.items():
+            for number, value in enumerate(table[name]):
+                buffer[number] = np.frombuffer(value.as_buffer(), buffer.dtype).reshape(buffer.shape[1:])
+        yield buffers
+
+
+def kvikio(w: Workload) -> Iterator[Arrays]:
+    """Into a GPU's memory, by GPUDirect Storage where the file system has it."""
+    library, device = import_module("kvikio"), "cuda"
+    if not torch.cuda.is_available():
+        raise ImportError("KvikIO reads into a GPU.", name="a GPU")
+    places = {name: _places(w, name, values.ndim - 1) for name, values in w.arrays.items()}
+    files: dict[int, Any] = {}
+    there = {name: torch.empty_like(tensor, device=device) for name, tensor in w.tensors.items()}
+    for order in w.orders():
+        pending = []
+        for name, rows in there.items():
+            for row, position in zip(rows, order.tolist(), strict=True):
+                descriptor, offset = places[name][position]
+                if descriptor not in files:
+                    files[descriptor] = library.CuFile(Path(f"/proc/self/fd/{descriptor}").readlink())
+                pending.append(files[descriptor].pread(row, row.nbytes, offset))
+        for future in pending:
+            future.get()
+        yield there
+
+
 def tensorstore(w: Workload) -> Iterator[Arrays]:
     ts = import_module("tensorstore")
     arrays = {}
@@ -298,7 +373,11 @@ READERS: dict[str, Reader] = {
     "ours, checksums": ours_checked,
     "ours, opened anew each pass": first_touch,
     "ours, opened anew, default check off": first_touch_unquestioning,
+    "threads that pread, as SPDL's": threads,
     "tensorstore": tensorstore,
+    "zarrs": zarrs,
+    "Lance": lance,
+    "KvikIO, to a GPU": kvikio,
     "zarr-python": zarr_python,
     "zarr-python, rows copied": zarr_python_copied,
     "litdata": litdata,

@@ -108,6 +108,14 @@ class Plan:
         """What a GPU takes through all teachers."""
         return 1 / self.rates.seconds({teacher.name: 1 for teacher in self.teachers})
 
+    @property
+    def limits(self) -> dict[str, float]:
+        """Views a second that a GPU's share of the machine lets a build take, by what bounds them."""
+        prices, row_bytes = self.prices, self.read_bytes_per_row
+        decode_s = self.rates.decode_s or prices.render_ms / 1000 / prices.cores_per_gpu
+        storage = 1e9 * prices.storage_gb_per_s / prices.gpus / row_bytes
+        return {"teachers": self.views_per_s, "decoding": 1 / decode_s, "storage": storage}
+
     def require(self, budget: int | None) -> None:
         """Raises what `require_space` and `require_budget` do, or both as one."""
         problems = Problems()

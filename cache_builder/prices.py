@@ -40,7 +40,7 @@ class PlanRecipe(Strict):
     epochs read the cache, which is kept `months`. Prices are S3 Standard's (a TB is 10¹² bytes; a request
     reads a row of one array, and is free where the cache is a folder). `storage_gb_per_s`: 10⁹ bytes a
     second, for all GPUs together. `render_ms`: what decoding and rendering a student's view takes a core
-    (measured: 6 to 7 at 384²).
+    (measured: 6 to 7 at 384²), of which a GPU has `cores_per_gpu`.
     """
 
     model_config = ConfigDict(allow_inf_nan=False)
@@ -58,6 +58,7 @@ class PlanRecipe(Strict):
     usd_per_million_requests: float = Field(0.4, ge=0)
     storage_gb_per_s: float = Field(10, gt=0)
     render_ms: float = Field(6.5, gt=0)
+    cores_per_gpu: int = Field(12, ge=1)
 
     @property
     def tflops(self) -> float:

@@ -66,6 +66,8 @@ def plan_table(plan: Plan) -> RenderableType:
         f"{rates.machine}-{unit}": f"{amount} {how}",
         "building": f"writes {human_bytes(prices.gpus * plan.views_per_s * plan.read_bytes_per_row)}/s on "
         f"{prices.gpus} {rates.machine}s of {human_number(plan.views_per_s)} views/s each",
+        "at most": f"{', '.join(f'{human_number(rate)} by {what}' for what, rate in plan.limits.items())} "
+        f"views/s of a {rates.machine}: bound by {min(plan.limits, key=plan.limits.__getitem__)}",
         "training": f"reads {human_bytes(prices.student_images_per_s * plan.read_bytes_per_row)}/s at "
         f"{prices.student_images_per_s:g} img/s",
         "pixels": pixels_line(

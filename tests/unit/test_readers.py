@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks.read import GOALS, ratio
 from benchmarks.readers import LOADERS, READERS, TAR, Workload, feature_loader
@@ -43,7 +44,7 @@ def test_readers_give_the_rows(workload: Workload, name: str) -> None:
             batch = next(reader)
         except ImportError as error:
             pytest.skip(f"{error.name} is not installed")
-        assert np.array_equal(batch["codes"], codes[ROWS[order]])
+        assert torch.equal(torch.as_tensor(batch["codes"]).cpu(), codes[ROWS[order]])
 
 
 def test_ratios_are_medians_of_ratios() -> None:
