@@ -32,6 +32,7 @@ from teachercache.pipeline.stores.shard_format import index_nbytes, parse_index
 from teachercache.pipeline.stores.zarr_store import array_folder, shard_file
 
 TAR = "Theia-style tar (in order)"
+THREADS = "threads that pread, as SPDL's"
 _THREADS = 4
 COPY_NBYTES = 1 << 26  # of each file of a copy
 
@@ -373,7 +374,7 @@ READERS: dict[str, Reader] = {
     "ours, checksums": ours_checked,
     "ours, opened anew each pass": first_touch,
     "ours, opened anew, default check off": first_touch_unquestioning,
-    "threads that pread, as SPDL's": threads,
+    THREADS: threads,
     "tensorstore": tensorstore,
     "zarrs": zarrs,
     "Lance": lance,
