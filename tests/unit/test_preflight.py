@@ -101,8 +101,8 @@ def test_no_weights_are_asked_for(cache: Path, monkeypatch: pytest.MonkeyPatch) 
     made: list[tuple[bool, str]] = []
     build = Stem.__init__
 
-    def noted(stem: Stem, name: str, size: Any, pretrained: bool = False, sak_compat: bool = False) -> None:
-        build(stem, name, size, pretrained, sak_compat)
+    def noted(stem: Stem, name: str, size: Any, pretrained: bool = False, *rest: Any, **options: Any) -> None:
+        build(stem, name, size, pretrained, *rest, **options)
         made.append((pretrained, next(stem.parameters()).device.type))
 
     monkeypatch.setattr(Stem, "__init__", noted)
