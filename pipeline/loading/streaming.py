@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import random
 import tarfile
+from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
@@ -125,18 +126,25 @@ class TarStream:
     ) -> None:
         self._cache, self._teachers = cache, teachers
         self._copies = images and cache.spec.images == "copy"
-        self._held = dict[int, StreamedRow]()  # drawn later: as many as the sampler's buffer holds
+        # Drawn later: as many as the sampler's buffer holds, and of a row the passes in their order.
+        self._held = dict[int, deque[StreamedRow]]()
         self._rows = self._passes(sampler, step)
 
     def take(self, rows: Ints) -> list[StreamedRow]:
         """Raises `CorruptShardError` for a tar that ends early or holds other rows."""
-        for row in rows.tolist():
-            while row not in self._held:
-                self._held.update([next(self._rows)])
-        return [self._held.pop(row) for row in rows.tolist()]
+        return [self._taken(row) for row in rows.tolist()]
 
     def close(self) -> None:
         self._rows.close()
+
+    def _taken(self, wanted: int) -> StreamedRow:
+        while wanted not in self._held:
+            row, found = next(self._rows)
+            self._held.setdefault(row, deque()).append(found)
+        first = self._held[wanted].popleft()
+        if not self._held[wanted]:
+            del self._held[wanted]
+        return first
 
     def _passes(self, sampler: StreamSampler, step: int) -> Generator[tuple[int, StreamedRow]]:
         first, taken = sampler.taken(step)

@@ -70,16 +70,23 @@ def batches(cache: FeatureCache, sampler: Any, count: int, first: int = 0) -> li
 
 
 @pytest.mark.parametrize("kind", ["cache", "copied"])
+@pytest.mark.parametrize(("batch_size", "shuffle_buffer"), [(3, 5), (8, 256), (16, 5)])
 def test_batches_are_those_of_the_random_access_loader(
-    kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    kind: str,
+    batch_size: int,
+    shuffle_buffer: int,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """A pass has some 20 rows: a batch that crosses passes may hold one twice."""
     cache: FeatureCache = request.getfixturevalue(kind)
-    expected = batches(cache, SameRows(stream(cache)), 20)
+    sampler = stream(cache, batch_size_per_process=batch_size, shuffle_buffer=shuffle_buffer)
+    expected = batches(cache, SameRows(sampler), 20)
     unread: Any = None
     monkeypatch.setattr(cache.store, "read", unread)
     if kind == "copied":
         monkeypatch.setattr(cache.images, "read", unread)
-    streamed = batches(cache, stream(cache), 20)
+    streamed = batches(cache, sampler, 20)
     for one, other in zip(streamed, expected, strict=True):
         assert (one.step, one.sample_keys) == (other.step, other.sample_keys)
         assert one.rows.tolist() == other.rows.tolist()
