@@ -9,8 +9,10 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 import yaml
@@ -23,17 +25,24 @@ from teachercache.cache_builder.teachers import build_teacher, resolve_teachers
 from teachercache.cache_builder.teachers.flops import teacher_parameters
 from teachercache.jobs.recipes import SHIPPED, find_recipe
 from teachercache.pipeline.cache import FeatureCache
-from teachercache.pipeline.errors import EmptySourceError, RecipeError, WeightsNotFoundError, in_a_line
+from teachercache.pipeline.errors import (
+    CacheError,
+    EmptySourceError,
+    RecipeError,
+    WeightsNotFoundError,
+    in_a_line,
+)
 from teachercache.pipeline.places.durable import make_folder
 from teachercache.pipeline.sources.keys import OK
 from teachercache.pipeline.terminal import Terminal
 from teachercache.pipeline.units import human_bytes
 from teachercache.student.models.stem import Stem
 from teachercache.student.saving import replacing, saving
+from teachercache.student.training.checkpoint import newest_checkpoint
 from teachercache.student.training.preflight import Preflight, preflight
 from teachercache.student.training.train import TrainResult
 from teachercache.student.training.train import train as train_student
-from teachercache.student.training.train_recipe import TrainRecipe
+from teachercache.student.training.train_recipe import TrainRecipe, run_identity
 
 BUILD, TRAIN = "photos_cache", "photos_student"
 COMMANDS = {BUILD: "teachercache build", TRAIN: "accelerate launch jobs/train_student.py"}
@@ -88,6 +97,9 @@ def follow(build_recipe: BuildRecipe, train_recipe: TrainRecipe) -> tuple[BuildR
                 file.write_text(text)
     console.rule("Teachers → cache")
     built = build_cache(build_recipe, console)
+    if built.quarantined:
+        names = f"teachercache inspect {build_recipe.cache}"
+        console.print(f"{built.quarantined} images cannot be decoded and are left out: {names}")
     console.rule("Cache → student")
     trained = train_student(_in_steps(train_recipe, built.cache.valid_samples().size))
     if random := ", ".join(built.cache.spec.random_weights):
@@ -130,7 +142,7 @@ def choose(
 
     built = builds()
     drafted, spec, plan = prepare(built, Terminal(quiet=True))
-    count = pc.sum(pc.equal(drafted.samples["status"], OK)).as_py()
+    count = _sound(drafted.samples)
     if count < _LEAST_IMAGES:
         raise EmptySourceError(
             "There are too few images to learn from.",
@@ -142,6 +154,7 @@ def choose(
         built = builds(_within_disk(built, plan))
     keys = [f"cache={cache}", f"output={output}", *chosen.get(TRAIN, ()), f"student.{weights}", *train]
     trained = _in_steps(find_recipe(TrainRecipe, folder / f"{TRAIN}.yaml", keys), count)
+    _require_same_run(trained, count)
     found = preflight(trained, spec, num_samples=count)
     found.problems.require_none()
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -149,6 +162,29 @@ def choose(
     views, crops = fitting_batches(found, device, memory)
     runner = built.runner.model_copy(update={"batch_size": min(built.runner.batch_size, views)})
     return built.model_copy(update={"runner": runner}), _in_steps(trained, count, crops)
+
+
+def _sound(samples: pa.Table) -> int:
+    """How many images have a header that can be read."""
+    count: int = pc.sum(pc.equal(samples["status"], OK)).as_py()
+    return count
+
+
+def _require_same_run(recipe: TrainRecipe, images: int) -> None:
+    """Before a cache grows and a recipe is replaced, for a run that took steps. Raises `RecipeError`."""
+    if newest_checkpoint(recipe.checkpoint_folder) is None:
+        return
+    with suppress(CacheError):  # the build says what is wrong with it
+        begun = find_recipe(TrainRecipe, Path(recipe.output, f"{TRAIN}.yaml"), [])
+        was, now = (run_identity(one, {}) for one in (begun, recipe))
+        was["images"], now["images"] = _sound(FeatureCache.open(recipe.cache).samples), images
+        if changed := [key for key in now if now[key] != was.get(key)]:
+            raise RecipeError(
+                f"The run in {recipe.output} was begun otherwise; nothing was changed.",
+                got=", ".join(f"{key}={now[key]}" for key in changed),
+                expected=", ".join(f"{key}={was.get(key)}" for key in changed),
+                do="name another folder for a run of its own (--output FOLDER), or go on as before",
+            )
 
 
 def in_yaml(*recipes: BuildRecipe | TrainRecipe) -> dict[str, str]:
@@ -163,7 +199,8 @@ def in_yaml(*recipes: BuildRecipe | TrainRecipe) -> dict[str, str]:
 def usage(student: Path, cache: FeatureCache) -> str:
     """Five lines of Python that load the student and show it the first of the images."""
     (height, width), dataset = cache.spec.views.size, cache.spec.dataset
-    photo = f"{dataset.location}/{cache.samples['path'][0]}" if dataset.kind == "image_folder" else "a.jpg"
+    path = cache.samples["path"][int(cache.valid_samples()[0])]
+    photo = f"{dataset.location}/{path}" if dataset.kind == "image_folder" else "a.jpg"
     return f"""import numpy, torch, PIL.Image, teachercache
 student = teachercache.load_student({str(student)!r})
 photo = PIL.Image.open({photo!r}).convert("RGB").resize(({width}, {height}))

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Any, Self
+
+_FORWARDED_S = 1.0
 
 
 class StopRequest:
     """While entered, notes the signals by which a scheduler or a user announces the end of the job.
 
-    A second Ctrl-C acts at once; a second SIGTERM does not, since launchers forward signals that also arrive
-    directly. Outside the main thread, where Python cannot handle signals, nothing is noted.
+    Another Ctrl-C acts at once, unless it comes within a second; another SIGTERM does not. Launchers forward
+    both, which also arrive directly. Outside the main thread, where Python cannot handle signals, nothing is
+    noted.
     """
 
     def __init__(self, *signals: signal.Signals) -> None:
         self._signals = signals
         self._previous: dict[signal.Signals, Any] = {}
         self.signal: signal.Signals | None = None
+        self._noted = 0.0
 
     @property
     def requested(self) -> bool:
@@ -35,6 +40,7 @@ class StopRequest:
         self._previous = {}
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.requested:
+        now, self._noted = time.monotonic(), self._noted or time.monotonic()
+        if number == signal.SIGINT and now > self._noted + _FORWARDED_S:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number)

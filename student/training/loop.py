@@ -103,7 +103,7 @@ class TrainingLoop:
     def run(
         self, batches: Iterator[Sequence[Batch]], first_step: int, total_steps: int, log: RunLog
     ) -> LoopResult:
-        """Take the steps `first_step`, …, `total_steps - 1`, or fewer when SIGTERM comes.
+        """Take the steps `first_step`, …, `total_steps - 1`, or fewer when SIGTERM or Ctrl-C comes.
 
         What a step gave is read when the next one is under way, so that no GPU waits for the host; a run may
         thus stop a step later. Raises `TrainingError` when the loss is no longer finite; checkpoints are
@@ -113,7 +113,7 @@ class TrainingLoop:
         late: _Taken | None = None
         self.model.train()
         self._clock = time.perf_counter()
-        with StopRequest(signal.SIGTERM) as stop:  # heard of by every process in the same step
+        with StopRequest(signal.SIGTERM, signal.SIGINT) as stop:  # heard of by every process in the same step
             while result.next_step < total_steps and not result.interrupted:
                 taken = self._step(result.next_step, batches, stop)
                 result.next_step += 1

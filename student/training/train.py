@@ -68,7 +68,7 @@ _COMPILED: dict[str, Any] = {"dynamic": False, "options": {"combo_kernels": True
 
 @dataclass(frozen=True)
 class TrainResult:
-    """`student` is None when the run was interrupted by SIGTERM; the same command then continues it.
+    """`student` is None when SIGTERM or Ctrl-C ended the run; the same command then continues it.
 
     `steps` counts those of the whole run, earlier processes' included; `last_loss` is None where there
     was no step left to take. `images_per_s` is over all processes. `similarity`: to each teacher, after the

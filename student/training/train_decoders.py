@@ -56,7 +56,7 @@ from teachercache.student.training.train import require_folder, resume
 
 @dataclass(frozen=True)
 class DecoderResult:
-    """`decoders` is None when the run was interrupted by SIGTERM; the same command then continues it."""
+    """`decoders` is None when SIGTERM or Ctrl-C ended the run; the same command then continues it."""
 
     output: Path
     decoders: Path | None

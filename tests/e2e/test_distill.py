@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,6 +64,8 @@ class Runs(NamedTuple):
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     photos = write_photos(tmp_path_factory.mktemp("own") / "my photos")
+    whole = encode(photo(90, 60, 7))
+    (photos / "a broken one.jpg").write_bytes(whole[: len(whole) // 2])  # the first by its name
     results = []
     for where, name in ((BuildProgress, "on_commit"), (RunLog, "write"), (None, "")):
         with pytest.MonkeyPatch.context() as patch:
@@ -100,8 +103,9 @@ def test_the_same_command_goes_on_to_the_end(runs: Runs) -> None:
     assert runs.finished.exit_code == 0, (runs.finished.output, runs.finished.exception)
     assert len(logged(f"{runs.photos}.student")) == 24
     cache = FeatureCache.open(f"{runs.photos}.teachercache")
-    assert (cache.num_samples, cache.num_views) == (IMAGES, 2)
+    assert (cache.valid_samples().size, cache.num_views) == (IMAGES, 2)
     cache.require_complete()
+    assert "1 images cannot be decoded and are left out" in runs.finished.output
     assert "Random weights: tiny." in runs.finished.output
 
 
@@ -122,6 +126,26 @@ def test_its_recipes_are_complete_and_are_what_is_printed(runs: Runs) -> None:
     assert find_recipe(TrainRecipe, files[1]).global_batch_size == IMAGES
     built = teachercache("build", files[0])
     assert (built.exit_code, "Nothing to do" in built.output) == (0, True), built.exception
+
+
+def test_a_begun_run_is_not_begun_otherwise(runs: Runs) -> None:
+    """Neither by a key nor by another image: before the cache grows and the recipe is replaced."""
+    stated = Path(f"{runs.photos}.student", "photos_student.yaml")
+    before = stated.read_bytes()
+    words = ["distill", runs.photos, "--random-weights", *SMALL]
+    refused = teachercache(*words, "--train", "schedule.max_steps=26")
+    assert isinstance(refused.exception, RecipeError)
+    assert re.search(
+        r"got: +schedule.max_steps=26\n.*schedule.max_steps=24\n.*--output", str(refused.exception)
+    )
+    another = runs.photos / "another.png"
+    another.write_bytes(encode(photo(30, 40, 99), format="PNG"))
+    refused = teachercache(*words)
+    another.unlink()
+    assert re.search(rf"images={IMAGES + 1}\n.*images={IMAGES}\n", str(refused.exception))
+    assert FeatureCache.open(f"{runs.photos}.teachercache").num_samples == IMAGES + 1
+    assert stated.read_bytes() == before
+    assert teachercache(*words).exit_code == 0
 
 
 def test_what_was_chosen_stays_when_the_disk_fills(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:

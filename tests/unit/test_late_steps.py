@@ -72,12 +72,13 @@ def test_a_step_is_read_one_late_but_for_what_needs_its_student(
     ]
 
 
+@pytest.mark.parametrize("told", [signal.SIGTERM, signal.SIGINT])
 def test_a_run_that_is_told_to_stop_goes_on_as_if_it_had_not_been(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    told: signal.Signals, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train(train_recipe(cache, tmp_path / "whole"))
     with monkeypatch.context() as patch:
-        on_each_step(patch, lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 3 else None)
+        on_each_step(patch, lambda step: os.kill(os.getpid(), told) if step == 3 else None)
         stopped = train(train_recipe(cache, tmp_path / "stopped"))
     assert stopped.interrupted
     assert stopped.steps == 5
