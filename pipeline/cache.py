@@ -266,6 +266,10 @@ class FeatureCache:
         index = self.find(sample) if isinstance(sample, str) else range(self.num_samples)[sample]
         return SampleView(self, index)
 
+    def __repr__(self) -> str:
+        samples = f"{self.num_samples:,} samples × {self.num_views} views"
+        return f"FeatureCache({self.storage.url!r}: {samples} of {', '.join(self.teachers) or 'no teacher'})"
+
     def _repr_html_(self) -> str:
         from teachercache.pipeline.exploring.sample_view import cache_table
 

@@ -163,13 +163,20 @@ def submit(
     """
     from teachercache.cache_builder.build_recipe import BuildRecipe
     from teachercache.jobs.recipes import SHIPPED, find_recipe
-    from teachercache.pipeline.errors import BuildError, extra
+    from teachercache.pipeline.errors import ArgumentError, BuildError, extra
 
     with extra("build"):
         from ray.exceptions import RayError
         from ray.job_submission import JobSubmissionClient
 
     find_recipe(BuildRecipe, recipe, overrides or [])
+    if unset := [name for name in env if name not in os.environ]:
+        raise ArgumentError(
+            "A variable for the job is not set.",
+            got=f"--env {' --env '.join(unset)}",
+            expected="names of variables of this environment",
+            do="export it first, or leave it out",
+        )
     root = Path(teachercache.__file__).parents[1]
     if not (SHIPPED / f"{recipe}.yaml").is_file():
         recipe = str(Path(recipe).resolve()).removeprefix(f"{root}/")

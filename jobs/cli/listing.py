@@ -10,7 +10,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from teachercache.jobs.cli.terminal import console
 
@@ -48,7 +48,7 @@ def presets() -> None:
     """
     from teachercache.cache_builder.teachers import presets
 
-    table = Table("preset", "model", "sees views at")
+    table = Table("preset", Column("model", overflow="fold"), "sees views at")
     for name, preset in presets().items():
         sides = [str(side) for side in (preset.shortest_side, preset.longest_side) if side]
         table.add_row(name, preset.model, f"{' to '.join(sides)} pixels" if sides else "their own size")

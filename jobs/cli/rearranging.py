@@ -78,7 +78,8 @@ def convert(
 
     Between webdataset and zarr only the store changes: the rows, records and content ids are the same.
     theia: what Theia's training code reads. Run it again to continue after any stop. parquet, lance: a line
-    for each view, with its key and label, mean tokens and class tokens, as `datasets.load_dataset` reads it.
+    for each view, with its key and label, mean tokens and class tokens; a file of Parquet is what
+    `datasets.load_dataset("parquet", data_files=FILE)` reads.
 
     Example: `teachercache convert /data/cache -o /data/tars --to webdataset`
     """

@@ -71,4 +71,5 @@ def pull(
 
     Example: `teachercache pull user/name /data/cache --teachers dinov2`
     """
-    subset(f"hf://datasets/{repository}", output, keys, fraction, teachers=teachers, levels=levels)
+    url = f"hf://datasets/{repository.removeprefix('hf://datasets/')}"
+    subset(url, output, keys, fraction, teachers=teachers, levels=levels)

@@ -23,11 +23,15 @@ def _known() -> Any:
 
 
 def licence_of(teacher: TeacherSpec | None) -> str:
-    """That of a teacher's weights, as licences.yaml calls it; `UNKNOWN` for those of a file."""
-    if teacher is None or teacher.checkpoint:
+    """That of a teacher's weights, as licences.yaml calls it; `UNKNOWN` for those of a file, but for models
+    whose known weights are restricted: a file may well hold these."""
+    if teacher is None:
         return UNKNOWN
     found = (licence for name, licence in _known()["models"].items() if fnmatchcase(teacher.model, name))
-    return next(found, UNKNOWN) if teacher.pretrained else RANDOM
+    name = next(found, UNKNOWN)
+    if teacher.checkpoint:
+        return name if "restricted" in _known()["licences"][name] else UNKNOWN
+    return name if teacher.pretrained else RANDOM
 
 
 def card_header(licences: Mapping[str, str]) -> str:

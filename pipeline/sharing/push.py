@@ -52,14 +52,19 @@ def push_cache(
     here = cache if isinstance(source.storage, LocalStorage) else cache.rstrip("/").rpartition("/")[2]
     choice = digest([source.spec.cache_id, repository, kept, levels, fraction])
     folder = Path(f"{Path(here).resolve()}.push-{choice[:8]}")
-    pushed = run(subset(cache, str(folder), teachers=kept, levels=levels, fraction=fraction))
-    for name, text in cards(pushed, repository).items():
-        (folder / name).write_text(text)
     api = HfApi()
     place: dict[str, Any] = {"repo_id": repository, "repo_type": "dataset"}
     with pushing("cache", repository, CacheError):
         address = str(api.create_repo(**place, private=private, exist_ok=True))
-        _require_own(api.dataset_info(repository), pushed, private)
+    pushed = run(subset(cache, str(folder), teachers=kept, levels=levels, fraction=fraction))
+    for name, text in cards(pushed, repository).items():
+        (folder / name).write_text(text)
+    with pushing("cache", repository, CacheError):
+        try:
+            _require_own(api.dataset_info(repository), pushed, private)
+        except CacheError:  # no later push needs what was laid out
+            shutil.rmtree(folder)
+            raise
         api.upload_folder(**place, folder_path=folder, ignore_patterns=[*_LAST])
         api.upload_folder(**place, folder_path=folder, allow_patterns=_LAST)
     shutil.rmtree(folder)

@@ -145,7 +145,7 @@ def test_reading_one_teacher_of_three_fetches_a_third(
 def test_pull_fetches_some_teachers_and_nothing_of_others(
     pushed: Repository, hub: HubServer, cache: FeatureCache, tmp_path: Path
 ) -> None:
-    invoke("pull", "me/cache", tmp_path / "part", "--teachers", "alpha,gamma")
+    invoke("pull", "hf://datasets/me/cache", tmp_path / "part", "--teachers", "alpha,gamma")
     assert not [name for name in hub.served if "beta" in name]
     part, rows = FeatureCache.open(tmp_path / "part"), np.array([0, 5])
     assert verify(part, full=True) == []
@@ -212,17 +212,25 @@ def test_a_push_in_many_commits_ends_with_what_makes_it_a_cache(
     assert FeatureCache.open("hf://datasets/me/many").spec == cache.spec
 
 
+def laid_out(cache: FeatureCache) -> set[Path]:
+    """What pushes left beside the cache, for the same push to go on with."""
+    place = Path(cache.storage.url)
+    return set(place.parent.glob(f"{place.name}.push-*"))
+
+
 def test_a_repository_that_holds_something_else_is_left_alone(
     hub: HubServer, cache: FeatureCache, images: Path, tmp_path: Path
 ) -> None:
     hub.repositories["datasets/me/text"] = text = Repository(
         files={"train.csv": b"a,b", ".gitattributes": b""}
     )
+    before = laid_out(cache)
     with pytest.raises(
         CacheMismatchError, match=r"(?s)something else.*1 other files, such as train\.csv.*name"
     ):
         push_cache(cache.storage.url, "me/text")
     assert text.commits == []
+    assert laid_out(cache) == before
     with pytest.raises(CacheNotFoundError, match=r"(?s)hf://datasets/me/text without a cache\.json"):
         FeatureCache.open("hf://datasets/me/text")
     other = make_cache(tmp_path / "other", images, teachers={"alpha": teacher_spec(width=4)})
@@ -281,9 +289,11 @@ def test_a_token_without_rights_is_told_of(
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", token)
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", "/nowhere/token")
+    before = laid_out(cache)
     with pytest.raises(CacheError, match=rf"(?s)not pushed to me/new.*{status}.*a token that may write"):
         push_cache(cache.storage.url, "me/new")
     assert "datasets/me/new" not in hub.repositories
+    assert laid_out(cache) == before
     hub.repositories["datasets/me/secret"] = Repository(private=True)
     if not token:
         with pytest.raises(CacheNotFoundError, match=r"(?s)hf auth login"):

@@ -204,6 +204,12 @@ def test_no_cache_is_one_message(teachercache: Command, tmp_path: Path) -> None:
         assert "There is no cache here" in text
 
 
+def test_a_variable_that_a_job_needs_must_be_set(teachercache: Command) -> None:
+    status, text = teachercache("submit", "demo", "--env", "NOT_SET_HERE")
+    assert status == 1
+    assert "--env NOT_SET_HERE" in text
+
+
 def test_a_ray_job_refuses_relative_paths(tmp_path: Path) -> None:
     """Ray runs a job in a copy of the working folder, which it deletes."""
     copy = tmp_path / "runtime_resources" / "working_dir_files"

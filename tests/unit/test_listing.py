@@ -42,6 +42,7 @@ def test_every_shipped_recipe_is_listed_for_its_verb() -> None:
     for name, verb in listed.items():
         models: dict[str, Any] = {"build": BuildRecipe, "train": TrainRecipe, "train-decoders": DecoderRecipe}
         find_recipe(models[verb], name)
+        assert (SHIPPED / f"{name}.yaml").read_text().splitlines()[0].endswith("."), "what is listed is whole"
 
 
 def test_every_preset_and_codec_is_listed() -> None:

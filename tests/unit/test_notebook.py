@@ -62,6 +62,7 @@ def test_a_sample_by_the_end_of_its_key(cache: FeatureCache) -> None:
 
 
 def test_a_notebook_shows_the_whole_cache(cache: FeatureCache, tmp_path: Path, images: Path) -> None:
+    assert repr(cache).startswith(f"FeatureCache('{cache.storage.url}': 6 samples × 2 views of ")
     html = cache._repr_html_()
     lines = [re.findall("<td>(.*?)</td>", line) for line in re.findall("<tr>(.*?)</tr>", html)]
     assert [line[0] for line in lines] == [
