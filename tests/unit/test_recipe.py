@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -13,9 +14,10 @@ from hypothesis import strategies as st
 from teachercache.cache_builder.build_recipe import BuildRecipe
 from teachercache.cache_builder.moved_weights import RepairRecipe
 from teachercache.cache_builder.teachers.teacher_recipe import TeacherRecipe
-from teachercache.jobs.recipes import SHIPPED, find_recipe
+from teachercache.jobs.recipes import SHIPPED, find_recipe, verb_of
 from teachercache.pipeline.errors import RecipeError
 from teachercache.pipeline.recipe_files import check_recipe, load_overrides, load_recipe
+from teachercache.student.training.decoder_recipe import DecoderRecipe
 from teachercache.student.training.student_recipe import SakRecipe
 from teachercache.student.training.train_recipe import TrainRecipe
 
@@ -234,10 +236,15 @@ def test_the_data_plane_knows_no_shipped_recipe_by_itself() -> None:
 @pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_recipe_is_valid_and_says_how_to_run_it(path: Path) -> None:
     text = path.read_text()
-    model = TrainRecipe if "\nstudent:" in text or "\nschedule:" in text else BuildRecipe
-    find_recipe(model, path.stem)
+    models: dict[str | None, Any] = {
+        "build": BuildRecipe,
+        "train": TrainRecipe,
+        "train-decoders": DecoderRecipe,
+    }
+    find_recipe(models[verb_of(path)], path.stem)
+    header, *_ = re.split(r"^\w+:", text, flags=re.MULTILINE)
     for word in ("Command", "Hardware", "Metric"):
-        assert word in text.split("\ncache:")[0], f"the header does not state: {word}"
+        assert word in header, f"the header does not state: {word}"
 
 
 def test_stage_2_of_the_page_starts_from_a_student_with_the_same_paths() -> None:
