@@ -32,10 +32,10 @@ IGNORE: dict[str, int] = {
 
 semseg, parts, saliency, boundary   uint8 (H, W)        the class; of saliency and boundary 0 or 1
 depth                               float32 (H, W)      metres along the camera's axis
-instances                           int32 (H, W)        256·n + class + 1 on the n-th thing, n from 1; 0
-elsewhere normals                             float32 (3, H, W)   unit vectors x, y, z; as each data set has
-the axes,
+normals                             float32 (3, H, W)   unit vectors x, y, z; as each data set has the axes,
                                                         but x points along the image's rows in all of them
+instances                           int32 (H, W)        256·n + class + 1 on the n-th thing, n from 1; 0
+                                                        elsewhere
 """
 
 

@@ -54,7 +54,8 @@ class Stem(nn.Module):
         self._sak_compat, self._resizes = sak_compat, resizes
         self.patch, self._resamples_itself = _require_vit(name)
         self._fit(image_size)
-        sizes = {} if self._resamples_itself else {"img_size": self._input_size, "dynamic_img_size": resizes}
+        sizes: dict[str, Any] = {} if self._resamples_itself else {"img_size": self._input_size}
+        sizes |= {"dynamic_img_size": True} if resizes and sizes else {}
         self.vit = _create(name, sizes, pretrained)
         self.width: int = self.vit.embed_dim
         self.depth = len(self.vit.blocks)

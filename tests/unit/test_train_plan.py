@@ -17,7 +17,7 @@ from teachercache.cache_builder.build_recipe import BuildRecipe
 from teachercache.cache_builder.teachers import resolve_teacher
 from teachercache.cache_builder.teachers.flops import teacher_gmacs
 from teachercache.jobs.cli import app
-from teachercache.jobs.recipes import SHIPPED, find_recipe
+from teachercache.jobs.recipes import SHIPPED, find_recipe, verb_of
 from teachercache.jobs.train_dry_run import plan_training
 from teachercache.pipeline.errors import RecipeError
 from teachercache.pipeline.records.strict import Size
@@ -31,7 +31,8 @@ from tests.make_cache import make_cache, make_images
 from tests.train_recipes import train_recipe
 
 CACHES = sorted(path.stem for path in SHIPPED.glob("*_vit*.yaml"))
-STUDENTS = sorted(path.stem for kind in ("sak_stage", "kpu") for path in SHIPPED.glob(f"{kind}*.yaml"))
+OF_PAPERS = (path for kind in ("sak_stage", "kpu") for path in SHIPPED.glob(f"{kind}*.yaml"))
+STUDENTS = sorted(path.stem for path in OF_PAPERS if verb_of(path) == "train")
 
 
 def blank_size(
