@@ -27,8 +27,8 @@ _HEADER_BYTES = 512  # of a file of statistics, at most
 
 @dataclass(frozen=True)
 class TeacherPlan:
-    """One teacher's share. `gmacs` are for one view, none where another's forward
-    pass serves it; `statistics_bytes` for one shard."""
+    """One teacher's share. `gmacs` are for one view, none where another's pass serves it; `statistics_bytes`
+    for one shard."""
 
     name: str
     spec: TeacherSpec

@@ -17,6 +17,7 @@ from teachercache.cache_builder.build_recipe import BuildRecipe, SourceRecipe
 from teachercache.cache_builder.calibrate import CalibrationSample
 from teachercache.cache_builder.draft import Draft, draft
 from teachercache.cache_builder.teachers import Teacher
+from teachercache.cache_builder.teachers.registry import passes
 from teachercache.cache_builder.worker import Worker
 from teachercache.pipeline.errors import ImageDecodeError
 from teachercache.pipeline.records.strict import Size
@@ -29,7 +30,7 @@ _PHOTO = 500, 375  # pixels, ImageNet's most frequent size
 
 @dataclass(frozen=True)
 class Rates:
-    """Seconds of a view in each teacher, and in the threads that decode; where they were measured, on what.
+    """Seconds of a view in each teacher (none where another's pass serves it), and in the threads that decode; where they were measured, on what.
 
     A GPU computes while the CPU's cores decode; on a CPU one waits for the other.
     """
@@ -65,9 +66,9 @@ def measure_rates(recipe: BuildRecipe, drafted: Draft | None = None) -> Rates:
         specs = {name: drafted.spec.teachers[name] for name in recipe.teachers}
         sample, sizes = drafted.calibration_sample(_IMAGES), {spec.render_size for spec in specs.values()}
         decode_s = _decode_s(sample, sizes, recipe.runner.decode_threads, share)
-    forward_s, device = {}, torch.device("cpu")
-    for name, spec in specs.items():
-        blank = spec.model_copy(update={"pretrained": False, "checkpoint": None})
+    forward_s, device = dict.fromkeys(specs, 0.0), torch.device("cpu")
+    for name, *_ in passes(specs):
+        blank = specs[name].model_copy(update={"pretrained": False, "checkpoint": None})
         teacher = Worker({name: blank}, recipe.runner).teachers[name]
         device = next(teacher.parameters()).device
         forward_s[name] = _forward_s(teacher, recipe.runner.batch_size, device, share)

@@ -89,7 +89,8 @@ def help_keys(
     from teachercache.student.training.train_recipe import TrainRecipe
 
     models: dict[Kind, type[BaseModel]] = {
-        **{Kind.BUILD: BuildRecipe, Kind.TRAIN: TrainRecipe},
+        Kind.BUILD: BuildRecipe,
+        Kind.TRAIN: TrainRecipe,
         Kind.TRAIN_DECODERS: DecoderRecipe,
     }
     rooms = [

@@ -44,7 +44,9 @@ def plan_table(plan: Plan) -> RenderableType:
             **_teacher_facts(teacher.spec.model_dump(mode="json")),
             "bytes per view": human_bytes(teacher.bytes_per_row),
             "GMACs per view": f"{teacher.gmacs:,.1f}",
-            f"img/s of a {rates.machine}": human_number(1 / rates.forward_s[teacher.name]),
+            f"img/s of a {rates.machine}": human_number(1 / forward_s)
+            if (forward_s := rates.forward_s[teacher.name])
+            else "in the pass of another",
             "shards to do": f"{teacher.missing_shards:,} of {spec.num_shards:,}",
         }
         for teacher in plan.teachers

@@ -23,6 +23,11 @@ class Widths(NamedTuple):
     image: int
     maps: tuple[int, ...]
 
+    @property
+    def of_pyramid(self) -> list[int]:
+        """Channels of the maps that `pyramid` makes of these."""
+        return list(self.maps * len(STRIDES) if len(self.maps) == 1 else self.maps)
+
 
 class Decoder(nn.Module, ABC):
     """Made of `Widths`, a number of classes and numbers of its own, each with a default.

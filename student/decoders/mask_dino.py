@@ -86,7 +86,6 @@ class MaskDINO(Decoder):
                 do="choose another width",
             )
         self.classes, self.queries, self.denoising = classes, queries, denoising
-        channels = list(widths.maps) * (4 if len(widths.maps) == 1 else 1)
         pixels = Mask2FormerConfig(
             feature_size=width,
             mask_feature_size=width,
@@ -104,7 +103,7 @@ class MaskDINO(Decoder):
             dropout=0.0,
             attn_implementation="sdpa",
         )
-        self.pixel_decoder = Mask2FormerPixelDecoder(pixels, channels)
+        self.pixel_decoder = Mask2FormerPixelDecoder(pixels, widths.of_pyramid)
         self.encoder_norm = nn.Sequential(nn.Linear(width, width), nn.LayerNorm(width))
         self.layers = nn.ModuleList(rt_detr.RTDetrDecoderLayer(config) for _ in range(layers))
         self.positions = rt_detr.RTDetrMLPPredictionHead(4, 2 * width, width, num_layers=2)

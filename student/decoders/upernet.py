@@ -28,9 +28,8 @@ class UPerNet(Decoder):
         super().__init__()
         config = UperNetConfig(hidden_size=width, auxiliary_channels=auxiliary_width, num_labels=classes)
         config.auxiliary_in_channels = None
-        channels = list(widths.maps) * (4 if len(widths.maps) == 1 else 1)
-        self.head = UperNetHead(config, channels)
-        self.auxiliary = UperNetFCNHead(config, channels)
+        self.head = UperNetHead(config, widths.of_pyramid)
+        self.auxiliary = UperNetFCNHead(config, widths.of_pyramid)
         self.auxiliary_weight = config.auxiliary_loss_weight
 
     def losses(self, features: ImageRepresentation, labels: Tensor) -> dict[str, Tensor]:

@@ -3,8 +3,7 @@
 A checkpoint is written under a temporary name and renamed, so a folder with the final name is complete.
 `state.json` holds the step, the checksums of the other two files, what the run was, and FAMO's ξ where it
 weighs the teachers; nothing else is needed, because batches, seeds and the learning rate are functions of the
-step. One that was damaged since is
-passed over and set aside as `step_00000100.damaged`.
+step. One that was damaged since is passed over and set aside as `step_00000100.damaged`.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from teachercache.pipeline.records.strict import Size, Strict
+from teachercache.student.training.student_recipe import AtHome
 from teachercache.student.training.train_recipe import (
     DatasetRecipe,
     LoaderRecipe,
@@ -43,10 +44,10 @@ class DecoderRecipe(Strict):
     caches decide.
     """
 
-    student: str | None = None
+    student: AtHome | None = None
     learns: bool = False
     image_size: Size = (512, 512)
-    output: str
+    output: AtHome
     decoders: dict[str, DecoderInput] = Field(min_length=1)
     optimizer: OptimizerRecipe = OptimizerRecipe()
     schedule: ScheduleRecipe

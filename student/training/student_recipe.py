@@ -9,7 +9,7 @@ from inspect import signature
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, get_args
 
 import torch
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from teachercache.pipeline.errors import RecipeError
 from teachercache.pipeline.records.spec import TeacherSpec
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 Specs = Mapping[str, TeacherSpec]
 Facts = Mapping[str, TeacherFacts]
 Errors = Iterator[RecipeError]
+AtHome = Annotated[str, AfterValidator(os.path.expanduser)]
+"""A path that may begin with ~; the rest, a name on the Hub too, stays as it was typed."""
 _WHOLE_STEM = {"stem", "stem.vit"}
 _OTHER_LEVELS = f"build the cache with {NUM_LEVELS} block_indices for it, or leave it out of `teachers`"
 
@@ -51,15 +53,10 @@ class StudentRecipe(Strict):
     kind: str
     stem: str | None = "vit_base_patch16_384"
     pretrained: bool = True
-    init_from: str | None = None
+    init_from: AtHome | None = None
     freeze: tuple[str, ...] = ()
     lora_rank: int | None = Field(None, ge=1)
     compile: bool | None = None
-
-    @field_validator("init_from")
-    @classmethod
-    def _at_home(cls, value: str | None) -> str | None:
-        return value and os.path.expanduser(value)  # noqa: PTH111  may be a name on the Hub
 
     @model_validator(mode="after")
     def _check(self) -> Self:

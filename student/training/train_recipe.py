@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from teachercache.pipeline.crops import StudentJitter
 from teachercache.pipeline.errors import RecipeError
 from teachercache.pipeline.records.strict import Strict
 from teachercache.student.losses.distillation import CosineKind, DistanceKind
 from teachercache.student.training.balance import TargetKind
-from teachercache.student.training.student_recipe import SakRecipe, StudentOfAKind
+from teachercache.student.training.student_recipe import AtHome, SakRecipe, StudentOfAKind
 
 Weight = Annotated[float, Field(ge=0)]
 Tracker = Literal[
@@ -181,7 +180,7 @@ class TrainRecipe(Strict):
     cache: str
     images: str | None = None
     inputs: tuple[InputRecipe, ...] = ()
-    output: str
+    output: AtHome
     features: Literal["cached", "online", "hybrid", "fresh"] = "cached"
     student_jitter: StudentJitter | None = None
     teachers: tuple[str, ...] | None = None
@@ -216,11 +215,6 @@ class TrainRecipe(Strict):
         if value.get("cache", first) != first or said:
             raise ValueError("inputs have caches, images, teachers and batches: leave them out beside inputs")
         return value | {"cache": first}
-
-    @field_validator("output")
-    @classmethod
-    def _at_home(cls, value: str) -> str:
-        return os.path.expanduser(value)  # noqa: PTH111  the rest stays as it was typed
 
     @model_validator(mode="after")
     def _check(self) -> Self:

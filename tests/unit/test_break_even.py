@@ -263,3 +263,11 @@ def test_the_figures_of_the_advice_are_those_of_the_page() -> None:
     assert half == of["1 view, `f16`, native"][0]
     (four,) = re.findall(r"\(\.3264 to (\.\d+) over the same two", page)
     assert lost == pytest.approx(half - float(four))
+
+
+def test_teachers_that_share_a_forward_pass_are_planned_with_it(tmp_path: Path) -> None:
+    plan = ["plan", "imagenet1k_kpu_gdino", "--samples", "1000", f"cache={tmp_path / 'cache'}"]
+    done = CliRunner().invoke(app, plan, env={"COLUMNS": "200"})
+    assert done.exit_code == 0, done.exception
+    (line,) = (line for line in done.output.splitlines() if "img/s of a GPU" in line)
+    assert line.count("in the pass of another") == 3

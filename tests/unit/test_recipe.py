@@ -287,6 +287,10 @@ def test_a_student_may_lie_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (recipe.output, recipe.student.init_from) == ("/home/me/runs/a", "/home/me/runs/b/student")
     hub = find_recipe(TrainRecipe, "sak_stage2_pascal_base", [*said[:2], "student.init_from=me/student"])
     assert hub.student.init_from == "me/student"
+    decoders = find_recipe(
+        DecoderRecipe, "kpu_decoders_frozen", ["output=~/runs/d", "student=~/runs/b/student"]
+    )
+    assert (decoders.output, decoders.student) == ("/home/me/runs/d", "/home/me/runs/b/student")
 
 
 def test_a_step_takes_as_many_images_on_any_number_of_processes() -> None:
