@@ -30,7 +30,7 @@ _PHOTO = 500, 375  # pixels, ImageNet's most frequent size
 
 @dataclass(frozen=True)
 class Rates:
-    """Seconds of a view in each teacher (none where another's pass serves it), and in the threads that decode;
+    """Seconds of a view in each teacher (none where another's pass serves it) and in the threads that decode;
     where they were measured, on what.
 
     A GPU computes while the CPU's cores decode; on a CPU one waits for the other.
