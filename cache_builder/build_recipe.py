@@ -20,65 +20,60 @@ from teachercache.pipeline.units import parse_bytes
 class SourceRecipe(Strict):
     """Where the images are. `kind: auto` looks at the files. A list of these, each with a `name`, is all."""
 
-    path: str
-    kind: str = "auto"
+    path: str = Field(description="Where the images are, a folder, file or URL.")
+    kind: str = Field("auto", description="What they are in; auto looks at the files.")
 
 
 class NamedSource(SourceRecipe):
     """One of several sources: the keys of its images begin with its name."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$")
+    name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$", description="What the keys of its images begin with.")
 
 
 class RunnerRecipe(Strict):
-    """What computes. `num_actors`, `gpus_per_actor` and `cpus_per_actor` apply to Ray alone.
+    """What computes. The keys of actors apply to Ray alone."""
 
-    `num_actors: null` uses the whole cluster, and nodes that join later; `gpus_per_actor: null` means 1, but
-    small teachers run on CPUs until GPUs come; 0 asks for CPUs. `shards_in_flight` shards a process overlap.
-    `compile`: torch.compile for the teachers' blocks; null for on GPUs. Features differ in their last bits.
-    `stall_timeout_s`: after how long without a batch or an image a shard counts as hanging.
-    """
-
-    kind: Literal["local", "ray"] = "local"
-    device: str = "auto"
-    compile: bool | None = None
-    batch_size: int = Field(16, ge=1)
-    decode_threads: int = Field(4, ge=1)
-    shards_in_flight: int = Field(2, ge=1)
-    max_attempts: int = Field(5, ge=1)
-    num_actors: int | None = Field(None, ge=1)
-    gpus_per_actor: float | None = Field(None, ge=0)
-    cpus_per_actor: float = Field(1, gt=0)
-    stall_timeout_s: float = Field(600, gt=0)
+    kind: Literal["local", "ray"] = Field("local", description="In this process, or on a Ray cluster.")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
+    compile: bool | None = Field(None, description="torch.compile; null: on GPUs. Last bits then differ.")
+    batch_size: int = Field(16, ge=1, description="Views in one forward pass.")
+    decode_threads: int = Field(4, ge=1, description="Threads of a process that decode images.")
+    shards_in_flight: int = Field(2, ge=1, description="Shards that a process overlaps.")
+    max_attempts: int = Field(5, ge=1, description="How often a shard is tried.")
+    num_actors: int | None = Field(None, ge=1, description="On Ray; null: all it has, and nodes that join.")
+    gpus_per_actor: float | None = Field(
+        None, ge=0, description="null: 1, but small teachers run on CPUs until GPUs come; 0 asks for CPUs."
+    )
+    cpus_per_actor: float = Field(1, gt=0, description="CPU cores that a process on Ray asks for.")
+    stall_timeout_s: float = Field(600, gt=0, description="How long a shard may stand still.")
 
 
 class BuildRecipe(Strict):
     """A complete statement of a cache build.
 
-    `calibration_rows`: from how many rows codecs learn their tables. `tables_from`: a cache whose tables they
-    take instead, each teacher those of the same name there, so that the two caches can be merged.
-    `accept_loss`: build also where a codec ruins the features of a teacher, which is else an error.
-    `budget` ("6TB", or a number of bytes): the most that features, their statistics and copied images may
-    take; `teachercache plan` says which grids and codecs fit it. `covariance`: include it in the statistics
-    of the features, in addition to mean and variance. `images`: what the cache keeps of them beside their
-    place: nothing, copies of their files, or the student's pixels of every row, which training then reads.
-    `compressor`: of a Zarr store's rows.
+    `budget` is of features, their statistics and copied images; `teachercache plan` says which grids and
+    codecs fit it. Training reads the pixels that a cache with `images: rendered` keeps.
     """
 
-    cache: str
+    cache: str = Field(description="The cache's own folder or URL.")
     source: SourceRecipe
     teachers: dict[str, TeacherRecipe] = Field(min_length=1)
     views: ViewPolicy = ViewPolicy()
-    rows_per_shard: int = Field(256, ge=1)
-    calibration_rows: int = Field(64, ge=1)
-    tables_from: str | None = None
-    accept_loss: bool = False
-    budget: int | None = Field(None, ge=0)
-    covariance: bool = False
-    images: ImagesKind = "reference"
-    store: StoreKind = "zarr"
-    compressor: Compressor | None = None
-    sak_compat: bool = False
+    rows_per_shard: int = Field(256, ge=1, description="Views in one file of features.")
+    calibration_rows: int = Field(64, ge=1, description="Views from which codecs learn their tables.")
+    tables_from: str | None = Field(
+        None, description="A cache whose tables teachers of the same name take, so that both can be merged."
+    )
+    accept_loss: bool = Field(False, description="Build also where a codec ruins the features of a teacher.")
+    budget: int | None = Field(None, ge=0, description="The most that the cache may take, such as 6TB.")
+    covariance: bool = Field(False, description="Keep covariances among the statistics of features too.")
+    images: ImagesKind = Field(
+        "reference",
+        description="Keep their place alone, copies of their files, or a student's pixels of every row.",
+    )
+    store: StoreKind = Field("zarr", description="The format of features.")
+    compressor: Compressor | None = Field(None, description="Of a Zarr store's rows.")
+    sak_compat: bool = Field(False, description="Feed teachers as SAK's authors do.")
     runner: RunnerRecipe = RunnerRecipe()
     plan: PlanRecipe = PlanRecipe()
 

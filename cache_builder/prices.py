@@ -35,30 +35,25 @@ GPUS: dict[GpuName, Gpu] = {
 class PlanRecipe(Strict):
     """What `teachercache plan` assumes; state what you see and pay.
 
-    `gpu`: one of `GPUS`, for the rate and the price that are not stated. `gpus`: that build, and train later,
-    when the student takes `student_images_per_s`. `measure_s`: how long `--measure` tries. `runs` of `epochs`
-    epochs read the cache, which is kept `months`. Prices are S3 Standard's (a TB is 10¹² bytes; a request
-    reads a row of one array, and is free where the cache is a folder). `storage_gb_per_s`: 10⁹ bytes a
-    second, for all GPUs together. `render_ms`: what decoding and rendering a student's view takes a core
-    (measured: 6 to 7 at 384²), of which a GPU has `cores_per_gpu`.
+    Prices are S3 Standard's; a request reads a row of one array. `render_ms` was measured.
     """
 
     model_config = ConfigDict(allow_inf_nan=False)
 
-    gpu: GpuName = "h100"
-    gpus: int = Field(8, ge=1)
-    teacher_tflops_per_gpu: float | None = Field(None, gt=0)
-    measure_s: float = Field(30, gt=0)
-    student_images_per_s: float = Field(1000, gt=0)
-    runs: int = Field(1, ge=1)
-    epochs: float = Field(30, gt=0)
-    months: float = Field(1, ge=0)
-    usd_per_gpu_hour: float | None = Field(None, ge=0)
-    usd_per_tb_month: float = Field(23, ge=0)
-    usd_per_million_requests: float = Field(0.4, ge=0)
-    storage_gb_per_s: float = Field(10, gt=0)
-    render_ms: float = Field(6.5, gt=0)
-    cores_per_gpu: int = Field(12, ge=1)
+    gpu: GpuName = Field("h100", description="For the rate and the price that are not stated.")
+    gpus: int = Field(8, ge=1, description="How many build, and train later.")
+    teacher_tflops_per_gpu: float | None = Field(None, gt=0, description="Forward passes; null: by the gpu.")
+    measure_s: float = Field(30, gt=0, description="How long `--measure` tries, in seconds.")
+    student_images_per_s: float = Field(1000, gt=0, description="Images that a training takes, on all GPUs.")
+    runs: int = Field(1, ge=1, description="Trainings that read the cache.")
+    epochs: float = Field(30, gt=0, description="Passes of each training.")
+    months: float = Field(1, ge=0, description="How long the cache is kept.")
+    usd_per_gpu_hour: float | None = Field(None, ge=0, description="Price of a GPU; null: that of the gpu.")
+    usd_per_tb_month: float = Field(23, ge=0, description="Price of keeping 10¹² bytes.")
+    usd_per_million_requests: float = Field(0.4, ge=0, description="Price of reading rows; free in a folder.")
+    storage_gb_per_s: float = Field(10, gt=0, description="10⁹ bytes a second, for all GPUs together.")
+    render_ms: float = Field(6.5, gt=0, description="A student's view on a core; 6 to 7 at 384².")
+    cores_per_gpu: int = Field(12, ge=1, description="Cores that render for each GPU.")
 
     @property
     def tflops(self) -> float:

@@ -60,13 +60,12 @@ def draw_crops(
 
 
 class StudentJitter(Strict):
-    """How far the colours that a student sees are from those of its teachers, as torchvision's ColorJitter: x
-    stands for factors of 1 - x to 1 + x, a hue for -x to x."""
+    """How far a student's colours are from those that its teachers see, as torchvision's ColorJitter."""
 
-    brightness: float = Field(0.0, ge=0, le=1)
-    contrast: float = Field(0.0, ge=0, le=1)
-    saturation: float = Field(0.0, ge=0, le=1)
-    hue: float = Field(0.0, ge=0, le=0.5)
+    brightness: float = Field(0.0, ge=0, le=1, description="Factors of 1 - x to 1 + x.")
+    contrast: float = Field(0.0, ge=0, le=1, description="As brightness.")
+    saturation: float = Field(0.0, ge=0, le=1, description="As brightness.")
+    hue: float = Field(0.0, ge=0, le=0.5, description="Shifts of -x to x, in turns.")
 
 
 def draw_jitter(jitter: StudentJitter, seed: int, sample_key: str, epoch: int) -> list[float]:

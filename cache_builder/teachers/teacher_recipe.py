@@ -32,34 +32,36 @@ Pixels = Annotated[int, Field(ge=1)]
 class TeacherRecipe(Strict):
     """One teacher, as a recipe states it. The preset or the library decides everything left out.
 
-    `preset` or `model` (any timm name, grounding-dino-tiny or -base) says which; without either, the
-    teacher's own name does.
-    `image_size` is one number or (height, width) in pixels. `block_indices` are 0-based positions, by
-    default the ends of the four quarters of the network; of one whose blocks differ in shape (ConvNeXt,
-    Swin, ResNet) those among the blocks that are shaped as the last is. `grid_size` is (height, width) in
-    tokens. `checkpoint` is a local file: safetensors, or for timm a .pth of tensors and plain values, such as
-    what a training code saves (`teacher`, behind `backbone.`). `resample_positions`: how a plain ViT's are
-    fitted to the image size: with antialiasing as timm does it, or "plain" as most authors' code.
-    `layer_scale`: where random weights start LayerScale; DINOv2's own start, 1e-5, makes all levels alike.
+    Where blocks differ in shape (ConvNeXt, Swin, ResNet), `block_indices` are by default among those shaped
+    as the last. A `checkpoint` is safetensors, or for timm a .pth of tensors and plain values, such as what a
+    training code saves (`teacher`, behind `backbone.`). Positions are resampled with antialiasing as timm
+    does it, or "plain" as most authors' code.
     """
 
-    preset: str | None = None
-    model: str | None = None
-    image_size: Pixels | tuple[Pixels, Pixels] | None = None
-    block_indices: tuple[int, ...] | None = None
-    grid: GridKind = "native"
-    grid_size: tuple[Pixels, Pixels] | None = None
-    codec: str = "f16"
-    cls_token: bool = False
-    global_feature: bool = False
-    pretrained: bool | None = None
-    checkpoint: str | None = None
-    precision: Precision = "float32"
-    mean: RGB | None = None
-    std: RGB | None = None
-    random_seed: int = 0
-    resample_positions: Resampling = "antialias"
-    layer_scale: Annotated[float, Field(gt=0)] | None = None
+    preset: str | None = Field(None, description="One of `teachercache presets`; or else the name says it.")
+    model: str | None = Field(None, description="Any model of timm, or grounding-dino-tiny or -base.")
+    image_size: Pixels | tuple[Pixels, Pixels] | None = Field(
+        None, description="What it sees, in pixels: one number, or height and width."
+    )
+    block_indices: tuple[int, ...] | None = Field(
+        None,
+        description="The levels, from 0; by default the ends of the network's four quarters.",
+    )
+    grid: GridKind = Field("native", description="Stored: its own, SAK's adjoint, or pooled to grid_size.")
+    grid_size: tuple[Pixels, Pixels] | None = Field(None, description="(height, width) in tokens.")
+    codec: str = Field("f16", description="In how many bits features are stored, see `teachercache codecs`.")
+    cls_token: bool = Field(False, description="Store the class token too.")
+    global_feature: bool = Field(False, description="Store the feature of the whole image too.")
+    pretrained: bool | None = Field(None, description="false: random weights, for trying things out.")
+    checkpoint: str | None = Field(None, description="A local file of weights: safetensors or .pth.")
+    precision: Precision = Field("float32", description="Of the forward pass.")
+    mean: RGB | None = Field(None, description="Of pixels, for red, green and blue; null: the model's own.")
+    std: RGB | None = Field(None, description="Of pixels, for red, green and blue; null: the model's own.")
+    random_seed: int = Field(0, description="Of random weights.")
+    resample_positions: Resampling = Field("antialias", description="How a ViT's are fitted to image_size.")
+    layer_scale: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="Where random weights start it; DINOv2's 1e-5 makes all levels alike."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -10,7 +10,9 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
+from rich.padding import Padding
 from rich.table import Column, Table
+from rich.text import Text
 
 from teachercache.jobs.cli.terminal import console
 
@@ -102,11 +104,10 @@ def help_keys(
     for path, room in rooms:
         console.print(f"\n{path or f'A recipe for {kind.value}'}", style="bold")
         console.print(inspect.cleandoc(room.__doc__ or ""))
-        table = Table("key", "type", "default", box=None, pad_edge=False)
         for name, field in room.model_fields.items():
             key = f"{path}.{name}" if path else name
-            table.add_row(key, _type(field.annotation), _default(field))
-        console.print(table)
+            console.print(Text.assemble((key, "bold"), "  ", _type(field.annotation), _default(field)))
+            console.print(Padding(_sentence(field), (0, 0, 0, 4), expand=False), soft_wrap=False)
 
 
 def _rooms(model: type[BaseModel], path: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
@@ -129,18 +130,28 @@ def _models(annotation: Any) -> Iterator[tuple[type[BaseModel], str]]:
         yield from ((model, marker + below) for model, below in _models(part))
 
 
+def _sentence(field: FieldInfo) -> str:
+    """What a key means: its own description, or the first paragraph of the keys below it."""
+    below = [inspect.getdoc(model) or "" for model, _ in _models(field.annotation)]
+    return field.description or " ".join(below[0].partition("\n\n")[0].split())
+
+
 def _type(annotation: Any) -> str:
     """As one would write it in a recipe."""
+    if get_origin(annotation) is Annotated:
+        return _type(get_args(annotation)[0])
     if get_origin(annotation) is Literal:
         return " | ".join(map(str, get_args(annotation)))
     if get_origin(annotation) in (Union, types.UnionType):
-        return " | ".join(_type(part) for part in get_args(annotation))
+        return " | ".join(dict.fromkeys(map(_type, get_args(annotation))))
     if annotation is type(None):
         return "null"
-    if models := [model.__name__ for model, _ in _models(annotation)]:
-        return "keys below" if isinstance(annotation, type) else f"NAME: {', '.join(models)}"
-    if parts := [part for part in get_args(annotation) if isinstance(part, type)]:
-        return f"list of {', '.join(dict.fromkeys(part.__name__ for part in parts))}"
+    if isinstance(annotation, type) and list(_models(annotation)):
+        return "keys below"
+    if get_origin(annotation) is dict:
+        return f"NAME: {_type(get_args(annotation)[1])}"
+    if parts := [_type(part) for part in get_args(annotation) if part is not ...]:
+        return f"list of {', '.join(dict.fromkeys(parts))}"
     return getattr(annotation, "__name__", str(annotation))
 
 
@@ -148,6 +159,10 @@ def _default(field: FieldInfo) -> str:
     from pydantic import BaseModel
 
     if field.is_required():
-        return "must be given"
+        return ", must be given"
     default = field.get_default(call_default_factory=True)
-    return "" if isinstance(default, BaseModel) else "null" if default is None else str(default).lower()
+    if isinstance(default, tuple):
+        return f" = [{', '.join(map(str, default))}]"
+    return (
+        "" if isinstance(default, BaseModel) else f" = {'null' if default is None else str(default).lower()}"
+    )

@@ -17,28 +17,27 @@ Flip = Literal["random", "pairs"]
 class ViewPolicy(Strict):
     """How views are drawn. The drawn parameters in `views.parquet`, not this, are authoritative.
 
-    `scale`: of imagenet_train the share of the image's area; of multitask_train how much the image is
-    magnified, 0.5 to 2 where nothing is said. `jitter_probability`: of multitask_train, for each of
-    brightness, contrast, saturation and hue. `photometric`: what these do to pixels, see `View`; "distortion"
-    where a new multitask_train says nothing, and "color_jitter" where a cache says nothing.
-    `margin`: by how many pixels of the student's input the view that is stored, and that teachers see, is
-    larger than `size` each way; the student sees a window of it, which moves by whole patches of `patch`
-    pixels. `flip`: "pairs" gives every crop twice, as it is and mirrored.
+    The colours are brightness, contrast, saturation and hue, see `View`; a new multitask_train that says
+    nothing of `photometric` has "distortion", and a cache "color_jitter". The view that is stored, and that
+    teachers see, is larger than `size` by `margin` each way, in pixels of the student's input.
     """
 
-    policy: PolicyName = "imagenet_train"
-    num_views: int = Field(1, ge=1)
-    size: Size = (384, 384)
-    seed: int = Field(0, ge=0)
-    scale: tuple[float, float] = (0.08, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    margin: int = Field(0, ge=0)
-    patch: int = Field(16, ge=1)
-    flip: Flip = "random"
-    flip_probability: float = Field(0.5, ge=0, le=1)
-    crop_fraction: float = Field(0.875, gt=0, le=1)
-    jitter_probability: float = Field(0.5, ge=0, le=1)
-    photometric: Photometric = "color_jitter"
+    policy: PolicyName = Field("imagenet_train", description="How crops are drawn.")
+    num_views: int = Field(1, ge=1, description="Views of each image.")
+    size: Size = Field((384, 384), description="What a student sees, in pixels: (height, width) or both.")
+    seed: int = Field(0, ge=0, description="Of the drawing.")
+    scale: tuple[float, float] = Field(
+        (0.08, 1.0),
+        description="Share of the image's area; of multitask_train the zoom, 0.5 to 2 by default.",
+    )
+    ratio: tuple[float, float] = Field((3 / 4, 4 / 3), description="Width over height of a crop.")
+    margin: int = Field(0, ge=0, description="Pixels that teachers see beyond a student's window.")
+    patch: int = Field(16, ge=1, description="A student's, in pixels; windows move by whole ones.")
+    flip: Flip = Field("random", description="pairs: every crop twice, as it is and mirrored.")
+    flip_probability: float = Field(0.5, ge=0, le=1, description="How likely a crop is mirrored.")
+    crop_fraction: float = Field(0.875, gt=0, le=1, description="Part of a side that imagenet_eval keeps.")
+    jitter_probability: float = Field(0.5, ge=0, le=1, description="For each colour, of multitask_train.")
+    photometric: Photometric = Field("color_jitter", description="How colours of multitask_train change.")
 
     @field_validator("size", mode="before")
     @classmethod

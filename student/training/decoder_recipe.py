@@ -22,44 +22,41 @@ from teachercache.student.training.train_recipe import (
 
 
 class DecoderInput(Strict):
-    """A decoder with images of its own. `options`: the numbers of its constructor, such as `width`.
-    `weight`: of its loss. `cache`: of the data set's images, from which it reads `teachers` (null: all)
-    where the run has no student."""
+    """A decoder with images of its own."""
 
-    kind: Literal["upernet", "mask_dino", "linear"]
+    kind: Literal["upernet", "mask_dino", "linear"] = Field(description="Which decoder.")
     dataset: DatasetRecipe
-    batch_size_per_process: int = Field(16, ge=1)
-    options: dict[str, int] = Field({})
-    weight: Weight = 1.0
-    cache: str | None = None
-    teachers: tuple[str, ...] | None = None
+    batch_size_per_process: int = Field(16, ge=1, description="Images of a step, in each process.")
+    options: dict[str, int] = Field({}, description="The numbers of its constructor, such as width.")
+    weight: Weight = Field(1.0, description="Of its loss in the sum.")
+    cache: str | None = Field(None, description="Of the data set's images, where the run has no student.")
+    teachers: tuple[str, ...] | None = Field(None, description="Whose features it reads of it; null: all.")
 
 
 class DecoderRecipe(Strict):
     """Decoders, by names of your choice, trained side by side: each step takes a batch of each, and their
     losses add up (KPU, "Implementation Details").
 
-    `student`: a folder that `train` wrote, frozen unless it `learns`; null for decoders of cached teachers,
-    each with a `cache`. `image_size`: of all of them, in multiples of 32 pixels; without a student the
-    caches decide.
+    The student is frozen unless it `learns`. Without one, each decoder reads the teachers of a `cache`, which
+    decides `image_size`.
     """
 
-    student: AtHome | None = None
-    learns: bool = False
-    image_size: Size = (512, 512)
-    output: AtHome
+    student: AtHome | None = Field(None, description="A folder that `train` wrote; null: on teachers.")
+    learns: bool = Field(False, description="Train the student too.")
+    image_size: Size = Field((512, 512), description="Of images in pixels; multiples of 32.")
+    output: AtHome = Field(description="The folder that the run writes.")
     decoders: dict[str, DecoderInput] = Field(min_length=1)
     optimizer: OptimizerRecipe = OptimizerRecipe()
     schedule: ScheduleRecipe
-    gradient_accumulation_steps: int = Field(1, ge=1)
-    clip_norm: float = Field(0.0, ge=0)
-    mixed_precision: Literal["no", "bf16"] = "bf16"
-    seed: int = Field(0, ge=0)
-    resume: bool = True
-    checkpoint_every_steps: int = Field(1000, ge=1)
-    keep_checkpoints: int = Field(2, ge=1)
-    log_every_steps: int = Field(50, ge=1)
-    trackers: tuple[Tracker, ...] = ("tensorboard",)
+    gradient_accumulation_steps: int = Field(1, ge=1, description="Batches that make up a step.")
+    clip_norm: float = Field(0.0, ge=0, description="Longest gradient that is kept whole; 0: all are.")
+    mixed_precision: Literal["no", "bf16"] = Field("bf16", description="Of the forward pass, not the losses.")
+    seed: int = Field(0, ge=0, description="Of the order and of new weights.")
+    resume: bool = Field(True, description="Go on from the last checkpoint in output.")
+    checkpoint_every_steps: int = Field(1000, ge=1, description="Steps from one checkpoint to the next.")
+    keep_checkpoints: int = Field(2, ge=1, description="How many of the last stay.")
+    log_every_steps: int = Field(50, ge=1, description="Steps from one line of the log to the next.")
+    trackers: tuple[Tracker, ...] = Field(("tensorboard",), description="Logs beside the run's own file.")
     loader: LoaderRecipe = LoaderRecipe()
 
     validation: ClassVar[None] = None  # what other runs have, and their log asks for

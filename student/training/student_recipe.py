@@ -39,24 +39,23 @@ class StudentRecipe(Strict):
     """What students of all kinds have: arguments of `build_student` (the cache and the data set give the
     others), and how they are trained.
 
-    `init_from`: a saved student. With tasks, this one starts with its stem and paths; without, it goes on
-    itself, with a new path for each teacher of the cache that it does not have (SAK, D.4), and keeps its
-    own `stem`, `reduction` and `adapter_paths`.
-    `freeze`: parts that are not trained, such as `stem` and `paths` ("Freeze" of Table 12).
-    `lora_rank`: train the stem by updates of this rank, itself frozen.
-    `compile`: torch.compile for student and loss; null for on GPUs. Results then differ in the last bits.
+    Without tasks, the student of `init_from` keeps its own `stem`, `reduction` and `adapter_paths` (SAK,
+    D.4). `freeze` is that of Table 12.
     """
 
     loss: ClassVar[Any] = DistillationLoss
     objective: ClassVar[Any] = Objective
 
     kind: str
-    stem: str | None = "vit_base_patch16_384"
-    pretrained: bool = True
-    init_from: AtHome | None = None
-    freeze: tuple[str, ...] = ()
-    lora_rank: int | None = Field(None, ge=1)
-    compile: bool | None = None
+    stem: str | None = Field("vit_base_patch16_384", description="A ViT of timm; null: none, in an amalgam.")
+    pretrained: bool = Field(True, description="Start the stem with trained weights.")
+    init_from: AtHome | None = Field(
+        None,
+        description="A saved student: with tasks its stem and paths; else it goes on, with new teachers.",
+    )
+    freeze: tuple[str, ...] = Field((), description="Parts that are not trained, such as stem and paths.")
+    lora_rank: int | None = Field(None, ge=1, description="Train the stem, itself frozen, by updates of it.")
+    compile: bool | None = Field(None, description="torch.compile; null: on GPUs. Last bits then differ.")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -120,34 +119,33 @@ class StudentRecipe(Strict):
 
 
 class _TaskRecipe(StudentRecipe):
-    """Of students that learn tasks. `sak_compat`: feed the stem as SAK's authors do, with ImageNet's
-    statistics, whatever the model's own are; of a cache's recipe the same key does it for the teachers."""
+    """Of students that learn tasks. A cache's recipe has `sak_compat` for its teachers."""
 
-    sak_compat: bool = False
-    fusion: Fusion = "mor"
-    decoder: Literal["simple", "upernet"] = "simple"
+    sak_compat: bool = Field(False, description="Feed the stem ImageNet's statistics, as the authors do.")
+    fusion: Fusion = Field("mor", description="How maps become one: by a router, summed or side by side.")
+    decoder: Literal["simple", "upernet"] = Field("simple", description="The head of each task.")
 
 
 class SakRecipe(_TaskRecipe):
-    """SAK's student; without `adapter_paths` the baseline of its Table 3, row 1."""
+    """SAK's student."""
 
-    kind: Literal["sak"] = "sak"
-    reduction: int = Field(4, ge=1)
-    adapter_paths: bool = True
+    kind: Literal["sak"] = Field("sak", description="SAK's student.")
+    reduction: int = Field(4, ge=1, description="By how much an adapter path is narrower than the stem.")
+    adapter_paths: bool = Field(True, description="A path for each teacher; false: SAK's Table 3, row 1.")
 
 
 class KpuRecipe(StudentRecipe):
-    """`stem` is the sentinel; the switches are those of KPU's Table 2. `norm`: of its ViT-Adapter,
-    `sync_batch` as in the original, which then depends on how a batch is divided."""
+    """KPU's student; the switches are those of its Table 2. With `norm: sync_batch` it depends on how a batch
+    is divided."""
 
     loss = AlignmentLoss
     objective = KPUObjective
 
-    kind: Literal["kpu"] = "kpu"
-    preservation: bool = True
-    unification: bool = True
-    reconstruction: bool = True
-    norm: NormKind = "group"
+    kind: Literal["kpu"] = Field("kpu", description="KPU's student, whose stem is the sentinel.")
+    preservation: bool = Field(True, description="Keep the sentinel as it is, beside a ViT-Adapter.")
+    unification: bool = Field(True, description="Align teachers in one space.")
+    reconstruction: bool = Field(True, description="Give teachers back from that space.")
+    norm: NormKind = Field("group", description="Of the ViT-Adapter; sync_batch is the original's.")
 
     def contradictions(self) -> Iterator[str]:
         yield from super().contradictions()
@@ -193,10 +191,9 @@ class KpuRecipe(StudentRecipe):
 
 
 class AmalgamRecipe(_TaskRecipe):
-    """Tasks learnt on the teachers' features themselves (SAK, Tables 12 and 19), with a `stem` beside them or
-    null."""
+    """Tasks learnt on the teachers' features themselves (SAK, Tables 12 and 19), beside a `stem` or alone."""
 
-    kind: Literal["amalgam"] = "amalgam"
+    kind: Literal["amalgam"] = Field("amalgam", description="Tasks on the teachers' own features.")
 
     def contradictions(self) -> Iterator[str]:
         if self.stem is not None:

@@ -23,50 +23,53 @@ Tracker = Literal[
 
 
 class DatasetRecipe(Strict):
-    """A data set with labels, in the folder `root` (docs/datasets.md says how it is laid out there).
+    """A data set with labels (docs/datasets.md says how it is laid out; `fraction` is SAK's Table 18)."""
 
-    `fraction`: train on this part of the cache's samples (SAK, Table 18), the one that `teachercache subset`
-    keeps. `reencoded`: the cache was built from copies of the images in other files, of as many pixels.
-    """
-
-    kind: Literal["pascal_context", "nyud", "ade20k", "coco", "image_classes", "scenes"]
-    root: str
-    split: str = "train"
-    fraction: float = Field(1.0, gt=0, le=1)
-    reencoded: bool = False
+    kind: Literal["pascal_context", "nyud", "ade20k", "coco", "image_classes", "scenes"] = Field(
+        description="Which data set."
+    )
+    root: str = Field(description="Its folder.")
+    split: str = Field("train", description="The part of it whose images and labels are learnt.")
+    fraction: float = Field(1.0, gt=0, le=1, description="How much of the cache to use, as `subset` cuts it.")
+    reencoded: bool = Field(False, description="The cache's images are copies in other files, as large.")
 
 
 class MultiTaskRecipe(Strict):
-    """Stage 2: the data set whose labels are learnt, `tasks` of it (null: all), and the weights of their
-    losses where they are not those of SAK, B.5. The cache must hold views of the data set's images."""
+    """Stage 2: the labels that are learnt. The cache must hold views of the data set's images."""
 
     dataset: DatasetRecipe
-    tasks: tuple[str, ...] | None = Field(None, min_length=1)
-    weights: dict[str, Weight] = Field({})
+    tasks: tuple[str, ...] | None = Field(None, min_length=1, description="Tasks to learn; null: all it has.")
+    weights: dict[str, Weight] = Field({}, description="Of the tasks' losses, where not those of SAK, B.5.")
 
 
 class DistillationRecipe(Strict):
-    """`DistillationLoss`'s arguments, and its `weight` in the sum with the tasks' losses (γ of SAK, Eq. 6):
-    0 leaves the features unread. `cosine`: null is "flattened" for a SAK, "token" for a KPU. `image_weight`
-    and `reconstruction_weight` are those that `AlignmentLoss` has beside, for a KPU.
+    """The loss between student and teachers: `DistillationLoss`, for a KPU `AlignmentLoss`. Class tokens are
+    compared raw, whatever `targets` is."""
 
-    `weighting`: how much teachers count (KPU, Figure 4): by `famo`, with `famo_lr` and `famo_decay`, which is
-    one more forward pass a step, or `teacher_drop`, with `drop_probability`. `targets`: how maps are scaled
-    before they are compared, by the cache's statistics. Class tokens stay raw."""
-
-    weight: float = Field(1.0, ge=0)
-    cosine: CosineKind | None = None
-    cosine_weight: float = Field(0.9, ge=0)
-    distance: DistanceKind = "smooth_l1"
-    distance_weight: float = Field(0.1, ge=0)
-    teacher_weights: dict[str, Weight] = Field({})
-    image_weight: float = Field(1.0, ge=0)
-    reconstruction_weight: float = Field(1.0, ge=0)
-    weighting: Literal["equal", "famo", "teacher_drop"] = "equal"
-    famo_lr: float = Field(0.025, gt=0)
-    famo_decay: float = Field(1e-3, ge=0)
-    drop_probability: float = Field(0.5, ge=0, le=1)
-    targets: TargetKind = "raw"
+    weight: float = Field(
+        1.0,
+        ge=0,
+        description="Of distillation in the sum with the tasks (γ of SAK, Eq. 6); 0 reads no features.",
+    )
+    cosine: CosineKind | None = Field(
+        None, description="Of whole maps or of each token; null: flattened for a SAK, token for a KPU."
+    )
+    cosine_weight: float = Field(0.9, ge=0, description="Of one minus the cosine.")
+    distance: DistanceKind = Field("smooth_l1", description="How maps are compared beside their cosine.")
+    distance_weight: float = Field(0.1, ge=0, description="Of this distance.")
+    teacher_weights: dict[str, Weight] = Field({}, description="What each teacher counts; 1 if not said.")
+    image_weight: float = Field(1.0, ge=0, description="Of the class tokens' cosine; for a KPU alone.")
+    reconstruction_weight: float = Field(1.0, ge=0, description="Of reconstruction (λ of KPU), for a KPU.")
+    weighting: Literal["equal", "famo", "teacher_drop"] = Field(
+        "equal", description="How teachers count (KPU, Figure 4); famo is one more forward pass a step."
+    )
+    famo_lr: float = Field(0.025, gt=0, description="Learning rate of famo's weights.")
+    famo_decay: float = Field(1e-3, ge=0, description="Weight decay of famo's weights.")
+    drop_probability: float = Field(0.5, ge=0, le=1, description="How likely teacher_drop drops a teacher.")
+    targets: TargetKind = Field(
+        "raw",
+        description="How maps are scaled before they are compared, by the cache's statistics.",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -79,25 +82,26 @@ class OptimizerRecipe(Strict):
     """AdamW. Every parameter decays, norms and biases too: the paper gives one number (Table 11) and
     the authors' code applies it to all."""
 
-    lr: float = Field(1e-3, gt=0)
-    weight_decay: float = Field(1e-2, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    lr: float = Field(1e-3, gt=0, description="Learning rate after the warm-up.")
+    weight_decay: float = Field(1e-2, ge=0, description="Of every parameter, norms and biases too.")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's two.")
 
 
 class ScheduleRecipe(Strict):
     """Length of the run and of its warm-up, in epochs or in optimizer steps, and how the learning rate
     falls after it: `cosine`, or `poly`, the power .9 of what is left.
 
-    Where both `epochs` and `max_steps` are given, the shorter ends the run and the schedule with it.
     `final_lr` is that of the authors' code; the paper does not give it.
     """
 
-    kind: Literal["cosine", "poly"] = "cosine"
-    epochs: float | None = Field(None, gt=0)
-    max_steps: int | None = Field(None, ge=1)
-    warmup_epochs: float = Field(0, ge=0)
-    warmup_steps: int = Field(0, ge=0)
-    final_lr: float = Field(1e-5, ge=0)
+    kind: Literal["cosine", "poly"] = Field(
+        "cosine", description="How the learning rate falls: poly is the power .9 of what is left."
+    )
+    epochs: float | None = Field(None, gt=0, description="Length in passes over the cache's images.")
+    max_steps: int | None = Field(None, ge=1, description="Length in optimizer steps; the shorter one holds.")
+    warmup_epochs: float = Field(0, ge=0, description="Length of the warm-up in epochs; or warmup_steps.")
+    warmup_steps: int = Field(0, ge=0, description="Length of the warm-up in steps; or warmup_epochs.")
+    final_lr: float = Field(1e-5, ge=0, description="Learning rate that a cosine falls to.")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -125,25 +129,23 @@ class ScheduleRecipe(Strict):
 
 
 class LoaderRecipe(Strict):
-    """`threads` decode images and read features in each process; `prefetch` batches are kept ready. `kind`:
-    rows in random order, or a `stream` of tars through a buffer of `shuffle_buffer` rows in each process."""
+    """How each process reads."""
 
-    kind: Literal["random", "stream"] = "random"
-    shuffle_buffer: int = Field(256, ge=1)
-    threads: int = Field(8, ge=1)
-    prefetch: int = Field(2, ge=1)
+    kind: Literal["random", "stream"] = Field("random", description="Rows in any order, or tars in a row.")
+    shuffle_buffer: int = Field(256, ge=1, description="Rows of each process that a stream mixes.")
+    threads: int = Field(8, ge=1, description="Decode images and read features, in each process.")
+    prefetch: int = Field(2, ge=1, description="Batches that are kept ready.")
 
 
 class ValidationRecipe(Strict):
-    """Similarity to each teacher on up to `max_samples` images that the run does not train on, every
-    `every_steps` steps and at its end. They are those of a second `cache` of the same recipe (`images`: where
-    its images are now), or about a `fraction` of the cache's own, which their keys and the seed choose."""
+    """Similarity to each teacher on images that the run does not train on: those of a second cache, or a part
+    of its own that their keys and the seed choose."""
 
-    cache: str | None = None
-    images: str | None = None
-    fraction: float | None = Field(None, gt=0, lt=1)
-    every_steps: int = Field(1000, ge=1)
-    max_samples: int = Field(1000, ge=1)
+    cache: str | None = Field(None, description="Of other images, by the same recipe; or give fraction.")
+    images: str | None = Field(None, description="Where the images of that cache are now.")
+    fraction: float | None = Field(None, gt=0, lt=1, description="Of the run's own images, held out by key.")
+    every_steps: int = Field(1000, ge=1, description="Steps from one comparison to the next.")
+    max_samples: int = Field(1000, ge=1, description="Images to compare.")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -153,54 +155,48 @@ class ValidationRecipe(Strict):
 
 
 class InputRecipe(Strict):
-    """Images of their own for some teachers: a cache, `teachers` of it (null: all), and how many of its
-    images a step takes in each process. `images` as in `TrainRecipe`."""
+    """Images of their own for some teachers."""
 
-    cache: str
-    images: str | None = None
-    teachers: tuple[str, ...] | None = Field(None, min_length=1)
-    batch_size_per_process: int = Field(16, ge=1)
+    cache: str = Field(description="The cache of these images.")
+    images: str | None = Field(None, description="Where the source images are now, if they moved.")
+    teachers: tuple[str, ...] | None = Field(None, min_length=1, description="Teachers of it; null: all.")
+    batch_size_per_process: int = Field(16, ge=1, description="Images of a step, in each process.")
 
 
 class TrainRecipe(Strict):
     """A training run: distillation alone (stage 1), or with `multitask` beside the labels of a data set
-    (stage 2). `cache` decides the views and their size, and so the student's input.
-
-    `inputs`: several caches in place of one, each with teachers of its own: a step takes a batch of each, and
-    their losses add up (KPU). `images`: where the source images are now, if they moved since the cache was
-    built. `teachers`: null for all of the cache's; none ([]) trains on labels alone. `features: online` runs
-    the teachers instead of reading their features, `hybrid` those of which the cache does not hold every
-    shard; `fresh` runs them on views that are drawn anew at each epoch. `student_jitter`: of the pixels that
-    the student alone sees.
-    `global_batch_size`: images of a step, over processes and accumulation, which then follows from it.
-    `trackers`: what the run logs to beside its own file, by accelerate's names; each but tensorboard is a
-    package to install.
+    (stage 2). The losses of `inputs` add up (KPU); `teachers: []` trains on labels alone. `features`:
+    `cached`, or of teachers that run: all (`online`), those of which the cache lacks shards (`hybrid`), or
+    all on views that each epoch draws anew (`fresh`). All `trackers` but tensorboard are to be installed.
     """
 
-    cache: str
-    images: str | None = None
-    inputs: tuple[InputRecipe, ...] = ()
-    output: AtHome
-    features: Literal["cached", "online", "hybrid", "fresh"] = "cached"
+    cache: str = Field(description="The cache to read, which decides the views and so the student's input.")
+    images: str | None = Field(None, description="Where the source images are now, if they moved.")
+    inputs: tuple[InputRecipe, ...] = Field((), description="Caches in place of one; a batch of each a step.")
+    output: AtHome = Field(description="The folder that the run writes, checkpoints and the student.")
+    features: Literal["cached", "online", "hybrid", "fresh"] = Field(
+        "cached",
+        description="Of the cache, or of teachers that run: all, those not wholly cached, on new views.",
+    )
     student_jitter: StudentJitter | None = None
-    teachers: tuple[str, ...] | None = None
-    student: StudentOfAKind = SakRecipe()
+    teachers: tuple[str, ...] | None = Field(None, description="Whose features are learnt; null: all's.")
+    student: StudentOfAKind = Field(SakRecipe(), description="The student, with the keys of its kind.")
     distillation: DistillationRecipe = DistillationRecipe()
     multitask: MultiTaskRecipe | None = None
     optimizer: OptimizerRecipe = OptimizerRecipe()
     schedule: ScheduleRecipe
-    global_batch_size: int | None = Field(None, ge=1)
-    batch_size_per_process: int = Field(16, ge=1)
-    gradient_accumulation_steps: int = Field(1, ge=1)
-    clip_norm: float = Field(0.0, ge=0)
-    mixed_precision: Literal["no", "bf16"] = "bf16"
-    seed: int = Field(0, ge=0)
-    resume: bool = True
-    checkpoint_every_steps: int = Field(1000, ge=1)
-    keep_checkpoints: int = Field(2, ge=1)
-    log_every_steps: int = Field(50, ge=1)
-    picture_every_steps: int = Field(1000, ge=0)
-    trackers: tuple[Tracker, ...] = ("tensorboard",)
+    global_batch_size: int | None = Field(None, ge=1, description="Images of a step; accumulation follows.")
+    batch_size_per_process: int = Field(16, ge=1, description="Images at once, in each process.")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="Batches that make up a step.")
+    clip_norm: float = Field(0.0, ge=0, description="Longest gradient that is kept whole; 0: all are.")
+    mixed_precision: Literal["no", "bf16"] = Field("bf16", description="Of the forward pass, not the losses.")
+    seed: int = Field(0, ge=0, description="Of the order, of dropping and of new weights.")
+    resume: bool = Field(True, description="Go on from the last checkpoint in output.")
+    checkpoint_every_steps: int = Field(1000, ge=1, description="Steps from one checkpoint to the next.")
+    keep_checkpoints: int = Field(2, ge=1, description="How many of the last stay.")
+    log_every_steps: int = Field(50, ge=1, description="Steps from one line of the log to the next.")
+    picture_every_steps: int = Field(1000, ge=0, description="Steps from one picture to the next; 0: none.")
+    trackers: tuple[Tracker, ...] = Field(("tensorboard",), description="Logs beside the run's own file.")
     validation: ValidationRecipe | None = None
     loader: LoaderRecipe = LoaderRecipe()
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import BaseModel
 from typer.testing import CliRunner
 
 from teachercache.cache_builder.build_recipe import BuildRecipe
 from teachercache.cache_builder.teachers import presets
 from teachercache.jobs.cli import VERBS, app
+from teachercache.jobs.cli.listing import _rooms
 from teachercache.jobs.recipes import SHIPPED, find_recipe, verb_of
 from teachercache.pipeline.codecs import codec_names
 from teachercache.pipeline.errors import RecipeError
@@ -52,16 +56,25 @@ def test_every_preset_and_codec_is_listed() -> None:
     assert rows["f16"][5] == "16.00"
 
 
-@pytest.mark.parametrize(("kind", "model"), [("build", BuildRecipe), ("train", TrainRecipe)])
-def test_every_key_of_a_recipe_is_listed_with_its_default(kind: str, model: type[BuildRecipe]) -> None:
-    text = printed("help-keys", kind)
-    rows = {line.split()[0]: line for line in text.splitlines() if line.strip()}
+RECIPES: dict[str, tuple[type[BaseModel], str, str]] = {
+    "build": (BuildRecipe, "teachers.NAME.codec", "str = f16"),
+    "train": (TrainRecipe, "multitask.dataset.fraction", "float = 1.0"),
+    "train-decoders": (DecoderRecipe, "decoders", "NAME: keys below, must be given"),
+}
+
+
+@pytest.mark.parametrize(("kind", "model", "key", "says"), [(kind, *row) for kind, row in RECIPES.items()])
+def test_every_key_of_a_recipe_is_listed_with_its_default_and_a_sentence(
+    kind: str, model: type[BaseModel], key: str, says: str
+) -> None:
+    lines = [line for line in printed("help-keys", kind).splitlines() if line.strip()]
+    rows = {one.split("  ")[0]: (one, below) for one, below in pairwise(lines) if "  " in one}
     assert set(model.model_fields) <= set(rows)
-    key, default = {
-        "build": ("teachers.NAME.codec", "f16"),
-        "train": ("multitask.dataset.fraction", "1.0"),
-    }[kind]
-    assert rows[key].rstrip().endswith(default)
+    assert rows[key][0] == f"{key}  {says}"
+    for path, room in _rooms(model):
+        for name in room.model_fields:
+            sentence = rows[f"{path}.{name}" if path else name][1]
+            assert re.match(r" {4}\S", sentence), f"{kind} says nothing of {path}.{name}"
 
 
 def test_a_part_of_the_keys_can_be_asked_for() -> None:
