@@ -5,10 +5,10 @@
 
 One teacher, a DINOv2 ViT-S/14 that was really trained (`benchmarks.trained`), is cached in many ways: 1 to
 16 plain views; wide rows of two margins, of which a student sees another window in each epoch; pairs of
-flips; pixels of the student that are jittered anew in each epoch; views that are mixed, enlarged or compared
-with tolerance (`benchmarks.mixed_views`); and one view in other codecs and on two grids. The ceiling is a
-cache with a view of its own for every epoch: what a teacher gives that runs on a fresh crop in each. From
-every cache a small student is trained from scratch, at two lengths, with several seeds.
+flips; pixels of the student that are jittered anew in each epoch; views that are mixed by CutMix; and one
+view in other codecs and on two grids. The ceiling is a cache with a view of its own for every epoch: what a
+teacher gives that runs on a fresh crop in each. From every cache a small student is trained from scratch, at
+two lengths, with several seeds.
 
 similarity   mean cosine of student and teacher over the trusted levels, both standardised by the teacher's
              mean and deviation in each channel; on images that nobody was trained on, the teacher's own grid
@@ -32,7 +32,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -45,7 +45,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks import trained
-from benchmarks.mixed_views import Mix, mixed
 from benchmarks.studies import Study, claim_folder, run_all, spread
 from teachercache import build, load_student
 from teachercache.cache_builder.build_recipe import BuildRecipe
@@ -111,7 +110,7 @@ class Arm:
     grid: str = ADVISED["grid"]
     jitter: bool = False
     least_area: float | None = None  # of an image's area that a stored view shows
-    mix: Mix | None = None
+    cutmix: bool = False
 
     @property
     def cache(self) -> str:
@@ -130,8 +129,10 @@ ARMS: dict[str, Arm] = {
     "2 views, a pair of flips": Arm(2, flip="pairs"),
     "1 view, jitter": Arm(1, jitter=True),
     f"1 wide, {MARGINS[1]} px, jitter": Arm(1, MARGINS[1], jitter=True),
-    **{f"1 view, {mix}, native": Arm(grid="native", mix=mix) for mix in get_args(Mix)},
-    f"1 wide, {MARGINS[1]} px, tolerant, native": Arm(1, MARGINS[1], grid="native", mix="tolerant"),
+    **{
+        f"{views} view{'s' * (views > 1)}, cutmix, native": Arm(views, grid="native", cutmix=True)
+        for views in (1, 2)
+    },
     CEILING: Arm(None),
 }
 CODES: dict[str, Arm] = {
@@ -196,8 +197,8 @@ LENGTHS = ("short", "long")
 
 
 def _is_measured(name: str, length: str) -> bool:
-    """What codes, grids and mixes give is asked at the longer length alone."""
-    return length == "long" or (name in ARMS and arm(name).mix is None)
+    """What codes, grids and CutMix give is asked at the longer length alone."""
+    return length == "long" or (name in ARMS and not arm(name).cutmix)
 
 
 def arm(name: str) -> Arm:
@@ -309,11 +310,11 @@ class Curve(Study):
             "log_every_steps": steps,
             "picture_every_steps": 0,
             "loader": {"threads": 1, "prefetch": 2},
+            "cutmix": one.cutmix,
         }
         if one.jitter:
             recipe["student_jitter"] = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}
-        with mixed(one.mix, PATCH):
-            result = train(TrainRecipe.model_validate(recipe))
+        result = train(TrainRecipe.model_validate(recipe))
         if result.student is None:
             raise KeyboardInterrupt(f"{name} was interrupted; the same command continues it")
         student = load_student(result.student).eval()
@@ -465,7 +466,7 @@ def of_the_way(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
 def draw(results: Mapping[str, Any], file: Path) -> None:
     """Similarity against bytes, a panel for each length."""
     figure, axes = plt.subplots(1, len(LENGTHS), figsize=(13, 5), layout="constrained")
-    kinds = {"plain": "o-", "wide": "s", "flips, jitter, mixes": "^", "other codes": "x", CEILING: "--"}
+    kinds = {"plain": "o-", "wide": "s", "flips, jitter, CutMix": "^", "other codes": "x", CEILING: "--"}
     for axis, length in zip(axes, LENGTHS, strict=True):
         groups: dict[str, list[tuple[float, float, float]]] = {kind: [] for kind in kinds}
         for name, row in results["figures"][length].items():
@@ -495,8 +496,8 @@ def _kind(name: str) -> str:
     one = arm(name)
     if one.views is None:
         return CEILING
-    if one.jitter or one.mix or one.flip == "pairs":
-        return "flips, jitter, mixes"
+    if one.jitter or one.cutmix or one.flip == "pairs":
+        return "flips, jitter, CutMix"
     if one.margin:
         return "wide"
     return "plain" if name in ARMS else "other codes"

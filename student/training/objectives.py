@@ -19,6 +19,7 @@ from teachercache.student.losses.weighting import Equal, Losses, Weighting
 from teachercache.student.models.student import Student, StudentOutput
 from teachercache.student.timing import StageTimer
 from teachercache.student.training.balance import balanced
+from teachercache.student.training.cutmix import CutMix
 from teachercache.student.training.targets import TargetSource
 
 
@@ -28,7 +29,8 @@ class Objective:
 
     `model` is `student` as accelerate wrapped it, and `targets` those of its one input. Without
     `distillation` the features are not asked for and the aligners do not run: a baseline that learns from
-    labels alone. `balance`: in whose terms maps are compared, by teacher.
+    labels alone. `balance`: in whose terms maps are compared, by teacher. `cutmix`: what changes images and
+    targets before.
     """
 
     model: nn.Module
@@ -39,6 +41,7 @@ class Objective:
     tasks: MultiTaskLoss | None = None
     weighting: Weighting = field(default_factory=Equal)
     balance: Mapping[str, Normalisation] = field(default_factory=dict)
+    cutmix: CutMix | None = None
 
     def __post_init__(self) -> None:
         assert self.distillation or self.tasks, "nothing to minimise"
@@ -53,6 +56,8 @@ class Objective:
             labels = {task: values.to(device, non_blocking=True) for task, values in batch.labels.items()}
         with timer.stage("forward"):
             images_B3HW = batch.images.to(device, non_blocking=True)
+            if self.cutmix:
+                images_B3HW, targets = self.cutmix(batch, images_B3HW, targets)
             output = self._run(self.student.normalize(images_B3HW), targets)
             losses: list[Tensor] = []
             terms: dict[str, Tensor] = {}
@@ -75,6 +80,8 @@ class Objective:
         images_B3HW = batch.images.to(self.student.mean.device, non_blocking=True)
         with torch.no_grad(), timer.stage("forward"):
             targets = targets_of(batch)
+            if self.cutmix:
+                images_B3HW, targets = self.cutmix(batch, images_B3HW, targets)
             return [self._distilled(self._run(self.student.normalize(images_B3HW), targets), targets).samples]
 
     def _distilled(self, output: StudentOutput, targets: Mapping[str, Target]) -> LossOutput:

@@ -19,6 +19,7 @@ from teachercache.pipeline.records.view_policy import ViewPolicy
 from teachercache.student.losses.tasks import MultiTaskLoss
 from teachercache.student.models.student import Student, TeacherFacts
 from teachercache.student.similarity import Similarity, mean_similarity
+from teachercache.student.training.cutmix import unmixable
 from teachercache.student.training.first_student import first_student
 from teachercache.student.training.targets import complete_teachers
 from teachercache.student.training.trackers import missing_trackers
@@ -90,6 +91,8 @@ def preflight(
             require_known("distilled teacher (distillation.teacher_weights)", name, names)
     found.problems += missing_trackers(recipe.trackers)
     found.problems += _unbalanced(recipe, teachers)
+    if recipe.cutmix:
+        found.problems += unmixable(recipe.batch_size_per_process, spec.views, teachers)
     if len(teachers) == len(names) and (found.tasks is None) == (recipe.multitask is None):
         size, distills = spec.views.size, recipe.distills
         with found.problems.noted():

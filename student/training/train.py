@@ -47,6 +47,7 @@ from teachercache.student.training.checkpoint import (
     newest_checkpoint,
     set_aside,
 )
+from teachercache.student.training.cutmix import CutMix
 from teachercache.student.training.decoder_recipe import AnyRecipe
 from teachercache.student.training.environment import accelerator_for, overruled
 from teachercache.student.training.first_student import first_student
@@ -251,7 +252,10 @@ class _Run:
             for cache, part in zip(self.caches, self.parts, strict=True)
             for name, one in normalisations(wanted.targets, cache, part.teachers, num_levels, device).items()
         }
-        return kind.objective(model, student, targets, loss, wanted.weight, tasks, weighting, balance)
+        objective = kind.objective(model, student, targets, loss, wanted.weight, tasks, weighting, balance)
+        if self.recipe.cutmix:
+            objective.cutmix = CutMix(self.found.views, self.recipe.seed)
+        return cast(Objective | KPUObjective, objective)
 
     def _weighting(self) -> Weighting:
         wanted, mean = self.recipe.distillation, partial(self.accelerator.reduce, reduction="mean")

@@ -179,6 +179,7 @@ class TrainRecipe(Strict):
         description="Of the cache, or of teachers that run: all, those not wholly cached, on new views.",
     )
     student_jitter: StudentJitter | None = None
+    cutmix: bool = Field(False, description="Each two images of a batch exchange a rectangle, of maps too.")
     teachers: tuple[str, ...] | None = Field(None, description="Whose features are learnt; null: all's.")
     student: StudentOfAKind = Field(SakRecipe(), description="The student, with the keys of its kind.")
     distillation: DistillationRecipe = DistillationRecipe()
@@ -217,6 +218,10 @@ class TrainRecipe(Strict):
         problems = list(self.student.contradictions_of(self))
         if self.inputs and (self.schedule.epochs or self.schedule.warmup_epochs or self.validation):
             problems.append("inputs have epochs of their own: give max_steps and warmup_steps, no validation")
+        if self.cutmix and (self.student.kind != "sak" or self.multitask):
+            problems.append(
+                "cutmix mixes maps, not labels or class tokens: only a sak without multitask has it"
+            )
         if self.multitask is None and not self.distills:
             problems.append("without multitask, at least one teacher and distillation.weight > 0 are needed")
         if self.validation and not self.distills:

@@ -1,0 +1,97 @@
+"""Each two images of a batch exchange a rectangle, of their pixels and of their teachers' maps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from teachercache.pipeline.crops import uniforms
+from teachercache.pipeline.errors import RecipeError
+from teachercache.pipeline.loading.loader import Batch
+from teachercache.pipeline.records.spec import TeacherSpec
+from teachercache.pipeline.records.strict import Size
+from teachercache.pipeline.records.view_policy import ViewPolicy
+from teachercache.student.losses.distillation import Target
+
+
+class CutMix:
+    """CutMix (Yun et al., 2019) of images 2k and 2k + 1 of a batch, whose share of pixels is uniform.
+
+    A rectangle is of whole patches of the student. It is drawn by the seed, the step and the key of image 2k,
+    so that a run resumes, and several processes with even batches mix what one does. A token is exchanged
+    where its centre is.
+    """
+
+    def __init__(self, views: ViewPolicy, seed: int) -> None:
+        self._grid = views.size[0] // views.patch, views.size[1] // views.patch
+        self._seed = seed
+
+    def __call__(
+        self, batch: Batch, images_B3HW: Tensor, targets: Mapping[str, Target]
+    ) -> tuple[Tensor, dict[str, Target]]:
+        """The images, (B, 3, H, W) of any dtype, and the targets of what they show then."""
+        patches_Bhw = self._patches(batch)
+
+        def exchanged(values: Tensor, grid: Size, shape: tuple[int, ...]) -> Tensor:
+            rows, columns = (
+                ((torch.arange(count) + 0.5) * patches / count).long()
+                for count, patches in zip(grid, self._grid, strict=True)
+            )
+            inside = patches_Bhw[:, rows][:, :, columns].view(shape).to(values.device, non_blocking=True)
+            others = values.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+            return torch.where(inside, others, values)
+
+        def of(target: Target) -> Target:
+            maps_BSHWC = target.feature_maps_BSHWC
+            height, width = maps_BSHWC.shape[2:4]
+            shape = (-1, 1, height, width, 1)
+            return replace(target, feature_maps_BSHWC=exchanged(maps_BSHWC, (height, width), shape))
+
+        height, width = images_B3HW.shape[2:]
+        images_B3HW = exchanged(images_B3HW, (height, width), (-1, 1, height, width))
+        return images_B3HW, {name: of(target) for name, target in targets.items()}
+
+    def _patches(self, batch: Batch) -> Tensor:
+        """Which are exchanged: (B, rows, columns) of the student's patches."""
+        keys = [f"cutmix/{key}" for key in batch.sample_keys[::2]]
+        drawn = uniforms(self._seed, keys, np.array([batch.step]), draws=3)[:, 0]
+        share = np.sqrt(drawn[:, 0])
+        inside = list[np.ndarray]()
+        for axis, patches in enumerate(self._grid):
+            length = np.rint(share * patches)
+            first = np.floor(drawn[:, axis + 1] * (patches - length + 1))
+            at = np.arange(patches)
+            inside.append((at >= first[:, None]) & (at < (first + length)[:, None]))
+        rectangles = inside[0][:, :, None] & inside[1][:, None]
+        return torch.from_numpy(rectangles.repeat(2, axis=0))
+
+
+def unmixable(
+    batch_size: int, views: ViewPolicy, teachers: Mapping[str, TeacherSpec]
+) -> Iterator[RecipeError]:
+    """What keeps the images of a cache from being mixed."""
+    if batch_size % 2:
+        yield RecipeError(
+            "CutMix pairs the images of a batch.",
+            got=f"batch_size_per_process {batch_size}",
+            expected="an even number",
+            do=f"set batch_size_per_process={batch_size + 1}, or cutmix=false",
+        )
+    if views.margin:
+        yield RecipeError(
+            "CutMix exchanges tokens that lie at the same places, and those of windows do not.",
+            got=f"a cache with views.margin {views.margin}",
+            expected="a cache without a margin",
+            do="set cutmix=false, or choose another cache",
+        )
+    if adjoint := [name for name, spec in teachers.items() if spec.grid.kind == "adjoint"]:
+        yield RecipeError(
+            "CutMix exchanges tokens of a teacher's map, and an adjoint map is one of sums of them.",
+            got=f"grid: adjoint of {', '.join(adjoint)}",
+            expected="grid: native or bilinear",
+            do="set cutmix=false, or build a cache of these images with such a grid",
+        )

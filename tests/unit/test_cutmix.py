@@ -1,0 +1,131 @@
+"""What CutMix exchanges of pixels it exchanges of features, whatever the processes."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from teachercache import FeatureCache, build
+from teachercache.pipeline.errors import RecipeError
+from teachercache.pipeline.loading.loader import Batch, FeatureLoader
+from teachercache.pipeline.loading.sampler import ShardShuffleSampler
+from teachercache.pipeline.records.view_policy import ViewPolicy
+from teachercache.student.losses.distillation import Target
+from teachercache.student.training.cutmix import CutMix
+from teachercache.student.training.train import train
+from tests.make_cache import build_recipe, make_images
+from tests.train_recipes import logged, train_recipe
+
+SIDE, PATCHES, TOKENS = 96, 6, 7
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> FeatureCache:
+    folder = tmp_path_factory.mktemp("cutmix")
+    recipe = build_recipe(folder / "cache", make_images(folder / "images", 8), views={"size": [32, 32]})
+    return build(recipe, Console(quiet=True)).cache
+
+
+def numbered(keys: list[str], step: int = 0) -> tuple[Any, Tensor, Tensor]:
+    """A batch whose pixels and features of image i are all i."""
+    count = len(keys)
+    numbers = torch.arange(count, dtype=torch.uint8)
+    images = numbers.view(-1, 1, 1, 1).expand(count, 3, SIDE, SIDE)
+    maps = numbers.float().view(-1, 1, 1, 1, 1).expand(count, 2, TOKENS, TOKENS, 4)
+    batch = Batch(step, np.arange(count), keys, np.zeros((count, 2), int), images, {}, {}, {}, {}, {})
+    return batch, images, maps
+
+
+def mixed(keys: list[str], step: int = 0, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Of whom each pixel, (B, H, W), and each token, (B, 7, 7), is."""
+    batch, images, maps = numbered(keys, step)
+    cutmix = CutMix(ViewPolicy(size=(SIDE, SIDE), patch=SIDE // PATCHES), seed)
+    images, targets = cutmix(batch, images, {"t": Target(maps)})
+    return images[:, 0], targets["t"].feature_maps_BSHWC[:, 1, :, :, 0]
+
+
+def test_pairs_exchange_a_rectangle_of_whole_patches_and_the_tokens_in_it() -> None:
+    shares = []
+    for step in range(50):
+        pixels, tokens = mixed(["a", "b", "c", "d"], step)
+        centres = ((np.arange(TOKENS) + 0.5) * SIDE / TOKENS).astype(int)
+        assert torch.equal(tokens, pixels[:, centres][:, :, centres].float())
+        patches = pixels.unflatten(1, (PATCHES, -1)).unflatten(3, (PATCHES, -1))
+        assert (patches == patches[:, :, :1, :, :1]).all(), "whole patches"
+        for own, other in ((0, 1), (1, 0), (2, 3), (3, 2)):
+            theirs = patches[own, :, 0, :, 0] == other
+            assert (theirs | (patches[own, :, 0, :, 0] == own)).all()
+            rows, columns = theirs.any(1), theirs.any(0)
+            assert torch.equal(theirs, rows[:, None] & columns), "a rectangle"
+            shares.append(theirs.float().mean().item())
+    assert 0.4 < np.mean(shares) < 0.6
+    assert min(shares) < 0.1 < 0.9 < max(shares)
+
+
+def test_rectangles_are_drawn_by_seed_step_and_the_first_key_of_a_pair() -> None:
+    first = mixed(["a", "b"])[0]
+    assert torch.equal(first, mixed(["a", "other"])[0])
+    for other in (mixed(["b", "a"]), mixed(["a", "b"], step=1), mixed(["a", "b"], seed=1)):
+        assert not torch.equal(first, other[0])
+
+
+def test_two_processes_mix_as_one(cache: FeatureCache) -> None:
+    cutmix = CutMix(cache.spec.views, seed=3)
+
+    def images(processes: int) -> list[Tensor]:
+        parts = []
+        for rank in range(processes):
+            sampler = ShardShuffleSampler(
+                cache, batch_size_per_process=4 // processes, rank=rank, world_size=processes
+            )
+            with FeatureLoader(cache, sampler) as loader:
+                parts.append([cutmix(one, one.images, {})[0].clone() for one in islice(loader, 4)])
+        return [torch.cat(ranks) for ranks in zip(*parts, strict=True)]
+
+    for one, two in zip(images(1), images(2), strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_online_teachers_give_the_losses_of_the_cache(cache: FeatureCache, tmp_path: Path) -> None:
+    losses = {}
+    for name, changes in (
+        ("plain", {}),
+        ("cached", {"cutmix": True}),
+        ("online", {"cutmix": True, "features": "online"}),
+    ):
+        recipe = train_recipe(
+            cache.storage.url, tmp_path / name, schedule={"max_steps": 10}, optimizer={"lr": 2e-5}, **changes
+        )
+        train(recipe)
+        losses[name] = logged(tmp_path / name)
+    assert losses["online"] == pytest.approx(losses["cached"], rel=1e-5)
+    assert losses["plain"] != pytest.approx(losses["cached"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("views", "changes", "said"),
+    [
+        ({"size": [32, 32]}, {"batch_size_per_process": 3}, "pairs the images"),
+        ({"size": [32, 32], "margin": 32}, {}, "those of windows do not"),
+    ],
+)
+def test_what_cannot_be_mixed_is_refused(
+    cache: FeatureCache, tmp_path: Path, views: dict[str, Any], changes: dict[str, Any], said: str
+) -> None:
+    if "margin" in views:
+        cache = build(build_recipe(tmp_path / "wide", make_images(tmp_path / "i", 4), views=views)).cache
+    with pytest.raises(RecipeError, match=said):
+        train(train_recipe(cache.storage.url, tmp_path / "run", cutmix=True, **changes))
+
+
+def test_a_kpu_and_labels_are_not_mixed() -> None:
+    with pytest.raises(ValueError, match="cutmix mixes maps"):
+        train_recipe("cache", "run", cutmix=True, student={"kind": "kpu"})
