@@ -5,8 +5,7 @@
     int4-phi-s      the same after PHI-S instead
     int4-rings      as int4-hadamard, but with a trellis over even levels and an entropy code of fixed length
 
-Shapes: R rows, S levels, H×W grid, C channels. docs/codecs.md states the bytes, and
-`teachercache.pipeline.codecs.reference` decodes them with numpy alone.
+Shapes: R rows, S levels, H×W grid, C channels. docs/codecs.md states the bytes.
 """
 
 from __future__ import annotations

@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from docs.decode_with_numpy import decode
 from teachercache.pipeline.codecs import Codec, Standing, codec_names, get_codec, torch_dtype
 from teachercache.pipeline.codecs.dct import allocate_bits
 from teachercache.pipeline.codecs.fidelity import measure_fidelity
 from teachercache.pipeline.codecs.lloyd_max import gaussian_distortion, gaussian_levels
-from teachercache.pipeline.codecs.reference import decode
 from teachercache.pipeline.codecs.rings import RingQuantizer, nearest_path, ring_distortion, ring_levels
 from teachercache.pipeline.errors import CodecError
 

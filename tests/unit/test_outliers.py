@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.signals import massive
+from docs.decode_with_numpy import decode
 from teachercache.pipeline.codecs import Codec, codec_names, get_codec
 from teachercache.pipeline.codecs.fidelity import measure_fidelity
 from teachercache.pipeline.codecs.outliers import LEAST_GAIN, num_slots, put_back, take_out, usual_moments
-from teachercache.pipeline.codecs.reference import decode
 from teachercache.pipeline.errors import CodecError
 from teachercache.pipeline.records.feature_stats import FeatureMoments
 

@@ -1,4 +1,4 @@
-"""Decoding in plain numpy: the documentation of the format, and a way to read a cache from elsewhere.
+"""The codecs' decoding in plain numpy: it defines the format, and reads a cache where teachercache is not.
 
     names = "codes", "scales", "outlier_places", "outlier_values"       docs/codecs.md has those of dct
     arrays = {name: zarr_group[name][rows] for name in names}
