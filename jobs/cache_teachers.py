@@ -1,16 +1,7 @@
-"""Build a teacher cache on a Ray cluster.
+"""Build a teacher cache on a Ray cluster: what `teachercache submit RECIPE key=value …` runs there.
 
-    teachercache submit RECIPE key=value …
-
-RECIPE is a YAML file, or the name of one in jobs/recipes (for example imagenet1k_vitl). Overrides:
-
-    cache=/data/cache                   where the cache goes (absolute, or s3://…)
-    source.path=/data/imagenet/train    a folder, tar(s) or Parquet files
-    teachers=[dinov2_large,sam_large]   presets, or any timm model
-    views.num_views=4                   crops of each image
-    runner.num_actors=8                 actors (default: the whole cluster)
-
-Run the same command again after any failure: it computes only what is missing.
+Arguments are those of `teachercache build`. Run the same command again after any failure: it computes only
+what is missing.
 """
 
 from __future__ import annotations
@@ -27,23 +18,8 @@ if not __package__:  # run as a script: it imports this checkout's packages, ins
     path = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = f"{sys.path[0]}{os.pathsep}{path}" if path else sys.path[0]
 
-from teachercache.cache_builder.build_recipe import BuildRecipe
-from teachercache.cache_builder.builder import build
-from teachercache.jobs.launch import recipe_and_overrides, require_absolute_in_job, run
-from teachercache.jobs.recipes import find_recipe
-from teachercache.pipeline.sources.several import own_places
-from teachercache.pipeline.terminal import Terminal
-
-
-def main() -> None:
-    path, overrides = recipe_and_overrides(__doc__ or "")
-    recipe = find_recipe(BuildRecipe, path, ["runner.kind=ray", *overrides])
-    require_absolute_in_job("cache", recipe.cache)
-    for place in own_places(recipe.source.path, recipe.source.kind):
-        require_absolute_in_job("source.path", place)
-    result = build(recipe, Terminal())
-    print(f"cache {result.cache.storage.url}: {result.views} views in {result.wall_s:.1f} s")
-
+from teachercache.jobs.cli import main
 
 if __name__ == "__main__":
-    run(main)
+    sys.argv[1:2] = ["build", *sys.argv[1:2], "runner.kind=ray"]
+    main()

@@ -1,4 +1,4 @@
-"""What all launchers share: recipes from the command line, and errors as messages, not tracebacks."""
+"""What all launchers share: errors as messages, not tracebacks, and the paths of a job on Ray."""
 
 from __future__ import annotations
 
@@ -50,12 +50,3 @@ def require_absolute_in_job(key: str, path: str) -> None:
             expected="a path or URL that every node of the cluster sees",
             do=f"override it: {key}=/shared/…",
         )
-
-
-def recipe_and_overrides(usage: str) -> tuple[str, list[str]]:
-    """RECIPE and key=value … of a script; prints `usage` and exits on --help or without a recipe."""
-    arguments = sys.argv[1:]
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(usage)
-        raise SystemExit(0 if arguments else EXIT_USAGE)
-    return arguments[0], arguments[1:]

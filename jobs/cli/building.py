@@ -16,6 +16,7 @@ import typer
 
 import teachercache
 from teachercache.jobs.cli.terminal import Overrides, RecipeArgument, console
+from teachercache.jobs.launch import require_absolute_in_job
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -128,8 +129,12 @@ def build(
     from teachercache.cache_builder.builder import prepare
     from teachercache.jobs.inspection.tables import plan_table
     from teachercache.jobs.recipes import find_recipe
+    from teachercache.pipeline.sources.several import own_places
 
     checked = find_recipe(BuildRecipe, recipe, overrides or [])
+    require_absolute_in_job("cache", checked.cache)
+    for place in own_places(checked.source.path, checked.source.kind):
+        require_absolute_in_job("source.path", place)
     if dry_run:
         planned = prepare(checked, console)[2]
         console.print(plan_table(planned))
