@@ -1,4 +1,4 @@
-"""Metrics of the students' tasks, in Python alone: streaming, mergeable, the same on any number of processes.
+"""Metrics of the students' tasks: streaming, mergeable, the same on any number of processes.
 
 metric = MeanIoU(num_classes=21)
 metric.update(prediction_BHW, target_BHW)                       for every batch
@@ -6,20 +6,9 @@ metric.reduce(lambda x: accelerator.reduce(x.to(accelerator.device), "sum").cpu(
 metric.compute()
 """
 
-from teachercache.student.metrics.boundary import BoundaryBenchmark, BoundaryScores
+from teachercache.student.metrics.boundary import BoundaryBenchmark
 from teachercache.student.metrics.dense import RMSE, MaxF, MeanAngularError, MeanIoU
 from teachercache.student.metrics.gain import mtl_gain
-from teachercache.student.metrics.sum_metric import SumMetric
-from teachercache.student.metrics.top1 import Top1
+from teachercache.student.metrics.sum_metric import Top1
 
-__all__ = [
-    "RMSE",
-    "BoundaryBenchmark",
-    "BoundaryScores",
-    "MaxF",
-    "MeanAngularError",
-    "MeanIoU",
-    "SumMetric",
-    "Top1",
-    "mtl_gain",
-]
+__all__ = ["RMSE", "BoundaryBenchmark", "MaxF", "MeanAngularError", "MeanIoU", "Top1", "mtl_gain"]

@@ -10,7 +10,6 @@ Legend: H, W pixels, A annotators, T thresholds, U of them with different maps, 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 
@@ -132,7 +131,6 @@ class BoundaryBenchmark(SumMetric):
     benchmark itself does.
     `executor`: evaluates images in parallel; use processes, since the work holds the interpreter lock:
     `ProcessPoolExecutor(2, mp_context=get_context("spawn"))`.
-    `progress`: called with the number of finished images.
     """
 
     def __init__(
@@ -142,7 +140,6 @@ class BoundaryBenchmark(SumMetric):
         nms_radius: int | None = 4,
         num_thresholds: int = 99,
         executor: Executor | None = None,
-        progress: Callable[[int], object] | None = None,
     ) -> None:
         super().__init__(
             counts_T4=torch.zeros(num_thresholds, 4, dtype=torch.int64),
@@ -152,9 +149,7 @@ class BoundaryBenchmark(SumMetric):
         self.max_distance = max_distance
         self.nms_radius = nms_radius
         self.executor = executor
-        self.progress = progress
         self._pending: deque[list[Future[Counts]]] = deque()
-        self._images_done = 0
 
     def update(self, probability_HW: Tensor | Floats, targets_AHW: Tensor | npt.NDArray) -> None:
         """Add an image: boundary probabilities in [0, 1], and the boundary map (0 or 1) of every annotator.
@@ -203,9 +198,6 @@ class BoundaryBenchmark(SumMetric):
         best = int(np.argmax(_f_measure(*_recall_and_precision(counts_T4))))
         self._sums["counts_T4"] += torch.from_numpy(counts_T4)
         self._sums["ois_counts_4"] += torch.from_numpy(counts_T4[best])
-        self._images_done += 1
-        if self.progress is not None:
-            self.progress(self._images_done)
 
     def state(self) -> dict[str, Tensor]:
         while self._pending:

@@ -5,14 +5,9 @@ Two pixels may be matched when they are at most a given distance apart. BSDS min
     Σ round(100 · distance) over matched pairs  +  outlier cost · (pixels of both maps − matched pairs),
 
 with an outlier cost of a hundred times the largest distance: almost always a matching of maximum
-cardinality, and among those one of minimum distance. Here this is minimised exactly, by shortest augmenting
-paths in scipy.
-
-BSDS minimises it by Goldberg's CSA on a graph with outliers, which must be matched too: each pixel is tied to
-six of them, and each outlier to six others, all drawn at random. An outlier that is never drawn takes a pixel
-away, so BSDS leaves about one pair in a thousand unmatched, different ones in each run. Where several
-matchings cost the same, both may match other pixels. `benchmarks/boundary.py` runs BSDS's own code for
-comparison and prints the effect on odsF.
+cardinality, and among those one of minimum distance. Here this is minimised exactly, by scipy. BSDS ties each
+pixel to six outliers drawn at random, and so leaves about one pair in a thousand unmatched, different ones in
+each run; `benchmarks/boundary.py` runs its code for comparison and prints the effect on odsF.
 """
 
 from __future__ import annotations

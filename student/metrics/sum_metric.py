@@ -64,6 +64,15 @@ class MeanMetric(SumMetric):
         return float(self._sums["total"] / self._sums["count"])
 
 
+class Top1(MeanMetric):
+    """The fraction of samples whose predicted class is the true one; nan without samples."""
+
+    def update(self, prediction_B: Tensor, target_B: Tensor) -> None:
+        """Class indices."""
+        check_same_shape(prediction_B.shape, target_B.shape)
+        self._add(prediction_B == target_B)
+
+
 def check_same_shape(prediction_shape: tuple[int, ...], target_shape: tuple[int, ...]) -> None:
     """Raise `ValueError` unless prediction and target have the same shape: broadcasting would hide it."""
     if tuple(prediction_shape) != tuple(target_shape):
