@@ -1,13 +1,10 @@
 """Figures that compare models (SAK, Figures 1 left, 3 and 5), from the paper's tables and your own scores."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -163,15 +160,11 @@ def _gains(scores: Mapping[str, float], baseline: Mapping[str, float]) -> dict[s
             expected=", ".join(baseline),
             do="give the scores of a student of all these tasks",
         )
-    return {
-        task: 100
-        * mtl_gain(
-            {task: scores[task]},
-            {task: baseline[task]},
-            [task] if TASK_OUTPUTS[task].lower_is_better else [],
-        )
-        for task in baseline
-    }
+    gains = {}
+    for task, base in baseline.items():
+        lower = [task] if TASK_OUTPUTS[task].lower_is_better else []
+        gains[task] = 100 * mtl_gain({task: scores[task]}, {task: base}, lower)
+    return gains
 
 
 def _bars(axes: Axes, panel: Panel) -> None:
@@ -181,13 +174,8 @@ def _bars(axes: Axes, panel: Panel) -> None:
         again, colour = divmod(number, len(_COLOURS))
         left = np.arange(len(tasks)) + (number - (len(panel.models) - 1) / 2) * width
         heights = [gains[task] for task in tasks]
-        style: dict[str, Any] = {
-            "color": _COLOURS[colour],
-            "hatch": "///" * again,
-            "edgecolor": "white",
-            "linewidth": 0,
-        }
-        axes.bar(left, heights, width, label=model, **style)
+        style = {"color": _COLOURS[colour], "hatch": "///" * again, "edgecolor": "white"}
+        axes.bar(left, heights, width, label=model, linewidth=0, **style)
     axes.set_xticks(range(len(tasks)), [TASK_OUTPUTS[task].title for task in tasks])
 
 

@@ -7,10 +7,9 @@ It learns with the scale-invariant loss, AdamW, and a cosine with a warm-up over
 B  images     D  width     h, w  grid of the tokens     H, W  the image     K  depths
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain, count, islice
 
 import numpy as np
 import torch
@@ -155,7 +154,9 @@ def depth_probe(
     maps.stem.to(device)
     head = LinearDepth(maps.width * levels, maps.size).to(device)
     optimizer = torch.optim.AdamW(head.parameters(), lr=learning_rate, weight_decay=0.01)
-    numbers = _shuffled(np.random.default_rng(seed), len(train.keys), steps * batch_size)
+    order = np.random.default_rng(seed)
+    epochs = (order.permutation(len(train.keys)).tolist() for _ in count())
+    numbers = islice(chain.from_iterable(epochs), steps * batch_size)
     drawn = _batches(train, numbers, maps.size, batch_size, threads)
     for step, (images_B3HW, depth_BHW, nearer_B11) in enumerate(drawn):
         rate = cosine_with_warmup(
@@ -192,14 +193,6 @@ def depth_table(probes: list[DepthProbe]) -> str:
     for name, (one, four) in DEPTH_PROBES.items():
         lines.append(f"| *{name} (SAK, Table 27)* | {one:.3f} | {four:.3f} |")
     return "\n".join(lines) + "\n"
-
-
-def _shuffled(order: np.random.Generator, count: int, total: int) -> Iterator[int]:
-    drawn = 0
-    while drawn < total:
-        for number in order.permutation(count)[: total - drawn].tolist():
-            yield number
-            drawn += 1
 
 
 def _batches(

@@ -1,8 +1,6 @@
 """Figures that explain a student: gates (SAK, Figures 7 and 8), norms of tokens (Figure 6), predictions
 (Figures 9 to 11)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -61,15 +59,16 @@ def norm_figure(
     rows = [int(cache.index.rows(cache.find(key), 0)) for key in keys]
     reader = MapReader(cache, window=student is not None)
     views = [reader.view(row) for row in rows]
-    maps_2HWC = {
-        f"{name}\nteacher": torch.stack([_level(reader.maps(name, row), level) for row in rows])
-        for name in cache.teachers
-    }
-    if student is not None:
-        maps_2HWC |= _student_maps(student, cache, views, level)
+    of_student = {} if student is None else _student_maps(student, cache, views, level)
+    maps_2HWC: dict[str, Tensor] = {}
+    for name in cache.teachers:
+        maps_2HWC[f"{name}\nteacher"] = torch.stack([_level(reader.maps(name, row), level) for row in rows])
+        if (title := f"{name}\nstudent") in of_student:
+            maps_2HWC[title] = of_student.pop(title)
+    maps_2HWC |= of_student  # the stem
     nothing = np.full_like(views[0], 255)
     columns: list[tuple[str, list[Picture]]] = [("view\n", [*views, nothing])]
-    for title, both_2HWC in sorted(maps_2HWC.items(), key=lambda item: _place(item[0], cache.teachers)):
+    for title, both_2HWC in maps_2HWC.items():
         norms_2HW, difference_HW = token_norms(both_2HWC), token_norms(both_2HWC[0] - both_2HWC[1])
         low, high, most = float(norms_2HW.min()), float(norms_2HW.max()), float(difference_HW.max())
         pictures = [*(heat(norms_HW, low, high) for norms_HW in norms_2HW), heat(difference_HW, 0.0, most)]
@@ -105,13 +104,6 @@ def _student_maps(
     for name in cache.check_teachers(student.teachers):
         titled[f"{name}\nstudent"] = feature_maps[name][level].permute(0, 2, 3, 1)
     return {title: maps.float().cpu() for title, maps in titled.items()}
-
-
-def _place(title: str, teachers: Sequence[str]) -> tuple[int, bool]:
-    """Sort key: the stem last, each teacher before the student's path."""
-    name = title.split("\n")[0]
-    number = teachers.index(name) if name in teachers else len(teachers)
-    return number, title.endswith("student")
 
 
 def _level(maps_SHWC: Tensor, level: int) -> Tensor:

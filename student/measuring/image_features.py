@@ -6,8 +6,6 @@ B  images     N  patch tokens     D  width of the stem     C  width of a teacher
 F  numbers of one vector
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Literal, Protocol
 
@@ -49,7 +47,7 @@ class CachedTeacherFeatures:
     """A teacher's last level, for the first view of every sample that the cache holds.
 
     `tokens`: "cls" reads only stored class tokens, "mean" averages the patch tokens, which an adjoint grid
-    keeps exactly. None: both, if the cache has class tokens.
+    keeps exactly. None: both, if the cache has class tokens. `images`: hashes of their first bytes.
     """
 
     def __init__(
@@ -68,16 +66,9 @@ class CachedTeacherFeatures:
             self._kinds = ("mean",)
         self.width = self.spec.width * len(self._kinds)
         self._samples = cache.valid_samples([teacher])
+        self.labels: list[str | None] = cache.samples["label"].take(self._samples).to_pylist()
+        self.images: set[int] = set(cache.samples["head_hash"].take(self._samples).to_pylist())
         self._batch_size, self._threads = batch_size, threads
-
-    @property
-    def labels(self) -> Sequence[str | None]:
-        return self.cache.samples["label"].take(self._samples).to_pylist()
-
-    @property
-    def images(self) -> set[int]:
-        """Hashes of their first bytes."""
-        return set(self.cache.samples["head_hash"].take(self._samples).to_pylist())
 
     def read(self, numbers: Sequence[int]) -> Tensor:
         starts = range(0, len(numbers), self._batch_size)
@@ -152,21 +143,17 @@ class StudentFeatures:
         self.student = student.eval()
         self.size = image_size or student.image_size
         self.source = source
-        self._samples = _usable(source)
+        samples = source.scan().drop_columns(["width", "height"]).to_pylist()
+        self._samples = [sample for sample in samples if sample["status"] == OK]
+        self.keys: list[str] = [sample["key"] for sample in self._samples]
+        self.labels: list[str | None] = [sample["label"] for sample in self._samples]
+        self.images: set[int] = {sample["head_hash"] for sample in self._samples}
         self._batch_size, self._threads = batch_size, threads
         if isinstance(student, KPU):
             parts = 1 + len(student.scales)
         else:
             parts = student.stem.has_class_token + len(student.experts)
         self.width = parts * student.stem.width
-
-    @property
-    def labels(self) -> Sequence[str | None]:
-        return [sample["label"] for sample in self._samples]
-
-    @property
-    def images(self) -> set[int]:
-        return {sample["head_hash"] for sample in self._samples}
 
     @torch.no_grad()
     def read(self, numbers: Sequence[int]) -> Tensor:
@@ -195,8 +182,3 @@ class StudentFeatures:
         vectors_BD.append(tokens_BND[-1][:, prefix:].mean(1))
         vectors_BD += [student.paths[name](tokens_BND, prefix)[-1].mean(1) for name in student.experts[1:]]
         return torch.cat(vectors_BD, dim=1)
-
-
-def _usable(source: Source) -> list[dict]:
-    samples = source.scan().drop_columns(["width", "height"]).to_pylist()
-    return [sample for sample in samples if sample["status"] == OK]

@@ -1,7 +1,5 @@
 """Zero-shot classification: a student's class tokens against the names of classes (KPU, Figure 3)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,10 +86,6 @@ class ClassTokens(StudentFeatures):
     """A KPU's version of the class token of `teacher` after the last block, raw."""
 
     teacher: str
-
-    @property
-    def keys(self) -> list[str]:
-        return [sample["key"] for sample in self._samples]
 
     def _vectors(self, pixels_B3HW: Tensor) -> Tensor:
         assert isinstance(self.student, KPU)
