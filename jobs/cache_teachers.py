@@ -4,8 +4,6 @@ Arguments are those of `teachercache build`. Run the same command again after an
 what is missing.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from pathlib import Path

@@ -4,8 +4,6 @@ Two shipped recipes, `photos_cache` and `photos_student`, with keys that follow 
 and the disk. Both are written beside the student, complete: the same command goes on with them.
 """
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Sequence

@@ -6,8 +6,6 @@
 Arguments and options are those of `teachercache evaluate`.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What all launchers share: errors as messages, not tracebacks, and the paths of a job on Ray."""
 
-from __future__ import annotations
-
 import gc
 import os
 import signal

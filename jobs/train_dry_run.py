@@ -1,8 +1,6 @@
 """`teachercache train RECIPE --dry-run`: the cost of a run, by its cache or, if it does not exist yet, by the
 recipe that builds the cache."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from rich.console import RenderableType

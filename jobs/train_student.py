@@ -7,8 +7,6 @@ Arguments are those of `teachercache train`. Run the same command again after an
 newest checkpoint. SIGTERM saves one first and ends with status 143.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

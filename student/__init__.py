@@ -7,8 +7,6 @@ predictions = student(student.normalize(images))     uint8 (B, 3, H, W) → {tas
                                                      of a KPU {teacher: [(B, C, H, W)]}
 """
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 

@@ -1,7 +1,5 @@
 """A student by its kind: built anew, or loaded from where it was saved."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from inspect import signature

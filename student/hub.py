@@ -1,7 +1,5 @@
 """Push a student to the Hugging Face Hub."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

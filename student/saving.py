@@ -1,7 +1,5 @@
 """Write files of a run whole or not at all, even after a power cut, or raise a clear error."""
 
-from __future__ import annotations
-
 import errno
 import os
 import re

@@ -1,7 +1,5 @@
 """Representation similarity: how close a student comes to its teachers (SAK, Tables 3 and 17)."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Where the time of a step goes, and a sentence about what limits a run."""
 
-from __future__ import annotations
-
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,5 @@
 """The `teachercache` command. Each verb takes a recipe or a cache, and `key=value` overrides."""
 
-from __future__ import annotations
-
 from importlib import metadata
 from typing import Annotated
 

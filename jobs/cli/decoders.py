@@ -1,7 +1,5 @@
 """Verbs of decoders: trained on a student's features, or on cached ones, and measured."""
 
-from __future__ import annotations
-
 import os
 import signal
 from pathlib import Path

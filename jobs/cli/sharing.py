@@ -1,7 +1,5 @@
 """Verbs for the Hugging Face Hub: push a student or a cache, pull a cache."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer

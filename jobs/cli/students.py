@@ -1,7 +1,5 @@
 """Verbs of students, from training to sharing, and of their labelled data."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import shlex

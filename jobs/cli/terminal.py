@@ -1,7 +1,5 @@
 """What the verbs share: their terminal, and arguments with the same meaning everywhere."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

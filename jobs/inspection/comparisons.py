@@ -4,8 +4,6 @@ What was read, predicted and encoded last is kept, so that a click on a patch on
 Shapes: S levels, H×W grid, C channels.
 """
 
-from __future__ import annotations
-
 from functools import lru_cache
 from typing import NamedTuple
 

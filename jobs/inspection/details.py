@@ -3,8 +3,6 @@
 Rows are read as training reads them, their checksums compared; float features give norms.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

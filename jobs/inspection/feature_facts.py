@@ -3,8 +3,6 @@
 Shapes: R rows, S levels, H×W grid, C channels, N tokens.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """The pieces of a page of HTML. Every text that comes from a cache passes `escape` here."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape

@@ -1,7 +1,5 @@
 """What the teachers see: the image beside the principal components of each teacher's levels."""
 
-from __future__ import annotations
-
 import json
 from itertools import cycle
 from pathlib import Path

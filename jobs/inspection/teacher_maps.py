@@ -1,7 +1,5 @@
 """One pass over the maps of a teacher: what is kept of them once they are no longer in memory."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from torch import Tensor

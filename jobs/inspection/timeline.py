@@ -1,7 +1,5 @@
 """When a cache was built, from its commit records: which workers were busy, and how busy their teachers."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass

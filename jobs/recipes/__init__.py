@@ -1,7 +1,5 @@
 """The recipes that we ship, as YAML files in this folder, and how launchers find them by name."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from pathlib import Path

@@ -6,8 +6,6 @@ dataset.keys[0], dataset.image(0)  the sample's key in a cache, its image
 dataset.labels(0)                  arrays by task; `labels.render_labels` moves them to a view
 """
 
-from __future__ import annotations
-
 import os
 from importlib import import_module
 

@@ -3,8 +3,6 @@
 python -m teachercache.student.datasets.ade20k PARQUET OUT     makes these of the Hub's Parquet files
 """
 
-from __future__ import annotations
-
 import argparse
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Boundaries between the classes of a label map: those to learn from, and those to measure against."""
 
-from __future__ import annotations
-
 import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import laplace

@@ -1,7 +1,5 @@
 """COCO's things, one by one, in the folders of COCO 2017."""
 
-from __future__ import annotations
-
 import json
 from collections import defaultdict
 from collections.abc import Iterable

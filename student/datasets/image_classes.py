@@ -1,8 +1,6 @@
 """Images with a class each, as any source has them: ImageNet's folders, tars with .cls, Parquet with
 labels."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import ClassVar

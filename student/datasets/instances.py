@@ -1,7 +1,5 @@
 """Things one by one: as a map of whose each pixel is (`labels.IGNORE`), and as COCO writes them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A data set with labels: images under their keys in a cache, and an array for each task."""
 
-from __future__ import annotations
-
 import os
 import zlib
 from abc import ABC, abstractmethod

@@ -3,8 +3,6 @@
 H, W  the source image     h, w  the view
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import numpy as np

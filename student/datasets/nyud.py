@@ -1,7 +1,5 @@
 """NYUD-v2 for four tasks, in the folders of ASTMT, MTI-Net, ATRC and InvPT, which differ in file formats."""
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 import numpy as np

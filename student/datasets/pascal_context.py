@@ -1,7 +1,5 @@
 """PASCAL-Context for five tasks, in the folders of ASTMT, ATRC and InvPT."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any, ClassVar
 

@@ -5,8 +5,6 @@ teachercache build RECIPE source.path=OUT/images/train …
 open_dataset("scenes", "OUT", "train")
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Mapping
 from pathlib import Path

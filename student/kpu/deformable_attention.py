@@ -4,8 +4,6 @@ B  images      Q  queries      N  tokens of all maps      n  of one map, h·w
 D  width       M  heads        d  width of a head         S  maps      P  points
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -5,8 +5,6 @@ B  images      h, w  grid of the student's map      D  width of the student
                H, W  grid of a teacher's map        C  width of the teacher
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
 

@@ -6,8 +6,6 @@ h, w  grid of one of the student's maps      H, W  grid of a teacher
 X = {x, V}     image feature x (B, D) and feature map V (B, D, h, w)
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, ClassVar

@@ -1,7 +1,5 @@
 """The checkpoints of ViT-Adapter's authors (github.com/czczup/ViT-Adapter), with the names of their code."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 

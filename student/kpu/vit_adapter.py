@@ -5,8 +5,6 @@ C1 … C4        the adapter's maps (B, D, h, w), a quarter to a thirty-second o
 N  tokens of C2, C3 and C4, map by map
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Collection, Iterable
 from itertools import pairwise

@@ -9,8 +9,6 @@ the coarser one and approximate elsewhere. benchmarks/grids.py measures how well
 Shapes: B batch, C channels, h×w the student's grid; `grid` = (H, W) is the teacher's.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F

@@ -1,7 +1,5 @@
 """The loss of a KPU: L = L_t2s + L_s2t + λ L_rec (KPU, Eq. 4)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 

@@ -1,8 +1,6 @@
 """The cosine as a loss, without the normalised copies of both maps that
 `torch.nn.functional.cosine_similarity` makes and keeps for the gradient."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

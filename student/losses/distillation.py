@@ -4,8 +4,6 @@ B  images     S     levels      C  channels of the teacher
 h, w          grid of the student          H, W  grid of the teacher
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal

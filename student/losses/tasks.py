@@ -6,8 +6,6 @@ Each loss is a mean over the annotated pixels of the batch, and 0 if there are n
 least float32, autocast or not, and without waiting for the device.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 

@@ -3,8 +3,6 @@
 T  teachers      B  images of one input: each of its teachers has a loss of each of them
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol

@@ -1,8 +1,6 @@
 """The gap between teachers: how far their features spread, in their own spaces and in the one that a KPU
 makes of them ("Effects of Unified Knowledge Transfer")."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Batches of items that threads make, a few ahead of the consumer."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice

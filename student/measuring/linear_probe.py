@@ -11,8 +11,6 @@ at the end. Under a launcher every process holds its share of the features.
 N  images of this process     F  features     K  classes
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 

@@ -1,7 +1,5 @@
 """The papers' results, to compare with ours: `paper.yaml` has the numbers and their units."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path

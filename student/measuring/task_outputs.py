@@ -3,8 +3,6 @@
 B  images     C  channels     H, W  the image
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """AP of boxes and masks as COCO measures it, by faster-coco-eval, which gives pycocotools' numbers."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Mapping, Sequence

@@ -7,8 +7,6 @@
 Legend: H, W pixels, A annotators, T thresholds, U of them with different maps, N pixels predicted at any.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Legend: B images, C classes, H, W pixels, T thresholds. Ratios are fractions, no
 `update` takes tensors on any device; `compute` returns nan if there was nothing to measure.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Literal
 

@@ -4,8 +4,6 @@ A twin of `nms_process.m` of that evaluation, which is `edgesNmsMex` of Dollár'
 r = 4, s = 5, m = 1.01, on a map smoothed by `convTri(·, 1)` and oriented by `convTri(·, 4)`.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import numpy.typing as npt
 from scipy import ndimage

@@ -1,7 +1,5 @@
 """Multi-task gain: how much a student of many tasks gains over one student per task."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 
 from teachercache.pipeline.errors import ArgumentError

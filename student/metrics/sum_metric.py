@@ -1,7 +1,5 @@
 """Metrics whose entire state is sums: they stream, merge, and add up over processes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Self
 

@@ -7,8 +7,6 @@ B  images     S  levels     h, w  grid of the experts, n = h·w     D  width of 
 C  width of a teacher       H, W  grid of a teacher's features
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import ClassVar

@@ -3,8 +3,6 @@
 B  images     C  channels of each level     h, w  grid of the levels     H, W  a quarter of the image
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

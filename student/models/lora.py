@@ -6,8 +6,6 @@
 It is a way to train, not part of a student: `save_pretrained` writes merged weights.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -3,8 +3,6 @@
 B  images     n  patch tokens     D  width of the stem     E  experts: the stem, then the teachers' paths
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F

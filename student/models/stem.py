@@ -6,8 +6,6 @@ L  blocks          D  width of the stem
 Z_l (B, N, D)      the tokens after l blocks; Z_0 enters the first
 """
 
-from __future__ import annotations
-
 import difflib
 import math
 from collections.abc import Callable, Mapping

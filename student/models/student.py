@@ -4,8 +4,6 @@ A saved student is a folder of two files, `config.json` (kind and arguments) and
 Loading it needs neither a cache nor a teacher.
 """
 
-from __future__ import annotations
-
 import difflib
 import json
 import os

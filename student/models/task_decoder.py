@@ -4,8 +4,6 @@ B  images     E  experts: the stem, then the teachers' paths
 S  levels     n  patch tokens = h·w          D  width of every expert
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 

@@ -6,8 +6,6 @@ Z_l (B, N, D)      the stem's tokens after block l; Z_0 after the patch embeddin
 R_l (B, N, D)      the path's tokens next to them
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

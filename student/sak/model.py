@@ -7,8 +7,6 @@ S  levels                blocks L/4, L/2, 3L/4, L
 E  experts               the stem, then the paths
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar

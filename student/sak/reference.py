@@ -1,7 +1,5 @@
 """The checkpoints of SAK's authors (github.com/innovator-zero/SAK), with the names of their code."""
 
-from __future__ import annotations
-
 import math
 import os
 import re

@@ -1,7 +1,5 @@
 """Move weights from one student to another, accounting for every tensor."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 

@@ -1,7 +1,5 @@
 """A student in its teachers' place: classes by CLIP, boxes by GroundingDINO (KPU, Figure 3)."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -4,8 +4,6 @@ projection that end the image side.
 B  images      K  classes      C  width of the vision tower      P  width of the joint space
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, Self
 

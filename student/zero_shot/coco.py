@@ -1,7 +1,5 @@
 """COCO's annotations of images that are not a data set's, and the average precision of boxes on them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath

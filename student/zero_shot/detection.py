@@ -1,7 +1,5 @@
 """Zero-shot detection: a student's maps in GroundingDINO's encoder and decoder (KPU, Figure 3)."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Sequence

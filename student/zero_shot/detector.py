@@ -3,8 +3,6 @@
 B  images      Q  queries      T  tokens of the prompt      P  phrases
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import groupby
 from typing import Any, Self

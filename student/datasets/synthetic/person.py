@@ -3,8 +3,6 @@
 A figure has its own axes, in metres: x to its left side as seen from the front, y up, z where it looks.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

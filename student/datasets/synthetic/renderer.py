@@ -11,8 +11,6 @@ rays are intersected in the shape's coordinates, where they keep that parameter.
 H, W  the image     N  pixels that are drawn     p, n  points and normals in the shape's own coordinates
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal

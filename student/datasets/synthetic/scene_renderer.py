@@ -7,8 +7,6 @@ Rooms and meadows with people-like figures, balls, crates, pillars, tables and t
 the same z-buffer as the image: a pixel's labels are those of the surface that its centre sees.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

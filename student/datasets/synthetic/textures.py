@@ -1,7 +1,5 @@
 """Paints of solids: colours by place, as functions of points in metres along a solid's axes."""
 
-from __future__ import annotations
-
 import numpy as np
 from numpy.typing import NDArray
 
