@@ -70,7 +70,7 @@ def main() -> None:
 
 def require_sound(cache: Path) -> None:
     """A cache whose records are refused is looked through faster than one whose records are right."""
-    found = summarize(Manifest(open_storage(cache)))
+    found = summarize(open_storage(cache))
     assert not found["problems"], found["problems"][:3]
 
 

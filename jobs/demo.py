@@ -4,8 +4,6 @@ Everything goes to demo/<name of the images>/, a folder for each choice of image
 what is missing.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import shlex
@@ -71,7 +69,7 @@ def main() -> None:
     if problems:
         raise TeacherCacheError(f"{len(problems)} shards differ from their commit records: {problems[0]}")
     console.print("Every byte of every shard matches its commit record.")
-    console.print(summary_table(summarize(cache)))
+    console.print(summary_table(summarize(cache.storage)))
     pca_maps(cache, folder / "pca_maps.png")
 
     console.rule("Results")

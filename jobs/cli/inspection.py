@@ -1,7 +1,5 @@
 """Verbs that show: inspect, report, view, norms and gap."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 
@@ -52,7 +50,7 @@ def inspect(
     else:
         from teachercache.jobs.inspection.summary import summarize
 
-        content = summarize(manifest)
+        content = summarize(manifest.storage)
     if as_json:
         print_json(content)
     else:

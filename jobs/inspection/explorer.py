@@ -1,7 +1,5 @@
 """What the page of `teachercache view` shows, as HTML. Knows nothing of the server."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -132,7 +130,7 @@ class Explorer:
     def state(self) -> list[str]:
         """What is missing, quarantined or broken. Reads every commit record, once."""
         try:
-            summary = summarize(self.cache)
+            summary = summarize(self.cache.storage)
         except (TeacherCacheError, OSError) as error:
             return [in_a_line(error)]
         shards, committed = summary["shards"], summary["committed"]

@@ -1,7 +1,5 @@
 """One self-contained page about a cache: what is in it, how it was built, and what the teachers see."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -44,7 +42,7 @@ def write_report(
     """
     reader = MapReader(cache, num_rows=num_samples, seed=seed)
     progress("records")
-    summary = summarize(cache)
+    summary = summarize(cache.storage)
     parts = [*_overview(summary, reader), _history(cache)]
     teachers = []
     for name in reader.teachers:

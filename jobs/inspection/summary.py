@@ -4,8 +4,6 @@ Reads records, listings and file sizes, never features, and imports no torch: a 
 shards takes less time than that import. Nothing that is broken ends it; it becomes one of `problems`.
 """
 
-from __future__ import annotations
-
 import gc
 import math
 from collections import Counter, defaultdict
@@ -13,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Protocol
+from typing import Any
 
 from teachercache.pipeline.errors import CacheError, in_a_line
 from teachercache.pipeline.places.storage import Storage
@@ -23,12 +21,6 @@ from teachercache.pipeline.records.sample_table import SampleTable
 from teachercache.pipeline.stores.feature_store import FeatureStore
 from teachercache.pipeline.stores.open_store import open_store
 from teachercache.pipeline.stores.shard_format import disk_nbytes
-
-
-class Stored(Protocol):
-    """A `FeatureCache` or a `Manifest`."""
-
-    storage: Storage
 
 
 @contextmanager
@@ -44,9 +36,9 @@ def _uncollected() -> Iterator[None]:
 
 
 @_uncollected()
-def summarize(cache: Stored) -> dict[str, Any]:
-    """Everything that `inspect` shows. Raises `CacheError` only where `cache.json` cannot be read."""
-    manifest = Manifest(cache.storage)
+def summarize(storage: Storage) -> dict[str, Any]:
+    """All that `inspect` shows of a cache. Raises `CacheError` only where `cache.json` cannot be read."""
+    manifest = Manifest(storage)
     spec = manifest.spec()
     store = open_store(manifest.storage, spec, SampleTable(manifest, spec).key, direct=True, checksums=False)
     found = table_problems(manifest, spec)

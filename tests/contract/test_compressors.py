@@ -146,7 +146,7 @@ def test_a_compressor_that_this_version_does_not_know_is_named(tmp_path: Path, i
 
 def test_a_summary_counts_compressed_bytes(tmp_path: Path, images: Path) -> None:
     cache = make_cache(tmp_path / "cache", images, compressor="zstd")
-    stated = summarize(cache)["teachers"]["alpha"]["bytes_per_row"]
+    stated = summarize(cache.storage)["teachers"]["alpha"]["bytes_per_row"]
     assert stated == sum(record.nbytes for record in cache.commits("alpha").values()) // cache.num_rows
 
 

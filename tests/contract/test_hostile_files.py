@@ -537,7 +537,7 @@ def test_what_is_no_file_is_neither_waited_for_nor_read(
     if name != "cache.json":
         cache = FeatureCache.open(folder)
         assert verify(cache, full=True)
-        assert summarize(cache)["problems"]
+        assert summarize(cache.storage)["problems"]
         with suppress(TeacherCacheError):
             strays(cache)
 

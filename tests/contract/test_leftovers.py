@@ -129,10 +129,10 @@ def test_files_of_other_programs_are_strays_and_no_error(tmp_path: Path, store: 
     images = make_images(tmp_path / "images", 4)
     before = make_cache(tmp_path / "cache", images, teachers=TEACHERS, store=store)
     rows = list(range(8))
-    expected, facts = before.read(rows), summarize(before)
+    expected, facts = before.read(rows), summarize(before.storage)
     added = foreign(tmp_path / "cache")
     cache = FeatureCache.open(tmp_path / "cache")
-    assert summarize(cache) == facts | {"problems": []}
+    assert summarize(cache.storage) == facts | {"problems": []}
     assert sample_details(cache.manifest, "image_001")["rows"][0]["teachers"]["t"] == "sound"
     assert verify(cache, full=True) == []
     assert set(strays(cache)) == added

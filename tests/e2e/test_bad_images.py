@@ -89,7 +89,7 @@ def test_every_other_image_has_the_rows_it_would_have_alone(cache: FeatureCache,
 def test_the_counts_are_in_the_commits_and_in_inspect(cache: FeatureCache) -> None:
     invalid = [row for record in cache.commits("tiny").values() for row in record.invalid_rows]
     assert len(invalid) == 2 * len(BAD)
-    shown = summarize(cache)
+    shown = summarize(cache.storage)
     assert shown["teachers"]["tiny"]["rows_invalid"] == 2 * len(BAD)
     assert {entry["key"] for entry in shown["quarantined"]} == {Path(name).stem for name in BAD}
     assert shown["problems"] == []

@@ -86,7 +86,7 @@ def assert_usable(cache: FeatureCache) -> None:
     """Verified, inspected and sampled: every sample once an epoch, every view once in as many epochs."""
     assert verify(cache, full=True) == []
     assert strays(cache) == []
-    summary = summarize(cache)
+    summary = summarize(cache.storage)
     assert summary["problems"] == []
     assert summary["committed"]["tiny"] == cache.spec.num_shards
     sample = details.sample_details(cache.manifest, cache.key(cache.num_samples - 1))
@@ -569,7 +569,7 @@ def test_a_cache_grown_by_views_is_complete_and_counts_a_bad_image_once(tmp_path
     build(recipe(path, images, images="copy"), QUIET)
     result = build(recipe(path, images, num_views=4, images="copy"), QUIET)
     assert result.quarantined == 1
-    summary = summarize(result.cache)
+    summary = summarize(result.cache.storage)
     assert summary["planned"]["tiny"] > summary["planned"]["images"] == summary["committed"]["images"]
     assert [entry["key"] for entry in summary["quarantined"]] == ["image_002"]
     assert warnings(summary) == [

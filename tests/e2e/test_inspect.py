@@ -107,7 +107,7 @@ FAULTS: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_whoever_meets_a_fault_says_the_same(cache: FeatureCache, tmp_path: Path, fault: str) -> None:
     FAULTS[fault](tmp_path / "cache")
-    (shown,) = summarize(cache)["problems"]
+    (shown,) = summarize(cache.storage)["problems"]
     (found,) = (problem for problem in verify(cache) if problem.teacher == "alpha")
     assert found.reason == shown
     assert shard_details(cache.manifest, 1)["teachers"]["alpha"]["state"] == f"broken: {shown}"
@@ -293,8 +293,8 @@ def test_the_page_says_how_far_it_looked(cache: FeatureCache, tmp_path: Path) ->
 def test_an_object_store(cache: FeatureCache, tmp_path: Path) -> None:
     fsspec.filesystem("memory").put(str(tmp_path / "cache"), "/inspected", recursive=True)
     remote = Manifest(open_storage("memory://inspected"))
-    local = summarize(cache)
-    assert summarize(remote) == local | {"url": "memory://inspected"}
+    local = summarize(cache.storage)
+    assert summarize(remote.storage) == local | {"url": "memory://inspected"}
     assert row_details(remote, 7) == row_details(cache.manifest, 7)
     fsspec.filesystem("memory").rm("/inspected", recursive=True)
 

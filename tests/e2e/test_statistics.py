@@ -111,10 +111,10 @@ def test_a_cache_computed_without_statistics_says_so(tmp_path: Path, images: Pat
 
 def test_statistics_on_an_object_store_are_no_problem(tmp_path: Path, images: Path) -> None:
     cache = build(build_recipe(f"memory://{tmp_path.name}/cache", images), QUIET).cache
-    assert summarize(cache)["problems"] == []
+    assert summarize(cache.storage)["problems"] == []
     assert cache.statistics("tiny").count > 0
     cache.storage.remove("stats/tiny/00001.safetensors")
-    (problem,) = summarize(cache)["problems"]
+    (problem,) = summarize(cache.storage)["problems"]
     assert "stats/tiny/00001.safetensors is missing" in problem
     with pytest.raises(CacheError, match=r"Shard 1 of tiny has no usable statistics(.|\n)*repair"):
         cache.statistics("tiny")

@@ -46,7 +46,7 @@ def test_a_wide_cache_is_planned_built_inspected_verified_and_grown(tmp_path: Pa
     assert WORDS in printed(plan_table(plan))
 
     cache = build(recipe(), QUIET).cache
-    assert WORDS in printed(summary_table(summarize(cache)))
+    assert WORDS in printed(summary_table(summarize(cache.storage)))
     assert cache.view(0).size == (64, 64)
     assert (cache.view(0).box, cache.view(0).flip) == (cache.view(1).box, not cache.view(1).flip)
     maps = cache.feature_maps("tiny", cache.index.rows([0], 0))
