@@ -42,8 +42,8 @@ test: check
 	$(MAKE) --no-print-directory suite-of-processes
 	$(MAKE) --no-print-directory again-parts again-commands again-processes
 
-suite-of-parts again-parts: FOLDERS := tests --ignore tests/e2e --ignore tests/distributed
-suite-of-commands again-commands: FOLDERS := tests/e2e
+suite-of-parts again-parts: FOLDERS := tests $(addprefix --ignore tests/,contract e2e distributed)
+suite-of-commands again-commands: FOLDERS := tests/e2e tests/contract
 suite-of-processes again-processes: FOLDERS := tests/distributed
 suite-of-parts suite-of-commands: export OMP_NUM_THREADS := 1
 suite-of-% again-%: PYTEST = $(BIN)/python -m pytest $(FOLDERS) -o cache_dir=.pytest_cache/$*
