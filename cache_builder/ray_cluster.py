@@ -132,16 +132,8 @@ class Need:
         return room
 
 
-def answer_of(call: Any) -> Any:
-    """`ray.get`, which raises errors as the actor raised them, if they are ours, and else in a few lines."""
-    try:
-        return ray.get(call)
-    except RayError as error:
-        raise as_ours(error) from error
-
-
 def as_ours(error: RayError) -> TeacherCacheError:
-    """What an actor raised, or how it ended."""
+    """What an actor raised, as it raised it if it is ours, or how it ended; else in a few lines."""
     cause = error.cause if isinstance(error, RayTaskError) else error
     if isinstance(cause, TeacherCacheError):
         return cause

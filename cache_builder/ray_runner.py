@@ -15,7 +15,7 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
@@ -27,7 +27,7 @@ from ray.util.metrics import Counter, Gauge
 from teachercache.cache_builder.build_recipe import RunnerRecipe
 from teachercache.cache_builder.calibrate import Calibration, CalibrationSample
 from teachercache.cache_builder.extract import ShardExtractor, worker_name
-from teachercache.cache_builder.ray_cluster import Head, Need, answer_of, as_ours, connect, last_line
+from teachercache.cache_builder.ray_cluster import Head, Need, as_ours, connect, last_line
 from teachercache.cache_builder.runner import (
     ABANDON_S,
     FINISH_S,
@@ -176,11 +176,24 @@ class RayRunner(Runner):
             ray.shutdown()
 
     def weights_hashes(self) -> dict[str, str]:
-        return answer_of(self._first_loaded().loaded)
+        return self._answer_of(lambda actor: actor.loaded)
 
     def calibrate(self, sample: CalibrationSample, names: Collection[str]) -> dict[str, Calibration]:
-        sent = self._first_loaded().handle.calibrate.remote(sample, list(names))
-        return answer_of(sent)
+        return self._answer_of(lambda actor: actor.handle.calibrate.remote(sample, list(names)))
+
+    def _answer_of(self, call: Callable[[_Actor], Any]) -> Any:
+        """What an actor with its teachers answers; others come for those that die first."""
+        while True:
+            actor = self._first_loaded()
+            try:
+                return ray.get(call(actor))
+            except RayTaskError as error:
+                raise as_ours(error) from error
+            except RayError as error:
+                self._count_failed_start(actor, error)
+                log.warning("replacing an actor that died before the first shard: %s", last_line(error))
+                self._end(actor)
+                self._fit_to_nodes()
 
     def run(self, url: str, images: str, tasks: Sequence[Task], on_commit: OnCommit) -> list[FailedShard]:
         self._place = url, images
@@ -276,7 +289,7 @@ class RayRunner(Runner):
         ray.kill(actor.handle)  # it may just be unreachable
         self._actors.remove(actor)
 
-    def _count_failed_start(self, dead: _Actor, error: RayActorError) -> None:
+    def _count_failed_start(self, dead: _Actor, error: RayError) -> None:
         """Give up when actors keep dying before they have opened the cache."""
         self._failed_starts = self._failed_starts + 1 if dead.opening is not None else 0
         if self._failed_starts >= self.recipe.max_attempts * max(1, self._room):

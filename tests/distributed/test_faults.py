@@ -21,6 +21,7 @@ from rich.console import Console
 from teachercache import FeatureCache, build
 from teachercache.cache_builder.build_recipe import BuildRecipe
 from teachercache.cache_builder.builder import BuildResult
+from teachercache.cache_builder.calibrate import Calibration, CalibrationSample
 from teachercache.cache_builder.extract import ShardExtractor
 from teachercache.cache_builder.ray_runner import RayRunner, RayWorker
 from teachercache.pipeline.errors import BuildError, CacheError, CacheNotFoundError
@@ -351,6 +352,51 @@ def test_a_shard_whose_actor_dies_after_its_commit_is_counted(
     monkeypatch.setattr(RayRunner, "worker", DiesBeforeItTells)
     recipe = ray_recipe(tmp_path / "cache", images, num_actors=1, max_attempts=1, shards_in_flight=1)
     require_whole(build(recipe, QUIET))
+
+
+@pytest.mark.parametrize("call", ["load", "calibrate"])
+def test_an_actor_that_dies_before_the_first_shard_is_replaced(
+    tmp_path: Path,
+    images: Path,
+    cluster: None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    call: str,
+) -> None:
+    died = tmp_path / "died"
+
+    class DiesOnce(RayWorker):
+        def load(self) -> dict[str, str]:
+            self._die_in("load")
+            return super().load()
+
+        def calibrate(self, sample: CalibrationSample, names: Collection[str]) -> dict[str, Calibration]:
+            self._die_in("calibrate")
+            return super().calibrate(sample, names)
+
+        def _die_in(self, this: str) -> None:
+            if this == call and not died.exists():
+                died.touch()
+                os._exit(1)
+
+    monkeypatch.setattr(RayRunner, "worker", DiesOnce)
+    require_whole(build(ray_recipe(tmp_path / "cache", images, num_actors=1), QUIET))
+    assert died.exists()
+    assert "replacing an actor" in caplog.text
+
+
+def test_actors_that_keep_dying_before_the_first_shard_end_the_build(
+    tmp_path: Path, images: Path, cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Dies(RayWorker):
+        def load(self) -> dict[str, str]:
+            os._exit(1)
+
+    monkeypatch.setattr(RayRunner, "worker", Dies)
+    recipe = ray_recipe(tmp_path / "cache", images, num_actors=1, max_attempts=1)
+    with pytest.raises(BuildError, match=r"could not load the teachers(.|\n)*exit"):
+        build(recipe, QUIET)
+    assert not (tmp_path / "cache" / "cache.json").exists()
 
 
 def test_a_teacher_that_hangs_once_is_replaced(
