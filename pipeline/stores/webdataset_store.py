@@ -26,12 +26,7 @@ from teachercache.pipeline.places.storage import Storage
 from teachercache.pipeline.records.array_layout import ArrayLayout, stored_layout
 from teachercache.pipeline.records.rows import RowIndex
 from teachercache.pipeline.records.spec import CacheSpec
-from teachercache.pipeline.stores.feature_store import (
-    Arrays,
-    FeatureStore,
-    ShardWriter,
-    unreadable,
-)
+from teachercache.pipeline.stores.feature_store import Arrays, FeatureStore, ShardWriter, unreadable
 from teachercache.pipeline.stores.tar_index import (
     INDEX_NAME,
     TAR_END,

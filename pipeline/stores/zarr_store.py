@@ -18,12 +18,7 @@ from teachercache.pipeline.places.files import ChecksumWriter
 from teachercache.pipeline.places.storage import Storage
 from teachercache.pipeline.records.array_layout import ArrayLayout
 from teachercache.pipeline.records.spec import CacheSpec, Compressor
-from teachercache.pipeline.stores.feature_store import (
-    Arrays,
-    FeatureStore,
-    ShardWriter,
-    unreadable,
-)
+from teachercache.pipeline.stores.feature_store import Arrays, FeatureStore, ShardWriter, unreadable
 from teachercache.pipeline.stores.shard_format import (
     ABSENT,
     Index,

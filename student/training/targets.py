@@ -106,7 +106,7 @@ class OnlineTargets(TargetSource):
     """
 
     def __init__(self, cache: FeatureCache, teachers: Sequence[str], device: torch.device) -> None:
-        from teachercache.cache_builder import build_teacher  # only this reference needs the builder
+        from teachercache.cache_builder.teachers import build_teacher  # only this reference needs the builder
 
         self._views, self._device = cache.spec.views, device
         self._specs = {name: cache.spec.teachers[name] for name in teachers}

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from teachercache import build
 from teachercache.cache_builder.calibrate import CalibrationSample
-from teachercache.pipeline import FeatureCache
+from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import StorageError
 from teachercache.pipeline.loading.loader import FeatureLoader
 from teachercache.pipeline.loading.sampler import ShardShuffleSampler

@@ -12,7 +12,8 @@ import pytest
 import ray
 from rich.console import Console
 
-from teachercache.cache_builder import build, ray_cluster
+from teachercache.cache_builder import ray_cluster
+from teachercache.cache_builder.builder import build
 from teachercache.pipeline.errors import BuildError
 from tests.make_cache import build_recipe, make_images
 

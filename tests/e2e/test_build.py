@@ -20,9 +20,11 @@ from rich.console import Console
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from teachercache import FeatureCache, render_view
-from teachercache.cache_builder import build, build_teacher, extract_shard
+from teachercache.cache_builder.builder import build
+from teachercache.cache_builder.extract import extract_shard
 from teachercache.cache_builder.plan import Plan
 from teachercache.cache_builder.repair import repair
+from teachercache.cache_builder.teachers import build_teacher
 from teachercache.pipeline.errors import BuildError, CacheMismatchError, DiskSpaceError, SourceNotFoundError
 from teachercache.pipeline.records.manifest import Manifest
 from teachercache.pipeline.sources.image_folder import ImageFolderSource

@@ -20,8 +20,9 @@ import torch
 from rich.console import Console
 
 from teachercache import FeatureCache, render_view
-from teachercache.cache_builder import build, builder
+from teachercache.cache_builder import builder
 from teachercache.cache_builder.build_recipe import BuildRecipe
+from teachercache.cache_builder.builder import build
 from teachercache.cache_builder.extract import ShardExtractor
 from teachercache.cache_builder.runner import LocalRunner, Runner
 from teachercache.cache_builder.teachers import build_teacher
@@ -239,7 +240,8 @@ def test_two_jobs_build_one_cache(tmp_path: Path) -> None:
 IN_TURN = """
 import sys, time
 from pathlib import Path
-from teachercache.cache_builder import build, builder
+from teachercache.cache_builder import builder
+from teachercache.cache_builder.builder import build
 from teachercache.cache_builder.build_recipe import BuildRecipe
 from teachercache.jobs.launch import run
 establish, folder, turn = builder._establish, Path(sys.argv[2]), int(sys.argv[3])

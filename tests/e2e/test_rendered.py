@@ -10,8 +10,7 @@ import torch
 from rich.console import Console
 
 from teachercache import FeatureCache, render_view
-from teachercache.cache_builder import build
-from teachercache.cache_builder.builder import prepare
+from teachercache.cache_builder.builder import build, prepare
 from teachercache.cache_builder.repair import repair
 from teachercache.pipeline.crops import StudentJitter
 from teachercache.pipeline.errors import CacheMismatchError, IncompleteCacheError
