@@ -34,9 +34,8 @@ def teacher_layouts(teacher: TeacherSpec) -> dict[str, ArrayLayout]:
         attributes = {"of": "native map"}
         layouts[NORMS] = ArrayLayout((teacher.num_levels,), np.dtype("float32"), ("level",), attributes)
     if teacher.cls_token:
-        layouts[CLS_TOKEN] = ArrayLayout(
-            (teacher.num_levels, teacher.width), codec.token_dtype, ("level", "channel"), {}
-        )
+        shape = teacher.num_levels, teacher.width
+        layouts[CLS_TOKEN] = ArrayLayout(shape, codec.token_dtype, ("level", "channel"), {})
     if teacher.global_width:
         layouts[GLOBAL_FEATURE] = ArrayLayout((teacher.global_width,), codec.token_dtype, ("channel",), {})
     return layouts
@@ -78,9 +77,8 @@ class FeatureStore(ABC):
 
     def _description(self, name: str) -> dict[str, Any]:
         """What the files beside the arrays repeat of the spec."""
-        what = {"views": self.spec.views} if name == IMAGES else {"teacher": self.spec.teachers[name]}
-        described: dict[str, Any] = {key: part.model_dump(mode="json") for key, part in what.items()}
-        return described | {"content_id": self.spec.shard_content_id(name, 0)}
+        key, part = ("views", self.spec.views) if name == IMAGES else ("teacher", self.spec.teachers[name])
+        return {key: part.model_dump(mode="json"), "content_id": self.spec.shard_content_id(name, 0)}
 
     @abstractmethod
     def layout_files(self, teacher: str | None) -> dict[str, bytes]:

@@ -16,6 +16,7 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
+from teachercache.pipeline.places.storage import Storage
 from teachercache.pipeline.records.array_layout import ArrayLayout
 
 ABSENT = 2**64 - 1
@@ -42,8 +43,8 @@ def empty_index(num_rows: int) -> Index:
     return np.full((num_rows, 2), ABSENT, "<u8")
 
 
-def index_nbytes(num_rows: int) -> int:
-    return empty_index(num_rows).nbytes + CHECKSUM_NBYTES
+def index_nbytes(num_rows: int, columns: int = 2) -> int:
+    return 8 * columns * num_rows + CHECKSUM_NBYTES
 
 
 def disk_nbytes(layouts: Iterable[ArrayLayout]) -> int:
@@ -51,12 +52,26 @@ def disk_nbytes(layouts: Iterable[ArrayLayout]) -> int:
     return sum(layout.row_nbytes + CHECKSUM_NBYTES + empty_index(1).nbytes for layout in layouts)
 
 
+def read_index(storage: Storage, name: str, num_rows: int, columns: int = 2, behind: int = 0) -> Index:
+    """The index of a file in which so many bytes are `behind` it. Raises as `parse_index`, or
+    `FileNotFoundError`."""
+    file_nbytes = storage.size(name)
+    if file_nbytes is None:
+        raise FileNotFoundError(name)
+    start = max(0, file_nbytes - behind - index_nbytes(num_rows, columns))
+    end = storage.read_range(name, start, max(0, file_nbytes - behind - start))
+    try:
+        return parse_index(end, num_rows, start + len(end), columns)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
 def parse_index(end: bytes, num_rows: int, file_nbytes: int, columns: int = 2) -> Index:
-    """The index in the last bytes of a file, `index_nbytes(num_rows)` of them where it has two columns.
+    """The index in the last bytes of a file, `index_nbytes` of them.
 
     Raises `ValueError` unless its checksum is right and every chunk lies inside the file.
     """
-    if len(end) != 8 * columns * num_rows + CHECKSUM_NBYTES:
+    if len(end) != index_nbytes(num_rows, columns):
         raise ValueError(f"{file_nbytes} bytes are too few for an index of {num_rows} rows")
     table, stored = end[:-CHECKSUM_NBYTES], end[-CHECKSUM_NBYTES:]
     if checksum(table) != stored:

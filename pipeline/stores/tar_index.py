@@ -1,8 +1,7 @@
 """The tars that we write, and the index of the rows in a tar of features: its last member, `__index__`.
 
 A little-endian (offset, nbytes, crc32c) of uint64 for each row of the shard, zeros for an absent one; then
-the crc32c of all that. `webdataset` skips members with such names. This module does not import torch, since
-`inspect` reads the index too.
+the crc32c of all that. This module does not import torch, since `inspect` reads the index too.
 
 Tars are written by hand since `webdataset.TarWriter` does not say where a member begins, which the index
 needs, and its headers take no long key; there is an index since `webdataset` reads only in order.
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 
 from teachercache.pipeline.places.files import ChecksumWriter
 from teachercache.pipeline.places.storage import Storage
-from teachercache.pipeline.stores.shard_format import CHECKSUM_NBYTES, checksum, parse_index
+from teachercache.pipeline.stores import shard_format
 
 INDEX_NAME = "__index__"
 _COLUMNS = 3
@@ -63,21 +62,13 @@ def empty_index(num_rows: int) -> TarIndex:
 
 def index_bytes(index: TarIndex) -> bytes:
     table = index.tobytes()
-    return table + checksum(table)
+    return table + shard_format.checksum(table)
 
 
 def read_index(storage: Storage, name: str, num_rows: int) -> TarIndex:
     """The index of a tar. Raises `ValueError` unless it is whole and every row lies before it."""
-    nbytes = empty_index(num_rows).nbytes + CHECKSUM_NBYTES
-    file_nbytes = storage.size(name)
-    if file_nbytes is None:
-        raise FileNotFoundError(name)
-    start = file_nbytes - len(TAR_END) - nbytes - (-nbytes % tarfile.BLOCKSIZE)
-    data = storage.read_range(name, start, nbytes) if start > 0 else b""
-    try:
-        return parse_index(data, num_rows, start + len(data), _COLUMNS)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
+    padding = -shard_format.index_nbytes(num_rows, _COLUMNS) % tarfile.BLOCKSIZE
+    return shard_format.read_index(storage, name, num_rows, _COLUMNS, behind=padding + len(TAR_END))
 
 
 def read_rows(

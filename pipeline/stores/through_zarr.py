@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numcodecs.errors
@@ -61,7 +61,7 @@ def _installed_codecs(what: str) -> Iterator[None]:
 class ThroughZarr:
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
-        self._arrays: dict[str, zarr.Array] = {}
+        self._array: Callable[[str], zarr.Array] = cache(self._open)
 
     def read(self, folder: str, rows: NDArray[np.int64], values: NDArray, rows_per_shard: int) -> None:
         """Fill `values` with rows of the array in `folder`.
@@ -80,13 +80,11 @@ class ThroughZarr:
 
         self._storage.each(read, range(len(rows)))
 
-    def _array(self, folder: str) -> zarr.Array:
-        if folder not in self._arrays:
-            name = f"{folder}/zarr.json"
-            if not self._storage.exists(name):  # zarr would read a device for ever
-                raise FileNotFoundError(name)
-            self._arrays[folder] = self._ask(lambda: open_quietly(self._store(), path=folder, mode="r"), name)
-        return self._arrays[folder]
+    def _open(self, folder: str) -> zarr.Array:
+        name = f"{folder}/zarr.json"
+        if not self._storage.exists(name):  # zarr would read a device for ever
+            raise FileNotFoundError(name)
+        return self._ask(lambda: open_quietly(self._store(), path=folder, mode="r"), name)
 
     def _ask(self, zarr_for: Callable[[], Any], what: str) -> Any:
         """Of what zarr meets in damaged or hostile files, every kind of error comes out."""

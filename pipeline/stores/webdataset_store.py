@@ -1,12 +1,6 @@
 """Features in tars that plain `webdataset` reads: one safetensors per row, one tar per committed shard.
 
-    teachers/<teacher>/teacher.json     the teacher's spec, and the arrays of a row
-    teachers/<teacher>/00042.tar        <key>.<view>.safetensors, rows in order, and `__index__` at the end
-
-`<key>` is percent-encoded where it has dots (`member_key`).
-
-A sample of `webdataset` is one image: its `__key__` is that of the copied images, and each view is a field.
-With the index (`tar_index`), reading a row takes one read; its checksum is always compared.
+docs/cache_format.md has the files. With the index (`tar_index`), reading a row takes one read.
 """
 
 from __future__ import annotations
@@ -98,15 +92,8 @@ class WebDatasetStore(FeatureStore):
     def layout_files(self, teacher: str | None) -> dict[str, bytes]:
         if teacher is None:
             return {}
-        arrays = {
-            name: {
-                "shape": layout.shape,
-                "dtype": layout.dtype.name,
-                "axes": layout.axes,
-                "attributes": layout.attributes,
-            }
-            for name, layout in self.layouts(teacher).items()
-        }
+        layouts = self.layouts(teacher).items()
+        arrays = {name: vars(layout) | {"dtype": layout.dtype.name} for name, layout in layouts}
         description = self._description(teacher) | {"arrays": arrays}
         return {_description_file(teacher): (json.dumps(description, indent=1) + "\n").encode()}
 

@@ -14,19 +14,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from teachercache.pipeline.places.files import ChecksumWriter
 from teachercache.pipeline.places.storage import Storage
 from teachercache.pipeline.records.array_layout import ArrayLayout
 from teachercache.pipeline.records.spec import CacheSpec, Compressor
 from teachercache.pipeline.stores.feature_store import Arrays, FeatureStore, ShardWriter, unreadable
-from teachercache.pipeline.stores.shard_format import (
-    ABSENT,
-    Index,
-    checksum,
-    empty_index,
-    index_nbytes,
-    parse_index,
-)
+from teachercache.pipeline.stores.shard_format import ABSENT, Index, checksum, empty_index, read_index
 from teachercache.pipeline.stores.zarr_metadata import (
     array_json,
     chunks_json,
@@ -91,39 +83,28 @@ class ZarrShardWriter(ShardWriter):
 
     def _end(self) -> None:
         for array, index in self._index.items():
-            file = self._file_of[array]
+            file, data = self._file_of[array], index.tobytes()
             file.write(bytes.fromhex(file.checksum))
-            _write_checked(file, index.tobytes())
-
-
-def _write_checked(file: ChecksumWriter, data: bytes) -> None:
-    file.write(data)
-    file.write(checksum(data))
+            file.write(data + checksum(data))
 
 
 class ZarrStore(FeatureStore):
     def __init__(self, storage: Storage, spec: CacheSpec) -> None:
         super().__init__(storage, spec)
         self._layout = lru_cache(None)(partial(_read_layout, storage, spec))
-        self._read_index = lru_cache(_KEPT_INDEXES)(partial(_read_index, storage))
+        self._read_index = lru_cache(_KEPT_INDEXES)(partial(read_index, storage))
 
     def layout_files(self, teacher: str | None) -> dict[str, bytes]:
         if teacher is None:
             below = [file for name in self.spec.with_arrays for file in self.layout_files(name).items()]
             teachers = {"teachers/zarr.json": group_json({})}
             return teachers | {"zarr.json": consolidated_json(teachers | dict(below))}
-        num_rows, rows_per_shard = self.spec.num_shards * self.spec.rows_per_shard, self.spec.rows_per_shard
-        arrays = {
-            f"{array_folder(teacher, name)}/zarr.json": array_json(
-                layout, num_rows, rows_per_shard, self.spec.compressor
-            )
-            for name, layout in self.layouts(teacher).items()
-        }
-        return dict(
-            sorted(
-                [*arrays.items(), (f"teachers/{teacher}/zarr.json", group_json(self._description(teacher)))]
-            )
-        )
+        spec, files = self.spec, {f"teachers/{teacher}/zarr.json": group_json(self._description(teacher))}
+        for name, layout in self.layouts(teacher).items():
+            num_rows = spec.num_shards * spec.rows_per_shard
+            text = array_json(layout, num_rows, spec.rows_per_shard, spec.compressor)
+            files[f"{array_folder(teacher, name)}/zarr.json"] = text
+        return dict(sorted(files.items()))
 
     def shard_files(self, teacher: str, shard: int) -> list[str]:
         layouts = self.layouts(teacher)
@@ -195,15 +176,3 @@ def _read_layout(storage: Storage, spec: CacheSpec, teacher: str, name: str) -> 
         return layout_of(storage.read(file), spec.rows_per_shard, spec.compressor)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
-
-
-def _read_index(storage: Storage, name: str, num_rows: int) -> Index:
-    file_nbytes = storage.size(name)
-    if file_nbytes is None:
-        raise FileNotFoundError(name)
-    start = max(0, file_nbytes - index_nbytes(num_rows))
-    end = storage.read_range(name, start, file_nbytes - start)
-    try:
-        return parse_index(end, num_rows, file_nbytes)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
