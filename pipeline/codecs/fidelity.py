@@ -47,15 +47,13 @@ def measure_fidelity(codec: Codec, features_RSHWC: Tensor) -> Fidelity:
         codec.encode(rows_RSHWC).decode(features_RSHWC.device, torch.float32)
         for rows_RSHWC in features_RSHWC.split(ROWS_AT_ONCE)
     )
-    return _compare(features_RSHWC, decoded, row_bytes)
+    return compare(features_RSHWC, decoded, row_bytes)
 
 
-def compare(features_RSHWC: Tensor, decoded_RSHWC: Tensor, row_bytes: int) -> Fidelity:
-    return _compare(features_RSHWC, decoded_RSHWC.split(ROWS_AT_ONCE), row_bytes)
-
-
-def _compare(features_RSHWC: Tensor, decoded: Iterable[Tensor], row_bytes: int) -> Fidelity:
-    """`decoded`: blocks of `ROWS_AT_ONCE` rows."""
+def compare(features_RSHWC: Tensor, decoded: Tensor | Iterable[Tensor], row_bytes: int) -> Fidelity:
+    """`decoded`: the same rows, or blocks of `ROWS_AT_ONCE` of them."""
+    if isinstance(decoded, Tensor):
+        decoded = decoded.split(ROWS_AT_ONCE)
     moments = usual_moments(features_RSHWC)
     mean, std = moments.mean_SC.float()[:, None, None], floored_std(moments.std_SC()).float()[:, None, None]
     standardised, raw = _Errors(), _Errors()

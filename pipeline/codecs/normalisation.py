@@ -39,6 +39,7 @@ class Normalisation(ABC):
     """Tables of one calibration. `forward` takes whole rows, `inverse` any tokens of one level."""
 
     table_names: ClassVar[tuple[str, ...]]
+    needs_covariance: ClassVar[bool] = False
 
     def __init__(self, tables: dict[str, Tensor]) -> None:
         self.tables = {name: tables[name] for name in self.table_names}
@@ -46,9 +47,9 @@ class Normalisation(ABC):
         self._std_SC = tables["std"].view(self.levels, -1).expand_as(tables["mean"])
 
     @classmethod
-    @abstractmethod
     def calibrate(cls, features_RSHWC: Tensor) -> Self:
         """The tables for features like these; float32, on their device."""
+        return cls.of_moments(usual_moments(features_RSHWC, cls.needs_covariance))
 
     @classmethod
     @abstractmethod
@@ -88,7 +89,7 @@ class Normalisation(ABC):
 
     def standardise(self, features_RSHWC: Tensor) -> Tensor:
         """z, float32."""
-        return (features_RSHWC.float() - _per_level(self.tables["mean"])) / _per_level(self._std_SC)
+        return (features_RSHWC.float() - self.tables["mean"][:, None, None]) / self._std_SC[:, None, None]
 
     @abstractmethod
     def rotate(self, z_RSHWC: Tensor) -> Tensor:
@@ -101,10 +102,6 @@ class Normalisation(ABC):
 
 class Standardise(Normalisation):
     table_names = ("mean", "std")
-
-    @classmethod
-    def calibrate(cls, features_RSHWC: Tensor) -> Self:
-        return cls.of_moments(usual_moments(features_RSHWC))
 
     @classmethod
     def of_moments(cls, moments: FeatureMoments) -> Self:
@@ -135,10 +132,6 @@ class Hadamard(Normalisation):
         return tables["mean"], tables["std"], self._signed_std_SC, tables["left"], tables["right"]
 
     @classmethod
-    def calibrate(cls, features_RSHWC: Tensor) -> Self:
-        return cls.of_moments(usual_moments(features_RSHWC))
-
-    @classmethod
     def of_moments(cls, moments: FeatureMoments) -> Self:
         return cls(_standard_tables(moments) | _rotation_tables(moments))
 
@@ -154,10 +147,7 @@ class PhiS(Normalisation):
     """`rotation` (S, C, C) is H D Uᵀ, dense: exact for each teacher, and dear to decode without a GPU."""
 
     table_names = ("mean", "std", "rotation")
-
-    @classmethod
-    def calibrate(cls, features_RSHWC: Tensor) -> Self:
-        return cls.of_moments(usual_moments(features_RSHWC, covariance=True))
+    needs_covariance = True
 
     @classmethod
     def of_moments(cls, moments: FeatureMoments) -> Self:
@@ -167,13 +157,8 @@ class PhiS(Normalisation):
         rotation_SCC = rotate(signed_SCC, tables["left"].double(), tables["right"].double()).mT
         std_S = variances_SC.clamp(min=0).mean(1).sqrt()
         std_S = torch.where(std_S > SMALLEST_STD, std_S, 1)
-        return cls(
-            {
-                "mean": moments.mean_SC.float(),
-                "std": std_S.float(),
-                "rotation": rotation_SCC.float().contiguous(),
-            }
-        )
+        rotation = rotation_SCC.float().contiguous()
+        return cls({"mean": moments.mean_SC.float(), "std": std_S.float(), "rotation": rotation})
 
     def rotate(self, z_RSHWC: Tensor) -> Tensor:
         levels = zip(z_RSHWC.unbind(1), self.tables["rotation"], strict=True)
@@ -205,7 +190,3 @@ def _rotation_tables(moments: FeatureMoments) -> dict[str, Tensor]:
     left, right = hadamard_factors(width)
     tables = {"signs": signs_C, "left": left.float(), "right": right.float()}
     return {name: table.to(moments.mean_SC.device) for name, table in tables.items()}
-
-
-def _per_level(table_SC: Tensor) -> Tensor:
-    return table_SC[:, None, None]

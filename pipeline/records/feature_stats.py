@@ -93,11 +93,7 @@ class FeatureMoments:
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors for `safetensors` to save; `from_tensors` is the inverse."""
-        tensors = {
-            "count": torch.tensor(self.count),
-            "mean": self.mean_SC,
-            "squares": self.squares_SC,
-        }
+        tensors = {"count": torch.tensor(self.count), "mean": self.mean_SC, "squares": self.squares_SC}
         return tensors if self.products_SCC is None else tensors | {"products": self.products_SCC}
 
     @classmethod
@@ -109,8 +105,7 @@ class FeatureMoments:
         expected |= {"products": (*mean_shape, *mean_shape[1:])} if "products" in tensors else {}
         if len(mean_shape) != 2 or shapes != expected:
             raise ValueError(f"tensors of shapes {shapes} are not moments of levels and channels")
-        if tensors["count"].dtype != torch.int64 or not all(
-            tensor.dtype == torch.float64 for name, tensor in tensors.items() if name != "count"
-        ):
+        dtypes = {name: torch.int64 if name == "count" else torch.float64 for name in tensors}
+        if {name: tensor.dtype for name, tensor in tensors.items()} != dtypes:
             raise ValueError("moments are float64, and their count is an int64")
         return cls(int(tensors["count"]), tensors["mean"], tensors["squares"], tensors.get("products"))
