@@ -7,9 +7,8 @@ from collections.abc import Callable
 from teachercache.pipeline.places.local_storage import LocalStorage
 from teachercache.pipeline.places.storage import Storage
 from teachercache.pipeline.records.spec import CacheSpec
-from teachercache.pipeline.stores.direct_store import DirectStore
+from teachercache.pipeline.stores.direct_store import DirectStore, RangeStore
 from teachercache.pipeline.stores.feature_store import FeatureStore
-from teachercache.pipeline.stores.range_store import RangeStore
 from teachercache.pipeline.stores.webdataset_store import WebDatasetStore
 from teachercache.pipeline.stores.zarr_store import ZarrStore
 
