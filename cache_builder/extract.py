@@ -1,9 +1,8 @@
 """One shard, from image bytes to commit records. Knows no cluster.
 
-The stages overlap: a pool of threads reads, decodes and renders ahead; the calling thread runs the
-teachers and encodes on their device; one more thread moves codes to the host and writes. If two threads of a
-`ShardExtractor` extract two shards at once, each also hides the other's first decode and last write; their
-forward passes take turns.
+A pool of threads reads, decodes and renders ahead; one thread runs the teachers and encodes on their device;
+one more moves codes to the host and writes. Of two shards at once, each hides the other's first decode and
+last write.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ from teachercache.cache_builder.versions import versions
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import AlreadyCommittedError, BuildInterruptedError, CacheNotFoundError
 from teachercache.pipeline.records.feature_stats import FeatureMoments
+from teachercache.pipeline.records.integrity import require_same_images
 from teachercache.pipeline.records.manifest import CommitRecord, FileRecord, QuarantineEntry, quarantine_name
-from teachercache.pipeline.records.same_images import require_same_images
 from teachercache.pipeline.records.spec import IMAGES
 from teachercache.pipeline.records.stats_files import write_moments
 from teachercache.pipeline.stores.feature_store import ShardWriter

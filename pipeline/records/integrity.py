@@ -15,7 +15,13 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from teachercache.pipeline.errors import CacheError, CorruptShardError, StorageError, in_a_line
+from teachercache.pipeline.errors import (
+    CacheError,
+    CacheMismatchError,
+    CorruptShardError,
+    StorageError,
+    in_a_line,
+)
 from teachercache.pipeline.places.local_storage import LocalStorage
 from teachercache.pipeline.places.remote_storage import RemoteStorage
 from teachercache.pipeline.places.storage import Storage
@@ -215,6 +221,37 @@ def quarantine(manifest: Manifest) -> tuple[list[QuarantineEntry], list[Problem]
         except (CacheError, OSError) as error:
             problems.append(Problem(quarantine_name(shard), _as_fault(manifest.storage, error), shard=shard))
     return list(entries.values()), problems
+
+
+def require_same_images(
+    manifest: Manifest, spec: CacheSpec, shard: int, source_checksum: str, replaced: Collection[str] = ()
+) -> None:
+    """Raises `CacheMismatchError` where a shard's records come from other images.
+
+    Records about to be replaced count only where there are no others, since they may be the broken ones.
+    """
+    checksums: dict[str, str] = {}
+    for teacher in (*spec.teachers, IMAGES):
+        if not manifest.is_committed(teacher, shard):
+            continue
+        try:
+            record = manifest.read_commit(teacher, shard)
+        except CacheError:
+            if teacher not in replaced:
+                raise
+            continue
+        if record.source_checksum and (teacher not in replaced or record.mismatch(spec) is None):
+            checksums[teacher] = record.source_checksum
+    kept = {teacher: checksum for teacher, checksum in checksums.items() if teacher not in replaced}
+    for teacher, checksum in kept.items() or checksums.items():
+        if checksum != source_checksum:
+            raise CacheMismatchError(
+                f"The images of shard {shard} are not those that {teacher} was computed from.",
+                got=f"images with checksum {source_checksum}",
+                expected=f"checksum {checksum}, as in {commit_name(teacher, shard)}",
+                do="restore the images as they were, or delete all commit records of this shard to compute "
+                "it again for every teacher",
+            )
 
 
 def _as_fault(storage: Storage, error: Exception) -> str:
