@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from html import escape
+from collections.abc import Callable, Iterator, Mapping
 from itertools import cycle
 from typing import Any, Literal
 
 import numpy as np
+from markupsafe import Markup
 from numpy.typing import NDArray
 
 from teachercache.pipeline.errors import extra
@@ -43,7 +43,7 @@ _BINS = 60
 _POINTS = 200
 
 
-def norm_histogram(norms: Mapping[str, NDArray]) -> str:
+def norm_histogram(norms: Mapping[str, NDArray]) -> Markup:
     """Distribution of token norms, a line for each level."""
     finite = {name: values[np.isfinite(values)] for name, values in norms.items()}
     largest = max((values.max() for values in finite.values() if values.size), default=1.0)
@@ -63,7 +63,7 @@ def norm_histogram(norms: Mapping[str, NDArray]) -> str:
     return _chart(draw)
 
 
-def channel_curve(std: Mapping[str, NDArray]) -> str:
+def channel_curve(std: Mapping[str, NDArray]) -> Markup:
     """Standard deviations of the channels of each level, sorted: outliers at the left, dead ones right."""
 
     positive = [values[values > 0].min() for values in std.values() if (values > 0).any()]
@@ -82,7 +82,7 @@ def channel_curve(std: Mapping[str, NDArray]) -> str:
     return _chart(draw)
 
 
-def error_curve(errors: Mapping[str, NDArray]) -> str:
+def error_curve(errors: Mapping[str, NDArray]) -> Markup:
     """What share of tokens has an error of at most so much, a line for each codec."""
 
     def draw(axes: Axes) -> None:
@@ -102,26 +102,17 @@ def _lines(values: Mapping[str, NDArray]) -> Iterator[tuple[str, NDArray, dict[s
         yield name, array, {"color": colour, "linestyle": dashes, "linewidth": 1.5}
 
 
-def _text_on(red: float, green: float, blue: float) -> str:
-    """Black or white, whichever can be read on this colour (0–1)."""
-    return "#000" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "#fff"
-
-
-def matrix(values: NDArray, names: Sequence[str]) -> str:
-    """A square table of numbers in 0–1, coloured by them."""
-    colours = matplotlib.colormaps["viridis"](np.clip(np.nan_to_num(values), 0, 1))
-    head = "".join(f"<th>{escape(name).replace(' ', '<br>', 1)}</th>" for name in names)
-    lines = [
-        f"<tr><th>{escape(name)}</th>"
-        + "".join(
-            f'<td style="background:{matplotlib.colors.to_hex(colour)};color:{_text_on(*colour[:3])}">'
-            f"{value:z.2f}</td>"
-            for value, colour in zip(row, row_colours, strict=True)
-        )
-        + "</tr>"
-        for name, row, row_colours in zip(names, values, colours, strict=True)
+def coloured(values: NDArray) -> list[list[tuple[str, str, str]]]:
+    """Numbers in 0–1 as text, each with a colour for it, and black or white: what can be read on that."""
+    colours = matplotlib.colormaps["viridis"](np.clip(np.nan_to_num(values), 0, 1))[..., :3]
+    inks = np.where(colours @ (0.299, 0.587, 0.114) > 0.5, "#000", "#fff")
+    return [
+        [
+            (f"{value:z.2f}", matplotlib.colors.to_hex(colour), ink)
+            for value, colour, ink in zip(*row, strict=True)
+        ]
+        for row in zip(values, colours, inks, strict=True)
     ]
-    return f'<div class="scroll"><table class="matrix"><tr><th></th>{head}</tr>{"".join(lines)}</table></div>'
 
 
 def number(value: float, _: object = None) -> str:
@@ -142,7 +133,7 @@ def _logarithmic(axes: Axes, which: Literal["x", "y"]) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _chart(draw: Callable[[Axes], None]) -> str:
+def _chart(draw: Callable[[Axes], None]) -> Markup:
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(5.2, 2.9), layout="constrained")
         axes = figure.subplots()
@@ -155,4 +146,4 @@ def _chart(draw: Callable[[Axes], None]) -> str:
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     drawing = file.getvalue()
-    return drawing[drawing.index("<svg") :].replace(_INK, "currentColor")
+    return Markup(drawing[drawing.index("<svg") :].replace(_INK, "currentColor"))

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
-from html import escape
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +11,7 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from teachercache.jobs.inspection.comparisons import Comparisons, Drawing
-from teachercache.jobs.inspection.page import placeholder
+from teachercache.jobs.inspection.page import html
 from teachercache.jobs.inspection.summary import summarize
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import CacheError, TeacherCacheError, in_a_line
@@ -25,6 +24,7 @@ _THUMBNAIL = (96, 96)
 _THUMBNAIL_THREADS = 4
 _KEPT_THUMBNAILS = 1024
 _KEPT_VIEWS = 32
+Patch = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Selection:
     sample: int
     other: int
     teachers: tuple[str, ...]
-    patch: tuple[float, float]
+    patch: Patch
     view: int = 0
     level: int = 0
     codec: str | None = None
@@ -95,14 +95,12 @@ class Explorer:
     def strip(self, samples: Sequence[int], selection: Selection) -> str:
         """Thumbnails to choose from."""
         role = {selection.other: "other", selection.sample: "this"}
-        tiles = []
-        for sample, thumbnail in zip(samples, self._threads.map(self._thumbnail, samples), strict=True):
-            key = escape(self.cache.key(sample))
-            tiles.append(
-                f'<button class="{role.get(sample, "")}" data-sample="{sample}" title="{key}">'
-                f"{thumbnail}<span><bdi>{key}</bdi></span></button>"
-            )
-        return f'<div class="strip">{"".join(tiles) or "No key holds this text."}</div>'
+        thumbnails = self._threads.map(self._thumbnail, samples)
+        tiles = (
+            (sample, self.cache.key(sample), role.get(sample, ""), uri)
+            for sample, uri in zip(samples, thumbnails, strict=True)
+        )
+        return str(html.strip(list(tiles)))
 
     def board(self, selection: Selection) -> str:
         """Both images, and a line of maps for each chosen teacher. `CacheError`: the view is not held."""
@@ -110,16 +108,16 @@ class Explorer:
             row, other = self.cache.index.rows([selection.sample, selection.other], selection.view).tolist()
         except IndexError:
             raise CacheError("The cache does not hold this view of both images.") from None
-        ring = "<i style='left:{:.2%};top:{:.2%}'></i>".format(*selection.patch)
         columns = self._columns(row, other, selection)
-        lines = "".join(self._line(name, columns, selection.level, ring) for name in selection.teachers)
-        photos = self._photo(row, "The image (click a patch)", ring) + self._photo(other, "The other image")
-        size = f"--columns:{len(columns)};--lines:{max(len(selection.teachers), 1)}"
-        return f'<div class="board" style="{size}"><div>{photos}</div><div>{lines}</div></div>'
-
-    def _line(self, teacher: str, columns: Sequence[_Column], level: int, ring: str) -> str:
-        maps = (_map(column, teacher, "" if column.of_other else ring) for column in columns)
-        return f"<section>{_title(teacher, self._words(teacher, level))}{''.join(maps)}</section>"
+        lines = []
+        for name in selection.teachers:
+            maps = [_map(column, name, None if column.of_other else selection.patch) for column in columns]
+            lines.append((name, self._words(name, selection.level), maps))
+        photos = [
+            self._photo(row, "The image (click a patch)", selection.patch),
+            self._photo(other, "The other image"),
+        ]
+        return str(html.board(photos, lines, len(columns)))
 
     def _words(self, teacher: str, level: int) -> str:
         spec = self.cache.spec.teachers[teacher]
@@ -167,45 +165,25 @@ class Explorer:
             )
         return columns
 
-    def _photo(self, row: int, title: str, ring: str = "") -> str:
+    def _photo(self, row: int, title: str, patch: Patch | None = None) -> str:
         key = self.cache.key(int(self.cache.index.locate(row)[0]))
         try:
-            content = _clickable(f'<img alt="{escape(title)}" src="{self._view(row)}">{ring}', ring)
+            return html.cell(title, key, Drawing(self._view(row)), patch)
         except (TeacherCacheError, OSError) as error:
-            content = placeholder(in_a_line(error))
-        return _figure(_title(title, key), content)
+            return html.cell(title, key, missing=in_a_line(error))
 
-    def _make_thumbnail(self, sample: int) -> str:
+    def _make_thumbnail(self, sample: int) -> str | None:
         try:
             image = self.cache.image(sample)
         except (TeacherCacheError, OSError):
-            return '<b title="this image cannot be decoded, or is no longer there">no image</b>'
+            return None
         image.thumbnail(_THUMBNAIL, Image.Resampling.BILINEAR)
-        return f'<img alt="" src="{jpeg_uri(np.asarray(image), 75)}">'
+        return jpeg_uri(np.asarray(image), 75)
 
 
-def _map(column: _Column, teacher: str, ring: str) -> str:
+def _map(column: _Column, teacher: str, patch: Patch | None) -> str:
     """A cell; where the map cannot be had, it holds the reason."""
-    title = _title(column.title, column.words)
     try:
-        drawing = column.draw(teacher)
+        return html.cell(column.title, column.words, column.draw(teacher), patch, "map")
     except (TeacherCacheError, OSError) as error:
-        return _figure(title, placeholder(in_a_line(error)))
-    image = f'<img class="map" alt="{escape(column.title)}" src="{drawing.uri}">{ring}'
-    scale = f"{drawing.low} <u></u> {drawing.high}" if drawing.high else ""
-    caption = " · ".join(f"<span>{words}</span>" for words in (scale, drawing.note) if words)
-    return _figure(title, _clickable(image, ring), caption)
-
-
-def _figure(title: str, content: str, caption: str = "") -> str:
-    return f"<figure>{title}{content}<figcaption>{caption}</figcaption></figure>"
-
-
-def _clickable(content: str, ring: str) -> str:
-    kind = ' class="pick"' if ring else ""
-    return f"<div{kind}>{content}</div>"
-
-
-def _title(text: str, words: str = "") -> str:
-    note = f"<span><bdi>{escape(words)}</bdi></span>" if words else ""
-    return f'<div class="title" title="{escape(words)}"><b>{escape(text)}</b>{note}</div>'
+        return html.cell(column.title, column.words, missing=in_a_line(error))

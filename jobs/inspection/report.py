@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from markupsafe import Markup
 
-from teachercache.jobs.inspection import page as html
-from teachercache.jobs.inspection.charts import channel_curve, error_curve, matrix, norm_histogram, number
+from teachercache.jobs.inspection.charts import channel_curve, coloured, error_curve, norm_histogram, number
 from teachercache.jobs.inspection.feature_facts import CodecTrial, LevelFacts, linear_cka, try_codec
+from teachercache.jobs.inspection.page import Section, html, section
 from teachercache.jobs.inspection.summary import summarize
 from teachercache.jobs.inspection.tables import quarantine_line, summary_facts, warnings, what_was_checked
 from teachercache.jobs.inspection.teacher_maps import TeacherMaps
@@ -58,27 +59,27 @@ def write_report(
     return html.page(f"Teacher cache {cache.storage.url}", warnings(summary), parts)
 
 
-def _overview(summary: Mapping[str, Any], reader: MapReader) -> list[html.Section]:
+def _overview(summary: Mapping[str, Any], reader: MapReader) -> list[Section]:
     head, columns = summary_facts(summary)
     fields = list(next(iter(columns.values()), {}))
     rows = [[field, *(str(column[field]) for column in columns.values())] for field in fields]
     known = html.paragraph(what_was_checked(summary))
-    parts = [html.section("What it is", html.facts(head), html.table(["teacher", *columns], rows), known)]
+    parts = [section("What it is", html.facts(head), html.table(["teacher", *columns], rows), known)]
     absent = [f"{name} is not shown below: {reason}" for name, reason in reader.absent.items()]
     if broken := [*summary["problems"], *absent]:
-        parts.append(html.section("What is broken or missing", html.bullets(_cut(broken), "bad")))
+        parts.append(section("What is broken or missing", html.bullets(_cut(broken), "bad")))
     if quarantined := [quarantine_line(entry) for entry in summary["quarantined"]]:
         title, shown = f"Quarantined samples: {len(quarantined)}", html.bullets(_cut(quarantined))
         note = "These samples could not be decoded. Their rows hold nothing, and training leaves them out."
-        parts.append(html.section(title, shown, note=note))
+        parts.append(section(title, shown, note=note))
     return parts
 
 
-def _history(cache: FeatureCache) -> html.Section:
+def _history(cache: FeatureCache) -> Section:
     checked = check_shards(cache.manifest, cache.spec, Depth.RECORD)
     history = timeline(shard.record for shard in checked if shard.record is not None)
     if history is None:
-        return html.section("How it was built", note="No commit record says when its shard was made.")
+        return section("How it was built", note="No commit record says when its shard was made.")
     begin, end = (
         datetime.fromtimestamp(time, UTC).strftime("%Y-%m-%d %H:%M UTC")
         for time in (history.start, history.end)
@@ -87,19 +88,19 @@ def _history(cache: FeatureCache) -> html.Section:
         (lane.worker, png_uri(heat(torch.from_numpy(lane.forward)[None], 0, 1))) for lane in history.lanes
     ]
     hidden = f" {history.hidden} more lanes are not shown." if history.hidden else ""
-    return html.section(
+    return section(
         "How it was built",
         html.scale("0%", "100%", "share of a shard's time in the teachers' forward passes:"),
-        html.timeline_rows(lanes),
+        html.timeline(lanes),
         note=f"From {begin} to {end}, {human_seconds(history.end - history.start)}. A line is "
         f"one of the shards that a worker (host and process) had in flight; grey is idle time.{hidden}",
     )
 
 
-def _samples(reader: MapReader, teachers: Sequence[TeacherMaps]) -> html.Section:
+def _samples(reader: MapReader, teachers: Sequence[TeacherMaps]) -> Section:
     if not reader.rows:
-        return html.section("What the teachers see", note="There is no row yet that every teacher can give.")
-    return html.section(
+        return section("What the teachers see", note="There is no row yet that every teacher can give.")
+    return section(
         "What the teachers see",
         html.scale("low", "high", "token norms, of one range for each teacher and level:"),
         *(_sample(reader, row, teachers) for row in reader.rows),
@@ -121,7 +122,7 @@ def _levels_in_words(teachers: Sequence[TeacherMaps]) -> str:
     )
 
 
-def _sample(reader: MapReader, row: int, teachers: Sequence[TeacherMaps]) -> str:
+def _sample(reader: MapReader, row: int, teachers: Sequence[TeacherMaps]) -> Markup:
     cache = reader.cache
     sample, view, _ = (int(number) for number in cache.index.locate(row))
     key = cache.key(sample)
@@ -131,12 +132,11 @@ def _sample(reader: MapReader, row: int, teachers: Sequence[TeacherMaps]) -> str
         photo = html.placeholder(f"the image cannot be had: {in_a_line(error)}")
     num_levels = max(teacher.spec.num_levels for teacher in teachers)
     blocks = (range(num_levels)[first : first + _MAPS // 2] for first in range(0, num_levels, _MAPS // 2))
-    maps = "".join(_sample_maps(row, teachers, levels) for levels in blocks)
-    shown = html.figure(photo, f"{key} · row {row}, view {view}")
-    return f'<div class="sample">{shown}<div>{maps}</div></div>'
+    maps = [_sample_maps(row, teachers, levels) for levels in blocks]
+    return html.sample(html.figure(photo, f"{key} · row {row}, view {view}"), maps)
 
 
-def _sample_maps(row: int, teachers: Sequence[TeacherMaps], levels: range) -> str:
+def _sample_maps(row: int, teachers: Sequence[TeacherMaps], levels: range) -> Markup:
     """Principal components and norms of some of the levels; a line for each teacher that has one of them."""
     numbers = [level + 1 for level in levels]
     titles = ("", *(f"PCA, {n}" for n in numbers), "", *(f"norm, {n}" for n in numbers))
@@ -145,7 +145,7 @@ def _sample_maps(row: int, teachers: Sequence[TeacherMaps], levels: range) -> st
         names = teacher.level_names[levels.start : levels.stop]
         if not names:
             continue
-        lines.append(html.heading(teacher.name, strong=True))
+        lines.append(html.heading(teacher.name, "b"))
         for pictures, what in ((teacher.pictures, "PCA"), (teacher.norm_pictures, "token norms")):
             for level, name in zip(levels, names, strict=False):
                 uri = pictures.get((row, level))
@@ -154,16 +154,16 @@ def _sample_maps(row: int, teachers: Sequence[TeacherMaps], levels: range) -> st
             lines += [html.heading("")] * (len(levels) - len(names))
             if pictures is teacher.pictures:
                 lines.append(html.heading(""))
-    return html.map_grid(lines, "74px", len(levels), "4px", len(levels))
+    return html.map_grid(lines, ["74px", len(levels), "4px", len(levels)])
 
 
-def _statistics(teacher: TeacherMaps) -> html.Section:
+def _statistics(teacher: TeacherMaps) -> Section:
     named = dict(zip(teacher.level_names, teacher.levels, strict=True))
     norms = {name: level.norms_N.numpy() for name, level in named.items()}
     std = {name: level.std_C.numpy() for name, level in named.items()}
     rows = [(name, *_channel_facts(level)) for name, level in named.items()]
     header = ["", "mean norm", "dead channels", "with NaN or infinity", "outlier channels", "the loudest"]
-    return html.section(
+    return section(
         f"Channels and norms of {teacher.name}",
         html.figure(norm_histogram(norms), f"{teacher.name}: norms of tokens"),
         html.figure(channel_curve(std), f"{teacher.name}: spread of channels"),
@@ -187,11 +187,11 @@ def _channel_facts(level: LevelFacts) -> list[str]:
     ]
 
 
-def _codecs(reader: MapReader, teacher: TeacherMaps) -> html.Section:
+def _codecs(reader: MapReader, teacher: TeacherMaps) -> Section:
     title = f"Codecs on {teacher.name}"
     rows = list(teacher.common_tokens)
     if not rows:
-        return html.section(title, note="No row could be read.")
+        return section(title, note="No row could be read.")
     tried = rows[: min(_TRIAL_ROWS, max(len(rows) // 2, 1))]
     others = rows[len(tried) :] or tried
     names = [n for n in codec_names() if n != teacher.spec.codec and get_codec(n).reported]
@@ -207,7 +207,7 @@ def _codecs(reader: MapReader, teacher: TeacherMaps) -> html.Section:
         if trials
         else ()
     )
-    return html.section(
+    return section(
         title,
         html.table(
             ["codec", "a row", "token cosine", "1% are below", "relative L2", ""],
@@ -246,25 +246,25 @@ def _trial_facts(codec: str, trial: CodecTrial | str) -> list[str]:
     ]
 
 
-def _error_maps(teacher: TeacherMaps, trials: Sequence[CodecTrial]) -> str:
+def _error_maps(teacher: TeacherMaps, trials: Sequence[CodecTrial]) -> Markup:
     low, high = np.log10(_LEAST_ERROR), np.log10(_LARGEST_ERROR)
     grids = []
     for first in range(0, teacher.spec.num_levels, _MAPS):
         names = teacher.level_names[first : first + _MAPS]
         lines = [html.heading(text) for text in ("", *names)]
         for trial in trials:
-            lines.append(html.heading(trial.codec, strong=True))
+            lines.append(html.heading(trial.codec, "b"))
             lines += [
                 html.picture(
                     png_uri(heat(error_HW.clamp_min(1e-12).log10(), low, high)), f"{trial.codec}, {name}"
                 )
                 for name, error_HW in zip(names, trial.error_RSHW[0, first : first + _MAPS], strict=True)
             ]
-        grids.append(html.map_grid(lines, "110px", len(names)))
-    return "".join(grids)
+        grids.append(html.map_grid(lines, ["110px", len(names)]))
+    return Markup("").join(grids)
 
 
-def _similarity(reader: MapReader, teachers: Sequence[TeacherMaps]) -> html.Section:
+def _similarity(reader: MapReader, teachers: Sequence[TeacherMaps]) -> Section:
     title = "How alike the teachers are"
     rows = [row for row in reader.rows if all(row in teacher.common_tokens for teacher in teachers)]
     sets = {
@@ -275,10 +275,10 @@ def _similarity(reader: MapReader, teachers: Sequence[TeacherMaps]) -> html.Sect
     }
     num_tokens = min((len(tokens) for tokens in sets.values()), default=0)
     if num_tokens < 4:
-        return html.section(title, note="There are too few tokens to tell.")
-    return html.section(
+        return section(title, note="There are too few tokens to tell.")
+    return section(
         title,
-        matrix(linear_cka(list(sets.values())).numpy(), list(sets)),
+        html.matrix(list(sets), coloured(linear_cka(list(sets.values())).numpy())),
         note=f"Linear CKA (unbiased) of {num_tokens:,} tokens, taken at the same places of the images above. "
         "1: the same up to a rotation; 0: nothing in common.",
     )

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -174,7 +175,7 @@ def _bars(axes: Axes, panel: Panel) -> None:
         again, colour = divmod(number, len(_COLOURS))
         left = np.arange(len(tasks)) + (number - (len(panel.models) - 1) / 2) * width
         heights = [gains[task] for task in tasks]
-        style = {"color": _COLOURS[colour], "hatch": "///" * again, "edgecolor": "white"}
+        style: dict[str, Any] = {"color": _COLOURS[colour], "hatch": "///" * again, "edgecolor": "white"}
         axes.bar(left, heights, width, label=model, linewidth=0, **style)
     axes.set_xticks(range(len(tasks)), [TASK_OUTPUTS[task].title for task in tasks])
 
