@@ -5,8 +5,6 @@ features. The tolerance adds the noise of the teacher's arithmetic, which change
 device.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass

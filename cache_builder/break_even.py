@@ -1,8 +1,6 @@
 """Should you cache at all? Teachers in every training, against a cache that is built, kept and read. And what
 the curve of views and bits advises where you do."""
 
-from __future__ import annotations
-
 from importlib.resources import files
 from math import inf
 from typing import NamedTuple

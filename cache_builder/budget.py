@@ -1,7 +1,5 @@
 """Which grid and codec each teacher can have within a number of bytes, and what that costs."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 

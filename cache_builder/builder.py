@@ -6,8 +6,6 @@ order and skips those already committed; when two jobs have computed a shard, th
 job establishes its spec after that, computes by it, and before it ends compares what is committed with it.
 """
 
-from __future__ import annotations
-
 import random
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Images on their way to the teachers: threads read, decode and render them ahead of time."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Copy views to a teacher's device, and codes from it, while it computes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 
 import torch

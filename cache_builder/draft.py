@@ -4,8 +4,6 @@ A recipe states what a cache shall be. Where one is already, it grows to that: b
 samples that are new in the source. What it holds stays as it is, and what cannot share one cache is refused.
 """
 
-from __future__ import annotations
-
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping

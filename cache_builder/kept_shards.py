@@ -1,7 +1,5 @@
 """A teacher whose shards outlived `cache.json`: they count as its own only if their records say so."""
 
-from __future__ import annotations
-
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.codecs import get_codec
 from teachercache.pipeline.errors import CacheMismatchError

@@ -1,7 +1,5 @@
 """Weights that moved since the build. Their hash identifies them; their place may change."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from pydantic import Field

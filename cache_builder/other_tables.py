@@ -1,7 +1,5 @@
 """The codec tables of another cache (`tables_from`): caches encoded with the same tables can be merged."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 
 from teachercache.cache_builder.calibrate import Calibration

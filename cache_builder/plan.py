@@ -1,7 +1,5 @@
 """What a build will cost, before anything runs."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """What a build shows while it runs: a live bar on a terminal, one line per shard in a log."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping
 from typing import Self

@@ -1,7 +1,5 @@
 """How fast teachers and decoding are: by arithmetic, or measured on this machine's device."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor

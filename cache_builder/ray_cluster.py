@@ -1,7 +1,5 @@
 """The Ray cluster that a build joins: finding it, whether its head still answers, and its actors."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import math

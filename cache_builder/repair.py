@@ -5,8 +5,6 @@ if the images are gone or have changed. The spec determines array layouts; the i
 determine the tables. Nothing determines `cache.json` and the codecs' tables; they are only reported.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """The interface of both runners, and the runner that needs no cluster."""
 
-from __future__ import annotations
-
 import logging
 import signal
 import threading

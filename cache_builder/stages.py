@@ -1,7 +1,5 @@
 """Seconds spent in each stage of a build, and a sentence about the bottleneck."""
 
-from __future__ import annotations
-
 import threading
 import time
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,5 @@
 """Versions of everything that can change a feature, kept in `cache.json` and in every commit record."""
 
-from __future__ import annotations
-
 import platform
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version

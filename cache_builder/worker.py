@@ -1,7 +1,5 @@
 """The teachers on their device, in a process that computes features."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 

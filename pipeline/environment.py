@@ -1,7 +1,5 @@
 """Logs what a recipe takes from the environment (`${oc.env:HOME}`): recipes, too, come from strangers."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -32,8 +32,6 @@
 A message says what was got, what was expected and what to do: `explain()` gives it that form.
 """
 
-from __future__ import annotations
-
 import difflib
 import errno
 from collections.abc import Collection, Iterator

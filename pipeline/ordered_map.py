@@ -1,7 +1,5 @@
 """Map a pool over many items, in order, a few items ahead of the consumer."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Executor, Future

@@ -7,8 +7,6 @@ YAML does not read `on`, `1e3`, `0x10`, `010` or `a: b` as text. The model knows
 stays text: every plain scalar in a file, everything after the `=` in an override.
 """
 
-from __future__ import annotations
-
 import difflib
 import re
 import types

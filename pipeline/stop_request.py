@@ -1,7 +1,5 @@
 """SIGTERM and Ctrl-C, noted instead of obeyed at once."""
 
-from __future__ import annotations
-
 import signal
 import threading
 import time

@@ -3,8 +3,6 @@
 All terminals are made here. Callers ask for style with `style=` or a `Text`.
 """
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

@@ -10,8 +10,6 @@ quarantine lists        a checksum in themselves, the invalid rows of the record
 cache.json              a checksum in itself; without it there is no cache to open
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
 from functools import partial

@@ -7,8 +7,6 @@ Shapes: B views, each with a window of its own; S levels, C channels; H×W the t
 h×w the student's. `windows_B2`: where the windows begin, (row, column) in pixels of the view.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cache
 

@@ -1,7 +1,5 @@
 """Frozen encoders, by preset or timm name: from a recipe to features."""
 
-from __future__ import annotations
-
 from teachercache.cache_builder.teachers.flops import teacher_gmacs
 from teachercache.cache_builder.teachers.registry import presets
 from teachercache.cache_builder.teachers.teacher import Teacher, TeacherFeatures

@@ -1,7 +1,5 @@
 """The arithmetic of a teacher, counted without its weights."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

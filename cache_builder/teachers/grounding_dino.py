@@ -21,8 +21,6 @@ smaller, the longer one to 1333, then to the nearest multiples of 32, Swin's las
 becomes 800×800, with grids of 100, 50, 25 and 13.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable, Sequence
 from functools import cache
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The known teachers. A new one is a row in `presets.yaml`; a new kind is a class in `_KINDS`."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Mapping
 from difflib import get_close_matches

@@ -6,8 +6,6 @@ timm adds rel_h[q, row of k] + rel_w[q, column of k] to every logit scale·<q, k
 what marks the row and the column of each key, [q, rel_h / scale, rel_w / scale] · [k, row, column] is all.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -9,8 +9,6 @@ Leave out `img_size` for architectures that take any size: those for which
 `timm.models.get_model_input_config(model)["fixed_input_size"]` is false (SAM, DINOv3, ConvNeXt).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache

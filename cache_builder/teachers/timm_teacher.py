@@ -1,7 +1,5 @@
 """Any timm model with `forward_intermediates` as a teacher."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable
 from functools import cache
 from inspect import signature

@@ -1,7 +1,5 @@
 """What every kind of teacher needs to make or load weights."""
 
-from __future__ import annotations
-
 import re
 import threading
 from collections import Counter

@@ -9,8 +9,6 @@ A codec is registered under one name in `_CODECS`; nothing else needs to know it
 before they use it (how it stands among the others, how many rows it learns from) are attributes of `Codec`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import get_args

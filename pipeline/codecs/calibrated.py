@@ -1,7 +1,5 @@
 """What codecs with calibrated tables have in common: learning, saving, loading, and the tables' device."""
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence

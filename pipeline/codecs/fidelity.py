@@ -1,7 +1,5 @@
 """What a codec costs: how far its features are from the originals, and how many bytes they take."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ With `width = m·k` the rotation of a token is two small matrix products, left (
 rightᵀ (k, k): 2·(m + k) flops a value where a dense rotation takes 2·m·k.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

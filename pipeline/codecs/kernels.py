@@ -1,7 +1,5 @@
 """Whether this machine has what the decoding kernel asks for."""
 
-from __future__ import annotations
-
 import warnings
 
 import torch

@@ -1,7 +1,5 @@
 """The best scalar quantiser of a unit Gaussian at a fixed number of bits (Lloyd 1957, Max 1960)."""
 
-from __future__ import annotations
-
 from functools import cache
 
 import numpy as np

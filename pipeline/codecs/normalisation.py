@@ -12,8 +12,6 @@ Mean, std and covariance are those of the values that are no outliers. The last 
 rotation after which every channel has unit variance.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from typing import ClassVar, Self
 

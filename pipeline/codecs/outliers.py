@@ -9,8 +9,6 @@ stand out most out of the features before anything else, and stores them by them
 Shapes: R rows, S levels, H×W grid of N tokens, C channels, K slots of a level.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

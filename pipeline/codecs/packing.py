@@ -5,8 +5,6 @@ the stream is bit j % 8 (0 the lowest) of byte j // 8. The last byte is filled u
 `np.packbits(…, bitorder="little")` of the codes' bits, lowest first.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -8,8 +8,6 @@
 Shapes: R rows, S levels, H×W grid, C channels. docs/codecs.md states the bytes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial

@@ -1,7 +1,5 @@
 """Scalar quantisation of tokens: a table of levels, one float16 scale a token, packed codes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Protocol
 

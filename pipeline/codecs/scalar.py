@@ -1,7 +1,5 @@
 """The plain codecs: float32, float16 (rounded to fewer bits, too) and bfloat16."""
 
-from __future__ import annotations
-
 from typing import Any, ClassVar
 
 import numpy as np

@@ -1,7 +1,5 @@
 """File names that survive a crash of the machine: a new one is on disk once its folder is synced."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

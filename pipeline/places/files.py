@@ -1,7 +1,5 @@
 """The files that a storage opens: hashed as they are written, and read again where a read fails."""
 
-from __future__ import annotations
-
 import io
 import os
 from collections.abc import Callable

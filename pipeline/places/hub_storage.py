@@ -1,7 +1,5 @@
 """A repository on the Hugging Face Hub, and how its client's errors are told."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn

@@ -1,7 +1,5 @@
 """Files in a folder: they get their names once they are complete, and survive a crash of the machine."""
 
-from __future__ import annotations
-
 import errno
 import os
 import shutil

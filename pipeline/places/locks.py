@@ -1,7 +1,5 @@
 """Locks: a name has one holder at a time among all processes and machines that see a storage."""
 
-from __future__ import annotations
-
 import logging
 import random
 import time

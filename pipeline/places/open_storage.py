@@ -1,7 +1,5 @@
 """The storage at a path or URL."""
 
-from __future__ import annotations
-
 import os
 
 from teachercache.pipeline.places.hub_storage import PROTOCOL, HubStorage

@@ -4,8 +4,6 @@ fsspec opens any URL, so reading a cache would contact whatever host it names, e
 author cannot reach. A place that the user names is always followed.
 """
 
-from __future__ import annotations
-
 import shlex
 
 from teachercache.pipeline.errors import SourceError

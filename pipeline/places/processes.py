@@ -4,8 +4,6 @@ A process leaves its tag in a lock or in the name of its temporary files. The ta
 shows whether it still runs; for one elsewhere only time can tell.
 """
 
-from __future__ import annotations
-
 import os
 import platform
 import uuid

@@ -4,8 +4,6 @@ A network mount that is remounted (ESTALE), a disk or a store that stumbles (EIO
 cut: the next try usually succeeds. A file that is missing or forbidden, or a full disk, is not tried again.
 """
 
-from __future__ import annotations
-
 import errno
 import logging
 import random

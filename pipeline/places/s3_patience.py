@@ -4,8 +4,6 @@ botocore repeats a request five times and s3fs that five times again, so 25 atte
 endpoint that accepts connections and says nothing. Requests answered by errors (500, 503) are still repeated.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import time

@@ -5,8 +5,6 @@ a name either does not exist or holds all of its bytes. Locally that is temporar
 rename → fsync of the folder; on an object store it is a single PUT (or a completed multipart upload).
 """
 
-from __future__ import annotations
-
 import io
 import posixpath
 from abc import abstractmethod

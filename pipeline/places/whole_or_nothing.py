@@ -1,7 +1,5 @@
 """Full disks: a clear error, and a new cache is begun as a whole or not at all."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 

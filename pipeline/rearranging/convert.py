@@ -1,7 +1,5 @@
 """Copy a cache into the other kind of store."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import numpy as np

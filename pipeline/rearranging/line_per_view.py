@@ -5,8 +5,6 @@ key, view, row, label     string, int32, int64, string (null where the sample ha
 <teacher>.cls             its class token, where the cache stores it
 """
 
-from __future__ import annotations
-
 import posixpath
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """Merge caches of disjoint samples into one."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from itertools import accumulate

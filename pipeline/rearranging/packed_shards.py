@@ -1,7 +1,5 @@
 """New shards packed from rows of others, without decoding."""
 
-from __future__ import annotations
-
 import platform
 from collections.abc import Iterator
 from datetime import UTC, datetime

@@ -1,7 +1,5 @@
 """A new cache made of others: laid out, and filled step by step."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass

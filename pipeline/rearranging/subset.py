@@ -1,7 +1,5 @@
 """Make a cache of some samples, teachers and levels of another."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable, Sequence
 

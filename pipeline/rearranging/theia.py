@@ -12,8 +12,6 @@ teacher. Its loader zips the columns, so all tars hold the same samples in the s
 teacher lacks is left out. Each view becomes a sample, with exactly the pixels that the teachers saw.
 """
 
-from __future__ import annotations
-
 import io
 import json
 from collections import Counter

@@ -1,7 +1,5 @@
 """Shards that only change their numbers: linked within a file system, otherwise copied."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from functools import partial
 

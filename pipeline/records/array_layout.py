@@ -1,7 +1,5 @@
 """How a row of one array is laid out: known without torch, which is needed only where rows are decoded."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ mean costs no digits; sums within a few rows are float32, exact to 1e-7, all oth
 associative and commutative up to rounding, near 1e-15; merge in shard order for bitwise repeatable results.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Self
 

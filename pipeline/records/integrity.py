@@ -4,8 +4,6 @@ One place asks, and each fault has one sentence, whoever wants to know: `verify`
 at its first touch of a shard, whoever links shards. No torch here: `inspect` has no time for it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass

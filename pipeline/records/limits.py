@@ -3,8 +3,6 @@
 The limits are far above any cache that makes sense, and far below what a number in a file can request.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from itertools import combinations
 from math import prod

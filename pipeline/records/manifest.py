@@ -7,8 +7,6 @@ The record holds the checksums of the shard's files. A file that no record names
 a last entry "checksum": a key of JSON objects, the last line of a quarantine list, metadata of a table.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator

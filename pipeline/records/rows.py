@@ -1,7 +1,5 @@
 """Row arithmetic: which row is view v of sample s, and back, across the segments of a cache."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

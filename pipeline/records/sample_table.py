@@ -1,7 +1,5 @@
 """The samples of a cache by number and by key, read on first use."""
 
-from __future__ import annotations
-
 import difflib
 from functools import cached_property
 

@@ -5,8 +5,6 @@ quarantine lists) is written with `UNSEALED` near its end; `seal` replaces the l
 of the file with that blank in it. This works for any format that can hold a string.
 """
 
-from __future__ import annotations
-
 import xxhash
 
 _MARK, _DIGITS = b"xxh3-128:", 32

@@ -1,7 +1,5 @@
 """The files in `stats/`: the tables that codecs decode with, and the moments of every shard's features."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import safetensors.torch

@@ -1,7 +1,5 @@
 """What all models of recipes and caches share."""
 
-from __future__ import annotations
-
 from pydantic import BaseModel, ConfigDict
 
 Size = tuple[int, int]  # (height, width)

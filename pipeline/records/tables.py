@@ -7,8 +7,6 @@ width, height: pixels, EXIF orientation applied; 0 unless status is "ok". status
 why there is no such image. head_hash: xxh3-64 of the file's first bytes (`HEAD_BYTES`).
 """
 
-from __future__ import annotations
-
 import io
 from collections.abc import Iterator
 from typing import IO, Any

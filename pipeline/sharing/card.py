@@ -1,7 +1,5 @@
 """What a repository on the Hub says of the cache in it: a dataset card, and Croissant's metadata."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Lineage of licences: those of the teachers' weights bind what was made by them, caches and students."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from functools import cache

@@ -1,7 +1,5 @@
 """Push a cache, or a part of it, to a data set on the Hugging Face Hub."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -7,8 +7,6 @@
 The same images under the same keys have the same `dataset_fingerprint`, whatever holds them.
 """
 
-from __future__ import annotations
-
 import os
 from itertools import islice
 from posixpath import basename, splitext

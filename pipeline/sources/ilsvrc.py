@@ -1,7 +1,5 @@
 """`ILSVRC2012_img_train.tar` as ImageNet distributes it: a tar of one tar per class."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from functools import partial
 from posixpath import basename, splitext

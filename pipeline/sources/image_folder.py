@@ -1,7 +1,5 @@
 """Images as files, in folders of any depth."""
 
-from __future__ import annotations
-
 import errno
 import os
 import stat

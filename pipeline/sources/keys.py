@@ -4,8 +4,6 @@ Names inside tars are data from strangers. A name that could leave a folder, bre
 written at all never becomes a path or a usable key: its `status` excludes the sample.
 """
 
-from __future__ import annotations
-
 import re
 
 import numpy as np

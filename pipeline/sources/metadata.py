@@ -5,8 +5,6 @@ profiles or wrong checksums of these, and warns about damaged tags, which raises
 Its limits are process-wide; bytes that never reach it need none. A file that cannot be parsed is unchanged.
 """
 
-from __future__ import annotations
-
 import struct
 import zlib
 

@@ -4,8 +4,6 @@ Column `image` is struct{bytes, path}, whose `path` is not read; the optional co
 or names.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Iterator
 from functools import lru_cache

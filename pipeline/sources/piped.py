@@ -5,8 +5,6 @@ than once, which no pipe gives, so each tar is streamed once into a folder and t
 Tars at `s3://` or `hf://` are not: their images are read by range, with the store's credentials, uncopied.
 """
 
-from __future__ import annotations
-
 import os
 import tarfile
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What every source offers: a sample table, and random access to the encoded images in it."""
 
-from __future__ import annotations
-
 import json
 import time
 from abc import ABC, abstractmethod

@@ -1,7 +1,5 @@
 """Images in tars, by byte range. `tarfile` reads the headers; nothing is extracted."""
 
-from __future__ import annotations
-
 import math
 import tarfile
 from collections import Counter

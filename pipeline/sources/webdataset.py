@@ -1,7 +1,5 @@
 """WebDataset tars, such as those of `timm/imagenet-1k-wds`: `key.jpg` with `key.cls` or `key.json`."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable, Iterator

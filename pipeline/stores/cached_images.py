@@ -1,7 +1,5 @@
 """The images behind the features: from the cache's own copies, or from the source."""
 
-from __future__ import annotations
-
 from functools import cached_property
 
 import xxhash

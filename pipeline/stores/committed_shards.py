@@ -1,7 +1,5 @@
 """Which shards and rows of a teacher a cache holds, and whether its files are the committed ones."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Iterable, Sequence
 from functools import cached_property

@@ -5,8 +5,6 @@ file, and a file that is truncated while open gives an error instead of a SIGBUS
 once, when the shard is opened; the rows' own checksums only on request.
 """
 
-from __future__ import annotations
-
 import os
 import weakref
 from functools import lru_cache, partial

@@ -1,7 +1,5 @@
 """What every feature store promises: one writer writes whole shards once; rows are read in any order."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Copies of a shard's source images, byte for byte, in one tar that `webdataset` can read."""
 
-from __future__ import annotations
-
 from teachercache.pipeline.places.storage import Storage
 from teachercache.pipeline.stores.new_files import NewFiles
 from teachercache.pipeline.stores.tar_index import TAR_END, add_member, member_key

@@ -1,7 +1,5 @@
 """Files that are written together and get their names together."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from contextlib import ExitStack

@@ -1,7 +1,5 @@
 """Open the store that reads and writes a cache's shards."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from teachercache.pipeline.places.local_storage import LocalStorage

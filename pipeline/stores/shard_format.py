@@ -7,8 +7,6 @@ Between chunks and index we write 16 bytes that no index names and no reader see
 So shards that differ anywhere also differ near their end (`Storage.ends`).
 """
 
-from __future__ import annotations
-
 import ctypes
 from collections.abc import Iterable
 

@@ -7,8 +7,6 @@ Tars are written by hand since `webdataset.TarWriter` does not say where a membe
 needs, and its headers take no long key; there is an index since `webdataset` reads only in order.
 """
 
-from __future__ import annotations
-
 import tarfile
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Rows of arrays; those of a teacher are its features, which know how they are decoded."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from typing import NoReturn

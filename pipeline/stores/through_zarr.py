@@ -1,7 +1,5 @@
 """Rows as zarr-python encodes and reads them: compressed ones, and all on request."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Callable, Iterator

@@ -3,8 +3,6 @@
 docs/cache_format.md has the files. With the index (`tar_index`), reading a row takes one read.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache, partial

@@ -1,7 +1,5 @@
 """`zarr.json`, as zarr-python writes it; a test holds these bytes equal to its own."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from typing import Any
