@@ -54,9 +54,9 @@ def inspect(
     if as_json:
         print_json(content)
     else:
-        from teachercache.jobs.inspection.tables import details_text, summary_table
+        from teachercache.jobs.inspection.tables import details_table, summary_table
 
-        console.print(details_text(content) if asked else summary_table(content))
+        console.print(details_table(content) if asked else summary_table(content))
     if pictures is not None:
         from teachercache.jobs.inspection.pictures import pca_maps
         from teachercache.pipeline.cache import FeatureCache

@@ -111,20 +111,46 @@ def summary_table(summary: Mapping[str, Any]) -> RenderableType:
     )
 
 
-def details_text(details: Mapping[str, Any]) -> Text:
-    """What there is to say of a shard, a row or a sample (`details.py`), as YAML; states in colours."""
-    import yaml  # the table of a whole cache does without
+def details_table(details: Mapping[str, Any]) -> RenderableType:
+    """A shard or a row (`details.py`), a column for each teacher; or a sample, a line for each row."""
+    facts = dict(details)
+    teachers = facts.pop("teachers", None)
+    rows = None if teachers else facts.pop("rows", None)
+    shown: list[RenderableType] = [lines({name: _said(value) for name, value in facts.items()})]
+    if teachers:
+        fields = dict.fromkeys(field for state in teachers.values() for field in state)
+        columns = {
+            name: {field: _coloured(_said(state[field])) if field in state else "" for field in fields}
+            for name, state in teachers.items()
+        }
+        shown.append(columns_table("", columns))
+    if rows:
+        table = Table("row", "view_index", "shard", *rows[0]["teachers"], box=box.SIMPLE_HEAD)
+        for row in rows:
+            cells = row["row"], row["view_index"], row["shard"], *row["teachers"].values()
+            table.add_row(*(_coloured(str(cell)) for cell in cells))
+        shown.append(table)
+    return Group(*shown)
 
-    class Dumper(yaml.SafeDumper):
-        def represent_float(self, data: float) -> yaml.ScalarNode:
-            return super().represent_float(float(f"{data:.6g}"))
 
-    Dumper.add_representer(float, Dumper.represent_float)
-    layout: dict[str, Any] = {"default_flow_style": None, "allow_unicode": True, "width": math.inf}
-    text = Text(yaml.dump(dict(details), Dumper=Dumper, sort_keys=False, **layout).rstrip())
-    text.highlight_regex(r"\b(committed|sound)\b", "green")
-    text.highlight_regex(r"\bnot committed\b", "yellow")
-    text.highlight_regex(r"\bbroken: .*", "red")
+def _said(value: Any) -> str:
+    """Plain data in words: what has parts with parts of their own takes a line for each."""
+    if isinstance(value, Mapping):
+        parts, inner = [f"{name} {_said(part)}" for name, part in value.items()], list(value.values())
+    elif isinstance(value, list):
+        parts, inner = [_said(part) for part in value], value
+    else:
+        is_bool = isinstance(value, bool)
+        said = f"{value:.6g}" if isinstance(value, float) else str(value).lower() if is_bool else str(value)
+        return "–" if value in (None, "") else said
+    return ("\n" if any(isinstance(part, Mapping) for part in inner) else ", ").join(parts) or "–"
+
+
+def _coloured(state: str) -> Text:
+    text = Text(state)
+    text.highlight_regex(r"^(committed|sound)$", "green")
+    text.highlight_regex(r"^not committed$", "yellow")
+    text.highlight_regex(r"^broken: .*", "red")
     return text
 
 

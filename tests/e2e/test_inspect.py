@@ -205,7 +205,10 @@ def test_one_row_is_read_without_torch_as_with_it(cache: FeatureCache, tmp_path:
         shown = found["teachers"][name]["token_norms"]
         assert [level["mean"] for level in shown] == pytest.approx(norms.mean(1).tolist(), rel=1e-6)
         assert [level["max"] for level in shown] == pytest.approx(norms.amax(1).tolist(), rel=1e-6)
-    assert f"flip: {json.dumps(cache.view(7).flip)}" in inspect(tmp_path / "cache", "--row", 7)
+    text = inspect(tmp_path / "cache", "--row", 7)
+    assert f"flip {json.dumps(cache.view(7).flip)}" in text
+    (states,) = [line.split() for line in text.splitlines() if line.lstrip().startswith("state ")]
+    assert states == ["state", "sound", "sound"]
     with pytest.raises(CacheError, match="no row 12"):
         row_details(cache.manifest, 12)
 
@@ -256,6 +259,9 @@ def test_one_sample_by_its_key(tmp_path: Path) -> None:
     found = inspect_json(tmp_path / "cache", "--key", "n02/image_001")
     assert [(row["row"], row["shard"]) for row in found["rows"]] == [(6, 1), (7, 1)]
     assert found["rows"][0]["teachers"] == {"alpha": "sound", "beta": "sound"}
+    rows = [line.split() for line in inspect(tmp_path / "cache", "--key", "n02/image_001").splitlines()]
+    assert ["row", "view_index", "shard", "alpha", "beta"] in rows
+    assert ["7", "1", "1", "sound", "sound"] in rows
     with pytest.raises(
         CacheError, match=r"2 samples have keys that end so.*\n.*\n.*n01/image_001, n02/image_001"
     ):
