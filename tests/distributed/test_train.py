@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -124,7 +125,6 @@ def test_two_processes_train_a_kpu_as_one_does(cache: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.usefixtures("fresh_accelerate")
-@pytest.mark.usefixtures("fresh_accelerate")
 def test_two_processes_train_on_two_inputs_weighed_by_famo_as_one_does(cache: Path, tmp_path: Path) -> None:
     oblong = {"model": "test_vit", "pretrained": False, "image_size": [96, 64], "codec": "f32"}
     images = make_images(tmp_path / "images", 9)
@@ -155,6 +155,30 @@ def test_two_processes_see_the_windows_and_the_jitter_of_one(tmp_path: Path) -> 
     whole = {"batch_size_per_process": 4, "schedule": {"max_steps": 10}}
     train(train_recipe(path, tmp_path / "one", student_jitter=jitter, **whole))
     assert two == pytest.approx(logged(tmp_path / "one"), rel=1e-4)
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_two_processes_stream_what_one_streams_and_go_on_exactly(tmp_path: Path) -> None:
+    """Of tars with two rows and a buffer of one row, two processes take at a time what one takes."""
+    recipe = build_recipe(
+        tmp_path / "cache", make_images(tmp_path / "images", 9), rows_per_shard=2, store="webdataset"
+    )
+    path = Path(build(recipe).cache.storage.url)
+    loader = {"kind": "stream", "shuffle_buffer": 1, "threads": 2}
+
+    def stream_on_two() -> list[float]:
+        options = {"steps": 10, "checkpoint_every_steps": 6, "loader": loader}
+        return run(path, tmp_path / "two", processes=2, batch_size=2, **options)
+
+    losses = stream_on_two()
+    whole = {"batch_size_per_process": 4, "schedule": {"max_steps": 10}}
+    train(train_recipe(path, tmp_path / "one", loader=loader, **whole))
+    assert losses == pytest.approx(logged(tmp_path / "one"), rel=1e-4)
+
+    last = newest_checkpoint(tmp_path / "two" / "checkpoints")
+    assert last is not None
+    shutil.rmtree(last)
+    assert stream_on_two() == losses
 
 
 @pytest.mark.parametrize("processes", [1, 2])
