@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from teachercache.cache_builder.draft import Draft
     from teachercache.pipeline.records.spec import TeacherSpec
 
+_ANSWER_S = 5.0
 # Keys and addresses of stores; no names of profiles and files, which are on this machine alone.
 _PASSED = re.compile(r"(?!.*_(PROFILE|FILE|DIR)$)(AWS_|AZURE_STORAGE_|FSSPEC_|HF_(TOKEN|ENDPOINT)$)")
 
@@ -155,7 +156,8 @@ def submit(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     address: Annotated[
-        str | None, typer.Option(help="Where the cluster takes jobs (RAY_ADDRESS, or http://127.0.0.1:8265).")
+        str | None,
+        typer.Option(help="Where the cluster takes jobs, HEAD:8265 (RAY_ADDRESS, or this machine)."),
     ] = None,
     env: Annotated[list[str], typer.Option(help="Another variable that the job needs.")] = [],  # noqa: B006
 ) -> None:
@@ -171,6 +173,7 @@ def submit(
     from teachercache.pipeline.errors import ArgumentError, BuildError, extra
 
     with extra("build"):
+        import requests
         from ray.exceptions import RayError
         from ray.job_submission import JobSubmissionClient
 
@@ -192,14 +195,19 @@ def submit(
     command = ["python", "-m", "teachercache.jobs.cache_teachers", recipe, *(overrides or [])]
     logging.getLogger("ray").setLevel(logging.ERROR)
     try:
+        if address is not None:
+            address = address if "://" in address else f"http://{address}"
+            os.environ["RAY_API_SERVER_ADDRESS"] = address  # RAY_ADDRESS would win over an argument
+            requests.get(address, timeout=_ANSWER_S)  # Ray would wait for minutes
         client = JobSubmissionClient(address)
         job = client.submit_job(entrypoint=shlex.join(command), runtime_env=runtime_env)
-    except (ConnectionError, RuntimeError, RayError) as error:
+    except (OSError, RuntimeError, RayError) as error:
+        is_silent = isinstance(error, requests.RequestException)
         raise BuildError(
             "The Ray cluster does not take the job.",
-            got=str(error).strip().splitlines()[-1],
+            got=f"nothing that answers at {address}" if is_silent else str(error).strip().splitlines()[-1],
             expected="the dashboard of a running cluster, and RAY_AUTH_MODE and RAY_AUTH_TOKEN as there",
-            do="name it with --address http://HEAD:8265",
+            do="name it with --address HEAD:8265",
         ) from error
     console.print(f"{job} gets the variables {', '.join(f'{name}=…' for name in variables) or '(none)'}")
     raise typer.Exit(_follow(client, job))

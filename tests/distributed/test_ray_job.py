@@ -99,9 +99,12 @@ def test_a_submitted_job_builds_a_cache_with_the_keys_of_where_it_was_typed(
 ) -> None:
     place = str(tmp_path / "cache")
     given = {"FSSPEC_PLACE_OF": place, "AWS_SECRET_ACCESS_KEY": "hidden", "AWS_PROFILE": "mine"}
+    given["RAY_ADDRESS"] = "127.0.0.1:1"  # what is typed counts
     file = Path(recipe(tmp_path))
     file.write_text(file.read_text().replace(f'"{place}"', '"${oc.env:FSSPEC_PLACE_OF}"'))
-    process, first = submit(dashboard, environment | given, str(file), "views.num_views=1")
+    process, first = submit(
+        dashboard.removeprefix("http://"), environment | given, str(file), "views.num_views=1"
+    )
     output, errors = process.communicate(timeout=240)
     assert process.returncode == 0, output + errors
     assert re.match(r"raysubmit_\w+ gets the variables AWS_", first)
@@ -162,9 +165,9 @@ def test_ctrl_c_says_how_to_stop_the_job_which_then_ends_cleanly(
 def test_a_cluster_that_is_not_there_is_one_message(tmp_path: Path, environment: dict[str, str]) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        address = f"http://127.0.0.1:{free.getsockname()[1]}"
+        address = f"127.0.0.1:{free.getsockname()[1]}"
     command = [sys.executable, "-m", "teachercache.jobs.cli", "submit", "demo", "--address", address]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "does not take the job" in done.stderr
+    assert f"nothing that answers at http://{address}" in done.stderr
     assert len(done.stderr.splitlines()) <= 6
