@@ -1,10 +1,9 @@
 """Distillation losses from what is stored of a teacher on the adjoint grid: p and ‖t‖, no teacher map.
 
 With U the bilinear upsampling from the student's grid to the teacher's, p is the student map whose upsampling
-is nearest to t (`teachercache.pipeline.grids.nearest`), so Uᵀt = UᵀU p, and <U s, t> = <U s, U p> = <p, UᵀU
-s>. Hence SAK's flattened cosine and the squared error follow exactly, in value and gradient. Other losses see
-t only through U p, the part of it that upsampled maps can reach: they are exact where the teacher's grid is
-the coarser one and approximate elsewhere. benchmarks/grids.py measures how well.
+is nearest to t, so Uᵀt = UᵀU p: SAK's flattened cosine and the squared error follow exactly, in value and
+gradient. Other losses see t only through U p, and are exact where the teacher's grid is the coarser one
+(docs/codecs.md, Grids).
 
 Shapes: B batch, C channels, h×w the student's grid; `grid` = (H, W) is the teacher's.
 """

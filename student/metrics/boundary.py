@@ -24,7 +24,6 @@ from teachercache.student.metrics.sum_metric import SumMetric, check_same_shape
 Floats = npt.NDArray[np.floating]
 Counts = npt.NDArray[np.int64]
 
-_TASKS_PER_IMAGE = 2  # so that a single image keeps two processes busy
 _MAX_PENDING_IMAGES = 64  # bounds the memory that waiting images take
 
 
@@ -147,7 +146,7 @@ class BoundaryBenchmark(SumMetric):
         self.max_distance = max_distance
         self.nms_radius = nms_radius
         self.executor = executor
-        self._pending: deque[list[Future[Counts]]] = deque()
+        self._pending: deque[Future[Counts]] = deque()
 
     def update(self, probability_HW: Tensor | Floats, targets_AHW: Tensor | npt.NDArray) -> None:
         """Add an image: boundary probabilities in [0, 1], and the boundary map (0 or 1) of every annotator.
@@ -170,27 +169,13 @@ class BoundaryBenchmark(SumMetric):
             probability_HW = edge_nms(probability_HW, self.nms_radius)
         targets_AHW = targets_AHW.astype(bool)
 
+        image = probability_HW, targets_AHW, self.thresholds_T, self.max_distance
         if self.executor is None:
-            self._add(boundary_counts(probability_HW, targets_AHW, self.thresholds_T, self.max_distance))
+            self._add(boundary_counts(*image))
             return
-        self._pending.append(
-            [
-                self.executor.submit(
-                    boundary_counts, probability_HW, targets_AHW, thresholds_T, self.max_distance
-                )
-                for thresholds_T in (self.thresholds_T[k::_TASKS_PER_IMAGE] for k in range(_TASKS_PER_IMAGE))
-            ]
-        )
-        while len(self._pending) > _MAX_PENDING_IMAGES or (
-            self._pending and all(task.done() for task in self._pending[0])
-        ):
-            self._collect()
-
-    def _collect(self) -> None:
-        counts_T4 = np.empty((len(self.thresholds_T), 4), np.int64)
-        for k, task in enumerate(self._pending.popleft()):
-            counts_T4[k::_TASKS_PER_IMAGE] = task.result()
-        self._add(counts_T4)
+        self._pending.append(self.executor.submit(boundary_counts, *image))
+        while len(self._pending) > _MAX_PENDING_IMAGES or (self._pending and self._pending[0].done()):
+            self._add(self._pending.popleft().result())
 
     def _add(self, counts_T4: Counts) -> None:
         best = int(np.argmax(_f_measure(*_recall_and_precision(counts_T4))))
@@ -199,7 +184,7 @@ class BoundaryBenchmark(SumMetric):
 
     def state(self) -> dict[str, Tensor]:
         while self._pending:
-            self._collect()
+            self._add(self._pending.popleft().result())
         return self._sums
 
     def compute(self) -> BoundaryScores:

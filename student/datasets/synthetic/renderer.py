@@ -135,10 +135,6 @@ def _cube(o: Floats, d: Floats, stem: float) -> Floats:
     return np.where(enter < leave, enter, np.inf)
 
 
-def _room(o: Floats, d: Floats, stem: float) -> Floats:
-    return _slabs(o, d)[1].min(-1)
-
-
 def _slabs(o: Floats, d: Floats) -> tuple[Floats, Floats]:
     below, above = (-1 - o) / d, (1 - o) / d
     return np.minimum(below, above), np.maximum(below, above)
@@ -168,17 +164,13 @@ def _capsule(o: Floats, d: Floats, stem: float) -> Floats:
     return t
 
 
-def _plane(o: Floats, d: Floats, stem: float) -> Floats:
-    return -o[1] / d[..., 1]
-
-
 _INTERSECT: dict[Shape, Callable[[Floats, Floats, float], Floats]] = {
     "sphere": _sphere,
     "cube": _cube,
     "cylinder": _cylinder,
     "capsule": _capsule,
-    "room": _room,
-    "plane": _plane,
+    "room": lambda o, d, stem: _slabs(o, d)[1].min(-1),
+    "plane": lambda o, d, stem: -o[1] / d[..., 1],
 }
 
 
