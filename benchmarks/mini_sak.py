@@ -45,7 +45,7 @@ from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.records.view_policy import ViewPolicy
 from teachercache.student.datasets.scenes import write_scenes
 from teachercache.student.measuring.evaluate import evaluate
-from teachercache.student.measuring.paper_results import SIMILARITIES, paper_rows
+from teachercache.student.measuring.paper_results import PAPER, paper_rows
 from teachercache.student.measuring.task_outputs import TASK_OUTPUTS
 from teachercache.student.metrics import mtl_gain
 from teachercache.student.similarity import representation_similarity
@@ -74,8 +74,8 @@ SIMILARITY = {  # of which student, and what its row is called
     "paths": ("paths", "paths"),
 }
 PAPER_SIMILARITY = {  # over its three teachers
-    "no paths": SIMILARITIES["no adapter paths"]["mean"],
-    "paths": SIMILARITIES["adapter paths"]["mean"],
+    "no paths": PAPER["similarities"]["no adapter paths"]["mean"],
+    "paths": PAPER["similarities"]["adapter paths"]["mean"],
 }
 PRINTED = {
     row.model: row.gain

@@ -12,11 +12,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from teachercache.pipeline.errors import RecipeError
+from teachercache.student.measuring.figures import EXPERT_COLOURS
 from teachercache.student.measuring.paper_results import paper_rows, single_task_scores
 from teachercache.student.measuring.task_outputs import TASK_OUTPUTS
 from teachercache.student.metrics import mtl_gain
 
-_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
+_COLOURS = EXPERT_COLOURS[1:]  # without the stem's grey
 _SHARE = re.compile(r"(?P<model>.+), (?P<percent>[\d.]+)% of the data")
 _BACKBONE = "ViT-B"  # of all models in these figures
 

@@ -20,7 +20,7 @@ from teachercache.pipeline.grids import upsample
 from teachercache.pipeline.records.strict import Size
 from teachercache.student.datasets import LabelledDataset
 from teachercache.student.measuring.evaluate import batches, process_state
-from teachercache.student.measuring.paper_results import DEPTH_PROBES
+from teachercache.student.measuring.paper_results import PAPER
 from teachercache.student.metrics import RMSE
 from teachercache.student.models.stem import Stem
 from teachercache.student.models.student import NUM_LEVELS, Student
@@ -190,7 +190,7 @@ def depth_table(probes: list[DepthProbe]) -> str:
     for name in dict.fromkeys(probe.name for probe in probes):
         rmse = {probe.levels: f"{probe.rmse_m:.3f}" for probe in probes if probe.name == name}
         lines.append(f"| {name} | {rmse.get(1, '–')} | {rmse.get(NUM_LEVELS, '–')} |")
-    for name, (one, four) in DEPTH_PROBES.items():
+    for name, (one, four) in PAPER["depth_probes"].items():
         lines.append(f"| *{name} (SAK, Table 27)* | {one:.3f} | {four:.3f} |")
     return "\n".join(lines) + "\n"
 

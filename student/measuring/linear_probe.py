@@ -1,12 +1,8 @@
 """How well a linear classifier predicts the classes of images from frozen features (SAK, Table 26).
 
-probe = linear_probe(CachedTeacherFeatures(train, "dinov2"), CachedTeacherFeatures(val, "dinov2"))
-probe.top1                                                        percent
-
-The paper trains one by SGD with DINOv2's settings, together with SAK's routers. Here the classifier is the
-optimum of a convex problem, multinomial logistic regression on standardised features, so that only the
-strength of its L2 penalty has to be tuned: on a tenth of the training images. The test images are seen once,
-at the end. Under a launcher every process holds its share of the features.
+The classifier is the optimum of a convex problem, multinomial logistic regression on standardised features,
+so that only the strength of its L2 penalty has to be tuned: on a tenth of the training images
+(docs/recipes.md). Under a launcher every process holds its share of the features.
 
 N  images of this process     F  features     K  classes
 """
@@ -25,7 +21,7 @@ from teachercache.pipeline.errors import RecipeError
 from teachercache.pipeline.terminal import in_markdown
 from teachercache.student.measuring.evaluate import process_state
 from teachercache.student.measuring.image_features import ImageFeatures
-from teachercache.student.measuring.paper_results import LINEAR_PROBES
+from teachercache.student.measuring.paper_results import PAPER
 from teachercache.student.metrics import Top1
 
 STRENGTHS = tuple(10.0**exponent for exponent in range(0, -7, -1))
@@ -59,7 +55,8 @@ def probe_table(probes: Sequence[Probe]) -> str:
     lines = [f"| {data} | top-1 (% ↑) | features | L2 |", "|---|---|---|---|"]
     lines += [f"| {in_markdown(one.name)} | {one.top1:.2f} | {one.features} | {one.l2:g} |" for one in probes]
     if first.classes == _IMAGENET_CLASSES:
-        lines += [f"| *{name} (SAK, Table 26)* | {top1} | – | – |" for name, top1 in LINEAR_PROBES.items()]
+        paper = PAPER["linear_probes"].items()
+        lines += [f"| *{name} (SAK, Table 26)* | {top1} | – | – |" for name, top1 in paper]
     return "\n".join(lines) + "\n"
 
 

@@ -71,7 +71,7 @@ def backbone_of(student: Student) -> str | None:
 def _rows(kind: str) -> dict[str, tuple[PaperRow, ...]]:
     return {
         dataset: tuple(_row(tables["tasks"], *row) for row in tables.get(kind, ()))
-        for dataset, tables in _PAPER["students"].items()
+        for dataset, tables in PAPER["students"].items()
     }
 
 
@@ -82,7 +82,8 @@ def _row(
     return PaperRow(model, backbone, table, parameters_m, dict(zip(tasks, scores, strict=True)), gain)
 
 
-_PAPER = yaml.safe_load(Path(__file__).with_name("paper.yaml").read_text(encoding="utf-8"))
+PAPER: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("paper.yaml").read_text(encoding="utf-8"))
+"""All of the file, by its keys: similarities, linear and depth probes, and GMACs as they are there."""
 
 PAPER_ROWS = _rows("compared")
 """By data set: comparisons of students, by their size."""
@@ -90,20 +91,14 @@ PAPER_ROWS = _rows("compared")
 ABLATION_ROWS = _rows("ablations")
 """By data set: rows that are shown only when their table is requested."""
 
-SIMILARITIES: dict[str, dict[str, float]] = _PAPER["similarities"]
-"""Similarity, without and with adapter paths, to each teacher's maps, and the mean (SAK, Table 17)."""
-
-LINEAR_PROBES: dict[str, float] = _PAPER["linear_probes"]
-"""Top-1 accuracy of linear classifiers at 224 pixels on ImageNet-1k's validation set (SAK, Table 26)."""
-
 KPU_ROWS: list[tuple[int, str, dict[str, float], float | None]] = [
     (
         table,
         model,
-        {name: one for name, one in zip(_PAPER["kpu"]["scores"], scores, strict=False) if one},
+        {name: one for name, one in zip(PAPER["kpu"]["scores"], scores, strict=False) if one},
         mean,
     )
-    for table, model, *scores, mean in ([*row, None][:7] for row in _PAPER["kpu"]["rows"])
+    for table, model, *scores, mean in ([*row, None][:7] for row in PAPER["kpu"]["rows"])
 ]
 """Table, model, its scores in percent, and their mean where it is printed (KPU, Tables 1 to 3)."""
 
@@ -114,19 +109,10 @@ def kpu_rows(
     """By title, the rows of KPU's tables (of one, or all) with some of these scores; none for a data set
     that is not the paper's. Raises `RecipeError` for another table."""
     require_known("table of KPU", str(table or 1), ["1", "2", "3"])
-    if _PAPER["kpu"]["classes"].get(dataset) != classes:
+    if PAPER["kpu"]["classes"].get(dataset) != classes:
         return {}
     return {
         f"{model} (KPU, Table {number})": found
         for number, model, found, _ in KPU_ROWS
         if table in (None, number) and found.keys() & set(scores)
     }
-
-
-DEPTH_PROBES: dict[str, tuple[float, float]] = {
-    model: (one, four) for model, (one, four) in _PAPER["depth_probes"].items()
-}
-"""RMSE in metres of a linear layer on the last level and on four, on NYUd's test images (SAK, Table 27)."""
-
-GMACS: dict[str, int] = _PAPER["gmacs"]
-"""Of an image through the ViT-L student, and with its teachers through all (SAK, Table 21)."""

@@ -18,13 +18,7 @@ from teachercache.cache_builder.teachers import resolve_teacher
 from teachercache.jobs.recipes import SHIPPED, find_recipe
 from teachercache.jobs.train_dry_run import plan_training
 from teachercache.student.datasets import dataset_class
-from teachercache.student.measuring.paper_results import (
-    DEPTH_PROBES,
-    GMACS,
-    KPU_ROWS,
-    SIMILARITIES,
-    paper_rows,
-)
+from teachercache.student.measuring.paper_results import KPU_ROWS, PAPER, paper_rows
 from teachercache.student.models.student import TeacherFacts
 from teachercache.student.training.first_student import first_student
 from teachercache.student.training.train_plan import make_train_plan
@@ -167,12 +161,12 @@ def test_figures_of_stage_1_and_of_probes_are_those_that_the_papers_print() -> N
         ("base …", "adapter paths"),
         ("base … student.adapter_paths=false", "no adapter paths"),
     ):
-        dinov2, clip, sam, mean = map("{:.4f}".format, SIMILARITIES[student].values())
+        dinov2, clip, sam, mean = map("{:.4f}".format, PAPER["similarities"][student].values())
         (line,) = (row for row in ROWS if row["command"].partition(" output=")[0] == f"sak_stage1_{recipe}")
         assert line["expected"].startswith(
             f"similarity {dinov2} to DINOv2, {clip} to CLIP, {sam} to SAM; {mean}"
         )
-    dinov2, clip, sam, mean = map("{:.2f}".format, SIMILARITIES["adapter paths"].values())
+    dinov2, clip, sam, mean = map("{:.2f}".format, PAPER["similarities"]["adapter paths"].values())
     similarity = (
         f"similarity {mean} on the validation set (DINOv2 {dinov2}, CLIP {clip}, SAM {sam}; Table 17)"
     )
@@ -180,7 +174,7 @@ def test_figures_of_stage_1_and_of_probes_are_those_that_the_papers_print() -> N
     for table in (1, 2):
         assert f"top-1 {scores_of(table, 'KPU')[3]} of a linear layer" in header_of("kpu_base")
     three, one, dino = (
-        "{:.3f} and {:.3f}".format(*DEPTH_PROBES[model])
+        "{:.3f} and {:.3f}".format(*PAPER["depth_probes"][model])
         for model in (
             "SAK of 3 teachers, ViT-B/16",
             "SAK of DINOv2, ViT-B/16",
@@ -188,7 +182,8 @@ def test_figures_of_stage_1_and_of_probes_are_those_that_the_papers_print() -> N
         )
     )
     assert f"{three} m for SAK of three teachers, {one} for SAK of DINOv2, {dino} for DINOv2." in page
-    assert f"the paper has {GMACS['student']} and {GMACS['all']} in the last two places" in page
+    student, in_all = PAPER["gmacs"].values()
+    assert f"the paper has {student} and {in_all} in the last two places" in page
     (oracle,) = (row for row in paper_rows("pascal_context", None, 2) if row.model == "Oracle of teachers")
     assert f"in Table 12: {' '.join(f'{score:.2f}' for score in oracle.scores.values())}." in page
 

@@ -21,7 +21,7 @@ from teachercache.jobs.recipes import SHIPPED, find_recipe, verb_of
 from teachercache.jobs.train_dry_run import plan_training
 from teachercache.pipeline.errors import RecipeError
 from teachercache.pipeline.records.strict import Size
-from teachercache.student.measuring.paper_results import GMACS
+from teachercache.student.measuring.paper_results import PAPER
 from teachercache.student.models.student import TeacherFacts
 from teachercache.student.training.first_student import first_student
 from teachercache.student.training.student_recipe import KpuRecipe, SakRecipe, StudentRecipe
@@ -86,8 +86,8 @@ def test_hours_are_arithmetic_over_rate() -> None:
     arguments: dict[str, Any] = {"num_samples": 1280, "processes": 8, "row_bytes": 1000}
     plan = make_train_plan(recipe, student, teachers, tflops_per_gpu=100, **arguments)
     gmacs = plan.size.gmacs
-    assert gmacs == pytest.approx(GMACS["student"] * 1.08, rel=0.01)
-    assert gmacs - plan.size.attention_gmacs == pytest.approx(GMACS["student"], rel=0.01)
+    assert gmacs == pytest.approx(PAPER["gmacs"]["student"] * 1.08, rel=0.01)
+    assert gmacs - plan.size.attention_gmacs == pytest.approx(PAPER["gmacs"]["student"], rel=0.01)
     assert (plan.steps, plan.images) == (300, 38_400)
     # Backward computes twice what forward does, but no gradient of the pixels.
     assert plan.gpu_hours == pytest.approx(38_400 * 3 * 2 * gmacs * 1e9 / 100e12 / 3600, rel=2e-3)
