@@ -1,6 +1,7 @@
 """`teachercache train RECIPE --dry-run`: the cost of a run, by its cache or, if it does not exist yet, by the
 recipe that builds the cache."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import RenderableType
@@ -79,24 +80,20 @@ def costs_table(recipe: TrainRecipe, plan: TrainPlan) -> RenderableType:
         for name, spec in _cache(one)[1].teachers.items()
         if one.teachers is None or name in one.teachers
     }
-    costs = {
+    costs: dict[str, tuple[Sequence[int], float, float]] = {
         name: (spec.image_size, teacher_parameters(spec), teacher_gmacs(spec)) for name, spec in specs.items()
     }
     size = plan.size
     costs["student"] = plan.image_size, size.num_parameters, size.gmacs - size.attention_gmacs
+    _, parameters, gmacs = zip(*costs.values(), strict=True)
+    costs["all"] = (), sum(parameters), sum(gmacs)
     columns = {
         name: {
-            "input": f"{image_size[0]}×{image_size[1]}",
+            "input": "×".join(map(str, image_size)),
             "#Param": f"{parameters / 1e6:,.0f}M",
             "GMACs, without attention's own": f"{gmacs:,.0f}",
         }
         for name, (image_size, parameters, gmacs) in costs.items()
-    }
-    _, parameters, gmacs = zip(*costs.values(), strict=True)
-    columns["all"] = {
-        "input": "",
-        "#Param": f"{sum(parameters) / 1e6:,.0f}M",
-        "GMACs, without attention's own": f"{sum(gmacs):,.0f}",
     }
     return columns_table("Table 21", columns)
 

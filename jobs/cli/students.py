@@ -152,10 +152,8 @@ def repsim(
         stem=stem,
         max_samples=max_samples,
     )
-    if as_json:
-        print_json({name: {"levels": s.levels, "mean": s.mean} for name, s in found.items()})
-    else:
-        console.print(similarity_table(found))
+    record = {name: {"levels": one.levels, "mean": one.mean} for name, one in found.items()}
+    print_result(record, similarity_table(found), as_json)
 
 
 def probe(

@@ -37,14 +37,14 @@ def counting(doing: str, total: int) -> Iterator[Callable[..., None]]:
         yield partial(bar.advance, bar.add_task(doing, total=total))
 
 
-def print_result(record: object, markdown: str, as_json: bool) -> None:
-    """A result as JSON, or as text."""
+def print_result(record: object, shown: object, as_json: bool) -> None:
+    """A result as JSON, or as what is shown of it: text in Markdown, or what rich draws."""
     if as_json:
         print_json(record)
     else:
         from rich.markdown import Markdown
 
-        console.print(Markdown(markdown))
+        console.print(Markdown(shown) if isinstance(shown, str) else shown)
 
 
 def print_json(data: object) -> None:

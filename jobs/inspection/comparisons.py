@@ -44,7 +44,7 @@ class Comparisons:
         per_teacher = _KEPT_ROWS * len(cache.teachers)
         self._predictions = lru_cache(_KEPT_ROWS)(self._predict)
         self._trial = lru_cache(per_teacher)(self._try_codec)
-        self._unit = lru_cache(per_teacher)(self._normalised)
+        self._unit = lru_cache(per_teacher)(lambda *where: F.normalize(self._map(*where), dim=-1))
         self.features = lru_cache(_KEPT_DRAWINGS)(self._features)
         self.student_features = lru_cache(_KEPT_DRAWINGS)(self._student_features)
         self.student_error = lru_cache(_KEPT_DRAWINGS)(self._student_error)
@@ -95,9 +95,6 @@ class Comparisons:
         if level >= len(maps_SHWC):
             raise CacheError(f"this teacher has {len(maps_SHWC)} levels")
         return maps_SHWC[level]
-
-    def _normalised(self, teacher: str, row: int, level: int) -> Tensor:
-        return F.normalize(self._map(teacher, row, level), dim=-1)
 
     def _prediction(self, teacher: str, row: int, level: int) -> Tensor:
         """The student's map (H, W, C) on the grid of the teacher's."""

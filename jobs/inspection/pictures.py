@@ -16,13 +16,13 @@ with extra("view"):
 matplotlib.use("agg")
 
 
-def pca_maps(cache: FeatureCache, path: Path, num_samples: int = 3, seed: int = 0) -> None:
+def pca_maps(cache: FeatureCache, path: Path, num_samples: int = 3) -> None:
     """Write a PNG: one line a sample, the image and then every teacher's levels as PCA-RGB maps.
 
     The three components are computed over all shown samples together, so equal colours within a
     column mean equal features. Raises `CacheError` where no row can be read.
     """
-    reader = MapReader(cache, num_rows=num_samples, seed=seed)
+    reader = MapReader(cache, num_rows=num_samples)
     if not reader.rows:
         raise CacheError(
             "There is nothing to draw yet.",
@@ -36,7 +36,10 @@ def pca_maps(cache: FeatureCache, path: Path, num_samples: int = 3, seed: int = 
             basis = reader.basis(name, level)
             pictures = [basis.picture(reader.maps(name, row)[level]) for row in reader.rows]
             columns.append((f"{name}\n{level_name(spec, level)}", pictures))
-    picture_grid(columns, _title(cache)).savefig(path)
+    random = ", ".join(cache.spec.random_weights)
+    weights = f" (random weights: {random})" if random else ""
+    title = f"First three principal components of each teacher's levels{weights}"
+    picture_grid(columns, title).savefig(path)
 
 
 def loss_curve(metrics: Path, path: Path) -> list[float]:
@@ -58,9 +61,3 @@ def loss_curve(metrics: Path, path: Path) -> list[float]:
     axes.legend()
     figure.savefig(path, dpi=110)
     return losses
-
-
-def _title(cache: FeatureCache) -> str:
-    random = ", ".join(cache.spec.random_weights)
-    weights = f" (random weights: {random})" if random else ""
-    return f"First three principal components of each teacher's levels{weights}"

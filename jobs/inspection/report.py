@@ -195,7 +195,12 @@ def _codecs(reader: MapReader, teacher: TeacherMaps) -> Section:
     tried = rows[: min(_TRIAL_ROWS, max(len(rows) // 2, 1))]
     others = rows[len(tried) :] or tried
     names = [n for n in codec_names() if n != teacher.spec.codec and get_codec(n).reported]
-    found = {name: _trial(reader, teacher.name, name, others, tried) for name in names}
+    found: dict[str, CodecTrial | str] = {}  # or why the codec cannot
+    for name in names:
+        try:
+            found[name] = try_codec(name, reader, teacher.name, others, tried)
+        except CodecError as error:
+            found[name] = error.problem
     trials = [trial for trial in found.values() if isinstance(trial, CodecTrial)]
     curves = {trial.codec: trial.error_RSHW.flatten().numpy() for trial in trials}
     drawn = (
@@ -220,16 +225,6 @@ def _codecs(reader: MapReader, teacher: TeacherMaps) -> Section:
         "Codecs with rings encode too slowly for this page: see `view`. What the stored codec itself lost "
         "is measured when a cache is built: see the first table.",
     )
-
-
-def _trial(
-    reader: MapReader, teacher: str, codec: str, others: Sequence[int], tried: Sequence[int]
-) -> CodecTrial | str:
-    """What the codec makes of the `tried` rows, or why it cannot."""
-    try:
-        return try_codec(codec, reader, teacher, others, tried)
-    except CodecError as error:
-        return error.problem
 
 
 def _trial_facts(codec: str, trial: CodecTrial | str) -> list[str]:

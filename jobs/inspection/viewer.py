@@ -110,11 +110,12 @@ def make_server(explorer: Explorer, server_name: str) -> uvicorn.Server:
     if server_name in _LOOPBACK:  # a page elsewhere must not reach this server through a name of its own
         guards.insert(0, Middleware(TrustedHostMiddleware, allowed_hosts=list(_LOOPBACK)))
     closed: dict[str, Any] = {"docs_url": None, "redoc_url": None, "openapi_url": None}
+    no_such_event = {KeyError: lambda *_: PlainTextResponse(_NOT_OURS, 400)}
     app = gr.mount_gradio_app(
         FastAPI(**closed, middleware=guards),
         build(explorer),
         path="/",
-        app_kwargs={**closed, "exception_handlers": {KeyError: _no_such_event}},
+        app_kwargs={**closed, "exception_handlers": no_such_event},
         allowed_paths=[],
         ssr_mode=False,
         enable_monitoring=False,
@@ -125,10 +126,6 @@ def make_server(explorer: Explorer, server_name: str) -> uvicorn.Server:
         css=STYLE,
     )
     return uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1))
-
-
-def _no_such_event(*_: object) -> PlainTextResponse:
-    return PlainTextResponse(_NOT_OURS, 400)
 
 
 class _OnlyWhatIsNeeded:
@@ -199,7 +196,8 @@ def build(explorer: Explorer) -> gr.Blocks:
         board = gr.HTML(elem_id="board", js_on_load=_PICK_PATCH)
 
         def list_samples(text: str | None, page: int, selection: Selection) -> tuple[int, str, str]:
-            found = explorer.search(_typed(text), page)
+            half = (text or "")[:_MAX_SEARCH].encode(errors="replace")  # browsers may send half a character
+            found = explorer.search(half.decode(), page)
             words = f"{found.page + 1:,} / {found.num_pages:,} · {found.total:,} found"
             return found.page, words, explorer.strip(found.samples, selection)
 
@@ -275,11 +273,6 @@ def _list_only(preprocess: Callable[[list[Any]], list[Any]]) -> Callable[[list[A
         return preprocess(payload)
 
     return checked
-
-
-def _typed(text: str | None) -> str:
-    """Browsers may send half a character, which no key holds."""
-    return (text or "")[:_MAX_SEARCH].encode(errors="replace").decode()
 
 
 def _numbers(event: gr.EventData, *names: str) -> list[float]:
