@@ -134,15 +134,10 @@ def enlarge_and_pad(pixels_B3HW: Tensor, size: Size) -> Tensor:
 
 
 def _jittered(image: Image.Image, view: View) -> Image.Image:
-    if view.brightness != 1:
-        image = F.adjust_brightness(image, view.brightness)
-    if view.contrast != 1:
-        image = F.adjust_contrast(image, view.contrast)
-    if view.saturation != 1:
-        image = F.adjust_saturation(image, view.saturation)
-    if view.hue != 0:
-        image = F.adjust_hue(image, view.hue)
-    return image
+    steps = F.adjust_brightness, F.adjust_contrast, F.adjust_saturation
+    for adjust, factor in zip(steps, (view.brightness, view.contrast, view.saturation), strict=True):
+        image = adjust(image, factor) if factor != 1 else image
+    return F.adjust_hue(image, view.hue) if view.hue != 0 else image
 
 
 def _distorted(image: Image.Image, view: View) -> Image.Image:
@@ -219,10 +214,8 @@ def _nearest(low: float, high: float, source: int, rendered: int) -> Indices:
 
 def draw_view(policy: ViewPolicy, sample_key: str, width: int, height: int, view_index: int) -> View:
     """The view that `draw_views` gives for this sample: for looking at a policy, not for reading a cache."""
-    table = draw_views(
-        policy, [sample_key], np.array([width]), np.array([height]), (view_index, view_index + 1)
-    )
-    return ViewTable(table, policy.photometric).view(0)
+    sides, views = (np.array([width]), np.array([height])), (view_index, view_index + 1)
+    return ViewTable(draw_views(policy, [sample_key], *sides, views), policy.photometric).view(0)
 
 
 def draw_views(

@@ -25,41 +25,31 @@ class RowIndex:
 
     def __init__(self, segments: Sequence[Segment]) -> None:
         self._segments = tuple(segments)
-        self._first_rows = np.array([segment.first_row for segment in segments], np.int64)
-        self._first_lines = np.cumsum([0, *(segment.num_rows for segment in segments)])[:-1]
+        parts = [(s.first_row, s.num_rows, s.samples[0], s.views[0], s.num_views) for s in segments]
+        self._parts = np.array(parts, np.int64).T
+        self._first_lines = np.cumsum(self._parts[1]) - self._parts[1]
 
     def rows(self, samples: ArrayLike, views: ArrayLike) -> Ints:
         """Rows of (sample, view) pairs. Raises `IndexError` for a pair that no segment holds."""
         samples, views = np.broadcast_arrays(np.asarray(samples, np.int64), np.asarray(views, np.int64))
         rows = np.full(samples.shape, -1, np.int64)
         for segment in self._segments:
-            held = (
-                (samples >= segment.samples[0])
-                & (samples < segment.samples[1])
-                & (views >= segment.views[0])
-                & (views < segment.views[1])
-            )
-            within = (samples - segment.samples[0]) * segment.num_views + views - segment.views[0]
+            (start, end), (first, last) = segment.samples, segment.views
+            held = (start <= samples) & (samples < end) & (first <= views) & (views < last)
+            within = (samples - start) * segment.num_views + views - first
             rows = np.where(held, segment.first_row + within, rows)
         if (rows < 0).any():
-            first = np.argmax(rows.ravel() < 0)
-            raise IndexError(
-                f"sample {samples.ravel()[first]}, view {views.ravel()[first]} is not in this cache"
-            )
+            at = np.argmax(rows.ravel() < 0)
+            raise IndexError(f"sample {samples.ravel()[at]}, view {views.ravel()[at]} is not in this cache")
         return rows
 
     def locate(self, rows: ArrayLike) -> tuple[Ints, Ints, Ints]:
         """(samples, views, lines in the view table) of rows. Raises `IndexError` for an unknown row."""
         rows = np.asarray(rows, np.int64)
-        number = np.searchsorted(self._first_rows, rows, side="right") - 1
-        samples, views, lines = (np.zeros(rows.shape, np.int64) for _ in range(3))
-        for i, segment in enumerate(self._segments):
-            inside = (number == i) & (rows < segment.first_row + segment.num_rows)
-            within = rows - segment.first_row
-            samples = np.where(inside, segment.samples[0] + within // segment.num_views, samples)
-            views = np.where(inside, segment.views[0] + within % segment.num_views, views)
-            lines = np.where(inside, self._first_lines[i] + within, lines)
-            number = np.where(inside, i, np.where(number == i, -1, number))
-        if (number < 0).any():
-            raise IndexError(f"row {rows.ravel()[np.argmax(number.ravel() < 0)]} is not in this cache")
-        return samples, views, lines
+        number = np.searchsorted(self._parts[0], rows, side="right") - 1
+        first_rows, num_rows, samples, views, num_views = self._parts[:, number]
+        within = rows - first_rows
+        unknown = (within < 0) | (within >= num_rows)
+        if unknown.any():
+            raise IndexError(f"row {rows.ravel()[np.argmax(unknown.ravel())]} is not in this cache")
+        return samples + within // num_views, views + within % num_views, self._first_lines[number] + within
