@@ -3,24 +3,13 @@
 from collections.abc import Iterator
 from functools import partial
 from posixpath import basename, splitext
-from typing import NamedTuple
 
 import pyarrow as pa
 
 from teachercache.pipeline.errors import SourceError
 from teachercache.pipeline.sources.keys import printable
 from teachercache.pipeline.sources.source import SampleRows, is_image_name, kind_of
-from teachercache.pipeline.sources.tar import TarSource, read_range, tar_members
-
-
-class _ClassTar(NamedTuple):
-    """A member of the outer tar, in bytes [start, end): usually a class, else a `problem`."""
-
-    path: str
-    name: str
-    start: int
-    end: int
-    problem: str | None
+from teachercache.pipeline.sources.tar import TarMember, TarSource, read_range, tar_members
 
 
 class ILSVRCSource(TarSource):
@@ -31,11 +20,11 @@ class ILSVRCSource(TarSource):
 
     kind = "ilsvrc"
 
-    def _units(self) -> Iterator[_ClassTar]:
-        for path, nbytes in self._tars():
+    def _units(self) -> Iterator[tuple[str, TarMember]]:
+        """(path, member) of outer tars: usually a class, else a `problem`."""
+        for path, nbytes in self._containers():
             with self.place.storage.open_read(path) as file:
                 for member in tar_members(file, 0, nbytes):
-                    end = member.offset + member.nbytes
                     if is_image_name(member.name):
                         raise SourceError(
                             f"{path} is not a tar of class tars.",
@@ -44,22 +33,22 @@ class ILSVRCSource(TarSource):
                             do="give the path of that tar alone, or set kind: webdataset for a flat one",
                         )
                     if member.problem is None or is_class_tar(member.name):
-                        yield _ClassTar(path, member.name, member.offset, end, None)
+                        yield path, member._replace(problem=None)
                     if member.problem is not None:
-                        yield _ClassTar(path, member.name, member.offset, end, member.problem)
+                        yield path, member
 
-    def _scan_unit(self, unit: _ClassTar) -> pa.Table:
-        path, name, start, end, problem = unit
+    def _scan_unit(self, unit: tuple[str, TarMember]) -> pa.Table:
+        path, (name, start, nbytes, problem) = unit
         rows = SampleRows()
         if problem is not None:
-            rows.reject(path, start, end - start, problem, name)
+            rows.reject(path, start, nbytes, problem, name)
             return rows.table()
         if not is_class_tar(name):
             rows.left_out[kind_of(name)] += 1
             return rows.table()
         wnid = splitext(basename(name))[0]
         with self.place.storage.open_read(path) as file:
-            for member in tar_members(file, start, end, rows.left_out):
+            for member in tar_members(file, start, start + nbytes, rows.left_out):
                 key = splitext(member.name)[0]
                 if member.problem is not None:
                     rows.reject(path, member.offset, member.nbytes, member.problem, key)

@@ -5,7 +5,7 @@ or names.
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache
 from posixpath import splitext
 from threading import Lock
@@ -46,9 +46,10 @@ class ParquetSource(Source):
     """
 
     kind = "parquet"
+    container = ".parquet"
 
     def _units(self) -> Iterator[_RowGroup]:
-        for path, _ in self._containers(".parquet"):
+        for path, _ in self._containers():
             try:
                 footer = _footer(self.place.storage.url, path)
             except pa.ArrowInvalid as error:
@@ -60,9 +61,6 @@ class ParquetSource(Source):
                 num_rows = footer.row_group(group).num_rows
                 yield _RowGroup(path, group, first_row, num_rows)
                 first_row += num_rows
-
-    def _other_files(self) -> Iterable[str]:
-        return self._no_containers(".parquet")
 
     def _scan_unit(self, unit: _RowGroup) -> pa.Table:
         rows = SampleRows()

@@ -41,6 +41,7 @@ class Source(ABC):
     """Images at a place. Holds no open file: picklable, safe to fork and to use from threads."""
 
     kind: ClassVar[str]
+    container: ClassVar[str] = ""  # the suffix of files that hold images
 
     def __init__(self, place: Place) -> None:
         self.place = place
@@ -64,7 +65,8 @@ class Source(ABC):
 
     def _other_files(self) -> Iterable[str]:
         """The kind of each file that a scan leaves out before it reaches units."""
-        return ()
+        files = self.place.files() if self.container else ()
+        return (kind_of(path) for path, _ in files if not self._is_container(path))
 
     def listing(self) -> str:
         """xxh3-128, in hex, of the names and sizes of this source's files: no file is opened."""
@@ -146,16 +148,16 @@ class Source(ABC):
         with pool:
             yield from ordered_map(pool, self._scan_unit, units, workers * _UNITS_AHEAD_PER_WORKER)
 
-    def _containers(self, suffix: str) -> Iterator[tuple[str, int]]:
+    def _is_container(self, path: str) -> bool:
+        return splitext(path)[1].lower() == self.container and not basename(path).startswith("._")
+
+    def _containers(self) -> Iterator[tuple[str, int]]:
         """(path, bytes) of the tars or Parquet files of this place."""
         for path, nbytes in self.place.files():
-            if _is_container(path, suffix):
+            if self._is_container(path):
                 if problem := name_problem(path):
                     raise SourceError(f"{printable(path)} cannot be read.", got=problem, do="rename the file")
                 yield path, nbytes
-
-    def _no_containers(self, suffix: str) -> Iterator[str]:
-        return (kind_of(path) for path, _ in self.place.files() if not _is_container(path, suffix))
 
     def _unchanged(self, data: bytes | None, path: str, nbytes: int) -> bytes:
         if data is None or len(data) != nbytes:
@@ -257,10 +259,6 @@ def left_out_line(num_images: int, left_out: Counter[str]) -> str | None:
     if rest := left_out.total() - sum(count for _, count in named):
         kinds.append(f"{rest:,} of other kinds")
     return f"Images in the source: {num_images:,}. Left out: {left_out.total():,} ({', '.join(kinds)})."
-
-
-def _is_container(path: str, suffix: str) -> bool:
-    return splitext(path)[1].lower() == suffix and not basename(path).startswith("._")
 
 
 def no_image_error(location: str, names: Iterable[str], problem: str) -> EmptySourceError:

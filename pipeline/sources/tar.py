@@ -3,7 +3,7 @@
 import math
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from posixpath import dirname, normpath
 from posixpath import join as join_path
 from typing import IO, NamedTuple, Self
@@ -135,14 +135,10 @@ def read_range(file: IO[bytes], offset: int, nbytes: int) -> bytes:
 class TarSource(Source):
     """A tar, or the tars of a folder or pattern."""
 
-    def _tars(self) -> Iterator[tuple[str, int]]:
-        return self._containers(".tar")
-
-    def _other_files(self) -> Iterable[str]:
-        return self._no_containers(".tar")
+    container = ".tar"
 
     def _names(self) -> Iterator[str]:
         yield from super()._names()
-        for path, nbytes in self._tars():
+        for path, nbytes in self._containers():
             with self.place.storage.open_read(path) as file:
                 yield from (f"{path}/{member.name}" for member in tar_members(file, 0, nbytes))

@@ -47,7 +47,7 @@ class WebDatasetSource(TarSource):
     kind = "webdataset"
 
     def _units(self) -> Iterator[tuple[str, int]]:
-        return self._tars()
+        return self._containers()
 
     def _scan_unit(self, unit: tuple[str, int]) -> pa.Table:
         path, tar_nbytes = unit
