@@ -45,7 +45,7 @@ from teachercache.pipeline.records.manifest import SAMPLES_NAME, SPEC_NAME, VIEW
 from teachercache.pipeline.records.spec import IMAGES, CacheSpec, DatasetSpec, TeacherSpec
 from teachercache.pipeline.records.stats_files import write_tables
 from teachercache.pipeline.records.tables import with_views_hashes
-from teachercache.pipeline.sources import left_out_line
+from teachercache.pipeline.sources.source import left_out_line
 from teachercache.pipeline.terminal import Terminal
 
 _PROBE_NBYTES = 1 << 14  # a full disk still accepts empty files
@@ -81,9 +81,8 @@ def prepare(recipe: BuildRecipe, console: Console) -> tuple[Draft, CacheSpec, Pl
     with problems.noted():
         if manifest.exists():
             drafted = extend(recipe, drafted, manifest)
-    if drafted.growth:
-        grown = f"The cache at {storage.url} grows by {', '.join(drafted.growth)}."
-        console.print(Text(grown), soft_wrap=True)
+    if drafted.stored and (added := growth(drafted.stored[0], drafted.spec)):
+        console.print(Text(f"The cache at {storage.url} grows by {', '.join(added)}."), soft_wrap=True)
     with problems.noted():  # before the teachers are loaded
         _require_other_tables(recipe, drafted)
     problems.require_none()
@@ -196,7 +195,8 @@ def _establish(recipe: BuildRecipe, manifest: Manifest, drafted: Draft, runner: 
         hashes = runner.weights_hashes()
     if grows:
         calibrations = _calibrations(recipe, drafted, runner, hashes)
-        if _is_overtaken(manifest, drafted):
+        id_when_drafted = drafted.stored[0].cache_id if drafted.stored else None
+        if manifest.exists() and manifest.spec().cache_id != id_when_drafted:
             drafted = draft(recipe)  # the other job may have listed newer images
     with manifest.storage.exclusive(SPEC_NAME):
         established = drafted.spec
@@ -256,11 +256,6 @@ def _new_arrays(drafted: Draft) -> list[str]:
     return [name for name in drafted.spec.with_arrays if name in new]
 
 
-def _is_overtaken(manifest: Manifest, drafted: Draft) -> bool:
-    id_when_drafted = drafted.stored[0].cache_id if drafted.stored else None
-    return manifest.exists() and manifest.spec().cache_id != id_when_drafted
-
-
 def _require_same_rows(manifest: Manifest, spec: CacheSpec, established: CacheSpec) -> None:
     """Raises `CacheMismatchError` unless `spec` has the rows of `established`, under the same numbers."""
     if _rows(established, established) != _rows(spec, established):
@@ -289,10 +284,12 @@ def _with_findings(
     """`spec` with the hashes of new teachers' weights and of their codecs' tables."""
     teachers, fidelity = dict(spec.teachers), dict(spec.fidelity)
     for name in _without_weights(spec):
-        teachers[name] = kept_teacher(manifest, spec, name, hashes[name]) or _calibrated(
-            manifest, teachers[name], name, hashes[name], calibrations[name]
-        )
-        fidelity[name] = calibrations[name].fidelity
+        teacher = kept_teacher(manifest, spec, name, hashes[name])
+        if teacher is None:
+            tables = calibrations[name].tables
+            found = {"tables_hash": write_tables(manifest.storage, name, tables) if tables else None}
+            teacher = teachers[name].model_copy(update=found | {"weights_hash": hashes[name]})
+        teachers[name], fidelity[name] = teacher, calibrations[name].fidelity
     return spec.changed(teachers=teachers, fidelity=fidelity)
 
 
@@ -300,8 +297,8 @@ def _write(manifest: Manifest, drafted: Draft, spec: CacheSpec) -> None:
     """Write the spec last: tables may be longer than it says. Recorded checkpoints stay."""
     stored = drafted.stored[0] if drafted.stored else None
     if stored is None or stored.segments != spec.segments:
-        manifest.write_samples(drafted.samples)
-        manifest.write_views(drafted.views)
+        manifest.write_table(SAMPLES_NAME, drafted.samples)
+        manifest.write_table(VIEWS_NAME, drafted.views)
         old = len(stored.segments) if stored else 0  # an older cache has no hashes, and does not get any now
         new = with_views_hashes(spec, drafted.views)[old:]
         spec = spec.changed(segments=(*spec.segments[:old], *new))
@@ -311,14 +308,6 @@ def _write(manifest: Manifest, drafted: Draft, spec: CacheSpec) -> None:
 
 def _without_weights(spec: CacheSpec) -> list[str]:
     return [name for name, teacher in spec.teachers.items() if teacher.weights_hash is None]
-
-
-def _calibrated(
-    manifest: Manifest, teacher: TeacherSpec, name: str, weights_hash: str, calibration: Calibration
-) -> TeacherSpec:
-    tables = calibration.tables
-    tables_hash = write_tables(manifest.storage, name, tables) if tables else None
-    return teacher.model_copy(update={"weights_hash": weights_hash, "tables_hash": tables_hash})
 
 
 def _count_unreported(

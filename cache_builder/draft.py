@@ -66,11 +66,6 @@ class Draft:
         photometric = self.spec.views.photometric
         return CalibrationSample.draw(self.source, self.samples, self.views, num_rows, photometric)
 
-    @property
-    def growth(self) -> list[str]:
-        """What the recipe adds to the cache that is there, in words."""
-        return [] if self.stored is None else growth(self.stored[0], self.spec)
-
 
 def growth(old: CacheSpec, new: CacheSpec) -> list[str]:
     """What `new` has and `old` has not, in words."""

@@ -23,8 +23,7 @@ def kept_teacher(manifest: Manifest, spec: CacheSpec, name: str, weights_hash: s
         "tables_hash": manifest.storage.checksum(tables) if has_tables else None,
     }
     teacher = spec.teachers[name].model_copy(update=hashes)
-    teachers = {**spec.teachers, name: teacher}
-    whole = CacheSpec.model_validate(spec.model_dump() | {"teachers": teachers, "cache_id": ""})
+    whole = spec.changed(teachers={**spec.teachers, name: teacher})
     store = FeatureCache(manifest.storage, whole).store
     for shard, record in manifest.commits(name, shards).items():
         if (problem := record_problem(record, whole, store.shard_files(name, shard))) is not None:

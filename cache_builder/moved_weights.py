@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from pydantic import Field
 
 from teachercache.cache_builder.build_recipe import RunnerRecipe
-from teachercache.pipeline.errors import CacheError
 from teachercache.pipeline.records.spec import CacheSpec
 from teachercache.pipeline.records.strict import Strict
 
@@ -35,14 +34,8 @@ def with_checkpoints(spec: CacheSpec, checkpoints: Mapping[str, str | None]) -> 
 
     Raises `CacheError` for a teacher that `spec` does not have.
     """
-    if unknown := checkpoints.keys() - spec.teachers.keys():
-        raise CacheError(
-            "This cache has no teacher of that name.",
-            got=", ".join(f"teachers.{name}.checkpoint" for name in sorted(unknown)),
-            expected=f"one of {', '.join(spec.teachers)}",
-        )
     teachers = {
-        name: spec.teachers[name].model_copy(update={"checkpoint": path})
-        for name, path in checkpoints.items()
+        name: spec.teachers[name].model_copy(update={"checkpoint": checkpoints[name]})
+        for name in spec.check_teachers(list(checkpoints))
     }
     return spec.model_copy(update={"teachers": {**spec.teachers, **teachers}})

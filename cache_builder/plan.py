@@ -115,12 +115,19 @@ class Plan:
         return {"teachers": self.views_per_s, "decoding": 1 / decode_s, "storage": storage}
 
     def require(self, budget: int | None) -> None:
-        """Raises what `require_space` and `require_budget` do, or both as one."""
+        """Raises as `require_space`, and where the whole cache would take more than `budget` bytes."""
         problems = Problems()
         with problems.noted():
             self.require_space()
-        with problems.noted():
-            self.require_budget(budget)
+        if budget is not None and self.total_bytes > budget:
+            problems.append(
+                DiskSpaceError(
+                    "The cache is larger than its budget.",
+                    got=f"{human_bytes(self.total_bytes)} with the grids and codecs of the recipe",
+                    expected=f"at most {human_bytes(budget)}",
+                    do="run `teachercache plan` with this budget: it says which grids and codecs keep to it",
+                )
+            )
         problems.require_none()
 
     def require_space(self) -> None:
@@ -131,16 +138,6 @@ class Plan:
                 got=f"{human_bytes(self.free_bytes)} free at {self.url}",
                 expected=f"{human_bytes(self.missing_bytes)} for what is still to be built",
                 do="choose another place (cache=…), fewer views, or a smaller grid and codec",
-            )
-
-    def require_budget(self, budget: int | None) -> None:
-        """Raises `DiskSpaceError` when the whole cache would take more than `budget` bytes."""
-        if budget is not None and self.total_bytes > budget:
-            raise DiskSpaceError(
-                "The cache is larger than its budget.",
-                got=f"{human_bytes(self.total_bytes)} with the grids and codecs of the recipe",
-                expected=f"at most {human_bytes(budget)}",
-                do="run `teachercache plan` with this budget: it says which grids and codecs keep to it",
             )
 
 

@@ -78,10 +78,8 @@ def _rebuild(cache: FeatureCache, problem: Problem) -> None:
                 continue
             if tables is None:
                 cache.store.create(problem.teacher)
-            elif problem.file == SAMPLES_NAME:
-                cache.manifest.write_samples(tables)
             else:
-                cache.manifest.write_views(tables)
+                cache.manifest.write_table(problem.file, tables)
             return
 
 
@@ -101,35 +99,29 @@ def _tables(cache: FeatureCache, problem: Problem) -> pa.Table | None:
 
 
 def _scan(cache: FeatureCache) -> pa.Table:
-    samples = cache.source.scan(workers=os.cpu_count() or 1)
-    if (fingerprint := dataset_fingerprint(samples)) != cache.spec.dataset.fingerprint:
-        raise CacheMismatchError(
-            f"The images at {cache.source.location} are not those of the cache.",
-            got=f"{samples.num_rows} samples with fingerprint {fingerprint}",
-            expected=f"{cache.num_samples} samples with fingerprint {cache.spec.dataset.fingerprint}",
-            do=f"restore the images as they were, or {SAMPLES_NAME} from a copy",
-        )
-    if (actual_hash := labels_hash(samples)) != (cache.spec.dataset.labels_hash or actual_hash):
-        raise CacheMismatchError(
-            f"The labels at {cache.source.location} are not those of the cache.",
-            got=f"labels with hash {actual_hash}",
-            expected=cache.spec.dataset.labels_hash,
-            do=f"restore the labels as they were, or {SAMPLES_NAME} from a copy",
-        )
+    samples, dataset = cache.source.scan(workers=os.cpu_count() or 1), cache.spec.dataset
+    do = f"restore them as they were, or {SAMPLES_NAME} from a copy"
+    hashes = dataset_fingerprint(samples), labels_hash(samples)
+    _require_same(f"The images at {cache.source.location}", hashes[0], dataset.fingerprint, do)
+    _require_same(f"The labels at {cache.source.location}", hashes[1], dataset.labels_hash, do)
     return samples
 
 
 def _draw(cache: FeatureCache, samples: pa.Table) -> pa.Table:
-    drawn = [(segment, draw_segment(cache.spec.views, segment, samples)) for segment in cache.spec.segments]
-    for segment, lines in drawn:
-        if (actual_hash := views_hash(lines, segment.samples[0])) != (segment.views_hash or actual_hash):
-            raise CacheMismatchError(
-                "The views drawn on this machine are not those of the cache.",
-                got=f"views with hash {actual_hash}",
-                expected=segment.views_hash,
-                do=f"restore {VIEWS_NAME} from a copy, or repair it on a machine like that of the build",
-            )
-    return pa.concat_tables([lines for _, lines in drawn])
+    segments = cache.spec.segments
+    drawn = [draw_segment(cache.spec.views, segment, samples) for segment in segments]
+    do = f"restore {VIEWS_NAME} from a copy, or repair it on a machine like that of the build"
+    for segment, lines in zip(segments, drawn, strict=True):
+        found = views_hash(lines, segment.samples[0])
+        _require_same("The views drawn on this machine", found, segment.views_hash, do)
+    return pa.concat_tables(drawn)
+
+
+def _require_same(what: str, found: str, stated: str | None, do: str) -> None:
+    """Raises `CacheMismatchError` for a hash other than the cache states, if it states one."""
+    if stated not in (None, found):
+        problem = f"{what} are not those of the cache."
+        raise CacheMismatchError(problem, got=f"hash {found}", expected=f"hash {stated}", do=do)
 
 
 def _extract(

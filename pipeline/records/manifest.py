@@ -146,15 +146,12 @@ class Manifest:
 
     def create(self, spec: CacheSpec, samples: pa.Table, views: pa.Table) -> None:
         """Write the tables, then `cache.json`, which makes the cache exist."""
-        self.write_samples(samples)
-        self.write_views(views)
+        self.write_table(SAMPLES_NAME, samples)
+        self.write_table(VIEWS_NAME, views)
         self.write_spec(spec)
 
-    def write_samples(self, samples: pa.Table) -> None:
-        self.storage.write(SAMPLES_NAME, table_bytes(samples))
-
-    def write_views(self, views: pa.Table) -> None:
-        self.storage.write(VIEWS_NAME, table_bytes(views))
+    def write_table(self, name: str, table: pa.Table) -> None:
+        self.storage.write(name, table_bytes(table))
 
     def write_spec(self, spec: CacheSpec) -> None:
         """Raises `CacheError` for a spec that no reader would accept."""
@@ -216,7 +213,7 @@ class Manifest:
         Of several jobs that computed the same shard, one publishes it, files and records together.
         Raises `AlreadyCommittedError` for the others, which call `waiting` until then.
         """
-        with self.storage.exclusive(publishing_name(shard), waiting):
+        with self.storage.exclusive(f"commits/{shard:05d}", waiting):
             committed = [teacher for teacher in teachers if self.is_committed(teacher, shard)]
             if committed:
                 raise AlreadyCommittedError(
@@ -367,11 +364,6 @@ def moments_name(teacher: str, shard: int) -> str:
 
 def commit_name(teacher: str, shard: int) -> str:
     return f"commits/{teacher}/{shard:05d}.json"
-
-
-def publishing_name(shard: int) -> str:
-    """The lock that a process holds while it changes a shard."""
-    return f"commits/{shard:05d}"
 
 
 def quarantine_name(shard: int) -> str:

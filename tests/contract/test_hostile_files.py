@@ -399,7 +399,7 @@ def test_views_of_any_numbers_give_our_errors(folder: Path, data: st.DataObject)
     views = views.slice(0, data.draw(st.sampled_from([len(views), 0, 1])))
     before = (folder / "views.parquet").read_bytes()
     try:
-        Manifest(open_storage(folder)).write_views(views)
+        Manifest(open_storage(folder)).write_table("views.parquet", views)
         cache = FeatureCache.open(folder)
         with suppress(TeacherCacheError):
             verify(cache, full=True)

@@ -73,6 +73,6 @@ def test_views_that_its_policy_does_not_draw_are_found(cache: Path) -> None:
     opened = FeatureCache.open(cache)
     table = opened.manifest.views(opened.spec)
     moved = table.set_column(2, "left", table["right"]).set_column(4, "right", table["left"])
-    opened.manifest.write_views(moved)
+    opened.manifest.write_table("views.parquet", moved)
     (problem,) = verify(FeatureCache.open(cache), full=True)
     assert "is not what the view policy draws" in problem.reason

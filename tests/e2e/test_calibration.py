@@ -222,7 +222,7 @@ def test_a_budget_is_kept_at_the_least_loss(tmp_path: Path, images: Path) -> Non
     for share in (1.0, 0.6, 0.3, 0.12, 0.05):
         budget = plan.fixed_bytes + int(share * features)
         chosen = choose(available, plan, budget)
-        prepare(as_recommended(recipe, chosen), QUIET)[2].require_budget(budget)
+        prepare(as_recommended(recipe, chosen), QUIET)[2].require(budget)
         losses.append(sum(option.loss for option in chosen.values()))
         least = budget
     assert losses == sorted(losses)

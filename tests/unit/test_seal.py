@@ -43,5 +43,5 @@ def test_people_may_use_the_words_of_a_seal(tmp_path: Path, text: str) -> None:
     assert manifest.quarantine() == [entry]
     cache = make_cache(tmp_path / "cache", make_images(tmp_path / "images", 2))
     samples = cache.samples.set_column(1, "path", pa.array([text, text]))
-    cache.manifest.write_samples(samples)
+    cache.manifest.write_table("samples.parquet", samples)
     assert cache.manifest.samples(cache.spec).equals(samples)
