@@ -41,7 +41,8 @@ from rich.table import Table
 from benchmarks import build as build_benchmark
 from benchmarks import step as step_benchmark
 from benchmarks.photographs import write_photographs
-from teachercache.cache_builder.teachers import build_teacher, resolve_teacher, teacher_gmacs
+from teachercache.cache_builder.teachers import build_teacher, resolve_teacher
+from teachercache.cache_builder.teachers.flops import teacher_gmacs
 from teachercache.cache_builder.teachers.teacher_recipe import TeacherRecipe
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.codecs import get_codec, quantized

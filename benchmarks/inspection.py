@@ -34,8 +34,8 @@ from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.places.open_storage import open_storage
 from teachercache.pipeline.records.manifest import CommitRecord, FileRecord, Manifest
 from teachercache.pipeline.records.spec import CacheSpec, DatasetSpec, Segment, TeacherSpec
+from teachercache.pipeline.records.tables import SAMPLE_SCHEMA, dataset_fingerprint
 from teachercache.pipeline.records.view_policy import ViewPolicy
-from teachercache.pipeline.sources import SAMPLE_SCHEMA, dataset_fingerprint
 from teachercache.pipeline.stores.feature_store import teacher_layouts
 from teachercache.pipeline.stores.shard_format import CHECKSUM_NBYTES, index_nbytes
 from teachercache.pipeline.stores.zarr_store import shard_file

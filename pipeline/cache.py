@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from teachercache.pipeline.codecs import Codec, Encoded
-from teachercache.pipeline.errors import CacheError, IncompleteCacheError, explain
+from teachercache.pipeline.errors import ArgumentError, CacheError, IncompleteCacheError
 from teachercache.pipeline.places.open_storage import open_storage
 from teachercache.pipeline.places.storage import Storage
 from teachercache.pipeline.records.array_layout import ArrayLayout
@@ -115,7 +115,7 @@ class FeatureCache:
 
     @property
     def samples(self) -> pa.Table:
-        """One line per sample, `teachercache.pipeline.sources.SAMPLE_SCHEMA`."""
+        """One line per sample, `records.tables.SAMPLE_SCHEMA`."""
         return self._samples.table
 
     @cached_property
@@ -321,13 +321,11 @@ class FeatureCache:
 def _row_numbers(rows: ArrayLike) -> NDArray[np.int64]:
     numbers = np.atleast_1d(np.asarray(rows))
     if numbers.ndim != 1 or (numbers.size and numbers.dtype.kind not in "iu"):
-        raise ValueError(
-            explain(
-                "Rows must be a list of whole numbers.",
-                got=f"{numbers.dtype} of shape {numbers.shape}",
-                expected="a number or a list of numbers",
-                do="turn a mask into numbers with np.flatnonzero(); find the rows of samples with "
-                "cache.index.rows()",
-            )
+        raise ArgumentError(
+            "Rows must be a list of whole numbers.",
+            got=f"{numbers.dtype} of shape {numbers.shape}",
+            expected="a number or a list of numbers",
+            do="turn a mask into numbers with np.flatnonzero(); find the rows of samples with "
+            "cache.index.rows()",
         )
     return numbers.astype(np.int64)

@@ -48,7 +48,7 @@ def presets() -> None:
 
     Example: `teachercache presets`
     """
-    from teachercache.cache_builder.teachers import presets
+    from teachercache.cache_builder.teachers.registry import presets
 
     table = Table("preset", Column("model", overflow="fold"), "sees views at")
     for name, preset in presets().items():

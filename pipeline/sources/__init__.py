@@ -11,21 +11,14 @@ import os
 from itertools import islice
 from posixpath import basename, splitext
 
-from teachercache.pipeline.errors import RecipeError, SourceError
-from teachercache.pipeline.records.tables import SAMPLE_SCHEMA, dataset_fingerprint
-from teachercache.pipeline.sources.decode import MAX_PIXELS, decode_image
+from teachercache.pipeline.errors import SourceError, require_known
+from teachercache.pipeline.sources.decode import decode_image
 from teachercache.pipeline.sources.ilsvrc import ILSVRCSource
 from teachercache.pipeline.sources.image_folder import ImageFolderSource
 from teachercache.pipeline.sources.parquet import ParquetSource
 from teachercache.pipeline.sources.place import Place
 from teachercache.pipeline.sources.several import SeveralSources
-from teachercache.pipeline.sources.source import (
-    PHOTO_SUFFIXES,
-    Source,
-    is_image_name,
-    left_out_line,
-    no_image_error,
-)
+from teachercache.pipeline.sources.source import PHOTO_SUFFIXES, Source, is_image_name, no_image_error
 from teachercache.pipeline.sources.tar import tar_members
 from teachercache.pipeline.sources.webdataset import WebDatasetSource
 
@@ -48,13 +41,7 @@ def open_source(location: str | os.PathLike[str], kind: str = "auto") -> Source:
     """
     if kind == SeveralSources.kind:
         return SeveralSources.at(os.fspath(location), open_source)
-    if kind != "auto" and kind not in _SOURCES:
-        raise RecipeError(
-            "There is no source of this kind.",
-            got=repr(kind),
-            expected=f"auto, or one of {', '.join(_SOURCES)}",
-            do="leave it at auto, which looks at the files",
-        )
+    require_known("kind of source", kind, ("auto", *_SOURCES), "leave it at auto, which looks at the files")
     place = Place.at(location)
     return _SOURCES[_look(place) if kind == "auto" else kind](place)
 
@@ -90,12 +77,4 @@ def _look_into_tar(place: Place, path: str, nbytes: int) -> str:
     return ILSVRCSource.kind if holds_tars else WebDatasetSource.kind
 
 
-__all__ = [
-    "MAX_PIXELS",
-    "SAMPLE_SCHEMA",
-    "Source",
-    "dataset_fingerprint",
-    "decode_image",
-    "left_out_line",
-    "open_source",
-]
+__all__ = ["Source", "decode_image", "open_source"]

@@ -4,12 +4,10 @@ Keys and paths begin with the name of their source. The location is a JSON objec
 …}}, or {name: path} where the kinds are to be detected.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
-from typing import Any
+from typing import Any, Self
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -31,7 +29,7 @@ class SeveralSources(Source):
         )
 
     @classmethod
-    def at(cls, location: str, open_one: Callable[[str, str], Source]) -> SeveralSources:
+    def at(cls, location: str, open_one: Callable[[str, str], Source]) -> Self:
         """Raises `SourceError` for a location that does not name them, and what `open_one` raises."""
         sources = {}
         for name, place in places(location).items():

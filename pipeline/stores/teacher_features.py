@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from teachercache.pipeline.codecs import Codec, Encoded, get_codec, torch_dtype
-from teachercache.pipeline.errors import CacheError, IncompleteCacheError, explain
+from teachercache.pipeline.errors import ArgumentError, CacheError, IncompleteCacheError
 from teachercache.pipeline.records.array_layout import ArrayLayout
 from teachercache.pipeline.records.manifest import RESTORE_TABLES, tables_name
 from teachercache.pipeline.records.sample_table import SampleTable
@@ -128,11 +128,9 @@ def _first_rows(
         fits = (buffer.shape, buffer.dtype, buffer.device.type) == (shape, dtype, "cpu")
         if fits and buffer.is_contiguous():
             return buffer
-    raise ValueError(
-        explain(
-            f"The buffer for {name} does not fit.",
-            got="none" if buffer is None else f"{buffer.dtype} {tuple(buffer.shape)} on {buffer.device}",
-            expected=f"{dtype} {shape}, contiguous, on the CPU",
-            do="make the buffers with cache.buffers(), for as many rows as you read at once",
-        )
+    raise ArgumentError(
+        f"The buffer for {name} does not fit.",
+        got="none" if buffer is None else f"{buffer.dtype} {tuple(buffer.shape)} on {buffer.device}",
+        expected=f"{dtype} {shape}, contiguous, on the CPU",
+        do="make the buffers with cache.buffers(), for as many rows as you read at once",
     )

@@ -26,11 +26,11 @@ from teachercache.cache_builder.teachers import (
     Teacher,
     TeacherRecipe,
     build_teacher,
-    presets,
     resolve_teacher,
-    teacher_gmacs,
 )
 from teachercache.cache_builder.teachers import grounding_dino as module
+from teachercache.cache_builder.teachers.flops import teacher_gmacs
+from teachercache.cache_builder.teachers.registry import presets
 from teachercache.pipeline.errors import MissingExtraError, TeacherInputError, WeightsNotFoundError
 from teachercache.pipeline.verify import verify
 from tests.make_cache import build_recipe, make_images

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from typer.testing import CliRunner
 
 from teachercache.cache_builder.build_recipe import BuildRecipe
-from teachercache.cache_builder.teachers import presets
+from teachercache.cache_builder.teachers.registry import presets
 from teachercache.jobs.cli import VERBS, app
 from teachercache.jobs.cli.listing import _rooms
 from teachercache.jobs.recipes import SHIPPED, find_recipe, verb_of

@@ -20,18 +20,10 @@ from teachercache.pipeline.errors import (
     SourceError,
     SourceNotFoundError,
 )
-from teachercache.pipeline.sources import (
-    SAMPLE_SCHEMA,
-    dataset_fingerprint,
-    decode_image,
-    image_folder,
-    left_out_line,
-    open_source,
-    parquet,
-)
-from teachercache.pipeline.sources import (
-    source as source_module,
-)
+from teachercache.pipeline.records.tables import SAMPLE_SCHEMA, dataset_fingerprint
+from teachercache.pipeline.sources import decode_image, image_folder, open_source, parquet
+from teachercache.pipeline.sources import source as source_module
+from teachercache.pipeline.sources.source import left_out_line
 from tests.images import encode, exif, photo, tar_bytes, write_folder, write_parquet
 
 KINDS = ["image_folder", "webdataset", "parquet", "ilsvrc"]
@@ -292,7 +284,7 @@ def test_kinds_side_by_side_are_not_guessed(tmp_path: Path) -> None:
 
 
 def test_an_unknown_kind(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="auto, or one of image_folder, webdataset, parquet, ilsvrc"):
+    with pytest.raises(RecipeError, match="one of auto, image_folder, webdataset, parquet, ilsvrc"):
         open_source(tmp_path, "hdf5")
 
 

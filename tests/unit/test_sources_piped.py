@@ -10,7 +10,8 @@ from teachercache import FeatureCache
 from teachercache.cache_builder.draft import draft
 from teachercache.pipeline.errors import SourceError
 from teachercache.pipeline.places.own_places import is_followed
-from teachercache.pipeline.sources import dataset_fingerprint, open_source
+from teachercache.pipeline.records.tables import dataset_fingerprint
+from teachercache.pipeline.sources import open_source
 from tests.images import encode, photo, tar_bytes, write_folder
 from tests.make_cache import build_recipe, make_cache, make_images
 

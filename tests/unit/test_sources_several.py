@@ -13,7 +13,8 @@ from teachercache import build
 from teachercache.cache_builder.build_recipe import BuildRecipe
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import SourceError, SourceNotFoundError
-from teachercache.pipeline.sources import dataset_fingerprint, open_source
+from teachercache.pipeline.records.tables import dataset_fingerprint
+from teachercache.pipeline.sources import open_source
 from tests.make_cache import build_recipe, make_images
 
 TINY = {"tiny": {"model": "test_vit", "pretrained": False, "codec": "f32", "image_size": 32}}

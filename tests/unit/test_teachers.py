@@ -32,10 +32,10 @@ from teachercache.cache_builder.teachers import (
     Teacher,
     TeacherRecipe,
     build_teacher,
-    presets,
     resolve_teacher,
-    teacher_gmacs,
 )
+from teachercache.cache_builder.teachers.flops import teacher_gmacs
+from teachercache.cache_builder.teachers.registry import presets
 from teachercache.cache_builder.teachers.sam_attention import fold_positions
 from teachercache.cache_builder.teachers.teacher import autocast, preprocess, weights_hash
 from teachercache.pipeline.errors import (
