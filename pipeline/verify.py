@@ -1,13 +1,6 @@
-"""Is every file of a cache what was written? What each file must be is stated elsewhere:
+"""Is every file of a cache what was written? docs/operations.md lists by what each is known.
 
-shards, image tars      size and checksum in their commit records
-commit records          a checksum in themselves, the cache's content ids and row numbers, and, of one
-                        shard, the same source images
-sample and view table   a checksum in themselves, the hashes of samples, labels and views in the spec
-zarr.json               follows from the spec; those above the teachers' may be missing
-codec tables            a checksum in the spec
-quarantine lists        a checksum in themselves, the invalid rows of the records
-cache.json              a checksum in itself; without it there is no cache to open
+The zarr.json files above the teachers' may be missing: older caches have none.
 """
 
 from collections import defaultdict

@@ -11,14 +11,9 @@ the input of everything after the image side (encoder, query selection, decoder)
 | 3     | 64     | its fourth, by a 3×3 convolution of stride 2   |
 
 These maps are the blocks of this teacher, in the form in which `GroundingDinoModel` flattens them, before any
-text. Their grids differ, so a teacher holds one map: by its presets block 1, whose stride is a student's
-patch. To plug in the decoder, make four teachers, with `block_indices` [0] to [3]: a build computes them in
-one forward pass, that of the last. Stages of Swin that a map does not need are cut off, and their weights do
+text. Their grids differ, so a teacher holds one map, and a build computes those of four such teachers in one
+forward pass (docs/operations.md). Stages of Swin that a map does not need are cut off, and their weights do
 not enter the hash.
-
-Views are rendered at the size to which its processor resizes images: the shorter side to 800 or, if that is
-smaller, the longer one to 1333, then to the nearest multiples of 32, Swin's last stride. A square view
-becomes 800×800, with grids of 100, 50, 25 and 13.
 """
 
 from collections.abc import Collection, Iterable, Sequence

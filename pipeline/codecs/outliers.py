@@ -1,10 +1,8 @@
 """Massive activations: single values so large that nothing else of their token would survive beside them.
 
-Transformers grow one or two channels that are hundreds of times the rest in a few tokens (Sun et al. 2024,
-"Massive Activations in Large Language Models", which finds them in CLIP and DINOv2 too). A mean and a std
-that count them say nothing about the channel's other values; a token that keeps them has a scale at which
-its other channels vanish. So calibration leaves them out, and encoding takes the values of each level that
-stand out most out of the features before anything else, and stores them by themselves.
+Sun et al. 2024, "Massive Activations in Large Language Models", finds them in CLIP and DINOv2 too.
+Calibration leaves them out, and encoding stores the values of each level that stand out most by themselves;
+docs/codecs.md says why.
 
 Shapes: R rows, S levels, H×W grid of N tokens, C channels, K slots of a level.
 """

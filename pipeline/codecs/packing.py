@@ -1,8 +1,6 @@
-"""Codes of 1 to 8 bits, packed without gaps along the last axis.
+"""Codes of 1 to 8 bits, packed without gaps along the last axis: a little-endian bit stream for each token.
 
-The codes of one token are one little-endian bit stream: code i is the bits i·b … i·b + b − 1, and bit j of
-the stream is bit j % 8 (0 the lowest) of byte j // 8. The last byte is filled up with zeros. This is
-`np.packbits(…, bitorder="little")` of the codes' bits, lowest first.
+This is `np.packbits(…, bitorder="little")` of the codes' bits, lowest first.
 """
 
 import math

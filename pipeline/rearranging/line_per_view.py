@@ -1,9 +1,4 @@
-"""Export a line for each view, as a Parquet file or a Lance data set: for searches, probes and `datasets`.
-
-key, view, row, label     string, int32, int64, string (null where the sample has none)
-<teacher>                 the mean token of one level: fixed-size list of float32
-<teacher>.cls             its class token, where the cache stores it
-"""
+"""Export a line for each view, to Parquet or Lance; docs/cache_format.md has the columns."""
 
 import posixpath
 from typing import Literal

@@ -1,15 +1,7 @@
-"""Export a cache as the data set that Theia's training code reads.
+"""Export a cache as the data set that Theia's training code reads: docs/cache_format.md has the files.
 
-Layout of github.com/bdaiinstitute/theia, `doc/dataset_format.md` and `theia/dataset/data_utils.py`:
-
-    <out>/<dataset>/images/<dataset>_<split>-000000-<split>.tar     <key>.image, a uint8 (H, W, 3) npy
-    <out>/<dataset>/<teacher>/<dataset>_<split>-000000-<split>.tar  <key>.<teacher>.safetensors
-    <out>/<dataset>/splits.json                                     samples of each split
-    <out>/<dataset>/<dataset>_<split>.json                          what the split was made from; ours alone
-
-`embedding` is (C, H, W) and `cls_token` (C,), both bfloat16, of one level: Theia learns from one map per
-teacher. Its loader zips the columns, so all tars hold the same samples in the same order; a sample that any
-teacher lacks is left out. Each view becomes a sample, with exactly the pixels that the teachers saw.
+The layout is that of github.com/bdaiinstitute/theia, `doc/dataset_format.md` and
+`theia/dataset/data_utils.py`. Its loader zips the columns, so all tars hold the same samples in one order.
 """
 
 import io
@@ -86,8 +78,10 @@ def export_theia(
                             add_member(tar, f"{key}.{suffix}", data)
                         tar.write(TAR_END)
                 progress(len(rows[part]))
-        splits = dict.fromkeys(_SPLITS, 0) | _splits(storage, dataset) | {split: len(rows)}
-        storage.write(f"{dataset}/splits.json", (json.dumps(splits, indent=2) + "\n").encode())
+        name = f"{dataset}/splits.json"  # where others' splits stay: validation images are another cache
+        known = json.loads(storage.read(name)) if storage.exists(name) else {}
+        splits = {one: known.get(one, 0) for one in _SPLITS} | {split: len(rows)}
+        storage.write(name, (json.dumps(splits, indent=2) + "\n").encode())
     return len(rows)
 
 
@@ -121,13 +115,6 @@ def _claim(storage: Storage, name: str, made_from: dict[str, Any]) -> None:
             do="choose another place (-o …), another --split or another --dataset",
         )
     storage.write(name, data)
-
-
-def _splits(storage: Storage, dataset: str) -> dict[str, int]:
-    """The splits that other exports have written, since validation images are another cache."""
-    name = f"{dataset}/splits.json"
-    counts = json.loads(storage.read(name)) if storage.exists(name) else {}
-    return {split: count for split, count in counts.items() if split in _SPLITS}
 
 
 def _keys(cache: FeatureCache, rows: NDArray[np.int64]) -> list[str]:
