@@ -104,14 +104,11 @@ def _features(
 def _measure(stored: Tensor, live: Tensor, round_trip: Tensor) -> Tensor:
     """(R, 5): cosine and largest error of the stored features, those of the round trip, largest value."""
 
-    def per_row(values: Tensor) -> Tensor:
-        return values.flatten(1)
-
     def errors(other: Tensor) -> list[Tensor]:
         cosine = F.cosine_similarity(other.double(), live.double(), dim=-1)
-        return [cosine.reshape(len(live), -1).mean(1), per_row((other - live).abs().double()).amax(1)]
+        return [cosine.reshape(len(live), -1).mean(1), (other - live).abs().double().flatten(1).amax(1)]
 
-    return torch.stack([*errors(stored), *errors(round_trip), per_row(live.abs().double()).amax(1)], 1)
+    return torch.stack([*errors(stored), *errors(round_trip), live.abs().double().flatten(1).amax(1)], 1)
 
 
 def _judge(teacher: str, what: str, measures_R5: Tensor, noise: float) -> Comparison:

@@ -1,9 +1,8 @@
 """The calibration phase: codecs learn their tables and are judged on a sample of rows."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from typing import Self
 
 import numpy as np
 import pyarrow as pa
@@ -41,7 +40,7 @@ class CalibrationSample:
         views: pa.Table,
         num_rows: int,
         photometric: Photometric = "color_jitter",
-    ) -> CalibrationSample:
+    ) -> Self:
         usable = np.flatnonzero(np.asarray(samples["status"]) == "ok")
         count = min(int(num_rows * _SPARE), usable.size)
         chosen = usable[np.linspace(0, usable.size - 1, count).astype(int)]

@@ -5,8 +5,6 @@ one more moves codes to the host and writes. Of two shards at once, each hides t
 last write.
 """
 
-from __future__ import annotations
-
 import os
 import platform
 import time
@@ -15,6 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
+from typing import Self
 
 import xxhash
 
@@ -93,7 +92,7 @@ class ShardExtractor:
         self._progressed_at: dict[int, float] = {}
         self._abandoned = False
 
-    def __enter__(self) -> ShardExtractor:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -19,11 +19,8 @@ class StageSeconds:
     def stage(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        self.add(name, time.perf_counter() - start)
-
-    def add(self, name: str, seconds: float) -> None:
         with self._lock:
-            self.totals[name] += seconds
+            self.totals[name] += time.perf_counter() - start
 
 
 def bottleneck(seconds: Mapping[str, float], wall: float) -> str:

@@ -44,10 +44,9 @@ def presets() -> dict[str, Preset]:
 
 def find_preset(name: str) -> Preset:
     """The preset `name`. Raises `UnknownTeacherError`."""
-    try:
-        return presets()[name]
-    except KeyError:
-        raise _unknown("preset", name) from None
+    if name not in presets():
+        raise _unknown("preset", name)
+    return presets()[name]
 
 
 def find_model(model: str) -> Preset:

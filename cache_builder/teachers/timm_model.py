@@ -10,7 +10,7 @@ Leave out `img_size` for architectures that take any size: those for which
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
 
@@ -18,7 +18,7 @@ import timm
 import torch
 from timm.layers import resample_abs_pos_embed
 from timm.models import get_model_input_config
-from torch import Tensor, nn
+from torch import nn
 
 from teachercache.cache_builder.teachers.weights import (
     differing,
@@ -72,20 +72,14 @@ def create_model(spec: TeacherSpec) -> Any:
     try:
         return _load(spec, {"file": spec.checkpoint})
     except WeightsNotFoundError:
-        weights = _inner_weights(spec)
+        weights = None
+        with suppress(Exception):  # timm has met and logged it too
+            weights = inner_weights(spec.checkpoint, blank_model(spec.model).state_dict())
         if weights is None:
             raise
     model = _load(spec, {"state_dict": weights})
     del model.pretrained_cfg["state_dict"]
     return model
-
-
-def _inner_weights(spec: TeacherSpec) -> dict[str, Tensor] | None:
-    assert spec.checkpoint is not None
-    try:
-        return inner_weights(spec.checkpoint, blank_model(spec.model).state_dict())
-    except Exception:  # timm has met and logged it too
-        return None
 
 
 def _load(spec: TeacherSpec, overlay: dict[str, Any] | None) -> Any:

@@ -82,16 +82,8 @@ def to_xarray(cache: FeatureCache, teachers: Sequence[str] | None = None) -> xar
                 "features": lazy(_DIMENSIONS, Lazy(features, row_shape, np.float32)),
                 "valid": lazy(_DIMENSIONS[:2], Lazy(valid, (), np.bool_)),
             },
-            coords={
-                "level": np.arange(1, spec.num_levels + 1),
-                "block": ("level", list(spec.block_indices)),
-            },
-            attrs={
-                "model": spec.model,
-                "codec": spec.codec,
-                "pretrained": spec.pretrained,
-                "grid": spec.grid.kind,
-            },
+            coords={"level": np.arange(1, spec.num_levels + 1), "block": ("level", [*spec.block_indices])},
+            attrs=spec.model_dump(include={"model", "codec", "pretrained"}) | {"grid": spec.grid.kind},
         )
 
     num_views = max(segment.views[1] for segment in cache.spec.segments)

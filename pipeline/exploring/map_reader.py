@@ -33,7 +33,7 @@ def level_name(teacher: TeacherSpec, level: int) -> str:
 class MapReader:
     """Maps of the teachers that can be read; `absent` says why others cannot.
 
-    `rows` are up to `num_rows` rows of one view, drawn by the seed, that every one of these teachers holds.
+    `rows` are up to `num_rows` first views, drawn by the seed, that every one of these teachers holds.
     Colours are learnt over them. `window`: of views with a margin their middle, as large as a student sees.
     """
 
@@ -43,7 +43,6 @@ class MapReader:
         teachers: Sequence[str] | None = None,
         *,
         num_rows: int = 6,
-        view: int = 0,
         seed: int = 0,
         window: bool = False,
     ) -> None:
@@ -56,16 +55,16 @@ class MapReader:
                 self.absent[name] = reason
             else:
                 self.teachers.append(name)
-        self._choice = num_rows, view, seed
+        self._choice = num_rows, seed
         self.maps: Callable[[str, int], Tensor] = lru_cache(_KEPT_ROWS * len(cache.teachers))(self._maps)
         self.tokens: Callable[[str], Tensor] = lru_cache(None)(self._tokens)
         self.basis: Callable[[str, int], PcaBasis] = lru_cache(None)(self._basis)
 
     @cached_property
     def rows(self) -> list[int]:
-        num_rows, view, seed = self._choice
+        num_rows, seed = self._choice
         order = np.random.default_rng(seed).permutation(self.cache.num_samples)
-        rows = self.cache.index.rows(order, view)
+        rows = self.cache.index.rows(order, 0)
         for name in self.teachers:
             rows = rows[self.cache.committed(name)[rows // self.cache.spec.rows_per_shard]]
         chosen: list[int] = []

@@ -57,9 +57,8 @@ def check_table(data: bytes) -> None:
         num_rows, columns = file.metadata.num_rows, file.schema_arrow
         groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
     limit = MAX_TABLE_NBYTES + MAX_NBYTES_PER_LINE * num_rows
-    nbytes = sum(
-        group.column(i).total_uncompressed_size for group in groups for i in range(group.num_columns)
-    )
+    parts = (group.column(i) for group in groups for i in range(group.num_columns))
+    nbytes = sum(part.total_uncompressed_size for part in parts)
     if num_rows > MAX_ROWS_PER_FILE_BYTE * len(data) or nbytes > limit:
         raise ValueError(f"{num_rows:,} lines of {nbytes:,} bytes in {len(data):,} bytes")
     texts = [field.name for field in columns if pa.types.is_string(field.type)]
@@ -79,9 +78,8 @@ def check_table(data: bytes) -> None:
 
 
 def _overlap(one: Segment, other: Segment) -> bool:
-    return all(
-        a[0] < b[1] and b[0] < a[1] for a, b in ((one.samples, other.samples), (one.views, other.views))
-    )
+    sides = (one.samples, other.samples), (one.views, other.views)
+    return all(a[0] < b[1] and b[0] < a[1] for a, b in sides)
 
 
 def _sizes(spec: CacheSpec) -> Iterator[tuple[str, int, int]]:
