@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterator, Mapping
 from itertools import cycle
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -22,21 +23,8 @@ with extra("view"):
 
 SERIES = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")  # Okabe & Ito, colour-blind safe
 _DASHES = ("-", "--", "-.", ":", (0, (8, 2)), (0, (4, 1, 1, 1, 1, 1)), (0, (1, 3)))  # of no common period
-_INK = "#010203"  # stands for the colour of the page's text
-_DRAWN_IN_INK = dict.fromkeys(
-    ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color"), _INK
-)
-_STYLE = _DRAWN_IN_INK | {
-    "svg.fonttype": "none",  # text stays text, in the font of the page
-    "svg.hashsalt": "teachercache",  # equal charts are equal bytes
-    "font.family": "sans-serif",
-    "font.size": 9,
-    "axes.grid": True,
-    "grid.alpha": 0.15,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-}
+_STYLE = Path(__file__).with_name("charts.mplstyle")
+_INK = "#010203"  # stands in it for the colour of the page's text
 _LEGEND_LINES = 13
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _BINS = 60
@@ -134,7 +122,7 @@ def _logarithmic(axes: Axes, which: Literal["x", "y"]) -> None:
 
 
 def _chart(draw: Callable[[Axes], None]) -> Markup:
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(fname=_STYLE):
         figure = Figure(figsize=(5.2, 2.9), layout="constrained")
         axes = figure.subplots()
         draw(axes)

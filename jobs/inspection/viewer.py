@@ -11,13 +11,13 @@ import os
 import socket
 from collections.abc import Callable
 from dataclasses import replace
-from html import escape
 from pathlib import Path
 from typing import Any
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 
 from teachercache.jobs.inspection.explorer import Explorer, Selection
+from teachercache.jobs.inspection.page import html
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.codecs import codec_names
 from teachercache.pipeline.errors import CacheError, TeacherCacheError, extra
@@ -32,7 +32,7 @@ with extra("view"):
     from starlette.responses import PlainTextResponse
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-STYLE = Path(__file__).with_name("viewer.css").read_text()
+STYLE, _PICK = (Path(__file__).with_name(name).read_text() for name in ("viewer.css", "viewer.js"))
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _FIRST_PORT, _PORTS = 7860, 100
 _MAX_SEARCH = 256
@@ -49,20 +49,6 @@ _SERVED_EXACTLY = {
     *("/", "/config", "/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt"),
     *("/gradio_api/startup-events", "/gradio_api/queue/join", "/gradio_api/queue/data", "/gradio_api/app_id"),
 }
-_PICK_SAMPLE = """
-element.addEventListener('click', event => {
-  const tile = event.target.closest('[data-sample]');
-  if (tile) trigger('click', {sample: Number(tile.dataset.sample)});
-});
-"""
-_PICK_PATCH = """
-element.addEventListener('click', event => {
-  const cell = event.target.closest('.pick');
-  if (!cell) return;
-  const box = cell.getBoundingClientRect();
-  trigger('click', {x: (event.clientX - box.left) / box.width, y: (event.clientY - box.top) / box.height});
-});
-"""
 _THIS, _OTHER, _NO_CODEC = "choose the image", "choose the other", "none"
 _NOT_OURS = "This is not what the page sends."
 
@@ -179,7 +165,7 @@ def build(explorer: Explorer) -> gr.Blocks:
             count = gr.HTML(elem_id="count", js_on_load=None)
             forward = gr.Button("more ›", elem_id="forward", size="sm")
             role = gr.Radio([_THIS, _OTHER], value=_THIS, label="A click", elem_id="role", **_BARE)
-        strip = gr.HTML(elem_id="strip", js_on_load=_PICK_SAMPLE)
+        strip = gr.HTML(elem_id="strip", js_on_load=_PICK)
         with gr.Row(elem_id="options"):
             levels = [(f"level {n + 1}", str(n)) for n in range(explorer.num_levels)]
             level = gr.Radio(levels, value=str(first.level), label="Level", elem_id="level", **_BARE)
@@ -193,7 +179,7 @@ def build(explorer: Explorer) -> gr.Blocks:
             names, value=names, label="Teachers", elem_id="teachers", visible=several, **_BARE
         )
         teachers.preprocess = _list_only(teachers.preprocess)  # type: ignore[method-assign, assignment]
-        board = gr.HTML(elem_id="board", js_on_load=_PICK_PATCH)
+        board = gr.HTML(elem_id="board", js_on_load=_PICK)
 
         def list_samples(text: str | None, page: int, selection: Selection) -> tuple[int, str, str]:
             half = (text or "")[:_MAX_SEARCH].encode(errors="replace")  # browsers may send half a character
@@ -288,8 +274,4 @@ def _numbers(event: gr.EventData, *names: str) -> list[float]:
 
 def _headline(cache: FeatureCache, state: list[str] | None = None) -> str:
     """`state`: what is missing or broken, once that is known."""
-    words = f"{cache.num_samples:,} samples" + (" · complete" if state == [] else "")
-    told = f" · <em>{escape(' · '.join(state))}</em>" if state else ""
-    random = ", ".join(cache.spec.random_weights)
-    banner = f'<p class="banner">Pictures of random weights: {escape(random)}</p>' if random else ""
-    return f"{banner}<b>{escape(cache.storage.url)}</b> · {words}{told}"
+    return str(html.headline(cache.storage.url, cache.num_samples, cache.spec.random_weights, state))
