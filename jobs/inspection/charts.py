@@ -1,7 +1,5 @@
 """Charts as SVG, drawn with matplotlib in the colours of the page they are put into, light or dark."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Callable, Iterator, Mapping
 from itertools import cycle

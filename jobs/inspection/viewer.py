@@ -4,8 +4,6 @@ The server gives what the page needs and nothing else: no file, no upload, no pr
 sends names a file, and the policy sent with the page forbids the browser to ask anyone else.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import socket

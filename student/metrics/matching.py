@@ -10,9 +10,7 @@ pixel to six outliers drawn at random, and so leaves about one pair in a thousan
 each run; `benchmarks/boundary.py` runs its code for comparison and prints the effect on odsF.
 """
 
-from __future__ import annotations
-
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -34,8 +32,8 @@ class Candidates(NamedTuple):
     cost_E: npt.NDArray[np.float64]
     outlier_cost: float
 
-    def subset(self, which_E: Ints | Bools) -> Candidates:
-        return Candidates(
+    def subset(self, which_E: Ints | Bools) -> Self:
+        return type(self)(
             self.prediction_E[which_E], self.target_E[which_E], self.cost_E[which_E], self.outlier_cost
         )
 
