@@ -162,9 +162,9 @@ class KpuStudy(mini_sak.SeedStudy):
             "loader": {"threads": 1},
         }
         result = train_decoders(DecoderRecipe.model_validate(recipe))
-        if result.decoders is None:
+        if result.saved is None:
             raise KeyboardInterrupt(f"{name} was interrupted; the same command continues it")
-        loaded, held_out = load_decoders(result.decoders), MiniScenes(self.labelled_scenes, "val")
+        loaded, held_out = load_decoders(result.saved), MiniScenes(self.labelled_scenes, "val")
         found = {
             task: evaluate_decoder(loaded, task, held_out, batch_size=16, threads=1) for task in decoders
         }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -10,11 +9,9 @@ from pydantic import Field, model_validator
 from teachercache.pipeline.records.strict import Size, Strict
 from teachercache.student.training.student_recipe import AtHome
 from teachercache.student.training.train_recipe import (
+    PLACES_AND_SPEED,
     DatasetRecipe,
-    LoaderRecipe,
-    OptimizerRecipe,
-    ScheduleRecipe,
-    Tracker,
+    RunRecipe,
     TrainRecipe,
     Weight,
     flatten,
@@ -33,7 +30,7 @@ class DecoderInput(Strict):
     teachers: tuple[str, ...] | None = Field(None, description="Whose features it reads of it; null: all.")
 
 
-class DecoderRecipe(Strict):
+class DecoderRecipe(RunRecipe):
     """Decoders, by names of your choice, trained side by side: each step takes a batch of each, and their
     losses add up (KPU, "Implementation Details").
 
@@ -44,20 +41,7 @@ class DecoderRecipe(Strict):
     student: AtHome | None = Field(None, description="A folder that `train` wrote; null: on teachers.")
     learns: bool = Field(False, description="Train the student too.")
     image_size: Size = Field((512, 512), description="Of images in pixels; multiples of 32.")
-    output: AtHome = Field(description="The folder that the run writes.")
     decoders: dict[str, DecoderInput] = Field(min_length=1)
-    optimizer: OptimizerRecipe = OptimizerRecipe()
-    schedule: ScheduleRecipe
-    gradient_accumulation_steps: int = Field(1, ge=1, description="Batches that make up a step.")
-    clip_norm: float = Field(0.0, ge=0, description="Longest gradient that is kept whole; 0: all are.")
-    mixed_precision: Literal["no", "bf16"] = Field("bf16", description="Of the forward pass, not the losses.")
-    seed: int = Field(0, ge=0, description="Of the order and of new weights.")
-    resume: bool = Field(True, description="Go on from the last checkpoint in output.")
-    checkpoint_every_steps: int = Field(1000, ge=1, description="Steps from one checkpoint to the next.")
-    keep_checkpoints: int = Field(2, ge=1, description="How many of the last stay.")
-    log_every_steps: int = Field(50, ge=1, description="Steps from one line of the log to the next.")
-    trackers: tuple[Tracker, ...] = Field(("tensorboard",), description="Logs beside the run's own file.")
-    loader: LoaderRecipe = LoaderRecipe()
 
     validation: ClassVar[None] = None  # what other runs have, and their log asks for
     picture_every_steps: ClassVar[int] = 0
@@ -80,26 +64,16 @@ class DecoderRecipe(Strict):
         return self
 
     @property
-    def checkpoint_folder(self) -> Path:
-        return Path(self.output) / "checkpoints"
-
-    def images_per_step(self, num_processes: int) -> int:
-        """Images of one optimizer step, over all decoders and processes."""
-        images = sum(one.batch_size_per_process for one in self.decoders.values())
-        return images * self.gradient_accumulation_steps * num_processes
+    def batch_sizes(self) -> list[int]:
+        return [one.batch_size_per_process for one in self.decoders.values()]
 
 
 AnyRecipe = TrainRecipe | DecoderRecipe
 
-_PLACES_AND_SPEED = {
-    *("student", "output", "resume", "checkpoint_every_steps", "keep_checkpoints", "log_every_steps"),
-    *("trackers", "loader", "gradient_accumulation_steps"),
-}
-
 
 def decoder_run_identity(recipe: DecoderRecipe, facts: dict[str, Any]) -> dict[str, Any]:
     """As `run_identity`: what decides the numbers of a run. `facts` stand for the contents of its folders."""
-    said = recipe.model_dump(mode="json", exclude=_PLACES_AND_SPEED)
+    said = recipe.model_dump(mode="json", exclude=PLACES_AND_SPEED | {"student"})
     for one in said["decoders"].values():
         del one["cache"], one["dataset"]["root"], one["batch_size_per_process"]
     return flatten(said | facts)

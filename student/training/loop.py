@@ -12,26 +12,28 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils import get_total_norm
-from torch.optim import Optimizer
 
 from teachercache.pipeline.errors import TrainingError
 from teachercache.pipeline.loading.loader import Batch
 from teachercache.pipeline.stop_request import StopRequest
-from teachercache.student.losses.weighting import Famo, Losses
+from teachercache.student.losses.weighting import Losses
+from teachercache.student.similarity import Similarity
 from teachercache.student.timing import StageTimer
 from teachercache.student.training.checkpoint import save_checkpoint
-from teachercache.student.training.decoder_recipe import AnyRecipe, DecoderRecipe
 from teachercache.student.training.device_batches import DeviceBatches
 from teachercache.student.training.run_log import RunLog
+from teachercache.student.training.train_recipe import TrainRecipe
+
+if TYPE_CHECKING:
+    from teachercache.student.training.run import Run
 
 _NAMED = 5
 
@@ -46,7 +48,7 @@ class Objective(Protocol):
 
 @dataclass
 class LoopResult:
-    """`seconds` are sums over the `steps` that were taken, by stage."""
+    """`seconds` are sums over the `steps` that were taken, by stage; `similarity` as of `RunLog`."""
 
     next_step: int
     steps: int = 0
@@ -54,6 +56,7 @@ class LoopResult:
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     wall_s: float = 0.0
     interrupted: bool = False
+    similarity: Mapping[str, Similarity] = field(default_factory=dict)
 
 
 @dataclass
@@ -81,45 +84,38 @@ class _Taken:
 
 @dataclass
 class TrainingLoop:
-    """Minimises `objective(batches, timer) -> (loss, terms to log)` on every process of `accelerator`.
+    """Minimises `objective(batches, timer) -> (loss, terms to log)` on every process of `run`.
 
-    `identity`: what checkpoints say of the run. `not_finite`: what of the data of some rows is not finite, by
-    input. `famo` learns from each step, for which the batches are looked at again.
+    `not_finite`: what of the data of some rows is not finite, by input. FAMO learns from each step, for which
+    the batches are looked at again.
     """
 
-    accelerator: Accelerator
-    recipe: AnyRecipe
-    model: nn.Module
-    optimizer: Optimizer
+    run: Run
     objective: Objective
-    learning_rate: Callable[[int], float]
-    identity: Mapping[str, Any]
-    not_finite: Sequence[Callable[[NDArray], list[str]]]
-    famo: Famo | None = None
+    not_finite: Sequence[Callable[[NDArray], list[str]]] = ()
 
     def __post_init__(self) -> None:
+        self.recipe, self.accelerator, self.model = self.run.recipe, self.run.accelerator, self.run.model
         self._on_device = DeviceBatches(self.accelerator.device)
 
-    def run(
-        self, batches: Iterator[Sequence[Batch]], first_step: int, total_steps: int, log: RunLog
-    ) -> LoopResult:
-        """Take the steps `first_step`, …, `total_steps - 1`, or fewer when SIGTERM or Ctrl-C comes.
+    def take_steps(self, batches: Iterator[Sequence[Batch]], log: RunLog) -> LoopResult:
+        """Those that are left of the run, or fewer when SIGTERM or Ctrl-C comes.
 
         What a step gave is read when the next one is under way, so that no GPU waits for the host; a run may
         thus stop a step later. Raises `TrainingError` when the loss is no longer finite; checkpoints are
         older than that.
         """
-        result = LoopResult(next_step=first_step)
+        result = LoopResult(next_step=self.run.first_step)
         late: _Taken | None = None
         self.model.train()
         self._clock = time.perf_counter()
         with StopRequest(signal.SIGTERM, signal.SIGINT) as stop:  # heard of by every process in the same step
-            while result.next_step < total_steps and not result.interrupted:
+            while result.next_step < self.run.total_steps and not result.interrupted:
                 taken = self._step(result.next_step, batches, stop)
                 result.next_step += 1
                 if late is not None:
                     self._finish(late, result, log)
-                late, last = taken, result.next_step == total_steps
+                late, last = taken, result.next_step == self.run.total_steps
                 saves = last or result.next_step % self.recipe.checkpoint_every_steps == 0
                 if saves or result.interrupted or log.looks(taken.step):  # what needs this step's student
                     self._finish(taken, result, log)
@@ -131,8 +127,8 @@ class TrainingLoop:
 
     def _step(self, step: int, batches: Iterator[Sequence[Batch]], stop: StopRequest) -> _Taken:
         """One optimizer step; what it gives are means over micro-batches and processes."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(step)
+        for group in self.run.optimizer.param_groups:
+            group["lr"] = self.run.learning_rate(step)
         timer, device = StageTimer(self.accelerator.device), self.accelerator.device
         rows, logged, norms = list[list[NDArray]](), list[Tensor](), list[Tensor]()
         for micro_step in range(self.accelerator.gradient_accumulation_steps):
@@ -149,11 +145,11 @@ class TrainingLoop:
                 with timer.stage("optimizer"):
                     if self.accelerator.sync_gradients:
                         norms.append(self._clip())
-                    self.optimizer.step()
-                    self.optimizer.zero_grad()
-            if self.famo is not None:
+                    self.run.optimizer.step()
+                    self.run.optimizer.zero_grad()
+            if self.run.famo is not None:
                 torch.manual_seed(seed)
-                self.famo.update(self.objective.losses(inputs, timer))
+                self.run.famo.update(self.objective.losses(inputs, timer))
             logged.append(torch.stack([loss.detach(), *terms.values()]))
         stopping = torch.full((), float(stop.requested), device=device)  # a copy from the host would block
         values = torch.cat([torch.stack(logged).mean(0), torch.stack([*norms, stopping])])
@@ -175,7 +171,7 @@ class TrainingLoop:
             raise self._error(taken.step, values["loss"], taken.rows)
         duration, self._clock = taken.done - self._clock, taken.done
         values["images_per_s"] = self.recipe.images_per_step(self.accelerator.num_processes) / duration
-        values["lr"] = self.learning_rate(taken.step)
+        values["lr"] = self.run.learning_rate(taken.step)
         log.write(taken.step, values | {f"seconds/{stage}": spent for stage, spent in seconds.items()})
         for stage, spent in seconds.items():
             result.seconds[stage] += spent
@@ -187,22 +183,23 @@ class TrainingLoop:
         if self.accelerator.is_main_process:
             model = self.accelerator.unwrap_model(self.model)
             folder, keep = self.recipe.checkpoint_folder, self.recipe.keep_checkpoints
-            save_checkpoint(folder, step, model, self.optimizer, self.identity, keep, self.famo)
+            save_checkpoint(folder, step, model, self.run.optimizer, self.run.identity, keep, self.run.famo)
         self.accelerator.wait_for_everyone()
 
     def _error(self, step: int, loss: float, rows: list[list[NDArray]]) -> TrainingError:
         """Every process comes here in the same step, and each knows only its own rows."""
-        by_input = zip(self.not_finite, zip(*rows, strict=True), strict=True)
+        by_input = zip(self.not_finite, zip(*rows, strict=True), strict=False)  # or none is asked
         found: list[str] = gather_object(
             [line for look, some in by_input for line in look(np.concatenate(some))]
         )
-        if not found or isinstance(self.recipe, DecoderRecipe):
+        if not found:
             return TrainingError(
                 f"The loss is no longer finite at step {step}.",
                 got=loss,
                 expected="a finite number",
                 do="lower optimizer.lr, set clip_norm or lengthen the warm-up, in a new output folder",
             )
+        assert isinstance(self.recipe, TrainRecipe)
         more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
         return TrainingError(
             f"The loss is not finite at step {step}, since the data are not.",

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from accelerate.tracking import GeneralTracker
 from numpy.typing import NDArray
@@ -17,8 +17,11 @@ from teachercache.pipeline.terminal import Terminal, progress_bar
 from teachercache.student.saving import replacing, saving
 from teachercache.student.similarity import Similarity
 from teachercache.student.timing import bottleneck
-from teachercache.student.training.decoder_recipe import AnyRecipe
-from teachercache.student.training.trackers import PICTURES
+from teachercache.student.training.trackers import PICTURES, start_trackers
+
+if TYPE_CHECKING:
+    from teachercache.pipeline.cache import FeatureCache
+    from teachercache.student.training.run import Run
 
 METRICS_FILE = "metrics.jsonl"
 _WHAT = "What the run logs"
@@ -32,20 +35,20 @@ class RunLog:
     `pictures`, by tag, and what `validate` measures, the similarity to each teacher, are asked for when the
     recipe says so, and after the last step: pictures of the main process, similarities of all. Steps that a
     resumed run takes again are removed from what was written before. Only the main process writes, each time
-    after `before_writing`, which ends the run by raising.
+    after `run.require_held`. `cache`: as of `start_trackers`.
     """
 
-    recipe: AnyRecipe
-    is_main: bool
-    first_step: int
-    total_steps: int
-    steps_per_epoch: float
-    start_trackers: Callable[[int], list[GeneralTracker]]  # by the first step
+    run: Run
     pictures: Callable[[], Mapping[str, NDArray]]
     validate: Callable[[], dict[str, Similarity]] | None
-    before_writing: Callable[[], None]
+    cache: FeatureCache | None
 
     def __post_init__(self) -> None:
+        self.recipe, self.first_step, self.total_steps = (
+            self.run.recipe,
+            self.run.first_step,
+            self.run.total_steps,
+        )
         shown, validation = PICTURES.keys() & set(self.recipe.trackers), self.recipe.validation
         self._draw_every_steps = self.recipe.picture_every_steps if shown else 0
         self._validate_every_steps = validation.every_steps if validation else 0
@@ -55,12 +58,16 @@ class RunLog:
         self._trackers: list[GeneralTracker] = []
         self.similarity: dict[str, Similarity] = {}
         self._console = Terminal(stderr=True)
-        self._progress = progress_bar(self._console, disable=not (self.is_main and self._console.is_terminal))
+        self._progress = progress_bar(
+            self._console, disable=not (self.run.accelerator.is_main_process and self._console.is_terminal)
+        )
 
     def __enter__(self) -> RunLog:
-        if self.is_main:
+        if self.run.accelerator.is_main_process:
             with saving(_WHAT, self._output):
-                self._trackers = self.start_trackers(self.first_step)
+                self._trackers = start_trackers(
+                    self.recipe.trackers, self._output, self.run.identity, self.cache, self.first_step
+                )
                 self._file = self._reopen()
         self._entered = time.monotonic()
         self._progress.start()
@@ -86,7 +93,7 @@ class RunLog:
         self.similarity = similarity or self.similarity
         if self._file is None:
             return
-        self.before_writing()
+        self.run.require_held()
         pictures = self.pictures() if self._is_due(step, self._draw_every_steps) else {}
         told: dict[str, float | str] = {f"similarity/{name}": one.mean for name, one in similarity.items()}
         for name, one in similarity.items():
@@ -118,7 +125,7 @@ class RunLog:
             minutes, rest = divmod(round(a_step * (self.total_steps - step - 1)), 60)
             left = f"{minutes // 60}:{minutes % 60:02}:{rest:02} left"
             self._tell(step, f"{self._in_words(step, means)} · {left}")
-        epoch = (step + 1) / self.steps_per_epoch
+        epoch = (step + 1) / self.run.steps_per_epoch
         return {**means, "epoch": epoch, "bottleneck": bottleneck(seconds, steps=1)}
 
     def _tell(self, step: int, words: str) -> None:
@@ -131,7 +138,7 @@ class RunLog:
             if key.startswith("loss/"):
                 parts[key.split("/")[1]].append(value)
         by_part = ", ".join(f"{name} {sum(terms):.4f}" for name, terms in parts.items())
-        epochs = (done / self.steps_per_epoch for done in (step + 1, self.total_steps))
+        epochs = (done / self.run.steps_per_epoch for done in (step + 1, self.total_steps))
         return (
             "epoch {:.2f}/{:.2f} · ".format(*epochs)
             + f"loss {values['loss']:.4f}{f' ({by_part})' if len(parts) > 1 else ''}"

@@ -42,6 +42,7 @@ def start_trackers(
     """On the main process. `config` is what the run is, flat, and is stored by each; those that have
     artifacts keep `cache.json`. Raises `RecipeError` where one does not start."""
     trackers = list[GeneralTracker]()
+    config = {**config, "cache_id": cache.spec.cache_id} if cache else config
     run_name = output.resolve().name
     settings: dict[str, dict[str, Any]] = {
         "tensorboard": {"purge_step": first_step},

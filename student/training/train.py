@@ -11,8 +11,7 @@ cache, never a teacher, unless the recipe says `features: online`.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -22,10 +21,9 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.optim import AdamW
 
 from teachercache.pipeline.cache import FeatureCache
-from teachercache.pipeline.errors import CheckpointError, RecipeError, extra
+from teachercache.pipeline.errors import extra
 
 with extra("train"):
     import matplotlib  # noqa: F401 (a run draws and logs much later)
@@ -33,67 +31,32 @@ with extra("train"):
     from accelerate import Accelerator
 
 from teachercache.pipeline.loading.loader import FeatureLoader
-from teachercache.pipeline.places.durable import make_folder
 from teachercache.student.losses.weighting import Equal, Famo, TeacherDrop, Weighting
 from teachercache.student.models.student import Student
-from teachercache.student.saving import saving
-from teachercache.student.similarity import Similarity
-from teachercache.student.timing import bottleneck
 from teachercache.student.training.balance import normalisations
-from teachercache.student.training.checkpoint import (
-    DAMAGED_SUFFIX,
-    load_newest,
-    misnamed,
-    newest_checkpoint,
-    set_aside,
-)
 from teachercache.student.training.cutmix import CutMix
-from teachercache.student.training.decoder_recipe import AnyRecipe
 from teachercache.student.training.environment import accelerator_for, overruled
 from teachercache.student.training.first_student import first_student
-from teachercache.student.training.loop import LoopResult, TrainingLoop
 from teachercache.student.training.model_card import write_model_card
 from teachercache.student.training.not_finite import not_finite
 from teachercache.student.training.objectives import KPUObjective, Objective
 from teachercache.student.training.preflight import Preflight, joined, preflight
+from teachercache.student.training.run import Run, RunResult, require_folder
 from teachercache.student.training.run_lock import only_trainer
-from teachercache.student.training.run_log import METRICS_FILE, RunLog, logged_steps
 from teachercache.student.training.run_pictures import RunPictures
-from teachercache.student.training.schedule import SCHEDULES
 from teachercache.student.training.targets import TARGET_SOURCES, TargetSource
-from teachercache.student.training.trackers import start_trackers
 from teachercache.student.training.train_recipe import TrainRecipe, run_identity
 
 _COMPILED: dict[str, Any] = {"dynamic": False, "options": {"combo_kernels": True}}  # small ones, side by side
 
 
-@dataclass(frozen=True)
-class TrainResult:
-    """`student` is None when SIGTERM or Ctrl-C ended the run; the same command then continues it.
-
-    `steps` counts those of the whole run, earlier processes' included; `last_loss` is None where there
-    was no step left to take. `images_per_s` is over all processes. `similarity`: to each teacher, after the
-    last of these steps, of a run with `validation`.
-    """
-
-    output: Path
-    student: Path | None
-    steps: int
-    last_loss: float | None
-    images_per_s: float
-    bottleneck: str
-    similarity: Mapping[str, Similarity]
-
+class TrainResult(RunResult):
     @property
-    def interrupted(self) -> bool:
-        return self.student is None
+    def student(self) -> Path | None:
+        return self.saved
 
-    def __str__(self) -> str:
-        told = f"{self.bottleneck}\n{self.steps:,} steps, {self.images_per_s:.1f} img/s"
-        if self.student is None:
-            return f"{told}; interrupted: the same command goes on from there"
-        use = f"from teachercache import load_student; student = load_student({str(self.student)!r})"
-        return f"{told}; student: {self.student}\n{use}"
+    def use(self, saved: Path) -> str:
+        return f"from teachercache import load_student; student = load_student({str(saved)!r})"
 
 
 def train(recipe: TrainRecipe) -> TrainResult:
@@ -142,65 +105,42 @@ class _Run:
             for cache, part in inputs
         ]
         reads = [one.reads if recipe.distills or student.reads_features else [] for one in targets]
-        model, optimizer = self._prepared(student)
-        run = self._identity()
         weighting = self._weighting()
         famo = weighting if isinstance(weighting, Famo) else None
-        first_step = resume(recipe, accelerator, student, optimizer, run, famo)
-        total_steps, learning_rate = self._schedule()
-        loop = TrainingLoop(
-            accelerator,
-            recipe,
-            model,
-            optimizer,
-            self._objective(model, student, targets, weighting),
-            learning_rate,
-            run,
+        steps_per_epoch = self._steps_per_epoch
+        run = Run(recipe, accelerator, student, self._identity(), steps_per_epoch, require_held, famo)
+
+        def loaders(stack: ExitStack) -> list[FeatureLoader]:
+            return [
+                stack.enter_context(self._loader(i, targets[i], reads[i], run.first_batch))
+                for i in range(len(inputs))
+            ]
+
+        first = self.caches[0]
+        done = run.go(
+            self._objective(run.model, student, targets, weighting),
+            loaders,
             [
                 partial(not_finite, cache, names, found.labels)
                 for cache, names in zip(self.caches, reads, strict=True)
             ],
-            famo,
-        )
-        first = self.caches[0]
-        config = {**run, "cache_id": first.spec.cache_id}
-        log = RunLog(
-            recipe,
-            accelerator.is_main_process,
-            first_step,
-            total_steps,
-            self._steps_per_epoch,
-            partial(start_trackers, recipe.trackers, Path(recipe.output), config, first),
             RunPictures(first, self.parts[0].held if recipe.distills else [], student).draw,
             found.validation and partial(found.validation, student, gather=accelerator.gather),
-            before_writing=require_held,
+            first,
         )
-        with log, ExitStack() as stack:
-            loaders = [
-                stack.enter_context(self._loader(i, targets[i], reads[i], first_step))
-                for i in range(len(inputs))
-            ]
-            done = loop.run(zip(*loaders, strict=True), first_step, total_steps, log)
-        return self._finish(student, done, log.similarity)
+
+        def save(folder: Path, result: TrainResult) -> None:
+            student.save_pretrained(folder)
+            write_model_card(folder, student, recipe, self.caches, result)
+
+        return run.finish(TrainResult, done, "student", save)
 
     def _student(self) -> Student:
         """With its weights, drawn from the run's seed where they are not loaded."""
-        found, distills = self.found, self.recipe.distills
-        torch.manual_seed(self.recipe.seed)
-        size = found.views.size
-        student = first_student(self.recipe.student, found.facts, size, found.tasks, distills=distills)
-        if self.accelerator.device.type == "cuda" and self.accelerator.num_processes > 1:
-            student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
-        return student
-
-    def _prepared(self, student: Student) -> tuple[nn.Module, Any]:
-        """(the student as accelerate wraps it, its optimizer)."""
-        settings = self.recipe.optimizer.model_dump()
-        learning = [parameter for parameter in student.parameters() if parameter.requires_grad]
-        with warnings.catch_warnings():  # accelerate 1.15 passes what torch 2.15 calls deprecated
-            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-            model, optimizer = self.accelerator.prepare(student, AdamW(learning, **settings, fused=True))
-        return model, optimizer
+        found, recipe = self.found, self.recipe
+        torch.manual_seed(recipe.seed)
+        size, distills = found.views.size, recipe.distills
+        return first_student(recipe.student, found.facts, size, found.tasks, distills=distills)
 
     def _identity(self) -> dict[str, Any]:
         inputs = list(zip(self.recipe.each, self.caches, self.parts, strict=True))
@@ -224,13 +164,6 @@ class _Run:
         assert self.found.num_samples is not None
         first = self.recipe.each[0]  # whose epochs are counted
         return self.found.num_samples / first.images_per_step(self.accelerator.num_processes)
-
-    def _schedule(self) -> tuple[int, Callable[[int], float]]:
-        """(number of steps, the learning rate of each)."""
-        schedule, peak = self.recipe.schedule, self.recipe.optimizer.lr
-        total, warmup = schedule.steps(self._steps_per_epoch)
-        steps = {"warmup_steps": warmup, "total_steps": total}
-        return total, partial(SCHEDULES[schedule.kind], peak=peak, final=schedule.final_lr, **steps)
 
     def _objective(
         self, model: nn.Module, student: Student, targets: Sequence[TargetSource], weighting: Weighting
@@ -266,7 +199,7 @@ class _Run:
         return Equal()
 
     def _loader(
-        self, number: int, targets: TargetSource, reads: Sequence[str], first_step: int
+        self, number: int, targets: TargetSource, reads: Sequence[str], first_batch: int
     ) -> FeatureLoader:
         """Of an input."""
         part = self.parts[number]
@@ -277,102 +210,10 @@ class _Run:
             reads,
             labels=part.labels,
             extra_sizes=targets.extra_sizes,
-            start_step=first_step * self.recipe.gradient_accumulation_steps,
+            start_step=first_batch,
             fresh=self.recipe.features == "fresh",
             jitter=self.recipe.student_jitter,
             seed=self.recipe.seed,
             **self.recipe.loader.model_dump(include={"threads", "prefetch"}),
             pin_memory=self.accelerator.device.type == "cuda",
         )
-
-    def _finish(
-        self, student: Student, done: LoopResult, similarity: Mapping[str, Similarity]
-    ) -> TrainResult:
-        """Say what held the run up, and write the student where it has taken all its steps, and say where."""
-        output = Path(self.recipe.output)
-        images = done.steps * self.recipe.images_per_step(self.accelerator.num_processes)
-        result = TrainResult(
-            output=output,
-            student=None if done.interrupted else output / "student",
-            steps=done.next_step,
-            last_loss=done.last_loss,
-            images_per_s=images / done.wall_s if done.steps else 0.0,
-            bottleneck=bottleneck(done.seconds, done.steps),
-            similarity=similarity,
-        )
-        if result.student is not None and self.accelerator.is_main_process:
-            with saving("The finished student", result.student):
-                student.save_pretrained(result.student)
-                write_model_card(result.student, student, self.recipe, self.caches, result)
-        self.accelerator.wait_for_everyone()
-        self.accelerator.print(result)
-        self.accelerator.end_training()
-        return result
-
-
-def require_folder(output: Path) -> None:
-    try:
-        make_folder(output)
-    except OSError as error:
-        raise RecipeError(
-            "The output folder cannot be made.",
-            got=f"{error.filename}: {error.strerror}",
-            expected="a folder, or a place where this user can make one",
-            do="choose another output",
-        ) from error
-
-
-def resume(
-    recipe: AnyRecipe,
-    accelerator: Accelerator,
-    student: nn.Module,
-    optimizer: Any,
-    run: dict[str, Any],
-    famo: Famo | None,
-) -> int:
-    """Load the newest checkpoint of the output folder, if there is one; returns the first step to take."""
-    if recipe.checkpoint_folder.exists() and not recipe.checkpoint_folder.is_dir():
-        raise CheckpointError(
-            "There can be no checkpoints in this output folder.",
-            got=f"{recipe.checkpoint_folder}, which is no folder",
-            expected="a folder, or nothing",
-            do="move it away, or choose another output",
-        )
-    newest = newest_checkpoint(recipe.checkpoint_folder)
-    if newest is not None and not recipe.resume:
-        raise CheckpointError(
-            "The output folder holds a run already, and resume is false.",
-            got=newest,
-            expected="a folder without checkpoints",
-            do="choose another output, delete that run, or set resume=true to continue it",
-        )
-    if newest is None and (finished := Path(recipe.output) / "student").exists():
-        raise CheckpointError(
-            "The output folder holds a finished student, and no checkpoint to continue from.",
-            got=finished,
-            expected="the checkpoints of its run, or a folder without a student",
-            do="choose another output, or move that student away to train again",
-        )
-    first_step, damaged = load_newest(recipe.checkpoint_folder, student, optimizer, run, famo)
-    if not first_step and (taken := logged_steps(Path(recipe.output))) > recipe.checkpoint_every_steps:
-        raise CheckpointError(
-            "The run has logged steps beyond its first checkpoint, and there is none to continue from.",
-            got=f"{taken} steps in {recipe.output}/{METRICS_FILE}, nothing in {recipe.checkpoint_folder}",
-            expected="the checkpoints of the run, or a folder without a run",
-            do="put them back, or choose another output to begin again",
-        )
-    steps = accelerator.gather(torch.tensor([first_step], device=accelerator.device)).tolist()
-    if len(set(steps)) > 1:
-        raise CheckpointError(
-            "The processes of this run do not see the same checkpoints.",
-            got=f"newest steps {steps}, by process",
-            expected="one output folder that all machines share",
-            do="put `output` on a shared file system",
-        )
-    if accelerator.is_main_process:
-        for path, error in damaged.items():
-            aside = set_aside(path).name
-            print(f"{error}\n{path.name} is set aside as {aside}: going on from {first_step} steps.")
-        if others := [name for name in misnamed(recipe.checkpoint_folder) if DAMAGED_SUFFIX not in name]:
-            print(f"Left out of {recipe.checkpoint_folder}: {', '.join(others)}, no names of checkpoints.")
-    return first_step

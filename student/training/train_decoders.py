@@ -9,8 +9,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW
 
 from teachercache.pipeline.errors import extra
 
@@ -28,16 +26,10 @@ with extra("train"):
 
 from teachercache.pipeline.loading.loader import Batch
 from teachercache.pipeline.places.local_storage import LocalStorage
-from teachercache.student.decoders.model import (
-    Decoders,
-    load_student_at,
-    require_divided,
-    widths_of,
-)
+from teachercache.student.decoders.model import Decoders, load_student_at, require_divided, widths_of
 from teachercache.student.losses.weighting import Losses
 from teachercache.student.models.student import WEIGHTS_FILE, find_saved
-from teachercache.student.saving import saving
-from teachercache.student.timing import StageTimer, bottleneck
+from teachercache.student.timing import StageTimer
 from teachercache.student.training.decoder_inputs import (
     CacheInput,
     DecoderSource,
@@ -46,33 +38,13 @@ from teachercache.student.training.decoder_inputs import (
 )
 from teachercache.student.training.decoder_recipe import DecoderRecipe, decoder_run_identity
 from teachercache.student.training.environment import accelerator_for, overruled
-from teachercache.student.training.loop import LoopResult, TrainingLoop
+from teachercache.student.training.run import Run, RunResult, require_folder
 from teachercache.student.training.run_lock import only_trainer
-from teachercache.student.training.run_log import RunLog
-from teachercache.student.training.schedule import SCHEDULES
-from teachercache.student.training.trackers import start_trackers
-from teachercache.student.training.train import require_folder, resume
 
 
-@dataclass(frozen=True)
-class DecoderResult:
-    """`decoders` is None when SIGTERM or Ctrl-C ended the run; the same command then continues it."""
-
-    output: Path
-    decoders: Path | None
-    steps: int
-    last_loss: float | None
-    bottleneck: str
-
-    @property
-    def interrupted(self) -> bool:
-        return self.decoders is None
-
-    def __str__(self) -> str:
-        if self.decoders is None:
-            return f"{self.steps:,} steps; interrupted: the same command goes on from there"
-        told = f"{self.bottleneck}\n{self.steps:,} steps; decoders: {self.decoders}"
-        return f"{told}\nmeasure each: teachercache evaluate-decoders {self.decoders} NAME ROOT"
+class DecoderResult(RunResult):
+    def use(self, saved: Path) -> str:
+        return f"measure each: teachercache evaluate-decoders {saved} NAME ROOT"
 
 
 def train_decoders(recipe: DecoderRecipe) -> DecoderResult:
@@ -89,43 +61,15 @@ def train_decoders(recipe: DecoderRecipe) -> DecoderResult:
     decoders = _decoders(recipe, sources)
     require_folder(Path(recipe.output))
     with only_trainer(accelerator, Path(recipe.output)) as require_held:
-        if accelerator.device.type == "cuda" and accelerator.num_processes > 1:
-            decoders = nn.SyncBatchNorm.convert_sync_batchnorm(decoders)
-        learning = [parameter for parameter in decoders.parameters() if parameter.requires_grad]
-        settings = recipe.optimizer.model_dump()
-        with warnings.catch_warnings():  # accelerate 1.15 passes what torch 2.15 calls deprecated
-            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-            model, optimizer = accelerator.prepare(decoders, AdamW(learning, **settings, fused=True))
-        run = decoder_run_identity(recipe, _facts(recipe, sources))
-        first_step = resume(recipe, accelerator, decoders, optimizer, run, None)
-        samples = min(
-            source.facts["samples"] / source.facts["images_per_step"] for source in sources.values()
-        )
-        total_steps, warmup = recipe.schedule.steps(samples)
-        loop = TrainingLoop(
-            accelerator,
-            recipe,
-            model,
-            optimizer,
-            DecoderObjective(recipe, model, sources, accelerator.device),
-            partial(
-                SCHEDULES[recipe.schedule.kind],
-                peak=recipe.optimizer.lr,
-                final=recipe.schedule.final_lr,
-                warmup_steps=warmup,
-                total_steps=total_steps,
-            ),
-            run,
-            [lambda rows: []] * len(sources),
-        )
-        trackers = partial(start_trackers, recipe.trackers, Path(recipe.output), run, None)
-        main = accelerator.is_main_process
-        log = RunLog(recipe, main, first_step, total_steps, samples, trackers, dict, None, require_held)
-        with ExitStack() as stack, log:
-            first = first_step * recipe.gradient_accumulation_steps
-            streams = [source.batches(first, stack) for source in sources.values()]
-            done = loop.run(zip(*streams, strict=True), first_step, total_steps, log)
-        return _finish(recipe, accelerator, decoders, done)
+        identity = decoder_run_identity(recipe, _facts(recipe, sources))
+        epoch = min(source.facts["samples"] / source.facts["images_per_step"] for source in sources.values())
+        run = Run(recipe, accelerator, decoders, identity, epoch, require_held)
+
+        def streams(stack: ExitStack) -> list[Iterator[Batch]]:
+            return [source.batches(run.first_batch, stack) for source in sources.values()]
+
+        done = run.go(DecoderObjective(recipe, run.model, sources, accelerator.device), streams)
+        return run.finish(DecoderResult, done, "decoders", partial(_save, recipe, decoders))
 
 
 def _sources(recipe: DecoderRecipe, accelerator: Accelerator) -> dict[str, DecoderSource]:
@@ -188,26 +132,10 @@ class DecoderObjective:
         return []
 
 
-def _finish(
-    recipe: DecoderRecipe, accelerator: Accelerator, decoders: Decoders, done: LoopResult
-) -> DecoderResult:
-    output = Path(recipe.output)
-    result = DecoderResult(
-        output,
-        None if done.interrupted else output / "decoders",
-        done.next_step,
-        done.last_loss,
-        bottleneck(done.seconds, done.steps),
-    )
-    if result.decoders is not None and accelerator.is_main_process:
-        with saving("The finished decoders", result.decoders):
-            student = recipe.student and str(find_saved(recipe.student).resolve())
-            if recipe.learns:
-                assert decoders.student is not None
-                decoders.student.save_pretrained(output / "student")
-                student = "../student"
-            decoders.save_pretrained(result.decoders, student)
-    accelerator.wait_for_everyone()
-    accelerator.print(result)
-    accelerator.end_training()
-    return result
+def _save(recipe: DecoderRecipe, decoders: Decoders, folder: Path, _: DecoderResult) -> None:
+    student = recipe.student and str(find_saved(recipe.student).resolve())
+    if recipe.learns:
+        assert decoders.student is not None
+        decoders.student.save_pretrained(folder.parent / "student")
+        student = "../student"
+    decoders.save_pretrained(folder, student)

@@ -163,17 +163,47 @@ class InputRecipe(Strict):
     batch_size_per_process: int = Field(16, ge=1, description="Images of a step, in each process.")
 
 
-class TrainRecipe(Strict):
+class RunRecipe(Strict):
+    """What every run states, of a student or of decoders. Each of `trackers` but tensorboard is to be installed."""
+
+    output: AtHome = Field(description="The folder that the run writes, checkpoints and what it trains.")
+    optimizer: OptimizerRecipe = OptimizerRecipe()
+    schedule: ScheduleRecipe
+    gradient_accumulation_steps: int = Field(1, ge=1, description="Batches that make up a step.")
+    clip_norm: float = Field(0.0, ge=0, description="Longest gradient that is kept whole; 0: all are.")
+    mixed_precision: Literal["no", "bf16"] = Field("bf16", description="Of the forward pass, not the losses.")
+    seed: int = Field(0, ge=0, description="Of the order, of dropping and of new weights.")
+    resume: bool = Field(True, description="Go on from the last checkpoint in output.")
+    checkpoint_every_steps: int = Field(1000, ge=1, description="Steps from one checkpoint to the next.")
+    keep_checkpoints: int = Field(2, ge=1, description="How many of the last stay.")
+    log_every_steps: int = Field(50, ge=1, description="Steps from one line of the log to the next.")
+    trackers: tuple[Tracker, ...] = Field(("tensorboard",), description="Logs beside the run's own file.")
+    loader: LoaderRecipe = LoaderRecipe()
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        return Path(self.output) / "checkpoints"
+
+    @property
+    def batch_sizes(self) -> list[int]:
+        """Images that a step takes of each input in a process."""
+        raise NotImplementedError
+
+    def images_per_step(self, num_processes: int) -> int:
+        """Images of one optimizer step, over all inputs and processes."""
+        return sum(self.batch_sizes) * self.gradient_accumulation_steps * num_processes
+
+
+class TrainRecipe(RunRecipe):
     """A training run: distillation alone (stage 1), or with `multitask` beside the labels of a data set
     (stage 2). The losses of `inputs` add up (KPU); `teachers: []` trains on labels alone. `features`:
     `cached`, or of teachers that run: all (`online`), those of which the cache lacks shards (`hybrid`), or
-    all on views that each epoch draws anew (`fresh`). All `trackers` but tensorboard are to be installed.
+    all on views that each epoch draws anew (`fresh`).
     """
 
     cache: str = Field(description="The cache to read, which decides the views and so the student's input.")
     images: str | None = Field(None, description="Where the source images are now, if they moved.")
     inputs: tuple[InputRecipe, ...] = Field((), description="Caches in place of one; a batch of each a step.")
-    output: AtHome = Field(description="The folder that the run writes, checkpoints and the student.")
     features: Literal["cached", "online", "hybrid", "fresh"] = Field(
         "cached",
         description="Of the cache, or of teachers that run: all, those not wholly cached, on new views.",
@@ -184,22 +214,10 @@ class TrainRecipe(Strict):
     student: StudentOfAKind = Field(SakRecipe(), description="The student, with the keys of its kind.")
     distillation: DistillationRecipe = DistillationRecipe()
     multitask: MultiTaskRecipe | None = None
-    optimizer: OptimizerRecipe = OptimizerRecipe()
-    schedule: ScheduleRecipe
     global_batch_size: int | None = Field(None, ge=1, description="Images of a step; accumulation follows.")
     batch_size_per_process: int = Field(16, ge=1, description="Images at once, in each process.")
-    gradient_accumulation_steps: int = Field(1, ge=1, description="Batches that make up a step.")
-    clip_norm: float = Field(0.0, ge=0, description="Longest gradient that is kept whole; 0: all are.")
-    mixed_precision: Literal["no", "bf16"] = Field("bf16", description="Of the forward pass, not the losses.")
-    seed: int = Field(0, ge=0, description="Of the order, of dropping and of new weights.")
-    resume: bool = Field(True, description="Go on from the last checkpoint in output.")
-    checkpoint_every_steps: int = Field(1000, ge=1, description="Steps from one checkpoint to the next.")
-    keep_checkpoints: int = Field(2, ge=1, description="How many of the last stay.")
-    log_every_steps: int = Field(50, ge=1, description="Steps from one line of the log to the next.")
     picture_every_steps: int = Field(1000, ge=0, description="Steps from one picture to the next; 0: none.")
-    trackers: tuple[Tracker, ...] = Field(("tensorboard",), description="Logs beside the run's own file.")
     validation: ValidationRecipe | None = None
-    loader: LoaderRecipe = LoaderRecipe()
 
     @model_validator(mode="before")
     @classmethod
@@ -263,10 +281,6 @@ class TrainRecipe(Strict):
         """Of the cache's samples, those that are never trained on."""
         return (self.validation and self.validation.fraction) or 0.0
 
-    @property
-    def checkpoint_folder(self) -> Path:
-        return Path(self.output) / "checkpoints"
-
     def on(self, num_processes: int) -> Self:
         """With the accumulation that `global_batch_size` needs on so many processes. Raises `RecipeError`."""
         if (whole := self.global_batch_size) is None:
@@ -284,31 +298,25 @@ class TrainRecipe(Strict):
             )
         return self.model_copy(update={"gradient_accumulation_steps": steps})
 
-    def images_per_step(self, num_processes: int) -> int:
-        """Images of one optimizer step, over all processes."""
-        images = sum(one.batch_size_per_process for one in self.each)
-        return images * self.gradient_accumulation_steps * num_processes
+    @property
+    def batch_sizes(self) -> list[int]:
+        return [one.batch_size_per_process for one in self.each]
 
+
+PLACES_AND_SPEED = {
+    *("output", "gradient_accumulation_steps", "resume", "checkpoint_every_steps", "keep_checkpoints"),
+    *("log_every_steps", "trackers", "loader"),
+}
+"""What no run's numbers depend on; a stream's order does on its loader."""
 
 _PLACES_AND_SPEED: dict[str, Any] = {
-    "cache": True,
-    "images": True,
-    "inputs": True,
-    "output": True,
-    "teachers": True,
+    **dict.fromkeys(
+        PLACES_AND_SPEED | {"cache", "images", "inputs", "teachers", "picture_every_steps"}, True
+    ),
+    **dict.fromkeys(("global_batch_size", "batch_size_per_process"), True),
+    "validation": True,  # but for what it holds out of training
     "student": {"compile"},
     "multitask": {"dataset": {"root"}},
-    "resume": True,
-    "checkpoint_every_steps": True,
-    "keep_checkpoints": True,
-    "log_every_steps": True,
-    "picture_every_steps": True,
-    "trackers": True,
-    "validation": True,  # but for what it holds out of training
-    "loader": True,  # but for a stream's order
-    "global_batch_size": True,
-    "batch_size_per_process": True,
-    "gradient_accumulation_steps": True,
 }
 
 _CAME_LATER = {
