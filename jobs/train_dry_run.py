@@ -9,14 +9,16 @@ from rich.console import RenderableType
 from teachercache.cache_builder.build_recipe import BuildRecipe
 from teachercache.cache_builder.draft import spec_of, teachers_of
 from teachercache.cache_builder.plan import bytes_per_row, pixel_bytes
-from teachercache.cache_builder.prices import PlanRecipe
+from teachercache.cache_builder.prices import GPUS, PlanRecipe
 from teachercache.cache_builder.teachers.flops import teacher_gmacs, teacher_parameters
 from teachercache.jobs.inspection.tables import columns_table, lines, pixels_line
 from teachercache.jobs.recipes import find_recipe
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import CacheNotFoundError, Problems
+from teachercache.pipeline.recipe_files import check_recipe
 from teachercache.pipeline.records.spec import CacheSpec, DatasetSpec
 from teachercache.pipeline.units import human_bytes, human_hours
+from teachercache.student.training.decoder_recipe import DecoderRecipe
 from teachercache.student.training.preflight import joined, preflight
 from teachercache.student.training.train_plan import TrainPlan, make_train_plan, of_all_inputs, student_size
 from teachercache.student.training.train_recipe import TrainRecipe
@@ -56,6 +58,11 @@ def plan_training(
         return plans[0]
     assert whole.student is not None
     return of_all_inputs(plans, student_size(recipe.student, whole.student, whole.facts, distills=True))
+
+
+def sustained(gpu: str) -> float:
+    """TFLOP/s of training. Raises `RecipeError` for a GPU that the table does not have."""
+    return GPUS[check_recipe(PlanRecipe, {"gpu": gpu}, "--dry-run").gpu].training
 
 
 def _cache(recipe: TrainRecipe) -> tuple[FeatureCache | None, CacheSpec]:
@@ -100,23 +107,35 @@ def costs_table(recipe: TrainRecipe, plan: TrainPlan) -> RenderableType:
 
 def train_plan_table(recipe: TrainRecipe, plan: TrainPlan) -> RenderableType:
     spec = _cache(recipe)[1]
-    size = plan.size
-    gpus = f"{plan.processes} GPUs at {plan.tflops_per_gpu:g} TFLOP/s sustained by each (--gpu)"
     rate = f"{human_bytes(round(plan.read_bytes_per_s))}/s of the cache, for {plan.images_per_s:,.0f} img/s"
-    parts = ", ".join(f"{part} {count:,}" for part, count in size.parameters.items() if count)
-    gmacs = ", ".join(f"{part} {count:.1f}" for part, count in size.gmacs_by_part.items())
-    attention = f"({size.attention_gmacs:.1f} of the stem's are attention's own products)"
-    hours, unit = human_hours(plan.hours)
+    of_a_gpu = plan.images_per_s / plan.processes
     return lines(
-        {
-            "steps": f"{plan.steps:,} of {plan.images_per_step} images, {plan.images:,} in all",
-            "parameters": parts,
-            "#Param": f"{size.num_parameters:,} to predict with; {size.trained:,} are trained",
-            "GMACs": f"a view forward: {gmacs} {attention}; {size.train_gmacs:.1f} with backward",
-            unit: f"at least {hours} on {gpus}, {' GPU-'.join(human_hours(plan.gpu_hours))}",
+        _costs(plan, f"({plan.size.attention_gmacs:.1f} of the stem's are attention's own products)")
+        | {
             "reads": f"{rate}; a slower disk takes longer" if plan.row_bytes else "no features of the cache",
-            "pixels": pixels_line(
-                spec, pixel_bytes(spec), plan.images_per_s / plan.processes, PlanRecipe().render_ms
-            ),
+            "pixels": pixels_line(spec, pixel_bytes(spec), of_a_gpu, PlanRecipe().render_ms),
         }
     )
+
+
+def decoder_plan_table(recipe: DecoderRecipe, plan: TrainPlan) -> RenderableType:
+    data = (
+        f"{name} {size} of {count:,} images of {dataset}"
+        for (name, (dataset, count)), size in zip(plan.inputs.items(), recipe.batch_sizes, strict=True)
+    )
+    return lines({"data": "; ".join(data) + ", in each process"} | _costs(plan, "without losses"))
+
+
+def _costs(plan: TrainPlan, of_gmacs: str) -> dict[str, str]:
+    size = plan.size
+    gpus = f"{plan.processes} GPUs at {plan.tflops_per_gpu:g} TFLOP/s sustained by each (--gpu)"
+    parts = ", ".join(f"{part} {count:,}" for part, count in size.parameters.items() if count)
+    gmacs = ", ".join(f"{part} {count:.1f}" for part, count in size.gmacs_by_part.items())
+    hours, unit = human_hours(plan.hours)
+    return {
+        "steps": f"{plan.steps:,} of {plan.images_per_step} images, {plan.images:,} in all",
+        "parameters": parts,
+        "#Param": f"{size.num_parameters:,} to predict with; {size.trained:,} are trained",
+        "GMACs": f"a view forward: {gmacs} {of_gmacs}; {size.train_gmacs:.1f} with backward",
+        unit: f"at least {hours} on {gpus}, {' GPU-'.join(human_hours(plan.gpu_hours))}",
+    }

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import BertConfig, BertTokenizer, GroundingDinoConfig, GroundingDinoForObjectDetection
 
@@ -33,6 +35,28 @@ def tiny_grounding_dino() -> Any:
         for parameter in model.parameters():  # biases and norms too, which begin as zeros and ones
             parameter.add_(torch.randn_like(parameter), alpha=0.05)
     return model
+
+
+@pytest.fixture(autouse=True, scope="module")
+def tiny_model() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(module._SWINS, TINY, SWIN)
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_model: None) -> Any:
+    """A whole detector with this Swin and small remaining parts."""
+    return tiny_grounding_dino()
+
+
+@pytest.fixture(scope="module")
+def folder(whole: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its weights as transformers saves them, under the names of the published files, and a tokenizer."""
+    path = tmp_path_factory.mktemp("weights") / "detector"
+    whole.save_pretrained(path)
+    save_tokenizer(path)
+    return path
 
 
 def save_tokenizer(folder: Path) -> None:

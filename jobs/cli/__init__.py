@@ -32,7 +32,7 @@ VERBS = {
     "Check and mend a cache": (integrity.verify, integrity.repair),
     "Look at a cache": (inspection.inspect, inspection.report, inspection.view, inspection.norms),
     "Train a student": (students.train, students.remove_teacher, students.import_reference),
-    "Train what uses its features": (decoders.train_decoders, decoders.evaluate_decoders),
+    "Train what uses its features": (decoders.train_decoders,),
     "Measure a student": (
         *(students.evaluate, students.repsim, students.probe, students.depth_probe, students.figure),
         inspection.gap,

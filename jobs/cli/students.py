@@ -6,17 +6,21 @@ import shlex
 import signal
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from teachercache.jobs.cli.terminal import (
     CacheArgument,
+    DryRun,
+    Gpu,
     Images,
     Json,
     Overrides,
+    Processes,
     RecipeArgument,
     StudentArgument,
+    Tflops,
     console,
     print_json,
     print_result,
@@ -27,15 +31,13 @@ from teachercache.jobs.launch import EXIT_FAILED
 def train(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    dry_run: Annotated[bool, typer.Option(help="Print steps, hours, reads or problems, and stop.")] = False,
-    processes: Annotated[int, typer.Option(min=1, help="Of a dry run: GPUs to plan for.")] = 1,
+    dry_run: DryRun = False,
+    processes: Processes = 1,
     samples: Annotated[
         int | None, typer.Option(min=1, help="Of a dry run: images of a cache that is yet to be built.")
     ] = None,
-    gpu: Annotated[str, typer.Option(help="Of a dry run: the kind of GPU.")] = "h100",
-    tflops_per_gpu: Annotated[
-        float | None, typer.Option(min=0.001, help="What it sustains, if known.")
-    ] = None,
+    gpu: Gpu = "h100",
+    tflops_per_gpu: Tflops = None,
     costs: Annotated[
         bool, typer.Option("--costs", help="Of a dry run: what teachers and student cost (SAK, Table 21).")
     ] = False,
@@ -49,11 +51,9 @@ def train(
 
     checked = find_recipe(TrainRecipe, recipe, overrides or [])
     if dry_run:
-        from teachercache.cache_builder.prices import GPUS, PlanRecipe
-        from teachercache.jobs.train_dry_run import costs_table, plan_training, train_plan_table
-        from teachercache.pipeline.recipe_files import check_recipe
+        from teachercache.jobs.train_dry_run import costs_table, plan_training, sustained, train_plan_table
 
-        rate = tflops_per_gpu or GPUS[check_recipe(PlanRecipe, {"gpu": gpu}, "--dry-run").gpu].training
+        rate = tflops_per_gpu or sustained(gpu)
         plan = plan_training(checked, processes=processes, tflops_per_gpu=rate, num_samples=samples)
         console.print(train_plan_table(checked, plan))
         if costs:
@@ -66,8 +66,10 @@ def train(
 
 
 def evaluate(
-    student: StudentArgument,
-    dataset: Annotated[str, typer.Argument(metavar="DATASET", help="pascal_context, nyud or scenes.")],
+    student: Annotated[
+        str, typer.Argument(metavar="STUDENT", help="What `train` or `train-decoders` wrote (…/student).")
+    ],
+    dataset: Annotated[str, typer.Argument(metavar="DATASET", help="One of docs/datasets.md, such as nyud.")],
     root: Annotated[Path, typer.Argument(metavar="ROOT", help="Its folder (docs/datasets.md).")],
     split: Annotated[str, typer.Option(help="Which part of it.")] = "val",
     output: Annotated[
@@ -80,47 +82,62 @@ def evaluate(
         int, typer.Option(min=0, help="Processes that match boundaries beside the student.")
     ] = 0,
     cache: Annotated[
-        str | None, typer.Option(help="A cache of these images, for a student that works on features.")
+        str | None, typer.Option(help="A cache of these images, for what works on teachers' features.")
     ] = None,
     baseline: Annotated[
         list[Path] | None,
         typer.Option(help="scores.json of single-task students, for your Δm; repeat it. Else the paper's."),
+    ] = None,
+    paper: Annotated[
+        Literal["sak", "kpu"] | None, typer.Option(help="Whose rows to show: kpu's are of decoders.")
     ] = None,
     table: Annotated[
         int | None, typer.Option(help="Show the rows of this table of the paper, such as 20 for γ.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure a student's tasks on a labelled data set, beside the paper's rows (SAK, B.4).
+    """Measure a student's tasks on a labelled data set beside SAK's rows (B.4), or the decoders of this data
+    set beside KPU's: mIoU, AP of boxes and masks as COCO has them, or top-1, at the size of the images.
 
     `accelerate launch jobs/evaluate_student.py` does the same with several processes.
 
     Example: `teachercache evaluate runs/stage2/student nyud /data/NYUDv2 -o runs/stage2/scores`
+    Example: `teachercache evaluate runs/decoders/decoders coco /data/coco --paper kpu --table 2`
     """
     from teachercache.pipeline.cache import FeatureCache
     from teachercache.student import load_student
     from teachercache.student.datasets import open_dataset
+    from teachercache.student.decoders.model import require_paper
+    from teachercache.student.measuring.decoder_scores import evaluate_decoders
     from teachercache.student.measuring.evaluate import evaluate as evaluate_student
     from teachercache.student.measuring.evaluate import read_baseline
 
+    are_decoders = require_paper(student, paper)
+    if are_decoders and (output or boundary_processes or baseline):
+        raise typer.BadParameter("-o, --boundary-processes and --baseline are of students, not of decoders")
     opened = open_dataset(dataset, root, split)
-    single = read_baseline(baseline or [], opened.name)
-    found = evaluate_student(
-        load_student(student),
-        opened,
-        name=student,
-        output=output,
-        max_images=max_images,
-        batch_size=batch_size,
-        threads=threads,
-        boundary_processes=boundary_processes,
-        cache=FeatureCache.open(cache) if cache else None,
-        baseline=single,
-        table=table,
-    )
-    if os.environ.get("RANK", "0") != "0":
-        return
-    print_result(found.record(), found.markdown(single, table), as_json)
+    images = FeatureCache.open(cache) if cache else None
+    scores: Any
+    if are_decoders:
+        scores, told = evaluate_decoders(student, opened, table, images, max_images, batch_size, threads)
+    else:
+        single = read_baseline(baseline or [], opened.name)
+        found = evaluate_student(
+            load_student(student),
+            opened,
+            name=student,
+            output=output,
+            max_images=max_images,
+            batch_size=batch_size,
+            threads=threads,
+            boundary_processes=boundary_processes,
+            cache=images,
+            baseline=single,
+            table=table,
+        )
+        scores, told = found.record(), found.markdown(single, table)
+    if os.environ.get("RANK", "0") == "0":
+        print_result(scores, told, as_json)
 
 
 def repsim(

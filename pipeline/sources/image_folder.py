@@ -38,12 +38,15 @@ class ImageFolderSource(Source):
     def _scan_unit(self, unit: Files) -> pa.Table:
         rows = SampleRows()
         for path, nbytes in unit:
-            if "/." in f"/{path}" or not is_image_name(path):
+            if not _is_sample(path):
                 rows.left_out[kind_of(path)] += 1
                 continue
-            label = path.rpartition("/")[0].rpartition("/")[2] or None
-            rows.add(splitext(path)[0], path, path, 0, nbytes, label, partial(self._read_first, path))
+            rows.add(splitext(path)[0], path, path, 0, nbytes, _label(path), partial(self._read_first, path))
         return rows.table()
+
+    def labels(self) -> set[str | None]:
+        """From names alone: no file is opened."""
+        return {_label(path) for path, _ in self.place.files() if _is_sample(path)}
 
     def _read_first(self, path: str, nbytes: int) -> bytes:
         storage = self.place.storage
@@ -51,6 +54,14 @@ class ImageFolderSource(Source):
             return storage.read_range(path, 0, nbytes) if nbytes else b""
         name = f"{storage.root}/{path}"
         return retrying(partial(_read_head, name, nbytes), name)
+
+
+def _is_sample(path: str) -> bool:
+    return "/." not in f"/{path}" and is_image_name(path)
+
+
+def _label(path: str) -> str | None:
+    return path.rpartition("/")[0].rpartition("/")[2] or None
 
 
 def _read_head(name: str, nbytes: int) -> bytes:

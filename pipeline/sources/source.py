@@ -119,6 +119,10 @@ class Source(ABC):
             raise self._empty(samples)
         return with_unique_keys(samples).sort_by("key").combine_chunks()
 
+    def labels(self) -> set[str | None]:
+        """Of all samples, whatever their status."""
+        return set(self.scan()["label"].to_pylist())
+
     def read(self, path: str, offset: int, nbytes: int) -> bytes:
         """The encoded image that a row of the sample table locates.
 

@@ -16,7 +16,8 @@ from teachercache.student.datasets.labelled_dataset import LabelledDataset
 
 
 class ImageClasses(LabelledDataset):
-    """A source in `root`/train and one in `root`/val. The classes are the labels of `train`, in their order.
+    """A source in `root`/train and one in `root`/val. The classes are the labels of `train`, in their
+    order; to evaluate, none of its files is opened.
 
     Raises `SourceError` for images without a label, and for labels that `train` does not have.
     """
@@ -27,8 +28,8 @@ class ImageClasses(LabelledDataset):
 
     def __init__(self, root: str | os.PathLike[str], split: str = "train") -> None:
         super().__init__(root, split)
-        of_train = self._samples if split == "train" else _labelled(self.root / "train")
-        classes = sorted({sample["label"] for sample in of_train})
+        of_train = self._labels if split == "train" else open_source(self.root / "train").labels()
+        classes = sorted(filter(None, of_train))
         self.decoder_tasks = {"class": len(classes)}
         self._number = {name: number for number, name in enumerate(classes)}
         if strangers := {sample["label"] for sample in self._samples} - self._number.keys():
@@ -55,18 +56,16 @@ class ImageClasses(LabelledDataset):
 
     def _listed_keys(self) -> list[str]:
         self._source = open_source(self.list_file)
-        self._samples = _labelled(self.list_file)
+        scanned = self._source.scan()
+        self._labels = set(scanned["label"].to_pylist())
+        self._samples = [sample for sample in scanned.to_pylist() if sample["status"] == OK]
         self._label_of = {sample["key"]: sample["label"] for sample in self._samples}
+        if unlabelled := [key for key, label in self._label_of.items() if label is None]:
+            raise SourceError(
+                "A classifier is trained on labelled images.",
+                got=f"{len(unlabelled)} of {len(self._samples)} without a label in {self.list_file}, such as"
+                f" {unlabelled[0]}",
+                expected="a folder for each class, or another source with labels",
+                do="sort the images into folders that are named as their classes",
+            )
         return list(self._label_of)
-
-
-def _labelled(folder: Path) -> list[dict]:
-    samples = [sample for sample in open_source(folder).scan().to_pylist() if sample["status"] == OK]
-    if unlabelled := [sample["key"] for sample in samples if sample["label"] is None]:
-        raise SourceError(
-            "A classifier is trained on labelled images.",
-            got=f"{len(unlabelled)} of {len(samples)} without a label in {folder}, such as {unlabelled[0]}",
-            expected="a folder for each class, or another source with labels",
-            do="sort the images into folders that are named as their classes",
-        )
-    return samples

@@ -6,7 +6,7 @@ B  images     C  channels of a map     h, w  its grid     H, W  the image
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,6 +22,10 @@ class Widths(NamedTuple):
 
     image: int
     maps: tuple[int, ...]
+
+    @classmethod
+    def of(cls, features: ImageRepresentation) -> Self:
+        return cls(features.image.shape[1], tuple(one.shape[1] for one in features.maps))
 
     @property
     def of_pyramid(self) -> list[int]:

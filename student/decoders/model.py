@@ -52,12 +52,8 @@ class Decoders(nn.Module):
             self._let_learn(student)
 
     def represent(self, inputs: Inputs) -> ImageRepresentation:
-        """What the decoders work on."""
-        if self.student is None:
-            return represent_teachers(inputs)
-        assert isinstance(inputs, Tensor)
         with torch.set_grad_enabled(self.learns and torch.is_grad_enabled()):
-            return self.student.features(self.student.normalize(inputs))
+            return represent(self.student, inputs)
 
     def forward(self, batches: Mapping[str, tuple[Inputs, Tensor]]) -> dict[str, Tensor]:
         """By `decoder/term` the losses of a batch for each decoder: its inputs and its labels."""
@@ -115,6 +111,23 @@ def load_decoders(folder: str | os.PathLike[str]) -> Decoders:
     return decoders.eval()
 
 
+def require_paper(folder: str | os.PathLike[str], paper: str | None) -> bool:
+    """Whether `folder` holds decoders. Raises `RecipeError` where `paper` has no such rows."""
+    file = Path(folder) / CONFIG_FILE
+    are_decoders = file.is_file() and "decoders" in read_config(Path(folder))
+    if paper not in (None, "kpu" if are_decoders else "sak"):
+        raise RecipeError(
+            f"The tables of {paper.upper()} have no rows of this.",
+            got=f"{folder}, which holds {'decoders' if are_decoders else 'a student'}",
+            expected="a student of stage 2 for sak, decoders on a student's features for kpu",
+            do="leave out --paper"
+            if are_decoders
+            else f"teachercache train-decoders kpu_decoders_frozen student={folder} output=OUTPUT, and then"
+            " teachercache evaluate OUTPUT/decoders DATASET ROOT --paper kpu",
+        )
+    return are_decoders
+
+
 def load_student_at(folder: str | os.PathLike[str], image_size: Size) -> Student:
     """A student that takes images of this size. Raises `RecipeError` for a size that the strides do not
     divide."""
@@ -140,10 +153,12 @@ def require_divided(image_size: Size) -> None:
         )
 
 
-@torch.no_grad()
-def widths_of(student: Student, image_size: Size) -> Widths:
-    found = student.features(student.normalize(torch.zeros(1, 3, *image_size, dtype=torch.uint8)))
-    return Widths(found.image.shape[1], tuple(one.shape[1] for one in found.maps))
+def represent(student: Student | None, inputs: Inputs) -> ImageRepresentation:
+    """What decoders work on."""
+    if student is None:
+        return represent_teachers(inputs)
+    assert isinstance(inputs, Tensor)
+    return student.features(student.normalize(inputs))
 
 
 def represent_teachers(inputs: Any) -> ImageRepresentation:

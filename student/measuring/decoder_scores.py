@@ -15,7 +15,7 @@ from accelerate.utils import gather_object, reduce
 from torch import Tensor
 
 from teachercache.pipeline.cache import FeatureCache
-from teachercache.pipeline.errors import RecipeError
+from teachercache.pipeline.errors import RecipeError, require_known
 from teachercache.pipeline.grids import upsample
 from teachercache.pipeline.records.strict import Size
 from teachercache.pipeline.records.view_policy import ViewPolicy
@@ -23,9 +23,10 @@ from teachercache.pipeline.stores.feature_store import CLS_TOKEN
 from teachercache.pipeline.terminal import in_markdown
 from teachercache.pipeline.views import View, draw_view, render_view, source_pixels
 from teachercache.student.datasets import LabelledDataset
-from teachercache.student.decoders.model import Decoders, Inputs
+from teachercache.student.decoders.model import Decoders, Inputs, load_decoders
 from teachercache.student.measuring.evaluate import process_state
 from teachercache.student.measuring.in_threads import in_threads
+from teachercache.student.measuring.paper_results import kpu_rows
 from teachercache.student.metrics import MeanIoU, Top1
 
 
@@ -43,7 +44,6 @@ def evaluate_decoder(
     decoders: Decoders,
     name: str,
     dataset: LabelledDataset,
-    *,
     cache: FeatureCache | None = None,
     max_images: int | None = None,
     batch_size: int = 4,
@@ -71,6 +71,34 @@ def evaluate_decoder(
         return reduce(sums.to(state.device), "sum").cpu()
 
     return _MEASURES[task](dataset, numbers, predicted, add_up)
+
+
+def evaluate_decoders(
+    folder: str,
+    dataset: LabelledDataset,
+    table: int | None,
+    cache: FeatureCache | None,
+    *how: Any,
+) -> tuple[dict[str, dict[str, float]], str]:
+    """By name the scores of the decoders in `folder` that were trained on such a data set, and tables of them
+    above KPU's rows. `how`: `max_images`, `batch_size` and `threads` of `evaluate_decoder`.
+
+    Raises `RecipeError` where there are none, or no such table.
+    """
+    loaded = load_decoders(folder)
+    learnt = {name: made for name, made in loaded.made_of.items() if made["dataset"] == dataset.name}
+    require_known(
+        "data set of these decoders", dataset.name, [one["dataset"] for one in loaded.made_of.values()]
+    )
+    kpu_rows(dataset.name, 0, (), table)
+    scores = {name: evaluate_decoder(loaded, name, dataset, cache, *how) for name in learnt}
+    tables = [
+        scores_table(
+            {f"{folder}, {name}": scores[name]} | kpu_rows(dataset.name, made["classes"], scores[name], table)
+        )
+        for name, made in learnt.items()
+    ]
+    return scores, "\n".join(tables)
 
 
 def scores_table(rows: Mapping[str, Mapping[str, float]]) -> str:

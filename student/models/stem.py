@@ -140,6 +140,15 @@ def level_depths(depth: int) -> list[int]:
 def _create(name: str, sizes: Mapping[str, Any], pretrained: bool) -> Any:
     try:
         vit = timm.create_model(name, pretrained=pretrained, **sizes)
+    except TypeError as error:
+        if "dynamic_img_size" not in str(error):
+            raise
+        raise RecipeError(
+            f"The stem {name} cannot take images of several sizes in turns.",
+            got="inputs of several sizes, and positions that timm resamples once",
+            expected="a stem whose positions follow the image, such as a vit_* or an eva02_*",
+            do="choose another student.stem, or caches whose views have one size",
+        ) from error
     except (OSError, RuntimeError) as error:
         if not pretrained:
             raise

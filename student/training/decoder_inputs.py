@@ -8,12 +8,13 @@ epochs' permutations, one behind the other, and each process takes its part.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import lru_cache
 from itertools import count, islice
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,13 +26,20 @@ from teachercache.pipeline.errors import Problems, RecipeError
 from teachercache.pipeline.loading.loader import Batch, FeatureLoader
 from teachercache.pipeline.loading.sampler import ShardShuffleSampler
 from teachercache.pipeline.ordered_map import ordered_map
+from teachercache.pipeline.records.strict import Size
 from teachercache.pipeline.records.view_policy import ViewPolicy
 from teachercache.pipeline.views import draw_view, render_view
-from teachercache.student.datasets import LabelledDataset, open_dataset
+from teachercache.student.datasets import open_dataset
 from teachercache.student.datasets.labels import render_labels
 from teachercache.student.decoders import decoder_class
 from teachercache.student.decoders.decoder import Widths
-from teachercache.student.decoders.model import Inputs
+from teachercache.student.decoders.model import (
+    Decoders,
+    Inputs,
+    load_student_at,
+    represent,
+    require_divided,
+)
 from teachercache.student.training.decoder_recipe import DecoderInput, DecoderRecipe
 from teachercache.student.training.student_recipe import unfit_experts
 from teachercache.student.training.targets import CachedTargets
@@ -39,33 +47,55 @@ from teachercache.student.training.train_recipe import MultiTaskRecipe
 from teachercache.student.training.view_labels import ViewLabels
 
 
-class DecoderSource(Protocol):
-    """Where the batches of one decoder come from. `facts`: what decides their numbers beside the recipe."""
+class DecoderSource(ABC):
+    """Where the batches of one decoder come from. `facts`: what decides their numbers beside the recipe;
+    `blank`: inputs of one image of `image_size`; `teachers`: whose features they are, None of a student.
 
-    task: str
-    dataset: LabelledDataset
+    Raises `RecipeError` where its data set has no such labels, `SourceError` for what cannot be read of the
+    first image.
+    """
+
     facts: dict[str, Any]
+    image_size: Size
+    teachers: list[str] | None = None
+    blank: Inputs
 
+    def __init__(self, recipe: DecoderInput) -> None:
+        self.task = decoder_class(recipe.kind).task
+        self.dataset = open_dataset(recipe.dataset.kind, recipe.dataset.root, recipe.dataset.split)
+        self.classes = {**self.dataset.tasks, **self.dataset.decoder_tasks}
+        if self.task not in self.classes or not self.dataset.keys:
+            raise RecipeError(
+                f"{self.dataset.name} cannot be what the decoder {recipe.kind} learns from.",
+                got=f"{len(self.dataset.keys)} images with {', '.join(self.classes)}",
+                expected=f"images with {self.task}",
+                do="choose another data set, or another decoder",
+            )
+        self.dataset.labels(0, [self.task])
+
+    @abstractmethod
     def batches(self, first: int, stack: ExitStack) -> Iterator[Batch]:
         """From batch `first` on, without end; `stack` closes what makes them."""
 
+    @abstractmethod
     def inputs(self, batch: Batch) -> Inputs:
         """What `Decoders.represent` takes of a batch that is on the device."""
 
 
-class ImageInput:
+class ImageInput(DecoderSource):
     """A data set's own images, in another order and through other views at each epoch: `multitask_train` of
     pixels' labels, `imagenet_train` of a class."""
 
     def __init__(self, recipe: DecoderInput, run: DecoderRecipe, rank: int, processes: int) -> None:
-        self.task = decoder_class(recipe.kind).task
-        self.dataset = open_for(recipe, self.task)
+        super().__init__(recipe)
         self._batch_size, self._threads = recipe.batch_size_per_process, run.loader.threads
         self._ahead = run.loader.prefetch * self._batch_size
         self._rank, self._processes, self._seed = rank, processes, run.seed
         policy = "imagenet_train" if self.task == "class" else "multitask_train"
         self._views = ViewPolicy.model_validate({"policy": policy, "size": run.image_size, "seed": run.seed})
         self._order = lru_cache(maxsize=2)(self._shuffled)
+        self.image_size = run.image_size
+        self.blank = torch.zeros(1, 3, *run.image_size, dtype=torch.uint8)
         self.facts = {
             "samples": len(self.dataset.keys),
             "images_per_step": self._batch_size * processes * run.gradient_accumulation_steps,
@@ -106,30 +136,42 @@ class ImageInput:
         return generator.permutation(len(self.dataset.keys))
 
 
-class CacheInput:
+class CacheInput(DecoderSource):
     """Teachers' features of the data set's images, from a cache of these, through its views."""
 
     def __init__(
         self, recipe: DecoderInput, run: DecoderRecipe, rank: int, processes: int, device: torch.device
     ) -> None:
-        self.task = decoder_class(recipe.kind).task
-        self.dataset = open_for(recipe, self.task)
-        self.cache, self.teachers = open_cache(recipe.cache or "", recipe.teachers)
+        super().__init__(recipe)
+        self.cache = FeatureCache.open(recipe.cache or "")
+        self.teachers = names = self.cache.check_teachers(recipe.teachers)
+        specs = {name: self.cache.spec.teachers[name] for name in names}
+        Problems(unfit_experts(specs)).require_none()
+        self.image_size = self.cache.spec.views.size
+        self.blank = {
+            name: (
+                torch.zeros(
+                    1, spec.num_levels, *self.cache.spec.views.seen_grid(spec.stored_grid), spec.width
+                ),
+                torch.zeros(1, spec.width) if spec.cls_token else None,
+            )
+            for name, spec in specs.items()
+        }
         self._run, self._device = run, device
         self._labels = ViewLabels(MultiTaskRecipe(dataset=recipe.dataset), self.cache, (self.task,))
         self._sampler = ShardShuffleSampler(
             self.cache,
-            self.teachers,
+            names,
             batch_size_per_process=recipe.batch_size_per_process,
             rank=rank,
             world_size=processes,
             seed=run.seed,
         )
-        self._targets = CachedTargets(self.cache, self.teachers, device)
+        self._targets = CachedTargets(self.cache, names, device)
         self.facts = {
             "samples": self._sampler.num_samples,
             "images_per_step": self._sampler.global_batch_size * run.gradient_accumulation_steps,
-            "features": {name: self.cache.spec.content_id(name) for name in self.teachers},
+            "features": {name: self.cache.spec.content_id(name) for name in names},
         }
 
     def batches(self, first: int, stack: ExitStack) -> Iterator[Batch]:
@@ -151,33 +193,36 @@ class CacheInput:
         }
 
 
-def open_cache(path: str, teachers: Sequence[str] | None) -> tuple[FeatureCache, list[str]]:
-    """A cache, and those of its teachers that decoders read. Raises `CacheError`, `RecipeError`."""
-    cache = FeatureCache.open(path)
-    names = cache.check_teachers(teachers)
-    Problems(unfit_experts({name: cache.spec.teachers[name] for name in names})).require_none()
-    return cache, names
+def sources_of(
+    recipe: DecoderRecipe, rank: int, processes: int, device: torch.device
+) -> dict[str, DecoderSource]:
+    if recipe.student is not None:
+        require_divided(recipe.image_size)
+        return {name: ImageInput(one, recipe, rank, processes) for name, one in recipe.decoders.items()}
+    return {name: CacheInput(one, recipe, rank, processes, device) for name, one in recipe.decoders.items()}
 
 
-def widths_of_teachers(cache: FeatureCache, teachers: Sequence[str]) -> Widths:
-    specs = [cache.spec.teachers[name] for name in teachers]
-    width = sum(spec.width for spec in specs)
-    return Widths(width, (width,) * specs[0].num_levels)
+def steps_per_epoch(sources: Mapping[str, DecoderSource]) -> float:
+    """Of the decoder whose data set ends first."""
+    return min(one.facts["samples"] / one.facts["images_per_step"] for one in sources.values())
 
 
-def open_for(recipe: DecoderInput, task: str, split: str | None = None) -> LabelledDataset:
-    """The data set of a decoder, of which the first image and its labels were read.
-
-    Raises `RecipeError` where it has no such labels, `SourceError` for what cannot be read.
-    """
-    dataset = open_dataset(recipe.dataset.kind, recipe.dataset.root, split or recipe.dataset.split)
-    known = {**dataset.tasks, **dataset.decoder_tasks}
-    if task not in known or not dataset.keys:
-        raise RecipeError(
-            f"{dataset.name} cannot be what the decoder {recipe.kind} learns from.",
-            got=f"{len(dataset.keys)} images with {', '.join(known)}",
-            expected=f"images with {task}",
-            do="choose another data set, or another decoder",
-        )
-    dataset.labels(0, [task])
-    return dataset
+@torch.no_grad()
+def decoders_of(recipe: DecoderRecipe, sources: Mapping[str, DecoderSource]) -> Decoders:
+    """With the weights of the student, and new ones of the decoders."""
+    student = load_student_at(recipe.student, recipe.image_size) if recipe.student is not None else None
+    made_of, size = dict[str, Any](), recipe.image_size
+    for name, one in recipe.decoders.items():
+        source = sources[name]
+        require_divided(size := source.image_size)
+        widths = Widths.of(represent(student, source.blank))
+        made_of[name] = {
+            "kind": one.kind,
+            "options": one.options,
+            "dataset": one.dataset.kind,
+            **({"teachers": source.teachers} if source.teachers else {}),
+            "classes": source.classes[source.task],
+            "widths": [widths.image, list(widths.maps)],
+        }
+    with torch.enable_grad():
+        return Decoders(made_of, size, student, recipe.learns)

@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import nn
 from torch.optim import AdamW
 
 from teachercache.pipeline.cache import FeatureCache
-from teachercache.pipeline.errors import CheckpointError, RecipeError
+from teachercache.pipeline.errors import CheckpointError, RecipeError, extra
+
+with extra("train"):
+    from accelerate import Accelerator
+
 from teachercache.pipeline.loading.loader import Batch
 from teachercache.pipeline.places.durable import make_folder
 from teachercache.student.losses.weighting import Famo

@@ -19,32 +19,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from teachercache.pipeline.errors import extra
+from teachercache.pipeline.errors import Problems, extra
 
 with extra("train"):
-    from accelerate import Accelerator
+    import accelerate  # noqa: F401 (what runs are made of imports it)
 
 from teachercache.pipeline.loading.loader import Batch
 from teachercache.pipeline.places.local_storage import LocalStorage
-from teachercache.student.decoders.model import Decoders, load_student_at, require_divided, widths_of
+from teachercache.student.decoders.model import Decoders
 from teachercache.student.losses.weighting import Losses
 from teachercache.student.models.student import WEIGHTS_FILE, find_saved
 from teachercache.student.timing import StageTimer
 from teachercache.student.training.decoder_inputs import (
-    CacheInput,
     DecoderSource,
-    ImageInput,
-    widths_of_teachers,
+    decoders_of,
+    sources_of,
+    steps_per_epoch,
 )
 from teachercache.student.training.decoder_recipe import DecoderRecipe, decoder_run_identity
 from teachercache.student.training.environment import accelerator_for, overruled
 from teachercache.student.training.run import Run, RunResult, require_folder
 from teachercache.student.training.run_lock import only_trainer
+from teachercache.student.training.trackers import missing_trackers
 
 
 class DecoderResult(RunResult):
     def use(self, saved: Path) -> str:
-        return f"measure each: teachercache evaluate-decoders {saved} NAME ROOT"
+        return f"measure them: teachercache evaluate {saved} DATASET ROOT --paper kpu"
 
 
 def train_decoders(recipe: DecoderRecipe) -> DecoderResult:
@@ -56,47 +57,20 @@ def train_decoders(recipe: DecoderRecipe) -> DecoderResult:
     accelerator = accelerator_for(recipe)
     for line in overruled(recipe):
         accelerator.print(line)
+    Problems(missing_trackers(recipe.trackers)).require_none()
     torch.manual_seed(recipe.seed)
-    sources = _sources(recipe, accelerator)
-    decoders = _decoders(recipe, sources)
+    sources = sources_of(recipe, accelerator.process_index, accelerator.num_processes, accelerator.device)
+    decoders = decoders_of(recipe, sources)
     require_folder(Path(recipe.output))
     with only_trainer(accelerator, Path(recipe.output)) as require_held:
         identity = decoder_run_identity(recipe, _facts(recipe, sources))
-        epoch = min(source.facts["samples"] / source.facts["images_per_step"] for source in sources.values())
-        run = Run(recipe, accelerator, decoders, identity, epoch, require_held)
+        run = Run(recipe, accelerator, decoders, identity, steps_per_epoch(sources), require_held)
 
         def streams(stack: ExitStack) -> list[Iterator[Batch]]:
             return [source.batches(run.first_batch, stack) for source in sources.values()]
 
         done = run.go(DecoderObjective(recipe, run.model, sources, accelerator.device), streams)
         return run.finish(DecoderResult, done, "decoders", partial(_save, recipe, decoders))
-
-
-def _sources(recipe: DecoderRecipe, accelerator: Accelerator) -> dict[str, DecoderSource]:
-    place = accelerator.process_index, accelerator.num_processes
-    if recipe.student is not None:
-        require_divided(recipe.image_size)
-        return {name: ImageInput(one, recipe, *place) for name, one in recipe.decoders.items()}
-    return {
-        name: CacheInput(one, recipe, *place, accelerator.device) for name, one in recipe.decoders.items()
-    }
-
-
-def _decoders(recipe: DecoderRecipe, sources: dict[str, DecoderSource]) -> Decoders:
-    student = load_student_at(recipe.student, recipe.image_size) if recipe.student is not None else None
-    widths = widths_of(student, recipe.image_size) if student is not None else None
-    made_of, size = dict[str, Any](), recipe.image_size
-    for name, one in recipe.decoders.items():
-        source = sources[name]
-        content: dict[str, Any] = {"kind": one.kind, "options": one.options, "dataset": one.dataset.kind}
-        if isinstance(source, CacheInput):
-            size, content["teachers"] = source.cache.spec.views.size, list(source.teachers)
-            require_divided(size)
-            widths = widths_of_teachers(source.cache, source.teachers)
-        classes = {**source.dataset.tasks, **source.dataset.decoder_tasks}[source.task]
-        assert widths is not None
-        made_of[name] = {**content, "classes": classes, "widths": [widths.image, list(widths.maps)]}
-    return Decoders(made_of, size, student, recipe.learns)
 
 
 def _facts(recipe: DecoderRecipe, sources: dict[str, DecoderSource]) -> dict[str, Any]:

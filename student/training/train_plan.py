@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from teachercache.pipeline.records.strict import Size
 from teachercache.student.models.lora import merge_lora
 from teachercache.student.models.student import Student, StudentOutput, TeacherFacts
+from teachercache.student.training.decoder_inputs import decoders_of, sources_of, steps_per_epoch
+from teachercache.student.training.decoder_recipe import DecoderRecipe
 from teachercache.student.training.student_recipe import StudentRecipe
 from teachercache.student.training.train_recipe import TrainRecipe
 
@@ -40,7 +42,7 @@ class StudentSize(NamedTuple):
 @dataclass(frozen=True)
 class TrainPlan:
     """`row_bytes`: what is read of the cache for one view; 0 where its features are left unread.
-    `tflops_per_gpu`: what a GPU sustains.
+    `tflops_per_gpu`: what a GPU sustains. `inputs`: by decoder its data set, and how many images it has.
 
     Hours are those of the arithmetic: optimizer, losses and small kernels come on top."""
 
@@ -51,6 +53,7 @@ class TrainPlan:
     row_bytes: int
     processes: int
     tflops_per_gpu: float
+    inputs: Mapping[str, tuple[str, int]] = field(default_factory=dict)
 
     @property
     def images(self) -> int:
@@ -119,6 +122,41 @@ def of_all_inputs(plans: Sequence[TrainPlan], student: StudentSize) -> TrainPlan
     )
     row_bytes = round(mean(plan.row_bytes for plan in plans))
     return replace(plans[0], images_per_step=sum(images), size=student, row_bytes=row_bytes)
+
+
+def make_decoder_plan(recipe: DecoderRecipe, *, processes: int, tflops_per_gpu: float) -> TrainPlan:
+    """Asks all that `train_decoders` asks, and raises as it does; runs the student and each decoder once.
+
+    GMACs are of an image, as a mean over those of a step, each counted thrice where it learns; losses, noisy
+    queries and deformable sampling are not among them.
+    """
+    sources = sources_of(recipe, 0, processes, torch.device("cpu"))
+    decoders = decoders_of(recipe, sources).eval()
+    forward, student = dict.fromkeys(["student", *sources], 0.0), decoders.student
+    for (name, source), images in zip(sources.items(), recipe.batch_sizes, strict=True):
+        share = images / sum(recipe.batch_sizes) / 2e9
+        with torch.no_grad(), FlopCounterMode(display=False) as shared:
+            features = decoders.represent(source.blank)
+        with torch.no_grad(), FlopCounterMode(display=False) as own:
+            decoders.decoders[name].predict(features, decoders.image_size)
+        forward["student"] += share * shared.get_total_flops()
+        forward[name] = share * own.get_total_flops()
+    modules = {"student": student or nn.Module(), **decoders.decoders}
+    parameters = {part: sum(one.numel() for one in module.parameters()) for part, module in modules.items()}
+    trained = sum(one.numel() for one in decoders.parameters() if one.requires_grad)
+    thrice = {
+        part: gmacs * (3 if part != "student" or recipe.learns else 1) for part, gmacs in forward.items()
+    }
+    return TrainPlan(
+        steps=recipe.schedule.steps(steps_per_epoch(sources))[0],
+        images_per_step=recipe.images_per_step(processes),
+        size=StudentSize(parameters, sum(parameters.values()), trained, forward, 0.0, sum(thrice.values())),
+        image_size=decoders.image_size,
+        row_bytes=0,
+        processes=processes,
+        tflops_per_gpu=tflops_per_gpu,
+        inputs={name: (one.dataset.name, one.facts["samples"]) for name, one in sources.items()},
+    )
 
 
 def student_size(

@@ -164,7 +164,7 @@ class InputRecipe(Strict):
 
 
 class RunRecipe(Strict):
-    """What every run states, of a student or of decoders. Each of `trackers` but tensorboard is to be installed."""
+    """What every run states, of a student as of decoders. `trackers` but tensorboard are to be installed."""
 
     output: AtHome = Field(description="The folder that the run writes, checkpoints and what it trains.")
     optimizer: OptimizerRecipe = OptimizerRecipe()

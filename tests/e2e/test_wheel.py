@@ -200,7 +200,6 @@ NEED = {
     "figure 1": "accelerate train",
     "evaluate student pascal_context data": "accelerate train",
     "train-decoders kpu_decoders_frozen": "accelerate train",
-    "evaluate-decoders decoders semseg data": "accelerate train",
 }
 
 

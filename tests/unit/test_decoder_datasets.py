@@ -80,6 +80,9 @@ def test_classes_are_those_of_the_images_to_train_on(tmp_path: Path) -> None:
     assert open_source(dataset.images_folder).scan()["key"].to_pylist() == dataset.keys
     assert dataset.labels(0, ["class"])["class"] == 1
     assert dataset.image(0).size == (30, 20)
+    (tmp_path / "train/n01/b.jpg").write_bytes(b"no image")
+    assert open_dataset("image_classes", tmp_path, "val").decoder_tasks == {"class": 2}, "by name, unread"
+    assert open_dataset("image_classes", tmp_path, "train").decoder_tasks == {"class": 2}
     written(tmp_path / "val/n03/d.jpg", picture("jpg"))
     with pytest.raises(SourceError, match="n03"):
         open_dataset("image_classes", tmp_path, "val")

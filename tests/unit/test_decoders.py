@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from torchmetrics.classification import MulticlassJaccardIndex
 from typer.testing import CliRunner
 
@@ -24,10 +25,11 @@ from teachercache.pipeline.views import draw_view, render_view
 from teachercache.student import build_student, load_student
 from teachercache.student.datasets import open_dataset
 from teachercache.student.datasets.scenes import write_scenes
-from teachercache.student.decoders.model import load_decoders
+from teachercache.student.decoders.model import Decoders, load_decoders, load_student_at
 from teachercache.student.measuring.decoder_scores import evaluate_decoder
 from teachercache.student.training.decoder_recipe import DecoderRecipe
 from teachercache.student.training.train_decoders import train_decoders
+from teachercache.student.training.train_plan import make_decoder_plan
 from tests.make_cache import make_cache, teacher_spec
 from tests.train_recipes import forget_accelerate, logged
 
@@ -101,10 +103,11 @@ def test_decoders_of_a_student_learn_side_by_side(
     assert decoders.predict("kind", images).shape == (1,)
     printed = CliRunner().invoke(
         app,
-        ["evaluate-decoders", str(tmp_path / "decoders"), "things", str(scenes), "--json", "--threads", "1"],
+        ["evaluate", str(tmp_path / "decoders"), "scenes", str(scenes), "--json", "--threads", "1"],
     )
     scores = json.loads(printed.output)
-    assert {name.split()[-1] for name in scores} == {"boxes", "masks"}
+    assert {name.split()[-1] for name in scores["things"]} == {"boxes", "masks"}
+    assert [list(scores[name]) for name in ("scene", "kind")] == [["mIoU"], ["top-1"]]
 
 
 def test_a_frozen_student_stays_as_it_was_and_a_learnt_one_is_saved(
@@ -214,6 +217,41 @@ def test_scores_are_those_of_predictions_at_the_size_of_the_images(
     found = evaluate_decoder(decoders, "scene", data, batch_size=2)
     assert found["mIoU"] / 100 == pytest.approx(float(reference.compute().nanmean()), abs=1e-6)
     assert evaluate_decoder(decoders, "kind", data)["top-1"] == pytest.approx(100 * sum(right) / 3)
+
+
+def test_the_plan_says_what_the_run_takes_and_runs_nothing(
+    scenes: Path, students: dict[str, Path], tmp_path: Path
+) -> None:
+    three = {"scene": UPERNET, "things": MASK_DINO, "kind": {"kind": "linear"}}
+    student = load_student_at(students["kpu"], SIZE)
+    with FlopCounterMode(display=False) as counter:
+        Decoders({}, SIZE, student).represent(torch.zeros(1, 3, *SIZE).byte())
+    plans = {}
+    for learns in (False, True):
+        run = recipe(scenes, tmp_path / "run", three, student=str(students["kpu"]), learns=learns)
+        plans[learns] = make_decoder_plan(run, processes=2, tflops_per_gpu=100)
+    features = counter.get_total_flops() / 2e9
+    frozen, learnt = plans[False].size, plans[True].size
+    assert frozen.gmacs_by_part["student"] == pytest.approx(features)
+    assert learnt.train_gmacs - frozen.train_gmacs == pytest.approx(2 * features)
+    assert frozen.train_gmacs == pytest.approx(3 * frozen.gmacs - 2 * features)
+    assert frozen.parameters["student"] == sum(one.numel() for one in student.parameters())
+    assert frozen.trained == frozen.num_parameters - frozen.parameters["student"] < learnt.trained
+    (tmp_path / "recipe.yaml").write_text(json.dumps(run.model_dump(mode="json")))
+    told = CliRunner().invoke(app, ["train-decoders", str(tmp_path / "recipe.yaml"), "--dry-run"])
+    assert "4 of 6 images, 24 in all" in told.output
+    assert "things 2 of 6 images of scenes" in told.output
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_rows_of_kpu_are_of_decoders_and_a_student_is_told_how_to_get_there(
+    scenes: Path, students: dict[str, Path]
+) -> None:
+    student = str(students["kpu"])
+    with pytest.raises(RecipeError, match=rf"train-decoders kpu_decoders_frozen student={student}"):
+        CliRunner().invoke(
+            app, ["evaluate", student, "scenes", str(scenes), "--paper", "kpu"], catch_exceptions=False
+        )
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,11 @@
 """GroundingDINO's image side as a teacher, held to transformers' own whole model in small."""
 
+# ruff: noqa: F811  fixtures of another module
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -34,32 +34,11 @@ from teachercache.cache_builder.teachers.registry import presets
 from teachercache.pipeline.errors import MissingExtraError, TeacherInputError, WeightsNotFoundError
 from teachercache.pipeline.verify import verify
 from tests.make_cache import build_recipe, make_images
-from tests.tiny_grounding_dino import SWIN, TINY, tiny_grounding_dino
+from tests.tiny_grounding_dino import TINY, folder, tiny_grounding_dino, tiny_model, whole  # noqa: F401
 
 STRIDES = (8, 16, 32, 64)
 STAGES = "model.backbone.conv_encoder.model.swin.encoder.layers"
 REAL = ["grounding_dino_tiny", "grounding_dino_base"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _tiny_model() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(module._SWINS, TINY, SWIN)
-        yield
-
-
-@pytest.fixture(scope="module")
-def whole(_tiny_model: None) -> Any:
-    """A whole detector with this Swin and small remaining parts."""
-    return tiny_grounding_dino()
-
-
-@pytest.fixture(scope="module")
-def folder(whole: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its weights as transformers saves them, under the names of the published files."""
-    path = tmp_path_factory.mktemp("weights") / "detector"
-    whole.save_pretrained(path)
-    return path
 
 
 def pixels(size: tuple[int, int]) -> Tensor:

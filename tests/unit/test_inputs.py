@@ -136,6 +136,17 @@ def test_a_sentinel_resamples_its_positions_to_each_size_and_is_what_it_was_at_i
         assert other.equal(fixed.project(large)["b"].map), "as positions that were resampled once"
 
 
+def test_a_stem_that_takes_one_size_alone_is_refused_before_it_has_weights() -> None:
+    with torch.device("meta"), pytest.raises(RecipeError, match="beit_base_patch16_224 cannot take images"):
+        KPU(
+            "beit_base_patch16_224",
+            teacher_dims={"a": 8},
+            image_size=(64, 64),
+            teacher_grids={"a": (4, 4)},
+            image_sizes={"b": (96, 64)},
+        )
+
+
 def test_the_plan_counts_the_images_of_all_inputs(caches: list[Path], finished: Path, tmp_path: Path) -> None:
     planned = plan_training(recipe(caches, tmp_path), processes=2, tflops_per_gpu=100)
     alone = [plan_training(one, processes=2, tflops_per_gpu=100) for one in recipe(caches, tmp_path).each]

@@ -1,9 +1,9 @@
 """A student in the place of GroundingDINO's image side: boxes as the whole model's, precision as COCO's."""
 
+# ruff: noqa: F811  fixtures of another module
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from typer.testing import CliRunner
 
 from teachercache import build_student
 from teachercache.cache_builder.teachers import TeacherRecipe, build_teacher, resolve_teacher
-from teachercache.cache_builder.teachers import grounding_dino as module
 from teachercache.jobs.cli import app
 from teachercache.pipeline.errors import RecipeError
 from teachercache.pipeline.sources import open_source
@@ -29,7 +28,7 @@ from teachercache.student.zero_shot.coco import CocoAnnotations
 from teachercache.student.zero_shot.detection import detect, find, require_maps
 from teachercache.student.zero_shot.detector import Detector, read_prompt
 from tests.make_cache import make_images
-from tests.tiny_grounding_dino import SWIN, TINY, save_tokenizer, tiny_grounding_dino
+from tests.tiny_grounding_dino import TINY, folder, tiny_model, whole  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -37,26 +36,6 @@ SIZE = (96, 160)
 MAPS = {"third": (3, 5), "first": (12, 20), "second": (6, 10), "fourth": (2, 3)}  # in no order
 MEAN, STD = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 PHRASES = ["red cats", "dog"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _tiny_model() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(module._SWINS, TINY, SWIN)
-        yield
-
-
-@pytest.fixture(scope="module")
-def whole(_tiny_model: None) -> Any:
-    return tiny_grounding_dino()
-
-
-@pytest.fixture(scope="module")
-def folder(whole: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("weights") / "detector"
-    whole.save_pretrained(path)
-    save_tokenizer(path)
-    return path
 
 
 @pytest.fixture(scope="module")
