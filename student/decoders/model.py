@@ -163,16 +163,16 @@ def represent(student: Student | None, inputs: Inputs) -> ImageRepresentation:
 
 def represent_teachers(inputs: Any) -> ImageRepresentation:
     """Teachers side by side, at each level on the grid of the first; the class token, or the mean of the last
-    map, of each."""
-    maps, images = list[list[Tensor]](), list[Tensor]()
+    map, of each. Four of one level on four grids, as the maps of GroundingDINO are, make a pyramid."""
+    of_each, images = list[list[Tensor]](), list[Tensor]()
     for maps_BSHWC, cls_token_BC in inputs.values():
-        levels = list(maps_BSHWC.permute(0, 1, 4, 2, 3).float().unbind(1))
-        images.append(levels[-1].mean((2, 3)) if cls_token_BC is None else cls_token_BC.float())
-        first = maps[0] if maps else levels
-        maps.append([_on(level, like) for level, like in zip(levels, first, strict=True)])
-    return ImageRepresentation(
-        torch.cat(images, 1), [torch.cat(level, 1) for level in zip(*maps, strict=True)]
-    )
+        of_each.append(list(maps_BSHWC.permute(0, 1, 4, 2, 3).float().unbind(1)))
+        images.append(of_each[-1][-1].mean((2, 3)) if cls_token_BC is None else cls_token_BC.float())
+    maps = [torch.cat([_on(level, at[0]) for level in at], 1) for at in zip(*of_each, strict=True)]
+    grids = {one.shape[2:] for levels in of_each for one in levels}
+    if len(maps) == 1 and len(of_each) == len(grids) == len(STRIDES):
+        maps = sorted((levels[0] for levels in of_each), key=lambda map_BCHW: -map_BCHW[0, 0].numel())
+    return ImageRepresentation(torch.cat(images, 1), maps)
 
 
 def _on(map_BCHW: Tensor, like_BCHW: Tensor) -> Tensor:

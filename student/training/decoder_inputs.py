@@ -40,6 +40,7 @@ from teachercache.student.decoders.model import (
     represent,
     require_divided,
 )
+from teachercache.student.models.student import NUM_LEVELS
 from teachercache.student.training.decoder_recipe import DecoderInput, DecoderRecipe
 from teachercache.student.training.student_recipe import unfit_experts
 from teachercache.student.training.targets import CachedTargets
@@ -146,7 +147,7 @@ class CacheInput(DecoderSource):
         self.cache = FeatureCache.open(recipe.cache or "")
         self.teachers = names = self.cache.check_teachers(recipe.teachers)
         specs = {name: self.cache.spec.teachers[name] for name in names}
-        Problems(unfit_experts(specs)).require_none()
+        Problems(unfit_experts(specs, (1, NUM_LEVELS))).require_none()
         self.image_size = self.cache.spec.views.size
         self.blank = {
             name: (

@@ -220,15 +220,17 @@ class AmalgamRecipe(_TaskRecipe):
         return {"features": features}
 
 
-def unfit_experts(teachers: Specs) -> Errors:
-    """What keeps an amalgam from working on the cached features of these teachers."""
+def unfit_experts(teachers: Specs, levels: Collection[int] = (NUM_LEVELS,)) -> Errors:
+    """What keeps an amalgam, or decoders, from working on the cached features of these teachers, which have
+    all as many `levels` as the first."""
     yield from _without_maps(teachers)
+    wanted = next((spec.num_levels for spec in teachers.values() if spec.num_levels in levels), NUM_LEVELS)
     for name, spec in teachers.items():
-        if spec.num_levels != NUM_LEVELS:
+        if spec.num_levels != wanted:
             yield RecipeError(
-                f"Teacher {name} cannot be an expert: routers and heads take one map of each at every level.",
+                f"Teacher {name} cannot be an expert: one map of each is taken at every level.",
                 got=f"{spec.num_levels} levels in the cache",
-                expected=str(NUM_LEVELS),
+                expected=str(wanted),
                 do=_OTHER_LEVELS,
             )
 

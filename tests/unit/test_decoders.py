@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from teachercache.student.datasets import open_dataset
 from teachercache.student.datasets.scenes import write_scenes
 from teachercache.student.decoders.model import Decoders, load_decoders, load_student_at
 from teachercache.student.measuring.decoder_scores import evaluate_decoder
+from teachercache.student.training.decoder_inputs import decoders_of, sources_of
 from teachercache.student.training.decoder_recipe import DecoderRecipe
 from teachercache.student.training.train_decoders import train_decoders
 from teachercache.student.training.train_plan import make_decoder_plan
@@ -162,7 +164,11 @@ def test_an_accumulated_step_is_one_of_the_whole_batch(
 @pytest.fixture(scope="module")
 def cached(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("caches")
+    one_level = {"block_indices": (3,)}
     teachers = {"clip": teacher_spec(cls_token=True), "dinov2": teacher_spec(width=4, grid=3)}
+    teachers["last of clip"] = teacher_spec(cls_token=True).model_copy(update=one_level)
+    for grid in (2, 8, 1, 4):  # in no order
+        teachers[f"gdino of {grid}"] = teacher_spec(grid=grid).model_copy(update=one_level)
     made = {
         "train": make_cache(folder / "train", scenes / "images/train", teachers=teachers, view_size=SIZE),
         "val": make_cache(
@@ -181,7 +187,8 @@ def test_decoders_of_cached_teachers_learn_and_are_measured(
     scenes: Path, cached: dict[str, str], tmp_path: Path
 ) -> None:
     decoders = {
-        name: one | {"cache": cached["train"]} for name, one in (("scene", UPERNET), ("things", MASK_DINO))
+        name: one | {"cache": cached["train"], "teachers": ["clip", "dinov2"]}
+        for name, one in (("scene", UPERNET), ("things", MASK_DINO))
     }
     train_decoders(recipe(scenes, tmp_path, decoders))
     assert len(logged(tmp_path, "loss/scene/auxiliary")) == 4
@@ -194,6 +201,45 @@ def test_decoders_of_cached_teachers_learn_and_are_measured(
         evaluate_decoder(loaded, "scene", data, cache=FeatureCache.open(cached["train"]))
     with pytest.raises(RecipeError, match="no cache"):
         evaluate_decoder(loaded, "scene", data)
+
+
+@pytest.mark.parametrize(
+    ("teachers", "widths"),
+    [
+        (["dinov2"], [4, [4] * 4]),
+        (["last of clip"], [8, [8]]),
+        ([f"gdino of {grid}" for grid in (2, 8, 1, 4)], [4 * 8, [8] * 4]),
+    ],
+)
+def test_decoders_of_each_teacher_of_kpu_learn_from_its_cached_maps(
+    scenes: Path, cached: dict[str, str], tmp_path: Path, teachers: list[str], widths: list[Any]
+) -> None:
+    """The rows DINOv2†, CLIP† and GroundingDINO† of Table 1."""
+    kinds = {"scene": UPERNET, "things": MASK_DINO, "kind": {"kind": "linear"}}
+    decoders = {name: one | {"cache": cached["train"], "teachers": teachers} for name, one in kinds.items()}
+    run = recipe(scenes, tmp_path, decoders)
+    sources = sources_of(run, 0, 1, torch.device("cpu"))
+    made = decoders_of(run, sources)
+    assert all(content["widths"] == widths for content in made.made_of.values())
+    with ExitStack() as stack:
+        batches = {name: next(source.batches(0, stack)) for name, source in sources.items()}
+    inputs = {
+        name: (sources[name].inputs(one), one.labels[sources[name].task]) for name, one in batches.items()
+    }
+    sum(made(inputs).values()).backward()
+    assert all(one.grad is not None for one in made.parameters())
+    if len(teachers) > 1:
+        grids = [one.shape[2:] for one in made.represent(inputs["scene"][0]).maps]
+        assert grids == [(8, 8), (4, 4), (2, 2), (1, 1)]
+
+
+def test_teachers_with_other_numbers_of_levels_are_not_read_side_by_side(
+    scenes: Path, cached: dict[str, str], tmp_path: Path
+) -> None:
+    teachers = ["dinov2", "last of clip"]
+    one = UPERNET | {"cache": cached["train"], "teachers": teachers}
+    with pytest.raises(RecipeError, match="last of clip cannot be an expert"):
+        train_decoders(recipe(scenes, tmp_path, {"scene": one}))
 
 
 def test_scores_are_those_of_predictions_at_the_size_of_the_images(
