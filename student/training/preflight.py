@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import numpy as np
 import PIL
@@ -126,6 +127,8 @@ def joined(recipe: TrainRecipe, parts: Sequence[Preflight]) -> Preflight:
     alone = {line for part in parts for line in recipe.student.notices(part.teachers)}
     found.notices = [line for part in parts for line in part.notices if line not in alone]
     found.notices += recipe.student.notices(teachers)
+    if measures := [part.validation for part in parts if part.validation]:
+        found.validation = partial(_of_all, measures)
     if twice := sorted({name for name in names if names.count(name) > 1}):
         found.problems.append(
             RecipeError(
@@ -142,6 +145,12 @@ def joined(recipe: TrainRecipe, parts: Sequence[Preflight]) -> Preflight:
         size, distills = found.views.size, recipe.distills
         found.student = first_student(recipe.student, facts, size, None, distills=distills, blank=True)
     return found
+
+
+def _of_all(
+    measures: Sequence[Callable[..., dict[str, Similarity]]], student: Student, **how: Any
+) -> dict[str, Similarity]:
+    return {name: one for measure in measures for name, one in measure(student, **how).items()}
 
 
 def _ask_cache(found: Preflight, recipe: TrainRecipe, cache: FeatureCache, processes: int, rank: int) -> None:

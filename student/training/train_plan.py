@@ -93,10 +93,13 @@ def make_train_plan(
     `row_bytes`; needs no weights. Raises `RecipeError` for a warm-up that is as long as the run."""
     images_per_step = recipe.images_per_step(processes)
     reads = (recipe.distills or student.reads_features) and recipe.reads_cache
+    size = student_size(recipe.student, student, teachers, distills=recipe.distills)
+    if recipe.distillation.weighting == "famo":  # which looks at each batch again
+        size = size._replace(train_gmacs=size.train_gmacs + size.gmacs)
     return TrainPlan(
         steps=recipe.schedule.steps(num_samples / images_per_step)[0],
         images_per_step=images_per_step,
-        size=student_size(recipe.student, student, teachers, distills=recipe.distills),
+        size=size,
         image_size=student.image_size,
         row_bytes=row_bytes if reads else 0,
         processes=processes,

@@ -196,7 +196,8 @@ class RunRecipe(Strict):
 
 class TrainRecipe(RunRecipe):
     """A training run: distillation alone (stage 1), or with `multitask` beside the labels of a data set
-    (stage 2). The losses of `inputs` add up (KPU); `teachers: []` trains on labels alone. `features`:
+    (stage 2). The losses of `inputs` add up (KPU), an epoch is one of the first, and each holds out its
+    `validation.fraction`. `teachers: []` trains on labels alone. `features`:
     `cached`, or of teachers that run: all (`online`), those of which the cache lacks shards (`hybrid`), or
     all on views that each epoch draws anew (`fresh`).
     """
@@ -234,8 +235,8 @@ class TrainRecipe(RunRecipe):
     @model_validator(mode="after")
     def _check(self) -> Self:
         problems = list(self.student.contradictions_of(self))
-        if self.inputs and (self.schedule.epochs or self.schedule.warmup_epochs or self.validation):
-            problems.append("inputs have epochs of their own: give max_steps and warmup_steps, no validation")
+        if self.inputs and self.validation and self.validation.cache:
+            problems.append("each of the inputs holds out images of its own: give validation.fraction")
         if self.cutmix and (self.student.kind != "sak" or self.multitask):
             problems.append(
                 "cutmix mixes maps, not labels or class tokens: only a sak without multitask has it"
@@ -254,10 +255,12 @@ class TrainRecipe(RunRecipe):
 
     @property
     def each(self) -> list[Self]:
-        """The run on each of its inputs alone."""
+        """The run on each of its inputs alone; epochs and a warm-up by them are those of the first."""
         loss = self.distillation.model_copy(update={"teacher_weights": {}})  # of all inputs
-        alone = {"inputs": (), "distillation": loss}
-        return [self.model_copy(update=dict(one) | alone) for one in self.inputs] or [self]
+        alone: dict[str, Any] = {"inputs": (), "distillation": loss}
+        at_once = {"schedule": self.schedule.model_copy(update={"warmup_epochs": 0, "warmup_steps": 0})}
+        changes = [dict(one) | alone | (at_once if i else {}) for i, one in enumerate(self.inputs)]
+        return [self.model_copy(update=change) for change in changes] or [self]
 
     @property
     def streams(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from teachercache.jobs.train_dry_run import plan_training
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import CheckpointError, RecipeError
 from teachercache.pipeline.loading.loader import FeatureLoader
-from teachercache.pipeline.loading.sampler import ShardShuffleSampler
+from teachercache.pipeline.loading.sampler import ShardShuffleSampler, held_out_samples
 from teachercache.student import KPU, load_student
 from teachercache.student.losses.alignment import AlignmentLoss
 from teachercache.student.timing import StageTimer
@@ -152,6 +153,9 @@ def test_the_plan_counts_the_images_of_all_inputs(caches: list[Path], finished: 
     alone = [plan_training(one, processes=2, tflops_per_gpu=100) for one in recipe(caches, tmp_path).each]
     assert (planned.steps, planned.images_per_step) == (5, 12)
     assert planned.gpu_hours == pytest.approx(sum(plan.gpu_hours for plan in alone))
+    famo = recipe(caches, tmp_path, distillation={"weighting": "famo"})
+    twice = plan_training(famo, processes=2, tflops_per_gpu=100).size.train_gmacs
+    assert twice == pytest.approx(planned.size.train_gmacs + planned.size.gmacs), "a forward pass more"
     assert planned.size.trained == sum(
         one.numel() for one in load_student(finished / "student").parameters() if one.requires_grad
     )
@@ -163,6 +167,21 @@ def test_the_plan_counts_the_images_of_all_inputs(caches: list[Path], finished: 
     assert told.exit_code == 0, told.output
     assert "5 of 6 images" in told.output
     assert "detector" in told.output
+
+
+def test_epochs_are_of_the_first_input_and_each_holds_out_images_of_its_own(
+    caches: list[Path], tmp_path: Path
+) -> None:
+    schedule = {"epochs": 2, "warmup_epochs": 1}
+    run = recipe(caches, tmp_path, schedule=schedule, validation={"fraction": 0.3, "every_steps": 2})
+    planned = plan_training(run, processes=1, tflops_per_gpu=100)
+    result = train(run)
+    keys = FeatureCache.open(caches[0]).samples["key"].to_pylist()
+    trained_on = len(keys) - len(held_out_samples(keys, 0.3, run.seed))
+    assert 0 < trained_on < len(keys)
+    assert result.steps == planned.steps == math.ceil(2 * trained_on / 4)
+    assert set(result.similarity) == {"clip", "dino", "detector"}
+    assert all(-1 <= one.mean <= 1 for one in result.similarity.values())
 
 
 def test_the_card_names_the_teachers_of_all_caches(finished: Path) -> None:
@@ -197,7 +216,7 @@ def test_a_run_goes_on_with_the_same_inputs_alone(caches: list[Path], finished: 
     ("changes", "message"),
     [
         ({"student": {"stem": "test_vit"}}, "only a kpu sees images of several sizes"),
-        ({"schedule": {"epochs": 2}}, "give max_steps"),
+        ({"validation": {"cache": "another"}}, r"give validation\.fraction"),
         ({"teachers": ["clip"]}, "leave them out beside inputs"),
         ({"cache": "another"}, "leave them out beside inputs"),
     ],
