@@ -3,7 +3,7 @@
     python -m benchmarks.memory                                  SAM-L at 1024², 16 views, eager, bfloat16
     python -m benchmarks.memory --teachers dinov2_large --batch-size 32
 
-On fake CUDA tensors (`benchmarks.roofline`): the weights, and the most bytes that tensors hold at once beside
+On fake CUDA tensors (`benchmarks.fake_gpu`): the weights, and the most bytes that tensors hold at once beside
 them. What a kernel takes for itself (a convolution's workspace), the allocator's rounding and CUDA's own
 context of about half a GB come on top. The last line is JSON.
 """
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.roofline import _fake, fake_gpu
+from benchmarks.fake_gpu import fake_gpu, give_fake_weights
 from teachercache.cache_builder.teachers import resolve_teacher
 from teachercache.cache_builder.teachers.registry import kind_of
 from teachercache.cache_builder.teachers.teacher_recipe import TeacherRecipe
@@ -64,7 +64,7 @@ def peak_of(preset: str, size: Size, batch_size: int) -> tuple[int, int]:
     with fake_gpu() as fake:
         with torch.device("meta"):
             teacher = kind_of(spec.model)(spec)
-        _fake(teacher, fake, "cuda")
+        give_fake_weights(teacher, fake, "cuda")
         peak = Peak()
         with fake, torch.no_grad():
             views = torch.empty(batch_size, 3, *spec.render_size, dtype=torch.uint8, device="cuda")

@@ -85,7 +85,7 @@ def least_squares(adjoint_BChw: Tensor, grid: Size) -> Tensor:
 
 def nearest(t_BCHW: Tensor, grid: Size) -> Tensor:
     """(B, C, H, W) → (B, C, *grid): the student map whose upsampling comes nearest to t."""
-    return least_squares(adjoint(t_BCHW, grid), (t_BCHW.shape[-2], t_BCHW.shape[-1]))
+    return _separable(_nearest_matrix, grid, (t_BCHW.shape[-2], t_BCHW.shape[-1]), t_BCHW)
 
 
 def upsampled_norms(maps_BShwC: Tensor, grid: Grid) -> Tensor:
@@ -104,11 +104,13 @@ def stored_form(feature_maps_BSHWC: Tensor, grid: GridSpec) -> tuple[Tensor, Ten
     if grid.kind != "adjoint":
         return pool(feature_maps_BSHWC, grid), None
     assert grid.size is not None
-    maps_NCHW = feature_maps_BSHWC.flatten(0, 1).permute(0, 3, 1, 2)
-    working = maps_NCHW.to(torch.promote_types(maps_NCHW.dtype, torch.float32))
-    nearest_NhwC = nearest(working, grid.size).permute(0, 2, 3, 1).contiguous()
-    norms_BS = torch.linalg.vector_norm(working.flatten(1), dim=1).view(feature_maps_BSHWC.shape[:2])
-    return nearest_NhwC.view(*feature_maps_BSHWC.shape[:2], *nearest_NhwC.shape[1:]), norms_BS
+    working = feature_maps_BSHWC.to(torch.promote_types(feature_maps_BSHWC.dtype, torch.float32))
+    height, width = working.shape[2:4]
+    rows, columns = _axes(_nearest_matrix, grid.size, (height, width), working)
+    with torch.autocast(working.device.type, enabled=False):  # channels stay last: a GPU need not turn maps
+        along_rows_BShWC = (rows @ working.flatten(3)).unflatten(3, (width, -1))
+        nearest_BShwC = columns @ along_rows_BShWC
+    return nearest_BShwC, torch.linalg.vector_norm(working.flatten(2), dim=2)
 
 
 def pool(feature_maps_BSHWC: Tensor, grid: GridSpec) -> Tensor:
@@ -160,6 +162,10 @@ def _inverse_gram_matrix(source: int, target: int) -> Tensor:
     return torch.linalg.pinv(_gram_matrix(source, target), hermitian=True)
 
 
+def _nearest_matrix(source: int, target: int) -> Tensor:
+    return _inverse_gram_matrix(source, target) @ _adjoint_matrix(source, target)
+
+
 def made_once(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """`cache` for small tensors on their device, where a copy from the CPU at every step would hold up a GPU;
     for compiled code they are constants."""
@@ -181,11 +187,18 @@ def _placed(
 
 def _separable(matrix: Callable[[int, int], Tensor], source: Size, target: Size, maps: Tensor) -> Tensor:
     """rows @ map @ columnsᵀ for each map of (B, C, height, width): `matrix` of either axis."""
-    dtype = torch.promote_types(maps.dtype, torch.float32)
+    working = maps.to(torch.promote_types(maps.dtype, torch.float32))
+    rows, columns = _axes(matrix, source, target, working)
+    return _sandwich(rows, working, columns).to(maps.dtype)
+
+
+def _axes(
+    matrix: Callable[[int, int], Tensor], source: Size, target: Size, like: Tensor
+) -> tuple[Tensor, Tensor]:
     rows, columns = (
-        _placed(matrix, *sizes, maps.device, dtype) for sizes in zip(source, target, strict=True)
+        _placed(matrix, *sides, like.device, like.dtype) for sides in zip(source, target, strict=True)
     )
-    return _sandwich(rows, maps.to(dtype), columns).to(maps.dtype)
+    return rows, columns
 
 
 def _sandwich(rows: Tensor, maps: Tensor, columns: Tensor) -> Tensor:

@@ -91,7 +91,7 @@ class Normalisation(ABC):
 
     @abstractmethod
     def rotate(self, z_RSHWC: Tensor) -> Tensor:
-        """y of z."""
+        """y of what `standardise` gives."""
 
     @abstractmethod
     def inverse(self, tokens: Tensor, scales: Tensor, level: int) -> Tensor:
@@ -118,6 +118,7 @@ class Hadamard(Normalisation):
     def __init__(self, tables: dict[str, Tensor]) -> None:
         super().__init__(tables)
         self._signed_std_SC = tables["signs"] * tables["std"]
+        self._half_signs_C = tables["signs"].half()
 
     @property
     def device(self) -> torch.device:
@@ -133,8 +134,16 @@ class Hadamard(Normalisation):
     def of_moments(cls, moments: FeatureMoments) -> Self:
         return cls(_standard_tables(moments) | _rotation_tables(moments))
 
+    def split(self, features_RSHWC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        tokens_RSHWC, places_RSK, values_RSK = super().split(features_RSHWC)
+        return tokens_RSHWC, places_RSK, values_RSK * take(self._half_signs_C, places_RSK % self.width)
+
+    def standardise(self, features_RSHWC: Tensor) -> Tensor:
+        """D z, since another pass for the signs would cost a GPU as much as a product."""
+        return (features_RSHWC.float() - _per_level(self.tables["mean"])) / _per_level(self._signed_std_SC)
+
     def rotate(self, z_RSHWC: Tensor) -> Tensor:
-        return rotate(z_RSHWC * self.tables["signs"], self.tables["left"], self.tables["right"])
+        return rotate(z_RSHWC, self.tables["left"], self.tables["right"])
 
     def inverse(self, tokens: Tensor, scales: Tensor, level: int) -> Tensor:
         signed = rotate(tokens, self.tables["left"].T, self.tables["right"].T)

@@ -59,16 +59,17 @@ class ScalarQuantizer(TokenQuantizer):
 
     def quantise(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         base = self._base_scale(tokens)
-        scales = torch.cat([base * step for step in self._steps], -1).half()
-        if len(self._steps) > 1:
-            errors = torch.stack([self._error(tokens, scale) for scale in scales.unbind(-1)], -1)
-            scales = scales.gather(-1, errors.argmin(-1, keepdim=True))
+        candidates = [(base * step).half() for step in self._steps]
+        scales = candidates[0]
+        if len(candidates) > 1:
+            errors = torch.cat([self._error(tokens, one) for one in candidates], -1)
+            scales = torch.cat(candidates, -1).gather(-1, errors.argmin(-1, keepdim=True))
         codes = take(self._code_of_half, _half_bits(divide_by_scales(tokens, scales)))
         return pack(codes, self.bits), scales.squeeze(-1)
 
     def _error(self, tokens: Tensor, scales: Tensor) -> Tensor:
-        unit = divide_by_scales(tokens, scales[..., None])
-        return take(self._error_of_half, _half_bits(unit)).sum(-1) * scales.float().square()
+        unit = divide_by_scales(tokens, scales)
+        return take(self._error_of_half, _half_bits(unit)).sum(-1, keepdim=True) * scales.float().square()
 
     def dequantise(self, packed: Tensor, width: int) -> Tensor:
         if self._levels_of_byte is None:

@@ -1,0 +1,173 @@
+"""The kernels that torch.compile would make for a GPU that is not there, by the bytes that they move.
+
+Inductor lowers and fuses a function of fake CUDA tensors as for an H100, and is stopped where it would write
+code. A kernel reads and writes each of its buffers once; autotuning is off, as by default.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch._dynamo.device_interface import CudaInterface
+from torch._inductor import config, ir, scheduler
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.dependencies import MemoryDep, StarDep
+from torch._inductor.exc import InductorError
+from torch._inductor.fx_utils import count_flops_fx
+from torch._inductor.virtualized import V
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import register_dataclass, tree_flatten, tree_unflatten
+
+from benchmarks.fake_gpu import OTHER_FLOPS, TENSOR_FLOPS, TF32_FLOPS, Roofline, Work, tensors_of
+from teachercache.pipeline.codecs import Encoded
+from teachercache.pipeline.records.feature_stats import FeatureMoments
+
+_H100 = SimpleNamespace(
+    type="cuda",
+    index=0,
+    name="H100",
+    major=9,
+    minor=0,
+    multi_processor_count=132,
+    warp_size=32,
+    regs_per_multiprocessor=65536,
+    max_threads_per_multi_processor=2048,
+    max_threads_per_block=1024,
+    shared_memory_per_block=49152,
+    shared_memory_per_block_optin=232448,
+    L2_cache_size=50 << 20,
+    total_memory=80 << 30,
+)
+for _result in (Encoded, FeatureMoments):
+    register_dataclass(_result)
+
+
+class _FusedError(Exception):
+    """Ends the compiler where it would write code."""
+
+
+@contextmanager
+def _an_h100(end: Callable[[Any], None]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for target, name, new in (
+            (torch.cuda, "get_device_properties", lambda *_, **__: _H100),
+            (torch.cuda, "get_device_capability", lambda *_: (9, 0)),
+            (torch.cuda, "current_device", lambda: 0),
+            (torch.cuda, "device_count", lambda: 1),
+            (CudaInterface, "get_device_properties", staticmethod(lambda *_: _H100)),
+            (CudaInterface, "is_bf16_supported", staticmethod(lambda *_, **__: True)),
+            (scheduler, "has_triton", lambda *_: True),
+            (scheduler.Scheduler, "codegen", end),
+        ):
+            stack.enter_context(patch.object(target, name, new))
+        # It would compute constants on the device.
+        stack.enter_context(config.patch(joint_graph_constant_folding=False))
+        yield
+
+
+def fused(function: Callable[..., Any], tensors: list[Tensor]) -> Work:
+    """What the compiled function asks of a GPU; inside `fake_gpu`."""
+    work = Work()
+
+    def end(found: Any) -> None:
+        for node in found.nodes:
+            _count(work, node)
+        raise _FusedError
+
+    graph = make_fx(lambda *inputs: tensors_of(function(*inputs)))(*tensors)
+    with _an_h100(end), torch.no_grad():
+        try:
+            compile_fx(graph, tensors)
+        except InductorError as error:
+            if "_FusedError" not in str(error):
+                raise
+    return work
+
+
+def _count(work: Work, node: Any) -> None:
+    nbytes = node.get_read_write_buffers_sizes() - _overstated(node)
+    if isinstance(node.node, ir.MultiOutput):  # one of the outputs of the kernel before it
+        nbytes = sum(V.graph.get_dep_size_hint(dep) for dep in node.read_writes.writes)
+        work.nbytes += nbytes
+        work.nbytes_by_kernel["outputs"] += nbytes
+    elif not isinstance(node, scheduler.NopKernelSchedulerNode):
+        origins = [one.node.get_origin_node() for one in node.get_nodes() if one.node is not None]
+        names = dict.fromkeys(str(origin).rstrip("_0123456789") for origin in origins)
+        work.add("+".join(names), nbytes, *_products(node, origins))
+
+
+def _overstated(node: Any) -> int:
+    """Of buffers of which a fused kernel touches some places, Inductor counts all places."""
+    nodes: list[Any] = node.get_nodes() if isinstance(node, scheduler.FusedSchedulerNode) else []
+    touched = dict[str, dict[Any, int]]()
+    for one in nodes:
+        sides = V.graph.sizevars.optimization_hints([side for ranges in one.get_ranges() for side in ranges])
+        for dep in one.read_writes.reads_and_writes():
+            told = isinstance(dep, StarDep) or (isinstance(dep, MemoryDep) and dep.is_indirect())
+            places = math.prod(sides) if told else V.graph.sizevars.optimization_hint(dep.get_numel())
+            touched.setdefault(dep.name, {})[dep] = places
+    buffers: dict[str, Any] = {name: V.graph.try_get_buffer(name) for name in touched}
+    return sum(
+        max(0, V.graph.sizevars.optimization_hint(buffer.get_numel()) - sum(touched[name].values()))
+        * buffer.get_dtype().itemsize
+        for name, buffer in buffers.items()
+        if buffer is not None
+    )
+
+
+def _products(node: Any, origins: list[Any]) -> tuple[int, float]:
+    flops = node.estimate_flops() or 0
+    if isinstance(node.node, ir.FallbackKernel):  # attention: Inductor does not know its own
+        origins = [one for one in node.node.get_origins() if one.target is node.node.op_overload]
+        flops = sum(count_flops_fx(origin) or 0 for origin in origins)
+    tensors = [one.meta["val"] for origin in origins if origin for one in origin.all_input_nodes]
+    if "decode_hadamard" in str(origins):
+        *_, left, right = tensors
+        return 2 * origins[0].meta["val"].numel() * (len(left) + len(right)), TF32_FLOPS
+    wide = {torch.float32, torch.float64} & {one.dtype for one in tensors if isinstance(one, Tensor)}
+    return int(flops), OTHER_FLOPS if wide else TENSOR_FLOPS
+
+
+_known = dict[Hashable, Work]()
+
+
+def compiled(function: Callable[..., Any], roofline: Roofline, key: Hashable = None) -> Callable[..., Any]:
+    """Stands for `torch.compile(function)`: it computes as `function`, and counts as that would.
+
+    `key` tells functions apart whose arguments look the same.
+    """
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        leaves, structure = tree_flatten((args, kwargs))
+        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+
+        def of_tensors(*tensors: Tensor) -> Any:
+            given = leaves.copy()
+            for place, tensor in zip(places, tensors, strict=True):
+                given[place] = tensor
+            new_args, new_kwargs = tree_unflatten(given, structure)
+            return function(*new_args, **new_kwargs)
+
+        with roofline.silent():
+            out = function(*args, **kwargs)
+            looks = [
+                (leaf.shape, leaf.stride(), leaf.dtype)
+                if isinstance(leaf, Tensor)
+                else str(getattr(leaf, "name", leaf))
+                for leaf in leaves
+            ]
+            name = getattr(function, "__qualname__", "")
+            signature = (name, key, torch.is_autocast_enabled("cuda"), *looks)
+            if signature not in _known:
+                _known[signature] = fused(of_tensors, [leaves[place] for place in places])
+        roofline.work.include(_known[signature])
+        return out
+
+    return run
