@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from teachercache.cache_builder.decode import Renders
+from teachercache.cache_builder.decode import Place
 from teachercache.cache_builder.device_copies import DeviceCopies
 from teachercache.cache_builder.stages import StageSeconds
 from teachercache.cache_builder.teachers import Teacher
@@ -74,11 +74,9 @@ class Computing:
     def close(self) -> None:
         self._device.shutdown(cancel_futures=True)
 
-    def stack(self, views: Sequence[Tensor]) -> Tensor:
-        """Views as a batch, where a GPU can fetch it from."""
-        pinned = any(copies.on_gpu for copies in self._copies.values())
-        out = torch.empty(len(views), *views[0].shape, dtype=views[0].dtype, pin_memory=pinned)
-        return torch.stack(tuple(views), out=out)
+    @property
+    def on_gpu(self) -> bool:
+        return any(copies.on_gpu for copies in self._copies.values())
 
     def views_of(self, name: str, pixels: Mapping[Size, Tensor]) -> Tensor:
         """What a teacher, or the student (name "images"), sees."""
@@ -156,15 +154,14 @@ class Batches:
         self,
         computing: Computing,
         writers: Mapping[str, ShardWriter],
-        batch_size: int,
         seconds: StageSeconds,
         on_progress: Callable[[], None],
     ) -> None:
-        self._computing, self._writers, self._batch_size = computing, writers, batch_size
+        self._computing, self._writers = computing, writers
         self._seconds, self._on_progress = seconds, on_progress
         self.moments: dict[str, FeatureMoments] = {}
         self._offsets: list[int] = []
-        self._renders: list[Renders] = []
+        self._places: list[Place] = []
         self._writes: deque[Future[None]] = deque()
         self._writing = ThreadPoolExecutor(1, thread_name_prefix="write")
 
@@ -174,11 +171,13 @@ class Batches:
     def __exit__(self, *_: object) -> None:
         self._writing.shutdown(cancel_futures=True)
 
-    def add(self, offset: int, renders: Renders) -> None:
-        """Add the view of the row at `offset` within the shard."""
+    def add(self, offset: int, place: Place) -> None:
+        """Add the view of the row at `offset` within the shard; places come in order, some left out."""
+        if self._places and place.memory is not self._places[0].memory:
+            self._run()
         self._offsets.append(offset)
-        self._renders.append(renders)
-        if len(self._offsets) == self._batch_size:
+        self._places.append(place)
+        if place.is_last:
             self._run()
 
     def finish(self) -> None:
@@ -188,10 +187,9 @@ class Batches:
             self._writes.popleft().result()
 
     def _run(self) -> None:
-        pixels = {
-            size: self._computing.stack([renders[size] for renders in self._renders])
-            for size in self._renders[0]
-        }
+        indices = [place.index for place in self._places]
+        whole = slice(len(indices)) if indices == list(range(len(indices))) else indices
+        pixels = {size: views[whole] for size, views in self._places[0].memory.items()}
         if IMAGES in self._writers:
             rendered = self._computing.views_of(IMAGES, pixels).numpy()
             self._submit(IMAGES, lambda: {PIXELS: rendered})
@@ -200,7 +198,7 @@ class Batches:
                 before = self.moments.get(name)
                 self.moments[name] = computed.moments if before is None else before.merge(computed.moments)
                 self._submit(name, computed.arrays)
-        self._offsets, self._renders = [], []
+        self._offsets, self._places = [], []
 
     def _submit(self, name: str, arrays: Callable[[], dict[str, NDArray]]) -> None:
         """`arrays` gives what to write, in the thread that writes."""

@@ -2,37 +2,55 @@
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cache as once
+from itertools import count, islice
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from teachercache.cache_builder.stages import StageSeconds
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import ImageDecodeError
+from teachercache.pipeline.loading.batch_memory import BatchMemory
 from teachercache.pipeline.ordered_map import ordered_map
 from teachercache.pipeline.records.strict import Size
 from teachercache.pipeline.sources import decode_image
 from teachercache.pipeline.views import render_view
 
-Renders = dict[Size, Tensor]  # uint8 (3, h, w) by (h, w)
+
+@dataclass(frozen=True)
+class Place:
+    """Where a view is rendered: place `index` of the memory of a batch, uint8 (B, 3, h, w) by (h, w)."""
+
+    memory: dict[Size, Tensor]
+    index: int
+    is_last: bool
 
 
 @dataclass
 class Sample:
-    """A sample's rows in the cache, and the renders of each, or the reason why it has none (and no data)."""
+    """A sample's rows in the cache, and the places of their renders, or the reason why none is there."""
 
     index: int
     rows: range
+    places: list[Place]
     data: bytes = b""
-    renders: list[Renders] = field(default_factory=list)
     reason: str | None = None
 
 
 class Decoding:
-    """A pool of threads, for one shard or two at a time, that keeps up to `views_ahead` views ready."""
+    """A pool of threads, for one shard or two at a time, that keeps up to two batches of views ready.
 
-    def __init__(self, cache: FeatureCache, threads: int, views_ahead: int) -> None:
-        self._cache, self._threads, self._views_ahead = cache, threads, views_ahead
+    They render into the memory of the batch, which a GPU can fetch it from if it is `pinned`.
+    """
+
+    def __init__(self, cache: FeatureCache, threads: int, batch_size: int, pinned: bool) -> None:
+        self._cache, self._threads, self._batch_size = cache, threads, batch_size
+        self._memory = once(
+            lambda sizes: BatchMemory({size: ((batch_size, 3, *size), torch.uint8) for size in sizes}, pinned)
+        )
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
 
     def close(self) -> None:
@@ -41,23 +59,28 @@ class Decoding:
     def samples(self, shard: int, teachers: Iterable[str], seconds: StageSeconds) -> Iterator[Sample]:
         """The samples of a shard in order, rendered at the sizes of these teachers, or of "images"."""
         spec = self._cache.spec
-        sizes = set(map(spec.render_size, teachers))
+        places = self._places(frozenset(map(spec.render_size, teachers)))
         num_views, first_row = spec.shard_segment(shard).num_views, spec.shard_rows(shard).start
         samples = (
-            Sample(index, range(first_row + place * num_views, first_row + (place + 1) * num_views))
-            for place, index in enumerate(spec.shard_samples(shard))
+            Sample(index, range(start, start + num_views), list(islice(places, num_views)))
+            for start, index in zip(count(first_row, num_views), spec.shard_samples(shard), strict=False)
         )
-        ahead = self._threads + -(-self._views_ahead // num_views)
-        return ordered_map(self._pool, lambda sample: self._load(sample, sizes, seconds), samples, ahead)
+        ahead = self._threads + -(-2 * self._batch_size // num_views)
+        return ordered_map(self._pool, lambda sample: self._load(sample, seconds), samples, ahead)
 
-    def _load(self, sample: Sample, sizes: set[Size], seconds: StageSeconds) -> Sample:
+    def _places(self, sizes: frozenset[Size]) -> Iterator[Place]:
+        while True:
+            memory: Any = self._memory(sizes).take()
+            yield from (Place(memory, i, i + 1 == self._batch_size) for i in range(self._batch_size))
+
+    def _load(self, sample: Sample, seconds: StageSeconds) -> Sample:
         try:
             data = self._read(sample.index, seconds)
             with seconds.stage("decode"):
-                sample.renders = self._render(sample, data, sizes)
+                self._render(sample, data)
             sample.data = data
         except ImageDecodeError as error:
-            sample.reason = error.problem
+            sample.reason, sample.places = error.problem, []
         return sample
 
     def _read(self, index: int, seconds: StageSeconds) -> bytes:
@@ -66,7 +89,7 @@ class Decoding:
         with seconds.stage("read"):
             return self._cache.source_bytes(index)
 
-    def _render(self, sample: Sample, data: bytes, sizes: set[Size]) -> list[Renders]:
+    def _render(self, sample: Sample, data: bytes) -> None:
         """Raises `ImageDecodeError`, also if the views were drawn for an image of another size."""
         image = decode_image(data)
         width, height = (self._cache.samples[name][sample.index].as_py() for name in ("width", "height"))
@@ -74,5 +97,7 @@ class Decoding:
             raise ImageDecodeError(
                 f"header says {width}×{height} pixels, the image has {image.width}×{image.height}"
             )
-        views = [self._cache.view(row) for row in sample.rows]
-        return [{size: render_view(image, view, size) for size in sizes} for view in views]
+        for row, place in zip(sample.rows, sample.places, strict=True):
+            view = self._cache.view(row)
+            for size, pixels in place.memory.items():
+                render_view(image, view, size, out=pixels[place.index])

@@ -87,8 +87,8 @@ class ShardExtractor:
         decode_threads: int = 2,
     ) -> None:
         self._cache, self._batch_size = cache, batch_size
-        self._decoding = Decoding(cache, decode_threads, views_ahead=2 * batch_size)
         self._computing = Computing(cache, teachers)
+        self._decoding = Decoding(cache, decode_threads, batch_size, self._computing.on_gpu)
         self._progressed_at: dict[int, float] = {}
         self._abandoned = False
 
@@ -170,7 +170,7 @@ class ShardExtractor:
         progress = partial(self._note_progress, shard.number)
         source_digest = xxhash.xxh3_128()
         first_row = self._cache.spec.shard_rows(shard.number).start
-        with Batches(self._computing, shard.writers, self._batch_size, shard.seconds, progress) as batches:
+        with Batches(self._computing, shard.writers, shard.seconds, progress) as batches:
             progress()
             for sample in self._decoding.samples(shard.number, shard.writers, shard.seconds):
                 progress()
@@ -181,8 +181,8 @@ class ShardExtractor:
                 if shard.tar is not None:
                     data = sample.data if sample.reason is None else None
                     shard.tar.add(self._cache.key(sample.index), data)
-                for row, renders in zip(sample.rows, sample.renders, strict=False):
-                    batches.add(row - first_row, renders)
+                for row, place in zip(sample.rows, sample.places, strict=False):
+                    batches.add(row - first_row, place)
             batches.finish()
         shard.moments, shard.source_checksum = batches.moments, source_digest.hexdigest()
 

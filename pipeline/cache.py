@@ -298,7 +298,7 @@ class FeatureCache:
         if out is None:
             out = torch.empty(len(rows), 3, *self.spec.views.stored_size, dtype=torch.uint8)
         for i, (sample, line) in enumerate(zip(samples.tolist(), lines.tolist(), strict=True)):
-            out[i] = render_view(self.image(sample), self.views.view(line))
+            render_view(self.image(sample), self.views.view(line), out=out[i])
         return out[: len(rows)]
 
     def image(self, sample_index: int) -> Image.Image:

@@ -93,8 +93,11 @@ class View:
         )
 
 
-def render_view(image: Image.Image, view: View, size: Size | None = None) -> Tensor:
-    """The pixels of a view: uint8 (3, height, width), at `size` or else at the view's own size.
+def render_view(
+    image: Image.Image, view: View, size: Size | None = None, out: Tensor | None = None
+) -> Tensor:
+    """The pixels of a view: uint8 (3, height, width), at `size` or else at the view's own size; in `out`,
+    contiguous and on the CPU, where one is given.
 
     Pillow's bicubic filter with antialiasing, straight from the source pixels; its 8-bit arithmetic
     is integer, so the same Pillow version gives the same bits on every machine. Pixels that do not lie
@@ -109,8 +112,13 @@ def render_view(image: Image.Image, view: View, size: Size | None = None) -> Ten
         raise _impossible(view)
     left, top, right, bottom = view.box
     columns, rows = _seen(left, right, image.width, width), _seen(top, bottom, image.height, height)
+    pixels = torch.empty(3, height, width, dtype=torch.uint8) if out is None else out
+    planes = (
+        pixels.numpy()
+    )  # decoding threads call no operation of PyTorch's, which would start threads of its own
     if columns.pixels < 1 or rows.pixels < 1:
-        return torch.tensor(PADDING, dtype=torch.uint8)[:, None, None].expand(3, height, width).contiguous()
+        planes[:] = np.array(PADDING)[:, None, None]
+        return pixels
     box = columns.start, rows.start, columns.end, rows.end
     crop = image.resize((columns.pixels, rows.pixels), Image.Resampling.BICUBIC, box=box)
     crop = (_distorted if view.photometric == "distortion" else _jittered)(crop, view)
@@ -120,7 +128,9 @@ def render_view(image: Image.Image, view: View, size: Size | None = None) -> Ten
         crop = canvas
     if view.flip:
         crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return torch.from_numpy(np.stack([np.asarray(band) for band in crop.split()]))
+    for plane, band in zip(planes, crop.split(), strict=True):
+        plane[:] = np.asarray(band)
+    return pixels
 
 
 def enlarge_and_pad(pixels_B3HW: Tensor, size: Size) -> Tensor:

@@ -38,11 +38,11 @@ class BatchMemory:
 
     def take(self) -> dict[Hashable, Tensor]:
         """A set of tensors that nothing else refers to; what they hold is undefined."""
-        if self._free:
+        try:
             block, copied = self._free.popleft()
             if copied is not None:
                 copied.synchronize()
-        else:
+        except IndexError:  # two threads may take the last
             block = torch.empty(self._nbytes, dtype=torch.uint8, pin_memory=self._pin_memory)
         lent = block.numpy()  # a new object, which the tensors below keep alive between them
         stream = torch.cuda.current_stream() if self._pin_memory else None

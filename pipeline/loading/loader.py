@@ -335,7 +335,7 @@ class FeatureLoader:
             if self._stored_pixels and size == view.size:
                 self._cache.pixels(batch.rows[i], pixels[i : i + 1])
             else:
-                pixels[i] = render_view(image(), view, size)
+                render_view(image(), view, size, out=pixels[i])
         (top, left), (height, width) = batch.windows[i].tolist(), self._views.size
         seen = view.window((top, left), (height, width))
         if self._jitter:
@@ -344,7 +344,7 @@ class FeatureLoader:
             whole = self._cache.pixels(batch.rows[i])[0]
             batch.images[i] = whole[:, top : top + height, left : left + width]
         elif not self._sees_whole:
-            batch.images[i] = render_view(image(), seen)
+            render_view(image(), seen, out=batch.images[i])
         if self._labels:
             for task, values in self._labels.read(batch.sample_keys[i], seen).items():
                 batch.labels[task][i] = values

@@ -16,19 +16,24 @@ import pyarrow as pa
 import pytest
 import timm
 import torch
+from PIL import Image
 from rich.console import Console
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from teachercache import FeatureCache, render_view
+from teachercache.cache_builder import decode
 from teachercache.cache_builder.builder import build
+from teachercache.cache_builder.compute import Computing
 from teachercache.cache_builder.extract import extract_shard
 from teachercache.cache_builder.plan import Plan
 from teachercache.cache_builder.repair import repair
 from teachercache.cache_builder.teachers import build_teacher
 from teachercache.pipeline.errors import BuildError, CacheMismatchError, DiskSpaceError, SourceNotFoundError
 from teachercache.pipeline.records.manifest import Manifest
+from teachercache.pipeline.records.strict import Size
 from teachercache.pipeline.sources.image_folder import ImageFolderSource
 from teachercache.pipeline.verify import verify
+from teachercache.pipeline.views import View
 from tests.make_cache import build_recipe, make_images
 
 QUIET = Console(quiet=True)
@@ -184,6 +189,31 @@ def test_undecodable_images_are_quarantined_and_the_build_goes_on(tmp_path: Path
     torch.testing.assert_close(
         result.cache.read(rows)["tiny"].decode(), reference.read(rows)["tiny"].decode()
     )
+
+
+def test_teachers_read_views_where_threads_rendered_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An unreadable image leaves a gap, and only the views of that batch are moved together."""
+    folder = make_images(tmp_path / "images", 6)
+    (folder / "image_004.jpg").write_bytes(b"<html>not an image</html>")
+    rendered, read = set[int](), list[set[int]]()
+
+    def render(image: Image.Image, view: View, size: Size, out: torch.Tensor) -> None:
+        rendered.add(out.data_ptr())
+        render_view(image, view, size, out=out)
+
+    def views_of(computing: Computing, name: str, pixels: dict[Size, torch.Tensor]) -> torch.Tensor:
+        views = of_teacher(computing, name, pixels)
+        read.append({view.data_ptr() for view in views})
+        return views
+
+    of_teacher = Computing.views_of
+    monkeypatch.setattr(decode, "render_view", render)
+    monkeypatch.setattr(Computing, "views_of", views_of)
+    build(build_recipe(tmp_path / "cache", folder, rows_per_shard=12), QUIET)
+    assert [len(views) for views in read] == [4, 4, 2]
+    assert [views <= rendered for views in read] == [True, True, False]
 
 
 def test_images_that_moved_are_asked_for(tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from PIL import Image
+from torch import Tensor
 
 from teachercache import FeatureCache, render_view
 from teachercache.pipeline.errors import (
@@ -18,9 +20,11 @@ from teachercache.pipeline.errors import (
     SourceError,
     TeacherCacheError,
 )
+from teachercache.pipeline.loading import loader as loader_module
 from teachercache.pipeline.loading.batch_memory import TensorLayout
 from teachercache.pipeline.loading.loader import Batch, FeatureLoader
 from teachercache.pipeline.loading.sampler import ShardShuffleSampler
+from teachercache.pipeline.records.strict import Size
 from teachercache.pipeline.stores.zarr_store import shard_file
 from teachercache.pipeline.views import View
 from tests.make_cache import features, make_cache, make_images, teacher_spec
@@ -52,6 +56,22 @@ def test_batches_are_what_the_sampler_says(cache: FeatureCache) -> None:
             for size, pixels in batch.renders.items():
                 assert torch.equal(pixels[i], render_view(cache.image(sample), cache.view(row), size))
         assert batch.seconds.keys() == {"read", "decode", "wait"}
+
+
+def test_views_are_rendered_where_the_batch_lies(
+    cache: FeatureCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = set[int]()
+
+    def render(image: Image.Image, view: View, size: Size | None = None, *, out: Tensor) -> Tensor:
+        places.add(out.data_ptr())
+        return render_view(image, view, size, out=out)
+
+    monkeypatch.setattr(loader_module, "render_view", render)
+    sampler = ShardShuffleSampler(cache, batch_size_per_process=4)
+    with FeatureLoader(cache, sampler, extra_sizes={(48, 40)}, prefetch=0) as loader:
+        batch = next(iter(loader))
+    assert {pixels.data_ptr() for render in batch.renders.values() for pixels in render} == places
 
 
 def test_pixels_of_other_images_than_the_cached_ones_are_refused(tmp_path: Path) -> None:

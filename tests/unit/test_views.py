@@ -108,6 +108,16 @@ def test_render_is_crop_resize_flip() -> None:
     assert render_view(image, View((10, 5, 70, 65), False, (32, 24)), (64, 48)).shape == (3, 64, 48)
 
 
+@pytest.mark.parametrize("box", [(10, 5, 70, 65), (-30, 5, 70, 65), (-200, 0, -100, 80)])
+def test_a_view_is_rendered_into_memory_that_is_there(box: tuple[float, float, float, float]) -> None:
+    """In the image, over its edge, and all padding."""
+    view, batch = View(box, True, (32, 24)), torch.zeros(3, 3, 32, 24, dtype=torch.uint8)
+    out = render_view(photograph(), view, out=batch[1])
+    assert out.data_ptr() == batch[1].data_ptr()
+    assert torch.equal(batch[1], render_view(photograph(), view))
+    assert not batch[::2].any()
+
+
 def test_jitter_is_torchvisions() -> None:
     image = photograph()
     view = View((0, 0, 90, 70), False, (70, 90), brightness=1.2, contrast=0.8, saturation=1.1, hue=0.05)
