@@ -8,21 +8,25 @@ stays text: every plain scalar in a file, everything after the `=` in an overrid
 """
 
 import difflib
+import logging
 import re
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from omegaconf.resolvers import oc
 from pydantic import BaseModel, ValidationError
 
-from teachercache.pipeline.environment import named_variables
 from teachercache.pipeline.errors import RecipeError
 
+log = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=BaseModel)
+_variables: ContextVar[set[str] | None] = ContextVar("variables", default=None)
 _NULL, _BOOL, _STR, _MERGE = (f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "str", "merge"))
 _NOT_DECIMAL = re.compile(r"[-+]?0[0-9xb_]|.*:")  # octal, hexadecimal, binary or of base 60 to YAML
 
@@ -32,11 +36,27 @@ def load_recipe(
 ) -> Model:
     """The recipe at `path` (or in the folder `shipped`, by name) with overrides applied.
 
-    Raises `RecipeError`.
+    Logs the names, not the values, of the variables that it takes from the environment (`${oc.env:HOME}`):
+    recipes, too, come from strangers. Raises `RecipeError`.
     """
-    file = _find(Path(path), shipped)
-    with named_variables(path):
+    file, names = _find(Path(path), shipped), set[str]()
+    token = _variables.set(names)
+    try:
         return _load(model, file.read_bytes(), overrides, str(file))
+    finally:
+        _variables.reset(token)
+        if names:
+            log.warning("recipe %s takes from the environment: %s", path, ", ".join(sorted(names)))
+
+
+def _env(name: str, *default: str | None) -> str | None:
+    if (names := _variables.get()) is not None:
+        names.add(name)
+    return oc.env(name, *default)
+
+
+# However deeply it is nested in other interpolations.
+OmegaConf.register_resolver("oc.env", _env, replace=True)
 
 
 def load_overrides(model: type[Model], overrides: Sequence[str], origin: str) -> Model:
