@@ -55,11 +55,6 @@ def find_model(model: str) -> Preset:
     return next((row for row in presets().values() if row.model == complete), Preset(model=complete))
 
 
-def find_teacher(name: str) -> Preset:
-    """The preset, or else the model, of this name. Raises `UnknownTeacherError`."""
-    return find_preset(name) if name in presets() else find_model(name)
-
-
 def kind_of(model: str) -> type[Teacher]:
     """The class that builds `model`. Raises `UnknownTeacherError`."""
     for kind in _KINDS:

@@ -1,7 +1,5 @@
 """A teacher in a recipe: the keys under `teachers.<name>:`, and how they become a `TeacherSpec`."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from typing import Annotated, Any, Self
@@ -9,13 +7,7 @@ from typing import Annotated, Any, Self
 import torch
 from pydantic import Field, model_validator
 
-from teachercache.cache_builder.teachers.registry import (
-    Preset,
-    find_model,
-    find_preset,
-    find_teacher,
-    kind_of,
-)
+from teachercache.cache_builder.teachers.registry import Preset, find_model, find_preset, kind_of, presets
 from teachercache.cache_builder.teachers.teacher import RGB, Architecture, Outputs, Teacher, weights_hash
 from teachercache.pipeline.errors import CacheMismatchError, TeacherError, TeacherInputError
 from teachercache.pipeline.records.spec import GridKind, GridSpec, Precision, Resampling, TeacherSpec
@@ -204,9 +196,10 @@ def _keep_float32() -> None:
 
 
 def _preset(name: str, recipe: TeacherRecipe) -> Preset:
-    if recipe.preset:
-        return find_preset(recipe.preset)
-    return find_model(recipe.model) if recipe.model else find_teacher(name)
+    """By its key, or else by the teacher's own name, which may be of a preset or a model."""
+    if recipe.preset or (not recipe.model and name in presets()):
+        return find_preset(recipe.preset or name)
+    return find_model(recipe.model or name)
 
 
 def _image_size(
