@@ -1,7 +1,5 @@
 """The recipe of a build, as people write it. `draft.py` resolves it into a `CacheSpec`."""
 
-from __future__ import annotations
-
 import json
 import re
 from typing import Any, Literal, Self

@@ -1,7 +1,5 @@
 """What `plan` and `train --dry-run` assume: rates of GPUs, and what these, storage and requests cost."""
 
-from __future__ import annotations
-
 from typing import Literal, NamedTuple
 
 from pydantic import ConfigDict, Field

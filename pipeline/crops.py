@@ -3,8 +3,6 @@
 Arrays are (samples, views); sizes of images and boxes are in pixels of the source.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """`ViewPolicy`: how the views of a cache are drawn, and what of them a student sees."""
 
-from __future__ import annotations
-
 import math
 from typing import Any, Literal, Self
 
