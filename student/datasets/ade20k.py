@@ -39,20 +39,17 @@ def unpack(parquet: Path, root: Path) -> dict[str, int]:
     counts = dict.fromkeys(ADE20K.FOLDERS, 0)
     for file in sorted(parquet.rglob("*.parquet")):
         split = {"train": "train", "validation": "val"}.get(re.split(r"[-.]", file.name)[0])
-        columns = set(pq.read_schema(file).names)
-        if split is None or not {"image", "annotation"} <= columns:
+        if split is None or not {"image", "annotation"} <= set(pq.read_schema(file).names):
             continue
-        folder = ADE20K.FOLDERS[split]
-        for part, suffix in (("images", "jpg"), ("annotations", "png")):
-            (root / part / folder).mkdir(parents=True, exist_ok=True)
-            number = counts[split]
-            for batch in pq.ParquetFile(file).iter_batches(64, columns=[part.removesuffix("s")]):
-                for picture in batch.column(0).to_pylist():
-                    number += 1
-                    (root / part / folder / f"ADE_{split}_{number:08d}.{suffix}").write_bytes(
-                        picture["bytes"]
-                    )
-        counts[split] = number
+        images, annotations = (root / part / ADE20K.FOLDERS[split] for part in ("images", "annotations"))
+        for folder in (images, annotations):
+            folder.mkdir(parents=True, exist_ok=True)
+        for batch in pq.ParquetFile(file).iter_batches(64, columns=["image", "annotation"]):
+            for row in batch.to_pylist():
+                counts[split] += 1
+                name = f"ADE_{split}_{counts[split]:08d}"
+                (images / f"{name}.jpg").write_bytes(row["image"]["bytes"])
+                (annotations / f"{name}.png").write_bytes(row["annotation"]["bytes"])
     if not any(counts.values()):
         raise SourceError(
             "There is no ADE20K in Parquet here.",
