@@ -177,22 +177,35 @@ def summary_facts(
         "bytes": f"{human_bytes(nbytes)}{so_far}, {human_bytes(row_nbytes)} a row{in_all}",
     }
     columns = {
-        name: {
-            **_teacher_facts(teacher),
-            "token cosine": _fidelity(teacher["fidelity"]),
-            "weights hash": (teacher["weights_hash"] or "")[:12],
-            "shards": _done(summary["committed"][name], summary["planned"][name]),
-            "rows": f"{teacher['rows_committed']:,} ({teacher['rows_invalid']:,} invalid)",
-            "bytes per row": human_bytes(teacher["bytes_per_row"]) if teacher["bytes_per_row"] else "unknown",
-            "bytes": human_bytes(teacher["nbytes"]),
-            "speed": _speed(teacher),
-            "forward": _share(teacher["seconds"]),
-            "hosts": _hosts(teacher["hosts"]),
-            "last commit": (teacher["last_commit"] or "–")[:16].replace("T", " "),
-        }
+        name: _stored_facts(teacher, summary["committed"][name], summary["planned"][name])
         for name, teacher in teachers.items()
     }
     return head, columns
+
+
+def _stored_facts(teacher: Mapping[str, Any], done: int, planned: int) -> dict[str, str | Text]:
+    fidelity, seconds = teacher["fidelity"], teacher["seconds"]
+    cosine = "{cosine_mean:.5f}, 1% below {cosine_p1:.5f}".format(**fidelity) if fidelity else "not measured"
+    speed = forward = "–"
+    if teacher["rows_per_s"]:
+        speed = f"{human_number(teacher['rows_per_s'])} rows/s for {human_seconds(teacher['busy_s'])}"
+    if seconds.get("wall"):
+        forward = f"{min(seconds.get('forward', 0.0) / seconds['wall'], 1):.0%} of the shards' time"
+    hosts = [host for host in teacher["hosts"] if host]
+    more = f" and {len(hosts) - 3} more" if len(hosts) > 3 else ""
+    return {
+        **_teacher_facts(teacher),
+        "token cosine": cosine,
+        "weights hash": (teacher["weights_hash"] or "")[:12],
+        "shards": Text(f"{done:,} of {planned:,}", style="green" if done == planned else "yellow"),
+        "rows": f"{teacher['rows_committed']:,} ({teacher['rows_invalid']:,} invalid)",
+        "bytes per row": human_bytes(teacher["bytes_per_row"]) if teacher["bytes_per_row"] else "unknown",
+        "bytes": human_bytes(teacher["nbytes"]),
+        "speed": speed,
+        "forward": forward,
+        "hosts": ", ".join(hosts[:3]) + more or "–",
+        "last commit": (teacher["last_commit"] or "–")[:16].replace("T", " "),
+    }
 
 
 def similarity_table(similarities: Mapping[str, Similarity]) -> RenderableType:
@@ -278,29 +291,6 @@ def _teacher_facts(teacher: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _fidelity(fidelity: Mapping[str, float] | None) -> str:
-    if not fidelity:
-        return "not measured"
-    return f"{fidelity['cosine_mean']:.5f}, 1% below {fidelity['cosine_p1']:.5f}"
-
-
-def _speed(teacher: Mapping[str, Any]) -> str:
-    if not teacher["rows_per_s"]:
-        return "–"
-    return f"{human_number(teacher['rows_per_s'])} rows/s for {human_seconds(teacher['busy_s'])}"
-
-
-def _share(seconds: Mapping[str, float]) -> str:
-    if not seconds.get("wall"):
-        return "–"
-    return f"{min(seconds.get('forward', 0.0) / seconds['wall'], 1):.0%} of the shards' time"
-
-
-def _hosts(hosts: Mapping[str, int]) -> str:
-    named = [host for host in hosts if host]
-    return ", ".join(named[:3]) + (f" and {len(named) - 3} more" if len(named) > 3 else "") or "–"
-
-
 def warnings(summary: Mapping[str, Any]) -> list[str]:
     """What a reader must know before trusting the numbers."""
     found = []
@@ -355,10 +345,6 @@ def lines(values: Mapping[str, str]) -> RenderableType:
     """One line each and no table, which would break long paths."""
     width = max(map(len, values), default=0)
     return Group(*(Text.assemble((name.ljust(width), "bold"), "  ", value) for name, value in values.items()))
-
-
-def _done(done: int, planned: int) -> Text:
-    return Text(f"{done:,} of {planned:,}", style="green" if done == planned else "yellow")
 
 
 def _views(views: Mapping[str, Any]) -> str:
