@@ -7,7 +7,7 @@ code. A kernel reads and writes each of its buffers once; autotuning is off, as 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -105,7 +105,7 @@ def _count(work: Work, node: Any) -> None:
 
 def _overstated(node: Any) -> int:
     """Of buffers of which a fused kernel touches some places, Inductor counts all places."""
-    nodes: list[Any] = node.get_nodes() if isinstance(node, scheduler.FusedSchedulerNode) else []
+    nodes: Sequence[Any] = node.get_nodes() if isinstance(node, scheduler.FusedSchedulerNode) else []
     touched = dict[str, dict[Any, int]]()
     for one in nodes:
         sides = V.graph.sizevars.optimization_hints([side for ranges in one.get_ranges() for side in ranges])

@@ -140,7 +140,8 @@ class Hadamard(Normalisation):
 
     def standardise(self, features_RSHWC: Tensor) -> Tensor:
         """D z, since another pass for the signs would cost a GPU as much as a product."""
-        return (features_RSHWC.float() - _per_level(self.tables["mean"])) / _per_level(self._signed_std_SC)
+        centred_RSHWC = features_RSHWC.float() - self.tables["mean"][:, None, None]
+        return centred_RSHWC / self._signed_std_SC[:, None, None]
 
     def rotate(self, z_RSHWC: Tensor) -> Tensor:
         return rotate(z_RSHWC, self.tables["left"], self.tables["right"])

@@ -215,7 +215,7 @@ def test_decoders_of_each_teacher_of_kpu_learn_from_its_cached_maps(
     scenes: Path, cached: dict[str, str], tmp_path: Path, teachers: list[str], widths: list[Any]
 ) -> None:
     """The rows DINOv2†, CLIP† and GroundingDINO† of Table 1."""
-    kinds = {"scene": UPERNET, "things": MASK_DINO, "kind": {"kind": "linear"}}
+    kinds: dict[str, dict[str, Any]] = {"scene": UPERNET, "things": MASK_DINO, "kind": {"kind": "linear"}}
     decoders = {name: one | {"cache": cached["train"], "teachers": teachers} for name, one in kinds.items()}
     run = recipe(scenes, tmp_path, decoders)
     sources = sources_of(run, 0, 1, torch.device("cpu"))
