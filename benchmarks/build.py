@@ -172,7 +172,7 @@ def extract_all(
     start = time.perf_counter()
     with (
         ShardExtractor(
-            cache, teachers, batch_size=runner.batch_size, decode_threads=runner.decode_threads
+            cache, teachers, batch_size=runner.batch_size, decode_threads=runner.decode_threads or 4
         ) as extractor,
         ThreadPoolExecutor(runner.shards_in_flight) as pool,
     ):

@@ -196,13 +196,15 @@ def measure(arguments: argparse.Namespace) -> tuple[dict[str, dict[str, Work]], 
                 )
                 specs[preset] = spec = resolve_teacher(preset, recipe, size)
                 of_batch = fake, spec, arguments.batch_size, arguments.compiled
-                builds.append(count_build(*of_batch))
+                if not arguments.read:
+                    builds.append(count_build(*of_batch))
+                    sections[f"build {preset} {codec}"] = builds[-1]
                 work, count = count_decode(*of_batch)
-                sections[f"build {preset} {codec}"] = builds[-1]
                 sections[f"read {preset} {codec}"] = {"decode": work}
                 decoded.include(work)
                 values += count
-            facts |= {f"{name}, {codec}": value for name, value in build_facts(builds).items()}
+            if builds:
+                facts |= {f"{name}, {codec}": value for name, value in build_facts(builds).items()}
             if decoded.kernels:  # plain codes are features as they arrive
                 facts[f"decode, {codec} (GB/s of float16)"] = 2e-9 * values / decoded.bound_s
             if arguments.stem == "no":
@@ -226,6 +228,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=384, help="side of the views, in pixels")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--compiled", action="store_true", help="as Inductor fuses a build and decoding")
+    parser.add_argument("--read", action="store_true", help="decoding without builds")
     parser.add_argument("--fused", action="store_true", help="as if SAM's attention were one kernel, too")
     arguments = parser.parse_args()
     sections, facts = measure(arguments)

@@ -35,7 +35,9 @@ class RunnerRecipe(Strict):
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
     compile: bool | None = Field(None, description="torch.compile; null: on GPUs. Last bits then differ.")
     batch_size: int = Field(16, ge=1, description="Views in one forward pass.")
-    decode_threads: int = Field(4, ge=1, description="Threads of a process that decode images.")
+    decode_threads: int | None = Field(
+        None, ge=1, description="Threads that decode images; null: a GPU's share of the cores, 4 without one."
+    )
     shards_in_flight: int = Field(2, ge=1, description="Shards that a process overlaps.")
     max_attempts: int = Field(5, ge=1, description="How often a shard is tried.")
     num_actors: int | None = Field(None, ge=1, description="On Ray; null: all it has, and nodes that join.")

@@ -16,7 +16,7 @@ from teachercache.cache_builder.calibrate import CalibrationSample
 from teachercache.cache_builder.draft import Draft, draft
 from teachercache.cache_builder.teachers import Teacher
 from teachercache.cache_builder.teachers.registry import passes
-from teachercache.cache_builder.worker import Worker
+from teachercache.cache_builder.worker import Worker, decode_threads, device_of
 from teachercache.pipeline.errors import ImageDecodeError
 from teachercache.pipeline.records.strict import Size
 from teachercache.pipeline.sources import decode_image
@@ -64,7 +64,8 @@ def measure_rates(recipe: BuildRecipe, drafted: Draft | None = None) -> Rates:
             drafted = draft(recipe.model_copy(update={"source": SourceRecipe(path=folder)}))
         specs = {name: drafted.spec.teachers[name] for name in recipe.teachers}
         sample, sizes = drafted.calibration_sample(_IMAGES), {spec.render_size for spec in specs.values()}
-        decode_s = _decode_s(sample, sizes, recipe.runner.decode_threads, share)
+        threads = decode_threads(recipe.runner, device_of(recipe.runner.device))
+        decode_s = _decode_s(sample, sizes, threads, share)
     forward_s, device = dict.fromkeys(specs, 0.0), torch.device("cpu")
     for name, *_ in passes(specs):
         blank = specs[name].model_copy(update={"pretrained": False, "checkpoint": None})

@@ -21,6 +21,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 import ray
+import torch
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.metrics import Counter, Gauge
 
@@ -44,8 +45,9 @@ from teachercache.cache_builder.runner import (
 )
 from teachercache.cache_builder.stages import STAGES
 from teachercache.cache_builder.teachers.flops import teacher_gmacs
-from teachercache.cache_builder.worker import Worker
+from teachercache.cache_builder.worker import Worker, device_of
 from teachercache.pipeline.errors import BuildInterruptedError
+from teachercache.pipeline.places.cores import stay_near
 from teachercache.pipeline.records.manifest import CommitRecord
 from teachercache.pipeline.records.spec import TeacherSpec
 from teachercache.pipeline.stop_request import StopRequest
@@ -65,13 +67,16 @@ class RayWorker(Worker):
     def __init__(self, teachers: Mapping[str, TeacherSpec], runner: RunnerRecipe) -> None:
         # Of an error in the constructor of an actor, Ray would pass on the text alone.
         self._load = partial(super().__init__, teachers, runner)
+        self._device = runner.device
         self._extractor: ShardExtractor | None = None
         self._metrics = _Metrics()
         self._leaving = False
         signal.signal(signal.SIGTERM, self._leave)
 
     def load(self) -> dict[str, str]:
-        """Load the teachers. Returns the hash of every one's weights."""
+        """Load the teachers, near their GPU. Returns the hash of every one's weights."""
+        if (device := device_of(self._device)).startswith("cuda"):
+            stay_near(torch.cuda.get_device_properties(device))
         self._load()
         return self.weights_hashes()
 

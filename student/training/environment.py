@@ -13,6 +13,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, TorchDynamoPlugin
 
 from teachercache.pipeline.errors import RecipeError
+from teachercache.pipeline.places.cores import stay_near
 from teachercache.student.training.decoder_recipe import AnyRecipe
 
 _ENGINES = {
@@ -60,6 +61,8 @@ def accelerator_for(recipe: AnyRecipe) -> Accelerator:
             expected="processes and devices that are there",
             do="correct or unset the variable, or start with `accelerate launch` or `torchrun`",
         ) from error
+    if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
+        stay_near(torch.cuda.get_device_properties(accelerator.device))
     if accelerator.distributed_type in _SPLIT_STUDENT:
         _refuse_engine(str(accelerator.distributed_type))
     stated = recipe.mixed_precision, recipe.gradient_accumulation_steps

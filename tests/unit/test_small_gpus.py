@@ -69,3 +69,29 @@ def test_teachers_that_do_not_fit_a_gpu_end_a_build_with_what_to_do(monkeypatch:
     lines = str(raised.value).splitlines()
     assert lines[1] == "  got:      CUDA out of memory. Tried to allocate 2.00 GiB."
     assert "runner.batch_size=1" in lines[3]
+
+
+class Large(torch.nn.Module):
+    """Room for five views."""
+
+    spec, compiled_for, weights_hash = teacher_spec(), 0, ""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, pixels_B3HW: torch.Tensor) -> None:
+        if len(pixels_B3HW) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def test_a_gpu_that_is_too_small_for_a_batch_says_which_batch_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    def calibrate(teachers: dict[str, Large], _: object, batch_size: int) -> None:
+        teachers["alpha"](torch.empty(batch_size, 3, 8, 8))
+
+    monkeypatch.setattr(worker, "build_teacher", lambda *_, **__: Large())
+    monkeypatch.setattr(worker, "calibrate", calibrate)
+    small = Worker({"alpha": teacher_spec()}, RunnerRecipe(device="cpu", batch_size=16))
+    sample: Any = None
+    with pytest.raises(BuildError, match=r"set runner\.batch_size=4, which fits"):
+        small.calibrate(sample, ["alpha"])

@@ -1,0 +1,47 @@
+"""The cores of a machine that are near a GPU, and the share of them that a process on it takes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+SWITCH = "TEACHERCACHE_NEAR_CORES"  # 0: processes stay wherever they are put
+_DEVICES = Path("/sys/bus/pci/devices")
+
+
+def near_cores(gpu: Any, devices: Path = _DEVICES) -> tuple[set[int], int]:
+    """Those of the NUMA node of `gpu` (torch's properties of a device) that this process may use, and how
+    many GPUs share them; all that it may use, where the system does not say."""
+    allowed = os.sched_getaffinity(0)
+    own = devices / f"{gpu.pci_domain_id:04x}:{gpu.pci_bus_id:02x}:{gpu.pci_device_id:02x}.0"
+    try:
+        kind, nearby = [_kind(own), *(own / "local_cpulist").read_text().split()]
+        beside = [one for one in devices.iterdir() if _kind(one) == kind]
+        sharing = sum((one / "local_cpulist").read_text().split() == [nearby] for one in beside)
+        near = allowed & _cores(nearby)
+    except (OSError, ValueError):
+        return allowed, 1
+    return (near, sharing) if near else (allowed, max(1, len(beside)))
+
+
+def share_of_cores(gpu: Any, devices: Path = _DEVICES) -> int:
+    """How many cores each process has, if there is one for each GPU."""
+    cores, sharing = near_cores(gpu, devices)
+    return max(1, len(cores) // sharing)
+
+
+def stay_near(gpu: Any, devices: Path = _DEVICES) -> None:
+    """Keep this thread, and those that it starts, on the cores near `gpu`, unless `SWITCH` is 0."""
+    if os.environ.get(SWITCH) != "0":
+        os.sched_setaffinity(0, near_cores(gpu, devices)[0])
+
+
+def _kind(device: Path) -> tuple[str, str]:
+    return (device / "vendor").read_text(), (device / "class").read_text()[:4]
+
+
+def _cores(text: str) -> set[int]:
+    """Of "0-3,8"."""
+    ends = [[int(end) for end in part.split("-")] for part in text.split(",")]
+    return {core for first, *last in ends for core in range(first, (last or [first])[0] + 1)}
