@@ -99,7 +99,7 @@ def evaluate(
     """Measure a student's tasks on a labelled data set beside SAK's rows (B.4), or the decoders of this data
     set beside KPU's: mIoU, AP of boxes and masks as COCO has them, or top-1, at the size of the images.
 
-    `accelerate launch jobs/evaluate_student.py` does the same with several processes.
+    `accelerate launch -m teachercache.jobs.cli evaluate …` does the same with several processes.
 
     Example: `teachercache evaluate runs/stage2/student nyud /data/NYUDv2 -o runs/stage2/scores`
     Example: `teachercache evaluate runs/decoders/decoders coco /data/coco --paper kpu --table 2`

@@ -4,8 +4,6 @@ decoders = load_decoders("runs/decoders/decoders")
 decoders.predict("semseg", images)              uint8 (B, 3, H, W) → logits (B, classes, H, W)
 """
 
-from __future__ import annotations
-
 from importlib import import_module
 
 from teachercache.pipeline.errors import require_known

@@ -3,8 +3,6 @@
 B  images     C  channels of a map     h, w  its grid     H, W  the image
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, NamedTuple, Self
 

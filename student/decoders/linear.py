@@ -1,7 +1,5 @@
 """Classification by one linear layer (KPU, "Evaluation Metrics")."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F

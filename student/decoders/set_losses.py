@@ -3,8 +3,6 @@
 B  images     Q  queries     C  classes     N  things of an image     P  points
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self

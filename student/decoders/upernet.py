@@ -1,7 +1,5 @@
 """Segmentation by UPerNet with an auxiliary FCN (KPU, "Evaluation Metrics"; Xiao et al., 2018)."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

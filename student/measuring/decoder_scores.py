@@ -3,8 +3,6 @@
 Under `accelerate launch` or `torchrun` every process takes its share of the images.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial

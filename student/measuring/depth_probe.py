@@ -25,7 +25,7 @@ from teachercache.student.metrics import RMSE
 from teachercache.student.models.stem import Stem
 from teachercache.student.models.student import NUM_LEVELS, Student
 from teachercache.student.sak.model import SAK
-from teachercache.student.training.schedule import cosine_with_warmup
+from teachercache.student.training.schedule import rate_at
 
 _NEAREST_M, _FARTHEST_M, _DEPTHS = 0.001, 10.0, 256
 _FINER = 4
@@ -159,9 +159,7 @@ def depth_probe(
     numbers = islice(chain.from_iterable(epochs), steps * batch_size)
     drawn = _batches(train, numbers, maps.size, batch_size, threads)
     for step, (images_B3HW, depth_BHW, nearer_B11) in enumerate(drawn):
-        rate = cosine_with_warmup(
-            step, peak=learning_rate, final=0, warmup_steps=max(1, steps // 3), total_steps=steps
-        )
+        rate = rate_at(step, peak=learning_rate, final=0, warmup_steps=max(1, steps // 3), total_steps=steps)
         optimizer.param_groups[0]["lr"] = rate
         flipped_B = torch.rand(len(images_B3HW)) < 0.5
         images_B3HW[flipped_B] = images_B3HW[flipped_B].flip(-1)

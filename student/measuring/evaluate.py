@@ -9,8 +9,6 @@ The student sees whole images (`multitask_eval`), labels follow them, and paddin
     <output>/*.png            a panel of predictions, and the routers' gates
 """
 
-from __future__ import annotations
-
 import json
 import math
 import time

@@ -6,8 +6,6 @@ weighs the teachers; nothing else is needed, because batches, seeds and the lear
 step. One that was damaged since is passed over and set aside as `step_00000100.damaged`.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import re

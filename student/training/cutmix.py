@@ -1,7 +1,5 @@
 """Each two images of a batch exchange a rectangle, of their pixels and of their teachers' maps."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 

@@ -5,8 +5,6 @@ As everywhere, a batch is a function of its number: global batch g holds the pla
 epochs' permutations, one behind the other, and each process takes its part.
 """
 
-from __future__ import annotations
-
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping

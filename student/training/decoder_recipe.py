@@ -1,7 +1,5 @@
 """`DecoderRecipe`: what a run is that trains decoders on a student's features, or on those of teachers."""
 
-from __future__ import annotations
-
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator

@@ -1,7 +1,5 @@
 """Batches on the device that trains, copied beside what it computes."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

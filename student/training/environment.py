@@ -4,8 +4,6 @@ accelerate also takes arithmetic from variables, which a launcher's configuratio
 Here each of them is overruled, with a line that says so, or refused.
 """
 
-from __future__ import annotations
-
 import os
 
 import torch

@@ -1,7 +1,5 @@
 """The student that a run starts with: new, new on the weights of stage 1, or one that goes on."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from contextlib import nullcontext
 

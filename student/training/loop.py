@@ -43,7 +43,9 @@ class Objective(Protocol):
 
     def __call__(self, batches: Sequence[Batch], timer: StageTimer) -> tuple[Tensor, dict[str, Tensor]]: ...
 
-    def losses(self, batches: Sequence[Batch], timer: StageTimer) -> list[Losses]: ...
+    def losses(self, batches: Sequence[Batch], timer: StageTimer) -> list[Losses]:
+        """Of the teachers, for FAMO."""
+        return []
 
 
 @dataclass

@@ -1,7 +1,5 @@
 """What of the data that a loss was computed from is not finite. Looked for only where the loss is not."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

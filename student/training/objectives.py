@@ -1,7 +1,5 @@
 """What a step of training minimises: distillation (SAK, Eq. 5), tasks, or both (Eq. 6)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -48,17 +46,10 @@ class Objective:
 
     def __call__(self, batches: Sequence[Batch], timer: StageTimer) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a step's batch, and its terms for the log."""
-        (batch,), (targets_of,) = batches, self.targets
-        device = self.student.mean.device
-        with timer.stage("targets"):
-            reads = self.distillation is not None or self.student.reads_features
-            targets = targets_of(batch) if reads else {}
-            labels = {task: values.to(device, non_blocking=True) for task, values in batch.labels.items()}
+        (batch,), device = batches, self.student.mean.device
+        labels = {task: values.to(device, non_blocking=True) for task, values in batch.labels.items()}
+        output, targets = self._run(batch, timer)
         with timer.stage("forward"):
-            images_B3HW = batch.images.to(device, non_blocking=True)
-            if self.cutmix:
-                images_B3HW, targets = self.cutmix(batch, images_B3HW, targets)
-            output = self._run(self.student.normalize(images_B3HW), targets)
             losses: list[Tensor] = []
             terms: dict[str, Tensor] = {}
             if self.distillation:
@@ -76,13 +67,8 @@ class Objective:
 
     def losses(self, batches: Sequence[Batch], timer: StageTimer) -> list[Losses]:
         """Those of the teachers, before any weight; without a gradient."""
-        (batch,), (targets_of,) = batches, self.targets
-        images_B3HW = batch.images.to(self.student.mean.device, non_blocking=True)
-        with torch.no_grad(), timer.stage("forward"):
-            targets = targets_of(batch)
-            if self.cutmix:
-                images_B3HW, targets = self.cutmix(batch, images_B3HW, targets)
-            return [self._distilled(self._run(self.student.normalize(images_B3HW), targets), targets).samples]
+        with torch.no_grad():
+            return [self._distilled(*self._run(batches[0], timer)).samples]
 
     def _distilled(self, output: StudentOutput, targets: Mapping[str, Target]) -> LossOutput:
         assert self.distillation is not None
@@ -93,11 +79,20 @@ class Objective:
             targets = {**targets, name: replace(targets[name], feature_maps_BSHWC=whole)}
         return self.distillation(maps, targets)
 
-    def _run(self, pixels_B3HW: Tensor, targets: Mapping[str, Target]) -> StudentOutput:
-        inputs: dict[str, Any] = {"full": True, "maps": self.distillation is not None}
-        if self.student.reads_features:
-            inputs["features"] = {name: target.feature_maps_BSHWC.float() for name, target in targets.items()}
-        return self.model(pixels_B3HW, **inputs)
+    def _run(self, batch: Batch, timer: StageTimer) -> tuple[StudentOutput, Mapping[str, Target]]:
+        """What the student says of a batch, and its targets."""
+        with timer.stage("targets"):
+            reads = self.distillation is not None or self.student.reads_features
+            targets: Mapping[str, Target] = self.targets[0](batch) if reads else {}
+        with timer.stage("forward"):
+            images_B3HW = batch.images.to(self.student.mean.device, non_blocking=True)
+            if self.cutmix:
+                images_B3HW, targets = self.cutmix(batch, images_B3HW, targets)
+            inputs: dict[str, Any] = {"full": True, "maps": self.distillation is not None}
+            if self.student.reads_features:
+                maps = {name: target.feature_maps_BSHWC.float() for name, target in targets.items()}
+                inputs["features"] = maps
+            return self.model(self.student.normalize(images_B3HW), **inputs), targets
 
 
 def _terms(loss: LossOutput, distance: str) -> dict[str, Tensor]:

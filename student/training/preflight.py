@@ -1,7 +1,5 @@
 """What a recipe and a cache ask of each other, all of it before weights are loaded or a step is taken."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial

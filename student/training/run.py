@@ -1,7 +1,5 @@
 """What every run does, whatever it trains: its optimizer, the checkpoint to go on from, the loop, its end."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -37,7 +35,7 @@ from teachercache.student.training.checkpoint import (
 from teachercache.student.training.decoder_recipe import AnyRecipe
 from teachercache.student.training.loop import LoopResult, Objective, TrainingLoop
 from teachercache.student.training.run_log import METRICS_FILE, RunLog, logged_steps
-from teachercache.student.training.schedule import SCHEDULES
+from teachercache.student.training.schedule import rate_at
 
 
 @dataclass(frozen=True)
@@ -96,7 +94,8 @@ class Run:
         schedule, rate = self.recipe.schedule, self.recipe.optimizer
         self.total_steps, warmup = schedule.steps(self.steps_per_epoch)
         self.learning_rate = partial(
-            SCHEDULES[schedule.kind],
+            rate_at,
+            kind=schedule.kind,
             peak=rate.lr,
             final=schedule.final_lr,
             warmup_steps=warmup,

@@ -5,8 +5,6 @@ when that of a dead holder is taken over: at once on its own machine, elsewhere 
 A run lasts longer, so its holder touches the lock, and who waits and sees that knows that the run lives.
 """
 
-from __future__ import annotations
-
 import os
 import threading
 import time

@@ -1,7 +1,5 @@
 """What student and teachers see of the same few images while a run goes on, as pictures for TensorBoard."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import InitVar, dataclass

@@ -1,7 +1,5 @@
 """The trackers of a run: those that accelerate knows by name, each with what it can show and keep."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any

@@ -9,8 +9,6 @@ cache, never a teacher, unless the recipe says `features: online`.
     <output>/student/       the finished student with its model card, for `teachercache.load_student`
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass

@@ -7,8 +7,6 @@
     <output>/student/        the student, where it learns along
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -27,7 +25,6 @@ with extra("train"):
 from teachercache.pipeline.loading.loader import Batch
 from teachercache.pipeline.places.local_storage import LocalStorage
 from teachercache.student.decoders.model import Decoders
-from teachercache.student.losses.weighting import Losses
 from teachercache.student.models.student import WEIGHTS_FILE, find_saved
 from teachercache.student.timing import StageTimer
 from teachercache.student.training.decoder_inputs import (
@@ -38,6 +35,7 @@ from teachercache.student.training.decoder_inputs import (
 )
 from teachercache.student.training.decoder_recipe import DecoderRecipe, decoder_run_identity
 from teachercache.student.training.environment import accelerator_for, overruled
+from teachercache.student.training.loop import Objective
 from teachercache.student.training.run import Run, RunResult, require_folder
 from teachercache.student.training.run_lock import only_trainer
 from teachercache.student.training.trackers import missing_trackers
@@ -81,7 +79,7 @@ def _facts(recipe: DecoderRecipe, sources: dict[str, DecoderSource]) -> dict[str
 
 
 @dataclass
-class DecoderObjective:
+class DecoderObjective(Objective):
     """The weighted sum of all decoders' losses, in one forward pass, which is what DDP expects."""
 
     recipe: DecoderRecipe
@@ -100,10 +98,6 @@ class DecoderObjective:
             decoders = self.recipe.decoders
             weighted = [decoders[name.partition("/")[0]].weight * loss for name, loss in losses.items()]
         return torch.stack(weighted).sum(), {f"loss/{name}": loss.detach() for name, loss in losses.items()}
-
-    def losses(self, batches: Sequence[Batch], timer: StageTimer) -> list[Losses]:
-        """None: no weighting learns from them."""
-        return []
 
 
 def _save(recipe: DecoderRecipe, decoders: Decoders, folder: Path, _: DecoderResult) -> None:

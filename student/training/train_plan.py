@@ -1,7 +1,5 @@
 """What a training run will cost, before anything runs."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace

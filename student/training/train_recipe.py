@@ -1,7 +1,5 @@
 """`TrainRecipe`: what a training run is."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -347,6 +345,8 @@ def run_identity(recipe: TrainRecipe, facts: Mapping[str, Any]) -> dict[str, Any
     said["distillation"] = {
         key: value for key, value in said["distillation"].items() if key not in _CAME_LATER - set(came_later)
     }
+    if not said["cutmix"]:
+        del said["cutmix"]
     if said["student"].get("norm") == "group":
         del said["student"]["norm"]
     if recipe.held_out:

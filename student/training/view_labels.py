@@ -1,7 +1,5 @@
 """Labels of a data set on the views of a cache, for `FeatureLoader`."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

@@ -1,4 +1,4 @@
-"""`jobs/evaluate_student.py` under torchrun: two real processes (gloo) against one."""
+"""`teachercache evaluate` under torchrun: two real processes (gloo) against one."""
 
 from __future__ import annotations
 
@@ -41,9 +41,19 @@ def student(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def evaluate_on_two(student: Path, scenes: Path, output: Path, *options: str) -> tuple[dict[str, Any], str]:
     """What two processes wrote to `scores.json`, and what they printed."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    script = Path(__file__).parents[2] / "jobs" / "evaluate_student.py"
     done = subprocess.run(
-        [*launch, script, student, "scenes", scenes, "-o", output, *options],
+        [
+            *launch,
+            "-m",
+            "teachercache.jobs.cli",
+            "evaluate",
+            student,
+            "scenes",
+            scenes,
+            "-o",
+            output,
+            *options,
+        ],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

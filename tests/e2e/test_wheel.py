@@ -162,8 +162,8 @@ def test_every_verb_helps_and_recipes_are_found(wheel: Wheel, tmp_path: Path) ->
 
 
 def test_launchers_run_as_modules_and_as_files(wheel: Wheel, tmp_path: Path) -> None:
-    script = "teachercache/jobs/evaluate_student.py"
-    wheel.python("-m", "teachercache.jobs.evaluate_student", "--help", folder=tmp_path)
+    script = "teachercache/jobs/train_student.py"
+    wheel.python("-m", "teachercache.jobs.train_student", "--help", folder=tmp_path)
     wheel.python(wheel.folder / script, "--help", folder=tmp_path)
 
 

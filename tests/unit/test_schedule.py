@@ -4,12 +4,12 @@ import math
 
 import pytest
 
-from teachercache.student.training.schedule import cosine_with_warmup
+from teachercache.student.training.schedule import rate_at
 
 
 def rates(warmup_steps: int, total_steps: int) -> list[float]:
     return [
-        cosine_with_warmup(step, peak=1.0, final=0.1, warmup_steps=warmup_steps, total_steps=total_steps)
+        rate_at(step, peak=1.0, final=0.1, warmup_steps=warmup_steps, total_steps=total_steps)
         for step in range(total_steps + 1)
     ]
 
@@ -28,4 +28,4 @@ def test_without_warmup_the_first_step_has_the_peak() -> None:
 
 
 def test_stays_at_the_final_rate_behind_the_end() -> None:
-    assert cosine_with_warmup(99, peak=1.0, final=0.1, warmup_steps=0, total_steps=10) == pytest.approx(0.1)
+    assert rate_at(99, peak=1.0, final=0.1, warmup_steps=0, total_steps=10) == pytest.approx(0.1)
