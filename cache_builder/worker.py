@@ -8,7 +8,7 @@ import torch
 from teachercache.cache_builder.build_recipe import RunnerRecipe
 from teachercache.cache_builder.calibrate import Calibration, CalibrationSample, calibrate
 from teachercache.cache_builder.extract import ShardExtractor
-from teachercache.cache_builder.teachers import Teacher, build_teacher
+from teachercache.cache_builder.teachers.teacher_recipe import build_teachers
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import BuildError, CacheMismatchError
 from teachercache.pipeline.places.cores import share_of_cores
@@ -23,9 +23,7 @@ class Worker:
         self._runner = runner
         self.decode_threads = decode_threads(runner, device)
         with _enough_memory():
-            self.teachers: dict[str, Teacher] = {
-                name: build_teacher(spec, device=device) for name, spec in teachers.items()
-            }
+            self.teachers = build_teachers(teachers, device)
         if device.startswith("cuda") if runner.compile is None else runner.compile:
             for teacher in self.teachers.values():
                 teacher.compile_blocks(runner.batch_size)

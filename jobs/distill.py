@@ -38,7 +38,7 @@ from teachercache.student.models.stem import Stem
 from teachercache.student.saving import replacing, saving
 from teachercache.student.training.checkpoint import newest_checkpoint
 from teachercache.student.training.preflight import Preflight, preflight
-from teachercache.student.training.train import TrainResult
+from teachercache.student.training.run import RunResult
 from teachercache.student.training.train import train as train_student
 from teachercache.student.training.train_recipe import TrainRecipe, run_identity
 
@@ -71,7 +71,7 @@ def distill(
     pretrained: bool = True,
     build: Keys = (),
     train: Keys = (),
-) -> tuple[BuildResult, TrainResult]:
+) -> tuple[BuildResult, RunResult]:
     """Build a cache of `images` and train a small student from it; after any stop the same call goes on.
 
     `cache` and `output` are IMAGES.teachercache and IMAGES.student, beside the images, unless given; `build`
@@ -82,7 +82,7 @@ def distill(
     return follow(*choose(images, cache, output, pretrained, build, train))
 
 
-def follow(build_recipe: BuildRecipe, train_recipe: TrainRecipe) -> tuple[BuildResult, TrainResult]:
+def follow(build_recipe: BuildRecipe, train_recipe: TrainRecipe) -> tuple[BuildResult, RunResult]:
     """Build and train as `distill` does, once both are chosen."""
     console = Terminal()
     folder = Path(train_recipe.output)

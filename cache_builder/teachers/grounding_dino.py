@@ -17,9 +17,10 @@ not enter the hash.
 """
 
 from collections.abc import Collection, Iterable, Sequence
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import huggingface_hub
 import torch
@@ -64,6 +65,12 @@ class GroundingDinoTeacher(Teacher):
         super().__init__(spec)
         self.model = _create_model(spec).eval().requires_grad_(False)
         self.model.end_with(spec.block_indices[-1])
+
+    def sharing(self, spec: TeacherSpec) -> Self:
+        twin = deepcopy(self, {id(parameter): parameter for parameter in self.parameters()})
+        twin.spec = spec
+        twin.model.end_with(spec.block_indices[-1])
+        return twin
 
     @classmethod
     def models(cls) -> Collection[str]:

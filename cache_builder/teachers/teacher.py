@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 import xxhash
@@ -101,6 +101,10 @@ class Teacher(nn.Module, ABC):
     @abstractmethod
     def probe(cls, model: str, image_size: Size, global_feature: bool) -> Outputs:
         """Raises `TeacherInputError` when the model cannot take this size."""
+
+    def sharing(self, spec: TeacherSpec) -> Self:
+        """Another teacher of this one's pass (`registry.passes`), on the same weights."""
+        raise NotImplementedError
 
     @abstractmethod
     def repeated_parts(self) -> Iterable[nn.Module]:

@@ -7,7 +7,14 @@ from typing import Annotated, Any, Self
 import torch
 from pydantic import Field, model_validator
 
-from teachercache.cache_builder.teachers.registry import Preset, find_model, find_preset, kind_of, presets
+from teachercache.cache_builder.teachers.registry import (
+    Preset,
+    find_model,
+    find_preset,
+    kind_of,
+    passes,
+    presets,
+)
 from teachercache.cache_builder.teachers.teacher import RGB, Architecture, Outputs, Teacher, weights_hash
 from teachercache.pipeline.errors import CacheMismatchError, TeacherError, TeacherInputError
 from teachercache.pipeline.records.spec import GridKind, GridSpec, Precision, Resampling, TeacherSpec
@@ -164,23 +171,40 @@ def build_teacher(
 
     Raises `WeightsNotFoundError`, and `CacheMismatchError` when a spec from a cache names other weights.
     """
-    _keep_float32()
     if isinstance(teacher, str):
         teacher = resolve_teacher(teacher, TeacherRecipe(**overrides), ViewPolicy.model_validate({}).size)
     elif overrides:
         raise TypeError(f"a TeacherSpec takes no overrides; got {', '.join(overrides)}")
-    built = kind_of(teacher.model)(teacher)
+    return build_teachers({"": teacher}, device)[""]
+
+
+def build_teachers(
+    specs: Mapping[str, TeacherSpec], device: torch.device | str = "cpu"
+) -> dict[str, Teacher]:
+    """As `build_teacher`; teachers that share a forward pass share its weights, which are read once."""
+    _keep_float32()
+    built = dict[str, Teacher]()
+    for names in passes(specs):
+        first = kind_of(specs[names[0]].model)(specs[names[0]])
+        built |= {names[0]: first} | {name: first.sharing(specs[name]) for name in names[1:]}
+        for name in names:
+            _identify(built[name], specs[name])
+        for name in names:  # once all are known by their bytes
+            built[name].keep_rounded()
+            built[name].to(device)
+    return {name: built[name] for name in specs}
+
+
+def _identify(built: Teacher, spec: TeacherSpec) -> None:
     built.weights_hash = weights_hash(built)
-    if teacher.weights_hash not in (None, built.weights_hash):
+    if spec.weights_hash not in (None, built.weights_hash):
         raise CacheMismatchError(
-            f"These are not the weights of {teacher.model} that the cache was built with.",
+            f"These are not the weights of {spec.model} that the cache was built with.",
             got=f"weights with hash {built.weights_hash}",
-            expected=f"weights with hash {teacher.weights_hash}",
+            expected=f"weights with hash {spec.weights_hash}",
             do="give the same checkpoint and library versions, or build another cache",
         )
-    built.keep_rounded()
-    built.spec = teacher.model_copy(update={"weights_hash": built.weights_hash})
-    return built.to(device)
+    built.spec = spec.model_copy(update={"weights_hash": built.weights_hash})
 
 
 def _keep_float32() -> None:

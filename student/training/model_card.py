@@ -17,7 +17,7 @@ from teachercache.student.saving import replacing
 if TYPE_CHECKING:
     from teachercache.pipeline.cache import FeatureCache
     from teachercache.pipeline.records.spec import TeacherSpec
-    from teachercache.student.training.train import TrainResult
+    from teachercache.student.training.run import RunResult
     from teachercache.student.training.train_recipe import TrainRecipe
 
 
@@ -26,7 +26,7 @@ def write_model_card(
     student: Student,
     recipe: TrainRecipe,
     caches: Sequence[FeatureCache],
-    result: TrainResult,
+    result: RunResult,
 ) -> None:
     """Write `folder`/README.md: what the student gives, how to use it, and how it came to be."""
     height, width = student.image_size

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from numpy.typing import NDArray
@@ -41,7 +41,7 @@ from teachercache.student.training.schedule import rate_at
 @dataclass(frozen=True)
 class RunResult:
     """`saved`, where what was trained is, is None when SIGTERM or Ctrl-C ended the run; the same command then
-    continues it.
+    continues it. `use`: what to do with it.
 
     `steps` counts those of the whole run, earlier processes' included; `last_loss` is None where there
     was no step left to take. `images_per_s` is over all processes. `similarity`: to each teacher, after the
@@ -50,6 +50,7 @@ class RunResult:
 
     output: Path
     saved: Path | None
+    use: str
     steps: int
     last_loss: float | None
     images_per_s: float
@@ -64,14 +65,12 @@ class RunResult:
         told = f"{self.bottleneck}\n{self.steps:,} steps, {self.images_per_s:.1f} img/s"
         if self.saved is None:
             return f"{told}; interrupted: the same command goes on from there"
-        return f"{told}; {self.saved.name}: {self.saved}\n{self.use(self.saved)}"
+        return f"{told}; {self.saved.name}: {self.saved}\n{self.use}"
 
-    def use(self, saved: Path) -> str:
-        """What to do with it next."""
-        raise NotImplementedError
-
-
-Result = TypeVar("Result", bound=RunResult)
+    @property
+    def student(self) -> Path | None:
+        """What was trained, where that is a student."""
+        return self.saved
 
 
 @dataclass
@@ -132,16 +131,14 @@ class Run:
         done.similarity = log.similarity
         return done
 
-    def finish(
-        self, kind: type[Result], done: LoopResult, name: str, save: Callable[[Path, Result], None]
-    ) -> Result:
-        """Say what held the run up; `save` what was trained to `<output>/name` where it has taken all its
-        steps, and say where."""
-        output = Path(self.recipe.output)
+    def finish(self, done: LoopResult, saved: Path, use: str, save: Callable[[RunResult], None]) -> RunResult:
+        """Say what held the run up; `save` what was trained to `saved` where it has taken all its steps, and
+        say where."""
         images = done.steps * self.recipe.images_per_step(self.accelerator.num_processes)
-        result = kind(
-            output=output,
-            saved=None if done.interrupted else output / name,
+        result = RunResult(
+            output=Path(self.recipe.output),
+            saved=None if done.interrupted else saved,
+            use=use,
             steps=done.next_step,
             last_loss=done.last_loss,
             images_per_s=images / done.wall_s if done.steps else 0.0,
@@ -149,8 +146,8 @@ class Run:
             similarity=done.similarity,
         )
         if result.saved is not None and self.accelerator.is_main_process:
-            with saving(f"The finished {name}", result.saved):
-                save(result.saved, result)
+            with saving(f"The finished {saved.name}", saved):
+                save(result)
         self.accelerator.wait_for_everyone()
         self.accelerator.print(result)
         self.accelerator.end_training()

@@ -48,16 +48,7 @@ from teachercache.student.training.train_recipe import TrainRecipe, run_identity
 _COMPILED: dict[str, Any] = {"dynamic": False, "options": {"combo_kernels": True}}  # small ones, side by side
 
 
-class TrainResult(RunResult):
-    @property
-    def student(self) -> Path | None:
-        return self.saved
-
-    def use(self, saved: Path) -> str:
-        return f"from teachercache import load_student; student = load_student({str(saved)!r})"
-
-
-def train(recipe: TrainRecipe) -> TrainResult:
+def train(recipe: TrainRecipe) -> RunResult:
     """Train, or continue, the run that `recipe` states; returns when it is finished or SIGTERM came.
 
     Raises `CacheError` where the cache is missing, incomplete or without one of the teachers,
@@ -93,10 +84,12 @@ class _Run:
     found: Preflight
     accelerator: Accelerator
 
-    def go(self, require_held: Callable[[], None]) -> TrainResult:
+    def go(self, require_held: Callable[[], None]) -> RunResult:
         """`require_held` raises where another run has taken the output folder."""
         recipe, accelerator, found = self.recipe, self.accelerator, self.found
-        student = self._student()
+        torch.manual_seed(recipe.seed)  # of weights that are not loaded
+        size, distills = found.views.size, recipe.distills
+        student = first_student(recipe.student, found.facts, size, found.tasks, distills=distills)
         inputs = list(zip(self.caches, self.parts, strict=True))
         targets = [
             TARGET_SOURCES[recipe.features](cache, list(part.teachers), accelerator.device)
@@ -105,7 +98,8 @@ class _Run:
         reads = [one.reads if recipe.distills or student.reads_features else [] for one in targets]
         weighting = self._weighting()
         famo = weighting if isinstance(weighting, Famo) else None
-        steps_per_epoch = self._steps_per_epoch
+        assert found.num_samples is not None
+        steps_per_epoch = found.num_samples / recipe.each[0].images_per_step(accelerator.num_processes)
         run = Run(recipe, accelerator, student, self._identity(), steps_per_epoch, require_held, famo)
 
         def loaders(stack: ExitStack) -> list[FeatureLoader]:
@@ -127,18 +121,14 @@ class _Run:
             first,
         )
 
-        def save(folder: Path, result: TrainResult) -> None:
-            student.save_pretrained(folder)
-            write_model_card(folder, student, recipe, self.caches, result)
+        saved = Path(recipe.output) / "student"
 
-        return run.finish(TrainResult, done, "student", save)
+        def save(result: RunResult) -> None:
+            student.save_pretrained(saved)
+            write_model_card(saved, student, recipe, self.caches, result)
 
-    def _student(self) -> Student:
-        """With its weights, drawn from the run's seed where they are not loaded."""
-        found, recipe = self.found, self.recipe
-        torch.manual_seed(recipe.seed)
-        size, distills = found.views.size, recipe.distills
-        return first_student(recipe.student, found.facts, size, found.tasks, distills=distills)
+        use = f"from teachercache import load_student; student = load_student({str(saved)!r})"
+        return run.finish(done, saved, use, save)
 
     def _identity(self) -> dict[str, Any]:
         inputs = list(zip(self.recipe.each, self.caches, self.parts, strict=True))
@@ -156,12 +146,6 @@ class _Run:
             sizes = [[one.images_per_step(processes), part.num_samples] for one, _, part in inputs]
             facts["inputs"] = sizes
         return run_identity(self.recipe, facts)
-
-    @property
-    def _steps_per_epoch(self) -> float:
-        assert self.found.num_samples is not None
-        first = self.recipe.each[0]  # whose epochs are counted
-        return self.found.num_samples / first.images_per_step(self.accelerator.num_processes)
 
     def _objective(
         self, model: nn.Module, student: Student, targets: Sequence[TargetSource], weighting: Weighting

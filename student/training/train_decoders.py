@@ -41,12 +41,7 @@ from teachercache.student.training.run_lock import only_trainer
 from teachercache.student.training.trackers import missing_trackers
 
 
-class DecoderResult(RunResult):
-    def use(self, saved: Path) -> str:
-        return f"measure them: teachercache evaluate {saved} DATASET ROOT --paper kpu"
-
-
-def train_decoders(recipe: DecoderRecipe) -> DecoderResult:
+def train_decoders(recipe: DecoderRecipe) -> RunResult:
     """Train, or continue, the decoders that `recipe` states.
 
     Raises `RecipeError`, `SourceError` and `CacheError` for what stands in the way, `CheckpointError` when
@@ -68,7 +63,9 @@ def train_decoders(recipe: DecoderRecipe) -> DecoderResult:
             return [source.batches(run.first_batch, stack) for source in sources.values()]
 
         done = run.go(DecoderObjective(recipe, run.model, sources, accelerator.device), streams)
-        return run.finish(DecoderResult, done, "decoders", partial(_save, recipe, decoders))
+        saved = Path(recipe.output) / "decoders"
+        use = f"measure them: teachercache evaluate {saved} DATASET ROOT --paper kpu"
+        return run.finish(done, saved, use, partial(_save, recipe, decoders))
 
 
 def _facts(recipe: DecoderRecipe, sources: dict[str, DecoderSource]) -> dict[str, Any]:
@@ -100,10 +97,10 @@ class DecoderObjective(Objective):
         return torch.stack(weighted).sum(), {f"loss/{name}": loss.detach() for name, loss in losses.items()}
 
 
-def _save(recipe: DecoderRecipe, decoders: Decoders, folder: Path, _: DecoderResult) -> None:
+def _save(recipe: DecoderRecipe, decoders: Decoders, result: RunResult) -> None:
     student = recipe.student and str(find_saved(recipe.student).resolve())
     if recipe.learns:
         assert decoders.student is not None
-        decoders.student.save_pretrained(folder.parent / "student")
+        decoders.student.save_pretrained(result.output / "student")
         student = "../student"
-    decoders.save_pretrained(folder, student)
+    decoders.save_pretrained(result.output / "decoders", student)

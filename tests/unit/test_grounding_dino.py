@@ -31,6 +31,7 @@ from teachercache.cache_builder.teachers import (
 from teachercache.cache_builder.teachers import grounding_dino as module
 from teachercache.cache_builder.teachers.flops import teacher_gmacs
 from teachercache.cache_builder.teachers.registry import presets
+from teachercache.cache_builder.teachers.teacher_recipe import build_teachers
 from teachercache.pipeline.errors import MissingExtraError, TeacherInputError, WeightsNotFoundError
 from teachercache.pipeline.verify import verify
 from tests.make_cache import build_recipe, make_images
@@ -380,6 +381,12 @@ def test_teachers_of_one_detector_cost_one_pass_and_are_what_they_are_alone(
     of_views = [(count, sorted(blocks)) for count, blocks in passes if len(blocks) > 1]
     assert sorted(of_views) == [(1, [0, 1, 2, 3]), (2, [0, 1, 2, 3]), (2, [0, 1, 2, 3])]
     assert [spec.native_grid[0] for spec in cache.spec.teachers.values()] == [8, 4, 2, 1, 4]
+    shared = build_teachers(cache.spec.teachers)
+    weights = [{id(one) for one in shared[f"stride{stride}"].parameters()} for stride in STRIDES]
+    assert set.union(*weights) == weights[-1], "once for all of a pass"
+    assert weights[-1].isdisjoint(map(id, shared["rough"].parameters()))
+    alone = {name: build_teacher(spec).weights_hash for name, spec in cache.spec.teachers.items()}
+    assert {name: one.weights_hash for name, one in shared.items()} == alone
     comparisons = compare_with_teachers(cache, 5, seed=0)
     assert len(comparisons) == 5
     assert all(comparison.kept for comparison in comparisons)
