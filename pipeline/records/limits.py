@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from teachercache.pipeline.errors import CacheError
 from teachercache.pipeline.places.storage import safe_name
-from teachercache.pipeline.records.spec import IMAGES, CacheSpec, Segment, TeacherSpec
+from teachercache.pipeline.records.spec import IMAGES, CacheSpec, Segment
 
 MAX_SAMPLES = 1 << 31
 MAX_ROWS = 1 << 33
@@ -92,18 +92,13 @@ def _sizes(spec: CacheSpec) -> Iterator[tuple[str, int, int]]:
     if spec.images == "rendered":
         yield "the number of values of a view", 3 * prod(spec.views.stored_size), MAX_VALUES_PER_ROW
     for name, teacher in spec.teachers.items():
-        for what, value, most in _teacher_sizes(teacher):
-            yield f"teachers.{name}: {what}", value, most
-
-
-def _teacher_sizes(teacher: TeacherSpec) -> Iterator[tuple[str, int, int]]:
-    for side in (*teacher.image_size, *teacher.render_size, *teacher.native_grid, *teacher.stored_grid):
-        yield "a side of an image or a grid", side, MAX_SIDE
-    values = teacher.num_levels * teacher.width * prod(teacher.stored_grid)
-    yield "the number of values of a row", values, MAX_VALUES_PER_ROW
-    yield "width", teacher.width, MAX_VALUES_PER_ROW
-    if teacher.global_width is not None:
-        yield "global_width", teacher.global_width, MAX_VALUES_PER_ROW
+        for side in (*teacher.image_size, *teacher.render_size, *teacher.native_grid, *teacher.stored_grid):
+            yield f"teachers.{name}: a side of an image or a grid", side, MAX_SIDE
+        values = teacher.num_levels * teacher.width * prod(teacher.stored_grid)
+        yield f"teachers.{name}: the number of values of a row", values, MAX_VALUES_PER_ROW
+        yield f"teachers.{name}: width", teacher.width, MAX_VALUES_PER_ROW
+        if teacher.global_width is not None:
+            yield f"teachers.{name}: global_width", teacher.global_width, MAX_VALUES_PER_ROW
 
 
 def _implausible(what: str, got: object, expected: str) -> CacheError:
