@@ -27,12 +27,12 @@ from torch import Tensor
 
 from teachercache.pipeline.records.view_policy import ViewPolicy
 from teachercache.pipeline.views import draw_view, render_view
-from teachercache.student import SAK
 from teachercache.student.datasets.labels import render_labels
 from teachercache.student.datasets.scenes import Scenes
 from teachercache.student.losses.tasks import MultiTaskLoss
 from teachercache.student.measuring.evaluate import evaluate
 from teachercache.student.measuring.task_outputs import TASK_OUTPUTS, update, value
+from teachercache.student.sak.model import SAK
 
 MINI_VIT = "mini_vit"
 IMAGE_SIZE = (64, 64)

@@ -28,7 +28,7 @@ from teachercache.pipeline.sources import open_source
 from teachercache.pipeline.sources.keys import OK
 from teachercache.pipeline.terminal import Terminal
 from teachercache.pipeline.verify import verify
-from teachercache.student import build_student, load_student
+from teachercache.student.build import build_student, load_student
 from teachercache.student.similarity import representation_similarity
 
 with extra("train"):

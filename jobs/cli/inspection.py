@@ -106,7 +106,7 @@ def view(
     """
     from teachercache.jobs.inspection.viewer import serve
     from teachercache.pipeline.cache import FeatureCache
-    from teachercache.student import load_student
+    from teachercache.student.build import load_student
 
     serve(
         FeatureCache.open(cache, images),
@@ -133,7 +133,7 @@ def norms(
     Example: `teachercache norms /data/pair cats dogs --student runs/base/student -o norms.png`
     """
     from teachercache.pipeline.cache import FeatureCache
-    from teachercache.student import load_student
+    from teachercache.student.build import load_student
     from teachercache.student.measuring.figures import norm_figure
 
     opened = FeatureCache.open(cache, images)
@@ -154,7 +154,7 @@ def gap(
     """
     from teachercache.jobs.inspection.tables import columns_table
     from teachercache.pipeline.cache import FeatureCache
-    from teachercache.student import load_student
+    from teachercache.student.build import load_student
     from teachercache.student.measuring.gap import Spread, largest_ratio, teacher_gap
 
     loaded, found = load_student(student), dict[str, Spread]()

@@ -28,7 +28,7 @@ def push(
 
     Example: `teachercache push runs/base/student user/sak-base --private`
     """
-    from teachercache.student import push_to_hub
+    from teachercache.student.hub import push_to_hub
 
     console.print(push_to_hub(student, repository, private=private, accept_licences=accept_licences))
 

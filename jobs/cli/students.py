@@ -105,7 +105,7 @@ def evaluate(
     Example: `teachercache evaluate runs/decoders/decoders coco /data/coco --paper kpu --table 2`
     """
     from teachercache.pipeline.cache import FeatureCache
-    from teachercache.student import load_student
+    from teachercache.student.build import load_student
     from teachercache.student.datasets import open_dataset
     from teachercache.student.decoders.model import require_paper
     from teachercache.student.measuring.decoder_scores import evaluate_decoders
@@ -159,7 +159,7 @@ def repsim(
     """
     from teachercache.jobs.inspection.tables import similarity_table
     from teachercache.pipeline.cache import FeatureCache
-    from teachercache.student import load_student
+    from teachercache.student.build import load_student
     from teachercache.student.similarity import representation_similarity
 
     found = representation_similarity(
@@ -197,7 +197,7 @@ def probe(
     """
     from teachercache.pipeline.cache import FeatureCache
     from teachercache.pipeline.sources import open_source
-    from teachercache.student import load_student
+    from teachercache.student.build import load_student
     from teachercache.student.measuring.evaluate import process_state
     from teachercache.student.measuring.image_features import (
         CachedTeacherFeatures,
@@ -256,7 +256,7 @@ def depth_probe(
 
     Example: `teachercache depth-probe runs/base/student nyud /data/NYUDv2 --expert dinov2`
     """
-    from teachercache.student import load_student
+    from teachercache.student.build import load_student
     from teachercache.student.datasets import open_dataset
     from teachercache.student.measuring.depth_probe import FrozenMaps, depth_table
     from teachercache.student.measuring.depth_probe import depth_probe as probe_depth
@@ -300,7 +300,7 @@ def remove_teacher(
 
     Example: `teachercache remove-teacher runs/base/student sam -o runs/base_without_sam/student`
     """
-    from teachercache.student import SAK
+    from teachercache.student.sak.model import SAK
 
     loaded = SAK.from_pretrained(student)
     before = sum(loaded.parameters_by_part().values())
@@ -350,8 +350,9 @@ def import_reference(
 
     Example: `teachercache import-reference checkpoint.pth -o runs/authors/student --size 448 576`
     """
-    from teachercache.student import SAK, build_student, load_reference, read_reference
-    from teachercache.student.sak.reference import reference_arguments
+    from teachercache.student.build import build_student
+    from teachercache.student.sak.model import SAK
+    from teachercache.student.sak.reference import load_reference, read_reference, reference_arguments
 
     tensors = read_reference(checkpoint)
     student = build_student("sak", **reference_arguments(tensors, size))

@@ -13,7 +13,7 @@ import typer
 from teachercache.jobs.cli.terminal import Json, StudentArgument, print_result
 
 if TYPE_CHECKING:
-    from teachercache.student import Student
+    from teachercache.student.models.student import Student
     from teachercache.student.zero_shot.clip import Clip
 
 app = typer.Typer(
@@ -101,7 +101,7 @@ def detect(
 
 
 def _load(student: str) -> Student:
-    from teachercache.student import load_student
+    from teachercache.student.build import load_student
     from teachercache.student.measuring.evaluate import process_state
 
     return load_student(student).to(process_state().device)

@@ -99,7 +99,7 @@ def reference_arguments(tensors: Mapping[str, Tensor], image_size: Size | None =
             "The checkpoint does not have a stem that the authors use.",
             got=f"vit.pos_embed {positions}" if positions else _listed(tensors),
             expected=f"vit.pos_embed (1, 1 + patches, {' or '.join(map(str, _STEMS))})",
-            do="build the student in Python, and call teachercache.student.load_reference()",
+            do="build the student in Python, and call load_reference() of teachercache.student.sak.reference",
         )
     _, num_tokens, width = positions
     side = math.isqrt(max(num_tokens - 1, 0))

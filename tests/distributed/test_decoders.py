@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from teachercache.pipeline.recipe_files import load_recipe
-from teachercache.student import build_student
+from teachercache.student.build import build_student
 from teachercache.student.datasets.scenes import write_scenes
 from teachercache.student.training.decoder_recipe import DecoderRecipe
 from teachercache.student.training.train_decoders import train_decoders

@@ -26,12 +26,13 @@ from teachercache.pipeline.records.spec import GridSpec
 from teachercache.pipeline.records.view_policy import ViewPolicy
 from teachercache.pipeline.sources import open_source
 from teachercache.pipeline.views import draw_view, render_view
-from teachercache.student import SAK, build_student, load_student
+from teachercache.student.build import build_student, load_student
 from teachercache.student.measuring.image_features import (
     CachedTeacherFeatures,
     StudentFeatures,
     require_same_teacher,
 )
+from teachercache.student.sak.model import SAK
 from tests.make_cache import build_recipe, make_images, teacher_spec
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")

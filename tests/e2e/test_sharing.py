@@ -18,7 +18,9 @@ from typer.testing import CliRunner
 from teachercache.jobs.cli import app
 from teachercache.pipeline.errors import CheckpointError, LicenceError, RecipeError
 from teachercache.pipeline.sharing.licences import card_header
-from teachercache.student import build_student, hub, load_student, push_to_hub
+from teachercache.student import hub
+from teachercache.student.build import build_student, load_student
+from teachercache.student.hub import push_to_hub
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +106,8 @@ def test_a_student_is_public_only_where_the_licences_in_its_card_let_it(
 
 def test_to_share_a_student_takes_neither_cache_nor_ray_nor_teachers() -> None:
     code = (
-        "import sys; from teachercache.student import load_student, push_to_hub;"
+        "import sys; from teachercache.student.build import load_student;"
+        "from teachercache.student.hub import push_to_hub;"
         "heavy = {'ray', 'zarr', 'accelerate', 'teachercache.pipeline.cache', "
         "'teachercache.cache_builder'} & set(sys.modules);"
         "assert not heavy, heavy"

@@ -13,7 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from teachercache.pipeline.records.spec import GridSpec
 from teachercache.pipeline.records.strict import Size
-from teachercache.student import Amalgam, StudentOutput, load_student
+from teachercache.student.build import load_student
+from teachercache.student.models.amalgam import Amalgam
+from teachercache.student.models.student import StudentOutput
 from teachercache.student.training.student_recipe import unfit_experts
 from tests.make_cache import teacher_spec
 

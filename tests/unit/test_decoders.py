@@ -23,7 +23,7 @@ from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import CheckpointError, RecipeError
 from teachercache.pipeline.records.view_policy import ViewPolicy
 from teachercache.pipeline.views import draw_view, render_view
-from teachercache.student import build_student, load_student
+from teachercache.student.build import build_student, load_student
 from teachercache.student.datasets import open_dataset
 from teachercache.student.datasets.scenes import write_scenes
 from teachercache.student.decoders.model import Decoders, load_decoders, load_student_at

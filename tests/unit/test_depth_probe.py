@@ -11,7 +11,6 @@ from typer.testing import CliRunner
 
 from teachercache.jobs.cli import app
 from teachercache.pipeline.errors import RecipeError
-from teachercache.student import SAK
 from teachercache.student.datasets import open_dataset
 from teachercache.student.datasets.scenes import write_scenes
 from teachercache.student.measuring.depth_probe import (
@@ -21,6 +20,7 @@ from teachercache.student.measuring.depth_probe import (
     scale_invariant_loss,
 )
 from teachercache.student.models.stem import Stem
+from teachercache.student.sak.model import SAK
 
 SIZE = (48, 64)
 TINY = "vit_tiny_patch16_224"

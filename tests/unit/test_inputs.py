@@ -21,7 +21,8 @@ from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import CheckpointError, RecipeError
 from teachercache.pipeline.loading.loader import FeatureLoader
 from teachercache.pipeline.loading.sampler import ShardShuffleSampler, held_out_samples
-from teachercache.student import KPU, load_student
+from teachercache.student.build import load_student
+from teachercache.student.kpu.model import KPU
 from teachercache.student.losses.alignment import AlignmentLoss
 from teachercache.student.timing import StageTimer
 from teachercache.student.training.objectives import KPUObjective, last_level

@@ -12,11 +12,13 @@ from torch.nn import functional as F
 
 from teachercache.pipeline.errors import RecipeError
 from teachercache.pipeline.records.strict import Size
-from teachercache.student import KPU, StudentOutput, build_student, load_student
+from teachercache.student.build import build_student, load_student
 from teachercache.student.kpu.latent_space import Alignment, Features, Projection
+from teachercache.student.kpu.model import KPU
 from teachercache.student.kpu.vit_adapter import STRIDES, ViTAdapter
 from teachercache.student.losses.alignment import AlignmentLoss
 from teachercache.student.models.stem import Stem
+from teachercache.student.models.student import StudentOutput
 
 IMAGE = (64, 96)
 DIMS = {"clip": 8, "sam": 4}

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from teachercache.pipeline.errors import CheckpointError
-from teachercache.student import load_student
+from teachercache.student.build import load_student
 from teachercache.student.kpu.reference import load_vit_adapter
 from teachercache.student.kpu.vit_adapter import ViTAdapter
 from teachercache.student.training.train import train

@@ -24,8 +24,9 @@ from teachercache.pipeline.loading.loader import FeatureLoader
 from teachercache.pipeline.loading.sampler import ShardShuffleSampler
 from teachercache.pipeline.records.spec import GridSpec
 from teachercache.pipeline.sources import open_source
-from teachercache.student import KPU, load_student
+from teachercache.student.build import load_student
 from teachercache.student.kpu.latent_space import Features
+from teachercache.student.kpu.model import KPU
 from teachercache.student.measuring.evaluate import evaluate
 from teachercache.student.measuring.gap import teacher_gap
 from teachercache.student.measuring.image_features import StudentFeatures

@@ -9,8 +9,9 @@ import torch
 from timm.models.beit import Attention as BeitAttention
 from torch import nn
 
-from teachercache.student import SAK, build_student, load_student
+from teachercache.student.build import build_student, load_student
 from teachercache.student.models.lora import add_lora, merge_lora, merged_state_dict
+from teachercache.student.sak.model import SAK
 
 SIZE = (64, 96)
 

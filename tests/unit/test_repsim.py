@@ -19,7 +19,9 @@ from teachercache.pipeline.errors import CacheError, RecipeError
 from teachercache.pipeline.grids import upsample
 from teachercache.pipeline.records.spec import GridSpec
 from teachercache.pipeline.views import render_view
-from teachercache.student import SAK, Student, build_student
+from teachercache.student.build import build_student
+from teachercache.student.models.student import Student
+from teachercache.student.sak.model import SAK
 from teachercache.student.similarity import Similarity, representation_similarity, token_cosines
 from tests.make_cache import make_cache, make_images, teacher_spec
 

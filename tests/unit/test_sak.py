@@ -21,8 +21,10 @@ from teachercache.cache_builder.teachers import resolve_teacher
 from teachercache.cache_builder.teachers.teacher_recipe import TeacherRecipe
 from teachercache.cache_builder.teachers.timm_teacher import TimmTeacher
 from teachercache.pipeline.errors import CheckpointError, RecipeError, WeightsNotFoundError
-from teachercache.student import SAK, Student, build_student, load_student
+from teachercache.student.build import build_student, load_student
 from teachercache.student.models.stem import Stem, level_depths
+from teachercache.student.models.student import Student
+from teachercache.student.sak.model import SAK
 
 TEACHERS = ("dinov2", "clip", "sam")
 TINY = "vit_tiny_patch16_224"

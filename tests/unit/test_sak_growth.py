@@ -13,15 +13,10 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from teachercache.pipeline.errors import CheckpointError, RecipeError
-from teachercache.student import (
-    SAK,
-    build_student,
-    load_reference,
-    load_stage_1,
-    load_student,
-    read_reference,
-)
-from teachercache.student.sak.reference import reference_arguments
+from teachercache.student.build import build_student, load_student
+from teachercache.student.sak.model import SAK
+from teachercache.student.sak.reference import load_reference, read_reference, reference_arguments
+from teachercache.student.sak.transfer import load_stage_1
 
 TASKS = {"semseg": 5, "parts": 7, "saliency": 2, "boundary": 1}
 

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from teachercache.pipeline.errors import RecipeError
-from teachercache.student import SAK, StudentOutput, build_student, load_student
+from teachercache.student.build import build_student, load_student
+from teachercache.student.models.student import StudentOutput
+from teachercache.student.sak.model import SAK
 
 TEACHERS = ("dinov2", "clip", "sam")
 PASCAL = {"semseg": 21, "parts": 7, "saliency": 2, "normals": 3, "boundary": 1}

@@ -40,7 +40,8 @@ from teachercache.pipeline.loading.batch_memory import TensorLayout
 from teachercache.pipeline.loading.sampler import ShardShuffleSampler, held_out_samples
 from teachercache.pipeline.records.spec import GridSpec
 from teachercache.pipeline.views import View
-from teachercache.student import hub, load_student
+from teachercache.student import hub
+from teachercache.student.build import load_student
 from teachercache.student.models.student import StudentOutput
 from teachercache.student.sak.model import SAK
 from teachercache.student.similarity import mean_similarity, representation_similarity

@@ -22,8 +22,8 @@ from teachercache.jobs.cli import app
 from teachercache.pipeline.errors import RecipeError
 from teachercache.pipeline.sources import open_source
 from teachercache.pipeline.views import PADDING
-from teachercache.student import KPU
 from teachercache.student.kpu.latent_space import Features
+from teachercache.student.kpu.model import KPU
 from teachercache.student.zero_shot.coco import CocoAnnotations
 from teachercache.student.zero_shot.detection import detect, find, require_maps
 from teachercache.student.zero_shot.detector import Detector, read_prompt
