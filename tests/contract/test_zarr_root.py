@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import tomllib
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 import xarray
 import zarr
+from xarray.backends import plugins
 
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.rearranging.subset import subset
@@ -60,6 +63,22 @@ def test_xarray_opens_every_teacher(made: Path) -> None:
         assert tree["teachers/beta"].attrs["teacher"]["codec"] == "bf16"
         expected = FeatureCache.open(made).read([3])["alpha"].decode().numpy()
         np.testing.assert_array_equal(codes.isel(row=[3]), expected)
+
+
+@pytest.mark.filterwarnings("error")
+def test_xarray_knows_a_cache_by_its_files(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the package is installed; here, by its entry point alone."""
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    [(name, value)] = project["entry-points"]["xarray.backends"].items()
+    backend = EntryPoint(name, value, "xarray.backends").load()()
+    engines = plugins.list_engines() | {name: backend}
+    monkeypatch.setattr(plugins, "list_engines", lambda: engines)
+    with xarray.open_datatree(made) as tree:
+        assert tree["teachers/alpha/codes"].shape == (12, 4, 2, 2, 8)
+    with xarray.open_dataset(str(made), group="teachers/beta") as arrays:
+        assert arrays["codes"].shape == (12, 4, 3, 3, 256)
+    assert not backend.guess_can_open(made / "teachers")
+    assert not backend.guess_can_open("s3://bucket/cache")
 
 
 def test_the_root_repeats_what_the_arrays_say(made: Path) -> None:
