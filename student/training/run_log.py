@@ -17,7 +17,7 @@ from teachercache.pipeline.terminal import Terminal, progress_bar
 from teachercache.student.saving import replacing, saving
 from teachercache.student.similarity import Similarity
 from teachercache.student.timing import bottleneck
-from teachercache.student.training.trackers import PICTURES, start_trackers
+from teachercache.student.training.trackers import PICTURES, names_for, start_trackers
 
 if TYPE_CHECKING:
     from teachercache.pipeline.cache import FeatureCache
@@ -113,7 +113,8 @@ class RunLog:
                 if pictures and tracker.name in PICTURES:
                     tracker.log_images(pictures, step, **PICTURES[tracker.name])
                 if told:  # most take numbers alone
-                    tracker.log(told if tracker.name == "tensorboard" else numbers, step)
+                    shown = told if tracker.name == "tensorboard" else numbers
+                    tracker.log(names_for(tracker.name, shown), step)
 
     def _take_means(self, step: int, values: Mapping[str, float]) -> dict[str, float | str]:
         """Of the steps since the last time, said where there is no terminal, and the bottleneck in words."""

@@ -34,6 +34,11 @@ def missing_trackers(names: Sequence[str]) -> Iterator[RecipeError]:
             )
 
 
+def names_for(tracker: str, values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`values` by names that the tracker takes: to MLflow each is a file, which cannot be a folder too."""
+    return {key.replace("/", "."): one for key, one in values.items()} if tracker == "mlflow" else values
+
+
 def start_trackers(
     names: Sequence[str], output: Path, config: Mapping[str, Any], cache: FeatureCache | None, first_step: int
 ) -> list[GeneralTracker]:

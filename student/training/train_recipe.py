@@ -119,9 +119,9 @@ class ScheduleRecipe(Strict):
         if warmup >= total:
             raise RecipeError(
                 "The warm-up is not shorter than the run.",
-                got=f"{warmup} steps of warm-up, {total} steps in all",
+                got=f"{warmup} steps of warm-up, {total} in all",
                 expected="a warm-up that ends before the run does",
-                do="shorten schedule.warmup_epochs or schedule.warmup_steps",
+                do=f"add schedule.warmup_epochs=0 schedule.warmup_steps={total // 10:.0f}, or run longer",
             )
         return int(total), warmup
 

@@ -51,7 +51,7 @@ from teachercache.student.training.not_finite import not_finite
 from teachercache.student.training.preflight import preflight
 from teachercache.student.training.run import require_folder
 from teachercache.student.training.run_pictures import NUM_ROWS, RunPictures
-from teachercache.student.training.trackers import start_trackers
+from teachercache.student.training.trackers import names_for, start_trackers
 from teachercache.student.training.train import train
 from teachercache.student.training.train_recipe import TrainRecipe
 from tests.make_cache import build_recipe, commit_shard, make_cache, make_images, teacher_spec
@@ -251,6 +251,11 @@ def test_a_tracker_is_told_what_the_run_is_and_of_which_cache(
     assert all(type(value) is float for values in told["steps"].values() for value in values.values())
     assert (7, "maps/alpha", 1) in told["pictures"]
     assert told["finished"] == 1
+    for values in (told["config"], *told["steps"].values()):
+        assert names_for("wandb", values) is values
+        files = names_for("mlflow", values)
+        assert len(files) == len(values)
+        assert all(re.fullmatch(r"[\w.\- ]+", name) for name in files), "what MLflow allows, but no folders"
     assert not (tmp_path / "mine/tensorboard").exists()
 
 
@@ -602,6 +607,11 @@ def test_a_checkpoint_of_another_run_is_refused(
         ({"teachers": ["alhpa"]}, CacheError, "did you mean alpha"),
         ({"batch_size_per_process": 10}, RecipeError, "at most 9"),
         ({"schedule": {"max_steps": 3, "warmup_steps": 3}}, RecipeError, "not shorter than the run"),
+        (
+            {"schedule": {"max_steps": 10, "warmup_epochs": 6}},
+            RecipeError,
+            r"27 steps of warm-up, 10 in all(.|\n)*add schedule.warmup_epochs=0 schedule.warmup_steps=1,",
+        ),
         ({"distillation": {"teacher_weights": {"bata": 2}}}, RecipeError, "did you mean beta"),
         ({"student": {"stem": "vit_tiny_patch14_224"}}, RecipeError, "timm has no model"),
     ],
