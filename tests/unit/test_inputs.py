@@ -21,6 +21,7 @@ from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import CheckpointError, RecipeError
 from teachercache.pipeline.loading.loader import FeatureLoader
 from teachercache.pipeline.loading.sampler import ShardShuffleSampler, held_out_samples
+from teachercache.pipeline.rearranging.convert import convert
 from teachercache.student.build import load_student
 from teachercache.student.kpu.model import KPU
 from teachercache.student.losses.alignment import AlignmentLoss
@@ -82,6 +83,20 @@ def test_a_resumed_run_of_two_inputs_and_famo_is_the_same_run(
     assert all(weights[name].equal(tensor) for name, tensor in expected.items())
     weights_of = [logged(finished, f"weight/{teacher}") for teacher in ("clip", "dino", "detector")]
     assert [sum(of_step) for of_step in zip(*weights_of, strict=True)] == pytest.approx([1.0] * 5)
+
+
+def test_two_inputs_stream_and_a_resumed_run_is_the_same_run(caches: list[Path], tmp_path: Path) -> None:
+    tars = [tmp_path / "tars" / cache.name for cache in caches]
+    for cache, place in zip(caches, tars, strict=True):
+        convert(str(cache), str(place), "webdataset").run()
+    loader = {"kind": "stream", "shuffle_buffer": 4, "threads": 2}
+    train(recipe(tars, tmp_path / "run", loader=loader))
+    losses = logged(tmp_path / "run")
+    assert len(logged(tmp_path / "run", "loss/detector/s2t")) == len(losses) == 5
+    for late in ("step_00000005", "step_00000004"):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / late, ignore_errors=True)
+    train(recipe(tars, tmp_path / "run", loader=loader))
+    assert logged(tmp_path / "run") == losses
 
 
 def test_live_teachers_give_the_losses_of_the_caches(caches: list[Path], tmp_path: Path) -> None:
