@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -180,11 +181,11 @@ def commit_shard(
     )
 
 
-def build_recipe(cache: Path | str, source: Path | str, **changes: object) -> BuildRecipe:
+def build_recipe(cache: Path | str, source: Path | str | list[Any], **changes: object) -> BuildRecipe:
     """The recipe of a small real build: one tiny ViT, random weights."""
     content: dict[str, object] = {
         "cache": str(cache),
-        "source": str(source),
+        "source": source if isinstance(source, list) else str(source),
         "teachers": {"tiny": {"model": "vit_tiny_patch16_224", "pretrained": False, "codec": "f32"}},
         "views": {"num_views": 2, "size": [32, 32]},
         "rows_per_shard": 6,

@@ -34,10 +34,14 @@ def runner(**options: object) -> dict[str, object]:
     return {"kind": "ray", "batch_size": 4, "decode_threads": 1, "gpus_per_actor": 0} | options
 
 
-def test_ray_and_local_builds_hold_the_same_features(tmp_path: Path, images: Path, cluster: None) -> None:
-    recipe = build_recipe(tmp_path / "ray", images, rows_per_shard=4, runner=runner())
+def test_ray_and_local_builds_of_two_sources_hold_the_same_features(tmp_path: Path, cluster: None) -> None:
+    places = {name: make_images(tmp_path / name, 8, seed=seed) for seed, name in enumerate(("some", "more"))}
+    sources = [{"name": name, "path": str(place)} for name, place in places.items()]
+    sources[0]["kind"] = "image_folder"
+    recipe = build_recipe(tmp_path / "ray", sources, rows_per_shard=4, runner=runner())
     result = build(recipe, QUIET)
-    local = build(build_recipe(tmp_path / "local", images, rows_per_shard=4), QUIET).cache
+    local = build(build_recipe(tmp_path / "local", sources, rows_per_shard=4), QUIET).cache
+    assert {local.key(sample).partition("/")[0] for sample in range(16)} == set(places)
     assert (result.shards, result.views) == (8, 32)
     rows = list(range(32))
     torch.testing.assert_close(
