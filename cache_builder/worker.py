@@ -8,6 +8,7 @@ import torch
 from teachercache.cache_builder.build_recipe import RunnerRecipe
 from teachercache.cache_builder.calibrate import Calibration, CalibrationSample, calibrate
 from teachercache.cache_builder.extract import ShardExtractor
+from teachercache.cache_builder.teachers.teacher import Teacher
 from teachercache.cache_builder.teachers.teacher_recipe import build_teachers
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import BuildError, CacheMismatchError

@@ -9,3 +9,21 @@ predictions = student(student.normalize(images))     uint8 (B, 3, H, W) → {tas
 
 if __name__ == "student":
     raise ImportError("`student` is imported as `teachercache.student`")
+
+from teachercache.pipeline.lazy_names import lazy
+
+_HOMES = {
+    "Amalgam": "models.amalgam",
+    "KPU": "kpu.model",
+    "SAK": "sak.model",
+    "Student": "models.student",
+    "StudentOutput": "models.student",
+    "build_student": "build",
+    "load_reference": "sak.reference",
+    "load_stage_1": "sak.transfer",
+    "load_student": "build",
+    "push_to_hub": "hub",
+    "read_reference": "sak.reference",
+}
+__getattr__ = lazy(__name__, _HOMES)
+__all__ = [*_HOMES]

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 import teachercache
+from teachercache import cache_builder, pipeline, student
+from teachercache.student import losses
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("pipeline", "cache_builder", "student", "jobs")
@@ -28,6 +30,17 @@ def test_the_face_offers_what_it_names() -> None:
         assert getattr(teachercache, name).__module__.startswith("teachercache.")
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = teachercache.nothing
+
+
+def test_packages_offer_what_they_name() -> None:
+    """The names of `docs/design.md` stay where they are, whatever module holds them."""
+    for package in (pipeline, cache_builder, student, losses):
+        for name in package.__all__:
+            assert getattr(package, name).__name__ == name
+        with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+            _ = package.nothing
+    assert {"SAK", "KPU", "build_student", "load_student", "push_to_hub"} < set(student.__all__)
+    assert "DistillationLoss" in losses.__all__
 
 
 def test_importing_it_is_light(tmp_path: Path) -> None:
