@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,12 @@ def share_of_cores(gpu: Any, devices: Path = _DEVICES) -> int:
 
 
 def stay_near(gpu: Any, devices: Path = _DEVICES) -> None:
-    """Keep this thread, and those that it starts, on the cores near `gpu`, unless `SWITCH` is 0."""
+    """Keep this process, whichever thread asks, on the cores near `gpu`, unless `SWITCH` is 0."""
     if os.environ.get(SWITCH) != "0":
-        os.sched_setaffinity(0, near_cores(gpu, devices)[0])
+        cores, _ = near_cores(gpu, devices)
+        for thread in Path("/proc/self/task").iterdir():
+            with suppress(ProcessLookupError):  # it has ended
+                os.sched_setaffinity(int(thread.name), cores)
 
 
 def _kind(device: Path) -> tuple[str, str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -42,10 +44,15 @@ def test_all_cores_are_near_where_the_system_does_not_say(devices: Path, text: s
     assert near_cores(GPU, devices / "nowhere") == (set(range(2, 16)), 1)
 
 
-def test_a_process_can_be_left_where_it_is(devices: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    monkeypatch.setattr(os, "sched_setaffinity", lambda *call: calls.append(call))
-    stay_near(GPU, devices)
+def test_all_threads_of_a_process_stay_near_or_none(devices: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = dict[int, set[int]]()
+    monkeypatch.setattr(os, "sched_setaffinity", calls.__setitem__)
     monkeypatch.setenv(SWITCH, "0")
     stay_near(GPU, devices)
-    assert calls == [(0, {2, 3, 8, 9, 10, 11})]
+    assert not calls
+    monkeypatch.delenv(SWITCH)
+    with ThreadPoolExecutor(1) as pool:
+        threads = {threading.get_native_id(), pool.submit(threading.get_native_id).result()}
+        pool.submit(stay_near, GPU, devices).result()
+    assert threads <= calls.keys()
+    assert all(cores == {2, 3, 8, 9, 10, 11} for cores in calls.values())
