@@ -96,16 +96,18 @@ def help_keys(
         Kind.TRAIN_DECODERS: DecoderRecipe,
     }
     rooms = [
-        (path, room) for path, room in _rooms(models[kind]) if f"{path}.".startswith(part and f"{part}.")
+        (path, room, [(f"{path}.{name}".lstrip("."), field) for name, field in room.model_fields.items()])
+        for path, room in _rooms(models[kind])
     ]
-    if not rooms:
-        known = ", ".join(path for path, _ in _rooms(models[kind]) if path)
-        raise RecipeError("No keys stand below this one.", got=part, expected=known, do="name one of them")
-    for path, room in rooms:
-        console.print(f"\n{path or f'A recipe for {kind.value}'}", style="bold")
-        console.print(inspect.cleandoc(room.__doc__ or ""))
-        for name, field in room.model_fields.items():
-            key = f"{path}.{name}" if path else name
+    if part not in {"", *(key for _, _, keys in rooms for key, _ in keys), *(path for path, _, _ in rooms)}:
+        known = ", ".join(dict.fromkeys(path for path, _, _ in rooms if path))
+        raise RecipeError("There is no such key.", got=part, expected=known, do="name one, or a key below it")
+    for path, room, keys in rooms:
+        is_shown = f"{path}.".startswith(part and f"{part}.")
+        if is_shown:
+            console.print(f"\n{path or f'A recipe for {kind.value}'}", style="bold")
+            console.print(inspect.cleandoc(room.__doc__ or ""))
+        for key, field in keys if is_shown else [one for one in keys if one[0] == part]:
             console.print(Text.assemble((key, "bold"), "  ", _type(field.annotation), _default(field)))
             console.print(Padding(_sentence(field), (0, 0, 0, 4), expand=False), soft_wrap=False)
 

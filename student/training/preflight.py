@@ -268,11 +268,12 @@ def _require_length(num_samples: int | None, recipe: TrainRecipe, processes: int
             )
         return
     if images_per_step > num_samples:
+        own = "batch_size_per_process or gradient_accumulation_steps"
         raise RecipeError(
             "A step takes more images than the cache holds.",
             got=f"{images_per_step} images a step, over processes and accumulation",
             expected=f"at most {num_samples}, the valid samples of the cache",
-            do="lower batch_size_per_process or gradient_accumulation_steps",
+            do=f"lower {'global_batch_size' if recipe.global_batch_size else own}",
         )
     recipe.schedule.steps(num_samples / images_per_step)
 

@@ -81,6 +81,7 @@ def test_a_part_of_the_keys_can_be_asked_for() -> None:
     text = printed("help-keys", "build", "runner")
     assert "runner.batch_size" in text
     assert "rows_per_shard" not in text
+    assert printed("help-keys", "build", "runner.device").startswith("runner.device  str = auto\n    ")
     result = CliRunner().invoke(app, ["help-keys", "build", "runer"])
     assert isinstance(result.exception, RecipeError)
     assert "teachers.NAME" in str(result.exception)

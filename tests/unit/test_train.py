@@ -605,7 +605,12 @@ def test_a_checkpoint_of_another_run_is_refused(
     [
         ({"cache": "nowhere"}, CacheNotFoundError, "nowhere"),
         ({"teachers": ["alhpa"]}, CacheError, "did you mean alpha"),
-        ({"batch_size_per_process": 10}, RecipeError, "at most 9"),
+        ({"batch_size_per_process": 10}, RecipeError, r"at most 9(.|\n)*lower batch_size_per_process or"),
+        (
+            {"batch_size_per_process": 10, "global_batch_size": 10},
+            RecipeError,
+            r"at most 9(.|\n)*lower global_batch_size",
+        ),
         ({"schedule": {"max_steps": 3, "warmup_steps": 3}}, RecipeError, "not shorter than the run"),
         (
             {"schedule": {"max_steps": 10, "warmup_epochs": 6}},
