@@ -198,7 +198,8 @@ def submit(
         if address is not None:
             address = address if "://" in address else f"http://{address}"
             os.environ["RAY_API_SERVER_ADDRESS"] = address  # RAY_ADDRESS would win over an argument
-            requests.get(address, timeout=_ANSWER_S)  # Ray would wait for minutes
+            if address.startswith("http"):
+                requests.get(address, timeout=_ANSWER_S)  # Ray would wait for minutes
         client = JobSubmissionClient(address)
         job = client.submit_job(entrypoint=shlex.join(command), runtime_env=runtime_env)
     except (OSError, RuntimeError, RayError) as error:
