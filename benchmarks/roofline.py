@@ -44,7 +44,6 @@ from teachercache.pipeline.codecs import Codec, Encoded, get_codec, torch_dtype
 from teachercache.pipeline.records.feature_stats import FeatureMoments
 from teachercache.pipeline.records.spec import TeacherSpec
 from teachercache.pipeline.records.strict import Size
-from teachercache.pipeline.stores.feature_store import teacher_layouts
 from teachercache.student.losses.distillation import AdjointTarget, DistillationLoss, Target
 from teachercache.student.training.objectives import Objective
 
@@ -118,7 +117,8 @@ def count_decode(
     fake: FakeTensorMode, spec: TeacherSpec, batch_size: int, compiles: bool = False
 ) -> tuple[Work, int]:
     """Codes of a batch to targets on the device, as training takes them, and how many values these are."""
-    codec, layouts = _codec(spec), teacher_layouts(spec)
+    codec = _codec(spec)
+    layouts = codec.layout(spec.num_levels, spec.stored_grid, spec.width)
 
     def read(roofline: Roofline) -> None:
         arrays = {

@@ -60,10 +60,10 @@ def test_a_build_that_has_begun_waits_and_a_cluster_of_its_own_does_not(
 
 
 def test_teachers_that_do_not_fit_a_gpu_end_a_build_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    def build_teacher(*_: Any, **__: Any) -> None:
+    def build_teachers(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmany lines")
 
-    monkeypatch.setattr(worker, "build_teacher", build_teacher)
+    monkeypatch.setattr(worker, "build_teachers", build_teachers)
     with pytest.raises(BuildError) as raised:
         Worker({"alpha": teacher_spec()}, RunnerRecipe(device="cpu"))
     lines = str(raised.value).splitlines()
@@ -89,7 +89,7 @@ def test_a_gpu_that_is_too_small_for_a_batch_says_which_batch_fits(monkeypatch: 
     def calibrate(teachers: dict[str, Large], _: object, batch_size: int) -> None:
         teachers["alpha"](torch.empty(batch_size, 3, 8, 8))
 
-    monkeypatch.setattr(worker, "build_teacher", lambda *_, **__: Large())
+    monkeypatch.setattr(worker, "build_teachers", lambda *_: {"alpha": Large()})
     monkeypatch.setattr(worker, "calibrate", calibrate)
     small = Worker({"alpha": teacher_spec()}, RunnerRecipe(device="cpu", batch_size=16))
     sample: Any = None
