@@ -1,14 +1,14 @@
 """`xarray.open_datatree(cache)` and `open_dataset(cache, group=…)` know a cache by its files."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any
 
-from xarray.backends.zarr import ZarrBackendEntrypoint
-
+from teachercache.pipeline.errors import extra
 from teachercache.pipeline.records.manifest import SPEC_NAME
+
+with extra("view"):
+    from xarray.backends.zarr import ZarrBackendEntrypoint
 
 
 class CacheEntrypoint(ZarrBackendEntrypoint):

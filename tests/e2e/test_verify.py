@@ -195,7 +195,7 @@ def test_repair_makes_the_same_bytes_and_touches_nothing_else(built: tuple[Path,
 
 
 def test_repair_of_a_sound_cache_loads_no_teacher(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("teachercache.cache_builder.worker.build_teacher", None)
+    monkeypatch.setattr("teachercache.cache_builder.worker.build_teachers", None)
     before = {path: path.stat().st_mtime_ns for path in files(cache)}
     assert repair(FeatureCache.open(cache)).mended == []
     assert before == {path: path.stat().st_mtime_ns for path in files(cache)}
