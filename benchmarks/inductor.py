@@ -61,6 +61,7 @@ def _an_h100(end: Callable[[Any], None]) -> Iterator[None]:
             (torch.cuda, "get_device_capability", lambda *_: (9, 0)),
             (torch.cuda, "current_device", lambda: 0),
             (torch.cuda, "device_count", lambda: 1),
+            (torch.cuda, "is_available", lambda: False),  # which some libraries make ask `device_count`
             (CudaInterface, "get_device_properties", staticmethod(lambda *_: _H100)),
             (CudaInterface, "is_bf16_supported", staticmethod(lambda *_, **__: True)),
             (scheduler, "has_triton", lambda *_: True),
