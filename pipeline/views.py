@@ -113,9 +113,8 @@ def render_view(
     left, top, right, bottom = view.box
     columns, rows = _seen(left, right, image.width, width), _seen(top, bottom, image.height, height)
     pixels = torch.empty(3, height, width, dtype=torch.uint8) if out is None else out
-    planes = (
-        pixels.numpy()
-    )  # decoding threads call no operation of PyTorch's, which would start threads of its own
+    # Decoding threads call no operation of PyTorch's, which would start threads of its own.
+    planes = pixels.numpy()
     if columns.pixels < 1 or rows.pixels < 1:
         planes[:] = np.array(PADDING)[:, None, None]
         return pixels

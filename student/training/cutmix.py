@@ -32,14 +32,14 @@ class CutMix:
         self, batch: Batch, images_B3HW: Tensor, targets: Mapping[str, Target]
     ) -> tuple[Tensor, dict[str, Target]]:
         """The images, (B, 3, H, W) of any dtype, and the targets of what they show then."""
-        patches_Bhw = self._patches(batch)
+        patches_Bhw = self._patches(batch).to(images_B3HW.device, non_blocking=True)
 
         def exchanged(values: Tensor, grid: Size, shape: tuple[int, ...]) -> Tensor:
             rows, columns = (
-                ((torch.arange(count) + 0.5) * patches / count).long()
+                ((torch.arange(count, device=values.device) + 0.5) * patches / count).long()
                 for count, patches in zip(grid, self._grid, strict=True)
             )
-            inside = patches_Bhw[:, rows][:, :, columns].view(shape).to(values.device, non_blocking=True)
+            inside = patches_Bhw[:, rows][:, :, columns].view(shape)
             others = values.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
             return torch.where(inside, others, values)
 

@@ -41,6 +41,7 @@ class DecoderRecipe(RunRecipe):
     image_size: Size = Field((512, 512), description="Of images in pixels; multiples of 32.")
     decoders: dict[str, DecoderInput] = Field(min_length=1)
 
+    makes: ClassVar[str] = "decoders"
     validation: ClassVar[None] = None  # what other runs have, and their log asks for
     picture_every_steps: ClassVar[int] = 0
 

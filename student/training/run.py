@@ -131,13 +131,12 @@ class Run:
         done.similarity = log.similarity
         return done
 
-    def finish(self, done: LoopResult, saved: Path, use: str, save: Callable[[RunResult], None]) -> RunResult:
-        """Say what held the run up; `save` what was trained to `saved` where it has taken all its steps, and
-        say where."""
+    def finish(self, done: LoopResult, use: str, save: Callable[[RunResult], None]) -> RunResult:
+        """Say what held the run up; `save` what was trained after the last step, and say where."""
         images = done.steps * self.recipe.images_per_step(self.accelerator.num_processes)
         result = RunResult(
             output=Path(self.recipe.output),
-            saved=None if done.interrupted else saved,
+            saved=None if done.interrupted else self.recipe.saved,
             use=use,
             steps=done.next_step,
             last_loss=done.last_loss,
@@ -146,7 +145,7 @@ class Run:
             similarity=done.similarity,
         )
         if result.saved is not None and self.accelerator.is_main_process:
-            with saving(f"The finished {saved.name}", saved):
+            with saving(f"The finished {self.recipe.makes}", self.recipe.saved):
                 save(result)
         self.accelerator.wait_for_everyone()
         self.accelerator.print(result)
@@ -171,12 +170,12 @@ class Run:
                 expected="a folder without checkpoints",
                 do="choose another output, delete that run, or set resume=true to continue it",
             )
-        if newest is None and (finished := Path(self.recipe.output) / "student").exists():
+        if newest is None and self.recipe.saved.exists():
             raise CheckpointError(
-                "The output folder holds a finished student, and no checkpoint to continue from.",
-                got=finished,
-                expected="the checkpoints of its run, or a folder without a student",
-                do="choose another output, or move that student away to train again",
+                f"This output holds the {self.recipe.makes} of a finished run, and no checkpoint of it.",
+                got=self.recipe.saved,
+                expected=f"its checkpoints, or a folder without {self.recipe.makes}",
+                do="choose another output, or move that folder away to train again",
             )
         first_step, damaged = load_newest(folder, self.module, self.optimizer, self.identity, self.famo)
         if (

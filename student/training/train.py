@@ -121,14 +121,12 @@ class _Run:
             first,
         )
 
-        saved = Path(recipe.output) / "student"
-
         def save(result: RunResult) -> None:
-            student.save_pretrained(saved)
-            write_model_card(saved, student, recipe, self.caches, result)
+            student.save_pretrained(recipe.saved)
+            write_model_card(recipe.saved, student, recipe, self.caches, result)
 
-        use = f"from teachercache import load_student; student = load_student({str(saved)!r})"
-        return run.finish(done, saved, use, save)
+        use = f"from teachercache import load_student; student = load_student({str(recipe.saved)!r})"
+        return run.finish(done, use, save)
 
     def _identity(self) -> dict[str, Any]:
         inputs = list(zip(self.recipe.each, self.caches, self.parts, strict=True))

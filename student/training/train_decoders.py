@@ -63,9 +63,8 @@ def train_decoders(recipe: DecoderRecipe) -> RunResult:
             return [source.batches(run.first_batch, stack) for source in sources.values()]
 
         done = run.go(DecoderObjective(recipe, run.model, sources, accelerator.device), streams)
-        saved = Path(recipe.output) / "decoders"
-        use = f"measure them: teachercache evaluate {saved} DATASET ROOT --paper kpu"
-        return run.finish(done, saved, use, partial(_save, recipe, decoders))
+        use = f"measure them: teachercache evaluate {recipe.saved} DATASET ROOT --paper kpu"
+        return run.finish(done, use, partial(_save, recipe, decoders))
 
 
 def _facts(recipe: DecoderRecipe, sources: dict[str, DecoderSource]) -> dict[str, Any]:
@@ -103,4 +102,4 @@ def _save(recipe: DecoderRecipe, decoders: Decoders, result: RunResult) -> None:
         assert decoders.student is not None
         decoders.student.save_pretrained(result.output / "student")
         student = "../student"
-    decoders.save_pretrained(result.output / "decoders", student)
+    decoders.save_pretrained(recipe.saved, student)

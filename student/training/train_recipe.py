@@ -1,9 +1,10 @@
 """`TrainRecipe`: what a training run is."""
 
 import math
+from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -178,14 +179,20 @@ class RunRecipe(Strict):
     trackers: tuple[Tracker, ...] = Field(("tensorboard",), description="Logs beside the run's own file.")
     loader: LoaderRecipe = LoaderRecipe()
 
+    makes: ClassVar[str] = "student"  # the folder in `output` of what was trained
+
+    @property
+    def saved(self) -> Path:
+        return Path(self.output) / self.makes
+
     @property
     def checkpoint_folder(self) -> Path:
         return Path(self.output) / "checkpoints"
 
     @property
+    @abstractmethod
     def batch_sizes(self) -> list[int]:
         """Images that a step takes of each input in a process."""
-        raise NotImplementedError
 
     def images_per_step(self, num_processes: int) -> int:
         """Images of one optimizer step, over all inputs and processes."""

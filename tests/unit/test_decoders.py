@@ -147,6 +147,9 @@ def test_a_run_that_was_cut_off_goes_on_bit_by_bit(
     assert all(torch.equal(one, again[name]) for name, one in whole.items())
     with pytest.raises(CheckpointError, match=r"optimizer\.lr"):
         run(tmp_path / "whole", optimizer={"lr": 0.5})
+    shutil.rmtree(tmp_path / "whole/checkpoints")
+    with pytest.raises(CheckpointError, match="the decoders of a finished run, and no checkpoint"):
+        run(tmp_path / "whole")
 
 
 def test_an_accumulated_step_is_one_of_the_whole_batch(

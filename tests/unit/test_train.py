@@ -554,7 +554,7 @@ def test_a_finished_student_without_checkpoints_is_not_trained_over(
     cache: Path, finished: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(finished / "student", tmp_path / "student")
-    with pytest.raises(CheckpointError, match=r"finished student, and no checkpoint(.|\n)*another output"):
+    with pytest.raises(CheckpointError, match=r"the student of a finished run(.|\n)*another output"):
         train(train_recipe(cache, tmp_path))
 
 
