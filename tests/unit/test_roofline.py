@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks.fake_gpu import BYTES_PER_S, LEAST_S, Roofline, Work, fake_gpu
-from benchmarks.inductor import fused
+from benchmarks.fake_gpu import BYTES_PER_S, LEAST_S, Roofline, Work, fake_gpu, give_fake_weights
+from benchmarks.inductor import fused, trained
 
 ROOT = Path(__file__).parents[2]
 MEASURED = ("dinov2_small", "vit_small_patch16_224")  # of 12 blocks, each a batch of two views of 112²
@@ -29,7 +29,7 @@ MOST_KERNELS = {  # lower these where the code gets better
     ("read dinov2_small f16", "decode"): 0,
     ("step vit_small_patch16_224", "forward"): 490,
     ("step vit_small_patch16_224", "backward"): 737,
-    ("step vit_small_patch16_224", "optimizer"): 450,
+    ("step vit_small_patch16_224", "optimizer"): 5,
 }
 WAITS = {
     ("build dinov2_small int4-hadamard", "forward"): 1,  # for the clock
@@ -135,6 +135,44 @@ def test_compiled_operations_are_one_kernel_that_reads_once_and_writes_once() ->
     assert work.nbytes == pytest.approx(first + product + 4 * 64 * 64, rel=0.01)
     assert (work.by_kernel["mm"], work.flops) == (1, 2 * 64 * 64 * 1024)
     assert work.kernels <= 4  # a sum takes two
+
+
+class Attention(nn.Module):
+    scale: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(64, 192), nn.Linear(64, 64)
+        self.register_buffer("scale", torch.full((64,), 0.5))
+
+    def forward(self, x: Tensor, twice: bool) -> dict[str, Tensor]:
+        q, k, v = self.qkv(x * self.scale).unflatten(-1, (3, 2, 32)).permute(2, 0, 3, 1, 4)
+        out = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return {"out": self.out(nn.functional.gelu(out)) * (2 if twice else 1)}
+
+
+def test_a_compiled_module_and_its_gradient_are_counted_once_for_the_same_shapes() -> None:
+    roofline = Roofline("cpu")
+    with fake_gpu() as fake:
+        with torch.device("meta"):
+            module = Attention()
+        give_fake_weights(module, fake, "cpu")
+        run = trained(module, roofline)
+        with fake, roofline, roofline.stage("forward"):
+            for _ in range(2):
+                out = run(torch.empty(4, 16, 64), twice=True)["out"]
+            (10 * out).sum().backward()
+    forward, backward = roofline.stages["forward"], roofline.stages["backward"]
+    products = 2 * 4 * 16 * 64 * 256  # of the two layers
+    attention = 4 * 4 * 2 * 16 * 16 * 32
+    assert out.shape == (4, 16, 64)
+    assert forward.flops == 2 * (products + attention)
+    # Of both layers the gradient by the weights, of one that by its input; of attention two and a half times.
+    assert backward.flops == 2 * (products + 2 * 4 * 16 * 64 * 64 + 5 * attention // 2)
+    assert backward.by_kernel["mm"] == 2 * 3
+    assert forward.kernels <= 2 * 7 + 3  # the last three are of the loss, which is not compiled
+    assert forward.by_kernel["gelu"] == 0  # it is part of another kernel
+    assert module.out.weight.grad is None
 
 
 @pytest.fixture(scope="module")
