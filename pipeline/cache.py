@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from teachercache.pipeline.codecs import Codec, Encoded
-from teachercache.pipeline.errors import ArgumentError, CacheError, IncompleteCacheError
+from teachercache.pipeline.errors import ArgumentError, IncompleteCacheError
 from teachercache.pipeline.places.open_storage import open_storage
 from teachercache.pipeline.places.storage import Storage
 from teachercache.pipeline.records.array_layout import ArrayLayout
@@ -57,8 +57,7 @@ class FeatureCache:
         direct: bool = True,
         checksums: bool = False,
     ) -> None:
-        self.storage = storage
-        self.spec = spec
+        self.storage, self.spec = storage, spec
         self._opened = images, direct, checksums
         self.manifest = Manifest(storage)
         self.index = RowIndex(spec.segments)
@@ -156,21 +155,12 @@ class FeatureCache:
         return merged_moments(self.manifest, teacher, shards, (spec.num_levels, spec.width))
 
     def require_complete(self, teachers: Sequence[str] | None = None) -> None:
-        """Raises `IncompleteCacheError` unless every shard of these teachers, and of rendered images, is
-        committed."""
+        """Raises `IncompleteCacheError` unless these teachers, and rendered images, have every shard."""
         wanted = {*self.check_teachers(teachers), IMAGES}
         names = [name for name in self.spec.with_arrays if name in wanted]
         missing = {name: int((~self.committed(name)).sum()) for name in names}
         if any(missing.values()):
-            raise IncompleteCacheError(
-                f"The cache at {self.storage.url} is not complete.",
-                got=", ".join(
-                    f"{name}: {count} of {self.spec.num_shards} shards missing"
-                    for name, count in missing.items()
-                ),
-                expected="every shard committed",
-                do="run the same build command again; it computes only what is missing",
-            )
+            raise _incomplete(self.storage.url, missing, self.spec.num_shards)
 
     def valid_samples(self, teachers: Sequence[str] | None = None) -> NDArray[np.int64]:
         """Ascending indices of the samples that have every view of every one of these teachers."""
@@ -219,13 +209,7 @@ class FeatureCache:
         rows = _row_numbers(rows)
         self.check_teachers([teacher])
         features = self.features[teacher]
-        if name not in features.layouts:
-            raise CacheError(
-                f"Teacher {teacher} of this cache has no stored {name} feature.",
-                expected="a cache built with cls_token: true (or global_feature: true) for this teacher",
-                do="build the teacher again under another name with that setting",
-            )
-        layouts = {name: features.layouts[name]}
+        layouts = {name: features.token_layout(name)}
         return features.read(rows, layouts, None if out is None else {name: out})[name]
 
     def buffers(
@@ -291,15 +275,7 @@ class FeatureCache:
         errors as those of `read`, or as those of `image_bytes`.
         """
         rows = _row_numbers(rows)
-        if self.spec.images == "rendered":
-            into = None if out is None else {PIXELS: out}
-            return self._pixels.read(rows, self._pixels.layouts, into)[PIXELS]
-        samples, _, lines = self.index.locate(rows)
-        if out is None:
-            out = torch.empty(len(rows), 3, *self.spec.views.stored_size, dtype=torch.uint8)
-        for i, (sample, line) in enumerate(zip(samples.tolist(), lines.tolist(), strict=True)):
-            render_view(self.image(sample), self.views.view(line), out=out[i])
-        return out[: len(rows)]
+        return (_stored if self.spec.images == "rendered" else _rendered)(self, rows, out)
 
     def image(self, sample_index: int) -> Image.Image:
         """The decoded source image. Raises `ImageDecodeError`."""
@@ -316,6 +292,28 @@ class FeatureCache:
     def source_bytes(self, sample_index: int) -> bytes:
         """The image in the source, even where a copy exists. Raises as `image_bytes`."""
         return self.images.read_source(sample_index)
+
+
+def _stored(cache: FeatureCache, rows: NDArray[np.int64], out: Tensor | None) -> Tensor:
+    pixels = cache._pixels
+    return pixels.read(rows, pixels.layouts, None if out is None else {PIXELS: out})[PIXELS]
+
+
+def _rendered(cache: FeatureCache, rows: NDArray[np.int64], out: Tensor | None) -> Tensor:
+    if out is None:
+        out = torch.empty(len(rows), 3, *cache.spec.views.stored_size, dtype=torch.uint8)
+    for row, pixels in zip(rows.tolist(), out[: len(rows)], strict=True):
+        render_view(cache.image(int(cache.index.locate(row)[0])), cache.view(row), out=pixels)
+    return out[: len(rows)]
+
+
+def _incomplete(url: str, missing: Mapping[str, int], num_shards: int) -> IncompleteCacheError:
+    return IncompleteCacheError(
+        f"The cache at {url} is not complete.",
+        got=", ".join(f"{name}: {count} of {num_shards} shards missing" for name, count in missing.items()),
+        expected="every shard committed",
+        do="run the same build command again; it computes only what is missing",
+    )
 
 
 def _row_numbers(rows: ArrayLike) -> NDArray[np.int64]:

@@ -104,6 +104,16 @@ class TeacherFeatures(StoredRows):
         tokens = (CLS_TOKEN, GLOBAL_FEATURE)
         return {array: layout for array, layout in self.layouts.items() if array not in tokens}
 
+    def token_layout(self, name: str) -> ArrayLayout:
+        """Of `cls` or `global`. Raises `CacheError` where the teacher does not store it."""
+        if name not in self.layouts:
+            raise CacheError(
+                f"Teacher {self._name} of this cache has no stored {name} feature.",
+                expected="a cache built with cls_token: true (or global_feature: true) for this teacher",
+                do="build the teacher again under another name with that setting",
+            )
+        return self.layouts[name]
+
     def buffers(self, num_rows: int, pin_memory: bool) -> Encoded:
         empty = partial(torch.empty, pin_memory=pin_memory)
         return Encoded(self.codec, _tensors(self.feature_layouts, num_rows, empty))
