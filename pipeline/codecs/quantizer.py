@@ -50,7 +50,7 @@ class ScalarQuantizer(TokenQuantizer):
         self.levels = levels
         self.bits = len(levels).bit_length() - 1
         self._base_scale = base_scale
-        self._steps = steps
+        self._steps = torch.tensor(steps, device=levels.device)
         halves = torch.arange(2**16, device=levels.device).to(torch.int16).view(torch.float16).float()
         codes = torch.bucketize(halves, (levels[1:] + levels[:-1]) / 2)
         self._code_of_half = codes.to(torch.uint8)
@@ -58,12 +58,11 @@ class ScalarQuantizer(TokenQuantizer):
         self._levels_of_byte = _levels_of_byte(levels) if self.bits == 4 else None
 
     def quantise(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        base = self._base_scale(tokens)
-        candidates = [(base * step).half() for step in self._steps]
-        scales = candidates[0]
-        if len(candidates) > 1:
-            errors = torch.cat([self._error(tokens, one) for one in candidates], -1)
-            scales = torch.cat(candidates, -1).gather(-1, errors.argmin(-1, keepdim=True))
+        scales, *others = (self._base_scale(tokens) * self._steps).half().split(1, -1)
+        least = self._error(tokens, scales) if others else scales
+        for other in others:  # with argmin and gather a compiler would read the tokens again for their codes
+            error = self._error(tokens, other)
+            scales, least = torch.where(error < least, other, scales), torch.minimum(error, least)
         codes = take(self._code_of_half, _half_bits(divide_by_scales(tokens, scales)))
         return pack(codes, self.bits), scales.squeeze(-1)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 _ROWS_AT_ONCE = 8
-_TOKENS_OF_CENTRE = 1024  # whose mean all are summed about; a second pass over all would gain no digit
+_TOKENS_OF_CENTRE = 64  # whose mean all are summed about; a second pass over all would gain no digit
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.fake_gpu import BYTES_PER_S, LEAST_S, Roofline, Work, fake_gpu, give_fake_weights
 from benchmarks.inductor import fused, trained
+from teachercache.pipeline.codecs.quantizer import ScalarQuantizer
 
 ROOT = Path(__file__).parents[2]
 MEASURED = ("dinov2_small", "vit_small_patch16_224")  # of 12 blocks, each a batch of two views of 112²
 
 MOST_KERNELS = {  # lower these where the code gets better
     ("build dinov2_small int4-hadamard", "forward"): 182,
-    ("build dinov2_small int4-hadamard", "encode"): 139,
+    ("build dinov2_small int4-hadamard", "encode"): 138,
     ("build dinov2_small int4-hadamard", "statistics"): 21,
     ("build dinov2_small f16", "encode"): 9,
     ("read dinov2_small int4-hadamard", "decode"): 2,
@@ -173,6 +174,15 @@ def test_a_compiled_module_and_its_gradient_are_counted_once_for_the_same_shapes
     assert forward.kernels <= 2 * 7 + 3  # the last three are of the loss, which is not compiled
     assert forward.by_kernel["gelu"] == 0  # it is part of another kernel
     assert module.out.weight.grad is None
+
+
+def test_scales_are_chosen_and_codes_packed_in_one_kernel_that_reads_tokens_once() -> None:
+    tokens = 16 * 4 * 24 * 24  # a batch of a ViT-L
+    with fake_gpu() as fake, fake:
+        quantizer = ScalarQuantizer(on_gpu(16))
+        work = fused(quantizer.quantise, [on_gpu(tokens, 1024)])
+    assert work.kernels == 1
+    assert work.nbytes == pytest.approx(tokens * (1024 * 4 + 512), rel=0.05)
 
 
 @pytest.fixture(scope="module")
