@@ -17,12 +17,11 @@ import xxhash
 from numpy.typing import NDArray
 
 from teachercache.pipeline.cache import FeatureCache
-from teachercache.pipeline.errors import CacheError, CacheMismatchError
+from teachercache.pipeline.errors import CacheError, CacheMismatchError, extra
 from teachercache.pipeline.places.open_storage import open_storage
 from teachercache.pipeline.places.storage import Storage
 from teachercache.pipeline.places.whole_or_nothing import room_at
 from teachercache.pipeline.stores.feature_store import CLS_TOKEN
-from teachercache.pipeline.stores.tar_index import TAR_END, add_member
 
 _ROWS_AT_ONCE = 16
 _SPLITS = ("train", "val", "test")
@@ -44,6 +43,8 @@ def export_theia(
     of samples of each finished column of a tar. Raises `CacheError` for a level that is not stored and for
     keys that `webdataset` would cut, `CacheMismatchError` where there is another export of this split.
     """
+    with extra("train"):
+        from webdataset.writer import TarWriter
     require_level(cache, level)
     if split not in _SPLITS:
         raise CacheError("There is no such split.", got=split, expected=", ".join(_SPLITS))
@@ -73,10 +74,12 @@ def export_theia(
                 suffix = "image" if column == "images" else f"{column}.safetensors"
                 name = f"{dataset}/{column}/{file}"
                 if not storage.exists(name):
-                    with storage.open_write(name) as tar:
+                    with (
+                        storage.open_write(name) as whole,
+                        TarWriter(whole, encoder=False, mtime=0, format="PAX_FORMAT") as tar,
+                    ):
                         for key, data in zip(keys[part], members, strict=True):
-                            add_member(tar, f"{key}.{suffix}", data)
-                        tar.write(TAR_END)
+                            tar.write({"__key__": key, suffix: data})
                 progress(len(rows[part]))
         name = f"{dataset}/splits.json"  # where others' splits stay: validation images are another cache
         known = json.loads(storage.read(name)) if storage.exists(name) else {}

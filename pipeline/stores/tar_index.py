@@ -4,7 +4,7 @@ A little-endian (offset, nbytes, crc32c) of uint64 for each row of the shard, ze
 the crc32c of all that. This module does not import torch, since `inspect` reads the index too.
 
 Tars are written by hand since `webdataset.TarWriter` does not say where a member begins, which the index
-needs, and its headers take no long key; there is an index since `webdataset` reads only in order.
+needs; there is an index since `webdataset` reads only in order.
 """
 
 import tarfile

@@ -474,6 +474,18 @@ def test_theias_loader_finds_what_it_expects(tmp_path: Path, source: FeatureCach
         assert safetensors.torch.load(u["u.safetensors"])["embedding"].shape == (4, 3, 3)
 
 
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_theias_tars_keep_keys_that_a_plain_header_would_cut(tmp_path: Path) -> None:
+    folder, long = make_images(tmp_path / "images", 1), "long" * 40
+    (folder / "image_000.jpg").rename(folder / f"{long}.jpg")
+    export_theia(make_cache(tmp_path / "cache", folder, num_views=1), str(tmp_path / "out"))
+    tars = sorted(str(path) for path in (tmp_path / "out").rglob("*.tar"))
+    keys = [sample["__key__"] for sample in webdataset.WebDataset(tars, shardshuffle=False)]
+    gc.collect()
+    assert keys == [long] * 3, "images and two teachers"
+
+
 def test_theia_exports_are_not_mixed(tmp_path: Path, source: FeatureCache) -> None:
     out = tmp_path / "theia"
     assert export_theia(source, str(out)) == 14
