@@ -3,8 +3,9 @@
     python -m benchmarks.read --s3
 
 moto's S3 on loopback, in a process of its own; each repeat takes both loaders in turn and each a whole pass,
-in the same order of rows, opened anew. moto reads a whole object for every range of it, so the ratio is more
-than a real store has; there a range costs its latency.
+in the same order of rows, opened anew. Images of a build's source, a tar of JPEGs, are read both ways too.
+moto reads a whole object for every range of it, so the ratios are more than a real store has; there a range
+costs its latency.
 """
 
 from __future__ import annotations
@@ -16,28 +17,35 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.loading.loader import FeatureLoader, Sampler
 from teachercache.pipeline.loading.streaming import StreamSampler
+from teachercache.pipeline.places.open_storage import open_storage
+from teachercache.pipeline.sources import open_source
+from tests.images import encode, tar_bytes
 from tests.make_cache import make_cache, make_images, teacher_spec
 
 WIDTHS = {96: "442 kB", 1024: "4.7 MB"}  # bytes of a row: 4 levels × 24×24 × the width, float16
 GOAL = 1.0
+_THREADS = 4
 
 
 def compare(num_rows: int, batch_size: int, repeats: int) -> None:
     """Print MB/s of both, by the size of a row, and the ratios beside their goal."""
     table = Table("row", "stream, MB/s", "ranges, MB/s", "stream / ranges", title="Over loopback S3")
-    results = {}
+    results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder, loopback_s3():
         images = make_images(Path(folder) / "images", num_rows)
         for width, size in WIDTHS.items():
@@ -54,9 +62,33 @@ def compare(num_rows: int, batch_size: int, repeats: int) -> None:
             medians = {name: statistics.median(found) for name, found in speeds.items()}
             table.add_row(size, *(f"{medians[name]:,.0f}" for name in speeds), f"{ratio:.2f}")
             results[size] = medians | {"stream / ranges": ratio}
+        results["images"] = _source_images_per_s(num_rows, repeats)
     Console().print(table)
+    told = ", ".join(f"{name} {value:,.0f}" for name, value in results["images"].items())
+    print(f"images of a build's source a second, {_THREADS} threads for ranges: {told}")
     print(f"stream / ranges: goal at least {GOAL:g}, each row size")
     print(json.dumps({"benchmark": "read_s3", "rows": num_rows, "results": results, "cpus": os.cpu_count()}))
+
+
+def _source_images_per_s(num_images: int, repeats: int) -> dict[str, float]:
+    """Of a tar at s3://bucket, whose images a shard holds in their order; medians."""
+    noise = np.random.default_rng(0).integers(0, 256, (375, 500, 3), np.uint8)
+    jpeg = encode(Image.fromarray(noise), quality=70)
+    open_storage("s3://bucket").write("set.tar", tar_bytes((f"{i:04d}.jpg", jpeg) for i in range(num_images)))
+    source = open_source("s3://bucket/set.tar")
+    rows = source.scan().select(["path", "offset", "nbytes"]).to_pylist()
+    places = [(row["offset"], row["nbytes"]) for row in rows]
+    seconds: dict[str, list[float]] = {"stream": [], "ranges": []}
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for _ in range(repeats):
+            start = time.perf_counter()
+            assert len(list(source.stream("set.tar", places))) == num_images
+            between = time.perf_counter()
+            assert len(list(pool.map(lambda row: source.read(**row), rows))) == num_images
+            seconds["stream"].append(between - start)
+            seconds["ranges"].append(time.perf_counter() - between)
+    rates = {name: num_images / statistics.median(found) for name, found in seconds.items()}
+    return rates | {"kB an image": len(jpeg) / 1e3}
 
 
 class _SameRows:
@@ -73,7 +105,7 @@ def _mb_per_s(url: str, batch_size: int, *, streams: bool) -> float:
     sampler: Sampler = drawing if streams else _SameRows(drawing)
     steps = cache.num_rows // batch_size
     start, nbytes = time.perf_counter(), 0
-    with FeatureLoader(cache, sampler, images=False, threads=4) as loader:
+    with FeatureLoader(cache, sampler, images=False, threads=_THREADS) as loader:
         for batch in islice(loader, steps):
             nbytes += sum(encoded.nbytes for encoded in batch.features.values())
         seconds = time.perf_counter() - start

@@ -1,7 +1,7 @@
 """Images on their way to the teachers: threads read, decode and render them ahead of time."""
 
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache as once
 from itertools import count, islice
@@ -17,6 +17,7 @@ from teachercache.pipeline.loading.batch_memory import BatchMemory
 from teachercache.pipeline.ordered_map import ordered_map
 from teachercache.pipeline.records.strict import Size
 from teachercache.pipeline.sources import decode_image
+from teachercache.pipeline.sources.keys import OK
 from teachercache.pipeline.views import render_view
 
 
@@ -36,6 +37,7 @@ class Sample:
     index: int
     rows: range
     places: list[Place]
+    streamed: Future[bytes | None]
     data: bytes = b""
     reason: str | None = None
 
@@ -43,7 +45,8 @@ class Sample:
 class Decoding:
     """A pool of threads, for one shard or two at a time, that keeps up to two batches of views ready.
 
-    They render into the memory of the batch, which a GPU can fetch it from if it is `pinned`.
+    They render into the memory of the batch, which a GPU can fetch it from if it is `pinned`. Where the
+    source streams, one more thread for each shard reads its images in order, as far ahead.
     """
 
     def __init__(self, cache: FeatureCache, threads: int, batch_size: int, pinned: bool) -> None:
@@ -61,12 +64,18 @@ class Decoding:
         spec = self._cache.spec
         places = self._places(frozenset(map(spec.render_size, teachers)))
         num_views, first_row = spec.shard_segment(shard).num_views, spec.shard_rows(shard).start
+        indices = spec.shard_samples(shard)
+        stream, reader = self._cache.images.stream_source(indices), ThreadPoolExecutor(1, "stream")
+        streamed = (reader.submit(next, stream, None) for _ in indices)
         samples = (
-            Sample(index, range(start, start + num_views), list(islice(places, num_views)))
-            for start, index in zip(count(first_row, num_views), spec.shard_samples(shard), strict=False)
+            Sample(index, range(start, start + num_views), list(islice(places, num_views)), data)
+            for start, index, data in zip(count(first_row, num_views), indices, streamed, strict=False)
         )
         ahead = self._threads + -(-2 * self._batch_size // num_views)
-        return ordered_map(self._pool, lambda sample: self._load(sample, seconds), samples, ahead)
+        try:
+            yield from ordered_map(self._pool, lambda sample: self._load(sample, seconds), samples, ahead)
+        finally:
+            reader.shutdown(wait=False, cancel_futures=True)
 
     def _places(self, sizes: frozenset[Size]) -> Iterator[Place]:
         while True:
@@ -75,19 +84,16 @@ class Decoding:
 
     def _load(self, sample: Sample, seconds: StageSeconds) -> Sample:
         try:
-            data = self._read(sample.index, seconds)
+            if (status := self._cache.samples["status"][sample.index].as_py()) != OK:
+                raise ImageDecodeError(status)
+            with seconds.stage("read"):
+                data = sample.streamed.result() or self._cache.source_bytes(sample.index)
             with seconds.stage("decode"):
                 self._render(sample, data)
             sample.data = data
         except ImageDecodeError as error:
             sample.reason, sample.places = error.problem, []
         return sample
-
-    def _read(self, index: int, seconds: StageSeconds) -> bytes:
-        if (status := self._cache.samples["status"][index].as_py()) != "ok":
-            raise ImageDecodeError(status)
-        with seconds.stage("read"):
-            return self._cache.source_bytes(index)
 
     def _render(self, sample: Sample, data: bytes) -> None:
         """Raises `ImageDecodeError`, also if the views were drawn for an image of another size."""

@@ -78,8 +78,9 @@ def features(spec: CacheSpec, teacher: str) -> dict[str, torch.Tensor]:
 
 def make_cache(
     path: str | Path,
-    images: Path,
+    images: Path | str,
     *,
+    kind: str = "auto",
     teachers: dict[str, TeacherSpec] | None = None,
     num_views: int = 2,
     samples_per_shard: int = 3,
@@ -95,7 +96,7 @@ def make_cache(
 
     Without `hashes` of its tables and of the ends of its files, as caches were once.
     """
-    source = open_source(str(images))
+    source = open_source(str(images), kind)
     samples = source.scan(workers=1, progress=None)
     view_policy = ViewPolicy(policy=policy, num_views=num_views, size=view_size)
     spec = CacheSpec(

@@ -2,7 +2,7 @@
 
 Its `gopen` runs the commands and its `expand_urls` finds the braces. A build reads images by key and more
 than once, which no pipe gives, so each tar is streamed once into a folder and then read there as any other.
-Tars at `s3://` or `hf://` are not: their images are read by range, with the store's credentials, uncopied.
+Tars at `s3://` or `hf://` are read where they are (`tar.py`), with the store's own credentials and retries.
 """
 
 import os

@@ -5,7 +5,7 @@ Keys and paths begin with the name of their source. The location is a JSON objec
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, Self
 
@@ -49,6 +49,10 @@ class SeveralSources(Source):
         if name not in self._sources:
             raise self._gone(path)
         return self._sources[name].read(own, offset, nbytes)
+
+    def stream(self, path: str, places: Sequence[tuple[int, int]]) -> Iterator[bytes]:
+        name, _, own = path.partition("/")
+        return self._sources[name].stream(own, places) if name in self._sources else iter(())
 
     def _units(self) -> Iterable[Any]:
         return ((name, unit) for name, one in self._sources.items() for unit in one._units())

@@ -1,6 +1,8 @@
 """The images behind the features: from the cache's own copies, or from the source."""
 
+from collections.abc import Iterator, Sequence
 from functools import cached_property
+from itertools import groupby
 
 import xxhash
 
@@ -10,6 +12,7 @@ from teachercache.pipeline.records.manifest import SAMPLES_NAME
 from teachercache.pipeline.records.sample_table import SampleTable
 from teachercache.pipeline.sources import Source, open_source
 from teachercache.pipeline.sources.decode import HEAD_BYTES
+from teachercache.pipeline.sources.keys import OK
 from teachercache.pipeline.sources.several import own_places
 from teachercache.pipeline.stores.committed_shards import CommittedShards
 from teachercache.pipeline.stores.image_tar import image_tar_name
@@ -69,14 +72,23 @@ class CachedImages:
         self.require_cached(sample_index, data)
         return data
 
+    def stream_source(self, sample_indices: Sequence[int]) -> Iterator[bytes | None]:
+        """The images in the source, in order, where it streams; None for those left to `read_source`."""
+        for (path, status), run in groupby(sample_indices, lambda one: self._facts(one, "path", "status")):
+            places = {index: self._facts(index, "offset", "nbytes") for index in run}
+            found = self.source.stream(path, [*places.values()]) if status == OK else iter(())
+            for index in places:
+                data = next(found, b"")
+                yield data if self._is_cached(index, data) else None
+
     def _facts(self, sample_index: int, *columns: str) -> tuple:
         samples = self._samples.table
         return tuple(samples[name][sample_index].as_py() for name in columns)
 
     def require_cached(self, sample_index: int, data: bytes) -> None:
         """Without this check, features of one image and pixels of another would train silently."""
-        key, nbytes, head_hash = self._facts(sample_index, "key", "nbytes", "head_hash")
-        if (len(data), xxhash.xxh3_64_intdigest(data[:HEAD_BYTES])) != (nbytes, head_hash):
+        if not self._is_cached(sample_index, data):
+            key, nbytes = self._facts(sample_index, "key", "nbytes")
             raise CacheMismatchError(
                 f"The image of sample {key} has changed since the cache was planned.",
                 got=f"another image of {len(data):,} bytes",
@@ -84,6 +96,10 @@ class CachedImages:
                 do="restore the images as they were, name the place where they are (images=…), "
                 "or build a new cache",
             )
+
+    def _is_cached(self, sample_index: int, data: bytes) -> bool:
+        found = len(data), xxhash.xxh3_64_intdigest(data[:HEAD_BYTES])
+        return found == self._facts(sample_index, "nbytes", "head_hash")
 
     def _gone(self, path: str = "") -> SourceNotFoundError:
         """Only `cache.json` names the images' place; this error says how to name another."""

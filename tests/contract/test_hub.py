@@ -37,6 +37,7 @@ from teachercache.pipeline.sharing.licences import require_shareable
 from teachercache.pipeline.sharing.push import push_cache
 from teachercache.pipeline.verify import verify
 from tests.hub_server import READER, WRITER, HubServer, Repository, running_hub
+from tests.images import tar_bytes
 from tests.make_cache import make_cache, make_images, teacher_spec
 
 URL = "hf://datasets/me/cache"  # what `pushed` pushes
@@ -338,3 +339,16 @@ def test_croissant_describes_the_tables_that_are_there(pushed: Repository) -> No
     assert fields == {"samples": SAMPLE_SCHEMA.names, "views": VIEW_SCHEMA.names}
     for name in ("samples.parquet", "views.parquet"):
         assert hashes[name] == hashlib.sha256(pushed.files[name]).hexdigest()
+
+
+def test_a_tar_on_the_hub_streams_by_in_one_request(hub: HubServer, tmp_path: Path) -> None:
+    images = [path.read_bytes() for path in make_images(tmp_path, 20, size=(320, 240)).iterdir()]
+    tar = tar_bytes((f"{number:03d}.jpg", image) for number, image in enumerate(images))
+    hub.repositories["datasets/me/tars"] = Repository(files={"set.tar": tar})
+    place = "hf://datasets/me/tars/set.tar"
+    found = make_cache(tmp_path / "cache", place, num_views=1, samples_per_shard=20)
+    named = FeatureCache.open(found.storage.url, images=place)
+    assert named.source_bytes(0) == images[0]
+    hub.requests.clear()
+    assert list(named.images.stream_source(range(20))) == images
+    assert hub.count("GET", "set.tar") == 1

@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import gc
-import logging
-import threading
-import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 import pytest
 import s3fs
 import xarray
 import zarr
-from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 from rich.console import Console
-from werkzeug.serving import WSGIRequestHandler, make_server
 
 from teachercache import FeatureCache, build
 from teachercache.cache_builder.build_recipe import RunnerRecipe
@@ -32,104 +25,18 @@ from teachercache.pipeline.loading.loader import FeatureLoader
 from teachercache.pipeline.loading.streaming import StreamSampler
 from teachercache.pipeline.places.open_storage import open_storage
 from teachercache.pipeline.verify import verify
+from tests.images import tar_bytes
 from tests.make_cache import build_recipe, make_cache, make_images, teacher_spec
+from tests.s3_server import PART_BYTES, Request, Server, running_s3
 
 QUIET = Console(quiet=True)
-READ_TIMEOUT_S = 1.0
-PART_BYTES = 5 << 20  # the least that S3 takes
 TINY = {"tiny": {"model": "vit_tiny_patch16_224", "pretrained": False, "image_size": 32, "codec": "f16"}}
-
-
-@dataclass(frozen=True)
-class Request:
-    method: str
-    path: str
-    query: str
-    range: str | None
-
-
-@dataclass
-class Server:
-    """moto's S3 behind a log, and behind faults: `fault(request)` is a status to fail with, "hang", or
-    "late": what was asked for is done, and the answer comes after the client has asked again."""
-
-    answered: list[tuple[Request, int]] = field(default_factory=list)
-    fault: Callable[[Request], int | str | None] = lambda _: None
-
-    def __post_init__(self) -> None:
-        self._moto = DomainDispatcherApplication(create_backend_app)
-        self._lock = threading.Lock()
-
-    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-        request = Request(
-            environ["REQUEST_METHOD"],
-            environ["PATH_INFO"],
-            environ.get("QUERY_STRING", ""),
-            environ.get("HTTP_RANGE"),
-        )
-        with self._lock:
-            fault = self.fault(request)
-        if fault == "hang":
-            time.sleep(READ_TIMEOUT_S + 0.5)
-        elif fault not in (None, "late"):
-            code = {500: "InternalError", 503: "SlowDown", 403: "AccessDenied"}[int(fault)]
-            body = f"<Error><Code>{code}</Code><Message>injected</Message></Error>".encode()
-            start_response(f"{fault} {code}", [("Content-Length", str(len(body)))])
-            return [body]
-
-        def start(status: str, *rest: Any) -> Any:
-            self.answered.append((request, int(status.split()[0])))
-            return start_response(status, *rest)
-
-        answer: Iterable[bytes] = self._moto(environ, start)
-        if fault == "late":
-            self._await_another(request)
-        return answer
-
-    def _await_another(self, request: Request) -> None:
-        deadline = time.monotonic() + 60
-        while [asked for asked, _ in self.answered].count(request) < 2 and time.monotonic() < deadline:
-            time.sleep(0.05)
-
-    def requests(self, *methods: str) -> list[Request]:
-        return [request for request, status in self.answered if request.method in methods and status < 300]
-
-
-class OneContinue(WSGIRequestHandler):
-    """werkzeug writes "100 Continue" itself, after http.server has; the second one stops aiohttp's clock."""
-
-    def handle_expect_100(self) -> bool:
-        return True
 
 
 @pytest.fixture(scope="module")
 def running() -> Iterator[Server]:
-    """The server, and the environment that leads to it."""
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = Server()
-    http = make_server("127.0.0.1", 0, server, threaded=True, request_handler=OneContinue)
-    thread = threading.Thread(target=http.serve_forever)
-    thread.start()
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{http.server_port}",
-            "AWS_ACCESS_KEY_ID": "test",
-            "AWS_SECRET_ACCESS_KEY": "test",
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_CONFIG_FILE": "/dev/null",
-            "AWS_SHARED_CREDENTIALS_FILE": "/dev/null",
-            "AWS_EC2_METADATA_DISABLED": "true",
-        }.items():
-            patch.setenv(name, value)
-        options = {"config_kwargs": {"read_timeout": READ_TIMEOUT_S}, "default_block_size": PART_BYTES}
-        patch.setitem(fsspec.config.conf, "s3", options)
-        s3fs.S3FileSystem.clear_instance_cache()
-        s3fs.S3FileSystem().makedirs("bucket", exist_ok=True)
+    with running_s3() as server:
         yield server
-    s3fs.S3FileSystem.clear_instance_cache()
-    http.shutdown()
-    thread.join()
-    http.server_close()
 
 
 @pytest.fixture
@@ -383,3 +290,29 @@ def test_a_stream_asks_for_the_index_of_a_tar_and_once_for_its_rows(server: Serv
     for batch in batches:
         expected = cache.read(batch.rows)["t"].tensors()["codes"]
         np.testing.assert_array_equal(batch.features["t"].tensors()["codes"].numpy(), expected.numpy())
+
+
+def test_a_tar_on_s3_streams_into_the_same_cache(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_images(tmp_path / "images", 20, size=(320, 240))
+    members = [
+        (f"{path.stem}.{name}", data)
+        for path in sorted(folder.iterdir())
+        for name, data in (("cls", b"3"), ("jpg", path.read_bytes()))
+    ]
+    tar = tar_bytes(members)
+    (tmp_path / "set.tar").write_bytes(tar)
+    open_storage("s3://bucket/sets").write("set.tar", tar)
+    choices: dict[str, Any] = {"teachers": TINY, "rows_per_shard": 40}
+    expected = build(build_recipe(tmp_path / "cache", tmp_path / "set.tar", **choices), QUIET).cache
+
+    def asked(cache: str) -> int:
+        server.answered.clear()
+        built = build(build_recipe(cache, "s3://bucket/sets/set.tar", **choices), QUIET).cache
+        assert file_checksums(built) == file_checksums(expected)
+        return len([one for one in server.requests("GET") if one.path.endswith("set.tar")])
+
+    streamed = asked("s3://bucket/streamed")
+    monkeypatch.setattr("teachercache.pipeline.sources.tar._LEAST_STREAMED", 21)
+    assert asked("s3://bucket/ranged") == streamed - 1 + 20
