@@ -1,12 +1,13 @@
-"""moto's S3 on loopback, reached as people reach theirs."""
+"""moto's S3 on loopback, reached as people reach theirs: fixtures `running`, of a module, and `server`."""
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,8 +83,8 @@ class OneContinue(WSGIRequestHandler):
         return True
 
 
-@contextmanager
-def running_s3() -> Iterator[Server]:
+@pytest.fixture(scope="module")
+def running() -> Iterator[Server]:
     """The server with an empty bucket, s3://bucket, and the environment that leads to it."""
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = Server()
@@ -110,3 +111,12 @@ def running_s3() -> Iterator[Server]:
     http.shutdown()
     thread.join()
     http.server_close()
+
+
+@pytest.fixture
+def server(running: Server) -> Iterator[Server]:
+    running.answered.clear()
+    yield running
+    running.fault = lambda _: None
+    with warnings.catch_warnings(action="ignore", category=ResourceWarning):
+        gc.collect()  # zarr leaves sessions of its filesystems to the collector, which aiohttp warns of

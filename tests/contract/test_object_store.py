@@ -1,11 +1,11 @@
 """Sources and caches on an object store: a real S3 server on loopback, reached as people reach theirs."""
 
+# ruff: noqa: F401, F811  (fixtures are imported)
+
 from __future__ import annotations
 
 import gc
-import warnings
 from collections import Counter
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,25 +27,10 @@ from teachercache.pipeline.places.open_storage import open_storage
 from teachercache.pipeline.verify import verify
 from tests.images import tar_bytes
 from tests.make_cache import build_recipe, make_cache, make_images, teacher_spec
-from tests.s3_server import PART_BYTES, Request, Server, running_s3
+from tests.s3_server import PART_BYTES, Request, Server, running, server
 
 QUIET = Console(quiet=True)
 TINY = {"tiny": {"model": "vit_tiny_patch16_224", "pretrained": False, "image_size": 32, "codec": "f16"}}
-
-
-@pytest.fixture(scope="module")
-def running() -> Iterator[Server]:
-    with running_s3() as server:
-        yield server
-
-
-@pytest.fixture
-def server(running: Server) -> Iterator[Server]:
-    running.answered.clear()
-    yield running
-    running.fault = lambda _: None
-    with warnings.catch_warnings(action="ignore", category=ResourceWarning):
-        gc.collect()  # zarr leaves sessions of its filesystems to the collector, which aiohttp warns of
 
 
 @pytest.fixture(scope="module")

@@ -28,8 +28,8 @@ from teachercache.pipeline.places.open_storage import open_storage
 from teachercache.pipeline.records.manifest import CommitRecord, Manifest
 from teachercache.pipeline.records.spec import StoreKind
 from teachercache.pipeline.verify import verify
-from tests.contract.test_object_store import Server, running, server  # noqa: F401  (fixtures)
 from tests.make_cache import make_cache, make_images, teacher_spec
+from tests.s3_server import Server, running, server  # noqa: F401  (fixtures)
 
 
 @pytest.fixture(scope="module")

@@ -33,8 +33,8 @@ from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import CacheError, TeacherCacheError
 from teachercache.student.models.student import Student
 from tests.browser import Browser
-from tests.contract.test_object_store import Server, running, server  # noqa: F401  (fixtures)
 from tests.make_cache import make_cache, make_images, teacher_spec
+from tests.s3_server import Server, running, server  # noqa: F401  (fixtures)
 
 pytestmark = pytest.mark.filterwarnings("ignore::pandas.errors.Pandas4Warning")  # gradio's
 
