@@ -116,10 +116,12 @@ def run_all(studies: Sequence[Study], phases: Mapping[str, Sequence[str]], proce
 
 
 def claim_folder(output: Path, settings: Any) -> None:
-    """One folder holds one experiment, or its parts would not be of the same one. `settings`: a dataclass."""
+    """One folder holds one experiment, or its parts would not be of the same one. `settings`: a dataclass; of
+    what an older folder does not state, the defaults hold."""
     stated = json.dumps(asdict(settings), indent=2) + "\n"
     file = output / SETTINGS
-    if file.exists() and file.read_text() != stated:
+    usual = json.loads(json.dumps(asdict(type(settings)())))
+    if file.exists() and usual | json.loads(file.read_text()) != json.loads(stated):
         sys.exit(f"{file} states another experiment than this command: choose another --output, or delete it")
     output.mkdir(parents=True, exist_ok=True)
     file.write_text(stated)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from benchmarks.view_curve import ARMS, CEILING, CODES, of_the_way
+from benchmarks.studies import claim_folder
+from benchmarks.view_arms import ARMS, CEILING, CODES, FORMS, GPU_ARMS, Settings, disk, phases, plan
+from benchmarks.view_curve import Curve, collect, of_the_way, parse, train_images
 
 
 def view_curve(output: Path, *options: str) -> subprocess.CompletedProcess[str]:
@@ -86,3 +89,43 @@ def test_the_share_of_the_way_counts_from_one_plain_view_by_means() -> None:
 def test_arms_of_one_cache_share_it() -> None:
     assert ARMS["1 view"].cache == ARMS["1 view, jitter"].cache
     assert len({one.cache for one in CODES.values()}) == len(CODES)
+
+
+def test_the_larger_form_trains_and_measures_too(tmp_path: Path) -> None:
+    options = ["--form", "gpu", "--smoke", "--random-teacher", "--output", str(tmp_path)]
+    settings = parse(options)[1]
+    curve = Curve(tmp_path, settings)
+    for step, names in phases(settings, [0]).items():
+        for name in names:
+            curve.do(step, name)
+    found = collect(curve, [0])["figures"]
+    assert all(list(found[length]) == list(settings.arms) for length in ("short", "long"))
+    assert not list((tmp_path / "runs").iterdir()), "a student that is measured takes no more disk"
+    held_out = tmp_path / "caches" / "held_out"
+    files = (file for file in (tmp_path / "caches").glob("*/teachers/**/c/**/*") if file.is_file())
+    written = sum(file.stat().st_size for file in files if held_out not in file.parents)
+    planned = disk(settings, train_images(settings))[1]
+    assert planned < written < 1.1 * planned, "beside an index that has places for more rows"
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_either_form_takes_50_000_steps_in_all(form: str) -> None:
+    told = plan(FORMS[form], range(3), 100)
+    assert told.startswith("117 runs (45 of 150 and 72 of 600 steps), 49,950 steps in all")
+
+
+def test_the_margins_of_both_forms_cost_as_much() -> None:
+    def costs(arms: dict[str, Any], size: int) -> list[float]:
+        margins = sorted({arm.margin for arm in arms.values()} - {0})
+        return [(1 + margin / size) ** 2 for margin in margins]
+
+    assert costs(GPU_ARMS, FORMS["gpu"].size) == pytest.approx(costs(ARMS, FORMS["cpu"].size), rel=0.05)
+
+
+def test_a_folder_of_before_the_forms_goes_on(tmp_path: Path) -> None:
+    later = {"held_out_images", "size", "stem", "mixed_precision"}
+    stated = {key: value for key, value in asdict(Settings()).items() if key not in later}
+    (tmp_path / "settings.json").write_text(json.dumps(stated))
+    with pytest.raises(SystemExit, match="states another experiment"):
+        claim_folder(tmp_path, FORMS["gpu"])
+    claim_folder(tmp_path, FORMS["cpu"])
