@@ -46,7 +46,7 @@ from teachercache.pipeline.records.feature_stats import FeatureMoments
 from teachercache.pipeline.records.spec import TeacherSpec
 from teachercache.pipeline.records.strict import Size
 from teachercache.student.losses.distillation import AdjointTarget, DistillationLoss, Target
-from teachercache.student.training.objectives import Objective
+from teachercache.student.training.objectives import SakObjective
 
 TEACHERS = ["dinov2_large", "sak_clip_large", "sam_large"]
 
@@ -166,7 +166,7 @@ def count_step(
         model: Any = student
         if compiles:
             model, loss.forward = trained(student, roofline), trained(plain, roofline)  # type: ignore[method-assign]
-        objective = Objective(model, student, [lambda _: targets], loss)  # type: ignore[list-item]
+        objective = SakObjective(model, student, [lambda _: targets], loss)  # type: ignore[list-item]
         pixels = torch.empty(batch_size, 3, *size, dtype=torch.uint8)
         batch: Any = SimpleNamespace(labels={}, images=pixels)
         total, _ = objective([batch], roofline)  # type: ignore[arg-type]

@@ -40,7 +40,7 @@ from teachercache.pipeline.loading.loader import Batch, FeatureLoader
 from teachercache.pipeline.loading.sampler import ShardShuffleSampler
 from teachercache.student.losses.distillation import DistillationLoss, Target
 from teachercache.student.timing import StageTimer
-from teachercache.student.training.objectives import Objective
+from teachercache.student.training.objectives import SakObjective
 from teachercache.student.training.targets import CachedTargets, OnlineTargets, TargetSource
 
 MEMORY, CACHED, ONLINE = "in memory", "cached", "online"
@@ -168,7 +168,7 @@ class Trainer:
         sources[MEMORY] = InMemory(sources[CACHED](batch))
         self.kinds = sorted(sources, key=[MEMORY, CACHED, ONLINE].index)
         self._objectives = {
-            kind: Objective(model, student, [targets], DistillationLoss())
+            kind: SakObjective(model, student, [targets], DistillationLoss())
             for kind, targets in sources.items()
         }
 

@@ -25,7 +25,7 @@ from teachercache.cache_builder.other_tables import other_tables
 from teachercache.cache_builder.plan import Plan, make_plan, pending
 from teachercache.cache_builder.progress import BuildProgress
 from teachercache.cache_builder.runner import FailedShard, LocalRunner, Runner, Task, require_place
-from teachercache.cache_builder.stages import bottleneck
+from teachercache.cache_builder.stages import bottleneck_of_build
 from teachercache.cache_builder.teachers import resolve_teachers
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import (
@@ -141,7 +141,9 @@ def build(recipe: BuildRecipe, console: Console | None = None) -> BuildResult:
         storage.sweep()  # remove files of processes that died
         if progress.shards:
             console.print(
-                bottleneck(progress.seconds, progress.seconds["wall"] / recipe.runner.shards_in_flight)
+                bottleneck_of_build(
+                    progress.seconds, progress.seconds["wall"] / recipe.runner.shards_in_flight
+                )
             )
         _require_committed(left, failed, len(tasks))
         _say_what_others_added(manifest, spec, console)

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from teachercache.cache_builder.decode import Place
+from teachercache.cache_builder.decode import Slot
 from teachercache.cache_builder.device_copies import DeviceCopies
 from teachercache.cache_builder.stages import StageSeconds
 from teachercache.cache_builder.teachers import Teacher
@@ -161,7 +161,7 @@ class Batches:
         self._seconds, self._on_progress = seconds, on_progress
         self.moments: dict[str, FeatureMoments] = {}
         self._offsets: list[int] = []
-        self._places: list[Place] = []
+        self._slots: list[Slot] = []
         self._writes: deque[Future[None]] = deque()
         self._writing = ThreadPoolExecutor(1, thread_name_prefix="write")
 
@@ -171,13 +171,13 @@ class Batches:
     def __exit__(self, *_: object) -> None:
         self._writing.shutdown(cancel_futures=True)
 
-    def add(self, offset: int, place: Place) -> None:
-        """Add the view of the row at `offset` within the shard; places come in order, some left out."""
-        if self._places and place.memory is not self._places[0].memory:
+    def add(self, offset: int, slot: Slot) -> None:
+        """Add the view of the row at `offset` within the shard; slots come in order, some left out."""
+        if self._slots and slot.memory is not self._slots[0].memory:
             self._run()
         self._offsets.append(offset)
-        self._places.append(place)
-        if place.is_last:
+        self._slots.append(slot)
+        if slot.is_last:
             self._run()
 
     def finish(self) -> None:
@@ -187,9 +187,9 @@ class Batches:
             self._writes.popleft().result()
 
     def _run(self) -> None:
-        indices = [place.index for place in self._places]
+        indices = [slot.index for slot in self._slots]
         whole = slice(len(indices)) if indices == list(range(len(indices))) else indices
-        pixels = {size: views[whole] for size, views in self._places[0].memory.items()}
+        pixels = {size: views[whole] for size, views in self._slots[0].memory.items()}
         if IMAGES in self._writers:
             rendered = self._computing.views_of(IMAGES, pixels).numpy()
             self._submit(IMAGES, lambda: {PIXELS: rendered})
@@ -198,7 +198,7 @@ class Batches:
                 before = self.moments.get(name)
                 self.moments[name] = computed.moments if before is None else before.merge(computed.moments)
                 self._submit(name, computed.arrays)
-        self._offsets, self._places = [], []
+        self._offsets, self._slots = [], []
 
     def _submit(self, name: str, arrays: Callable[[], dict[str, NDArray]]) -> None:
         """`arrays` gives what to write, in the thread that writes."""

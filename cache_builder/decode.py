@@ -22,8 +22,8 @@ from teachercache.pipeline.views import render_view
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a view is rendered: place `index` of the memory of a batch, uint8 (B, 3, h, w) by (h, w)."""
+class Slot:
+    """Where a view is rendered: slot `index` of the memory of a batch, uint8 (B, 3, h, w) by (h, w)."""
 
     memory: dict[Size, Tensor]
     index: int
@@ -32,11 +32,11 @@ class Place:
 
 @dataclass
 class Sample:
-    """A sample's rows in the cache, and the places of their renders, or the reason why none is there."""
+    """A sample's rows in the cache, and the slots of their renders, or the reason why none is there."""
 
     index: int
     rows: range
-    places: list[Place]
+    slots: list[Slot]
     streamed: Future[bytes | None]
     data: bytes = b""
     reason: str | None = None
@@ -62,13 +62,13 @@ class Decoding:
     def samples(self, shard: int, teachers: Iterable[str], seconds: StageSeconds) -> Iterator[Sample]:
         """The samples of a shard in order, rendered at the sizes of these teachers, or of "images"."""
         spec = self._cache.spec
-        places = self._places(frozenset(map(spec.render_size, teachers)))
+        slots = self._slots(frozenset(map(spec.render_size, teachers)))
         num_views, first_row = spec.shard_segment(shard).num_views, spec.shard_rows(shard).start
         indices = spec.shard_samples(shard)
         stream, reader = self._cache.images.stream_source(indices), ThreadPoolExecutor(1, "stream")
         streamed = (reader.submit(next, stream, None) for _ in indices)
         samples = (
-            Sample(index, range(start, start + num_views), list(islice(places, num_views)), data)
+            Sample(index, range(start, start + num_views), list(islice(slots, num_views)), data)
             for start, index, data in zip(count(first_row, num_views), indices, streamed, strict=False)
         )
         ahead = self._threads + -(-2 * self._batch_size // num_views)
@@ -77,10 +77,10 @@ class Decoding:
         finally:
             reader.shutdown(wait=False, cancel_futures=True)
 
-    def _places(self, sizes: frozenset[Size]) -> Iterator[Place]:
+    def _slots(self, sizes: frozenset[Size]) -> Iterator[Slot]:
         while True:
             memory: Any = self._memory(sizes).take()
-            yield from (Place(memory, i, i + 1 == self._batch_size) for i in range(self._batch_size))
+            yield from (Slot(memory, i, i + 1 == self._batch_size) for i in range(self._batch_size))
 
     def _load(self, sample: Sample, seconds: StageSeconds) -> Sample:
         try:
@@ -92,7 +92,7 @@ class Decoding:
                 self._render(sample, data)
             sample.data = data
         except ImageDecodeError as error:
-            sample.reason, sample.places = error.problem, []
+            sample.reason, sample.slots = error.problem, []
         return sample
 
     def _render(self, sample: Sample, data: bytes) -> None:
@@ -103,7 +103,7 @@ class Decoding:
             raise ImageDecodeError(
                 f"header says {width}×{height} pixels, the image has {image.width}×{image.height}"
             )
-        for row, place in zip(sample.rows, sample.places, strict=True):
+        for row, slot in zip(sample.rows, sample.slots, strict=True):
             view = self._cache.view(row)
-            for size, pixels in place.memory.items():
-                render_view(image, view, size, out=pixels[place.index])
+            for size, pixels in slot.memory.items():
+                render_view(image, view, size, out=pixels[slot.index])

@@ -181,8 +181,8 @@ class ShardExtractor:
                 if shard.tar is not None:
                     data = sample.data if sample.reason is None else None
                     shard.tar.add(self._cache.key(sample.index), data)
-                for row, place in zip(sample.rows, sample.places, strict=False):
-                    batches.add(row - first_row, place)
+                for row, slot in zip(sample.rows, sample.slots, strict=False):
+                    batches.add(row - first_row, slot)
             batches.finish()
         shard.moments, shard.source_checksum = batches.moments, source_digest.hexdigest()
 

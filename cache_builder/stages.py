@@ -23,7 +23,7 @@ class StageSeconds:
             self.totals[name] += time.perf_counter() - start
 
 
-def bottleneck(seconds: Mapping[str, float], wall: float) -> str:
+def bottleneck_of_build(seconds: Mapping[str, float], wall: float) -> str:
     """One sentence that says what a build waited for. `seconds` and `wall` are sums over its shards."""
     share = min(seconds["forward"] / wall, 1.0) if wall else 0.0
     if share >= 0.8:

@@ -34,7 +34,7 @@ from teachercache.pipeline.stores.cached_images import CachedImages
 from teachercache.pipeline.stores.committed_shards import CommittedShards
 from teachercache.pipeline.stores.feature_store import PIXELS
 from teachercache.pipeline.stores.open_store import open_store
-from teachercache.pipeline.stores.teacher_features import StoredRows, TeacherFeatures
+from teachercache.pipeline.stores.teacher_features import StoredFeatures, StoredRows
 from teachercache.pipeline.views import View, ViewTable, render_view
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class FeatureCache:
         self._samples = SampleTable(self.manifest, spec)
         self.store = open_store(storage, spec, self._samples.key, direct=direct, checksums=checksums)
         self.shards = {name: CommittedShards(self.store, name) for name in (*spec.teachers, IMAGES)}
-        self.features = {name: TeacherFeatures(self.shards[name], self._samples) for name in spec.teachers}
+        self.features = {name: StoredFeatures(self.shards[name], self._samples) for name in spec.teachers}
         self._pixels = StoredRows(self.shards[IMAGES], self._samples)
         self.images = CachedImages(self.shards[IMAGES], self._samples, images, checksums)
 

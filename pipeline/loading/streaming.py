@@ -34,7 +34,7 @@ from teachercache.pipeline.ordered_map import ordered_map
 from teachercache.pipeline.records.spec import IMAGES
 from teachercache.pipeline.stores.feature_store import unreadable
 from teachercache.pipeline.stores.shard_format import checksum
-from teachercache.pipeline.stores.tar_index import member_key, read_index
+from teachercache.pipeline.stores.tar_index import member_key, read_tar_index
 
 _AHEAD = 4  # members of each tar that are read before they are asked for
 _BLOCK = 1 << 20
@@ -184,7 +184,7 @@ class TarStream:
         storage, wanted, checksums = self._cache.storage, set(stems), set[int]()
         try:
             if name != IMAGES:
-                checksums |= {*read_index(storage, tar, self._cache.spec.rows_per_shard)[:, 2].tolist()}
+                checksums |= {*read_tar_index(storage, tar, self._cache.spec.rows_per_shard)[:, 2].tolist()}
             with storage.open_read(tar) as file:
                 unbuffered: Any = file
                 source = {"url": tar, "stream": BufferedReader(unbuffered, _BLOCK)}

@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from teachercache.pipeline.errors import SourceError
 from teachercache.pipeline.sources.keys import printable
-from teachercache.pipeline.sources.source import SampleRows, is_image_name, kind_of
+from teachercache.pipeline.sources.source import SampleRows, file_kind, is_image_name
 from teachercache.pipeline.sources.tar import TarMember, TarSource, read_range, tar_members
 
 
@@ -44,7 +44,7 @@ class ILSVRCSource(TarSource):
             rows.reject(path, start, nbytes, problem, name)
             return rows.table()
         if not is_class_tar(name):
-            rows.left_out[kind_of(name)] += 1
+            rows.left_out[file_kind(name)] += 1
             return rows.table()
         wnid = splitext(basename(name))[0]
         with self.place.storage.open_read(path) as file:
@@ -56,7 +56,7 @@ class ILSVRCSource(TarSource):
                     read_first = partial(read_range, file, member.offset)
                     rows.add(key, f"{wnid}/{key}", path, member.offset, member.nbytes, wnid, read_first)
                 else:
-                    rows.left_out[kind_of(member.name)] += 1
+                    rows.left_out[file_kind(member.name)] += 1
         return rows.table()
 
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from teachercache.pipeline.places.local_storage import LocalStorage
 from teachercache.pipeline.places.retries import retrying
-from teachercache.pipeline.sources.source import SampleRows, Source, is_image_name, kind_of
+from teachercache.pipeline.sources.source import SampleRows, Source, file_kind, is_image_name
 
 _FILES_PER_UNIT = 1024
 _REMOTE_FILES_PER_UNIT = 16  # one request each, and the units of a source run side by side
@@ -39,7 +39,7 @@ class ImageFolderSource(Source):
         rows = SampleRows()
         for path, nbytes in unit:
             if not _is_sample(path):
-                rows.left_out[kind_of(path)] += 1
+                rows.left_out[file_kind(path)] += 1
                 continue
             rows.add(splitext(path)[0], path, path, 0, nbytes, _label(path), partial(self._read_first, path))
         return rows.table()

@@ -66,7 +66,7 @@ class Source(ABC):
     def _other_files(self) -> Iterable[str]:
         """The kind of each file that a scan leaves out before it reaches units."""
         files = self.place.files() if self.container else ()
-        return (kind_of(path) for path, _ in files if not self._is_container(path))
+        return (file_kind(path) for path, _ in files if not self._is_container(path))
 
     def listing(self) -> str:
         """xxh3-128, in hex, of the names and sizes of this source's files: no file is opened."""
@@ -254,7 +254,7 @@ def is_image_name(name: str) -> bool:
     return splitext(name)[1].lower() in IMAGE_SUFFIXES and not basename(name).startswith(".")
 
 
-def kind_of(name: str) -> str:
+def file_kind(name: str) -> str:
     return "hidden" if "/." in f"/{name}" else printable(splitext(name)[1].lower()) or "without suffix"
 
 

@@ -16,8 +16,8 @@ from teachercache.pipeline.sources.source import (
     IMAGE_SUFFIXES,
     PHOTO_SUFFIXES,
     SampleRows,
+    file_kind,
     is_image_name,
-    kind_of,
 )
 from teachercache.pipeline.sources.tar import TarMember, TarSource, read_range, tar_members
 
@@ -73,7 +73,7 @@ class WebDatasetSource(TarSource):
                     elif images and is_image_name(name) and member not in images:
                         rows.left_out[printable(f".{field}") + " beside an image"] += 1
                     elif not images and splitext(name)[0] not in labels:
-                        rows.left_out[kind_of(name)] += 1
+                        rows.left_out[file_kind(name)] += 1
         rows.left_out["label without an image"] += len(stray_labels) - rows.label(stray_labels)
         return rows.table()
 
@@ -87,7 +87,7 @@ def _fields(members: Iterable[TarMember], rows: SampleRows) -> Iterator[_Field]:
         elif member.problem is not None:
             yield _Field("", "", member)
         else:
-            rows.left_out[kind_of(member.name)] += 1
+            rows.left_out[file_kind(member.name)] += 1
 
 
 def _images(sample: list[_Field]) -> list[TarMember]:

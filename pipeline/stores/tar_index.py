@@ -54,7 +54,7 @@ def add_member(tar: ChecksumWriter, name: str, data: bytes) -> int:
     return start
 
 
-def empty_index(num_rows: int) -> TarIndex:
+def empty_tar_index(num_rows: int) -> TarIndex:
     return np.zeros((num_rows, _COLUMNS), "<u8")
 
 
@@ -63,7 +63,7 @@ def index_bytes(index: TarIndex) -> bytes:
     return table + shard_format.checksum(table)
 
 
-def read_index(storage: Storage, name: str, num_rows: int) -> TarIndex:
+def read_tar_index(storage: Storage, name: str, num_rows: int) -> TarIndex:
     """The index of a tar. Raises `ValueError` unless it is whole and every row lies before it."""
     padding = -shard_format.index_nbytes(num_rows, _COLUMNS) % tarfile.BLOCKSIZE
     return shard_format.read_index(storage, name, num_rows, _COLUMNS, behind=padding + len(TAR_END))

@@ -70,7 +70,7 @@ class StoredRows:
         )
 
 
-class TeacherFeatures(StoredRows):
+class StoredFeatures(StoredRows):
     @property
     def _teacher(self) -> TeacherSpec:
         return self._shards.store.spec.teachers[self._name]

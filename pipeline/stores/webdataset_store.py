@@ -23,11 +23,11 @@ from teachercache.pipeline.stores.tar_index import (
     INDEX_NAME,
     TAR_END,
     add_member,
-    empty_index,
+    empty_tar_index,
     index_bytes,
     member_key,
-    read_index,
     read_rows,
+    read_tar_index,
     tar_name,
 )
 
@@ -47,7 +47,7 @@ class TarShardWriter(ShardWriter):
     ) -> None:
         super().__init__(storage, [name])
         self._file, self._layouts, self._members = self._files[name], layouts, members
-        self._index = empty_index(rows)
+        self._index = empty_tar_index(rows)
 
     def write(self, offsets: Sequence[int], arrays: Mapping[str, NDArray]) -> None:
         assert arrays.keys() == self._layouts.keys(), (arrays.keys(), self._layouts.keys())
@@ -85,7 +85,7 @@ class WebDatasetStore(FeatureStore):
     def __init__(self, storage: Storage, spec: CacheSpec, key: Callable[[int], str]) -> None:
         super().__init__(storage, spec)
         self._key = key
-        self._read_index = lru_cache(_KEPT_INDEXES)(partial(read_index, storage))
+        self._read_index = lru_cache(_KEPT_INDEXES)(partial(read_tar_index, storage))
 
     def layout_files(self, teacher: str | None) -> dict[str, bytes]:
         if teacher is None:

@@ -22,7 +22,7 @@ from teachercache.student.training.targets import TargetSource
 
 
 @dataclass
-class Objective:
+class SakObjective:
     """L = γ · L_distillation + Σ_tasks w_t · L_t (SAK, Eq. 6); stage 1 has no tasks and γ = 1.
 
     `model` is `student` as accelerate wrapped it, and `targets` those of its one input. Without
@@ -117,7 +117,7 @@ def _mean_gates(output: StudentOutput, student: Student) -> dict[str, Tensor]:
 
 @dataclass
 class KPUObjective:
-    """Eq. 4 over the teachers of all inputs, called as `teachercache.student.training.objectives.Objective`;
+    """Eq. 4 over the teachers of all inputs, called as `SakObjective`;
     `weight` multiplies all of it.
 
     Each input has `targets` of its own and is a forward pass of its own. `model` is `student` as accelerate

@@ -21,7 +21,7 @@ from teachercache.student.losses.alignment import AlignmentLoss
 from teachercache.student.losses.distillation import DistillationLoss
 from teachercache.student.models.student import NUM_LEVELS, TeacherFacts
 from teachercache.student.models.task_decoder import Fusion
-from teachercache.student.training.objectives import KPUObjective, Objective
+from teachercache.student.training.objectives import KPUObjective, SakObjective
 
 if TYPE_CHECKING:
     from teachercache.student.training.train_recipe import TrainRecipe
@@ -44,7 +44,7 @@ class StudentRecipe(Strict):
     """
 
     loss: ClassVar[Any] = DistillationLoss
-    objective: ClassVar[Any] = Objective
+    objective: ClassVar[Any] = SakObjective
 
     kind: str
     stem: str | None = Field("vit_base_patch16_384", description="A ViT of timm; null: none, in an amalgam.")

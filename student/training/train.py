@@ -35,9 +35,9 @@ from teachercache.student.training.balance import normalisations
 from teachercache.student.training.cutmix import CutMix
 from teachercache.student.training.environment import accelerator_for, overruled
 from teachercache.student.training.first_student import first_student
+from teachercache.student.training.loop import Objective
 from teachercache.student.training.model_card import write_model_card
 from teachercache.student.training.not_finite import not_finite
-from teachercache.student.training.objectives import KPUObjective, Objective
 from teachercache.student.training.preflight import Preflight, joined, preflight
 from teachercache.student.training.run import Run, RunResult, require_folder
 from teachercache.student.training.run_lock import only_trainer
@@ -147,7 +147,7 @@ class _Run:
 
     def _objective(
         self, model: nn.Module, student: Student, targets: Sequence[TargetSource], weighting: Weighting
-    ) -> Objective | KPUObjective:
+    ) -> Objective:
         kind: Any = type(self.recipe.student)
         wanted, tasks = self.recipe.distillation, self.found.task_loss
         settings = wanted.model_dump(include=set(signature(kind.loss).parameters), exclude_none=True)
@@ -168,7 +168,7 @@ class _Run:
         objective = kind.objective(model, student, targets, loss, wanted.weight, tasks, weighting, balance)
         if self.recipe.cutmix:
             objective.cutmix = CutMix(self.found.views, self.recipe.seed)
-        return cast(Objective | KPUObjective, objective)
+        return cast(Objective, objective)
 
     def _weighting(self) -> Weighting:
         wanted, mean = self.recipe.distillation, partial(self.accelerator.reduce, reduction="mean")

@@ -349,7 +349,7 @@ def test_buffers_that_do_not_fit_are_refused(make: Make, images: Path) -> None:
 
 def without_row_0(cache: FeatureCache, name: str, data: bytes) -> bytes:
     if cache.spec.store == "webdataset":
-        tar_rows = tar_index.read_index(cache.storage, name, 6).copy()
+        tar_rows = tar_index.read_tar_index(cache.storage, name, 6).copy()
         end = data.rindex(tar_index.index_bytes(tar_rows))
         tar_rows[0] = 0
         changed = tar_index.index_bytes(tar_rows)

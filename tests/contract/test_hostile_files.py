@@ -42,7 +42,7 @@ from teachercache.pipeline.records.spec import StoreKind
 from teachercache.pipeline.sources import open_source
 from teachercache.pipeline.sources.keys import name_problem
 from teachercache.pipeline.stores.shard_format import CHECKSUM_NBYTES, checksum
-from teachercache.pipeline.stores.tar_index import index_bytes, read_index
+from teachercache.pipeline.stores.tar_index import index_bytes, read_tar_index
 from teachercache.pipeline.verify import strays, verify
 from tests.images import tar_bytes
 from tests.make_cache import make_cache, make_images, teacher_spec
@@ -289,7 +289,7 @@ def test_changed_tars_give_our_errors(
     """Numbers anywhere: in the headers of members and of safetensors, in rows, and in the index."""
     name = "teachers/alpha/00000.tar"
     data = bytearray((tars / name).read_bytes())
-    index = read_index(LocalStorage(tars), name, ROWS_PER_SHARD).copy()
+    index = read_tar_index(LocalStorage(tars), name, ROWS_PER_SHARD).copy()
     start = data.index(index_bytes(index))
     for place, number in places:
         if place % 2:

@@ -19,7 +19,7 @@ from teachercache.pipeline.loading.loader import FeatureLoader
 from teachercache.pipeline.loading.sampler import ShardShuffleSampler
 from teachercache.student.training.checkpoint import newest_checkpoint
 from teachercache.student.training.device_batches import DeviceBatches
-from teachercache.student.training.objectives import Objective
+from teachercache.student.training.objectives import SakObjective
 from teachercache.student.training.run_log import RunLog
 from teachercache.student.training.run_pictures import RunPictures
 from teachercache.student.training.train import train
@@ -37,13 +37,13 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def on_each_step(monkeypatch: pytest.MonkeyPatch, act: Callable[[int], None]) -> None:
-    own = Objective.__call__
+    own = SakObjective.__call__
 
-    def call(self: Objective, batches: Any, timer: Any) -> Any:
+    def call(self: SakObjective, batches: Any, timer: Any) -> Any:
         act(batches[0].step)
         return own(self, batches, timer)
 
-    monkeypatch.setattr(Objective, "__call__", call)
+    monkeypatch.setattr(SakObjective, "__call__", call)
 
 
 def test_a_step_is_read_one_late_but_for_what_needs_its_student(
