@@ -13,8 +13,9 @@ import pytest
 from PIL import Image
 
 from benchmarks.studies import claim_folder
-from benchmarks.view_arms import ARMS, CEILING, CODES, FORMS, GPU_ARMS, Settings, disk, phases, plan
+from benchmarks.view_arms import ARMS, CEILING, CODES, FORMS, GPU_ARMS, SMOKE, Settings, disk, phases, plan
 from benchmarks.view_curve import Curve, collect, of_the_way, parse, train_images
+from teachercache.pipeline.units import human_bytes
 
 
 def view_curve(output: Path, *options: str) -> subprocess.CompletedProcess[str]:
@@ -108,12 +109,17 @@ def test_the_larger_form_trains_and_measures_too(tmp_path: Path) -> None:
     assert planned < written < 1.1 * planned, "beside an index that has places for more rows"
 
 
-def test_either_form_takes_50_000_steps_in_all() -> None:
-    told = plan(FORMS["gpu"], range(3), 1600)
-    assert told.startswith("117 runs (45 of 150 and 72 of 600 steps), 49,950 steps in all")
-    counts = [len(phases(settings, range(3))["measure"]) for settings in FORMS.values()]
-    assert counts == [117, 117]
-    assert [(one.short_steps, one.long_steps) for one in FORMS.values()] == [(150, 600)] * 2
+@pytest.mark.parametrize("form", FORMS)
+def test_either_form_takes_50_000_steps_in_all(form: str) -> None:
+    parts = [part.split("; ") for part in phases(FORMS[form], range(3))["measure"]]
+    assert sum(FORMS[form].steps(length) for _, length, _ in parts) == 49_950
+
+
+def test_a_plan_states_runs_steps_views_and_bytes() -> None:
+    told = plan(SMOKE["gpu"], [0], 7)
+    assert told.startswith("2 runs (1 of 2 and 1 of 3 steps), 5 steps in all, which see 10 views; ")
+    nbytes = disk(SMOKE["gpu"], 7)[1]
+    assert told.endswith(f"; caches of 7 images: 7 views, {human_bytes(nbytes)}")
 
 
 def test_the_margins_of_both_forms_cost_as_much() -> None:
