@@ -3,7 +3,8 @@
 Fake tensors have shapes and no values. An operation that is no view is one kernel that reads its inputs and
 writes its outputs once; it takes at least the longest of its bytes at 3.0 TB/s, its products at 700 TFLOP/s
 (bfloat16), 350 (TF32, of the decoding kernel) or 50 (float32 and wider), and 2 µs: an H100. So all times are
-lower bounds. Copies run beside the kernels; they take bandwidth of the memory, and 25 GB/s of a bus.
+lower bounds. The search of rings takes its instructions, as ptxas makes them, at one a clock and lane.
+Copies run beside the kernels; they take bandwidth of the memory, and 25 GB/s of a bus.
 """
 
 from __future__ import annotations
@@ -27,6 +28,11 @@ from torch.utils.flop_counter import flop_registry
 BYTES_PER_S, TENSOR_FLOPS, TF32_FLOPS, OTHER_FLOPS = 3.0e12, 700e12, 350e12, 50e12
 BUS_BYTES_PER_S = 25e9  # to page-locked memory
 LEAST_S, LAUNCH_S = 2e-6, 6e-6  # of a kernel: on the device, and to launch it from Python
+
+LANES, CLOCK = 132 * 128, 1.755e9
+RING_INSTRUCTIONS = 374 + 51  # of `nearest_rings` a value: on the way there and on the way back, for sm_90
+RING_TRIES = 4  # of those tokens that do not fit at once, which are:
+RINGS_LEFT = {4: 0.1, 3: 0.5}
 
 aten: Any = torch.ops.aten
 _FREE = {"detach", "lift_fresh", "_unsafe_view", "device", "new_empty"}
@@ -66,6 +72,13 @@ class Work:
         self.bound_s += max(nbytes / BYTES_PER_S, flops / flops_per_s, LEAST_S)
         self.by_kernel[name] += 1
         self.nbytes_by_kernel[name] += nbytes
+
+    def add_rings(self, tokens: Tensor, bits: int) -> None:
+        """The two launches of `nearest_rings`, without what they write; none is shorter than one thread."""
+        for tries in (1.0, RING_TRIES * RINGS_LEFT.get(bits, RINGS_LEFT[3])):
+            values = int(tokens.numel() * tries)
+            steps = max(values, LANES * tokens.shape[-1]) * RING_INSTRUCTIONS
+            self.add("nearest_rings", values * (2 * 4 + 2 * 8), steps, LANES * CLOCK)  # tokens twice, choices
 
     def include(self, other: Work) -> None:
         for part in fields(self):
@@ -125,7 +138,7 @@ class Roofline(TorchDispatchMode):
         elif name not in _FREE and not _is_view(func) and self._device in devices:
             count = flop_registry.get(func.overloadpacket)
             flops = int(count(*args, **(kwargs or {}), out_val=out)) if count else 0
-            self._ran(name, inputs, _written(func, args), outputs, flops)
+            self._ran(name, args, inputs, _written(func, args), outputs, flops)
             for index in inputs if name in _GATHER else ():
                 if index.device.type != self._device:  # a copy that blocks
                     self.work.synchronisations += 1
@@ -141,7 +154,13 @@ class Roofline(TorchDispatchMode):
             self.work.to_host += nbytes
 
     def _ran(
-        self, name: str, inputs: list[Tensor], written: list[Tensor], outputs: list[Tensor], flops: int
+        self,
+        name: str,
+        args: tuple[Any, ...],
+        inputs: list[Tensor],
+        written: list[Tensor],
+        outputs: list[Tensor],
+        flops: int,
     ) -> None:
         work, read = self.work, sum(map(nbytes_of, inputs))
         if name in _OVERWRITE:
@@ -155,6 +174,9 @@ class Roofline(TorchDispatchMode):
             *_, left, right = inputs
             flops, flops_per_s = 2 * outputs[0].numel() * (len(left) + len(right)), TF32_FLOPS
             work.add("restore", 0)  # the outliers
+        if name == "nearest_rings":
+            work.add_rings(inputs[0], bits=args[3])
+            nbytes = sum(map(nbytes_of, outputs))  # and what gathers the tokens that are left
         work.add(name, nbytes, flops, flops_per_s)
         work.synchronisations += name in _WAIT
 

@@ -161,6 +161,10 @@ def _count(work: Work, node: Any) -> None:
         work.nbytes_by_kernel["outputs"] += nbytes
     elif not isinstance(node, scheduler.NopKernelSchedulerNode):
         origins = [one.node.get_origin_node() for one in node.get_nodes() if one.node is not None]
+        if "nearest_rings" in str(getattr(node.node, "op_overload", "")):
+            tokens, *_, bits, _ = next(iter(node.node.get_origins())).args
+            work.add_rings(tokens.meta["val"], bits)
+            nbytes = 0  # what gathers the tokens that are left
         names = dict.fromkeys(str(origin).rstrip("_0123456789") for origin in origins)
         work.add("+".join(names), nbytes, *_products(node, origins))
 

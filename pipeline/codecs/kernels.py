@@ -1,21 +1,21 @@
-"""Whether this machine has what the decoding kernel asks for."""
+"""Whether this machine has what the kernels in Triton ask for."""
 
 import warnings
 
 import torch
 
-LEAST_TRITON, LEAST_CAPABILITY = (3, 0), (8, 0)  # TF32 and bfloat16
+LEAST_TRITON, LEAST_CAPABILITY = (3, 6), (8, 0)  # PyTorch 2.11's; TF32 and bfloat16
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def has_kernel(device: torch.device) -> bool:
-    """Whether `decode_hadamard` runs there; on a GPU that must do without, one warning says why."""
+    """Whether Triton's kernels run there; on a GPU that must do without, one warning says why."""
     if device.type != "cuda":
         return False
     if (reason := _why_not(device)) is not None:
-        warnings.warn(f"Features are decoded without the Triton kernel, more slowly: {reason}.", stacklevel=2)
+        warnings.warn(f"Features are coded without Triton's kernels, more slowly: {reason}.", stacklevel=2)
         return False
-    from teachercache.pipeline.codecs import decode_kernel  # noqa: F401  it registers the operation
+    from teachercache.pipeline.codecs import decode_kernel, rings_kernel  # noqa: F401  they register them
 
     return True
 
@@ -26,7 +26,7 @@ def _why_not(device: torch.device) -> str | None:
     except ImportError:
         return "triton is not installed"
     if tuple(map(int, triton.__version__.split(".")[:2])) < LEAST_TRITON:
-        return f"triton {triton.__version__}, expected 3.0 or newer"
+        return f"triton {triton.__version__}, expected 3.6 or newer"
     if torch.cuda.is_available() and (found := torch.cuda.get_device_capability(device)) < LEAST_CAPABILITY:
         return f"a GPU of compute capability {found[0]}.{found[1]}, expected 8.0 or newer"
     return None

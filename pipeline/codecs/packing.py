@@ -4,6 +4,7 @@ This is `np.packbits(…, bitorder="little")` of the codes' bits, lowest first.
 """
 
 import math
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -23,13 +24,16 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     width = codes.shape[-1]
     codes_per_group, bytes_per_group = _GROUPS[bits]
     groups = F.pad(codes, (0, -width % codes_per_group)).unflatten(-1, (-1, codes_per_group))
-    packed = torch.zeros(*groups.shape[:-1], bytes_per_group, dtype=torch.uint8, device=codes.device)
-    for i in range(codes_per_group):
-        byte, shift = divmod(i * bits, 8)
-        packed[..., byte] |= groups[..., i] << shift
-        if shift + bits > 8:
-            packed[..., byte + 1] |= groups[..., i] >> (8 - shift)
-    return packed.flatten(-2)[..., : packed_width(width, bits)].contiguous()
+    packed = []
+    for byte in range(bytes_per_group):
+        first, last = 8 * byte // bits, (8 * byte + 7) // bits
+        shifts = [i * bits - 8 * byte for i in range(first, last + 1)]
+        parts = [
+            groups[..., i] << shift if shift >= 0 else groups[..., i] >> -shift
+            for i, shift in enumerate(shifts, first)
+        ]
+        packed.append(reduce(torch.bitwise_or, parts))
+    return torch.stack(packed, -1).flatten(-2)[..., : packed_width(width, bits)].contiguous()
 
 
 def unpack(packed: Tensor, bits: int, width: int) -> Tensor:

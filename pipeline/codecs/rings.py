@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from teachercache.pipeline.codecs.kernels import has_kernel
 from teachercache.pipeline.codecs.packing import pack, unpack
 from teachercache.pipeline.codecs.quantizer import (
     TokenQuantizer,
@@ -84,12 +85,21 @@ class RingQuantizer(TokenQuantizer):
 
     def quantise(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         tokens_NC = tokens.flatten(0, -2)
-        (num_tokens, width), shape = tokens_NC.shape, tokens.shape[:-1]
+        width, shape = tokens.shape[-1], tokens.shape[:-1]
         finite_NC = tokens_NC.nan_to_num(0, 0, 0)  # in others no step is ever small enough; the scale tells
         base_N1 = root_mean_square(finite_NC) / _SPREAD
+        if has_kernel(tokens.device):
+            tables = tokens_NC.contiguous(), base_N1.squeeze(1), self._rank_of_pair
+            ranks_Np, scales_N = torch.ops.teachercache.nearest_rings(*tables, self.bits, 1 + _FINER)
+        else:
+            ranks_Np, scales_N = self._search(tokens_NC, finite_NC, base_N1)
+        return self._pack(ranks_Np).view(*shape, width * self.bits // 8), scales_N.view(shape)
+
+    def _search(self, tokens_NC: Tensor, finite_NC: Tensor, base_N1: Tensor) -> tuple[Tensor, Tensor]:
+        num_tokens, width = tokens_NC.shape
         levels_NC = torch.empty_like(tokens_NC)
-        ranks_Np = torch.empty(num_tokens, width // 2, dtype=torch.int32, device=tokens.device)
-        left, scale, tries = torch.arange(num_tokens, device=tokens.device), 1.0, 0
+        ranks_Np = self._rank_of_pair.new_empty(num_tokens, width // 2)
+        left, scale, tries = torch.arange(num_tokens, device=tokens_NC.device), 1.0, 0
         while len(left):
             scales = (base_N1[left] * scale).half()
             levels, ranks = self._nearest(divide_by_scales(finite_NC[left], scales))
@@ -97,9 +107,7 @@ class RingQuantizer(TokenQuantizer):
             levels_NC[left[fits]], ranks_Np[left[fits]] = levels[fits], ranks[fits]
             left, tries = left[~fits], tries + 1
             scale *= (1 + _FINER) ** tries
-        scales_N = (tokens_NC * levels_NC).sum(-1) / levels_NC.square().sum(-1)
-        packed = self._pack(ranks_Np).view(*shape, width * self.bits // 8)
-        return packed, scales_N.half().view(shape)
+        return ranks_Np, ((tokens_NC * levels_NC).sum(-1) / levels_NC.square().sum(-1)).half()
 
     def _nearest(self, unit_NC: Tensor) -> tuple[Tensor, Tensor]:
         """The levels nearest to these values that the trellis allows, and the ranks of their pairs."""
