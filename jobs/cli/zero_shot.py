@@ -96,7 +96,9 @@ def detect(
     title = _title(student, detection.require_maps(loaded, whole))
     found = detection.detect(loaded, opened, whole, phrases, output, annotations=truth, threshold=threshold)
     told = ", ".join(f"{value:,} {what}" for what, value in found.items() if isinstance(value, int))
-    told += "".join(f"; {what} {value:.2f}" for what, value in found.items() if isinstance(value, float))
+    told += "".join(
+        f"; {what} {value:.2f}" for what, value in found.items() if isinstance(value, float) and value >= 0
+    )
     print_result({"name": title, **found}, f"{title}: {told}", as_json)
 
 

@@ -21,7 +21,7 @@ def load_whole(kind: str, place: str, unused: str = "-") -> tuple[Any, Any]:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         missing = [key for key in sorted(report["missing_keys"]) if not key.startswith(unused)]
         problem = f"{len(missing)} missing weights: {', '.join(missing[:4])}" if missing else ""
-    except (OSError, ValueError, LookupError, RuntimeError) as error:
+    except (OSError, ValueError, TypeError, LookupError, RuntimeError) as error:
         problem = f"{type(error).__name__}: {error}"
     if problem:
         raise WeightsNotFoundError(

@@ -76,7 +76,8 @@ def detect(
     boxes that score at least `threshold`. With `annotations`, the images are those that are annotated, and
     the file has all boxes, under the annotations' numbers.
 
-    Returns the numbers of images and boxes and, of annotated ones, average precision in percent. Raises
+    Returns the numbers of images and boxes and, of annotated ones, how many are not there and average
+    precision in percent (-100 of sizes of which nothing is annotated). Raises
     `RecipeError` as `find` and `CocoAnnotations.require`.
     """
     samples = [one for one in images.scan().to_pylist() if one["status"] == OK]
@@ -113,7 +114,10 @@ def detect(
                 _draw(image, shown, phrases).save(output / f"{name.replace('/', '_')}.png")
     (output / "detections.json").write_text(json.dumps(content) + "\n")
     counts = {"images": len(content["images"]), "boxes": len(content["annotations"])}
-    return counts | (annotations.average_precision(content) if annotations else {})
+    if annotations is None:
+        return counts
+    missing = {"annotated images that are not there": len(annotations.images) - len(chosen)}
+    return counts | missing | annotations.average_precision(content)
 
 
 def require_maps(student: Student, detector: Detector) -> list[str]:

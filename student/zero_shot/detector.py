@@ -41,7 +41,8 @@ class Detector:
         `maps` (B, `width`, h, w) are what the encoder takes; `shown_BHW` is 0 where pixels are padding, else
         1. Raises `RecipeError` for a prompt that is too long.
         """
-        ids_T = self.tokenizer(". ".join(phrases) + ".", return_tensors="pt")["input_ids"][0]
+        prompt = ". ".join(phrase.replace(".", " ") for phrase in phrases) + "."
+        ids_T = self.tokenizer(prompt, return_tensors="pt")["input_ids"][0]
         if len(ids_T) > (most := self.model.config.max_text_len):
             raise RecipeError(
                 "The prompt is too long for GroundingDINO.",

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from teachercache import build_student
 from teachercache.cache_builder.teachers import TeacherRecipe, build_teacher, resolve_teacher
 from teachercache.jobs.cli import app
-from teachercache.pipeline.errors import RecipeError
+from teachercache.pipeline.errors import RecipeError, WeightsNotFoundError
 from teachercache.pipeline.sources import open_source
 from teachercache.pipeline.views import PADDING
 from teachercache.student.kpu.latent_space import Features
@@ -28,6 +28,7 @@ from teachercache.student.zero_shot.coco import CocoAnnotations
 from teachercache.student.zero_shot.detection import detect, find, require_maps
 from teachercache.student.zero_shot.detector import Detector, read_prompt
 from tests.make_cache import make_images
+from tests.tiny_clip import save_clip
 from tests.tiny_grounding_dino import TINY, folder, tiny_model, whole  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -145,6 +146,20 @@ def test_a_prompt_that_is_too_long_is_refused(detector: Detector) -> None:
         detector([], torch.ones(1, *SIZE), ["cat"] * 300)
 
 
+def test_a_phrase_with_a_full_stop_is_one_phrase(detector: Detector) -> None:
+    maps = [torch.randn(1, 256, *MAPS[name]) for name in ("first", "second", "third", "fourth")]
+    shown_BHW = torch.ones(1, *SIZE, dtype=torch.long)
+    boxes, scores = detector(maps, shown_BHW, ["red. cats", "dog"])
+    expected = detector(maps, shown_BHW, PHRASES)
+    assert scores.shape[2] == 2
+    torch.testing.assert_close((boxes, scores), expected)
+
+
+def test_what_is_no_grounding_dino_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(WeightsNotFoundError, match="no GroundingDinoForObjectDetection to load"):
+        Detector.load(str(save_clip(tmp_path / "clip")))
+
+
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_images(tmp_path_factory.mktemp("images") / "val", 3)
@@ -206,6 +221,7 @@ def test_annotated_images_alone_are_looked_at_and_scored(
     assert named == {70: "image_000.jpg", 71: "image_002.jpg"}
     assert content["categories"] == [{"id": 5, "name": "red cats"}, {"id": 9, "name": "dog"}]
     assert (found["images"], found["boxes"]) == (2, 2 * 3 * 2)
+    assert found["annotated images that are not there"] == 1
     assert {one["category_id"] for one in content["annotations"]} == {5, 9}
     assert 0 <= found["AP"] <= 100
     assert {file.name for file in tmp_path.glob("*.png")} == {"image_000.png", "image_002.png"}
@@ -225,6 +241,19 @@ def test_annotations_without_images_are_refused(coco: Path, tmp_path: Path, chan
     (tmp_path / "changed.json").write_text(json.dumps([] if change is None else content | change))
     with pytest.raises(RecipeError, match=r"(?s)does not hold COCO's annotations.*instances_val2017"):
         CocoAnnotations(tmp_path / "changed.json")
+
+
+def test_sizes_of_which_nothing_is_annotated_have_no_precision(
+    folder: Path, images: Path, coco: Path, tmp_path: Path
+) -> None:
+    student().save_pretrained(tmp_path / "student")
+    words = ["zeroshot", "detect", str(tmp_path / "student"), str(images), "--detector", str(folder)]
+    words += ["--annotations", str(coco), "-o", str(tmp_path / "found")]
+    done = CliRunner().invoke(app, words, env={"COLUMNS": "400"})
+    assert done.exit_code == 0, done.output
+    assert "2 images, 12 boxes, 1 annotated images that are not there; AP " in done.output
+    assert "APs " in done.output
+    assert "APl" not in done.output
 
 
 def test_the_command_draws_boxes_and_writes_them(folder: Path, images: Path, tmp_path: Path) -> None:
