@@ -106,14 +106,17 @@ def costs_table(recipe: TrainRecipe, plan: TrainPlan) -> RenderableType:
 
 
 def train_plan_table(recipe: TrainRecipe, plan: TrainPlan) -> RenderableType:
-    spec = _cache(recipe)[1]
     rate = f"{human_bytes(round(plan.read_bytes_per_s))}/s of the cache, for {plan.images_per_s:,.0f} img/s"
-    of_a_gpu = plan.images_per_s / plan.processes
+    of_a_gpu = plan.images_per_s / plan.processes / sum(recipe.batch_sizes)
+    pixels = []
+    for one in recipe.each:
+        spec, images_per_s = _cache(one)[1], of_a_gpu * one.batch_size_per_process
+        pixels.append(pixels_line(spec, pixel_bytes(spec), images_per_s, PlanRecipe().render_ms))
     return lines(
         _costs(plan, f"({plan.size.attention_gmacs:.1f} of the stem's are attention's own products)")
         | {
             "reads": f"{rate}; a slower disk takes longer" if plan.row_bytes else "no features of the cache",
-            "pixels": pixels_line(spec, pixel_bytes(spec), of_a_gpu, PlanRecipe().render_ms),
+            "pixels": "\n".join(pixels),
         }
     )
 

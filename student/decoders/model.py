@@ -24,6 +24,7 @@ from teachercache.student.models.student import (
     WEIGHTS_FILE,
     ImageRepresentation,
     Student,
+    find_saved,
     read_config,
 )
 from teachercache.student.saving import replacing
@@ -112,10 +113,12 @@ def load_decoders(folder: str | os.PathLike[str]) -> Decoders:
 
 
 def require_paper(folder: str | os.PathLike[str], paper: str | None) -> bool:
-    """Whether `folder` holds decoders. Raises `RecipeError` where `paper` has no such rows."""
+    """Whether `folder` holds decoders. Raises `RecipeError` where `paper` has no such rows, and
+    `CheckpointError` where there is nothing to have any."""
     file = Path(folder) / CONFIG_FILE
     are_decoders = file.is_file() and "decoders" in read_config(Path(folder))
     if paper not in (None, "kpu" if are_decoders else "sak"):
+        find_saved(folder)
         raise RecipeError(
             f"The tables of {paper.upper()} have no rows of this.",
             got=f"{folder}, which holds {'decoders' if are_decoders else 'a student'}",

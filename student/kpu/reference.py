@@ -36,7 +36,8 @@ def load_vit_adapter(adapter: ViTAdapter, tensors: Mapping[str, Tensor]) -> None
     """Give a new `adapter` the weights among `tensors`, the `state_dict` of a checkpoint: those of its ViT
     and of a decoder are left out.
 
-    Raises `CheckpointError` where they are not all of this adapter's, as where its norm is not "sync_batch".
+    Raises `CheckpointError`, and leaves the adapter as it is, where they are not all of this adapter's, as
+    where its norm is not "sync_batch".
     """
     found = {}
     for name, tensor in tensors.items():
@@ -45,12 +46,14 @@ def load_vit_adapter(adapter: ViTAdapter, tensors: Mapping[str, Tensor]) -> None
             for pattern, replacement in _RENAMED:
                 renamed = re.sub(pattern, replacement, renamed)
             found[renamed] = tensor
-    try:
-        adapter.load_state_dict(found)
-    except RuntimeError as error:
+    ours, theirs = (
+        {name: tuple(one.shape) for name, one in of.items()} for of in (adapter.state_dict(), found)
+    )
+    if wrong := sorted(name for name in ours | theirs if ours.get(name) != theirs.get(name)):
         raise CheckpointError(
             "The checkpoint does not hold this ViT-Adapter.",
-            got=error,
-            expected=f"its {len(adapter.state_dict())} tensors, by the names of ViT-Adapter's code",
+            got=f"{len(wrong)} that are missing, unknown or of another shape, such as {', '.join(wrong[:3])}",
+            expected=f"its {len(ours)} tensors, by the names of ViT-Adapter's code",
             do="build the KPU on a ViT of the checkpoint's width, with norm='sync_batch'",
-        ) from error
+        )
+    adapter.load_state_dict(found)

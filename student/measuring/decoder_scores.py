@@ -100,11 +100,11 @@ def evaluate_decoders(
 
 
 def scores_table(rows: Mapping[str, Mapping[str, float]]) -> str:
-    """Markdown, a row for each name, with the scores that the first has."""
+    """Markdown, a row for each name, with the scores that the first has; negative ones are of nothing."""
     columns = list(next(iter(rows.values())))
     lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for name, scores in rows.items():
-        cells = (f"{scores[column]:.2f}" if column in scores else "–" for column in columns)
+        cells = (f"{scores[column]:.2f}" if scores.get(column, -1) >= 0 else "–" for column in columns)
         lines.append(f"| {in_markdown(name)} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

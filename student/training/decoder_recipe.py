@@ -54,6 +54,14 @@ class DecoderRecipe(RunRecipe):
             )
         if self.student is not None and len(without) < len(self.decoders):
             raise ValueError("a student sees images: leave out the decoders' caches, or the student")
+        if single := [
+            name
+            for name, one in self.decoders.items()
+            if one.kind == "upernet" and one.batch_size_per_process == 1
+        ]:
+            raise ValueError(
+                f"upernet's norms need 2 images or more at once: raise batch_size_per_process of {single}"
+            )
         if self.loader.kind != "random":
             raise ValueError("decoders read rows in random order: leave out loader.kind")
         if self.schedule.epochs is not None and len(self.decoders) > 1:

@@ -233,6 +233,9 @@ class TrainRecipe(RunRecipe):
             return value
         first = dict(value["inputs"][0]).get("cache")
         said = {key for key in ("images", "teachers", "global_batch_size") if value.get(key) is not None}
+        default = cls.model_fields["batch_size_per_process"].default
+        if value.get("batch_size_per_process", default) != default:
+            said.add("batch_size_per_process")
         if value.get("cache", first) != first or said:
             raise ValueError("inputs have caches, images, teachers and batches: leave them out beside inputs")
         return value | {"cache": first}
@@ -261,8 +264,9 @@ class TrainRecipe(RunRecipe):
     @property
     def each(self) -> list[Self]:
         """The run on each of its inputs alone; epochs and a warm-up by them are those of the first."""
-        loss = self.distillation.model_copy(update={"teacher_weights": {}})  # of all inputs
-        alone: dict[str, Any] = {"inputs": (), "distillation": loss}
+        alone: dict[str, Any] = {"inputs": ()}
+        if len(self.inputs) > 1:
+            alone["distillation"] = self.distillation.model_copy(update={"teacher_weights": {}})  # of all
         at_once = {"schedule": self.schedule.model_copy(update={"warmup_epochs": 0, "warmup_steps": 0})}
         changes = [dict(one) | alone | (at_once if i else {}) for i, one in enumerate(self.inputs)]
         return [self.model_copy(update=change) for change in changes] or [self]

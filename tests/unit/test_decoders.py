@@ -26,8 +26,8 @@ from teachercache.pipeline.views import draw_view, render_view
 from teachercache.student.build import build_student, load_student
 from teachercache.student.datasets import open_dataset
 from teachercache.student.datasets.scenes import write_scenes
-from teachercache.student.decoders.model import Decoders, load_decoders, load_student_at
-from teachercache.student.measuring.decoder_scores import evaluate_decoder
+from teachercache.student.decoders.model import Decoders, load_decoders, load_student_at, require_paper
+from teachercache.student.measuring.decoder_scores import evaluate_decoder, scores_table
 from teachercache.student.training.decoder_inputs import decoders_of, sources_of
 from teachercache.student.training.decoder_recipe import DecoderRecipe
 from teachercache.student.training.train_decoders import train_decoders
@@ -293,6 +293,10 @@ def test_the_plan_says_what_the_run_takes_and_runs_nothing(
     assert not (tmp_path / "run").exists()
 
 
+def test_what_could_not_be_measured_is_a_dash() -> None:
+    assert "| mine | 0.00 | – |" in scores_table({"mine": {"APs of boxes": 0.0, "APl of boxes": -100.0}})
+
+
 def test_the_rows_of_kpu_are_of_decoders_and_a_student_is_told_how_to_get_there(
     scenes: Path, students: dict[str, Path]
 ) -> None:
@@ -301,6 +305,8 @@ def test_the_rows_of_kpu_are_of_decoders_and_a_student_is_told_how_to_get_there(
         CliRunner().invoke(
             app, ["evaluate", student, "scenes", str(scenes), "--paper", "kpu"], catch_exceptions=False
         )
+    with pytest.raises(CheckpointError, match="There is no such student"):
+        require_paper(f"{student}/elsewhere", "kpu")
 
 
 @pytest.mark.parametrize(
@@ -318,6 +324,7 @@ def test_the_rows_of_kpu_are_of_decoders_and_a_student_is_told_how_to_get_there(
         ),
         ({"student": "kpu", "loader": {"kind": "stream"}}, "random order"),
         ({}, "needs a cache"),
+        ({"student": "kpu", "decoders": {"a": UPERNET | {"batch_size_per_process": 1}}}, "2 images or more"),
         ({"student": "kpu", "decoders": {"a": UPERNET | {"cache": "c"}}}, "leave out the decoders' caches"),
     ],
 )

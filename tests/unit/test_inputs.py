@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from teachercache import build
+from teachercache.cache_builder.plan import pixel_bytes
 from teachercache.jobs.cli import app
 from teachercache.jobs.train_dry_run import plan_training
 from teachercache.pipeline.cache import FeatureCache
@@ -22,6 +23,7 @@ from teachercache.pipeline.errors import CheckpointError, RecipeError
 from teachercache.pipeline.loading.loader import FeatureLoader
 from teachercache.pipeline.loading.sampler import ShardShuffleSampler, held_out_samples
 from teachercache.pipeline.rearranging.convert import convert
+from teachercache.pipeline.units import human_bytes
 from teachercache.student.build import load_student
 from teachercache.student.kpu.model import KPU
 from teachercache.student.losses.alignment import AlignmentLoss
@@ -235,11 +237,28 @@ def test_a_run_goes_on_with_the_same_inputs_alone(caches: list[Path], finished: 
         ({"validation": {"cache": "another"}}, r"give validation\.fraction"),
         ({"teachers": ["clip"]}, "leave them out beside inputs"),
         ({"cache": "another"}, "leave them out beside inputs"),
+        ({"batch_size_per_process": 8}, "leave them out beside inputs"),
     ],
 )
 def test_recipes_of_inputs_that_contradict_themselves(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         recipe([Path("a"), Path("b")], Path("run"), **changes)
+
+
+def test_a_weight_of_no_teacher_is_refused_for_one_input_too(caches: list[Path], tmp_path: Path) -> None:
+    inputs = [{"cache": str(caches[0]), "batch_size_per_process": 4}]
+    with pytest.raises(RecipeError, match=r"did you mean clip\?"):
+        train(recipe(caches, tmp_path, inputs=inputs, distillation={"teacher_weights": {"klip": 2}}))
+
+
+def test_the_plan_says_what_the_pixels_of_each_input_cost(caches: list[Path], tmp_path: Path) -> None:
+    stated = recipe(caches, tmp_path)
+    (tmp_path / "recipe.yaml").write_text(json.dumps(stated.model_dump(mode="json")))
+    words = ["train", str(tmp_path / "recipe.yaml"), "--dry-run"]
+    told = " ".join(CliRunner().invoke(app, words, env={"COLUMNS": "400"}).output.split())
+    for place in caches:
+        nbytes = human_bytes(pixel_bytes(FeatureCache.open(place).spec))
+        assert f"{nbytes} a view" in told
 
 
 def test_a_teacher_of_two_inputs_and_one_that_a_cache_lacks_are_refused(

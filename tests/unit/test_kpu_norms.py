@@ -113,9 +113,12 @@ def test_weights_that_are_not_all_of_the_adapter_s_are_refused(change: str) -> N
     adapter = ViTAdapter(WIDTH, [1, 2, 3, 4], norm="group" if change == "group" else "sync_batch")
     if change == "missing":
         del tensors["backbone.spm.fc3.bias"]
+    before = {name: tensor.clone() for name, tensor in adapter.state_dict().items()}
     with pytest.raises(CheckpointError, match="sync_batch") as error:
         load_vit_adapter(adapter, tensors)
     assert ("running_mean" if change == "group" else "prior.projections.2.bias") in str(error.value)
+    assert len(str(error.value)) < 500
+    assert all(tensor.equal(before[name]) for name, tensor in adapter.state_dict().items())
 
 
 def test_batch_norms_have_as_many_parameters_as_the_paper_counts() -> None:
