@@ -31,14 +31,14 @@ LEAST_S, LAUNCH_S = 2e-6, 6e-6  # of a kernel: on the device, and to launch it f
 
 LANES, CLOCK = 132 * 128, 1.755e9
 RING_INSTRUCTIONS = 374 + 51  # of `nearest_rings` a value: on the way there and on the way back, for sm_90
-RING_TRIES = 4  # of those tokens that do not fit at once, which are:
-RINGS_LEFT = {4: 0.1, 3: 0.5}
+RING_TRIES = 4  # at once, of those tokens that did not fit: a tenth at 4 bits and more, at fewer a half
 
 aten: Any = torch.ops.aten
 _FREE = {"detach", "lift_fresh", "_unsafe_view", "device", "new_empty"}
 _FREE |= {"empty", "empty_like", "empty_strided"}
 _OVERWRITE = {"copy_", "fill_", "zero_"}  # what they write they do not read
 _GATHER = {"index_select", "index", "gather", "embedding"}  # read as much of their source as they write
+_SCATTER = {"index_put_", "scatter_"}  # touch of their target the places that they set
 _WAIT = {"nonzero", "masked_select", "_unique2"}  # for the size of their output
 
 
@@ -75,7 +75,7 @@ class Work:
 
     def add_rings(self, tokens: Tensor, bits: int) -> None:
         """The two launches of `nearest_rings`, without what they write; none is shorter than one thread."""
-        for tries in (1.0, RING_TRIES * RINGS_LEFT.get(bits, RINGS_LEFT[3])):
+        for tries in (1.0, RING_TRIES * (0.1 if bits >= 4 else 0.5)):
             values = int(tokens.numel() * tries)
             steps = max(values, LANES * tokens.shape[-1]) * RING_INSTRUCTIONS
             self.add("nearest_rings", values * (2 * 4 + 2 * 8), steps, LANES * CLOCK)  # tokens twice, choices
@@ -168,6 +168,8 @@ class Roofline(TorchDispatchMode):
         elif name in _GATHER:
             read -= max(nbytes_of(inputs[0]) - sum(map(nbytes_of, outputs)), 0)
         nbytes = read + sum(map(nbytes_of, written or outputs))
+        if name in _SCATTER:
+            nbytes = sum(map(nbytes_of, inputs[1:])) + inputs[-1].numel() * inputs[0].element_size()
         wide = {torch.float32, torch.float64} & {tensor.dtype for tensor in inputs}
         flops_per_s = OTHER_FLOPS if wide else TENSOR_FLOPS
         if name == "decode_hadamard":

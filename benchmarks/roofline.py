@@ -34,6 +34,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import get_total_norm
 from torch.optim import AdamW
 
+from benchmarks import signals
 from benchmarks.fake_gpu import Roofline, Work, fake_gpu, give_fake_weights
 from benchmarks.inductor import compiled, trained
 from teachercache import build_student
@@ -111,7 +112,9 @@ def count_build(
 
 
 def _codec(spec: TeacherSpec) -> Codec:
-    return get_codec(spec.codec).calibrate(torch.randn(2, spec.num_levels, *spec.stored_grid, spec.width))
+    """Its tables are real ones: which coefficients have how many bits, they say."""
+    sample = signals.correlated(2, spec.num_levels, spec.stored_grid, spec.width, 0, between_levels=0.3)
+    return get_codec(spec.codec).calibrate(sample)
 
 
 def count_decode(

@@ -20,6 +20,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Self
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ from numpy.typing import NDArray
 from scipy.fft import dct
 from torch import Tensor
 
-from teachercache.pipeline.codecs.calibrated import OUTLIER_ARRAYS, CalibratedCodec, Coder, row_blocks
+from teachercache.pipeline.codecs.calibrated import OUTLIER_ARRAYS, CalibratedCodec, Coder, join, row_blocks
 from teachercache.pipeline.codecs.lloyd_max import gaussian_distortion, gaussian_levels
 from teachercache.pipeline.codecs.normalisation import Hadamard
 from teachercache.pipeline.codecs.quantizer import (
@@ -81,16 +82,18 @@ class _Group:
 
 
 class _Coder(Coder):
-    def __init__(self, tables: dict[str, Tensor], quantisation: Quantisation) -> None:
+    def __init__(
+        self, tables: dict[str, Tensor], bits_SHW: NDArray[np.uint8], quantisation: Quantisation
+    ) -> None:
         super().__init__(Hadamard(tables))
         self.bases = tables["level_basis"], tables["row_basis"], tables["column_basis"]
-        self.shape_SHW = tables["bits"].shape
-        self.groups = self._groups(tables["bits"].flatten(), tables["levels"], quantisation)
+        self.shape_SHW = bits_SHW.shape
+        self.groups = self._groups(bits_SHW.ravel(), tables["levels"], quantisation)
 
-    def _groups(self, bits_N: Tensor, levels: Tensor, quantisation: Quantisation) -> list[_Group]:
+    def _groups(self, bits_N: NDArray[np.uint8], levels: Tensor, quantisation: Quantisation) -> list[_Group]:
         groups, start = [], 0
         for bits in range(quantisation.most_bits, 0, -1):
-            positions = (bits_N == bits).nonzero().squeeze(1)
+            positions = torch.from_numpy(np.flatnonzero(bits_N == bits)).to(levels.device)
             end = start + len(positions) * self.normalisation.width * bits // 8
             if len(positions):
                 quantizer = quantisation.quantizer(levels[quantisation.part(bits)])
@@ -110,7 +113,7 @@ class _Coder(Coder):
 
     def encode(self, features_RSHWC: Tensor) -> dict[str, Tensor]:
         transformed = [self._transformed(features_RSHWC[rows]) for rows in row_blocks(features_RSHWC)]
-        spectrum_RNC, token_scales, *outliers = map(torch.cat, zip(*transformed, strict=True))
+        spectrum_RNC, token_scales, *outliers = map(join, zip(*transformed, strict=True))
         scales_RN = spectrum_RNC.new_zeros(spectrum_RNC.shape[:2], dtype=torch.float16)
         codes = []
         for group in self.groups:
@@ -196,8 +199,13 @@ class GridDctCodec(CalibratedCodec):
             "levels": torch.from_numpy(self.quantisation.levels()).float(),
         }
 
+    def load_state(self, tables: dict[str, Tensor]) -> Self:
+        super().load_state(tables)
+        self._bits_SHW = self._tables["bits"].numpy()  # known without a wait for the device
+        return self
+
     def _coder(self, tables: dict[str, Tensor]) -> Coder:
-        return _Coder(tables, self.quantisation)
+        return _Coder(tables, self._bits_SHW, self.quantisation)
 
 
 def allocate_bits(
