@@ -63,7 +63,7 @@ def _least(one, other):
     return tl.minimum(one, other)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_programs", "first", "rounds"])  # else a kernel for 1, too
 def _nearest(
     tokens,
     bases,
