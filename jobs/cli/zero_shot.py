@@ -25,6 +25,7 @@ app = typer.Typer(
 )
 
 ImagesArgument = Annotated[str, typer.Argument(metavar="IMAGES", help="A folder, tars or Parquet files.")]
+Cache = Annotated[str | None, typer.Option(help="The student's: models of other weights are refused.")]
 Output = typer.Option("-o", "--output", metavar="FOLDER", help="Write results there.")
 
 
@@ -38,9 +39,7 @@ def classify(
     clip: Annotated[str, typer.Option(help="The whole CLIP: a name on the Hub, or a folder.")],
     templates: Annotated[Path | None, typer.Option(help="Lines such as: a photo of a {}.")] = None,
     teacher: Annotated[str | None, typer.Option(help="The CLIP among the student's teachers.")] = None,
-    cache: Annotated[
-        str | None, typer.Option(help="The student's: CLIPs of other weights are refused.")
-    ] = None,
+    cache: Cache = None,
     output: Annotated[Path | None, Output] = None,
     as_json: Json = False,
 ) -> None:
@@ -58,8 +57,7 @@ def classify(
     wording = classification.read_templates(templates) if templates else classification.TEMPLATES
     loaded, whole = _load(student), Clip.load(clip)
     teacher = classification.require_clip(loaded, whole, teacher)
-    if cache:
-        _require_weights(cache, teacher, whole)
+    _require_weights(cache, [teacher], whole)
     title, opened = _title(student, [teacher]), open_source(images)
     found = classification.classify(loaded, opened, whole, names, wording, teacher=teacher, name=title)
     record = dataclasses.asdict(found)
@@ -79,6 +77,7 @@ def detect(
     prompt: Annotated[str, typer.Option(help='Such as "cat. dog."; else all annotated categories.')] = "",
     annotations: Annotated[Path | None, typer.Option(help="COCO's, to score by average precision.")] = None,
     threshold: Annotated[float, typer.Option(min=0, max=1, help="Boxes that score less are left out.")] = 0.3,
+    cache: Cache = None,
     as_json: Json = False,
 ) -> None:
     """Where images show what a prompt names; average precision with COCO's annotations (KPU, Figure 3).
@@ -93,7 +92,9 @@ def detect(
     truth = CocoAnnotations(annotations) if annotations else None
     phrases = list(truth.categories) if truth and not prompt else read_prompt(prompt)
     loaded, whole, opened = _load(student), Detector.load(detector), open_source(images)
-    title = _title(student, detection.require_maps(loaded, whole))
+    teachers = detection.require_maps(loaded, whole)
+    _require_weights(cache, teachers, detector)
+    title = _title(student, teachers)
     found = detection.detect(loaded, opened, whole, phrases, output, annotations=truth, threshold=threshold)
     told = ", ".join(f"{value:,} {what}" for what, value in found.items() if isinstance(value, int))
     told += "".join(
@@ -118,18 +119,26 @@ def _title(student: str, teachers: list[str]) -> str:
     return f"{student} (random weights)" if RANDOM in map(licences.get, teachers) else student
 
 
-def _require_weights(cache: str, teacher: str, clip: Clip) -> None:
-    """Raises `CacheMismatchError` for a CLIP whose vision tower is not the cache's teacher."""
+def _require_weights(cache: str | None, teachers: list[str], whole: Clip | str) -> None:
+    """Raises `CacheMismatchError` where these teachers of the cache have other weights than the vision tower
+    of a CLIP, or than the detector of this name. Without a cache, says that nobody looked."""
+    if cache is None:
+        told = f"Weights were not compared with those of {', '.join(teachers)}: --cache, the student's, does."
+        typer.echo(told, err=True)
+        return
     from safetensors.torch import save_file
+    from transformers.utils import cached_file
 
     from teachercache.cache_builder.teachers import build_teacher
     from teachercache.pipeline.cache import FeatureCache
 
     opened = FeatureCache.open(cache)
-    opened.check_teachers([teacher])
     with TemporaryDirectory() as folder:
-        file = f"{folder}/vision.safetensors"
-        save_file(clip.vision_weights(), file)
-        build_teacher(
-            opened.spec.teachers[teacher].model_copy(update={"checkpoint": file, "pretrained": True})
-        )
+        file: str | None = f"{folder}/vision.safetensors"
+        if not isinstance(whole, str):
+            save_file(whole.vision_weights(), file)
+        else:
+            file = whole if Path(whole).is_file() else cached_file(whole, "model.safetensors")
+        for name in opened.check_teachers(teachers):
+            spec = opened.spec.teachers[name]
+            build_teacher(spec.model_copy(update={"checkpoint": file, "pretrained": True}))

@@ -145,12 +145,17 @@ def test_a_clip_of_another_width_is_refused(tmp_path: Path) -> None:
         require_clip(student(), other)
 
 
-def test_a_clip_with_other_weights_is_refused(clip: Clip, cache: FeatureCache, tmp_path: Path) -> None:
+def test_a_clip_with_other_weights_is_refused(
+    clip: Clip, cache: FeatureCache, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     place = str(cache.storage.url)
-    _require_weights(place, "clip", clip)
+    _require_weights(None, ["clip"], clip)
+    assert "not compared with those of clip: --cache" in capsys.readouterr().err
+    _require_weights(place, ["clip"], clip)
+    assert not capsys.readouterr().err
     other = Clip.load(str(save_clip(tmp_path / "other", seed=1)))
     with pytest.raises(CacheMismatchError, match="not the weights of vit_tests_clip"):
-        _require_weights(place, "clip", other)
+        _require_weights(place, ["clip"], other)
 
 
 @pytest.mark.parametrize(

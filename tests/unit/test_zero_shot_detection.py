@@ -13,13 +13,15 @@ import torch
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
-from teachercache import build_student
+from teachercache import build, build_student
 from teachercache.cache_builder.teachers import TeacherRecipe, build_teacher, resolve_teacher
 from teachercache.jobs.cli import app
-from teachercache.pipeline.errors import RecipeError, WeightsNotFoundError
+from teachercache.jobs.cli.zero_shot import _require_weights
+from teachercache.pipeline.errors import CacheMismatchError, RecipeError, WeightsNotFoundError
 from teachercache.pipeline.sources import open_source
 from teachercache.pipeline.views import PADDING
 from teachercache.student.kpu.latent_space import Features
@@ -27,7 +29,7 @@ from teachercache.student.kpu.model import KPU
 from teachercache.student.zero_shot.coco import CocoAnnotations
 from teachercache.student.zero_shot.detection import detect, find, require_maps
 from teachercache.student.zero_shot.detector import Detector, read_prompt
-from tests.make_cache import make_images
+from tests.make_cache import build_recipe, make_images
 from tests.tiny_clip import save_clip
 from tests.tiny_grounding_dino import TINY, folder, tiny_model, whole  # noqa: F401
 
@@ -254,6 +256,20 @@ def test_sizes_of_which_nothing_is_annotated_have_no_precision(
     assert "2 images, 12 boxes, 1 annotated images that are not there; AP " in done.output
     assert "APs " in done.output
     assert "APl" not in done.output
+
+
+def test_a_detector_with_other_weights_is_refused(folder: Path, images: Path, tmp_path: Path) -> None:
+    one = {"model": TINY, "checkpoint": str(folder), "codec": "f32"}
+    teachers = {name: one | {"block_indices": [n]} for n, name in enumerate(("fine", "coarse"))}
+    views = {"num_views": 1, "size": [64, 64]}
+    cache = build(build_recipe(tmp_path / "cache", images, teachers=teachers, views=views)).cache
+    place = str(cache.storage.url)
+    _require_weights(place, list(teachers), str(folder))
+    state = load_file(folder / "model.safetensors")
+    state["model.input_proj_vision.1.0.weight"] += 1
+    save_file(state, tmp_path / "other.safetensors", {"format": "pt"})
+    with pytest.raises(CacheMismatchError, match=f"not the weights of {TINY}"):
+        _require_weights(place, list(teachers), str(tmp_path / "other.safetensors"))
 
 
 def test_the_command_draws_boxes_and_writes_them(folder: Path, images: Path, tmp_path: Path) -> None:
