@@ -1,9 +1,11 @@
 """Whether this machine has what the kernels in Triton ask for."""
 
+import os
 import warnings
 
 import torch
 
+SWITCH = "TEACHERCACHE_TRITON"  # 0: PyTorch's own operations take the kernels' place
 LEAST_TRITON, LEAST_CAPABILITY = (3, 6), (8, 0)  # PyTorch 2.11's; TF32 and bfloat16
 
 
@@ -21,6 +23,8 @@ def has_kernel(device: torch.device) -> bool:
 
 
 def _why_not(device: torch.device) -> str | None:
+    if os.environ.get(SWITCH) == "0":
+        return f"{SWITCH}=0"
     try:
         import triton
     except ImportError:

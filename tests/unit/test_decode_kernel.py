@@ -115,3 +115,10 @@ def test_a_gpu_that_must_do_without_says_why_once(monkeypatch: pytest.MonkeyPatc
     with pytest.warns(UserWarning, match="triton 2.3.1, expected 3.6"):
         assert not kernels.has_kernel(torch.device("cuda"))
     assert not kernels.has_kernel(torch.device("cpu"))
+
+
+def test_a_switch_turns_the_kernels_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert kernels.has_kernel(torch.device("cuda"))
+    monkeypatch.setenv(kernels.SWITCH, "0")
+    with pytest.warns(UserWarning, match="TEACHERCACHE_TRITON=0"):
+        assert not kernels.has_kernel(torch.device("cuda"))
