@@ -14,9 +14,20 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks.fake_gpu import BYTES_PER_S, LEAST_S, Roofline, Work, fake_gpu, give_fake_weights
+from benchmarks.fake_gpu import (
+    BYTES_PER_S,
+    CLOCK,
+    LANES,
+    LEAST_S,
+    RING_INSTRUCTIONS,
+    Roofline,
+    Work,
+    fake_gpu,
+    give_fake_weights,
+)
 from benchmarks.inductor import fused, trained
 from teachercache.pipeline.codecs.quantizer import ScalarQuantizer
+from teachercache.pipeline.codecs.rings import RingQuantizer, num_ranks
 
 ROOT = Path(__file__).parents[2]
 MEASURED = ("dinov2_small", "vit_small_patch16_224")  # of 12 blocks, each a batch of two views of 112²
@@ -194,6 +205,21 @@ def test_scales_are_chosen_and_codes_packed_in_one_kernel_that_reads_tokens_once
         work = fused(quantizer.quantise, [on_gpu(tokens, 1024)])
     assert work.kernels == 1
     assert work.nbytes == pytest.approx(tokens * (1024 * 4 + 512), rel=0.05)
+
+
+def test_the_search_of_rings_is_counted_by_its_instructions_eager_and_compiled() -> None:
+    tokens = 16 * 4 * 24 * 24
+    roofline = Roofline()
+    with fake_gpu() as fake, fake:
+        quantizer = RingQuantizer(on_gpu(num_ranks(4), 2))
+        compiled = fused(quantizer.quantise, [on_gpu(tokens, 1024)])
+        with roofline, roofline.stage("all"):
+            quantizer.quantise(on_gpu(tokens, 1024))
+    once = tokens * 1024 * RING_INSTRUCTIONS
+    for work in (roofline.stages["all"], compiled):
+        assert work.flops >= 1.4 * once
+        assert work.bound_s > once / (LANES * CLOCK)
+        assert work.synchronisations == 0
 
 
 @pytest.fixture(scope="module")
