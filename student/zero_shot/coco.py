@@ -1,6 +1,7 @@
 """COCO's annotations of images that are not a data set's, and the average precision of boxes on them."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
@@ -31,7 +32,8 @@ class CocoAnnotations:
             )
 
     def require(self, phrases: Sequence[str], names: Sequence[str]) -> None:
-        """Raises `RecipeError` for phrases that are no categories, and where no image is annotated."""
+        """Raises `RecipeError` for phrases that are no categories, and where no image is annotated or two of
+        one name are."""
         unknown = [phrase for phrase in phrases if phrase not in self.categories]
         if unknown or not any(name in self.images for name in names):
             raise RecipeError(
@@ -39,6 +41,14 @@ class CocoAnnotations:
                 got=", ".join(unknown or names[:3]) or "no image",
                 expected=f"such as {', '.join([*(self.categories if unknown else self.images)][:5])}",
                 do="leave these phrases out" if unknown else "pass the folder of the annotated images",
+            )
+
+        if doubles := [name for name, n in Counter(names).items() if n > 1 and name in self.images]:
+            raise RecipeError(
+                f"{self.file} knows images by their names alone.",
+                got=f"several {', '.join(doubles[:3])}",
+                expected="one image of each annotated name",
+                do="pass the folder of the annotated images",
             )
 
     def average_precision(self, found: dict[str, list]) -> dict[str, float]:

@@ -81,11 +81,12 @@ def detect(
     `RecipeError` as `find` and `CocoAnnotations.require`.
     """
     samples = [one for one in images.scan().to_pylist() if one["status"] == OK]
-    named = {PurePosixPath(one["key"]).name if annotations else one["key"]: one for one in samples}
+    names = [PurePosixPath(one["key"]).name if annotations else one["key"] for one in samples]
+    named = dict(zip(names, samples, strict=True))
     image_ids = {name: number for number, name in enumerate(named, 1)}
     category_ids = {phrase: number for number, phrase in enumerate(phrases, 1)}
     if annotations:
-        annotations.require(phrases, list(named))
+        annotations.require(phrases, names)
         image_ids, category_ids = annotations.images, annotations.categories
     chosen = [name for name in named if name in image_ids]
     categories = [{"id": category_ids[phrase], "name": phrase} for phrase in phrases]

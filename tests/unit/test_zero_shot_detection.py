@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -235,6 +236,16 @@ def test_annotations_of_others_are_refused(images: Path, coco: Path, tmp_path: P
         truth.require(["dog", "tree"], ["image_000"])
     with pytest.raises(RecipeError, match=r"(?s)annotates other images.*photo.*image_000"):
         truth.require(["dog"], ["photo"])
+
+
+def test_two_images_of_one_annotated_name_are_refused(
+    detector: Detector, images: Path, coco: Path, tmp_path: Path
+) -> None:
+    for place in ("a", "b"):
+        shutil.copytree(images, tmp_path / "both" / place)
+    source, truth = open_source(tmp_path / "both"), CocoAnnotations(coco)
+    with pytest.raises(RecipeError, match=r"(?s)by their names alone.*several image_000, image_002"):
+        detect(student(), source, detector, PHRASES, tmp_path / "found", annotations=truth)
 
 
 @pytest.mark.parametrize("change", [{"images": []}, {"annotations": []}, {"categories": None}, None])
