@@ -85,8 +85,8 @@ def resolve_teachers(
 ) -> dict[str, TeacherSpec]:
     """The specs of teachers that see these views, their margin included.
 
-    Raises as `resolve_teacher`, and `TeacherInputError` where windows of the views cannot be cut out of an
-    adjoint grid.
+    Raises as `resolve_teacher`, and `TeacherInputError` where windows of the views cannot be cut out of a
+    padded map or an adjoint grid.
     """
     own_grid = student_grid(views.stored_size, views.patch)
     specs = {
@@ -94,6 +94,13 @@ def resolve_teachers(
         for name, recipe in recipes.items()
     }
     for name, spec in specs.items():
+        if views.margin and spec.is_padded:
+            raise TeacherInputError(
+                f"Windows are cut out of maps that fill the view, and that of teacher {name} is padded.",
+                got=f"views of {views.stored_size} with their margin, padded to {spec.image_size}",
+                expected="views of the same aspect",
+                do="set views.margin=0, choose square views, or leave sak_compat out",
+            )
         if views.margin and spec.grid.kind == "adjoint" and spec.grid.size != own_grid:
             raise TeacherInputError(
                 f"The adjoint grid of teacher {name} is not that of the views with their margin.",

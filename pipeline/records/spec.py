@@ -105,6 +105,12 @@ class TeacherSpec(Strict):
         return len(self.block_indices)
 
     @property
+    def is_padded(self) -> bool:
+        """Whether its map ends in padding: what it sees has another aspect than the view."""
+        (height, width), (rendered, across) = self.image_size, self.render_size
+        return height * across != width * rendered
+
+    @property
     def stored_grid(self) -> Size:
         return self.grid.size or self.native_grid
 

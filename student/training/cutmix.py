@@ -86,6 +86,13 @@ def unmixable(
             expected="a cache without a margin",
             do="set cutmix=false, or choose another cache",
         )
+    if padded := [name for name, spec in teachers.items() if spec.is_padded]:
+        yield RecipeError(
+            "CutMix exchanges tokens of maps that fill the view, and a padded map does not.",
+            got=f"padding in the maps of {', '.join(padded)}",
+            expected="teachers that see the aspect of the views",
+            do="set cutmix=false, or build a cache of these images with square views or without sak_compat",
+        )
     if adjoint := [name for name, spec in teachers.items() if spec.grid.kind == "adjoint"]:
         yield RecipeError(
             "CutMix exchanges tokens of a teacher's map, and an adjoint map is one of sums of them.",

@@ -13,12 +13,13 @@ from rich.console import Console
 from torch import Tensor
 
 from teachercache import FeatureCache, build
-from teachercache.pipeline.errors import RecipeError
 from teachercache.pipeline.loading.loader import Batch, FeatureLoader
 from teachercache.pipeline.loading.sampler import ShardShuffleSampler
+from teachercache.pipeline.records.spec import GridSpec
 from teachercache.pipeline.records.view_policy import ViewPolicy
 from teachercache.student.losses.distillation import Target
 from teachercache.student.training.cutmix import CutMix
+from teachercache.student.training.preflight import preflight
 from teachercache.student.training.train import train
 from tests.make_cache import build_recipe, make_images
 from tests.train_recipes import logged, train_recipe
@@ -111,21 +112,32 @@ def test_online_teachers_give_the_losses_of_the_cache(cache: FeatureCache, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("views", "changes", "said"),
+    ("batch_size", "views", "teacher", "said"),
     [
-        ({"size": [32, 32]}, {"batch_size_per_process": 3}, "pairs the images"),
-        ({"size": [32, 32], "margin": 32}, {}, "those of windows do not"),
+        (3, {}, {}, "pairs the images"),
+        (2, {"margin": 32}, {}, "those of windows do not"),
+        (2, {}, {"grid": GridSpec(kind="adjoint", size=(2, 2))}, "an adjoint map is one of sums"),
+        (2, {}, {"render_size": (32, 48)}, "maps that fill the view, and a padded map does not"),
     ],
 )
 def test_what_cannot_be_mixed_is_refused(
-    cache: FeatureCache, tmp_path: Path, views: dict[str, Any], changes: dict[str, Any], said: str
+    cache: FeatureCache, batch_size: int, views: dict[str, Any], teacher: dict[str, Any], said: str
 ) -> None:
-    if "margin" in views:
-        cache = build(build_recipe(tmp_path / "wide", make_images(tmp_path / "i", 4), views=views)).cache
-    with pytest.raises(RecipeError, match=said):
-        train(train_recipe(cache.storage.url, tmp_path / "run", cutmix=True, **changes))
+    spec = cache.spec.changed(
+        views=cache.spec.views.model_copy(update=views),
+        teachers={name: one.model_copy(update=teacher) for name, one in cache.spec.teachers.items()},
+    )
+    recipe = train_recipe("cache", "run", cutmix=True, batch_size_per_process=batch_size)
+    assert [one for one in preflight(recipe, spec).problems if said in str(one)]
 
 
-def test_a_kpu_and_labels_are_not_mixed() -> None:
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"student": {"kind": "kpu", "stem": "test_vit"}},
+        {"multitask": {"dataset": {"kind": "scenes", "root": "scenes"}}},
+    ],
+)
+def test_a_kpu_and_labels_are_not_mixed(other: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="cutmix mixes maps"):
-        train_recipe("cache", "run", cutmix=True, student={"kind": "kpu"})
+        train_recipe("cache", "run", cutmix=True, **other)

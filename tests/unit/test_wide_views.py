@@ -97,6 +97,17 @@ def test_teachers_see_the_margin_and_a_student_s_grid_covers_it() -> None:
     assert resolve_teachers(recipes, fourteen)["dino"].stored_grid == (32, 32)
 
 
+def test_windows_of_a_padded_map_are_refused() -> None:
+    """The reference pads SAM's view to a square: tokens of the padding are no part of any window."""
+    recipes = {"sam": TeacherRecipe(preset="sam_base")}
+    oblong = ViewPolicy(size=(448, 576), margin=64)
+    with pytest.raises(TeacherInputError, match=r"(?s)sam is padded.*\(512, 640\).*\(1024, 1024\)"):
+        resolve_teachers(recipes, oblong, sak_compat=True)
+    assert not resolve_teachers(recipes, oblong)["sam"].is_padded
+    for fits in (ViewPolicy(size=(448, 448), margin=64), ViewPolicy(size=(448, 576))):
+        resolve_teachers(recipes, fits, sak_compat=True)
+
+
 def test_an_adjoint_grid_of_another_margin_is_refused() -> None:
     recipes = {"clip": TeacherRecipe(model="vit_tiny_patch16_224", grid="adjoint", grid_size=(24, 24))}
     with pytest.raises(TeacherInputError, match=r"(?s)grid_size \(24, 24\).*\(28, 28\).*leave out"):
