@@ -19,14 +19,13 @@ from teachercache.student.losses.distillation import Target
 class CutMix:
     """CutMix (Yun et al., 2019) of images 2k and 2k + 1 of a batch, whose share of pixels is uniform.
 
-    A rectangle is of whole patches of the student. It is drawn by the seed, the step and the key of image 2k,
-    so that a run resumes, and several processes with even batches mix what one does. A token is exchanged
-    where its centre is.
+    A rectangle is of whole patches of the student, of which an image has `grid`. It is drawn by the seed, the
+    step and the key of image 2k, so that a run resumes, and several processes with even batches mix what one
+    does. A token is exchanged where its centre is.
     """
 
-    def __init__(self, views: ViewPolicy, seed: int) -> None:
-        self._grid = views.size[0] // views.patch, views.size[1] // views.patch
-        self._seed = seed
+    def __init__(self, grid: Size, seed: int) -> None:
+        self._grid, self._seed = grid, seed
 
     def __call__(
         self, batch: Batch, images_B3HW: Tensor, targets: Mapping[str, Target]

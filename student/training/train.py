@@ -167,7 +167,8 @@ class _Run:
         }
         objective = kind.objective(model, student, targets, loss, wanted.weight, tasks, weighting, balance)
         if self.recipe.cutmix:
-            objective.cutmix = CutMix(self.found.views, self.recipe.seed)
+            stem: Any = student.stem
+            objective.cutmix = CutMix(stem.grid, self.recipe.seed)
         return cast(Objective, objective)
 
     def _weighting(self) -> Weighting:

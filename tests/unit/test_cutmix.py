@@ -16,7 +16,6 @@ from teachercache import FeatureCache, build
 from teachercache.pipeline.loading.loader import Batch, FeatureLoader
 from teachercache.pipeline.loading.sampler import ShardShuffleSampler
 from teachercache.pipeline.records.spec import GridSpec
-from teachercache.pipeline.records.view_policy import ViewPolicy
 from teachercache.student.losses.distillation import Target
 from teachercache.student.training.cutmix import CutMix
 from teachercache.student.training.preflight import preflight
@@ -47,7 +46,7 @@ def numbered(keys: list[str], step: int = 0) -> tuple[Any, Tensor, Tensor]:
 def mixed(keys: list[str], step: int = 0, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Of whom each pixel, (B, H, W), and each token, (B, 7, 7), is."""
     batch, images, maps = numbered(keys, step)
-    cutmix = CutMix(ViewPolicy(size=(SIDE, SIDE), patch=SIDE // PATCHES), seed)
+    cutmix = CutMix((PATCHES, PATCHES), seed)
     images, targets = cutmix(batch, images, {"t": Target(maps)})
     return images[:, 0], targets["t"].feature_maps_BSHWC[:, 1, :, :, 0]
 
@@ -78,7 +77,7 @@ def test_rectangles_are_drawn_by_seed_step_and_the_first_key_of_a_pair() -> None
 
 
 def test_two_processes_mix_as_one(cache: FeatureCache) -> None:
-    cutmix = CutMix(cache.spec.views, seed=3)
+    cutmix = CutMix((2, 2), seed=3)
 
     def images(processes: int) -> list[Tensor]:
         parts = []
@@ -92,6 +91,25 @@ def test_two_processes_mix_as_one(cache: FeatureCache) -> None:
 
     for one, two in zip(images(1), images(2), strict=True):
         assert torch.equal(one, two)
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_whole_patches_are_those_of_the_stem(
+    cache: FeatureCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever `views.patch` says: without a margin it is of no window."""
+    mix, grids = CutMix._patches, []
+
+    def noted(cutmix: CutMix, batch: Batch) -> Tensor:
+        patches_Bhw = mix(cutmix, batch)
+        grids.append(patches_Bhw.shape[1:])
+        return patches_Bhw
+
+    monkeypatch.setattr(CutMix, "_patches", noted)
+    student = {"stem": "vit_small_patch8_224", "pretrained": False}
+    changes = {"student": student, "schedule": {"max_steps": 1}, "cutmix": True}
+    train(train_recipe(cache.storage.url, tmp_path, **changes))
+    assert grids == [(4, 4)]
 
 
 @pytest.mark.usefixtures("fresh_accelerate")
