@@ -39,13 +39,14 @@ def break_even(plan: Plan) -> BreakEven:
     """At the plan's prices, for what is still to be built.
 
     A student's own GPU-hours and the reads of images, the same in both, are left out. A build takes until the
-    last view is computed and the last byte written, an epoch until the student has taken the last view and
+    last view is decoded, computed and written, an epoch until the student has taken the last view and
     the storage given it; all GPUs are paid while they wait.
     """
     prices, images = plan.prices, plan.spec.dataset.num_samples
     gpu_usd, bytes_per_s = prices.gpu_usd_per_s, 1e9 * prices.storage_gb_per_s
     online_s = images / plan.views_per_s
-    build_s = max(3600 * plan.gpu_hours, prices.gpus * plan.missing_bytes / bytes_per_s)
+    decode_s = max(teacher.missing_rows for teacher in plan.teachers) / plan.limits["decoding"]
+    build_s = max(3600 * plan.gpu_hours, decode_s, prices.gpus * plan.missing_bytes / bytes_per_s)
     wait_s = images * max(plan.read_bytes_per_row / bytes_per_s - 1 / prices.student_images_per_s, 0)
     requests = images * sum(teacher.num_files for teacher in plan.teachers if plan.free_bytes is None)
     read = wait_s * prices.gpus * gpu_usd + requests / 1e6 * prices.usd_per_million_requests

@@ -55,6 +55,7 @@ def plan_table(plan: Plan) -> RenderableType:
     gmacs = sum(teacher.gmacs for teacher in plan.teachers)
     amount, unit = human_hours(plan.gpu_hours)
     online, online_unit = human_hours(found.online_gpu_hours, digits=4)
+    most = min(plan.limits.values())
     totals = {
         "cache": plan.url,
         "images": f"{spec.dataset.num_samples:,} from {spec.dataset.kind} {spec.dataset.location}",
@@ -66,8 +67,8 @@ def plan_table(plan: Plan) -> RenderableType:
         "to write": f"{human_bytes(plan.missing_bytes)} ({free})",
         "teachers": f"{gmacs:,.1f} GMACs a view, {human_bytes(2e9 * gmacs * spec.num_rows, 'FLOP')} in all",
         f"{rates.machine}-{unit}": f"{amount} {how}",
-        "building": f"writes {human_bytes(prices.gpus * plan.views_per_s * plan.read_bytes_per_row)}/s on "
-        f"{prices.gpus} {rates.machine}s of {human_number(plan.views_per_s)} views/s each",
+        "building": f"writes {human_bytes(prices.gpus * most * plan.read_bytes_per_row)}/s on "
+        f"{prices.gpus} {rates.machine}s of {human_number(most)} views/s each",
         "at most": f"{', '.join(f'{human_number(rate)} by {what}' for what, rate in plan.limits.items())} "
         f"views/s of a {rates.machine}: bound by {min(plan.limits, key=plan.limits.__getitem__)}",
         "training": f"reads {human_bytes(prices.student_images_per_s * plan.read_bytes_per_row)}/s at "

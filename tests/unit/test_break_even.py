@@ -81,6 +81,18 @@ def test_building_keeping_and_reading_by_hand(vitl: Plan) -> None:
     assert slow.read == pytest.approx(20 * 2 * 8 * (4560 - 1281) / 3600, rel=2e-3)
 
 
+def test_a_build_whose_cores_decode_slower_than_its_teachers_see_is_one_of_decoding() -> None:
+    """A small CLIP, and 18 cores for a GPU that take 36 ms a view."""
+    recipe = find_recipe(BuildRecipe, "imagenet1k_kpu_clip", ["cache=memory://nothing_here"])
+    plan = at(foresee(recipe, IMAGENET, 110_000), render_ms=36, cores_per_gpu=18, usd_per_gpu_hour=2)
+    assert plan.views_per_s > plan.limits["decoding"] == pytest.approx(500)
+    assert break_even(plan).build == pytest.approx(2 * IMAGENET / 500 / 3600)
+    text = StringIO()
+    Console(file=text, width=120).print(plan_table(plan))
+    written = 8 * 500 * plan.read_bytes_per_row / 1e9
+    assert f"writes {written:.2f} GB/s on 8 GPUs of 500 views/s each" in text.getvalue()
+
+
 def test_a_folder_costs_no_requests(vitl: Plan) -> None:
     assert costs(vitl).read > 0
     assert costs(replace(vitl, free_bytes=10**15)).read == 0
