@@ -7,7 +7,7 @@ from huggingface_hub import HfApi, ModelCard
 
 from teachercache.pipeline.errors import CheckpointError
 from teachercache.pipeline.places.hub_storage import CARD_FILE, pushing
-from teachercache.pipeline.sharing.licences import LINEAGE, require_shareable
+from teachercache.pipeline.sharing.licences import LINEAGE, UNSTATED, require_shareable
 from teachercache.student.models.student import CONFIG_FILE, WEIGHTS_FILE, find_saved, read_config
 
 
@@ -22,10 +22,10 @@ def push_to_hub(
 
     `repository`: "user/name", created if missing. Logs in as huggingface_hub does (HF_TOKEN).
     Raises `CheckpointError` if the folder does not hold a complete student, or the Hub refuses it,
-    `LicenceError` where its card names licences of teachers under which it may not simply be public.
+    `LicenceError` where it may not simply be public, by its teachers' licences or for want of a card.
     """
     place = find_saved(folder)
-    read_config(place)
+    config = read_config(place)
     if not (place / WEIGHTS_FILE).is_file():
         raise CheckpointError(
             f"The student in {place} has no weights.",
@@ -34,7 +34,7 @@ def push_to_hub(
             do="copy or download the folder again",
         )
     if not private and not accept_licences:
-        require_shareable(teacher_licences(place))
+        require_shareable(dict.fromkeys(config.get("teacher_dims", ()), UNSTATED) | teacher_licences(place))
     api = HfApi()
     files = [CONFIG_FILE, WEIGHTS_FILE, CARD_FILE]
     with pushing("student", repository, CheckpointError):
@@ -43,7 +43,14 @@ def push_to_hub(
     return str(uploaded.repo_url)
 
 
-def teacher_licences(folder: Path) -> dict[str, str]:
+def carry_card(source: str | os.PathLike[str], target: Path, change: str) -> None:
+    """Give a student that was made of another the other's card, if it has one, and say what changed."""
+    card = find_saved(source) / CARD_FILE
+    if card.is_file():  # what a teacher gave to the stem stays when its path goes, and so does its licence
+        (target / CARD_FILE).write_text(f"{card.read_text()}\n{change}\n")
+
+
+def teacher_licences(student: str | os.PathLike[str]) -> dict[str, str]:
     """What the card of a saved student says: licences by teacher; none where there is no card."""
-    card = folder / CARD_FILE
+    card = find_saved(student) / CARD_FILE
     return ModelCard.load(card).data.to_dict().get(LINEAGE, {}) if card.is_file() else {}

@@ -300,6 +300,7 @@ def remove_teacher(
 
     Example: `teachercache remove-teacher runs/base/student sam -o runs/base_without_sam/student`
     """
+    from teachercache.student.hub import carry_card
     from teachercache.student.sak.model import SAK
 
     loaded = SAK.from_pretrained(student)
@@ -307,6 +308,7 @@ def remove_teacher(
     for name in teachers:
         loaded.remove_teacher(name)
     loaded.save_pretrained(output)
+    carry_card(student, output, f"Removed since: {', '.join(teachers)}.")
     after = sum(loaded.parameters_by_part().values())
     typer.echo(f"{output}: teachers: {', '.join(loaded.teachers)}; {before:,} → {after:,} parameters")
 

@@ -115,7 +115,7 @@ def _title(student: str, teachers: list[str]) -> str:
     from teachercache.pipeline.sharing.licences import RANDOM
     from teachercache.student.hub import teacher_licences
 
-    licences = teacher_licences(Path(student))
+    licences = teacher_licences(student)
     return f"{student} (random weights)" if RANDOM in map(licences.get, teachers) else student
 
 

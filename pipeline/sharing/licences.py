@@ -11,7 +11,7 @@ import yaml
 from teachercache.pipeline.errors import LicenceError
 from teachercache.pipeline.records.spec import TeacherSpec
 
-UNKNOWN, RANDOM = "unknown", "random weights"
+UNKNOWN, RANDOM, UNSTATED = "unknown", "random weights", "not stated"
 LINEAGE = "teacher_licences"  # the key of a card's header: licences by teacher
 
 
@@ -20,11 +20,9 @@ def _known() -> Any:
     return yaml.safe_load(Path(__file__).with_name("licences.yaml").read_text())
 
 
-def licence_of(teacher: TeacherSpec | None) -> str:
+def licence_of(teacher: TeacherSpec) -> str:
     """That of a teacher's weights, as licences.yaml calls it; `UNKNOWN` for those of a file, but for models
     whose known weights are restricted: a file may well hold these."""
-    if teacher is None:
-        return UNKNOWN
     found = (licence for name, licence in _known()["models"].items() if fnmatchcase(teacher.model, name))
     name = next(found, UNKNOWN)
     if teacher.checkpoint:
@@ -35,7 +33,7 @@ def licence_of(teacher: TeacherSpec | None) -> str:
 def card_header(licences: Mapping[str, str]) -> str:
     """What a card's header says: the licence that all teachers share, and who has which."""
     distinct = {*licences.values()} - {RANDOM} or {UNKNOWN}
-    name = UNKNOWN if UNKNOWN in distinct else "-and-".join(sorted(distinct))
+    name = UNKNOWN if distinct & {UNKNOWN, UNSTATED} else "-and-".join(sorted(distinct))
     on_the_hub = name == UNKNOWN or (len(distinct) == 1 and not name.endswith("-license"))
     told = {"license": name} if on_the_hub else {"license": "other", "license_name": name}
     return yaml.safe_dump({**told, LINEAGE: dict(licences)}, sort_keys=False)

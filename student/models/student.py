@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from teachercache.pipeline.errors import ArgumentError, CheckpointError, RecipeError, TeacherCacheError
 from teachercache.pipeline.places.durable import make_folder
+from teachercache.pipeline.places.hub_storage import CARD_FILE
 from teachercache.pipeline.records.spec import TeacherSpec
 from teachercache.pipeline.records.strict import Size
 from teachercache.pipeline.records.view_policy import ViewPolicy
@@ -255,7 +256,7 @@ def find_saved(source: str | os.PathLike[str], revision: str | None = None) -> P
     folder = Path(source)
     if folder.is_dir():
         return folder
-    files = [CONFIG_FILE, WEIGHTS_FILE]
+    files = [CONFIG_FILE, WEIGHTS_FILE, CARD_FILE]
     try:
         return Path(snapshot_download(os.fspath(source), revision=revision, allow_patterns=files))
     except (OSError, ValueError) as error:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from teachercache.pipeline.places.hub_storage import CARD_FILE
-from teachercache.pipeline.sharing.licences import card_header, licence_of, licence_rows
+from teachercache.pipeline.sharing.licences import UNSTATED, card_header, licence_of, licence_rows
 from teachercache.student.models.student import Student
 from teachercache.student.saving import replacing
 
@@ -27,11 +27,16 @@ def write_model_card(
     recipe: TrainRecipe,
     caches: Sequence[FeatureCache],
     result: RunResult,
+    inherited: Mapping[str, str],
 ) -> None:
-    """Write `folder`/README.md: what the student gives, how to use it, and how it came to be."""
+    """Write `folder`/README.md: what the student gives, how to use it, and how it came to be.
+
+    `inherited`: the licences that the student it began as has, by teacher.
+    """
     height, width = student.image_size
     specs = {name: spec for cache in caches for name, spec in cache.spec.teachers.items()}
-    licences = {name: licence_of(specs.get(name)) for name in student.teachers}
+    own = {name: licence_of(specs[name]) for name in student.teachers if name in specs}
+    licences = dict.fromkeys(student.teachers, UNSTATED) | dict(inherited) | own
     gives = (
         f"{{task: (B, channels, {height}, {width})}} for {', '.join(student.tasks)}"
         if student.tasks

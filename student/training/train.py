@@ -29,6 +29,7 @@ with extra("train"):
     from accelerate import Accelerator
 
 from teachercache.pipeline.loading.loader import FeatureLoader
+from teachercache.student.hub import teacher_licences
 from teachercache.student.losses.weighting import Equal, Famo, TeacherDrop, Weighting
 from teachercache.student.models.student import Student
 from teachercache.student.training.balance import normalisations
@@ -90,6 +91,8 @@ class _Run:
         torch.manual_seed(recipe.seed)  # of weights that are not loaded
         size, distills = found.views.size, recipe.distills
         student = first_student(recipe.student, found.facts, size, found.tasks, distills=distills)
+        begun = recipe.student.init_from
+        inherited = teacher_licences(begun) if begun else {}
         inputs = list(zip(self.caches, self.parts, strict=True))
         targets = [
             TARGET_SOURCES[recipe.features](cache, list(part.teachers), accelerator.device)
@@ -123,7 +126,7 @@ class _Run:
 
         def save(result: RunResult) -> None:
             student.save_pretrained(recipe.saved)
-            write_model_card(recipe.saved, student, recipe, self.caches, result)
+            write_model_card(recipe.saved, student, recipe, self.caches, result, inherited)
 
         use = f"from teachercache import load_student; student = load_student({str(recipe.saved)!r})"
         return run.finish(done, use, save)

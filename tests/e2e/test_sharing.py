@@ -48,8 +48,26 @@ def test_a_teacher_is_removed_and_the_others_stay_to_the_bit(tmp_path: Path) -> 
     counts = [sum(p.numel() for p in student.parameters()) for student in (before, after)]
     assert told == f"{output}: teachers: c; {counts[0]:,} → {counts[1]:,} parameters"
     assert all(map(torch.equal, after(pixels_B3HW)["c"], before(pixels_B3HW)["c"]))
+    assert not (output / "README.md").exists()
     with pytest.raises(RecipeError, match="needs a teacher"):
         CliRunner().invoke(app, ["remove-teacher", str(output), "c", "-o", "x"], catch_exceptions=False)
+
+
+def test_a_student_keeps_the_licence_of_a_teacher_that_was_removed(tmp_path: Path) -> None:
+    whole, output = tmp_path / "whole", tmp_path / "smaller"
+    teachers = {"dinov3": 64, "b": 64}
+    build_student("sak", stem="test_vit", teacher_dims=teachers, image_size=(32, 32)).save_pretrained(whole)
+    header = card_header({"dinov3": "dinov3-license", "b": "mit"})
+    (whole / "README.md").write_text(f"---\n{header}---\n# A student\n")
+    invoke("remove-teacher", whole, "dinov3", "-o", output)
+    assert (output / "README.md").read_text().endswith("# A student\n\nRemoved since: dinov3.\n")
+    with pytest.raises(LicenceError, match="dinov3 is under dinov3-license"):
+        push_to_hub(output, "me/sak")
+
+
+def test_a_student_without_a_card_is_public_only_when_told(saved: Path) -> None:
+    with pytest.raises(LicenceError, match=r"(?s)a is under not stated.*--accept-licences"):
+        push_to_hub(saved, "me/sak")
 
 
 def test_push_prints_the_address(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,7 +86,7 @@ def test_push_prints_the_address(saved: Path, monkeypatch: pytest.MonkeyPatch) -
     assert invoke("push", saved, "me/sak", "--private") == ["https://huggingface.co/me/sak"]
     assert asked[0] == {"repo_id": "me/sak", "private": True, "exist_ok": True}
     assert asked[1]["folder_path"] == saved
-    invoke("push", saved, "me/sak")
+    invoke("push", saved, "me/sak", "--accept-licences")
     assert asked[2]["private"] is False
 
 
@@ -78,7 +96,7 @@ def test_a_hub_that_does_not_take_it_is_told_of(
 ) -> None:
     monkeypatch.setattr(hub, "HfApi", partial(HfApi, endpoint="http://127.0.0.1:9", token="none"))
     with pytest.raises(CheckpointError, match=f"(?s)not pushed to {repository}.*hf auth login"):
-        push_to_hub(saved, repository)
+        push_to_hub(saved, repository, private=True)
 
 
 def test_a_student_without_weights_is_not_pushed(

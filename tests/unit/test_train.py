@@ -673,6 +673,22 @@ def test_a_student_goes_on_as_it_is(
     assert train(train_recipe(cache, tmp_path, **changes)).steps == 1
 
 
+def test_a_student_that_grows_keeps_the_licences_of_its_teachers(
+    images: Path, finished: Path, tmp_path: Path
+) -> None:
+    first = shutil.copytree(finished / "student", tmp_path / "first")
+    card = (first / "README.md").read_text()
+    (first / "README.md").write_text(card.replace("alpha: random weights", "alpha: dinov3-license"))
+    make_cache(tmp_path / "cache", images, teachers={"late": teacher_spec()})
+    changes = {"student": {"init_from": str(first)}, "schedule": {"max_steps": 1}}
+    train(train_recipe(tmp_path / "cache", tmp_path / "grown", **changes))
+    licences = hub.teacher_licences(tmp_path / "grown/student")
+    assert (licences["alpha"], licences["late"]) == ("dinov3-license", "random weights")
+    (first / "README.md").unlink()
+    train(train_recipe(tmp_path / "cache", tmp_path / "again", **changes))
+    assert hub.teacher_licences(tmp_path / "again/student")["alpha"] == "not stated"
+
+
 def test_low_rank_updates_leave_the_stem_of_a_growing_student_alone(
     images: Path, cache: Path, finished: Path, tmp_path: Path
 ) -> None:
