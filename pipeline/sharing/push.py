@@ -1,5 +1,7 @@
 """Push a cache, or a part of it, to a data set on the Hugging Face Hub."""
 
+import logging
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +13,7 @@ from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import CacheError, CacheMismatchError
 from teachercache.pipeline.places.hub_storage import BESIDE, PROTOCOL, pushing
 from teachercache.pipeline.places.local_storage import LocalStorage
+from teachercache.pipeline.places.own_places import PIPE
 from teachercache.pipeline.rearranging.rearrangement import Rearrangement
 from teachercache.pipeline.rearranging.subset import subset
 from teachercache.pipeline.records.manifest import SPEC_NAME
@@ -19,6 +22,9 @@ from teachercache.pipeline.sharing.card import cards
 from teachercache.pipeline.sharing.licences import licence_of, require_shareable
 
 _LAST = [SPEC_NAME, *BESIDE]
+_SECRET = re.compile(rf"{PIPE}|//[^/]*@|\?.*=")  # a command, user:password@ or a signed URL
+
+log = logging.getLogger(__name__)
 
 
 def push_cache(
@@ -55,6 +61,7 @@ def push_cache(
     with pushing("cache", repository, CacheError):
         address = str(api.create_repo(**place, private=private, exist_ok=True))
     pushed = run(subset(cache, str(folder), teachers=kept, levels=levels, fraction=fraction))
+    _hide_secret(pushed)
     for name, text in cards(pushed, repository).items():
         (folder / name).write_text(text)
     with pushing("cache", repository, CacheError):
@@ -67,6 +74,15 @@ def push_cache(
         api.upload_folder(**place, folder_path=folder, allow_patterns=_LAST)
     shutil.rmtree(folder)
     return address
+
+
+def _hide_secret(pushed: FeatureCache) -> None:
+    """Leave out of `cache.json` a place of the images that may hold a key; a plain one stays as it is."""
+    dataset = pushed.spec.dataset
+    if dataset.location != PIPE and _SECRET.search(dataset.location):
+        log.warning("the images' place is not pushed, since it may hold a key; readers name their own")
+        hidden = dataset.model_copy(update={"location": PIPE})  # which no reader follows
+        pushed.manifest.write_spec(pushed.spec.model_copy(update={"dataset": hidden}))
 
 
 def _require_own(there: DatasetInfo, pushed: FeatureCache, private: bool) -> None:

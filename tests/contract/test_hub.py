@@ -28,6 +28,7 @@ from teachercache.pipeline.errors import (
     CacheNotFoundError,
     IncompleteCacheError,
     LicenceError,
+    SourceError,
 )
 from teachercache.pipeline.places.hub_storage import CARD_FILE, CROISSANT_FILE
 from teachercache.pipeline.rearranging.subset import subset
@@ -272,6 +273,26 @@ def test_what_a_licence_restricts_is_public_only_when_told(
     push_cache(made.storage.url, "me/beta", teachers=["beta"])
     invoke("push-cache", made.storage.url, "me/public", "--accept-licences")
     assert not hub.repositories["datasets/me/public"].private
+
+
+@pytest.mark.parametrize(
+    "location",
+    ["pipe:curl -H 'Authorization: Bearer hidden' https://host/a.tar", "https://me:hidden@host/a",
+     "https://host/a.tar?sig=hidden", '{"a": {"path": "pipe:echo \\"x\\" hidden", "kind": "tar"}}'],
+)  # fmt: skip
+def test_no_key_in_the_place_of_the_images_is_pushed(
+    location: str, hub: HubServer, images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = make_cache(tmp_path / "made", images)
+    dataset = made.spec.dataset.model_copy(update={"location": location})
+    made.manifest.write_spec(made.spec.model_copy(update={"dataset": dataset}))
+    push_cache(made.storage.url, "me/made")
+    assert "may hold a key" in caplog.text
+    there = hub.repositories["datasets/me/made"].files
+    assert not [name for name, data in there.items() if b"hidden" in data]
+    assert FeatureCache.open(made.storage.url).spec.dataset.location == location
+    with pytest.raises(SourceError, match="opened only if you name it"):
+        FeatureCache.open("hf://datasets/me/made").source_bytes(0)
 
 
 def test_copies_of_images_are_public_only_when_told() -> None:
