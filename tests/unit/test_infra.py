@@ -227,6 +227,39 @@ def test_skypilot_is_given_bash_and_the_variables_that_it_names() -> None:
     assert named == {"RECIPE", "SOURCE", "CACHE"} <= task["envs"].keys()
 
 
+RAY = """#!/usr/bin/env bash
+case "$*" in
+  health-check*) test -e "$HOME/head" ;;
+  *--head*--block) trap 'rm "$HOME/head"; exit' TERM; touch "$HOME/head"; while :; do sleep 0.05; done ;;
+  *--address=*--block) while test -e "$HOME/head"; do sleep 0.05; done; exit 1 ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("status", [0, 3])
+def test_every_rank_of_skypilot_ends_when_the_build_has_ended(tmp_path: Path, status: int) -> None:
+    """Ray and the build are stood in for: the script is what is tried."""
+    (tmp_path / "teachercache/bin").mkdir(parents=True)
+    (tmp_path / "teachercache/bin/activate").touch()
+    for name, text in (
+        ("ray", RAY),
+        ("sleep", "#!/bin/sh\nexec /bin/sleep 0.02\n"),
+        ("python", f"#!/bin/sh\n/bin/sleep 0.5\nexit {status}\n"),
+    ):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    given = {"HOME": str(tmp_path), "PATH": f"{tmp_path}:/usr/bin:/bin", "SKYPILOT_NODE_IPS": "10.0.0.1"}
+    ranks = [
+        subprocess.Popen(["bash", "-c", GIVEN["skypilot"]["run"]], env={**given, "SKYPILOT_NODE_RANK": rank})
+        for rank in "10"
+    ]
+    try:
+        assert [rank.wait(30) for rank in ranks] == [0, status]
+    finally:
+        for rank in ranks:
+            rank.kill()
+
+
 # --- monitoring ----------------------------------------------------------------------------------------
 
 
