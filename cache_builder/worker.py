@@ -11,6 +11,7 @@ from teachercache.cache_builder.extract import ShardExtractor
 from teachercache.cache_builder.teachers.teacher import Teacher
 from teachercache.cache_builder.teachers.teacher_recipe import build_teachers
 from teachercache.pipeline.cache import FeatureCache
+from teachercache.pipeline.codecs.kernels import compiles
 from teachercache.pipeline.errors import BuildError, CacheMismatchError
 from teachercache.pipeline.places.cores import share_of_cores
 from teachercache.pipeline.records.spec import TeacherSpec
@@ -25,7 +26,7 @@ class Worker:
         self.decode_threads = decode_threads(runner, device)
         with _enough_memory():
             self.teachers = build_teachers(teachers, device)
-        if device.startswith("cuda") if runner.compile is None else runner.compile:
+        if compiles(torch.device(device)) if runner.compile is None else runner.compile:
             for teacher in self.teachers.values():
                 teacher.compile_blocks(runner.batch_size)
 

@@ -1,6 +1,7 @@
 """Whether this machine has what the kernels in Triton ask for."""
 
 import os
+import shutil
 import warnings
 
 import torch
@@ -22,15 +23,31 @@ def has_kernel(device: torch.device) -> bool:
     return True
 
 
+def compiles(device: torch.device) -> bool:
+    """Whether recipes that leave it open use torch.compile there; a GPU that cannot says why."""
+    if device.type == "cuda" and (reason := _no_triton()) is not None:
+        warnings.warn(f"Nothing is compiled by torch.compile: {reason}.", stacklevel=2)
+        return False
+    return device.type == "cuda"
+
+
 def _why_not(device: torch.device) -> str | None:
     if os.environ.get(SWITCH) == "0":
         return f"{SWITCH}=0"
+    if (reason := _no_triton()) is not None:
+        return reason
+    if torch.cuda.is_available() and (found := torch.cuda.get_device_capability(device)) < LEAST_CAPABILITY:
+        return f"a GPU of compute capability {found[0]}.{found[1]}, expected 8.0 or newer"
+    return None
+
+
+def _no_triton() -> str | None:
     try:
         import triton
     except ImportError:
         return "triton is not installed"
     if tuple(map(int, triton.__version__.split(".")[:2])) < LEAST_TRITON:
         return f"triton {triton.__version__}, expected 3.6 or newer"
-    if torch.cuda.is_available() and (found := torch.cuda.get_device_capability(device)) < LEAST_CAPABILITY:
-        return f"a GPU of compute capability {found[0]}.{found[1]}, expected 8.0 or newer"
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "no C compiler (gcc, clang or CC)"
     return None

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from teachercache.pipeline.cache import FeatureCache
+from teachercache.pipeline.codecs.kernels import compiles
 from teachercache.pipeline.errors import extra
 
 with extra("train"):
@@ -155,8 +156,8 @@ class _Run:
         wanted, tasks = self.recipe.distillation, self.found.task_loss
         settings = wanted.model_dump(include=set(signature(kind.loss).parameters), exclude_none=True)
         loss = kind.loss(**settings) if self.recipe.distills else None
-        compiles = self.recipe.student.compile
-        if student.mean.device.type == "cuda" if compiles is None else compiles:
+        wanted_compile = self.recipe.student.compile
+        if compiles(student.mean.device) if wanted_compile is None else wanted_compile:
             model = cast(nn.Module, torch.compile(model, **_COMPILED))
             for source in targets:
                 source.compile(**_COMPILED)

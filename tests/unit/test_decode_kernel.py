@@ -122,3 +122,14 @@ def test_a_switch_turns_the_kernels_off(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv(kernels.SWITCH, "0")
     with pytest.warns(UserWarning, match="TEACHERCACHE_TRITON=0"):
         assert not kernels.has_kernel(torch.device("cuda"))
+
+
+def test_a_machine_without_a_c_compiler_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert kernels.compiles(gpu)
+    assert not kernels.compiles(cpu)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", "")
+    for answer in (kernels.has_kernel, kernels.compiles):
+        with pytest.warns(UserWarning, match="no C compiler"):
+            assert not answer(gpu)

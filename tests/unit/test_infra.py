@@ -74,8 +74,10 @@ def test_the_image_copies_every_package() -> None:
     assert copied_into_the_image() == packages | texts | {"pyproject.toml", "constraints.txt"}
 
 
-def test_the_image_has_what_the_probes_of_kuberay_call() -> None:
-    assert re.search(r"^RUN .*apt-get install .*\bwget\b", (INFRA / "Dockerfile").read_text(), re.MULTILINE)
+@pytest.mark.parametrize("package", ["wget", "gcc", "libc6-dev"])
+def test_the_image_has_what_the_probes_of_kuberay_and_triton_call(package: str) -> None:
+    text = (INFRA / "Dockerfile").read_text()
+    assert re.search(rf"^RUN .*apt-get install .* {package}\b", text, re.MULTILINE)
 
 
 @pytest.fixture
