@@ -42,23 +42,24 @@ def decode_hadamard(
     at_once = max(1, _VALUES // (sides[0] * sides[1]))
     blocks = -(-tokens // at_once)
     if rows:
-        _decode[(rows * num_levels * blocks,)](
-            *(codes, scales, levels, mean, signed_std, left, right, out, tokens, blocks, num_levels),
-            BITS=len(levels).bit_length() - 1,
-            M=len(left),
-            K=len(right),
-            PADDED_M=sides[0],
-            PADDED_K=sides[1],
-            TOKENS=at_once,
-            PRECISION="tf32x3" if dtype == torch.float32 else "tf32",
-            enable_fp_fusion=True,
-        )
-        slots = places.shape[2]
-        _restore[(rows * num_levels, -(-slots // _SLOTS))](
-            *(places, values, mean, std, out, slots, num_levels, tokens * channels),
-            CHANNELS=channels,
-            SLOTS=_SLOTS,
-        )
+        with torch.cuda.device_of(out):  # Triton launches on the current one
+            _decode[(rows * num_levels * blocks,)](
+                *(codes, scales, levels, mean, signed_std, left, right, out, tokens, blocks, num_levels),
+                BITS=len(levels).bit_length() - 1,
+                M=len(left),
+                K=len(right),
+                PADDED_M=sides[0],
+                PADDED_K=sides[1],
+                TOKENS=at_once,
+                PRECISION="tf32x3" if dtype == torch.float32 else "tf32",
+                enable_fp_fusion=True,
+            )
+            slots = places.shape[2]
+            _restore[(rows * num_levels, -(-slots // _SLOTS))](
+                *(places, values, mean, std, out, slots, num_levels, tokens * channels),
+                CHANNELS=channels,
+                SLOTS=_SLOTS,
+            )
     return out
 
 

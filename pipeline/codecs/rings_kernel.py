@@ -35,15 +35,16 @@ def nearest_rings(
     is_left = torch.ones(num_tokens, dtype=torch.int32, device=tokens.device)
     for first, at_once, rounds in ((0, 1, 1), (1, _TRIES, 2**30)) if num_tokens else ():
         order, num_left = is_left.argsort(descending=True), is_left.sum()
-        _nearest[(num_programs,)](
-            *(tokens, bases, rank_of_pair, order, num_left, is_left, choices, ranks, scales),
-            *(width, num_programs, math.log2(finer) / 2, first, rounds),
-            BITS=bits,
-            TRIES=at_once,
-            THREADS=_THREADS,
-            num_warps=1,
-            enable_fp_fusion=False,  # so that near ties end as in the twin
-        )
+        with torch.cuda.device_of(tokens):  # Triton launches on the current one
+            _nearest[(num_programs,)](
+                *(tokens, bases, rank_of_pair, order, num_left, is_left, choices, ranks, scales),
+                *(width, num_programs, math.log2(finer) / 2, first, rounds),
+                BITS=bits,
+                TRIES=at_once,
+                THREADS=_THREADS,
+                num_warps=1,
+                enable_fp_fusion=False,  # so that near ties end as in the twin
+            )
     return ranks, scales
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ from teachercache.pipeline.codecs import Encoded, get_codec, kernels
 
 triton = pytest.importorskip("triton")
 
-from teachercache.pipeline.codecs import decode_kernel, quantized  # noqa: E402
+from teachercache.pipeline.codecs import decode_kernel, quantized, rings_kernel  # noqa: E402
 
 CODECS = [
     pytest.param("int4-hadamard", 384, id="24 × 16"),
@@ -133,3 +136,23 @@ def test_a_machine_without_a_c_compiler_compiles_nothing(monkeypatch: pytest.Mon
     for answer in (kernels.has_kernel, kernels.compiles):
         with pytest.warns(UserWarning, match="no C compiler"):
             assert not answer(gpu)
+
+
+def test_kernels_are_launched_on_the_gpu_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    inside, launches = list[Tensor](), list[int]()
+
+    @contextmanager
+    def device_of(tensor: Tensor) -> Iterator[None]:
+        inside.append(tensor)
+        yield
+        inside.pop()
+
+    kernel = MagicMock()
+    kernel.__getitem__.return_value = lambda *_, **__: launches.append(len(inside))
+    for module, name in ((decode_kernel, "_decode"), (decode_kernel, "_restore"), (rings_kernel, "_nearest")):
+        monkeypatch.setattr(module, name, kernel)
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(quantized, "has_kernel", lambda _: True)
+    encoded("int4-hadamard", 64).decode()
+    rings_kernel.nearest_rings(torch.ones(33, 8), torch.ones(33), torch.zeros(1, dtype=torch.int32), 4, 1.05)
+    assert launches == [1, 1, 1, 1]
