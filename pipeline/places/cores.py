@@ -13,17 +13,20 @@ _DEVICES = Path("/sys/bus/pci/devices")
 
 def near_cores(gpu: Any, devices: Path = _DEVICES) -> tuple[set[int], int]:
     """Those of the NUMA node of `gpu` (torch's properties of a device) that this process may use, and how
-    many GPUs share them; all that it may use, where the system does not say."""
+    many GPUs share them; all that it may use, where the system does not say, or few of them are near."""
     allowed = os.sched_getaffinity(0)
     own = devices / f"{gpu.pci_domain_id:04x}:{gpu.pci_bus_id:02x}:{gpu.pci_device_id:02x}.0"
     try:
-        kind, nearby = [_kind(own), *(own / "local_cpulist").read_text().split()]
-        beside = [one for one in devices.iterdir() if _kind(one) == kind]
-        sharing = sum((one / "local_cpulist").read_text().split() == [nearby] for one in beside)
-        near = allowed & _cores(nearby)
+        node, kind = _cores(own), _kind(own)
+        nodes = [_cores(one) for one in devices.iterdir() if _kind(one) == kind]
     except (OSError, ValueError):
         return allowed, 1
-    return (near, sharing) if near else (allowed, max(1, len(beside)))
+    near, machine = allowed & node, set[int]().union(*nodes)
+    # A job that has a part of the cores has such a part of the GPUs.
+    sharing = max(1, round(nodes.count(node) * len(near) / len(node)))
+    of_all = max(1, round(len(nodes) * len(allowed & machine) / len(machine)))
+    few = 2 * len(near) / sharing < len(allowed) / of_all  # its cores are elsewhere
+    return (allowed, of_all) if few else (near, sharing)
 
 
 def share_of_cores(gpu: Any, devices: Path = _DEVICES) -> int:
@@ -45,7 +48,8 @@ def _kind(device: Path) -> tuple[str, str]:
     return (device / "vendor").read_text(), (device / "class").read_text()[:4]
 
 
-def _cores(text: str) -> set[int]:
-    """Of "0-3,8"."""
+def _cores(device: Path) -> set[int]:
+    """Those of its node: of "0-3,8"."""
+    text = (device / "local_cpulist").read_text()
     ends = [[int(end) for end in part.split("-")] for part in text.split(",")]
     return {core for first, *last in ends for core in range(first, (last or [first])[0] + 1)}

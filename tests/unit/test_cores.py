@@ -37,6 +37,20 @@ def test_the_cores_of_a_node_are_shared_by_its_gpus(devices: Path) -> None:
     assert share_of_cores(GPU, devices) == 3
 
 
+@pytest.mark.parametrize(
+    ("allowed", "found"),
+    [
+        pytest.param({0, 1, 2, 3}, ({0, 1, 2, 3}, 1), id="half a node, for one of its two GPUs"),
+        pytest.param({0, *range(4, 8), *range(12, 15)}, ({0, *range(4, 8), *range(12, 15)}, 2), id="far ones"),
+    ],
+)
+def test_a_job_with_a_part_of_the_cores_shares_them_with_its_part_of_the_gpus(
+    devices: Path, monkeypatch: pytest.MonkeyPatch, allowed: set[int], found: tuple[set[int], int]
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: allowed)
+    assert near_cores(GPU, devices) == found
+
+
 @pytest.mark.parametrize("text", ["", "16-31\n", "garbled\n"])
 def test_all_cores_are_near_where_the_system_does_not_say(devices: Path, text: str) -> None:
     (devices / "0000:17:00.0" / "local_cpulist").write_text(text)
