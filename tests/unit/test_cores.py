@@ -41,7 +41,7 @@ def test_the_cores_of_a_node_are_shared_by_its_gpus(devices: Path) -> None:
     ("allowed", "found"),
     [
         pytest.param({0, 1, 2, 3}, ({0, 1, 2, 3}, 1), id="half a node, for one of its two GPUs"),
-        pytest.param({0, *range(4, 8), *range(12, 15)}, ({0, *range(4, 8), *range(12, 15)}, 2), id="far ones"),
+        pytest.param({0, *range(4, 8), *range(12, 15)}, ({0, *range(4, 8), *range(12, 15)}, 2), id="far"),
     ],
 )
 def test_a_job_with_a_part_of_the_cores_shares_them_with_its_part_of_the_gpus(
