@@ -12,6 +12,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
+import torch
+
 from teachercache.cache_builder.build_recipe import RunnerRecipe
 from teachercache.cache_builder.calibrate import Calibration, CalibrationSample
 from teachercache.cache_builder.extract import ShardExtractor
@@ -181,6 +183,7 @@ class LocalRunner(Runner):
             elif not isinstance(error, Exception):
                 raise error
             else:
+                require_memory(error, self.recipe.batch_size)
                 require_place(error, url)
                 queue.retry_or_fail(task, describe(error))
 
@@ -226,6 +229,18 @@ def require_place(error: Exception, url: str) -> None:
     if (words := place_error(error, url)) is not None:
         raise BuildError(
             "No more files can be written to the cache; everything committed stays.", **words
+        ) from error
+
+
+def require_memory(error: Exception, batch_size: int) -> None:
+    """Raise for a GPU that is too small, which would hit the next shard as well."""
+    if isinstance(error, torch.OutOfMemoryError):
+        smaller = f"set runner.batch_size={batch_size // 2}, or " if batch_size > 1 else ""
+        raise BuildError(
+            "A batch does not fit the memory of this GPU; everything committed stays.",
+            got=str(error).splitlines()[0],
+            expected=f"room for the teachers and a batch of {batch_size} views",
+            do=f"{smaller}take a larger GPU, or one that nothing else uses",
         ) from error
 
 

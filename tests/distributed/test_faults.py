@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from teachercache import FeatureCache, build
@@ -121,6 +122,22 @@ def hang(self, *arguments):
     return encode(self, *arguments)
 ShardExtractor._extract, Computing.encode = begin, hang
 """
+
+
+def test_a_shard_that_does_not_fit_the_gpu_ends_the_build_at_once_with_a_batch_that_may(
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def extract(_: ShardExtractor, shard: int, names: Collection[str]) -> None:
+        tried.append(shard)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmany lines")
+
+    monkeypatch.setattr(ShardExtractor, "extract", extract)
+    options = {"batch_size": 4, "decode_threads": 1, "shards_in_flight": 1}
+    with pytest.raises(BuildError, match=r"allocate 2.00 GiB.\n(.|\n)*set runner\.batch_size=2, or"):
+        build(build_recipe(tmp_path / "cache", images, runner=options), QUIET)
+    assert len(tried) == 1
 
 
 def test_a_teacher_that_hangs_ends_the_local_build_with_a_message(tmp_path: Path, images: Path) -> None:
