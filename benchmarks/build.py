@@ -33,6 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.photographs import write_photographs
+from benchmarks.waits import count_waits
 from teachercache import FeatureCache, build, render_view
 from teachercache.cache_builder.build_recipe import BuildRecipe
 from teachercache.cache_builder.extract import ShardExtractor
@@ -122,6 +123,9 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
     if device.type == "cpu":  # a GPU works on while the stages' clocks stop
         return results | {"share_of_wall_not_forward": 1 - stages["forward"] / sum(ours)}
+    with count_waits() as waits:
+        extract_all(cache, teachers, recipe)
+    results["waits_a_batch"] = waits[0] * arguments.batch_size / cache.num_rows / len(teachers)
     teraflop = 2e-3 * sum(map(teacher_gmacs, cache.spec.teachers.values())) * cache.num_rows
     for what, seconds_each in (("bare_forward", bare), ("build", ours)):
         speed = teraflop / statistics.median(seconds_each)

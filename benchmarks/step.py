@@ -6,7 +6,8 @@
 Student and loss are those of `teachercache.student.training.train`. "In memory" takes the same images and
 decoded targets at every step: nothing is read, decoded or rendered. The three take turns of some steps; the
 first of each turn, which find batches made in another's time, do not count. Medians over steps and over
-turns. Prints a table and, last, one line of JSON.
+turns; on a GPU, where the host runs ahead and all is compiled as in a run, over turns. Prints a table and,
+last, one line of JSON.
 
 The goals: cached at most 1.05 of the time in memory; online over cached at least 0.9 of what their FLOPs say.
 """
@@ -33,6 +34,7 @@ from torch.optim import AdamW
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.photographs import write_photographs
+from benchmarks.waits import count_waits
 from teachercache import build, build_student
 from teachercache.cache_builder.build_recipe import BuildRecipe
 from teachercache.pipeline.cache import FeatureCache
@@ -40,8 +42,9 @@ from teachercache.pipeline.loading.loader import Batch, FeatureLoader
 from teachercache.pipeline.loading.sampler import ShardShuffleSampler
 from teachercache.student.losses.distillation import DistillationLoss, Target
 from teachercache.student.timing import StageTimer
+from teachercache.student.training.device_batches import DeviceBatches
 from teachercache.student.training.objectives import SakObjective
-from teachercache.student.training.targets import CachedTargets, OnlineTargets, TargetSource
+from teachercache.student.training.targets import COMPILED, CachedTargets, OnlineTargets, TargetSource
 
 MEMORY, CACHED, ONLINE = "in memory", "cached", "online"
 PREFETCH = 1
@@ -77,7 +80,8 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         seconds: dict[str, list[float]] = {kind: [] for kind in trainer.kinds}
         for _ in range(arguments.repeats):
             for kind, turns in seconds.items():
-                turns.append(statistics.median(trainer.turn(kind, arguments.steps)))
+                turns.append(trainer.turn(kind, arguments.steps))
+        waits = {kind: trainer.waits(kind) for kind in trainer.kinds if trainer.on_gpu}
         flops = {kind: trainer.flops(kind) for kind in trainer.kinds}
     results: dict[str, Any] = {
         "benchmark": "step",
@@ -88,6 +92,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "step_s": {kind: statistics.median(turns) for kind, turns in seconds.items()},
         "gflops": {kind: count / 1e9 for kind, count in flops.items()},
         "cached_over_memory": ratio(seconds, CACHED, MEMORY),
+        "waits": waits,
         "device": str(trainer.accelerator.device),
         "cpus": os.cpu_count(),
         "load_average": os.getloadavg()[0],
@@ -133,7 +138,7 @@ class Trainer:
     """One student that takes steps on batches and targets of each kind."""
 
     def __init__(self, arguments: argparse.Namespace, cache: FeatureCache, stack: ExitStack) -> None:
-        cuda = torch.cuda.is_available()
+        self.on_gpu = cuda = torch.cuda.is_available()
         self.accelerator = Accelerator(cpu=not cuda, mixed_precision="bf16" if cuda else "no")
         self._timer = StageTimer(self.accelerator.device)
         student = build_student(
@@ -144,6 +149,8 @@ class Trainer:
         )
         model, self._optimizer = self.accelerator.prepare(student, AdamW(student.parameters(), fused=True))
         model.train()
+        if cuda:
+            model = torch.compile(model, **COMPILED)
 
         sampler = ShardShuffleSampler(cache, batch_size_per_process=arguments.batch_size)
         sources: dict[str, TargetSource] = {
@@ -163,36 +170,56 @@ class Trainer:
                 pin_memory=cuda,
             )
             self._batches[kind] = iter(stack.enter_context(loader))
-        batch = next(self._batches[CACHED])
+            if cuda:
+                targets.compile(**COMPILED)
+        self._on_device = DeviceBatches(self.accelerator.device)
+        batch = self._on_device(next(self._batches[CACHED]))
         self._batches[MEMORY] = repeat(batch)
         sources[MEMORY] = InMemory(sources[CACHED](batch))
         self.kinds = sorted(sources, key=[MEMORY, CACHED, ONLINE].index)
+        loss = DistillationLoss()
+        if cuda:
+            loss.compile(**COMPILED)
         self._objectives = {
-            kind: SakObjective(model, student, [targets], DistillationLoss())
-            for kind, targets in sources.items()
+            kind: SakObjective(model, student, [targets], loss) for kind, targets in sources.items()
         }
 
-    def turn(self, kind: str, steps: int) -> list[float]:
-        """Seconds of each of `steps` steps, after some that do not count."""
-        seconds = []
-        for _ in range(UNCOUNTED_STEPS + steps):
-            start = time.perf_counter()
+    def turn(self, kind: str, steps: int) -> float:
+        """Seconds of one of `steps` steps, after some that do not count."""
+        for _ in range(UNCOUNTED_STEPS):
             self._step(kind)
-            seconds.append(time.perf_counter() - start)
-        return seconds[UNCOUNTED_STEPS:]
+        together, seconds = steps if self.on_gpu else 1, []
+        for _ in range(steps // together):
+            self._synchronize()
+            start = time.perf_counter()
+            for _ in range(together):
+                self._step(kind)
+            self._synchronize()
+            seconds.append((time.perf_counter() - start) / together)
+        return statistics.median(seconds)
+
+    def waits(self, kind: str) -> int:
+        """How often the host waits for the GPU in one step."""
+        with count_waits() as waits:
+            self._step(kind)
+        return waits[0]
 
     def flops(self, kind: str) -> int:
         """Floating-point operations of one step, those of attention included."""
-        with FlopCounterMode(display=False) as counter:
+        with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
             self._step(kind)
         return int(counter.get_total_flops())
 
     def _step(self, kind: str) -> None:
-        loss, _ = self._objectives[kind]([next(self._batches[kind])], self._timer)
+        batch = self._on_device(next(self._batches[kind]))
+        loss, _ = self._objectives[kind]([batch], self._timer)
         self.accelerator.backward(loss)
         self._optimizer.step()
         self._optimizer.zero_grad()
-        loss.item()  # waits for the device
+
+    def _synchronize(self) -> None:
+        if self.on_gpu:
+            torch.cuda.synchronize()
 
 
 def print_results(results: dict[str, Any]) -> None:

@@ -22,6 +22,8 @@ from teachercache.pipeline.stores.feature_store import NORMS
 from teachercache.pipeline.windows import cut, cut_nearest, grid_in
 from teachercache.student.losses.distillation import AdjointTarget, Target
 
+COMPILED: dict[str, Any] = {"dynamic": False, "options": {"combo_kernels": True}}  # small ones, side by side
+
 
 class TargetSource(ABC):
     """Gives the targets of a batch. `reads` and `extra_sizes` tell the loader which teachers' features and

@@ -44,10 +44,8 @@ from teachercache.student.training.preflight import Preflight, joined, preflight
 from teachercache.student.training.run import Run, RunResult, require_folder
 from teachercache.student.training.run_lock import only_trainer
 from teachercache.student.training.run_pictures import RunPictures
-from teachercache.student.training.targets import TARGET_SOURCES, TargetSource
+from teachercache.student.training.targets import COMPILED, TARGET_SOURCES, TargetSource
 from teachercache.student.training.train_recipe import TrainRecipe, run_identity
-
-_COMPILED: dict[str, Any] = {"dynamic": False, "options": {"combo_kernels": True}}  # small ones, side by side
 
 
 def train(recipe: TrainRecipe) -> RunResult:
@@ -158,11 +156,11 @@ class _Run:
         loss = kind.loss(**settings) if self.recipe.distills else None
         wanted_compile = self.recipe.student.compile
         if compiles(student.mean.device) if wanted_compile is None else wanted_compile:
-            model = cast(nn.Module, torch.compile(model, **_COMPILED))
+            model = cast(nn.Module, torch.compile(model, **COMPILED))
             for source in targets:
-                source.compile(**_COMPILED)
+                source.compile(**COMPILED)
             if isinstance(loss, nn.Module):
-                loss.compile(**_COMPILED)
+                loss.compile(**COMPILED)
         device, num_levels = self.accelerator.device, student.num_levels
         balance = {
             name: one

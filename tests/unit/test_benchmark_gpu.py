@@ -45,6 +45,12 @@ def test_every_section_works_without_ray_webdataset_and_omegaconf(tmp_path: Path
     assert "short" not in done.stdout
 
 
+def test_the_tests_of_a_gpu_begin_without_pytest_timeout() -> None:
+    command = [*gpu.PYTEST, "-p", "no:timeout", "--collect-only"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_a_section_that_fails_or_is_late_leaves_the_next_one_its_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
