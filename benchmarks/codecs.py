@@ -104,6 +104,8 @@ def _signals(args: argparse.Namespace) -> Iterator[tuple[str, Tensor, Tensor]]:
     if reason := trained.missing():
         print(reason, file=sys.stderr)
         del kinds["DINOv2-S"], kinds["VGG16, ReLU"]
+    if strangers := set(args.signals or ()) - kinds.keys():
+        raise SystemExit(f"no signal {', '.join(sorted(strangers))} here; there are: {'; '.join(kinds)}")
     for name in args.signals or kinds:
         yield name, kinds[name](0).to(args.device), kinds[name](1).to(args.device)
 

