@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.text import Text
 
 from teachercache.cache_builder.build_recipe import BuildRecipe
-from teachercache.cache_builder.calibrate import Calibration
+from teachercache.cache_builder.calibrate import Calibration, raw_losses
 from teachercache.cache_builder.draft import Draft, draft, extend, growth, spec_of
 from teachercache.cache_builder.kept_shards import kept_teacher
 from teachercache.cache_builder.moved_weights import with_checkpoints
@@ -128,6 +128,8 @@ def build(recipe: BuildRecipe, console: Console | None = None) -> BuildResult:
         try:
             with _runner(recipe, {name: spec.teachers[name] for name in names}, planned) as runner:
                 spec = _establish(recipe, manifest, drafted, runner)
+                for line in raw_losses(spec, _without_weights(drafted.spec)):
+                    console.print(line, soft_wrap=True, markup=False)
                 tasks = [Task(shard, missing) for shard, missing in pending(manifest, spec, names).items()]
                 random.Random().shuffle(tasks)  # an order of its own, or jobs that meet would stay in step
                 runner.num_shards = len(tasks)

@@ -1,6 +1,6 @@
 """The calibration phase: codecs learn their tables and are judged on a sample of rows."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Self
 
@@ -14,7 +14,7 @@ from teachercache.pipeline.codecs import codec_names, get_codec
 from teachercache.pipeline.codecs.fidelity import measure_fidelity
 from teachercache.pipeline.errors import CodecError, EmptySourceError, ImageDecodeError
 from teachercache.pipeline.grids import stored_form
-from teachercache.pipeline.records.spec import GridSpec
+from teachercache.pipeline.records.spec import CacheSpec, GridSpec
 from teachercache.pipeline.records.view_policy import Photometric
 from teachercache.pipeline.sources import Source, decode_image
 from teachercache.pipeline.views import View, ViewTable, render_view
@@ -97,6 +97,17 @@ class Calibration:
             expected=f"1% below no less than {LEAST_COSINE}",
             do=f"set teachers.{teacher}.codec to one that keeps to it: {better}; or set accept_loss=true",
         )
+
+
+def raw_losses(spec: CacheSpec, names: Iterable[str]) -> Iterator[str]:
+    """A line for each of these teachers whose features lose more, as they are, than `LEAST_COSINE` allows."""
+    for name in names:
+        if (p1 := spec.fidelity.get(name, {}).get("raw_cosine_p1", 1)) < LEAST_COSINE:
+            yield (
+                f"Codec {spec.teachers[name].codec} loses much of the raw features of teacher {name}: 1% of"
+                f" the token cosines are below {p1:.3f}. Train with distillation.targets=standardised (on no"
+                " adjoint grid), or choose another codec."
+            )
 
 
 @torch.inference_mode()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Mapping
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,23 @@ def test_a_codec_that_ruins_the_features_is_refused_and_others_are_named(
     assert cache.spec.fidelity["t"]["cosine_p1"] < 0.95
     other = build_recipe(tmp_path / "other", images, teachers={"t": teachers["t"] | {"codec": suggested}})
     assert build(other, QUIET).cache.spec.fidelity["t"]["cosine_p1"] > 0.99
+
+
+def test_a_build_says_where_raw_features_lose_more_than_standardised_ones(
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trained channels behind a ReLU differ so much that this is below .95; random ones do not."""
+    monkeypatch.setattr("teachercache.cache_builder.calibrate.LEAST_COSINE", 0.975)
+    teacher = TEACHER | {"model": "resnet10t"}
+    teachers = {"bad": teacher | {"codec": "int3-hadamard"}, "good": teacher | {"codec": "int8-hadamard"}}
+    console, recipe = Console(record=True, file=StringIO()), build_recipe(tmp_path, images, teachers=teachers)
+    fidelity = build(recipe, console).cache.spec.fidelity["bad"]
+    assert fidelity["raw_cosine_p1"] < 0.975 < fidelity["cosine_p1"]
+    said = console.export_text()
+    assert f"of teacher bad: 1% of the token cosines are below {fidelity['raw_cosine_p1']:.3f}" in said
+    assert said.count("distillation.targets=standardised") == 1
+    build(recipe, console)
+    assert "standardised" not in console.export_text(), "said once"
 
 
 def test_tables_are_part_of_what_a_row_is(tmp_path: Path, images: Path) -> None:
