@@ -25,7 +25,7 @@ from teachercache.pipeline.records.spec import (
     TeacherSpec,
 )
 from teachercache.pipeline.records.tables import dataset_fingerprint, labels_hash, with_views_hashes
-from teachercache.pipeline.records.view_policy import PolicyName, ViewPolicy
+from teachercache.pipeline.records.view_policy import Flip, PolicyName, ViewPolicy
 from teachercache.pipeline.sources import open_source
 from teachercache.pipeline.stores.feature_store import teacher_layouts
 from teachercache.pipeline.views import draw_views
@@ -86,6 +86,7 @@ def make_cache(
     samples_per_shard: int = 3,
     view_size: tuple[int, int] = (32, 32),
     policy: PolicyName = "imagenet_train",
+    flip: Flip = "random",
     invalid_samples: Collection[int] = (),
     skip_shards: Collection[int] = (),
     store: StoreKind = "zarr",
@@ -98,7 +99,7 @@ def make_cache(
     """
     source = open_source(str(images), kind)
     samples = source.scan(workers=1, progress=None)
-    view_policy = ViewPolicy(policy=policy, num_views=num_views, size=view_size)
+    view_policy = ViewPolicy(policy=policy, num_views=num_views, size=view_size, flip=flip)
     spec = CacheSpec(
         dataset=DatasetSpec(
             kind=source.kind,

@@ -318,7 +318,7 @@ class FeatureLoader:
 
     def _fresh_view(self, sample: int, epoch: int) -> View:
         width, height = (self._cache.samples[name][sample].as_py() for name in ("width", "height"))
-        policy = self._views.model_copy(update={"seed": self._seed})
+        policy = self._views.model_copy(update={"seed": self._seed, "flip": "random"})
         return draw_view(policy, self._cache.key(sample), width, height, epoch)
 
     def _image(self, sample: int, i: int, streamed: _Streamed) -> Image.Image:

@@ -69,10 +69,18 @@ def test_fresh_views_are_drawn_by_seed_sample_and_epoch(made: FeatureCache) -> N
                 )
 
 
-def test_fresh_training_is_that_of_a_cache_with_a_view_for_each_epoch(
+def test_fresh_crops_are_new_in_each_epoch_of_a_cache_of_pairs_too(
+    made: FeatureCache, images: Path, tmp_path: Path
+) -> None:
+    pairs, views = make_cache(tmp_path, images, flip="pairs"), {"fresh": True, "features": False}
+    for one, other in zip(batches(made, **views), batches(pairs, **views), strict=True):
+        assert torch.equal(one.images, other.images)
+
+
+def test_fresh_training_sees_what_a_cache_holds_in_the_first_epoch_and_new_crops_then(
     built: FeatureCache, tmp_path: Path
 ) -> None:
-    """Of one view in the cache the first epoch, three steps, is the same; the others see other crops."""
+    """An epoch is three steps."""
     cached = run(built, tmp_path / "cached")
     fresh = run(built, tmp_path / "fresh", features="fresh")
     assert fresh[:3] == pytest.approx(cached[:3], rel=1e-5)
