@@ -69,7 +69,10 @@ def advice(plan: Plan) -> dict[str, str]:
     if spec.views.margin:
         found["better"] = curve["margin"]
     elif spec.views.num_views == 1 and not spec.views.is_fixed:
-        found["better"] = f"{curve['views']}, +{human_bytes(spec.num_rows * plan.bytes_per_row)}"
+        found["better"] = f"{curve['views']}, +{human_bytes(spec.num_rows * plan.read_bytes_per_row)}"
+    elif spec.views.policy == "imagenet_train" and spec.views.flip == "random" and spec.views.num_views > 4:
+        spared = (spec.num_rows - 4 * spec.dataset.num_samples) * plan.read_bytes_per_row
+        found["fewer"] = f"{curve['fewer']}, -{human_bytes(spared)}"
     codec = get_codec(curve["codec"])
     saved = sum(
         max(0, one.bytes_per_row - bytes_per_row(one.spec.model_copy(update={"codec": codec.name})))
@@ -77,5 +80,7 @@ def advice(plan: Plan) -> dict[str, str]:
         if codec.fits(one.spec.width)
     )
     if saved:
-        found["smaller"] = f"{curve['bits']}, -{human_bytes(spec.num_rows * saved)}"
+        adjoint = any(one.spec.grid.kind == "adjoint" for one in plan.teachers)
+        bits = curve["bits_adjoint" if adjoint else "bits"]
+        found["smaller"] = f"{bits}, -{human_bytes(spec.num_rows * saved)}"
     return found
