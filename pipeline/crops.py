@@ -58,7 +58,7 @@ def draw_crops(
 
 
 class StudentJitter(Strict):
-    """How far a student's colours are from those that its teachers see, as torchvision's ColorJitter."""
+    """How far a student's colours are from those that its teachers see, changed as a `View`'s are."""
 
     brightness: float = Field(0.0, ge=0, le=1, description="Factors of 1 - x to 1 + x.")
     contrast: float = Field(0.0, ge=0, le=1, description="As brightness.")
