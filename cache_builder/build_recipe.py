@@ -42,7 +42,7 @@ class RunnerRecipe(Strict):
     max_attempts: int = Field(5, ge=1, description="How often a shard is tried.")
     num_actors: int | None = Field(None, ge=1, description="On Ray; null: all it has, and nodes that join.")
     gpus_per_actor: float | None = Field(
-        None, ge=0, description="null: 1, but small teachers run on CPUs until GPUs come; 0 asks for CPUs."
+        None, ge=0, description="null: 1, but small builds run on CPUs until GPUs come; 0 asks for CPUs."
     )
     cpus_per_actor: float = Field(1, gt=0, description="CPU cores that a process on Ray asks for.")
     stall_timeout_s: float = Field(600, gt=0, description="How long a shard may stand still.")

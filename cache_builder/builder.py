@@ -184,7 +184,7 @@ def _runner(recipe: BuildRecipe, teachers: Mapping[str, TeacherSpec], num_shards
         return LocalRunner(recipe.runner, teachers, num_shards)
     from teachercache.cache_builder.ray_runner import RayRunner  # a local build starts without ray
 
-    return RayRunner(recipe.runner, teachers, num_shards)
+    return RayRunner(recipe.runner, teachers, num_shards, num_shards * recipe.rows_per_shard)
 
 
 def _establish(recipe: BuildRecipe, manifest: Manifest, drafted: Draft, runner: Runner) -> CacheSpec:

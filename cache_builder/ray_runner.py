@@ -59,6 +59,7 @@ _SAY_AGAIN_S = 60.0
 _ANSWER_S = 1.0
 _WATCH = "watch"
 _LARGE_GMACS = 100.0  # a view through all teachers: seconds of a CPU core, milliseconds of a GPU
+_LONG_GMACS = 1e6  # all views: many hours of a CPU core, where nodes with GPUs may come
 _AHEAD = 8  # actors that may wait for nodes; more where more nodes are there, so that a cluster doubles
 
 
@@ -158,7 +159,11 @@ class RayRunner(Runner):
     worker: ClassVar[type[Worker]] = RayWorker
 
     def __init__(
-        self, recipe: RunnerRecipe, teachers: Mapping[str, TeacherSpec], num_shards: int | None = None
+        self,
+        recipe: RunnerRecipe,
+        teachers: Mapping[str, TeacherSpec],
+        num_shards: int | None = None,
+        num_rows: int = 0,
     ) -> None:
         super().__init__(recipe, teachers, num_shards)
         self._connected_here = not ray.is_initialized()
@@ -168,7 +173,11 @@ class RayRunner(Runner):
         self._waiting = Gauge("teachercache_build_actors_waiting", "Actors that wait for a node, or load.")
         self._place: tuple[str, str] | None = None
         asks = () if recipe.gpus_per_actor is not None else teachers.values()
-        self._is_large = sum(map(teacher_gmacs, asks)) >= _LARGE_GMACS
+        gmacs = sum(map(teacher_gmacs, asks))
+        is_long = self._nodes_may_join and gmacs * num_rows >= _LONG_GMACS
+        self._is_large = gmacs >= _LARGE_GMACS or is_long
+        if asks and self._nodes_may_join and not self._need().gpus:
+            log.warning("the build computes on CPUs until GPUs come; runner.gpus_per_actor=1 asks for GPUs")
         self._failed_starts, self._said_to_wait = 0, -math.inf
         self._actors: list[_Actor] = []
         self._fit_to_nodes()
@@ -234,7 +243,6 @@ class RayRunner(Runner):
         states = {"waiting": len(queue), "running": self._running(), "failed": len(queue.failed)}
         for state, count in states.items():
             self._shards.set(count, {"state": state})
-        self._waiting.set(sum(actor.opening is not None for actor in self._actors))
 
     def _feed(self, actor: _Actor, queue: Queue) -> None:
         if actor.leaving and not actor.running:
@@ -346,6 +354,7 @@ class RayRunner(Runner):
         waiting = [actor for actor in reversed(alike) if actor.opening is not None]
         for actor in waiting[: max(0, -missing)]:
             self._end(actor)
+        self._waiting.set(sum(actor.opening is not None for actor in self._actors))
 
     def _start_actor(self, need: Need) -> _Actor:
         options: dict[str, Any] = {

@@ -8,9 +8,10 @@ import pytest
 import ray
 import torch
 
-from teachercache.cache_builder import worker
+from teachercache.cache_builder import ray_runner, worker
 from teachercache.cache_builder.build_recipe import RunnerRecipe
 from teachercache.cache_builder.ray_cluster import Need
+from teachercache.cache_builder.ray_runner import RayRunner
 from teachercache.cache_builder.worker import Worker
 from teachercache.pipeline.errors import BuildError
 from tests.make_cache import teacher_spec
@@ -21,6 +22,49 @@ def cluster(monkeypatch: pytest.MonkeyPatch, *nodes: dict[str, float]) -> None:
     alive = [{"Alive": True, "Resources": resources} for resources in nodes]
     dead = {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}}
     monkeypatch.setattr(ray, "nodes", lambda: [*alive, dead])
+
+
+class Noted(dict[str, float]):
+    """In the place of Ray's gauges."""
+
+    def __init__(self, name: str, *_: object) -> None:
+        self.name = name
+
+    def set(self, value: float, *_: object) -> None:
+        self[self.name] = value
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "num_rows", "gpus"),
+    [
+        ("vit_tiny_patch16_224", 224, 192, 0),
+        ("vit_tiny_patch16_224", 224, 10_000_000, 1),
+        ("vit_large_patch16_384", 1024, 8, 1),
+    ],
+)
+def test_a_long_build_asks_for_gpus_where_there_are_none_and_a_short_one_says_that_it_does_not(
+    model: str,
+    size: int,
+    num_rows: int,
+    gpus: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    cluster(monkeypatch, {"CPU": 2.0})
+    for name, answer in (("is_initialized", True), ("cluster_resources", {"CPU": 2.0})):
+        monkeypatch.setattr(ray, name, lambda answer=answer: answer)
+    for name, stand_in in (("Gauge", Noted), ("Head", lambda: None)):
+        monkeypatch.setattr(ray_runner, name, stand_in)
+    actor = ray_runner._Actor(None, gpus, loaded=1, opening=1)
+    monkeypatch.setattr(RayRunner, "_start_actor", lambda self, need: actor)
+    changes = {"model": model, "render_size": (size, size), "image_size": (size, size)}
+    teacher = teacher_spec().model_copy(update=changes)
+    runner = RayRunner(RunnerRecipe(kind="ray"), {"a": teacher}, 4, num_rows)
+    assert runner._need().gpus == gpus
+    assert ("computes on CPUs until GPUs come" in caplog.text) == (not gpus)
+    assert ("waiting for a node with 1 CPUs and 1 GPUs" in caplog.text) == bool(gpus)
+    assert runner._waiting == {"teachercache_build_actors_waiting": len(runner._actors)}
+    assert runner._actors
 
 
 def test_a_cluster_whose_only_gpus_are_too_small_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
