@@ -22,6 +22,7 @@ from teachercache.pipeline.errors import (
     BuildError,
     BuildInterruptedError,
     CacheNotFoundError,
+    MissingExtraError,
     TeacherCacheError,
     explain,
     place_error,
@@ -223,8 +224,8 @@ def interrupted(number: signal.Signals) -> BuildInterruptedError:
 
 
 def require_place(error: Exception, url: str) -> None:
-    """Raise for an error of the cache's place, which would hit the next shard as well."""
-    if isinstance(error, CacheNotFoundError):
+    """Raise for an error of the cache's place or of what is not installed: it hits the next shard as well."""
+    if isinstance(error, CacheNotFoundError | MissingExtraError):
         raise error
     if (words := place_error(error, url)) is not None:
         raise BuildError(

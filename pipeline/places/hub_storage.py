@@ -1,15 +1,23 @@
 """A repository on the Hugging Face Hub, and how its client's errors are told."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
 
-from teachercache.pipeline.errors import CacheError, TeacherCacheError
+from teachercache.pipeline.errors import CacheError, StorageError, TeacherCacheError
 from teachercache.pipeline.places.remote_storage import RemoteStorage
+from teachercache.pipeline.places.storage import Result
 
 PROTOCOL = "hf://"
 CARD_FILE, CROISSANT_FILE = "README.md", "croissant.json"
-BESIDE = {CARD_FILE, CROISSANT_FILE, ".gitattributes"}  # what a push and the Hub put beside a cache
+BESIDE = {
+    CARD_FILE,
+    CROISSANT_FILE,
+    ".gitattributes",
+    "LICENSE",
+    "LICENSE.md",
+    "NOTICE",
+}  # which no cache owns
 
 
 class HubStorage(RemoteStorage):
@@ -22,6 +30,15 @@ class HubStorage(RemoteStorage):
         "check user/name; log in if it is private (`hf auth login` or HF_TOKEN); if a push was interrupted, "
         "run the same `teachercache push-cache` again"
     )
+
+    def _retrying(self, read: Callable[..., Result], name: str, *rest: int) -> Result:
+        try:
+            return super()._retrying(read, name, *rest)
+        except OSError as error:  # the client's, of an answer such as 403
+            if getattr(getattr(error, "response", None), "status_code", 404) == 404:
+                raise
+            do = "check user/name, and log in with a token that may read it (`hf auth login` or HF_TOKEN)"
+            raise StorageError(f"{self.url}/{name} cannot be read.", got=error, do=do) from error
 
     def _read_range(self, name: str, offset: int, nbytes: int) -> bytes:
         exactly = {"start": offset, "end": offset + nbytes, "cache_type": "none"}  # or 5 MiB more are fetched

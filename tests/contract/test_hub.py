@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx2
 import huggingface_hub.constants
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ import torch
 import xarray
 import yaml
 import zarr
+from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars
 from typer.testing import CliRunner
 
@@ -29,7 +31,9 @@ from teachercache.pipeline.errors import (
     IncompleteCacheError,
     LicenceError,
     SourceError,
+    StorageError,
 )
+from teachercache.pipeline.places import retries
 from teachercache.pipeline.places.hub_storage import CARD_FILE, CROISSANT_FILE
 from teachercache.pipeline.rearranging.subset import subset
 from teachercache.pipeline.records.manifest import QuarantineEntry
@@ -119,6 +123,22 @@ def test_it_is_opened_where_it_is_and_equals_the_original(pushed: Repository, ca
     assert verify(opened, full=True) == []
     again = pickle.loads(pickle.dumps(opened))  # noqa: S301
     assert torch.equal(again.feature_maps("beta", rows), cache.feature_maps("beta", rows))
+
+
+def test_rows_that_the_hub_refuses_are_one_message(
+    pushed: Repository, hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = FeatureCache.open(URL)
+    monkeypatch.setattr(hub, "fault", lambda method, path: 403 if "codes/c/" in path else None)
+    with pytest.raises(StorageError, match=r"(?s)cannot be read.*403.*HF_TOKEN") as raised:
+        opened.feature_maps("alpha", np.array([0]))
+    assert "repair" not in str(raised.value)
+
+
+@pytest.mark.parametrize(("status", "passes"), [(503, True), (429, True), (403, False)])
+def test_an_answer_of_the_hub_that_passes_is_read_again(status: int, passes: bool) -> None:
+    response = httpx2.Response(status, request=httpx2.Request("GET", "http://here"))
+    assert retries.is_passing(HfHubHTTPError("refused", response=response)) is passes
 
 
 def test_zarr_and_xarray_read_it_as_its_card_says(pushed: Repository, cache: FeatureCache) -> None:
@@ -320,6 +340,14 @@ def test_a_token_without_rights_is_told_of(
     if not token:
         with pytest.raises(CacheNotFoundError, match=r"(?s)hf auth login"):
             FeatureCache.open("hf://datasets/me/secret")
+
+
+def test_licences_beside_a_cache_are_no_hindrance(hub: HubServer, cache: FeatureCache) -> None:
+    beside = {"LICENSE.md": b"Terms.", "NOTICE": b"Names."}
+    hub.repositories["datasets/me/bound"] = Repository(files=dict(beside))
+    push_cache(cache.storage.url, "me/bound")
+    there = hub.repositories["datasets/me/bound"].files
+    assert {name: there[name] for name in beside} == beside
 
 
 def test_an_incomplete_cache_is_not_pushed(hub: HubServer, images: Path, tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ from teachercache.cache_builder import ray_runner, worker
 from teachercache.cache_builder.build_recipe import RunnerRecipe
 from teachercache.cache_builder.ray_cluster import Need
 from teachercache.cache_builder.ray_runner import RayRunner
+from teachercache.cache_builder.runner import require_place
 from teachercache.cache_builder.worker import Worker
-from teachercache.pipeline.errors import BuildError
+from teachercache.pipeline.errors import BuildError, MissingExtraError
 from tests.make_cache import teacher_spec
 
 
@@ -91,6 +92,11 @@ def test_a_build_waits_for_gpus_where_there_are_none_yet(
 ) -> None:
     cluster(monkeypatch, *nodes)
     assert Need(cpus=1, gpus=2).room(nodes_may_join=True, has_begun=False) == room
+
+
+def test_an_extra_that_is_missing_ends_a_build_at_once() -> None:
+    with pytest.raises(MissingExtraError):
+        require_place(MissingExtraError("pcodec"), "/cache")
 
 
 def test_a_build_that_has_begun_waits_and_a_cluster_of_its_own_does_not(
