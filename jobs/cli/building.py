@@ -27,8 +27,10 @@ if TYPE_CHECKING:
     from teachercache.pipeline.records.spec import TeacherSpec
 
 _ANSWER_S = 5.0
-# Keys and addresses of stores; no names of profiles and files, which are on this machine alone.
-_PASSED = re.compile(r"(?!.*_(PROFILE|FILE|DIR)$)(AWS_|AZURE_STORAGE_|FSSPEC_|HF_(TOKEN|ENDPOINT)$)")
+# Keys and addresses of stores; no profiles, files and addresses, which are on this machine alone.
+_PASSED = re.compile(
+    r"(?!.*_(PROFILE|FILE|DIR|BUNDLE|PATH|RELATIVE_URI)$)(AWS_|AZURE_STORAGE_|FSSPEC_|HF_(TOKEN|ENDPOINT)$)"
+)
 
 
 def distill(

@@ -20,7 +20,7 @@ def fetched(location: str) -> LocalStorage:
 
     Raises `SourceError` for a command that fails, and for a tar that ends early.
     """
-    with extra("train"):
+    with extra("build"):
         from webdataset.gopen import gopen
         from webdataset.shardlists import expand_urls
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

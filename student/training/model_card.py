@@ -29,7 +29,7 @@ def write_model_card(
     result: RunResult,
     inherited: Mapping[str, str],
 ) -> None:
-    """Write `folder`/README.md: what the student gives, how it came to be, and the licences it `inherited`."""
+    """Write `folder`/README.md: what the student gives, how it came to be, what licences it `inherited`."""
     height, width = student.image_size
     specs = {name: spec for cache in caches for name, spec in cache.spec.teachers.items()}
     own = {name: licence_of(specs[name]) for name in student.teachers if name in specs}

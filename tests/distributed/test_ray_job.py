@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from teachercache import FeatureCache
+from teachercache.jobs.cli.building import _PASSED
 from teachercache.pipeline.verify import verify
 from tests.make_cache import build_recipe, make_images
 from tests.wheel import Wheel
@@ -92,6 +93,20 @@ def recipe(folder: Path, **options: object) -> str:
     built = build_recipe(folder / "cache", make_images(folder / "images", 16), runner=runner, **options)
     file.write_text(built.model_dump_json())
     return str(file)
+
+
+@pytest.mark.parametrize(
+    ("name", "passes"),
+    [
+        ("AWS_SECRET_ACCESS_KEY", True),
+        ("AWS_ENDPOINT_URL", True),
+        ("AWS_CA_BUNDLE", False),
+        ("AWS_DATA_PATH", False),
+        ("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", False),
+    ],
+)
+def test_a_job_gets_no_variable_that_means_something_here_alone(name: str, passes: bool) -> None:
+    assert bool(_PASSED.match(name)) is passes
 
 
 def test_a_submitted_job_builds_a_cache_with_the_keys_of_where_it_was_typed(

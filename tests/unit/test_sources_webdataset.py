@@ -1,4 +1,5 @@
 import json
+import sys
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 import webdataset
 
+from teachercache.pipeline.errors import MissingExtraError
 from teachercache.pipeline.sources import open_source
 from tests.images import encode, photo, tar_bytes, write_folder
 
@@ -308,3 +310,9 @@ def test_a_label_is_its_word(tmp_path: Path, data: bytes, label: str) -> None:
 
 def test_true_is_no_label(tmp_path: Path) -> None:
     assert scan_tar(tmp_path, ("b.jpg", JPEG), ("b.json", b'{"label": true}'))["b"]["label"] is None
+
+
+def test_a_pipe_names_the_extra_of_builds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "webdataset.gopen", None)
+    with pytest.raises(MissingExtraError, match=r"teachercache\[build\]"):
+        open_source("pipe:cat nothing.tar")
