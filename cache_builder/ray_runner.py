@@ -38,6 +38,7 @@ from teachercache.cache_builder.runner import (
     Queue,
     Runner,
     Task,
+    Teachers,
     describe,
     interrupted,
     log,
@@ -159,11 +160,7 @@ class RayRunner(Runner):
     worker: ClassVar[type[Worker]] = RayWorker
 
     def __init__(
-        self,
-        recipe: RunnerRecipe,
-        teachers: Mapping[str, TeacherSpec],
-        num_shards: int | None = None,
-        num_rows: int = 0,
+        self, recipe: RunnerRecipe, teachers: Teachers, num_shards: int | None = None, num_rows: int = 0
     ) -> None:
         super().__init__(recipe, teachers, num_shards)
         self._connected_here = not ray.is_initialized()
@@ -174,8 +171,7 @@ class RayRunner(Runner):
         self._place: tuple[str, str] | None = None
         asks = () if recipe.gpus_per_actor is not None else teachers.values()
         gmacs = sum(map(teacher_gmacs, asks))
-        is_long = self._nodes_may_join and gmacs * num_rows >= _LONG_GMACS
-        self._is_large = gmacs >= _LARGE_GMACS or is_long
+        self._is_large = gmacs >= _LARGE_GMACS or (self._nodes_may_join and gmacs * num_rows >= _LONG_GMACS)
         if asks and self._nodes_may_join and not self._need().gpus:
             log.warning("the build computes on CPUs until GPUs come; runner.gpus_per_actor=1 asks for GPUs")
         self._failed_starts, self._said_to_wait = 0, -math.inf

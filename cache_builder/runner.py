@@ -35,6 +35,7 @@ FINISH_S = 12.0  # for shards in flight after SIGTERM; schedulers give 30 s, pre
 ABANDON_S = 3.0
 TICK_S = 1.0
 
+Teachers = Mapping[str, TeacherSpec]
 OnCommit = Callable[[Mapping[str, CommitRecord]], None]
 log = logging.getLogger(__name__)
 
@@ -100,9 +101,7 @@ class Runner(ABC):
 
     worker: ClassVar[type[Worker]] = Worker
 
-    def __init__(
-        self, recipe: RunnerRecipe, teachers: Mapping[str, TeacherSpec], num_shards: int | None = None
-    ) -> None:
+    def __init__(self, recipe: RunnerRecipe, teachers: Teachers, num_shards: int | None = None) -> None:
         self.recipe, self.teachers, self.num_shards = recipe, teachers, num_shards
         self.orphans: list[tuple[Task, str]] = []
 
@@ -133,9 +132,7 @@ class Runner(ABC):
 class LocalRunner(Runner):
     """One process, `shards_in_flight` threads."""
 
-    def __init__(
-        self, recipe: RunnerRecipe, teachers: Mapping[str, TeacherSpec], num_shards: int | None = None
-    ) -> None:
+    def __init__(self, recipe: RunnerRecipe, teachers: Teachers, num_shards: int | None = None) -> None:
         super().__init__(recipe, teachers, num_shards)
         self._worker = self.worker(teachers, recipe)
 

@@ -22,7 +22,6 @@ _PASSING = {
 }
 # By name, since the client libraries may be missing: those of botocore and aiohttp that are not OSErrors.
 _PASSING_KINDS = {"HTTPClientError", "ClientConnectionError", "ClientPayloadError", "IncompleteReadError"}
-_STATUS = ("status", "code", "status_code")  # of an HTTP answer, as its clients call it
 _TOO_MANY_REQUESTS, _SERVER_ERROR = 429, 500
 
 log = logging.getLogger(__name__)
@@ -35,8 +34,8 @@ def is_passing(error: BaseException) -> bool:
         return False
     if isinstance(error, OSError) and (error.errno in _PASSING or isinstance(error, TimeoutError)):
         return True
-    answer = getattr(error, "response", error)
-    status = next(filter(None, (getattr(answer, name, None) for name in _STATUS)), None)
+    status = getattr(error, "status", None) or getattr(error, "code", None)  # of an HTTP answer
+    status = status or getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(status, int) and (status == _TOO_MANY_REQUESTS or status >= _SERVER_ERROR):
         return True
     return any(kind.__name__ in _PASSING_KINDS for kind in type(error).__mro__)

@@ -22,8 +22,7 @@ from teachercache.pipeline.sharing.card import cards
 from teachercache.pipeline.sharing.licences import licence_of, require_shareable
 
 _LAST = [SPEC_NAME, *BESIDE]
-_SECRET = re.compile(rf"{PIPE}|//[^/]*@|\?.*=")  # a command, user:password@ or a signed URL
-
+_SECRET = re.compile(rf"{PIPE}.|//[^/]*@|\?.*=")  # a command, user:password@ or a signed URL
 log = logging.getLogger(__name__)
 
 
@@ -61,7 +60,10 @@ def push_cache(
     with pushing("cache", repository, CacheError):
         address = str(api.create_repo(**place, private=private, exist_ok=True))
     pushed = run(subset(cache, str(folder), teachers=kept, levels=levels, fraction=fraction))
-    _hide_secret(pushed)
+    if _SECRET.search(pushed.spec.dataset.location):
+        log.warning("the images' place is not pushed, since it may hold a key; readers name their own")
+        hidden = pushed.spec.dataset.model_copy(update={"location": PIPE})  # which no reader follows
+        pushed.manifest.write_spec(pushed.spec.model_copy(update={"dataset": hidden}))
     for name, text in cards(pushed, repository).items():
         (folder / name).write_text(text)
     with pushing("cache", repository, CacheError):
@@ -74,15 +76,6 @@ def push_cache(
         api.upload_folder(**place, folder_path=folder, allow_patterns=_LAST)
     shutil.rmtree(folder)
     return address
-
-
-def _hide_secret(pushed: FeatureCache) -> None:
-    """Leave out of `cache.json` a place of the images that may hold a key; a plain one stays as it is."""
-    dataset = pushed.spec.dataset
-    if dataset.location != PIPE and _SECRET.search(dataset.location):
-        log.warning("the images' place is not pushed, since it may hold a key; readers name their own")
-        hidden = dataset.model_copy(update={"location": PIPE})  # which no reader follows
-        pushed.manifest.write_spec(pushed.spec.model_copy(update={"dataset": hidden}))
 
 
 def _require_own(there: DatasetInfo, pushed: FeatureCache, private: bool) -> None:

@@ -90,8 +90,7 @@ class _Run:
         torch.manual_seed(recipe.seed)  # of weights that are not loaded
         size, distills = found.views.size, recipe.distills
         student = first_student(recipe.student, found.facts, size, found.tasks, distills=distills)
-        begun = recipe.student.init_from
-        inherited = teacher_licences(begun) if begun else {}
+        inherited = teacher_licences(begun) if (begun := recipe.student.init_from) else {}
         inputs = list(zip(self.caches, self.parts, strict=True))
         targets = [
             TARGET_SOURCES[recipe.features](cache, list(part.teachers), accelerator.device)
