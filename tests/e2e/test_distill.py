@@ -124,6 +124,8 @@ def test_its_recipes_are_complete_and_are_what_is_printed(runs: Runs) -> None:
     assert printed == "---\n".join(file.read_text() for file in files)
     assert find_recipe(BuildRecipe, files[0]).teachers["tiny"].pretrained is False
     assert find_recipe(TrainRecipe, files[1]).global_batch_size == IMAGES
+    assert find_recipe(BuildRecipe, files[0]).runner.compile is False  # a compiler takes minutes
+    assert find_recipe(TrainRecipe, files[1]).student.compile is False
     built = teachercache("build", files[0])
     assert (built.exit_code, "Nothing to do" in built.output) == (0, True), built.exception
 
