@@ -1,6 +1,6 @@
 """What a recipe and a cache ask of each other, all of it before weights are loaded or a step is taken."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -174,7 +174,7 @@ def _ask_cache(found: Preflight, recipe: TrainRecipe, cache: FeatureCache, proce
         found.num_samples = found.num_samples or found.sampler.num_samples
     if cache.spec.images == "rendered":
         with found.problems.noted():
-            found.notices += _pixel_notices(recipe, cache)
+            found.notices += _pixel_notices(recipe, cache, found.held if recipe.reads_cache else ())
     if (wanted := recipe.validation) is None or (recipe.held_out and found.sampler is None):
         return
     with found.problems.noted():
@@ -192,18 +192,29 @@ def _ask_cache(found: Preflight, recipe: TrainRecipe, cache: FeatureCache, proce
             found.notices.append(f"But {shared:,} of the images in {images.storage.url} are trained on.")
 
 
-def _pixel_notices(recipe: TrainRecipe, cache: FeatureCache) -> Iterator[str]:
+def _pixel_notices(recipe: TrainRecipe, cache: FeatureCache, cached: Iterable[str]) -> Iterator[str]:
     """Of a cache that holds the student's pixels."""
     if recipe.features == "fresh" or recipe.student_jitter:
         yield "The pixels in the cache are not read: fresh views and jitter are rendered from the images."
-    elif not recipe.reads_cache or recipe.features == "hybrid":
-        made = {record.versions.get("pillow", "unknown") for record in cache.commits(IMAGES).values()}
-        if others := sorted(made - {PIL.__version__}):
+        return
+    made = _pillows(cache, IMAGES)
+    for name in cached:
+        if any(made.get(shard, by) != by for shard, by in _pillows(cache, name).items()):
             yield (
-                f"The student's pixels were rendered by Pillow {', '.join(others)}, the teachers' are by"
-                f" {PIL.__version__} here: they may differ in some bits. Install the former, or give images:"
-                " reference to a build of your own."
+                f"The student's pixels were rendered by another version of Pillow than those that {name} saw:"
+                " they may differ in some bits."
             )
+    others = sorted({*made.values()} - {PIL.__version__})
+    if others and (recipe.features == "hybrid" or not recipe.reads_cache):
+        yield (
+            f"The student's pixels were rendered by Pillow {', '.join(others)}, the teachers' are by"
+            f" {PIL.__version__} here: they may differ in some bits. Install the former, or give images:"
+            " reference to a build of your own."
+        )
+
+
+def _pillows(cache: FeatureCache, name: str) -> dict[int, str]:
+    return {shard: one.versions.get("pillow", "unknown") for shard, one in cache.commits(name).items()}
 
 
 def _images(cache: FeatureCache) -> set[str]:

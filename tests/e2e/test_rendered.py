@@ -172,3 +172,10 @@ def test_pixels_of_another_pillow_than_the_teachers_are_told(
     assert "Pillow" not in str(preflight(cached, cache.spec, cache).notices)
     fresh = train_recipe(built / "cache", tmp_path / "run", features="fresh")
     assert "are not read" in str(preflight(fresh, cache.spec, cache).notices)
+    path = shutil.copytree(built / "cache", tmp_path / "cache")
+    record = cache.manifest.read_commit("tiny", 1)
+    cache = FeatureCache.open(path)
+    cache.manifest.commit(record.model_copy(update={"versions": {"pillow": "0.9"}}))  # it was added later
+    assert "another version of Pillow than those that tiny saw" in str(
+        preflight(cached, cache.spec, cache).notices
+    )
