@@ -26,6 +26,9 @@ from benchmarks.fake_gpu import (
     give_fake_weights,
 )
 from benchmarks.inductor import fused, trained
+from benchmarks.roofline import count_decode
+from teachercache.cache_builder.teachers import resolve_teacher
+from teachercache.cache_builder.teachers.teacher_recipe import TeacherRecipe
 from teachercache.pipeline.codecs.quantizer import ScalarQuantizer
 from teachercache.pipeline.codecs.rings import RingQuantizer, num_ranks
 
@@ -220,6 +223,15 @@ def test_the_search_of_rings_is_counted_by_its_instructions_eager_and_compiled()
         assert work.flops >= 1.4 * once
         assert work.bound_s > once / (LANES * CLOCK)
         assert work.synchronisations == 0
+
+
+def test_the_outliers_are_restored_by_a_kernel_eager_and_compiled() -> None:
+    recipe = TeacherRecipe(preset="dinov2_small", pretrained=False, grid="adjoint", codec="int4-hadamard")
+    spec = resolve_teacher("dinov2_small", recipe, (112, 112))
+    with fake_gpu() as fake:
+        works = [count_decode(fake, spec, 2, compiles)[0] for compiles in (False, True)]
+    assert [work.by_kernel["restore"] for work in works] == [1, 1]
+    assert works[0].bound_s == pytest.approx(works[1].bound_s)
 
 
 @pytest.fixture(scope="module")
