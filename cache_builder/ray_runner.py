@@ -42,7 +42,6 @@ from teachercache.cache_builder.runner import (
     describe,
     interrupted,
     log,
-    require_memory,
     require_place,
 )
 from teachercache.cache_builder.stages import STAGES
@@ -275,8 +274,7 @@ class RayRunner(Runner):
                 queue.give_back(task)
                 return
             assert self._place is not None
-            require_memory(cause, self.recipe.batch_size)
-            require_place(cause, self._place[0])
+            require_place(cause, self._place[0], self.recipe.batch_size)
             queue.retry_or_fail(task, describe(cause))
         except RayError as error:  # its answer went with a node; its commits stay
             self._lose(actor, f"its answer was lost: {last_line(error)}", queue)

@@ -181,8 +181,7 @@ class LocalRunner(Runner):
             elif not isinstance(error, Exception):
                 raise error
             else:
-                require_memory(error, self.recipe.batch_size)
-                require_place(error, url)
+                require_place(error, url, self.recipe.batch_size)
                 queue.retry_or_fail(task, describe(error))
 
     def _end_if_hung(self, extractor: ShardExtractor) -> None:
@@ -220,18 +219,15 @@ def interrupted(number: signal.Signals) -> BuildInterruptedError:
     return error
 
 
-def require_place(error: Exception, url: str) -> None:
-    """Raise for an error of the cache's place or of what is not installed: it hits the next shard as well."""
+def require_place(error: Exception, url: str, batch_size: int = 1) -> None:
+    """Raise for an error that hits the next shard as well: of the cache's place, of what is not installed, or
+    of a full GPU."""
     if isinstance(error, CacheNotFoundError | MissingExtraError):
         raise error
     if (words := place_error(error, url)) is not None:
         raise BuildError(
             "No more files can be written to the cache; everything committed stays.", **words
         ) from error
-
-
-def require_memory(error: Exception, batch_size: int) -> None:
-    """Raise for a GPU that is too small, which would hit the next shard as well."""
     if isinstance(error, torch.OutOfMemoryError):
         smaller = f"set runner.batch_size={batch_size // 2}, or " if batch_size > 1 else ""
         raise BuildError(

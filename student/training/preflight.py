@@ -200,10 +200,7 @@ def _pixel_notices(recipe: TrainRecipe, cache: FeatureCache, cached: Iterable[st
     made = _pillows(cache, IMAGES)
     for name in cached:
         if any(made.get(shard, by) != by for shard, by in _pillows(cache, name).items()):
-            yield (
-                f"The student's pixels were rendered by another version of Pillow than those that {name} saw:"
-                " they may differ in some bits."
-            )
+            yield f"Some bits of the student's pixels may differ from {name}'s: another Pillow rendered them."
     others = sorted({*made.values()} - {PIL.__version__})
     if others and (recipe.features == "hybrid" or not recipe.reads_cache):
         yield (
