@@ -16,6 +16,7 @@ from benchmarks.studies import claim_folder
 from benchmarks.view_arms import ARMS, CEILING, CODES, FORMS, GPU_ARMS, SMOKE, Settings, disk, phases, plan
 from benchmarks.view_curve import Curve, collect, of_the_way, parse, train_images
 from teachercache.pipeline.units import human_bytes
+from tests.images import encode, write_parquet
 
 
 def view_curve(output: Path, *options: str) -> subprocess.CompletedProcess[str]:
@@ -24,10 +25,19 @@ def view_curve(output: Path, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
 
 
+def labelled(folder: Path) -> list[str]:
+    """Images of two classes that their colour tells apart, to train on and to test."""
+    colours = ["red", "blue"] * 10
+    images = [encode(Image.new("RGB", (32, 32), colour)) for colour in colours]
+    labels = [colours.index(colour) for colour in colours]
+    files = [write_parquet(folder / f"{part}.parquet", images, labels) for part in ("train", "test")]
+    return ["--labelled", *map(str, files)]
+
+
 @pytest.fixture(scope="module")
 def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("view_curve")
-    done = view_curve(folder)
+    done = view_curve(folder, *labelled(folder))
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -43,7 +53,9 @@ def test_every_arm_has_its_figures_at_both_lengths(results: dict[str, Any]) -> N
         rows = results["figures"][length]
         assert list(rows) == list(results["settings"]["arms"])
         assert all(-1 <= row["similarity"][0] <= 1 for row in rows.values())
-        assert all(("semseg" in row) == (length == "long") for row in rows.values())
+        for key in ("semseg", "top1", "knn"):
+            assert all((key in row) == (length == "long") for row in rows.values())
+        assert all(row[key] == [100] for row in rows.values() for key in ("top1", "knn") if key in row)
     plain, wide, ceiling = (rows[name]["bytes_per_image"] for name in ("1 view", "1 wide, 16 px", CEILING))
     assert plain < wide < ceiling, "a wide row costs more than a plain one, and less than a view an epoch"
 
@@ -55,7 +67,7 @@ def test_a_plot_is_drawn(output: Path) -> None:
 
 
 def test_what_is_done_so_far_can_be_told(output: Path, results: dict[str, Any]) -> None:
-    told = view_curve(output, "--report", "--seeds", "3")
+    told = view_curve(output, "--report", "--seeds", "3", *labelled(output))
     assert told.returncode == 0, told.stderr
     assert json.loads(told.stdout.splitlines()[-1])["figures"] == results["figures"]
 
@@ -63,7 +75,7 @@ def test_what_is_done_so_far_can_be_told(output: Path, results: dict[str, Any]) 
 def test_the_same_command_takes_up_what_is_done(output: Path, results: dict[str, Any]) -> None:
     for name in results["settings"]["arms"][:1]:
         (output / "results" / f"measure_{name};_long;_0.json".replace(" ", "_")).unlink()
-    again = view_curve(output)
+    again = view_curve(output, *labelled(output))
     assert "[1/1," in again.stderr, "one part was left to do"
     assert json.loads((output / "results.json").read_text())["figures"] == results["figures"]
 
