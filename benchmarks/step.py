@@ -38,6 +38,7 @@ from benchmarks.waits import count_waits
 from teachercache import build, build_student
 from teachercache.cache_builder.build_recipe import BuildRecipe
 from teachercache.pipeline.cache import FeatureCache
+from teachercache.pipeline.codecs.kernels import compiles
 from teachercache.pipeline.loading.loader import Batch, FeatureLoader
 from teachercache.pipeline.loading.sampler import ShardShuffleSampler
 from teachercache.student.losses.distillation import DistillationLoss, Target
@@ -149,7 +150,8 @@ class Trainer:
         )
         model, self._optimizer = self.accelerator.prepare(student, AdamW(student.parameters(), fused=True))
         model.train()
-        if cuda:
+        compiled = compiles(self.accelerator.device)
+        if compiled:
             model = torch.compile(model, **COMPILED)
 
         sampler = ShardShuffleSampler(cache, batch_size_per_process=arguments.batch_size)
@@ -170,7 +172,7 @@ class Trainer:
                 pin_memory=cuda,
             )
             self._batches[kind] = iter(stack.enter_context(loader))
-            if cuda:
+            if compiled:
                 targets.compile(**COMPILED)
         self._on_device = DeviceBatches(self.accelerator.device)
         batch = self._on_device(next(self._batches[CACHED]))
@@ -178,7 +180,7 @@ class Trainer:
         sources[MEMORY] = InMemory(sources[CACHED](batch))
         self.kinds = sorted(sources, key=[MEMORY, CACHED, ONLINE].index)
         loss = DistillationLoss()
-        if cuda:
+        if compiled:
             loss.compile(**COMPILED)
         self._objectives = {
             kind: SakObjective(model, student, [targets], loss) for kind, targets in sources.items()
