@@ -7,11 +7,13 @@ the loaders in memory of their own). Libraries that may be missing are imported 
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache as once
 from importlib import import_module
 from itertools import count
 from pathlib import Path
@@ -120,7 +122,9 @@ def first_touch_unquestioning(w: Workload) -> Iterator[Arrays]:
     return _first_touches(w, Unquestioning)
 
 
-def raw_pread(w: Workload) -> Iterator[Arrays]:
+def raw_pread(
+    w: Workload, read: Callable[..., object] = lambda file, into, offset: os.preadv(file, [into], offset)
+) -> Iterator[Arrays]:
     """The system calls alone: files open, places known, memory at hand."""
     places = {name: _places(w, name, values.ndim - 1) for name, values in w.arrays.items()}
     chunks = {name: [value.reshape(-1).view(np.uint8).data for value in w.arrays[name]] for name in places}
@@ -128,8 +132,22 @@ def raw_pread(w: Workload) -> Iterator[Arrays]:
         for name, into in chunks.items():
             for chunk, position in zip(into, order.tolist(), strict=True):
                 descriptor, offset = places[name][position]
-                os.preadv(descriptor, [chunk], offset)
+                read(descriptor, chunk, offset)
         yield w.tensors
+
+
+def raw_direct(w: Workload) -> Iterator[Arrays]:
+    """Past the page cache: the pages that a row is in, into memory of whole pages, and the row from there."""
+    page, pages = mmap.PAGESIZE, mmap.mmap(-1, w.batch_nbytes + 2 * mmap.PAGESIZE)
+    direct = once(lambda file: os.open(f"/proc/self/fd/{file}", os.O_RDONLY | os.O_DIRECT))
+
+    def read(descriptor: int, into: memoryview, offset: int) -> None:
+        first, start = offset // page * page, offset % page
+        end = -(-(start + len(into)) // page) * page
+        os.preadv(direct(descriptor), [memoryview(pages)[:end]], first)
+        into[:] = memoryview(pages)[start : start + len(into)]
+
+    return raw_pread(w, read)
 
 
 def _places(w: Workload, name: str, row_ndim: int) -> list[tuple[int, int]]:
@@ -370,6 +388,7 @@ def data_loader(w: Workload) -> Iterator[Arrays]:
 
 READERS: dict[str, Reader] = {
     "raw pread": raw_pread,
+    "raw pread, O_DIRECT": raw_direct,
     "ours": ours,
     "ours, checksums": ours_checked,
     "ours, opened anew each pass": first_touch,
