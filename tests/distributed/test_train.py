@@ -146,6 +146,7 @@ def test_two_processes_train_on_two_inputs_weighed_as_one_does(
             "student": {"kind": "kpu", "stem": "test_vit", "pretrained": False},
             "distillation": {"weighting": weighting},
             "inputs": [{"cache": str(one), "batch_size_per_process": size} for one, size in inputs],
+            "batch_size_per_process": 16,  # the default, as if it was left out
         }
 
     two = run(cache, tmp_path / "two", processes=2, batch_size=2, steps=10, **changes(2, 1))
