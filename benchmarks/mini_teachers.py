@@ -22,7 +22,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 from timm.models import build_model_with_cfg, register_model
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import VisionTransformer, _cfg
 from torch import Tensor
 
 from teachercache.pipeline.records.view_policy import ViewPolicy
@@ -47,18 +47,7 @@ TEACHERS: dict[str, tuple[str, ...]] = {
 HIDDEN_SHARE, HIDDEN_SQUARE = 0.5, 2 * PATCH  # larger than a patch, or neighbours would give it away
 LEARNING_RATE = 1e-3
 
-default_cfgs = {
-    MINI_VIT: {
-        "url": "",
-        "input_size": (3, *IMAGE_SIZE),
-        "fixed_input_size": True,
-        "mean": (0.5, 0.5, 0.5),
-        "std": (0.5, 0.5, 0.5),
-        "num_classes": 0,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
-    }
-}
+default_cfgs = {MINI_VIT: _cfg(input_size=(3, *IMAGE_SIZE), num_classes=0)}
 
 
 def mini_vit(pretrained: bool = False, **changes: Any) -> Any:

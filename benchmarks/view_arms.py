@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from timm.models import build_model_with_cfg, register_model
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import VisionTransformer, _cfg
 
 from benchmarks import trained
 from teachercache.cache_builder.plan import bytes_per_row
@@ -26,18 +26,7 @@ ADVISED = {"codec": "int4-hadamard", "grid": "adjoint"}
 PLAIN, CEILING = "1 view", "fresh crops"
 LENGTHS = ("short", "long")
 
-default_cfgs = {
-    CURVE_VIT: {
-        "url": "",
-        "input_size": (3, 96, 96),
-        "fixed_input_size": True,
-        "mean": (0.5, 0.5, 0.5),
-        "std": (0.5, 0.5, 0.5),
-        "num_classes": 0,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
-    }
-}
+default_cfgs = {CURVE_VIT: _cfg(input_size=(3, 96, 96), num_classes=0)}
 
 
 def curve_vit(pretrained: bool = False, **changes: Any) -> Any:

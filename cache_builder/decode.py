@@ -37,7 +37,7 @@ class Sample:
     index: int
     rows: range
     slots: list[Slot]
-    streamed: Future[bytes | None]
+    streamed: Future[bytes | None] | None
     data: bytes = b""
     reason: str | None = None
 
@@ -64,9 +64,10 @@ class Decoding:
         spec = self._cache.spec
         slots = self._slots(frozenset(map(spec.render_size, teachers)))
         num_views, first_row = spec.shard_segment(shard).num_views, spec.shard_rows(shard).start
-        indices = spec.shard_samples(shard)
-        stream, reader = self._cache.images.stream_source(indices), ThreadPoolExecutor(1, "stream")
-        streamed = (reader.submit(next, stream, None) for _ in indices)
+        indices, images = spec.shard_samples(shard), self._cache.images
+        stream = images.stream_source(indices) if images.source.streams else None
+        reader = ThreadPoolExecutor(1, "stream")
+        streamed = (reader.submit(next, stream, None) if stream else None for _ in indices)
         samples = (
             Sample(index, range(start, start + num_views), list(islice(slots, num_views)), data)
             for start, index, data in zip(count(first_row, num_views), indices, streamed, strict=False)
@@ -87,7 +88,8 @@ class Decoding:
             if (status := self._cache.samples["status"][sample.index].as_py()) != OK:
                 raise ImageDecodeError(status)
             with seconds.stage("read"):
-                data = sample.streamed.result() or self._cache.source_bytes(sample.index)
+                data = sample.streamed and sample.streamed.result()
+                data = data or self._cache.source_bytes(sample.index)
             with seconds.stage("decode"):
                 self._render(sample, data)
             sample.data = data

@@ -50,6 +50,10 @@ class SeveralSources(Source):
             raise self._gone(path)
         return self._sources[name].read(own, offset, nbytes)
 
+    @property
+    def streams(self) -> bool:
+        return any(one.streams for one in self._sources.values())
+
     def stream(self, path: str, places: Sequence[tuple[int, int]]) -> Iterator[bytes]:
         name, _, own = path.partition("/")
         return self._sources[name].stream(own, places) if name in self._sources else iter(())

@@ -134,6 +134,11 @@ class Source(ABC):
             raise self._gone(path) from error
         return self._unchanged(data, path, nbytes)
 
+    @property
+    def streams(self) -> bool:
+        """Whether `stream` may give anything."""
+        return False
+
     def stream(self, path: str, places: Sequence[tuple[int, int]]) -> Iterator[bytes]:
         """What these (offset, nbytes) of a file hold now, in order, as far as long reads serve and give."""
         return iter(())

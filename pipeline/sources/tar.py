@@ -149,11 +149,15 @@ class TarSource(Source):
             with self.place.storage.open_read(path) as file:
                 yield from (f"{path}/{member.name}" for member in tar_members(file, 0, nbytes))
 
+    @property
+    def streams(self) -> bool:
+        return not self._is_local
+
     def stream(self, path: str, places: Sequence[tuple[int, int]]) -> Iterator[bytes]:
         start, end = places[0][0] - tarfile.BLOCKSIZE, sum(places[-1])
         in_order = all(sum(one) <= following for one, (following, _) in pairwise(places))
         dense = 2 * sum(nbytes for _, nbytes in places) >= end - start
-        if self._is_local or len(places) < _LEAST_STREAMED or not (in_order and dense):
+        if not self.streams or len(places) < _LEAST_STREAMED or not (in_order and dense):
             return
         span = _Span(partial(self.place.storage.read_range, path), start, end)
         # by where they begin, since names may be cut, and occur twice

@@ -254,3 +254,10 @@ def test_a_changed_image_is_an_error(tmp_path: Path) -> None:
     put(another_image(data))
     with pytest.raises(CacheMismatchError, match=r"The image of sample a/007 has changed"):
         decoded(cache)
+
+
+def test_a_local_source_is_not_asked_for_a_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "train.tar").write_bytes(tar_bytes(PLAIN))
+    cache = cache_of(tmp_path, str(tmp_path / "train.tar"))
+    monkeypatch.setattr(type(cache.images), "stream_source", None)
+    assert all(isinstance(one, bytes) for one in decoded(cache))
