@@ -19,5 +19,4 @@ if not __package__:  # run as a script: it imports this checkout's packages, ins
 from teachercache.jobs.cli import main
 
 if __name__ == "__main__":
-    sys.argv[1:2] = ["build", *sys.argv[1:2], "runner.kind=ray"]
-    main()
+    main("build", "runner.kind=ray")

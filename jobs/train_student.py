@@ -18,5 +18,4 @@ if not __package__:  # run as a script: it imports this checkout's packages, ins
 from teachercache.jobs.cli import main
 
 if __name__ == "__main__":
-    sys.argv.insert(1, "train")
-    main()
+    main("train")

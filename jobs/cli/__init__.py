@@ -1,9 +1,10 @@
 """The `teachercache` command. Each verb takes a recipe or a cache, and `key=value` overrides."""
 
 from importlib import metadata
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.main import get_command
 
 from teachercache.jobs.cli import (
     building,
@@ -64,5 +65,13 @@ def _root(
 ) -> None: ...
 
 
-def main() -> None:
-    run(app)
+def main(verb: str | None = None, *overrides: str) -> None:
+    """The command; or a script that is one `verb`, with `overrides` of its recipe before the user's own."""
+    command: Any = get_command(app)
+    if verb is not None:
+        command = command.commands[verb]
+        call = command.callback
+        command.callback = lambda **given: call(
+            **given | {"overrides": [*overrides, *(given["overrides"] or ())]}
+        )
+    run(command)

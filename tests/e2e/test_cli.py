@@ -214,7 +214,7 @@ def test_a_ray_job_refuses_relative_paths(tmp_path: Path) -> None:
     """Ray runs a job in a copy of the working folder, which it deletes."""
     copy = tmp_path / "runtime_resources" / "working_dir_files"
     copy.mkdir(parents=True)
-    status, text = script("cache_teachers.py", "demo", "cache=caches/x", folder=copy)
+    status, text = script("cache_teachers.py", "--dry-run", "demo", "cache=caches/x", folder=copy)
     assert status == 2
     assert "absolute path" in text
 
@@ -223,7 +223,10 @@ def test_a_ray_job_refuses_relative_paths(tmp_path: Path) -> None:
 def test_scripts_explain_themselves(name: str, tmp_path: Path) -> None:
     status, text = script(name, "--help", folder=tmp_path)
     assert status == 0
-    assert "RECIPE" in text
+    assert f"{name} [OPTIONS] {{RECIPE}}" in text
+    status, text = script(name, folder=tmp_path)
+    assert status == 2
+    assert "Missing argument 'RECIPE'" in text
 
 
 @pytest.mark.parametrize("device", ["cpuu", "cuda:77"])
