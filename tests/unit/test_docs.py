@@ -221,6 +221,7 @@ def test_names_of_the_code_are_in_the_code(page: Path) -> None:
 
 
 def test_shapes_of_the_glossary_are_those_of_the_names() -> None:
-    shapes = re.findall(r"`\w+_([A-Za-z]+)` \(([^()]*)\)", (ROOT / "docs/glossary.md").read_text())
+    shapes = re.findall(r"`(\w+_([A-Za-z]+))` \(([^()]*)\)", (ROOT / "docs/glossary.md").read_text())
     assert len(shapes) >= 8
-    assert [suffix for suffix, _ in shapes] == [axes.replace(", ", "") for _, axes in shapes]
+    assert [suffix for _, suffix, _ in shapes] == [axes.replace(", ", "") for *_, axes in shapes]
+    assert {name for name, *_ in shapes} <= words_of_the_code()

@@ -90,3 +90,5 @@ def test_the_map_names_every_room() -> None:
         missing = [f"{room}/" for room in rooms if room.name and f"{room}/" not in part]
         missing += [path.name for path in (ROOT / package).glob("[!_]*.py") if path.name not in part]
         assert not missing, f"docs/design.md says nothing of {missing} in {package}/"
+        files = {path.name for path in (ROOT / package).rglob("*.*")}
+        assert set(re.findall(r"[\w-]+\.(?:py|yaml)", part)) <= files
