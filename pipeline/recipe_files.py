@@ -222,7 +222,8 @@ def _describe(model: type[BaseModel], problem: Any) -> str:
         message += f"; did you mean {near[0]}?" if near else ""
     if problem["type"] == "string_type":
         message += f'; in a file, quote text that YAML would read otherwise, {location[-1]}: "…"'
-    return f"{key or 'recipe'}: {message} (got {problem['input']!r})"
+    whole = problem["type"] == "value_error" and isinstance(problem["input"], Mapping)  # names what is wrong
+    return f"{key or 'recipe'}: {message}" + ("" if whole else f" (got {problem['input']!r})")
 
 
 def _annotations(annotation: Any, location: Sequence[int | str]) -> Iterator[Any]:

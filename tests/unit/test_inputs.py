@@ -23,6 +23,7 @@ from teachercache.pipeline.errors import CheckpointError, RecipeError
 from teachercache.pipeline.loading.loader import FeatureLoader
 from teachercache.pipeline.loading.sampler import ShardShuffleSampler, held_out_samples
 from teachercache.pipeline.rearranging.convert import convert
+from teachercache.pipeline.recipe_files import load_recipe
 from teachercache.pipeline.units import human_bytes
 from teachercache.student.build import load_student
 from teachercache.student.kpu.model import KPU
@@ -243,6 +244,14 @@ def test_a_run_goes_on_with_the_same_inputs_alone(caches: list[Path], finished: 
 def test_recipes_of_inputs_that_contradict_themselves(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         recipe([Path("a"), Path("b")], Path("run"), **changes)
+
+
+def test_what_contradicts_itself_is_not_printed_whole(tmp_path: Path) -> None:
+    stated = {"cache": "c", "output": "o", "cutmix": True, "student": {"kind": "kpu"}}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(stated))
+    with pytest.raises(RecipeError, match="cutmix") as raised:
+        load_recipe(TrainRecipe, tmp_path / "recipe.yaml", [])
+    assert "got" not in str(raised.value)
 
 
 def test_a_weight_of_no_teacher_is_refused_for_one_input_too(caches: list[Path], tmp_path: Path) -> None:
