@@ -1,21 +1,39 @@
-"""A cache as labelled arrays, for those who think in xarray."""
+"""A cache as labelled arrays, for those who think in xarray. Needs the extra `view`."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from teachercache.pipeline.errors import extra
+from teachercache.pipeline.records.manifest import SPEC_NAME
+
+with extra("view"):
+    import xarray
+    from xarray.backends import BackendArray
+    from xarray.backends.zarr import ZarrBackendEntrypoint
+    from xarray.core import indexing
 
 if TYPE_CHECKING:
-    import xarray
-
     from teachercache import FeatureCache
 
 _DIMENSIONS = ("sample", "view", "level", "height", "width", "channel")
+
+
+class CacheEntrypoint(ZarrBackendEntrypoint):
+    """xarray's own for Zarr, which knows folders by the suffix `.zarr` alone."""
+
+    description = "Open caches of teachercache"
+
+    def guess_can_open(self, filename_or_obj: Any) -> bool:
+        names = (SPEC_NAME, "zarr.json")
+        is_path = isinstance(filename_or_obj, str | os.PathLike)
+        return is_path and all((Path(filename_or_obj) / name).is_file() for name in names)
 
 
 def to_xarray(cache: FeatureCache, teachers: Sequence[str] | None = None) -> xarray.DataTree:
@@ -28,67 +46,59 @@ def to_xarray(cache: FeatureCache, teachers: Sequence[str] | None = None) -> xar
     `attrs["grid"]` is the kind of grid that they are stored on. `valid` (sample, view) says which rows the
     teacher holds; all others are NaN: rows of quarantined samples, and of shards that are not committed or
     whose commit record is damaged. Samples are labelled by key and levels from 1; the coordinate `block`
-    counts from 0, as `block_indices` does. Needs the extra `view`.
+    counts from 0, as `block_indices` does.
     Reading raises `CorruptShardError` for damaged features.
     """
-    with extra("view"):
-        import xarray
-        from xarray.backends import BackendArray
-        from xarray.core import indexing
+    views = np.arange(max(segment.views[1] for segment in cache.spec.segments))
+    groups = {"/": xarray.Dataset(coords={"sample": cache.samples["key"].to_pylist(), "view": views})}
+    groups |= {f"/{name}": _group(cache, name, len(views)) for name in cache.check_teachers(teachers)}
+    return xarray.DataTree.from_dict(groups)
 
-    class Lazy(BackendArray):
-        """`read` returns values (rows, …) for any row numbers."""
 
-        def __init__(
-            self,
-            read: Callable[[NDArray[np.int64]], NDArray],
-            row_shape: tuple[int, ...],
-            dtype: DTypeLike,
-        ) -> None:
-            self.read, self.dtype = read, np.dtype(dtype)
-            self.shape = (cache.num_samples, num_views, *row_shape)
+def _group(cache: FeatureCache, name: str, num_views: int) -> xarray.Dataset:
+    spec, valid = cache.spec.teachers[name], cache.shards[name].readable_rows
+    row_shape = (spec.num_levels, *spec.stored_grid, spec.width)
 
-        def __getitem__(self, key: indexing.ExplicitIndexer) -> Any:
-            return indexing.explicit_indexing_adapter(
-                key, self.shape, indexing.IndexingSupport.OUTER, self.chosen
-            )
+    def features(rows: NDArray[np.int64]) -> NDArray:
+        held = valid(rows)
+        maps = np.full((rows.size, *row_shape), np.nan, np.float32)
+        if held.any():
+            maps[held] = cache.feature_maps(name, rows[held]).numpy()
+        return maps
 
-        def chosen(self, key: tuple[Any, ...]) -> NDArray:
-            chosen = [np.arange(size)[index] for size, index in zip(self.shape, key, strict=True)]
-            rows_SV = cache.index.rows(*np.ix_(*map(np.atleast_1d, chosen[:2])))
-            values = self.read(rows_SV.ravel()).reshape(*rows_SV.shape, *self.shape[2:])
-            block: NDArray = values[np.ix_(*map(np.arange, rows_SV.shape), *map(np.atleast_1d, chosen[2:]))]
-            return block.reshape([size for index in chosen for size in index.shape])
+    def lazy(*array: Any) -> xarray.Variable:
+        rows = _Rows(cache, num_views, *array)
+        return xarray.Variable(_DIMENSIONS[: len(rows.shape)], indexing.LazilyIndexedArray(rows))
 
-    def lazy(dimensions: tuple[str, ...], array: Lazy) -> xarray.Variable:
-        return xarray.Variable(dimensions, indexing.LazilyIndexedArray(array))
+    return xarray.Dataset(
+        {"features": lazy(features, row_shape, np.float32), "valid": lazy(valid, (), np.bool_)},
+        coords={"level": np.arange(1, spec.num_levels + 1), "block": ("level", [*spec.block_indices])},
+        attrs=spec.model_dump(include={"model", "codec", "pretrained"}) | {"grid": spec.grid.kind},
+    )
 
-    def group(name: str) -> xarray.Dataset:
-        spec = cache.spec.teachers[name]
-        row_shape = (spec.num_levels, *spec.stored_grid, spec.width)
 
-        def valid(rows: NDArray[np.int64]) -> NDArray:
-            return cache.shards[name].readable_rows(rows)
+class _Rows(BackendArray):
+    """(samples, views, *row_shape), of which `read` returns (rows, *row_shape) for any row numbers."""
 
-        def features(rows: NDArray[np.int64]) -> NDArray:
-            held = valid(rows)
-            maps = np.full((rows.size, *row_shape), np.nan, np.float32)
-            if held.any():
-                maps[held] = cache.feature_maps(name, rows[held]).numpy()
-            return maps
+    def __init__(
+        self,
+        cache: FeatureCache,
+        num_views: int,
+        read: Callable[[NDArray[np.int64]], NDArray],
+        row_shape: tuple[int, ...],
+        dtype: DTypeLike,
+    ) -> None:
+        self.index, self.read, self.dtype = cache.index, read, np.dtype(dtype)
+        self.shape = (cache.num_samples, num_views, *row_shape)
 
-        return xarray.Dataset(
-            {
-                "features": lazy(_DIMENSIONS, Lazy(features, row_shape, np.float32)),
-                "valid": lazy(_DIMENSIONS[:2], Lazy(valid, (), np.bool_)),
-            },
-            coords={"level": np.arange(1, spec.num_levels + 1), "block": ("level", [*spec.block_indices])},
-            attrs=spec.model_dump(include={"model", "codec", "pretrained"}) | {"grid": spec.grid.kind},
+    def __getitem__(self, key: indexing.ExplicitIndexer) -> Any:
+        return indexing.explicit_indexing_adapter(
+            key, self.shape, indexing.IndexingSupport.OUTER, self._chosen
         )
 
-    num_views = max(segment.views[1] for segment in cache.spec.segments)
-    groups = {
-        "/": xarray.Dataset(coords={"sample": cache.samples["key"].to_pylist(), "view": np.arange(num_views)})
-    }
-    groups |= {f"/{name}": group(name) for name in cache.check_teachers(teachers)}
-    return xarray.DataTree.from_dict(groups)
+    def _chosen(self, key: tuple[Any, ...]) -> NDArray:
+        chosen = [np.arange(size)[index] for size, index in zip(self.shape, key, strict=True)]
+        rows_SV = self.index.rows(*np.ix_(*map(np.atleast_1d, chosen[:2])))
+        values = self.read(rows_SV.ravel()).reshape(*rows_SV.shape, *self.shape[2:])
+        block: NDArray = values[np.ix_(*map(np.arange, rows_SV.shape), *map(np.atleast_1d, chosen[2:]))]
+        return block.reshape([size for index in chosen for size in index.shape])
