@@ -86,8 +86,7 @@ def convert(
     from teachercache.pipeline.cache import FeatureCache
     from teachercache.pipeline.errors import RecipeError
     from teachercache.pipeline.rearranging.convert import convert as convert_cache
-    from teachercache.pipeline.rearranging.line_per_view import export_lines
-    from teachercache.pipeline.rearranging.theia import export_theia
+    from teachercache.pipeline.rearranging.exports import export_lines, export_theia
 
     if to in ("webdataset", "zarr"):
         _rearrange(convert_cache(cache, output, to), "converting")  # type: ignore[arg-type]

@@ -19,10 +19,10 @@ from teachercache.jobs.inspection.summary import summarize
 from teachercache.pipeline.errors import CacheNotFoundError, DiskSpaceError
 from teachercache.pipeline.places.local_storage import LocalStorage
 from teachercache.pipeline.rearranging.convert import convert
+from teachercache.pipeline.rearranging.exports import export_theia
 from teachercache.pipeline.rearranging.merge import merge
 from teachercache.pipeline.rearranging.rearrangement import Rearrangement
 from teachercache.pipeline.rearranging.subset import subset
-from teachercache.pipeline.rearranging.theia import export_theia
 from teachercache.pipeline.records.spec import StoreKind
 from teachercache.pipeline.verify import strays, verify
 from tests.make_cache import make_cache, make_images, teacher_spec

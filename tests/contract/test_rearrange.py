@@ -23,10 +23,10 @@ from teachercache import FeatureCache, build, render_view
 from teachercache.pipeline.codecs import get_codec
 from teachercache.pipeline.errors import CacheError, CacheMismatchError, CorruptShardError
 from teachercache.pipeline.rearranging.convert import convert
+from teachercache.pipeline.rearranging.exports import export_theia
 from teachercache.pipeline.rearranging.merge import merge
 from teachercache.pipeline.rearranging.rearrangement import Rearrangement
 from teachercache.pipeline.rearranging.subset import subset
-from teachercache.pipeline.rearranging.theia import export_theia
 from teachercache.pipeline.records.manifest import QuarantineEntry, tables_name
 from teachercache.pipeline.records.spec import StoreKind
 from teachercache.pipeline.sources.place import Place

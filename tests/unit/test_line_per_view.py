@@ -14,7 +14,7 @@ import pytest
 
 from teachercache import FeatureCache
 from teachercache.pipeline.errors import CacheError, MissingExtraError
-from teachercache.pipeline.rearranging.line_per_view import export_lines
+from teachercache.pipeline.rearranging.exports import export_lines
 from tests.make_cache import make_cache, make_images, teacher_spec
 
 HAS_LANCE = importlib.util.find_spec("lance") is not None
@@ -82,7 +82,7 @@ import sys
 import lance
 import pyarrow.parquet as pq
 from teachercache import FeatureCache
-from teachercache.pipeline.rearranging.line_per_view import export_lines
+from teachercache.pipeline.rearranging.exports import export_lines
 cache, out, copy = sys.argv[1:]
 assert export_lines(FeatureCache.open(cache), out, "lance", level=1) == 8
 pq.write_table(lance.dataset(out).to_table(), copy)

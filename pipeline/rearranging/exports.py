@@ -1,30 +1,55 @@
-"""Export a cache as the data set that Theia's training code reads: docs/cache_format.md has the files.
+"""Export a cache in the form that other programs read: docs/cache_format.md has the files and columns.
 
-The layout is that of github.com/bdaiinstitute/theia, `doc/dataset_format.md` and
+Theia's training code reads tars, in the layout of github.com/bdaiinstitute/theia, `doc/dataset_format.md` and
 `theia/dataset/data_utils.py`. Its loader zips the columns, so all tars hold the same samples in one order.
+Parquet and Lance get a line for each view.
 """
 
 import io
 import json
+import posixpath
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import safetensors.torch
 import torch
 import xxhash
-from numpy.typing import NDArray
+from torch import Tensor
 
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import CacheError, CacheMismatchError, extra
+from teachercache.pipeline.grids import mean_token
+from teachercache.pipeline.loading.sampler import Ints
 from teachercache.pipeline.places.open_storage import open_storage
 from teachercache.pipeline.places.storage import Storage
 from teachercache.pipeline.places.whole_or_nothing import room_at
 from teachercache.pipeline.stores.feature_store import CLS_TOKEN
 
-_ROWS_AT_ONCE = 16
+_MEMBERS_AT_ONCE, _LINES_AT_ONCE = 16, 256
 _SPLITS = ("train", "val", "test")
+
+
+def export_lines(cache: FeatureCache, out: str, form: Literal["parquet", "lance"], level: int = -1) -> int:
+    """Write all lines, or nothing; returns their number. Raises `MissingExtraError` without pylance, and
+    `CacheError` for a level that is not stored."""
+    rows = _rows(cache, level)
+    starts = range(0, len(rows), _LINES_AT_ONCE)
+    parts = (_lines(cache, rows[at : at + _LINES_AT_ONCE], level) for at in starts)
+    schema = _lines(cache, rows[:1], level).schema
+    if form == "parquet":
+        folder, name = posixpath.split(out)
+        with open_storage(folder or ".").open_write(name) as file, pq.ParquetWriter(file, schema) as writer:
+            for part in parts:
+                writer.write_batch(part)
+        return len(rows)
+    with extra("lance"):
+        import lance
+    lance.write_dataset(parts, out, schema=schema)
+    return len(rows)
 
 
 def export_theia(
@@ -45,26 +70,21 @@ def export_theia(
     """
     with extra("train"):
         from webdataset.writer import TarWriter
-    require_level(cache, level)
+    rows = _rows(cache, level)
     if split not in _SPLITS:
         raise CacheError("There is no such split.", got=split, expected=", ".join(_SPLITS))
     storage = open_storage(out)
     open_storage(f"{storage.url}/{dataset}").sweep()
-    samples = cache.valid_samples()
-    rows = cache.index.rows(samples[:, None], np.arange(cache.num_views)).ravel()
     keys = _keys(cache, rows)
     with room_at(storage.url):
-        _claim(
-            storage,
-            f"{dataset}/{dataset}_{split}.json",
-            {
-                "cache_id": cache.spec.cache_id,
-                "levels": {name: level % teacher.num_levels for name, teacher in cache.spec.teachers.items()},
-                "samples_per_shard": samples_per_shard,
-                "samples": len(keys),
-                "keys": xxhash.xxh3_128_hexdigest("\n".join(keys).encode()),
-            },
-        )
+        made_from = {
+            "cache_id": cache.spec.cache_id,
+            "levels": {name: level % teacher.num_levels for name, teacher in cache.spec.teachers.items()},
+            "samples_per_shard": samples_per_shard,
+            "samples": len(keys),
+            "keys": xxhash.xxh3_128_hexdigest("\n".join(keys).encode()),
+        }
+        _claim(storage, dataset, f"{dataset}_{split}", made_from)
         for shard, start in enumerate(range(0, len(rows), samples_per_shard)):
             part = slice(start, start + samples_per_shard)
             file = f"{dataset}_{split}-{shard:06d}-{split}.tar"
@@ -88,8 +108,8 @@ def export_theia(
     return len(rows)
 
 
-def require_level(cache: FeatureCache, level: int) -> None:
-    """Raises `CacheError` unless every teacher stores this level."""
+def _rows(cache: FeatureCache, level: int) -> Ints:
+    """All views of the samples that every teacher holds. Raises `CacheError` unless all store this level."""
     for name, teacher in cache.spec.teachers.items():
         if not -teacher.num_levels <= level < teacher.num_levels:
             raise CacheError(
@@ -98,19 +118,16 @@ def require_level(cache: FeatureCache, level: int) -> None:
                 expected="a level that is stored",
                 do="choose another --level",
             )
+    return cache.index.rows(cache.valid_samples()[:, None], np.arange(cache.num_views)).ravel()
 
 
-def _claim(storage: Storage, name: str, made_from: dict[str, Any]) -> None:
+def _claim(storage: Storage, folder: str, stem: str, made_from: dict[str, Any]) -> None:
     """Record what a split is made from. Raises `CacheMismatchError` if it was made from something else."""
-    data = (json.dumps(made_from, indent=2) + "\n").encode()
-    folder, _, stem = name.removesuffix(".json").rpartition("/")
+    name, data = f"{folder}/{stem}.json", (json.dumps(made_from, indent=2) + "\n").encode()
     columns = ("images", *made_from["levels"])
-    existing = None
-    if storage.exists(name):
-        existing = storage.read(name)
-    elif any(tar.startswith(f"{stem}-") for column in columns for tar in storage.names(f"{folder}/{column}")):
-        existing = b"tars without that file"
-    if existing not in (None, data):
+    tars = [tar for column in columns for tar in storage.names(f"{folder}/{column}") if tar.startswith(stem)]
+    existing = storage.read(name) if storage.exists(name) else b"tars without that file" if tars else data
+    if existing != data:
         raise CacheMismatchError(
             f"Another export is at {storage.url}/{folder}.",
             got=f"{name}: {' '.join(existing.decode(errors='replace').split())}",
@@ -120,7 +137,7 @@ def _claim(storage: Storage, name: str, made_from: dict[str, Any]) -> None:
     storage.write(name, data)
 
 
-def _keys(cache: FeatureCache, rows: NDArray[np.int64]) -> list[str]:
+def _keys(cache: FeatureCache, rows: Ints) -> list[str]:
     """A key for each row, without the dots and slashes where loaders cut keys."""
     samples, views, _ = cache.index.locate(rows)
     plain = [cache.key(sample).replace(".", "_").replace("/", "_") for sample in samples.tolist()]
@@ -136,7 +153,7 @@ def _keys(cache: FeatureCache, rows: NDArray[np.int64]) -> list[str]:
     return keys
 
 
-def _images(cache: FeatureCache, rows: NDArray[np.int64]) -> Iterator[bytes]:
+def _images(cache: FeatureCache, rows: Ints) -> Iterator[bytes]:
     for row in rows.tolist():
         pixels = cache.pixels(row)[0].permute(1, 2, 0).numpy()
         file = io.BytesIO()
@@ -144,10 +161,10 @@ def _images(cache: FeatureCache, rows: NDArray[np.int64]) -> Iterator[bytes]:
         yield file.getvalue()
 
 
-def _features(cache: FeatureCache, name: str, rows: Sequence[int] | NDArray, level: int) -> Iterator[bytes]:
-    for start in range(0, len(rows), _ROWS_AT_ONCE):
-        batch = rows[start : start + _ROWS_AT_ONCE]
-        for shard in np.unique(np.asarray(batch) // cache.spec.rows_per_shard).tolist():
+def _features(cache: FeatureCache, name: str, rows: Ints, level: int) -> Iterator[bytes]:
+    for start in range(0, len(rows), _MEMBERS_AT_ONCE):
+        batch = rows[start : start + _MEMBERS_AT_ONCE]
+        for shard in np.unique(batch // cache.spec.rows_per_shard).tolist():
             cache.shards[name].require_sound(shard)
         maps_RCHW = cache.read(batch, [name])[name].decode()[:, level].permute(0, 3, 1, 2)
         tensors = {"embedding": maps_RCHW.to(torch.bfloat16)}
@@ -155,3 +172,19 @@ def _features(cache: FeatureCache, name: str, rows: Sequence[int] | NDArray, lev
             tensors["cls_token"] = cache.read_tokens(batch, name, CLS_TOKEN)[:, level].to(torch.bfloat16)
         for place in range(len(batch)):
             yield safetensors.torch.save({key: value[place].contiguous() for key, value in tensors.items()})
+
+
+def _lines(cache: FeatureCache, rows: Ints, level: int) -> pa.RecordBatch:
+    samples, views, _ = cache.index.locate(rows)
+    key, label = (cache.samples[name].take(samples).combine_chunks() for name in ("key", "label"))
+    columns = {"key": key, "view": pa.array(views, pa.int32()), "row": pa.array(rows), "label": label}
+    for name, encoded in cache.read(rows).items():
+        spec = cache.spec.teachers[name]
+        columns[f"mean_{name}"] = _vectors(mean_token(encoded.decode()[:, level].flatten(1, 2), spec))
+        if spec.cls_token:
+            columns[f"cls_{name}"] = _vectors(cache.read_tokens(rows, name, CLS_TOKEN)[:, level])
+    return pa.RecordBatch.from_pydict(columns)
+
+
+def _vectors(values_BC: Tensor) -> pa.Array:
+    return pa.FixedSizeListArray.from_arrays(values_BC.float().numpy().ravel(), values_BC.shape[1])
