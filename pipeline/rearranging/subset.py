@@ -58,7 +58,7 @@ def subset(
     if keys is None and fraction is None and levels is None:
         spec = source.spec.changed(teachers=kept, fidelity=fidelity)
         target = lay_out(out, spec, [source], source.samples, source.manifest.views(source.spec))
-        return Rearrangement(target.storage.url, whole_shards(source, target, 0))
+        return Rearrangement(target.storage.url, whole_shards(source, target))
     chosen = _chosen(source, keys, fraction, seed)
     samples = source.samples.take(pa.array(chosen))
     fingerprint = dataset_fingerprint(samples)
