@@ -17,13 +17,11 @@ from functools import lru_cache
 
 import numpy as np
 import xxhash
-from numpy.typing import NDArray
 
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.crops import uniforms
 from teachercache.pipeline.errors import CacheError
-
-Ints = NDArray[np.int64]
+from teachercache.pipeline.records.rows import Ints
 
 
 def random_samples(num_samples: int, fraction: float, seed: int = 0) -> Ints:

@@ -29,8 +29,9 @@ import numpy as np
 
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import RecipeError, extra
-from teachercache.pipeline.loading.sampler import Ints, ShardShuffleSampler
+from teachercache.pipeline.loading.sampler import ShardShuffleSampler
 from teachercache.pipeline.ordered_map import ordered_map
+from teachercache.pipeline.records.rows import Ints
 from teachercache.pipeline.records.spec import IMAGES
 from teachercache.pipeline.stores.feature_store import unreadable
 from teachercache.pipeline.stores.shard_format import checksum

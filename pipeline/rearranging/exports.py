@@ -23,10 +23,10 @@ from torch import Tensor
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import CacheError, CacheMismatchError, extra
 from teachercache.pipeline.grids import mean_token
-from teachercache.pipeline.loading.sampler import Ints
 from teachercache.pipeline.places.open_storage import open_storage
 from teachercache.pipeline.places.storage import Storage
 from teachercache.pipeline.places.whole_or_nothing import room_at
+from teachercache.pipeline.records.rows import Ints
 from teachercache.pipeline.stores.feature_store import CLS_TOKEN
 
 _MEMBERS_AT_ONCE, _LINES_AT_ONCE = 16, 256

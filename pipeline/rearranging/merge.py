@@ -10,15 +10,8 @@ import pyarrow.compute as pc
 
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import CacheMismatchError
-from teachercache.pipeline.rearranging.rearrangement import (
-    Rearrangement,
-    Step,
-    labels_hash_of,
-    lay_out,
-    with_samples,
-)
+from teachercache.pipeline.rearranging.rearrangement import Rearrangement, dataset_of, lay_out, with_samples
 from teachercache.pipeline.rearranging.whole_shards import whole_shards
-from teachercache.pipeline.records.tables import dataset_fingerprint
 from teachercache.pipeline.sources.place import Place
 from teachercache.pipeline.sources.several import KIND
 
@@ -53,10 +46,11 @@ def merge(urls: Sequence[str], out: str) -> Rearrangement:
         )
     location, tables = _one_location(sources)
     samples = pa.concat_tables(tables)
-    offsets = [0, *accumulate(source.num_samples for source in sources)]
-    shards = [0, *accumulate(source.spec.num_shards for source in sources)]
+    offsets = accumulate((source.num_samples for source in sources), initial=0)
+    shards = accumulate((source.spec.num_shards for source in sources), initial=0)
+    parts = list(zip(sources, offsets, shards, strict=False))
     segments, views = [], []
-    for source, offset, shard in zip(sources, offsets, shards, strict=False):
+    for source, offset, shard in parts:
         for segment in source.spec.segments:
             moved = {
                 "first_row": segment.first_row + shard * first.rows_per_shard,
@@ -66,20 +60,11 @@ def merge(urls: Sequence[str], out: str) -> Rearrangement:
             segments.append(segment.model_copy(update=moved))
         lines = source.manifest.views(source.spec)
         views.append(with_samples(lines, lines["sample_index"].to_numpy() + offset))
-    dataset = first.dataset.model_copy(
-        update={
-            "location": location,
-            "listing": None,  # the listing of one part would make a later build skip the images of the others
-            "num_samples": samples.num_rows,
-            "fingerprint": dataset_fingerprint(samples),
-            "labels_hash": labels_hash_of(sources, samples),
-        }
-    )
+    # The listing of one part would make a later build skip the images of the others.
+    dataset = dataset_of(sources, samples, location=location, listing=None)
     spec = first.changed(dataset=dataset, segments=tuple(segments))
     target = lay_out(out, spec, sources, samples, pa.concat_tables(views))
-    steps: list[Step] = []
-    for source, offset, shard in zip(sources, offsets, shards, strict=False):
-        steps += whole_shards(source, target, shard, offset)
+    steps = [step for source, offset, shard in parts for step in whole_shards(source, target, shard, offset)]
     return Rearrangement(target.storage.url, steps)
 
 
@@ -88,34 +73,28 @@ def _one_location(sources: Sequence[FeatureCache]) -> tuple[str, list[pa.Table]]
 
     It follows from names alone: the images may be gone, where caches hold copies.
     """
-    locations = [source.spec.dataset.location for source in sources]
-    if len(set(locations)) == 1:
-        return locations[0], [source.samples for source in sources]
-    if any(source.spec.dataset.kind == KIND for source in sources):
-        raise CacheMismatchError(
-            "A cache of several sources merges with caches of the very same sources alone.",
-            got=" and ".join(sorted(set(locations))),
-            expected="one place of the images",
-            do="build one cache of all of these sources",
-        )
+    datasets, tables = [source.spec.dataset for source in sources], [source.samples for source in sources]
+    locations = sorted({dataset.location for dataset in datasets})
+    if len(locations) == 1:
+        return locations[0], tables
     roots = [
-        Place.root(source.spec.dataset.location, source.samples["path"].unique().to_pylist())
-        for source in sources
+        Place.root(dataset.location, table["path"].unique().to_pylist())
+        for dataset, table in zip(datasets, tables, strict=True)
     ]
-    if any("://" in root for root in roots):
-        if len(set(roots)) > 1:
-            raise CacheMismatchError(
-                "The images of these caches are not below one URL.",
-                got=", ".join(roots),
-                expected="images of one bucket and prefix",
-                do="build with patterns below one prefix",
-            )
-        return roots[0], [source.samples for source in sources]
+    remote = any("://" in root for root in roots)
+    if (remote and len(set(roots)) > 1) or any(dataset.kind == KIND for dataset in datasets):
+        raise CacheMismatchError(
+            "The images of these caches are not below one place.",
+            got=" and ".join(locations),
+            expected="images below one folder, or in one bucket and prefix; or the very same several sources",
+            do="build with patterns below one prefix, or one cache of all of these sources",
+        )
+    if remote:
+        return roots[0], tables
     common = os.path.commonpath(roots)
-    tables = []
-    for source, root in zip(sources, roots, strict=True):
+    for number, (table, root) in enumerate(zip(tables, roots, strict=True)):
         prefix = PurePosixPath(Path(root).relative_to(common).as_posix())
-        paths = [str(prefix / path) for path in source.samples["path"].to_pylist()]
-        place = source.samples.schema.get_field_index("path")
-        tables.append(source.samples.set_column(place, "path", pa.array(paths, pa.string())))
+        paths = [str(prefix / path) for path in table["path"].to_pylist()]
+        place = table.schema.get_field_index("path")
+        tables[number] = table.set_column(place, "path", pa.array(paths, pa.string()))
     return common, tables

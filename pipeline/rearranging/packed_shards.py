@@ -6,19 +6,17 @@ from datetime import UTC, datetime
 from functools import partial
 
 import numpy as np
-from numpy.typing import NDArray
 
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.places.local_storage import LocalStorage
 from teachercache.pipeline.rearranging.rearrangement import Step
 from teachercache.pipeline.records.manifest import CommitRecord, FileRecord, QuarantineEntry
+from teachercache.pipeline.records.rows import Ints
 from teachercache.pipeline.records.spec import IMAGES
 from teachercache.pipeline.stores.feature_store import GLOBAL_FEATURE
 from teachercache.pipeline.stores.image_tar import ImageTarWriter
 
 _BATCH_NBYTES = 1 << 26
-
-Ints = NDArray[np.int64]
 
 
 def packed_shards(source: FeatureCache, target: FeatureCache, chosen: Ints) -> Iterator[Step]:

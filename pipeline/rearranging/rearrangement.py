@@ -14,8 +14,8 @@ from teachercache.pipeline.errors import AlreadyCommittedError, CacheMismatchErr
 from teachercache.pipeline.places.open_storage import open_storage
 from teachercache.pipeline.places.whole_or_nothing import room_at, whole_or_nothing
 from teachercache.pipeline.records.manifest import SAMPLES_NAME, SPEC_NAME, VIEWS_NAME, Manifest, tables_name
-from teachercache.pipeline.records.spec import IMAGES, CacheSpec
-from teachercache.pipeline.records.tables import labels_hash
+from teachercache.pipeline.records.spec import IMAGES, CacheSpec, DatasetSpec
+from teachercache.pipeline.records.tables import dataset_fingerprint, labels_hash
 
 
 @dataclass(frozen=True)
@@ -101,9 +101,15 @@ def lay_out(
         return target
 
 
-def labels_hash_of(sources: Sequence[FeatureCache], samples: pa.Table) -> str | None:
-    """None unless all sources have one: labels that could not be checked there get no hash here."""
-    return labels_hash(samples) if all(source.spec.dataset.labels_hash for source in sources) else None
+def dataset_of(sources: Sequence[FeatureCache], samples: pa.Table, **changes: str | None) -> DatasetSpec:
+    """The first source's data set, of these samples: with a hash of labels where all sources have one."""
+    stated = all(source.spec.dataset.labels_hash for source in sources)
+    update = {
+        "num_samples": samples.num_rows,
+        "fingerprint": dataset_fingerprint(samples),
+        "labels_hash": labels_hash(samples) if stated else None,
+    }
+    return sources[0].spec.dataset.model_copy(update=update | changes)
 
 
 def with_samples(views: pa.Table, samples: NDArray[np.integer]) -> pa.Table:

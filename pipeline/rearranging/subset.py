@@ -1,6 +1,5 @@
 """Make a cache of some samples, teachers and levels of another."""
 
-import difflib
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -8,25 +7,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import safetensors.torch
 import xxhash
-from numpy.typing import NDArray
 
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.codecs.normalisation import LEVEL_TABLES
 from teachercache.pipeline.errors import CacheError
 from teachercache.pipeline.loading.sampler import random_samples
 from teachercache.pipeline.rearranging.packed_shards import packed_shards
-from teachercache.pipeline.rearranging.rearrangement import (
-    Rearrangement,
-    labels_hash_of,
-    lay_out,
-    with_samples,
-)
+from teachercache.pipeline.rearranging.rearrangement import Rearrangement, dataset_of, lay_out, with_samples
 from teachercache.pipeline.rearranging.whole_shards import whole_shards
-from teachercache.pipeline.records.rows import divide_views
+from teachercache.pipeline.records.rows import Ints, divide_views
 from teachercache.pipeline.records.spec import Segment, TeacherSpec
-from teachercache.pipeline.records.tables import dataset_fingerprint, views_hash
-
-Ints = NDArray[np.int64]
+from teachercache.pipeline.records.tables import views_hash
 
 
 def subset(
@@ -61,33 +52,24 @@ def subset(
         return Rearrangement(target.storage.url, whole_shards(source, target))
     chosen = _chosen(source, keys, fraction, seed)
     samples = source.samples.take(pa.array(chosen))
-    fingerprint = dataset_fingerprint(samples)
+    dataset = dataset_of([source], samples)
     segments, views = list[Segment](), list[pa.Table]()
-    all_lines = source.manifest.views(source.spec)
-    stated = all(segment.views_hash for segment in source.spec.segments)
-    for part in divide_views((0, source.num_views), source.spec.rows_per_shard):
-        end = segments[-1].first_row + segments[-1].num_rows if segments else 0
-        first_row = -(-end // source.spec.rows_per_shard) * source.spec.rows_per_shard
-        numbers = np.arange(*part)
-        rows = source.index.rows(chosen[:, None], numbers[None])
+    all_lines, per_shard = source.manifest.views(source.spec), source.spec.rows_per_shard
+    stated, first_row = all(segment.views_hash for segment in source.spec.segments), 0
+    for part in divide_views((0, source.num_views), per_shard):
+        rows = source.index.rows(chosen[:, None], np.arange(*part)[None])
         lines = all_lines.take(pa.array(source.index.locate(rows.ravel())[2]))
-        views.append(with_samples(lines, np.repeat(np.arange(len(chosen)), len(numbers))))
+        views.append(with_samples(lines, np.repeat(np.arange(len(chosen)), rows.shape[1])))
         segments.append(
             Segment(
                 first_row=first_row,
                 samples=(0, len(chosen)),
                 views=part,
-                fingerprint=fingerprint,
+                fingerprint=dataset.fingerprint,
                 views_hash=views_hash(views[-1], 0) if stated else None,
             )
         )
-    dataset = source.spec.dataset.model_copy(
-        update={
-            "num_samples": len(chosen),
-            "fingerprint": fingerprint,
-            "labels_hash": labels_hash_of([source], samples),
-        }
-    )
+        first_row += -(-rows.size // per_shard) * per_shard
     spec = source.spec.changed(dataset=dataset, segments=tuple(segments), teachers=kept, fidelity=fidelity)
     target = lay_out(out, spec, [source], samples, pa.concat_tables(views), tables)
     return Rearrangement(target.storage.url, list(packed_shards(source, target, chosen)))
@@ -126,14 +108,7 @@ def _chosen(source: FeatureCache, keys: Iterable[str] | None, fraction: float | 
         distinct_keys = pa.array(sorted(set(keys)), pa.string())
         places = pc.index_in(distinct_keys, value_set=source.samples["key"])
         if places.null_count:
-            unknown = distinct_keys.filter(pc.is_null(places)).to_pylist()
-            near = difflib.get_close_matches(unknown[0], source.samples["key"].to_pylist(), 1)
-            raise CacheError(
-                f"{len(unknown)} of {len(distinct_keys)} keys are not in this cache.",
-                got=", ".join(unknown[:3]),
-                expected=f"keys of {source.storage.url}/samples.parquet",
-                do=f"did you mean {near[0]}?" if near else "give whole keys, one per line",
-            )
+            source.find(distinct_keys[pc.index(pc.is_null(places), True).as_py()].as_py(), whole=True)
         chosen = np.sort(places.to_numpy())
     elif fraction is not None:
         chosen = random_samples(source.num_samples, fraction if 0 < fraction <= 1 else 0, seed)

@@ -18,8 +18,9 @@ from rich.console import Console
 from teachercache import FeatureCache, build
 from teachercache.pipeline.errors import CheckpointError, CorruptShardError, MissingExtraError, RecipeError
 from teachercache.pipeline.loading.loader import Batch, FeatureLoader
-from teachercache.pipeline.loading.sampler import Ints, ShardShuffleSampler
+from teachercache.pipeline.loading.sampler import ShardShuffleSampler
 from teachercache.pipeline.loading.streaming import StreamSampler
+from teachercache.pipeline.records.rows import Ints
 from teachercache.student.training.train import train
 from tests.make_cache import build_recipe, make_cache, make_images, teacher_spec
 from tests.train_recipes import logged, train_recipe
