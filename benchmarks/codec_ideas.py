@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 
 from teachercache.pipeline.codecs.dct import allocate_bits
-from teachercache.pipeline.codecs.hadamard import rotate
-from teachercache.pipeline.codecs.lloyd_max import gaussian_levels
-from teachercache.pipeline.codecs.normalisation import Hadamard, Standardise
-from teachercache.pipeline.codecs.quantizer import ScalarQuantizer, divide_by_scales, root_mean_square
+from teachercache.pipeline.codecs.normalisation import Hadamard, Standardise, rotate
+from teachercache.pipeline.codecs.quantizer import (
+    ScalarQuantizer,
+    divide_by_scales,
+    gaussian_levels,
+    root_mean_square,
+)
 
 BITS = 4
 

@@ -22,12 +22,21 @@ OUTLIER_ARRAYS = ("outlier_places", "outlier_values")
 class Coder(ABC):
     """Works with the tables of a codec on their device."""
 
-    def __init__(self, normalisation: Normalisation) -> None:
-        self.normalisation = normalisation
+    def __init__(self, normalisation: Normalisation, grid: tuple[int, ...] | None = None) -> None:
+        """`grid`: (H, W) of the features, where the tables are of one alone."""
+        self.normalisation, self._grid = normalisation, grid
 
     def require_shape(self, features_RSHWC: Tensor) -> None:
         """Raises `CodecError` for features of another shape than those that the tables are of."""
-        self.normalisation.require_shape(features_RSHWC)
+        shape, (levels, width) = tuple(features_RSHWC.shape), self.normalisation.tables["mean"].shape
+        if len(shape) != 5 or shape[1:] != (levels, *(self._grid or shape[2:4]), width):
+            grid = "H, W" if self._grid is None else ", ".join(map(str, self._grid))
+            raise CodecError(
+                "This codec was calibrated on features of another shape.",
+                got=shape,
+                expected=f"(rows, {levels}, {grid}, {width})",
+                do="use the codec of this teacher, or calibrate one on these features",
+            )
 
     @abstractmethod
     def encode(self, features_RSHWC: Tensor) -> dict[str, Tensor]:

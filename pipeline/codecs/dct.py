@@ -19,7 +19,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Self
 
 import numpy as np
@@ -29,16 +28,16 @@ from scipy.fft import dct
 from torch import Tensor
 
 from teachercache.pipeline.codecs.calibrated import OUTLIER_ARRAYS, CalibratedCodec, Coder, join, row_blocks
-from teachercache.pipeline.codecs.lloyd_max import gaussian_distortion, gaussian_levels
 from teachercache.pipeline.codecs.normalisation import Hadamard
 from teachercache.pipeline.codecs.quantizer import (
     ScalarQuantizer,
     TokenQuantizer,
     divide_by_scales,
+    gaussian_distortion,
+    gaussian_levels,
     root_mean_square,
 )
-from teachercache.pipeline.codecs.rings import RingQuantizer, num_ranks, ring_distortion, ring_levels
-from teachercache.pipeline.errors import CodecError
+from teachercache.pipeline.codecs.rings import RingQuantizer, ring_distortion, ring_levels
 from teachercache.pipeline.records.array_layout import ArrayLayout
 
 
@@ -46,30 +45,28 @@ from teachercache.pipeline.records.array_layout import ArrayLayout
 class Quantisation:
     """Of coefficients of 1 to `most_bits` bits. `distortion`: that of unit Gaussian values, from 0 bits on.
 
-    `levels` are those of all bits in one table, `part` those of some bits in it.
+    `levels` by bits; where they are `nested`, those of fewer bits begin those of more.
     """
 
     most_bits: int
     distortion: Callable[[int], float]
-    levels: Callable[[], NDArray[np.floating]]
-    part: Callable[[int], slice]
+    levels: Callable[[int], NDArray[np.floating]]
     quantizer: Callable[[Tensor], TokenQuantizer]
+    nested: bool = False
+
+    def table(self) -> NDArray[np.floating]:
+        """The levels of all bits."""
+        parts = [self.levels(bits) for bits in range(1, self.most_bits + 1)]
+        return parts[-1] if self.nested else np.concatenate(parts)
+
+    def parts(self, table: Tensor) -> list[Tensor]:
+        """Those of 1 bit, of 2, …"""
+        sizes = [len(self.levels(bits)) for bits in range(1, self.most_bits + 1)]
+        return [table[:size] for size in sizes] if self.nested else list(table.split(sizes))
 
 
-def _all_gaussian_levels() -> NDArray[np.float64]:
-    return np.concatenate([gaussian_levels(bits) for bits in range(1, 9)])
-
-
-def _part_of_gaussian_levels(bits: int) -> slice:
-    return slice(2**bits - 2, 2 ** (bits + 1) - 2)
-
-
-def _part_of_ring_levels(bits: int) -> slice:
-    return slice(num_ranks(bits))
-
-
-SCALAR = Quantisation(8, gaussian_distortion, _all_gaussian_levels, _part_of_gaussian_levels, ScalarQuantizer)
-RINGS = Quantisation(6, ring_distortion, partial(ring_levels, 6), _part_of_ring_levels, RingQuantizer)
+SCALAR = Quantisation(8, gaussian_distortion, gaussian_levels, ScalarQuantizer)
+RINGS = Quantisation(6, ring_distortion, ring_levels, RingQuantizer, nested=True)
 
 
 @dataclass(frozen=True)
@@ -85,31 +82,21 @@ class _Coder(Coder):
     def __init__(
         self, tables: dict[str, Tensor], bits_SHW: NDArray[np.uint8], quantisation: Quantisation
     ) -> None:
-        super().__init__(Hadamard(tables))
+        super().__init__(Hadamard(tables), bits_SHW.shape[1:])
         self.bases = tables["level_basis"], tables["row_basis"], tables["column_basis"]
         self.shape_SHW = bits_SHW.shape
         self.groups = self._groups(bits_SHW.ravel(), tables["levels"], quantisation)
 
     def _groups(self, bits_N: NDArray[np.uint8], levels: Tensor, quantisation: Quantisation) -> list[_Group]:
-        groups, start = [], 0
+        groups, start, parts = [], 0, quantisation.parts(levels)
         for bits in range(quantisation.most_bits, 0, -1):
             positions = torch.from_numpy(np.flatnonzero(bits_N == bits)).to(levels.device)
             end = start + len(positions) * self.normalisation.width * bits // 8
             if len(positions):
-                quantizer = quantisation.quantizer(levels[quantisation.part(bits)])
+                quantizer = quantisation.quantizer(parts[bits - 1])
                 groups.append(_Group(quantizer, positions, slice(start, end)))
             start = end
         return groups
-
-    def require_shape(self, features_RSHWC: Tensor) -> None:
-        super().require_shape(features_RSHWC)
-        if features_RSHWC.shape[1:4] != self.shape_SHW:
-            raise CodecError(
-                "This codec was calibrated on another grid.",
-                got=tuple(features_RSHWC.shape[2:4]),
-                expected=tuple(self.shape_SHW[1:]),
-                do="calibrate a codec on features of this grid",
-            )
 
     def encode(self, features_RSHWC: Tensor) -> dict[str, Tensor]:
         transformed = [self._transformed(features_RSHWC[rows]) for rows in row_blocks(features_RSHWC)]
@@ -196,7 +183,7 @@ class GridDctCodec(CalibratedCodec):
             "row_basis": bases[1],
             "column_basis": bases[2],
             "bits": torch.from_numpy(bits_SHW.astype(np.uint8)),
-            "levels": torch.from_numpy(self.quantisation.levels()).float(),
+            "levels": torch.from_numpy(self.quantisation.table()).float(),
         }
 
     def load_state(self, tables: dict[str, Tensor]) -> Self:

@@ -12,16 +12,16 @@ Mean, std and covariance are those of the values that are no outliers. The last 
 rotation after which every channel has unit variance.
 """
 
+import math
 from abc import ABC, abstractmethod
 from typing import ClassVar, Self
 
 import torch
+from scipy.fft import dct
 from torch import Tensor
 
-from teachercache.pipeline.codecs.hadamard import hadamard_factors, rotate
 from teachercache.pipeline.codecs.outliers import put_back, take_out, usual_moments
 from teachercache.pipeline.codecs.quantizer import take
-from teachercache.pipeline.errors import CodecError
 from teachercache.pipeline.records.feature_stats import FeatureMoments
 
 SIGN_SEED = 0
@@ -53,17 +53,6 @@ class Normalisation(ABC):
     @abstractmethod
     def of_moments(cls, moments: FeatureMoments) -> Self:
         """The tables for features of these moments. Raises `ValueError` where a covariance is missing."""
-
-    def require_shape(self, features_RSHWC: Tensor) -> None:
-        """Raises `CodecError` unless the features have the levels and channels of the calibration."""
-        shape = tuple(features_RSHWC.shape)
-        if len(shape) != 5 or (shape[1], shape[4]) != (self.levels, self.width):
-            raise CodecError(
-                "This codec was calibrated on features of another shape.",
-                got=shape,
-                expected=f"(rows, {self.levels}, H, W, {self.width})",
-                do="use the codec of this teacher, or calibrate one on these features",
-            )
 
     def forward(self, features_RSHWC: Tensor) -> Tensor:
         """y, float32, of the same shape; over the calibration sample its mean square is 1."""
@@ -117,18 +106,8 @@ class Hadamard(Normalisation):
 
     def __init__(self, tables: dict[str, Tensor]) -> None:
         super().__init__(tables)
-        self._signed_std_SC = tables["signs"] * tables["std"]
+        self.signed_std_SC = tables["signs"] * tables["std"]
         self._half_signs_C = tables["signs"].half()
-
-    @property
-    def device(self) -> torch.device:
-        return self.tables["mean"].device
-
-    @property
-    def decode_tables(self) -> tuple[Tensor, ...]:
-        """As `decode_hadamard` takes them."""
-        tables = self.tables
-        return tables["mean"], tables["std"], self._signed_std_SC, tables["left"], tables["right"]
 
     @classmethod
     def of_moments(cls, moments: FeatureMoments) -> Self:
@@ -141,14 +120,14 @@ class Hadamard(Normalisation):
     def standardise(self, features_RSHWC: Tensor) -> Tensor:
         """D z, since another pass for the signs would cost a GPU as much as a product."""
         centred_RSHWC = features_RSHWC.float() - self.tables["mean"][:, None, None]
-        return centred_RSHWC / self._signed_std_SC[:, None, None]
+        return centred_RSHWC / self.signed_std_SC[:, None, None]
 
     def rotate(self, z_RSHWC: Tensor) -> Tensor:
         return rotate(z_RSHWC, self.tables["left"], self.tables["right"])
 
     def inverse(self, tokens: Tensor, scales: Tensor, level: int) -> Tensor:
         signed = rotate(tokens, self.tables["left"].T, self.tables["right"].T)
-        return torch.addcmul(self.tables["mean"][level], signed * scales, self._signed_std_SC[level])
+        return torch.addcmul(self.tables["mean"][level], signed * scales, self.signed_std_SC[level])
 
 
 class PhiS(Normalisation):
@@ -198,3 +177,63 @@ def _rotation_tables(moments: FeatureMoments) -> dict[str, Tensor]:
     left, right = hadamard_factors(width)
     tables = {"signs": signs_C, "left": left.float(), "right": right.float()}
     return {name: table.to(moments.mean_SC.device) for name, table in tables.items()}
+
+
+def hadamard_factors(width: int) -> tuple[Tensor, Tensor]:
+    """Orthonormal (left, right) in float64 with left ⊗ right of size `width`, about √width each.
+
+    A Hadamard matrix has entries of one magnitude, so rotating by it spreads an outlier channel evenly over
+    all. As two small products, left (m, m) @ token (m, k) @ rightᵀ (k, k), that takes 2·(m + k) flops a value
+    where a dense rotation takes 2·m·k.
+
+    Hadamard for each width that is a power of two times a Paley order: all of 256, 384, 512, 768, 1024,
+    1152, 1280, 1408, 1536 and more. Else the odd part of the width is served by a DCT, also orthonormal.
+    """
+    left, right = _core(width), torch.ones(1, 1, dtype=torch.float64)
+    doublings = (width // len(left)).bit_length() - 1
+    for _ in range(doublings):
+        if len(left) < len(right):
+            left = _double(left)
+        else:
+            right = _double(right)
+    return left, right
+
+
+def rotate(tokens: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """H x along the last axis of `tokens` (…, width). With the factors transposed: Hᵀ x."""
+    blocks = tokens.reshape(-1, len(left), len(right))
+    return (left @ (blocks @ right.T)).view(tokens.shape)
+
+
+def _core(width: int) -> Tensor:
+    """The smallest orthonormal matrix from which doubling reaches `width`."""
+    odd = width // (width & -width)
+    if odd == 1:
+        return torch.ones(1, 1, dtype=torch.float64)
+    order = 4 * odd
+    while width % order == 0:
+        if _is_prime(order - 1):
+            return _paley(order - 1)
+        order *= 2
+    return torch.from_numpy(dct(torch.eye(odd, dtype=torch.float64).numpy(), norm="ortho"))
+
+
+def _double(matrix: Tensor) -> Tensor:
+    """Sylvester's step, orthonormal."""
+    return torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=matrix.dtype), matrix) / math.sqrt(2)
+
+
+def _paley(q: int) -> Tensor:
+    """Paley's first construction, orthonormal: order q + 1 for a prime q ≡ 3 (mod 4)."""
+    character = torch.full((q,), -1.0, dtype=torch.float64)
+    character[torch.arange(1, q) ** 2 % q] = 1
+    character[0] = 0
+    index = torch.arange(q)
+    matrix = torch.ones(q + 1, q + 1, dtype=torch.float64)
+    matrix[1:, 0] = -1
+    matrix[1:, 1:] = character[(index - index[:, None]) % q] + torch.eye(q, dtype=torch.float64)
+    return matrix / math.sqrt(q + 1)
+
+
+def _is_prime(n: int) -> bool:
+    return n > 1 and all(n % d for d in range(2, math.isqrt(n) + 1))

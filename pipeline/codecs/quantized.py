@@ -19,10 +19,14 @@ from torch import Tensor
 
 from teachercache.pipeline.codecs.calibrated import OUTLIER_ARRAYS, CalibratedCodec, Coder, join, row_blocks
 from teachercache.pipeline.codecs.kernels import has_kernel
-from teachercache.pipeline.codecs.lloyd_max import gaussian_levels
 from teachercache.pipeline.codecs.normalisation import Hadamard, Normalisation, PhiS, Standardise
-from teachercache.pipeline.codecs.packing import packed_width
-from teachercache.pipeline.codecs.quantizer import ScalarQuantizer, TokenQuantizer, largest_magnitude
+from teachercache.pipeline.codecs.quantizer import (
+    ScalarQuantizer,
+    TokenQuantizer,
+    gaussian_levels,
+    largest_magnitude,
+    packed_width,
+)
 from teachercache.pipeline.codecs.rings import RingQuantizer, ring_levels
 from teachercache.pipeline.records.array_layout import ArrayLayout
 
@@ -77,10 +81,13 @@ class _Coder(Coder):
 
     def decode_at_once(self, *arrays: Tensor, dtype: torch.dtype) -> Tensor | None:
         one, other = self.normalisation, self.quantizer
-        if not (isinstance(one, Hadamard) and isinstance(other, ScalarQuantizer) and has_kernel(one.device)):
+        if not (isinstance(one, Hadamard) and isinstance(other, ScalarQuantizer)):
             return None
-        arrays = *(array.contiguous() for array in arrays), other.levels, *one.decode_tables
-        return torch.ops.teachercache.decode_hadamard(*arrays, dtype)
+        if not has_kernel(arrays[0].device):
+            return None
+        mean, std, left, right = (one.tables[name] for name in ("mean", "std", "left", "right"))
+        arrays = *(array.contiguous() for array in arrays), other.levels, mean, std, one.signed_std_SC
+        return torch.ops.teachercache.decode_hadamard(*arrays, left, right, dtype)
 
 
 class QuantizedCodec(CalibratedCodec):

@@ -31,12 +31,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from teachercache.pipeline.codecs.kernels import has_kernel
-from teachercache.pipeline.codecs.packing import pack, unpack
 from teachercache.pipeline.codecs.quantizer import (
     TokenQuantizer,
     divide_by_scales,
+    pack,
     root_mean_square,
     take,
+    unpack,
 )
 
 MEMORY, TAPS = 6, (1, 4, 5)  # of all choices of taps for this memory the one of least error

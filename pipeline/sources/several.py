@@ -31,10 +31,7 @@ class SeveralSources(Source):
     @classmethod
     def at(cls, location: str, open_one: Callable[[str, str], Source]) -> Self:
         """Raises `SourceError` for a location that does not name them, and what `open_one` raises."""
-        sources = {}
-        for name, place in places(location).items():
-            sources[name] = open_one(place["path"], place["kind"])
-        return cls(sources)
+        return cls({name: open_one(one["path"], one["kind"]) for name, one in places(location).items()})
 
     @property
     def _is_local(self) -> bool:

@@ -16,7 +16,7 @@ from docs.decode_with_numpy import decode
 from teachercache.pipeline.codecs import Codec, Standing, codec_names, get_codec, torch_dtype
 from teachercache.pipeline.codecs.dct import allocate_bits
 from teachercache.pipeline.codecs.fidelity import measure_fidelity
-from teachercache.pipeline.codecs.lloyd_max import gaussian_distortion, gaussian_levels
+from teachercache.pipeline.codecs.quantizer import gaussian_distortion, gaussian_levels
 from teachercache.pipeline.codecs.rings import RingQuantizer, nearest_path, ring_distortion, ring_levels
 from teachercache.pipeline.errors import CodecError
 
@@ -408,7 +408,7 @@ def test_dct_keeps_quiet_tokens_beside_loud_ones(name: str) -> None:
 
 
 def test_dct_refuses_another_grid() -> None:
-    with pytest.raises(CodecError, match="another grid"):
+    with pytest.raises(CodecError, match="another shape"):
         calibrated("int4-dct", features()).encode(features(grid=(6, 4)))
 
 

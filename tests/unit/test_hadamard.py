@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from teachercache.pipeline.codecs.hadamard import hadamard_factors, rotate
+from teachercache.pipeline.codecs.normalisation import hadamard_factors, rotate
 
 WIDTHS = [1, 2, 64, 192, 256, 384, 512, 640, 768, 896, 1024, 1152, 1280, 1408, 1536]
 each_width = pytest.mark.parametrize("width", WIDTHS)

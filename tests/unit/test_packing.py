@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from teachercache.pipeline.codecs.packing import pack, packed_width, unpack
+from teachercache.pipeline.codecs.quantizer import pack, packed_width, unpack
 
 
 @given(bits=st.integers(1, 8), width=st.integers(1, 50), seed=st.integers(0, 2**32 - 1))
