@@ -48,13 +48,9 @@ class MapReader:
     ) -> None:
         self.cache = cache
         self._window = cache.spec.views.middle if window else None
-        self.teachers: list[str] = []
-        self.absent: dict[str, str] = {}
-        for name in cache.check_teachers(teachers):
-            if reason := _why_absent(cache, name):
-                self.absent[name] = reason
-            else:
-                self.teachers.append(name)
+        names = cache.check_teachers(teachers)
+        self.absent = {name: reason for name in names if (reason := _why_absent(cache, name))}
+        self.teachers = [name for name in names if name not in self.absent]
         self._choice = num_rows, seed
         self.maps: Callable[[str, int], Tensor] = lru_cache(_KEPT_ROWS * len(cache.teachers))(self._maps)
         self.tokens: Callable[[str], Tensor] = lru_cache(None)(self._tokens)

@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache as once
 from itertools import count
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -97,31 +97,26 @@ class Batch:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """The batch with every tensor as `change` gives it, `images` once where they are a render, too."""
-        images = change(self.images)
+        changed = once(change)
 
-        def changed(tensors: dict[Any, Tensor]) -> dict[Any, Tensor]:
-            return {
-                name: images if tensor is self.images else change(tensor) for name, tensor in tensors.items()
-            }
+        def all_of(tensors: dict[Any, Tensor]) -> dict[Any, Tensor]:
+            return {name: changed(tensor) for name, tensor in tensors.items()}
 
-        features = {name: replace(one, arrays=changed(one.arrays)) for name, one in self.features.items()}
         return replace(
             self,
-            images=images,
-            renders=changed(self.renders),
-            features=features,
-            cls_tokens=changed(self.cls_tokens),
-            labels=changed(self.labels),
+            images=changed(self.images),
+            renders=all_of(self.renders),
+            features={name: replace(one, arrays=all_of(one.arrays)) for name, one in self.features.items()},
+            cls_tokens=all_of(self.cls_tokens),
+            labels=all_of(self.labels),
         )
 
 
-@dataclass
-class _Pending:
-    """A batch under way: its tensors, and the tasks that fill them and return their seconds."""
+class _Pending(NamedTuple):
+    """A batch under way, and by stage the tasks that fill its tensors and return their seconds."""
 
     batch: Batch
-    reads: list[Future[float]]
-    renders: list[Future[float]]
+    tasks: dict[str, list[Future[float]]]
 
 
 class FeatureLoader:
@@ -226,6 +221,11 @@ class FeatureLoader:
         keys = [self._cache.key(sample) for sample in samples.tolist()]
         epochs = self._sampler.epochs(step).tolist()
         tensors = self._memory.take()
+        with_cls = [name for name in self._teachers if (name, CLS_TOKEN) in tensors]
+
+        def arrays(teacher: str) -> dict[str, Tensor]:
+            return {array: tensors[teacher, array] for array in self._cache.features[teacher].feature_layouts}
+
         batch = Batch(
             step=step,
             rows=rows,
@@ -235,21 +235,8 @@ class FeatureLoader:
             ),
             images=tensors[self._views.size if self._sees_whole else _IMAGES],
             renders={size: tensors[size] for size in self._sizes},
-            features={
-                teacher: Encoded(
-                    self._cache.codec(teacher),
-                    {
-                        array: tensors[teacher, array]
-                        for array in self._cache.features[teacher].feature_layouts
-                    },
-                )
-                for teacher in self._teachers
-            },
-            cls_tokens={
-                teacher: tensors[teacher, CLS_TOKEN]
-                for teacher in self._teachers
-                if self._cache.spec.teachers[teacher].cls_token
-            },
+            features={name: Encoded(self._cache.codec(name), arrays(name)) for name in self._teachers},
+            cls_tokens={name: tensors[name, CLS_TOKEN] for name in with_cls},
             labels={task: tensors[_LABELS, task] for task in self._label_layouts()},
             seconds={},
         )
@@ -268,7 +255,7 @@ class FeatureLoader:
             for i, place in enumerate(zip(samples.tolist(), lines.tolist(), epochs, strict=True))
             if self._images
         ]
-        return _Pending(batch, reads, renders)
+        return _Pending(batch, {"read": reads, "decode": renders})
 
     def _read(self, batch: Batch, teacher: str, part: slice, streamed: _Streamed) -> float:
         start = time.perf_counter()
@@ -351,12 +338,6 @@ class FeatureLoader:
 
     def _collect(self, pending: _Pending) -> Batch:
         start = time.perf_counter()
-        read_s, decode_s = (
-            sum(task.result() for task in tasks) for tasks in (pending.reads, pending.renders)
-        )
-        pending.batch.seconds = {
-            "read": read_s,
-            "decode": decode_s,
-            "wait": time.perf_counter() - start,
-        }
+        seconds = {stage: sum(task.result() for task in tasks) for stage, tasks in pending.tasks.items()}
+        pending.batch.seconds = seconds | {"wait": time.perf_counter() - start}
         return pending.batch

@@ -13,13 +13,12 @@ from posixpath import basename, splitext
 
 from teachercache.pipeline.errors import SourceError, require_known
 from teachercache.pipeline.sources.decode import decode_image
-from teachercache.pipeline.sources.ilsvrc import ILSVRCSource
 from teachercache.pipeline.sources.image_folder import ImageFolderSource
 from teachercache.pipeline.sources.parquet import ParquetSource
 from teachercache.pipeline.sources.place import Place
 from teachercache.pipeline.sources.several import SeveralSources
 from teachercache.pipeline.sources.source import PHOTO_SUFFIXES, Source, is_image_name, no_image_error
-from teachercache.pipeline.sources.tar import tar_members
+from teachercache.pipeline.sources.tar import ILSVRCSource, tar_members
 from teachercache.pipeline.sources.webdataset import WebDatasetSource
 
 _SOURCES: dict[str, type[Source]] = {

@@ -7,6 +7,7 @@ or names.
 import os
 from collections.abc import Iterator
 from functools import lru_cache
+from itertools import repeat
 from posixpath import splitext
 from threading import Lock
 from typing import Any, NamedTuple
@@ -27,13 +28,12 @@ _FOOTERS_KEPT = 4096
 
 
 class _RowGroup(NamedTuple):
-    """Rows [first_row, first_row + num_rows) of a file, or the file's `problem`."""
+    """Rows [first_row, first_row + num_rows) of a file; none, if it cannot be read."""
 
     path: str
     group: int
     first_row: int
     num_rows: int
-    problem: str | None = None
 
 
 class ParquetSource(Source):
@@ -52,10 +52,18 @@ class ParquetSource(Source):
         for path, _ in self._containers():
             try:
                 footer = _footer(self.place.storage.url, path)
-            except pa.ArrowInvalid as error:
-                yield _RowGroup(path, 0, 0, 0, f"the Parquet file cannot be read: {_reason(error)}")
+            except pa.ArrowInvalid:
+                yield _RowGroup(path, 0, 0, 0)
                 continue
-            _check_layout(path, footer.schema.to_arrow_schema())
+            schema = footer.schema.to_arrow_schema()
+            if "image" not in schema.names or not _holds_images(schema.field("image").type):
+                raise SourceError(
+                    f"{path} is not in the Hub's image layout.",
+                    got=", ".join(f"{field.name}: {field.type}" for field in schema),
+                    expected="a column image: struct<bytes: binary, …>, and optionally a column label",
+                    do="save it with `datasets` and a column of type Image(), or choose other files with a "
+                    "pattern",
+                )
             first_row = 0
             for group in range(footer.num_row_groups):
                 num_rows = footer.row_group(group).num_rows
@@ -63,25 +71,23 @@ class ParquetSource(Source):
                 first_row += num_rows
 
     def _scan_unit(self, unit: _RowGroup) -> pa.Table:
-        rows = SampleRows()
-        if unit.problem is not None:
-            rows.reject(unit.path, 0, 0, unit.problem)
-            return rows.table()
-        row = unit.first_row
+        rows, row = SampleRows(), unit.first_row
         try:
             with _open(self.place.storage.url, unit.path) as file:
                 for field in file.schema_arrow:
                     if field.name != "image" and _holds_images(field.type):
                         rows.left_out[f"image in column {printable(field.name)}"] += unit.num_rows
                 for batch in _batches(file, unit.group, ["image.bytes", "label"]):
-                    for data, label in zip(_images(batch), _labels(batch), strict=True):
+                    labels = batch["label"].to_pylist() if "label" in batch.schema.names else repeat(None)
+                    for data, label in zip(_images(batch), labels, strict=False):
                         _add(rows, unit.path, row, data, label)
                         row += 1
         except (pa.ArrowException, OSError) as error:
             if _is_system_error(error):
                 raise
-            lost = f"rows {row:,} to {unit.first_row + unit.num_rows - 1:,} cannot be read"
-            rows.reject(unit.path, row, 0, f"{lost}: {_reason(error)}")
+            last = unit.first_row + unit.num_rows - 1
+            lost = f"rows {row:,} to {last:,}" if unit.num_rows else "the Parquet file"
+            rows.reject(unit.path, row, 0, f"{lost} cannot be read: {_reason(error)}")
         return rows.table()
 
     def read(self, path: str, offset: int, nbytes: int) -> bytes:
@@ -105,37 +111,13 @@ def _add(rows: SampleRows, path: str, row: int, data: pa.Scalar, label: object) 
     if not data.is_valid:
         rows.reject(path, row, 0, "the row has null bytes", key)
         return
-    buffer = data.as_buffer()
-    rows.add(
-        key,
-        key,
-        path,
-        row,
-        buffer.size,
-        None if label is None else str(label),
-        lambda nbytes: buffer.slice(0, nbytes).to_pybytes(),
-    )
+    buffer, text = data.as_buffer(), None if label is None else str(label)
+    rows.add(key, key, path, row, buffer.size, text, lambda nbytes: buffer.slice(0, nbytes).to_pybytes())
 
 
 def _images(batch: pa.RecordBatch) -> pa.Array:
     """The encoded images of the rows; the bytes are not copied."""
     return pc.struct_field(batch.column("image"), "bytes")
-
-
-def _labels(batch: pa.RecordBatch) -> list[object]:
-    has_label = "label" in batch.schema.names
-    return batch.column("label").to_pylist() if has_label else [None] * batch.num_rows
-
-
-def _check_layout(path: str, schema: pa.Schema) -> None:
-    if "image" in schema.names and _holds_images(schema.field("image").type):
-        return
-    raise SourceError(
-        f"{path} is not in the Hub's image layout.",
-        got=", ".join(f"{field.name}: {field.type}" for field in schema),
-        expected="a column image: struct<bytes: binary, …>, and optionally a column label",
-        do="save it with `datasets` and a column of type Image(), or choose other files with a pattern",
-    )
 
 
 def _holds_images(kind: pa.DataType) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -11,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import xxhash
 
-from teachercache.pipeline.errors import SourceError, SourceNotFoundError, TeacherCacheError
+from teachercache.pipeline.errors import SourceError, SourceNotFoundError, TeacherCacheError, extra
 from teachercache.pipeline.places.local_storage import LocalStorage
 from teachercache.pipeline.places.open_storage import open_storage
 from teachercache.pipeline.places.own_places import PIPE
 from teachercache.pipeline.places.remote_storage import client_options
 from teachercache.pipeline.places.retries import retrying
 from teachercache.pipeline.places.storage import Storage
-from teachercache.pipeline.sources.piped import fetched
 
 _MAGIC = re.compile(r"[*?[]")
 
@@ -41,7 +42,7 @@ class Place:
     def at(location: str | os.PathLike[str]) -> Place:
         """Raises `SourceNotFoundError`. A local location becomes absolute; `pipe:` commands are run."""
         if os.fspath(location).startswith(PIPE):
-            return Place(os.fspath(location), fetched(os.fspath(location)))
+            return Place(os.fspath(location), _fetched(os.fspath(location)))
         text = os.fspath(location).removeprefix("file://")
         if "://" not in text:
             text = str(Path(text).expanduser().absolute())
@@ -116,3 +117,37 @@ def _is_folder_or_file(filesystem: Any, path: str) -> tuple[bool, bool]:
     if kind == "file" and "http" in filesystem.protocol:  # over HTTP every page is a file, even a listing
         return filesystem.isdir(path), True
     return kind == "directory", kind == "file"
+
+
+def _fetched(location: str) -> LocalStorage:
+    """The folder with the tars that commands print: `pipe:curl -s https://host/train-{000..146}.tar`.
+
+    `webdataset` finds the braces (`expand_urls`) and runs the commands (`gopen`). A build reads images by key
+    and more than once, which no pipe gives, so each tar is streamed once into a folder and then read there as
+    any other; those of an earlier run are kept. Raises `SourceError` for a command that fails, and for a tar
+    that ends early.
+    """
+    with extra("build"):
+        from webdataset.gopen import gopen
+        from webdataset.shardlists import expand_urls
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    storage = LocalStorage(caches / "teachercache/pipes" / xxhash.xxh3_64_hexdigest(location.encode()))
+    for number, url in enumerate(expand_urls(location)):
+        if storage.exists(name := f"{number:06d}.tar"):
+            continue
+        end = b""
+        try:
+            with storage.open_write(name) as file, gopen(url) as stream:
+                while block := stream.read(1 << 20):
+                    file.write(block)
+                    end = (end + block)[-tarfile.BLOCKSIZE :]
+                if end != bytes(tarfile.BLOCKSIZE):
+                    raise EOFError(f"{file.nbytes:,} bytes without the zeros that end a tar")
+        except (EOFError, OSError) as error:
+            raise SourceError(
+                f"The stream of {url} ends early, or cannot be read.",
+                got=error,
+                expected="a command that prints a whole tar and exits with 0",
+                do="try the command in a shell, and run the same build again: whole tars are kept",
+            ) from error
+    return storage

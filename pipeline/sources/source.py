@@ -230,12 +230,13 @@ class SampleRows:
         else:
             key, qualified_key = printable(key), printable(qualified_key)
             path = printable(path) if name_problem(path) else path
-        self._append(key, path, offset, nbytes, *size, label, status, _hash(head), qualified_key)
+        head_hash = xxhash.xxh3_64_intdigest(head)
+        self._append(key, path, offset, nbytes, *size, label, status, head_hash, qualified_key)
 
     def reject(self, path: str, offset: int, nbytes: int, status: str, name: str = "") -> None:
         """A place in a file without a usable image; its key is `name`, or else the place."""
         key = (printable(name) if name_problem(name) else name) or f"{path}#{offset}"
-        self._append(key, path, offset, nbytes, 0, 0, None, status, _hash(b""), key)
+        self._append(key, path, offset, nbytes, 0, 0, None, status, xxhash.xxh3_64_intdigest(b""), key)
 
     def label(self, labels: Mapping[str, str | None]) -> int:
         """Label images without a label from `labels`, by key; returns how many `labels` have an image."""
@@ -283,7 +284,3 @@ def no_image_error(location: str, names: Iterable[str], problem: str) -> EmptySo
         expected=f"names that end in {', '.join(IMAGE_SUFFIXES)}, in any case: files, or members of tars",
         do="check the path; convert other formats first",
     )
-
-
-def _hash(data: bytes) -> int:
-    return xxhash.xxh3_64_intdigest(data)
