@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable, Iterator, Mapping
+from functools import wraps
 from itertools import cycle
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +30,29 @@ _BINS = 60
 _POINTS = 200
 
 
-def norm_histogram(norms: Mapping[str, NDArray]) -> Markup:
+def _chart(draw: Callable[[Axes, Mapping[str, NDArray]], None]) -> Callable[[Mapping[str, NDArray]], Markup]:
+    """What draws a line for each of the values, as a function from these to a chart with a legend."""
+
+    @wraps(draw)
+    def drawn(values: Mapping[str, NDArray]) -> Markup:
+        with matplotlib.rc_context(fname=_STYLE):
+            figure = Figure(figsize=(5.2, 2.9), layout="constrained")
+            axes = figure.subplots()
+            draw(axes, values)
+            names = [name.replace("$", r"\$") for name in values]  # a $ would start a formula
+            columns = -(-len(names) // _LEGEND_LINES)
+            figure.set_figwidth(figure.get_figwidth() + 1.6 * max(columns - 1, 0))
+            figure.legend(labels=names, loc="outside right upper", ncols=columns)  # where no line can be
+            file = io.StringIO()
+            figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+        drawing = file.getvalue()
+        return Markup(drawing[drawing.index("<svg") :].replace(_INK, "currentColor"))
+
+    return drawn
+
+
+@_chart
+def norm_histogram(axes: Axes, norms: Mapping[str, NDArray]) -> None:
     """Distribution of token norms, a line for each level."""
     finite = {name: values[np.isfinite(values)] for name, values in norms.items()}
     largest = max((values.max() for values in finite.values() if values.size), default=1.0)
@@ -37,49 +60,36 @@ def norm_histogram(norms: Mapping[str, NDArray]) -> Markup:
     logarithmic = smallest > 0 and largest > 20 * smallest
     space = np.geomspace if logarithmic else np.linspace
     edges = space(smallest, max(largest, smallest * (1 + 1e-6) + 1e-9), _BINS + 1)
-
-    def draw(axes: Axes) -> None:
-        for name, values, style in _lines(finite):
-            share = np.histogram(values, edges)[0] / max(values.size, 1)
-            axes.stairs(share, edges, label=name, **style)
-        axes.set(xlabel="token norm", ylabel="share of tokens")
-        if logarithmic:
-            _logarithmic(axes, "x")
-
-    return _chart(draw)
+    for name, values, style in _lines(finite):
+        axes.stairs(np.histogram(values, edges)[0] / max(values.size, 1), edges, label=name, **style)
+    axes.set(xlabel="token norm", ylabel="share of tokens")
+    if logarithmic:
+        _logarithmic(axes, "x")
 
 
-def channel_curve(std: Mapping[str, NDArray]) -> Markup:
+@_chart
+def channel_curve(axes: Axes, std: Mapping[str, NDArray]) -> None:
     """Standard deviations of the channels of each level, sorted: outliers at the left, dead ones right."""
-
     positive = [values[values > 0].min() for values in std.values() if (values > 0).any()]
     floor = min(positive, default=1.0) / 2  # where dead channels are drawn
-
-    def draw(axes: Axes) -> None:
-        for name, values, style in _lines(std):
-            ordered = np.maximum(np.sort(values)[::-1], floor)
-            channels = np.arange(1, len(ordered) + 1)
-            axes.plot(channels, ordered, label=name, marker="o" if len(ordered) == 1 else "", **style)
-        axes.set(xlabel="channel, sorted", ylabel="standard deviation")
-        _logarithmic(axes, "x")
-        _logarithmic(axes, "y")
-        axes.set_ylim(bottom=floor)
-
-    return _chart(draw)
+    for name, values, style in _lines(std):
+        ordered = np.maximum(np.sort(values)[::-1], floor)
+        channels = np.arange(1, len(ordered) + 1)
+        axes.plot(channels, ordered, label=name, marker="o" if len(ordered) == 1 else "", **style)
+    axes.set(xlabel="channel, sorted", ylabel="standard deviation")
+    _logarithmic(axes, "x")
+    _logarithmic(axes, "y")
+    axes.set_ylim(bottom=floor)
 
 
-def error_curve(errors: Mapping[str, NDArray]) -> Markup:
+@_chart
+def error_curve(axes: Axes, errors: Mapping[str, NDArray]) -> None:
     """What share of tokens has an error of at most so much, a line for each codec."""
-
-    def draw(axes: Axes) -> None:
-        for name, values, style in _lines(errors):
-            shares = np.linspace(0, 1, _POINTS)
-            ordered = np.quantile(np.maximum(values, 1e-12), shares)
-            axes.plot(ordered, shares, label=name, **style)
-        axes.set(xlabel="1 − cosine of a token", ylabel="share of tokens below")
-        _logarithmic(axes, "x")
-
-    return _chart(draw)
+    shares = np.linspace(0, 1, _POINTS)
+    for name, values, style in _lines(errors):
+        axes.plot(np.quantile(np.maximum(values, 1e-12), shares), shares, label=name, **style)
+    axes.set(xlabel="1 − cosine of a token", ylabel="share of tokens below")
+    _logarithmic(axes, "x")
 
 
 def _lines(values: Mapping[str, NDArray]) -> Iterator[tuple[str, NDArray, dict[str, Any]]]:
@@ -117,19 +127,3 @@ def _logarithmic(axes: Axes, which: Literal["x", "y"]) -> None:
     axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,), numticks=6))
     axis.set_major_formatter(number)
     axis.set_minor_formatter(NullFormatter())
-
-
-def _chart(draw: Callable[[Axes], None]) -> Markup:
-    with matplotlib.rc_context(fname=_STYLE):
-        figure = Figure(figsize=(5.2, 2.9), layout="constrained")
-        axes = figure.subplots()
-        draw(axes)
-        labels = axes.get_legend_handles_labels()[1]
-        names = [str(label).replace("$", r"\$") for label in labels]  # a $ would start a formula
-        columns = -(-len(names) // _LEGEND_LINES)
-        figure.set_figwidth(figure.get_figwidth() + 1.6 * max(columns - 1, 0))
-        figure.legend(labels=names, loc="outside right upper", ncols=columns)  # where no line can be
-        file = io.StringIO()
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    drawing = file.getvalue()
-    return Markup(drawing[drawing.index("<svg") :].replace(_INK, "currentColor"))

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from teachercache.jobs.inspection.feature_facts import CodecTrial, cosine_error, try_codec
+from teachercache.jobs.inspection.feature_facts import cosine_error, try_codec
 from teachercache.pipeline.cache import FeatureCache
+from teachercache.pipeline.codecs.fidelity import Fidelity
 from teachercache.pipeline.errors import CacheError
 from teachercache.pipeline.exploring.feature_pictures import heat, png_uri
 from teachercache.pipeline.exploring.map_reader import MapReader
@@ -85,8 +86,8 @@ class Comparisons:
     def _codec_error(self, teacher: str, row: int, level: int, codec: str) -> Drawing:
         """1 − cosine of what the codec gives back to what is stored."""
         self._map(teacher, row, level)
-        trial = self._trial(codec, teacher, row)
-        return _error(trial.error_RSHW[0, level], human_bytes(trial.fidelity.row_bytes))
+        fidelity, error_RSHW = self._trial(codec, teacher, row)
+        return _error(error_RSHW[0, level], human_bytes(fidelity.row_bytes))
 
     def _map(self, teacher: str, row: int, level: int) -> Tensor:
         if reason := self.reader.absent.get(teacher):
@@ -114,7 +115,7 @@ class Comparisons:
             output = self._student(self._student.normalize(pixels_HW3.permute(2, 0, 1)[None]), full=True)
         return dict(output.feature_maps)
 
-    def _try_codec(self, codec: str, teacher: str, row: int) -> CodecTrial:
+    def _try_codec(self, codec: str, teacher: str, row: int) -> tuple[Fidelity, Tensor]:
         others = [other for other in self.reader.rows if other != row]
         return try_codec(codec, self.reader, teacher, others or [row], [row])
 

@@ -1,6 +1,6 @@
 """One self-contained page about a cache: what is in it, how it was built, and what the teachers see."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -10,18 +10,19 @@ from markupsafe import Markup
 from torch import Tensor
 
 from teachercache.jobs.inspection.charts import channel_curve, coloured, error_curve, norm_histogram, number
-from teachercache.jobs.inspection.feature_facts import CodecTrial, LevelFacts, linear_cka, try_codec
+from teachercache.jobs.inspection.feature_facts import LevelFacts, level_facts, linear_cka, try_codec
 from teachercache.jobs.inspection.page import templates
 from teachercache.jobs.inspection.summary import summarize
 from teachercache.jobs.inspection.tables import quarantine_line, summary_facts, warnings, what_was_checked
-from teachercache.jobs.inspection.teacher_maps import TeacherMaps
 from teachercache.jobs.inspection.timeline import timeline
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.codecs import codec_names, get_codec
-from teachercache.pipeline.errors import CodecError, TeacherCacheError, in_a_line
-from teachercache.pipeline.exploring.feature_pictures import heat, jpeg_uri, png_uri
-from teachercache.pipeline.exploring.map_reader import MapReader
+from teachercache.pipeline.errors import CacheError, CodecError, TeacherCacheError, in_a_line
+from teachercache.pipeline.exploring.feature_pictures import finite, heat, jpeg_uri, png_uri, token_norms
+from teachercache.pipeline.exploring.map_reader import MapReader, level_name
+from teachercache.pipeline.grids import pool
 from teachercache.pipeline.records.integrity import Depth, check_shards
+from teachercache.pipeline.records.spec import GridSpec
 from teachercache.pipeline.units import human_bytes, human_seconds
 
 _TRIAL_ROWS = 2  # others are what the tables are learnt from
@@ -29,6 +30,7 @@ _LEAST_ERROR, _LARGEST_ERROR = 1e-7, 1e-1
 _MAPS = 8  # as many as a page of a laptop is wide
 _MAX_LISTED = 200
 _MAX_LOUD = 3
+_COMMON_TOKENS = 2048  # of each level, to compare teachers by
 
 
 def write_report(
@@ -69,6 +71,48 @@ def write_report(
     )
 
 
+class TeacherMaps:
+    """What is kept of a teacher's maps once they are no longer in memory: pictures (data URIs by row and
+    level), statistics by level, and tokens to compare with other teachers'.
+
+    `level_names` are those that pictures use. `damaged` says why a row could not be read. `common_tokens`
+    holds, for each row, (levels, n, C) tokens of places that are the same in all teachers.
+    """
+
+    def __init__(self, reader: MapReader, name: str) -> None:
+        self.name = name
+        self.spec = reader.cache.spec.teachers[name]
+        self.level_names = [level_name(self.spec, level) for level in range(self.spec.num_levels)]
+        self.damaged: dict[int, str] = {}
+        self.pictures: dict[tuple[int, int], str] = {}
+        self.norm_pictures: dict[tuple[int, int], str] = {}
+        self.common_tokens: dict[int, Tensor] = {}
+        self.levels = level_facts(self._kept_in_common(reader))
+        if not self.levels:
+            return
+        for row, maps_SHWC in self._readable(reader):
+            for level, (facts, map_HWC) in enumerate(zip(self.levels, maps_SHWC, strict=True)):
+                self.pictures[row, level] = png_uri(reader.basis(name, level).picture(map_HWC))
+                self.norm_pictures[row, level] = png_uri(heat(token_norms(map_HWC), *facts.norm_range))
+
+    def _readable(self, reader: MapReader) -> Iterator[tuple[int, Tensor]]:
+        for row in reader.rows:
+            try:
+                yield row, reader.maps(self.name, row)
+            except CacheError as error:
+                self.damaged[row] = in_a_line(error)
+
+    def _kept_in_common(self, reader: MapReader) -> Iterator[Tensor]:
+        """The readable maps (S, H, W, C); some tokens of each are kept, on the smallest of all grids."""
+        grids = [reader.cache.spec.teachers[name].stored_grid for name in reader.teachers]
+        smallest = GridSpec(kind="bilinear", size=(min(h for h, _ in grids), min(w for _, w in grids)))
+        for row, maps_SHWC in self._readable(reader):
+            tokens_SNC = pool(finite(maps_SHWC)[None], smallest)[0].flatten(1, 2)
+            step = -(-len(reader.rows) * tokens_SNC.shape[1] // _COMMON_TOKENS)
+            self.common_tokens[row] = tokens_SNC[:, ::step].clone()
+            yield maps_SHWC
+
+
 def _records(cache: FeatureCache, reader: MapReader) -> dict[str, Any]:
     """What the cache says of itself: what it is, what is broken, and how it was built."""
     summary = summarize(cache.storage)
@@ -95,7 +139,8 @@ def _records(cache: FeatureCache, reader: MapReader) -> dict[str, Any]:
         )
         found["lasted"] = human_seconds(history.end - history.start)
         found["lanes"] = [
-            (lane.worker, png_uri(heat(torch.from_numpy(lane.forward)[None], 0, 1))) for lane in history.lanes
+            (worker, png_uri(heat(torch.from_numpy(forward)[None], 0, 1)))
+            for worker, forward in history.lanes
         ]
     return found
 
@@ -137,16 +182,11 @@ def _statistics(teacher: TeacherMaps) -> tuple[Markup, Markup, list[list[str]]]:
 
 def _channel_facts(level: LevelFacts) -> list[str]:
     loudest = [
-        f"{c.channel} ({c.mean:.3g} ± {c.std:.2g}, {c.share:.0%} of the energy)"
+        f"{c} ({level.mean_C[c]:.3g} ± {level.std_C[c]:.2g}, {level.share_C[c]:.0%} of the energy)"
         for c in level.loud[:_MAX_LOUD]
     ]
-    return [
-        f"{level.norms_N.mean():.4g}",
-        _count(level.dead),
-        _count(level.not_finite),
-        str(len(level.loud)),
-        ", ".join(loudest) or "–",
-    ]
+    counts = _count(level.dead), _count(level.not_finite), str(len(level.loud))
+    return [f"{level.norms_N.mean():.4g}", *counts, ", ".join(loudest) or "–"]
 
 
 def _codecs(reader: MapReader, teacher: TeacherMaps) -> tuple[int, list[list[str]], Markup, list] | None:
@@ -156,39 +196,29 @@ def _codecs(reader: MapReader, teacher: TeacherMaps) -> tuple[int, list[list[str
         return None
     tried = rows[: min(_TRIAL_ROWS, max(len(rows) // 2, 1))]
     others = rows[len(tried) :] or tried
-    names = [n for n in codec_names() if n != teacher.spec.codec and get_codec(n).reported]
-    found: dict[str, CodecTrial | str] = {}  # or why the codec cannot
-    for name in names:
+    facts: list[list[str]] = []
+    errors: dict[str, Tensor] = {}
+    for codec in codec_names():
+        if codec == teacher.spec.codec or not get_codec(codec).reported:
+            continue
         try:
-            found[name] = try_codec(name, reader, teacher.name, others, tried)
+            lost, errors[codec] = try_codec(codec, reader, teacher.name, others, tried)
         except CodecError as error:
-            found[name] = error.problem
-    trials = [trial for trial in found.values() if isinstance(trial, CodecTrial)]
-    curves = {trial.codec: trial.error_RSHW.flatten().numpy() for trial in trials}
+            facts.append([codec, *("–",) * 4, error.problem])
+        else:
+            cosines = f"{lost.cosine_mean:.6f}", f"{lost.cosine_p1:.6f}"
+            facts.append([codec, human_bytes(lost.row_bytes), *cosines, f"{lost.relative_l2:.4f}", ""])
+    if not errors:
+        return len(tried), facts, Markup(), []
+    curves = error_curve({codec: error_RSHW.flatten().numpy() for codec, error_RSHW in errors.items()})
     maps = [
         (
             [teacher.level_names[level] for level in levels],
-            [(trial.codec, [_error_map(trial.error_RSHW[0, level]) for level in levels]) for trial in trials],
+            [(codec, [_error_map(error_RSHW[0, n]) for n in levels]) for codec, error_RSHW in errors.items()],
         )
         for levels in _divided(range(teacher.spec.num_levels), _MAPS)
-        if trials
     ]
-    facts = [_trial_facts(name, trial) for name, trial in found.items()]
-    return len(tried), facts, error_curve(curves) if trials else Markup(), maps
-
-
-def _trial_facts(codec: str, trial: CodecTrial | str) -> list[str]:
-    if isinstance(trial, str):
-        return [codec, *("–",) * 4, trial]
-    fidelity = trial.fidelity
-    return [
-        codec,
-        human_bytes(fidelity.row_bytes),
-        f"{fidelity.cosine_mean:.6f}",
-        f"{fidelity.cosine_p1:.6f}",
-        f"{fidelity.relative_l2:.4f}",
-        "",
-    ]
+    return len(tried), facts, curves, maps
 
 
 def _error_map(error_HW: Tensor) -> str:

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,22 +14,14 @@ _COLUMNS = 720
 _MAX_LANES = 48
 
 
-@dataclass(frozen=True)
-class Lane:
-    """Shards that one worker did one after the other. `forward` is, for each of the columns between the
-    build's start and end, the share of time in the teachers' forward passes; NaN where the lane is idle."""
-
-    worker: str
-    forward: NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Timeline:
-    """`hidden` lanes are left out. Times in Unix seconds."""
+class Timeline(NamedTuple):
+    """Times in Unix seconds. A lane is shards that one worker did one after the other: the worker and, for
+    each of the columns between start and end, the share of time in the teachers' forward passes; NaN where
+    the lane is idle. `hidden` lanes are left out."""
 
     start: float
     end: float
-    lanes: list[Lane]
+    lanes: list[tuple[str, NDArray[np.float64]]]
     hidden: int
 
 
@@ -59,5 +51,5 @@ def timeline(records: Iterable[CommitRecord]) -> Timeline | None:
         columns = lanes.setdefault((worker, lane), np.full(_COLUMNS, np.nan))
         first = min(int((begin - start) / column_s), _COLUMNS - 1)
         columns[first : max(int((finish - start) / column_s), first + 1)] = share
-    shown = [Lane(worker, forward) for (worker, _), forward in sorted(lanes.items())]
+    shown = [(worker, forward) for (worker, _), forward in sorted(lanes.items())]
     return Timeline(start, end, shown[:_MAX_LANES], max(0, len(shown) - _MAX_LANES))

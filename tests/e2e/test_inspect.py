@@ -347,13 +347,13 @@ def test_the_timeline_gives_each_shard_in_flight_a_lane(cache: FeatureCache) -> 
 
     found = timeline([record("a", 0, 10), record("a", 1, 15), record("a", 2, 25), record("b", 3, 30)])
     assert found is not None
-    assert [lane.worker for lane in found.lanes] == ["a", "a", "b"]
+    assert [worker for worker, _ in found.lanes] == ["a", "a", "b"]
     assert found.end - found.start == 30
-    assert found.lanes[0].forward[100] == 0.5
+    assert found.lanes[0][1][100] == 0.5
     again = timeline([record("a", 0, 10), record("a", 0, 10, teacher="beta")])
     assert again is not None
     assert len(again.lanes) == 1
     assert timeline([]) is None
     actors = timeline([record("a", 0, 10, worker="a:7"), record("a", 1, 20, worker="a:8")])
     assert actors is not None
-    assert [lane.worker for lane in actors.lanes] == ["a:7", "a:8"]
+    assert [worker for worker, _ in actors.lanes] == ["a:7", "a:8"]

@@ -14,12 +14,7 @@ from typer.testing import CliRunner
 from teachercache.jobs.cli import app
 from teachercache.jobs.inspection.charts import channel_curve, error_curve, norm_histogram
 from teachercache.jobs.inspection.comparisons import Comparisons
-from teachercache.jobs.inspection.feature_facts import (
-    FactCollector,
-    cosine_error,
-    linear_cka,
-    rows_to_learn_from,
-)
+from teachercache.jobs.inspection.feature_facts import cosine_error, level_facts, linear_cka
 from teachercache.jobs.inspection.report import write_report
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import CodecError
@@ -151,8 +146,6 @@ def test_a_value_that_other_codecs_cannot_hold(tmp_path: Path, images: Path, val
 
 
 def test_a_dct_is_learnt_from_enough_rows_or_not_at_all(tmp_path: Path, images: Path) -> None:
-    assert list(rows_to_learn_from("int4-hadamard", range(9))) == [0, 1]
-    assert list(rows_to_learn_from("int4-dct", range(9))) == [0, 1, 2, 3, 4, 5]
     cache = make_cache(tmp_path / "cache", images, teachers={"alpha": teacher_spec(grid=4)})
     assert "int4-dct cannot be learnt from 2 rows" in Links(write_report(cache, num_samples=3)).text
     assert "cannot be learnt" not in Links(write_report(cache, num_samples=6)).text
@@ -203,15 +196,12 @@ def test_channels_that_are_dead_loud_or_broken() -> None:
     maps_SHWC[0, ..., 3] = 7
     maps_SHWC[1, ..., 5] *= 30
     maps_SHWC[1, 2, 2, 9] = float("nan")
-    collector = FactCollector(2, 16)
-    collector.add(maps_SHWC)
-    collector.add(maps_SHWC)
-    first, second = collector.levels()
+    first, second = level_facts([maps_SHWC, maps_SHWC])
     assert (first.dead, first.not_finite) == ([3], [])
     assert (second.dead, second.not_finite) == ([], [9])
-    assert [loud.channel for loud in second.loud] == [5]
-    assert second.loud[0].std == pytest.approx(maps_SHWC[1, ..., 5].std(correction=0).item(), rel=1e-4)
-    assert second.loud[0].share > 0.9
+    assert second.loud == [5]
+    assert second.std_C[5] == pytest.approx(maps_SHWC[1, ..., 5].std(correction=0).item(), rel=1e-4)
+    assert second.share_C[5] > 0.9
     norms_N = torch.linalg.vector_norm(maps_SHWC[0], dim=-1).flatten()
     torch.testing.assert_close(first.norms_N, norms_N.repeat(2))
 
