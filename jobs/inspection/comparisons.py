@@ -22,7 +22,6 @@ from teachercache.pipeline.units import human_bytes
 from teachercache.student.models.student import Student
 
 _KEPT_ROWS = 4
-_KEPT_DRAWINGS = 256
 
 
 class Drawing(NamedTuple):
@@ -46,44 +45,36 @@ class Comparisons:
         self._predictions = lru_cache(_KEPT_ROWS)(self._predict)
         self._trial = lru_cache(per_teacher)(self._try_codec)
         self._unit = lru_cache(per_teacher)(lambda *where: F.normalize(self._map(*where), dim=-1))
-        self.features = lru_cache(_KEPT_DRAWINGS)(self._features)
-        self.student_features = lru_cache(_KEPT_DRAWINGS)(self._student_features)
-        self.student_error = lru_cache(_KEPT_DRAWINGS)(self._student_error)
-        self.codec_error = lru_cache(_KEPT_DRAWINGS)(self._codec_error)
 
     def similarity(
-        self, teacher: str, row: int, level: int, patch: tuple[float, float], others: int
-    ) -> tuple[Drawing, Drawing]:
-        """Cosine of the patch of `row` at (x, y) to those of `row`, and to those of another row.
+        self, teacher: str, row: int, level: int, patch: tuple[float, float], other: int, of_other: bool
+    ) -> Drawing:
+        """Cosine of the patch of `row` at (x, y) to those of `row`, or to those of the other row.
 
         Both have one range of colours.
         """
         unit_HWC = self._unit(teacher, row, level)
         height, width = unit_HWC.shape[:2]
         token_C = unit_HWC[int(patch[1] * height), int(patch[0] * width)]
-        cosines_HW = [unit_HWC @ token_C, self._unit(teacher, others, level) @ token_C]
-        low = min(values_HW.min().item() for values_HW in cosines_HW)
-        here, there = (
-            Drawing(png_uri(heat(values_HW, low, 1)), f"{low:.2f}".replace("-", "−"), "1")
-            for values_HW in cosines_HW
-        )
-        return here, there
+        cosines = [unit_HWC @ token_C, self._unit(teacher, other, level) @ token_C]
+        low = min(cosines_HW.min().item() for cosines_HW in cosines)
+        return Drawing(png_uri(heat(cosines[of_other], low, 1)), f"{low:.2f}".replace("-", "−"), "1")
 
-    def _features(self, teacher: str, row: int, level: int) -> Drawing:
+    def features(self, teacher: str, row: int, level: int) -> Drawing:
         """Principal components, in colours that are the same for all images."""
         map_HWC = self._map(teacher, row, level)
         return Drawing(png_uri(self.reader.basis(teacher, level).picture(map_HWC)))
 
-    def _student_features(self, teacher: str, row: int, level: int) -> Drawing:
+    def student_features(self, teacher: str, row: int, level: int) -> Drawing:
         prediction_HWC = self._prediction(teacher, row, level)
         return Drawing(png_uri(self.reader.basis(teacher, level).picture(prediction_HWC)))
 
-    def _student_error(self, teacher: str, row: int, level: int) -> Drawing:
+    def student_error(self, teacher: str, row: int, level: int) -> Drawing:
         """1 − cosine of the student's tokens to the teacher's."""
         error_HW = cosine_error(self._prediction(teacher, row, level), self._map(teacher, row, level))
         return _error(error_HW, f"mean {error_HW.mean():.2g}")
 
-    def _codec_error(self, teacher: str, row: int, level: int, codec: str) -> Drawing:
+    def codec_error(self, teacher: str, row: int, level: int, codec: str) -> Drawing:
         """1 − cosine of what the codec gives back to what is stored."""
         self._map(teacher, row, level)
         fidelity, error_RSHW = self._trial(codec, teacher, row)

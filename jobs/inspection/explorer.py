@@ -3,8 +3,8 @@
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache, cached_property, lru_cache
-from typing import NamedTuple
+from functools import cached_property, lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow.compute as pc
@@ -24,6 +24,7 @@ _THUMBNAIL = (96, 96)
 _THUMBNAIL_THREADS = 4
 _KEPT_THUMBNAILS = 1024
 _KEPT_VIEWS = 32
+_KEPT_DRAWINGS = 256
 Patch = tuple[float, float]
 
 
@@ -40,24 +41,14 @@ class Selection:
     codec: str | None = None
 
 
-class Hits(NamedTuple):
-    """One page of the samples that a search found; `total` of all pages. Pages count from 0."""
-
-    samples: list[int]
-    page: int
-    total: int
-
-    @property
-    def num_pages(self) -> int:
-        return max(1, -(-self.total // PAGE_SIZE))
-
-
 class _Column(NamedTuple):
-    """One kind of map. `of_other`: it shows the other image, where a click chooses no patch."""
+    """One kind of map, drawn of a teacher, row, level and the `rest`. `of_other`: it shows the other image,
+    where a click chooses no patch."""
 
     title: str
     words: str
-    draw: Callable[[str], Drawing]
+    draw: Callable[..., Drawing]
+    rest: tuple[Any, ...] = ()
     of_other: bool = False
 
 
@@ -72,7 +63,8 @@ class Explorer:
         self._has_student = student is not None
         self._threads = ThreadPoolExecutor(_THUMBNAIL_THREADS, thread_name_prefix="thumbnail")
         self._thumbnail = lru_cache(_KEPT_THUMBNAILS)(self._make_thumbnail)
-        self._view = lru_cache(_KEPT_VIEWS)(lambda row: jpeg_uri(self._maps.reader.view(row)))
+        self._view = lru_cache(_KEPT_VIEWS)(lambda row: Drawing(jpeg_uri(self._maps.reader.view(row))))
+        self._drawn = lru_cache(_KEPT_DRAWINGS)(lambda draw, *what: draw(*what))
 
     def first(self) -> Selection:
         """Two samples that can be shown, where there are, and the middle token of the first teacher."""
@@ -83,14 +75,17 @@ class Explorer:
         chosen = samples[0], samples[-1], tuple(self.cache.teachers)
         return Selection(*chosen, patch, level=self.num_levels - 1)
 
-    def search(self, text: str, page: int) -> Hits:
-        """Samples whose key holds `text`, in the cache's order. Beyond the last page is the last page."""
+    def search(self, text: str, page: int) -> tuple[list[int], int, str]:
+        """A page of the samples whose key holds `text`, in the cache's order; which page it is, from 0, and
+        of how many, in words. Beyond the last page is the last page."""
         keys = self.cache.samples["key"]
         found = np.arange(len(keys))
         if text:
             found = np.flatnonzero(pc.match_substring(keys, text, ignore_case=True))
-        page = min(page, max(0, (len(found) - 1) // PAGE_SIZE))
-        return Hits(found[page * PAGE_SIZE : (page + 1) * PAGE_SIZE].tolist(), page, len(found))
+        pages = max(1, -(-len(found) // PAGE_SIZE))
+        page = min(page, pages - 1)
+        samples = found[page * PAGE_SIZE : (page + 1) * PAGE_SIZE].tolist()
+        return samples, page, f"{page + 1:,} / {pages:,} · {len(found):,} found"
 
     def strip(self, samples: Sequence[int], selection: Selection) -> str:
         """Thumbnails to choose from."""
@@ -108,10 +103,10 @@ class Explorer:
             row, other = self.cache.index.rows([selection.sample, selection.other], selection.view).tolist()
         except IndexError:
             raise CacheError("The cache does not hold this view of both images.") from None
-        columns = self._columns(row, other, selection)
+        columns = self._columns(other, selection)
         lines = []
         for name in selection.teachers:
-            maps = [_map(column, name, None if column.of_other else selection.patch) for column in columns]
+            maps = [self._map(column, name, row, selection) for column in columns]
             lines.append((name, self._words(name, selection.level), maps))
         photos = [
             self._photo(row, "The image (click a patch)", selection.patch),
@@ -144,33 +139,30 @@ class Explorer:
             found.append(f"{len(problems):,} broken: {problems[0]}{', …' if problems[1:] else ''}")
         return found
 
-    def _columns(self, row: int, other: int, selection: Selection) -> list[_Column]:
-        maps, level, patch, codec = self._maps, selection.level, selection.patch, selection.codec
-        similarity = cache(lambda name: maps.similarity(name, row, level, patch, other))
+    def _columns(self, other: int, selection: Selection) -> list[_Column]:
+        maps, codec, others = self._maps, selection.codec, (selection.patch, other)
         columns = [
-            _Column("Features", "principal components", lambda name: maps.features(name, row, level)),
-            _Column("In this image", "cosine to the patch", lambda name: similarity(name)[0]),
-            _Column("In the other image", "cosine to that patch", lambda name: similarity(name)[1], True),
+            _Column("Features", "principal components", maps.features),
+            _Column("In this image", "cosine to the patch", maps.similarity, (*others, False)),
+            _Column("In the other image", "cosine to that patch", maps.similarity, (*others, True), True),
         ]
         if self._has_student:
-            features, error = maps.student_features, maps.student_error
             columns += [
-                _Column("Student", "in the teacher's colours", lambda name: features(name, row, level)),
-                _Column("Student's error", "1 − cosine to the teacher", lambda name: error(name, row, level)),
+                _Column("Student", "in the teacher's colours", maps.student_features),
+                _Column("Student's error", "1 − cosine to the teacher", maps.student_error),
             ]
         if codec is not None:
-            of_codec = maps.codec_error
-            columns.append(
-                _Column(codec, "its error, 1 − cosine", lambda name: of_codec(name, row, level, codec))
-            )
+            columns.append(_Column(codec, "its error, 1 − cosine", maps.codec_error, (codec,)))
         return columns
+
+    def _map(self, column: _Column, teacher: str, row: int, selection: Selection) -> str:
+        patch = None if column.of_other else selection.patch
+        what = column.draw, teacher, row, selection.level, *column.rest
+        return _cell(column.title, column.words, lambda: self._drawn(*what), patch, "map")
 
     def _photo(self, row: int, title: str, patch: Patch | None = None) -> str:
         key = self.cache.key(int(self.cache.index.locate(row)[0]))
-        try:
-            return html.cell(title, key, Drawing(self._view(row)), patch)
-        except (TeacherCacheError, OSError) as error:
-            return html.cell(title, key, missing=in_a_line(error))
+        return _cell(title, key, lambda: self._view(row), patch)
 
     def _make_thumbnail(self, sample: int) -> str | None:
         try:
@@ -181,9 +173,9 @@ class Explorer:
         return jpeg_uri(np.asarray(image), 75)
 
 
-def _map(column: _Column, teacher: str, patch: Patch | None) -> str:
-    """A cell; where the map cannot be had, it holds the reason."""
+def _cell(title: str, words: str, draw: Callable[[], Drawing], patch: Patch | None, kind: str = "") -> str:
+    """A picture; where it cannot be had, the cell holds the reason."""
     try:
-        return html.cell(column.title, column.words, column.draw(teacher), patch, "map")
+        return html.cell(title, words, draw(), patch, kind)
     except (TeacherCacheError, OSError) as error:
-        return html.cell(column.title, column.words, missing=in_a_line(error))
+        return html.cell(title, words, missing=in_a_line(error))

@@ -26,9 +26,10 @@ with extra("view"):
     import uvicorn
     from fastapi import FastAPI
     from starlette.middleware import Middleware
+    from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
     from starlette.middleware.trustedhost import TrustedHostMiddleware
-    from starlette.responses import PlainTextResponse
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+    from starlette.requests import Request
+    from starlette.responses import PlainTextResponse, Response
 
 STYLE, _PICK = (Path(__file__).with_name(name).read_text() for name in ("viewer.css", "viewer.js"))
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -90,7 +91,7 @@ def listen(server_name: str, port: int | None = None) -> socket.socket:
 
 
 def make_server(explorer: Explorer, server_name: str) -> uvicorn.Server:
-    guards = [Middleware(_OnlyWhatIsNeeded)]
+    guards = [Middleware(BaseHTTPMiddleware, dispatch=_only_what_is_needed)]
     if server_name in _LOOPBACK:  # a page elsewhere must not reach this server through a name of its own
         guards.insert(0, Middleware(TrustedHostMiddleware, allowed_hosts=list(_LOOPBACK)))
     closed: dict[str, Any] = {"docs_url": None, "redoc_url": None, "openapi_url": None}
@@ -112,40 +113,19 @@ def make_server(explorer: Explorer, server_name: str) -> uvicorn.Server:
     return uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1))
 
 
-class _OnlyWhatIsNeeded:
+async def _only_what_is_needed(request: Request, answer: RequestResponseEndpoint) -> Response:
     """404 for every path that the page does not need, and a policy that keeps the page to this server."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        refusal = _refusal(scope)
-        if refusal is not None:
-            await PlainTextResponse(*refusal)(scope, receive, send)
-            return
-
-        async def send_with_policy(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], (b"content-security-policy", _POLICY.encode())]
-            await send(message)
-
-        await self._app(scope, receive, send_with_policy)
-
-
-def _refusal(scope: Scope) -> tuple[str, int] | None:
-    path = scope["path"]
+    path, nbytes = request.scope["path"], request.headers.get("content-length", "")  # as it will be routed
     if path not in _SERVED_EXACTLY and not path.startswith(_SERVED):
-        return "not found", 404
-    if scope["method"] not in ("GET", "HEAD"):
-        nbytes = dict(scope["headers"]).get(b"content-length", b"")
+        return PlainTextResponse("not found", 404)
+    if request.method not in ("GET", "HEAD"):
         if not nbytes.isdigit():
-            return "the length of the body is missing", 411
+            return PlainTextResponse("the length of the body is missing", 411)
         if len(nbytes) > _MAX_DIGITS:
-            return "more than the page ever sends", 413
-    return None
+            return PlainTextResponse("more than the page ever sends", 413)
+    response = await answer(request)
+    response.headers["content-security-policy"] = _POLICY
+    return response
 
 
 def build(explorer: Explorer) -> gr.Blocks:
@@ -181,9 +161,8 @@ def build(explorer: Explorer) -> gr.Blocks:
 
         def list_samples(text: str | None, page: int, selection: Selection) -> tuple[int, str, str]:
             half = (text or "")[:_MAX_SEARCH].encode(errors="replace")  # browsers may send half a character
-            found = explorer.search(half.decode(), page)
-            words = f"{found.page + 1:,} / {found.num_pages:,} · {found.total:,} found"
-            return found.page, words, explorer.strip(found.samples, selection)
+            samples, page, words = explorer.search(half.decode(), page)
+            return page, words, explorer.strip(samples, selection)
 
         def search(text: str, selection: Selection) -> tuple[int, str, str]:
             return list_samples(text, 0, selection)
@@ -213,11 +192,9 @@ def build(explorer: Explorer) -> gr.Blocks:
             return chosen, draw(chosen)
 
         def set_options(
-            level: object, view: object, codec: object, teachers: object, selection: Selection
+            level: object, view: object, codec: object, teachers: list[str], selection: Selection
         ) -> tuple[Selection, str]:
             if not (isinstance(level, str) and isinstance(view, str) and isinstance(codec, str)):
-                raise gr.Error(_NOT_OURS)
-            if not isinstance(teachers, list):
                 raise gr.Error(_NOT_OURS)
             chosen = replace(
                 selection,

@@ -459,7 +459,15 @@ def test_nothing_is_served_but_the_page(url: str, cache: FeatureCache) -> None:
         *("/gradio_api/proxy=http://127.0.0.1:1/", "/gradio_api/stream/a", "/gradio_api/info"),
         *("/gradio_api/component_server", "/monitoring", "/docs", "/openapi.json", "/gradio_api/mcp/sse"),
         *("/gradio_api/call/load", "/gradio_api/run/predict", "/gradio_api/reset", "/gradio_api/cancel"),
-        *("/login", "/logout", "/config/", "/theme.css/../config/x", "/custom_component/a/b/c", "/deep_link"),
+        *(
+            "/login",
+            "/logout",
+            "/config/",
+            "/config%3Fx",
+            "/theme.css/../config/x",
+            "/custom_component/a/b/c",
+            "/deep_link",
+        ),
     ):
         assert status(url, path) in (403, 404), path
     assert status(url, "/gradio_api/upload", "POST", content_length="0") == 404
