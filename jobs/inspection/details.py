@@ -29,8 +29,7 @@ _NORMS = ("min", "mean", "max")
 def shard_details(manifest: Manifest, shard: int) -> dict[str, Any]:
     """A shard's rows, and what each teacher holds of it. Raises `CacheError` for one that cannot exist."""
     spec = manifest.spec()
-    if not 0 <= shard < spec.num_shards:
-        raise _not_here("shard", shard, spec.num_shards)
+    _require("shard", shard, spec.num_shards)
     rows, samples = spec.shard_rows(shard), spec.shard_samples(shard)
     entries, unreadable = quarantine(manifest)
     return {
@@ -51,10 +50,8 @@ def shard_details(manifest: Manifest, shard: int) -> dict[str, Any]:
 def row_details(manifest: Manifest, row: int) -> dict[str, Any]:
     """A row's sample and view, and what each teacher holds of it."""
     spec = manifest.spec()
-    try:
-        sample, view, line = (int(number) for number in RowIndex(spec.segments).locate(row))
-    except IndexError:
-        raise _not_here("row", row, spec.num_rows) from None
+    _require("row", row, spec.num_rows)
+    sample, view, line = (int(number) for number in RowIndex(spec.segments).locate(row))
     shard, place = divmod(row, spec.rows_per_shard)
     problems: list[str] = []
     return {
@@ -196,10 +193,11 @@ def _line(storage: Storage, name: str, index: int, problems: list[str]) -> dict[
         return {}
 
 
-def _not_here(what: str, number: int, count: int) -> CacheError:
-    return CacheError(
-        f"This cache has no {what} {number}.",
-        got=number,
-        expected=f"0 … {count - 1}" if count else f"a cache that holds a {what}",
-        do="see `teachercache inspect CACHE` for what there is",
-    )
+def _require(what: str, number: int, count: int) -> None:
+    if not 0 <= number < count:
+        raise CacheError(
+            f"This cache has no {what} {number}.",
+            got=number,
+            expected=f"0 … {count - 1}" if count else f"a cache that holds a {what}",
+            do="see `teachercache inspect CACHE` for what there is",
+        )

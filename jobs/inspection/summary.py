@@ -6,10 +6,9 @@ shards takes less time than that import. Nothing that is broken ends it; it beco
 
 import gc
 import math
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
@@ -42,11 +41,11 @@ def summarize(storage: Storage) -> dict[str, Any]:
     spec = manifest.spec()
     store = open_store(manifest.storage, spec, SampleTable(manifest, spec).key, direct=True, checksums=False)
     found = table_problems(manifest, spec)
-    tallies = {name: _Tally() for name in spec.teachers_and_images}
+    records: dict[str, list[CommitRecord]] = {name: [] for name in spec.teachers_and_images}
     for checked in check_shards(manifest, spec, Depth.SIZES):
         found += checked.problems
         if checked.record is not None:
-            tallies[checked.teacher].add(checked.record)
+            records[checked.teacher].append(checked.record)
     entries, unreadable = quarantine(manifest)
     problems = [problem.reason for problem in (*found, *unreadable)]
     return {
@@ -63,54 +62,34 @@ def summarize(storage: Storage) -> dict[str, Any]:
         "teachers": {
             name: teacher.model_dump(mode="json")
             | {"stored_grid": teacher.stored_grid, "fidelity": spec.fidelity.get(name)}
-            | {"bytes_per_row": _bytes_per_row(store, name, tallies[name], problems)}
-            | tallies[name].facts()
+            | {"bytes_per_row": _bytes_per_row(store, name, records[name], problems)}
+            | _facts(records[name])
             for name, teacher in spec.teachers.items()
         },
-        "committed": {name: tally.shards for name, tally in tallies.items()},
-        "planned": {name: len(spec.shards(name)) for name in tallies},
+        "committed": {name: len(of_it) for name, of_it in records.items()},
+        "planned": {name: len(spec.shards(name)) for name in records},
         "quarantined": [entry.model_dump(mode="json") for entry in entries],
         "problems": problems,
     }
 
 
-@dataclass
-class _Tally:
+def _facts(records: Sequence[CommitRecord]) -> dict[str, Any]:
     """Sums over the commit records of one teacher."""
-
-    shards: int = 0
-    rows: int = 0
-    invalid_rows: int = 0
-    nbytes: int = 0
-    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
-    hosts: Counter[str] = field(default_factory=Counter)
-    spans: list[tuple[float, float]] = field(default_factory=list)
-    last_commit: str | None = None
-
-    def add(self, record: CommitRecord) -> None:
-        self.shards += 1
-        self.rows += record.num_rows
-        self.invalid_rows += len(record.invalid_rows)
-        self.nbytes += record.nbytes
-        for stage, seconds in record.seconds.items():
-            self.seconds[stage] += seconds
-        self.hosts[record.host] += 1
-        self.last_commit = max(record.finished, self.last_commit or "")
-        if span := shard_span(record):
-            self.spans.append(span)
-
-    def facts(self) -> dict[str, Any]:
-        busy_s = covered(self.spans)
-        return {
-            "nbytes": self.nbytes,
-            "rows_committed": self.rows,
-            "rows_invalid": self.invalid_rows,
-            "seconds": {stage: round(value, 2) for stage, value in self.seconds.items()},
-            "busy_s": round(busy_s, 2),
-            "rows_per_s": round(self.rows / busy_s, 3) if busy_s else None,
-            "hosts": dict(self.hosts.most_common()),
-            "last_commit": self.last_commit,
-        }
+    rows = sum(record.num_rows for record in records)
+    busy_s = covered(span for record in records if (span := shard_span(record)))
+    seconds = Counter[str]()
+    for record in records:
+        seconds.update(record.seconds)
+    return {
+        "nbytes": sum(record.nbytes for record in records),
+        "rows_committed": rows,
+        "rows_invalid": sum(len(record.invalid_rows) for record in records),
+        "seconds": {stage: round(value, 2) for stage, value in seconds.items()},
+        "busy_s": round(busy_s, 2),
+        "rows_per_s": round(rows / busy_s, 3) if busy_s else None,
+        "hosts": dict(Counter(record.host for record in records).most_common()),
+        "last_commit": max((record.finished for record in records), default=None),
+    }
 
 
 def shard_span(record: CommitRecord) -> tuple[float, float] | None:
@@ -131,13 +110,15 @@ def covered(spans: Iterable[tuple[float, float]]) -> float:
     return total
 
 
-def _bytes_per_row(store: FeatureStore, teacher: str, tally: _Tally, problems: list[str]) -> int | None:
+def _bytes_per_row(
+    store: FeatureStore, teacher: str, records: Sequence[CommitRecord], problems: list[str]
+) -> int | None:
     """Bytes on disk of one row, checksums and index included, as the arrays' own metadata states it; of
     compressed rows their mean, statistics included."""
     try:
         nbytes = disk_nbytes(store.stored_layouts(teacher).values())
-        held = tally.rows - tally.invalid_rows
-        return tally.nbytes // held if store.spec.compressor and held else nbytes
     except CacheError as error:
         problems.append(in_a_line(error))
         return None
+    held = sum(record.num_rows - len(record.invalid_rows) for record in records)
+    return sum(record.nbytes for record in records) // held if store.spec.compressor and held else nbytes

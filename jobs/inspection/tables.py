@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Group, RenderableType
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from teachercache.pipeline.records.view_policy import ViewPolicy
@@ -59,7 +59,7 @@ def plan_table(plan: Plan) -> RenderableType:
     totals = {
         "cache": plan.url,
         "images": f"{spec.dataset.num_samples:,} from {spec.dataset.kind} {spec.dataset.location}",
-        "views": _views(spec.views.model_dump(mode="json")),
+        "views": _views(spec.views),
         "rows": f"{spec.num_rows:,} in {spec.num_shards:,} shards of {spec.rows_per_shard} for each teacher",
         "files": f"{plan.num_files:,}",
         "bytes": f"{human_bytes(plan.total_bytes)} ({human_bytes(plan.read_bytes_per_row)} a view)"
@@ -102,14 +102,16 @@ def pixels_line(spec: CacheSpec, pixel_bytes: int, images_per_s: float, render_m
 def summary_table(summary: Mapping[str, Any]) -> RenderableType:
     """What a cache holds (`summarize`), and what is wrong with it."""
     head, columns = summary_facts(summary)
-    notes = [Text(line, style="yellow") for line in warnings(summary)]
-    quarantined = [quarantine_line(entry) for entry in summary["quarantined"]]
-    if quarantined:
-        notes += [Text(line, style="yellow") for line in ("Quarantined:", *_some(quarantined))]
-    checked = Text(what_was_checked(summary), style="dim")
-    return Group(
-        lines(head), columns_table("teacher", columns), *notes, *problem_lines(summary["problems"]), checked
-    )
+    notes, broken, problems = warnings(summary), [], summary["problems"]
+    if quarantined := summary["quarantined"]:
+        notes += ["Quarantined:", *_some([quarantine_line(entry) for entry in quarantined])]
+    if problems:
+        things = "thing is" if len(problems) == 1 else "things are"
+        advice = "`teachercache verify` checks every shard and says how to mend it."
+        broken = [f"{len(problems)} {things} broken:", *_some(problems), advice]
+    told = {"yellow": notes, "red": broken, "dim": [what_was_checked(summary)]}
+    texts = (Text(line, style=style) for style, said in told.items() for line in said)
+    return Group(lines(head), columns_table("teacher", columns), *texts)
 
 
 def details_table(details: Mapping[str, Any]) -> RenderableType:
@@ -126,7 +128,7 @@ def details_table(details: Mapping[str, Any]) -> RenderableType:
         }
         shown.append(columns_table("", columns))
     if rows:
-        table = Table("row", "view_index", "shard", *rows[0]["teachers"], box=box.SIMPLE_HEAD)
+        table = _table("row", "view_index", "shard", *rows[0]["teachers"])
         for row in rows:
             cells = row["row"], row["view_index"], row["shard"], *row["teachers"].values()
             table.add_row(*(_coloured(str(cell)) for cell in cells))
@@ -173,7 +175,7 @@ def summary_facts(
         + ", ".join(f"{name} {versions[name]}" for name in ("torch", "timm", "pillow") if name in versions),
         "images": f"{dataset['num_samples']:,} from {dataset['kind']} {dataset['location']}, {images}",
         "fingerprint": dataset["fingerprint"],
-        "views": _views(summary["views"]),
+        "views": _views(ViewPolicy.model_validate(summary["views"])),
         "rows": f"{summary['rows']:,} in {summary['shards']:,} shards of {summary['rows_per_shard']}",
         "bytes": f"{human_bytes(nbytes)}{so_far}, {human_bytes(row_nbytes)} a row{in_all}",
     }
@@ -266,9 +268,7 @@ def _cosines(mean: float, p1: float) -> str:
 
 def findings_table(findings: Sequence[Finding]) -> RenderableType:
     """What each split of a data set has of each kind of file."""
-    table = Table(box=box.SIMPLE)
-    for title in ("split", "files", "found", "expected", "missing"):
-        table.add_column(title, overflow="fold")
+    table = _table("split", "files", "found", "expected", "missing")
     for finding in findings:
         missing = ", ".join(finding.missing)
         if finding.expected - finding.found > len(finding.missing) > 0:
@@ -315,15 +315,6 @@ def _complete(summary: Mapping[str, Any]) -> bool:
     return all(done >= summary["planned"][name] for name, done in summary["committed"].items())
 
 
-def problem_lines(problems: Sequence[str]) -> list[Text]:
-    """What is broken, and what to do."""
-    if not problems:
-        return []
-    found = [f"{len(problems)} {'thing is' if len(problems) == 1 else 'things are'} broken:"]
-    advice = ["`teachercache verify` checks every shard and says how to mend it."]
-    return [Text(line, style="red") for line in (*found, *_some(problems), *advice)]
-
-
 def quarantine_line(entry: Mapping[str, Any]) -> str:
     return f"{entry['key']} ({entry['location']}): {entry['reason']}"
 
@@ -333,10 +324,12 @@ def _some(entries: Sequence[str]) -> list[str]:
     return [f"  {entry}" for entry in entries[:_SHOWN]] + rest
 
 
+def _table(*titles: str) -> Table:
+    return Table(*(Column(title, overflow="fold") for title in titles), box=box.SIMPLE_HEAD)
+
+
 def columns_table(corner: str, columns: Mapping[str, Mapping[str, str | Text]]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD)
-    for title in (corner, *columns):
-        table.add_column(title, overflow="fold")
+    table = _table(corner, *columns)
     for field in next(iter(columns.values())):
         table.add_row(Text(field, style="bold"), *(column[field] for column in columns.values()))
     return table
@@ -348,8 +341,7 @@ def lines(values: Mapping[str, str]) -> RenderableType:
     return Group(*(Text.assemble((name.ljust(width), "bold"), "  ", value) for name, value in values.items()))
 
 
-def _views(views: Mapping[str, Any]) -> str:
-    policy = ViewPolicy.model_validate(views)
+def _views(policy: ViewPolicy) -> str:
     facts = f"{policy.num_views} of {policy.policy} at {_times(policy.size)}, seed {policy.seed}"
     if policy.margin:
         facts += f", {policy.windows_per_axis**2} windows of each, stored at {_times(policy.stored_size)}"
