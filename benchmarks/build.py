@@ -37,10 +37,9 @@ from benchmarks.waits import count_waits
 from teachercache import FeatureCache, build, render_view
 from teachercache.cache_builder.build_recipe import BuildRecipe
 from teachercache.cache_builder.extract import ShardExtractor
-from teachercache.cache_builder.stages import STAGES
+from teachercache.cache_builder.progress import STAGES
 from teachercache.cache_builder.teachers import Teacher, build_teacher
-from teachercache.cache_builder.teachers.flops import teacher_gmacs
-from teachercache.cache_builder.teachers.registry import presets
+from teachercache.cache_builder.teachers.registry import presets, teacher_gmacs
 from teachercache.pipeline.records.manifest import commit_name
 from teachercache.pipeline.records.spec import Precision
 from teachercache.pipeline.records.strict import Size

@@ -43,7 +43,7 @@ from benchmarks import step as step_benchmark
 from benchmarks.photographs import write_photographs
 from benchmarks.waits import count_waits
 from teachercache.cache_builder.teachers import build_teacher, resolve_teacher
-from teachercache.cache_builder.teachers.flops import teacher_gmacs
+from teachercache.cache_builder.teachers.registry import teacher_gmacs
 from teachercache.cache_builder.teachers.teacher_recipe import TeacherRecipe
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.codecs import get_codec, quantized

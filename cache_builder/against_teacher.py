@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from teachercache.cache_builder.moved_weights import with_checkpoints
+from teachercache.cache_builder.build_recipe import with_checkpoints
 from teachercache.cache_builder.teachers import Teacher, build_teacher
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.codecs import Encoded

@@ -16,18 +16,15 @@ import pyarrow as pa
 from rich.console import Console
 from rich.text import Text
 
-from teachercache.cache_builder.build_recipe import BuildRecipe
-from teachercache.cache_builder.calibrate import Calibration, raw_losses
+from teachercache.cache_builder.build_recipe import BuildRecipe, with_checkpoints
+from teachercache.cache_builder.calibrate import Calibration, other_tables, raw_losses
 from teachercache.cache_builder.draft import Draft, draft, extend, growth, spec_of
-from teachercache.cache_builder.kept_shards import kept_teacher
-from teachercache.cache_builder.moved_weights import with_checkpoints
-from teachercache.cache_builder.other_tables import other_tables
 from teachercache.cache_builder.plan import Plan, make_plan, pending
-from teachercache.cache_builder.progress import BuildProgress
+from teachercache.cache_builder.progress import BuildProgress, bottleneck_of_build
 from teachercache.cache_builder.runner import FailedShard, LocalRunner, Runner, Task, require_place
-from teachercache.cache_builder.stages import bottleneck_of_build
 from teachercache.cache_builder.teachers import resolve_teachers
 from teachercache.pipeline.cache import FeatureCache
+from teachercache.pipeline.codecs import get_codec
 from teachercache.pipeline.errors import (
     BuildError,
     CacheError,
@@ -41,6 +38,7 @@ from teachercache.pipeline.places.open_storage import open_storage
 from teachercache.pipeline.places.processes import temporary_of
 from teachercache.pipeline.places.storage import Storage
 from teachercache.pipeline.places.whole_or_nothing import whole_or_nothing
+from teachercache.pipeline.records.integrity import record_problem
 from teachercache.pipeline.records.manifest import SAMPLES_NAME, SPEC_NAME, VIEWS_NAME, Manifest, tables_name
 from teachercache.pipeline.records.spec import IMAGES, CacheSpec, DatasetSpec, TeacherSpec
 from teachercache.pipeline.records.stats_files import write_tables
@@ -288,13 +286,41 @@ def _with_findings(
     """`spec` with the hashes of new teachers' weights and of their codecs' tables."""
     teachers, fidelity = dict(spec.teachers), dict(spec.fidelity)
     for name in _without_weights(spec):
-        teacher = kept_teacher(manifest, spec, name, hashes[name])
+        teacher = _kept_teacher(manifest, spec, name, hashes[name])
         if teacher is None:
             tables = calibrations[name].tables
             found = {"tables_hash": write_tables(manifest.storage, name, tables) if tables else None}
             teacher = teachers[name].model_copy(update=found | {"weights_hash": hashes[name]})
         teachers[name], fidelity[name] = teacher, calibrations[name].fidelity
     return spec.changed(teachers=teachers, fidelity=fidelity)
+
+
+def _kept_teacher(manifest: Manifest, spec: CacheSpec, name: str, weights_hash: str) -> TeacherSpec | None:
+    """Teacher `name` with the weights and tables of its shards that outlived `cache.json`; None without any.
+
+    Raises `CacheMismatchError` when their records are those of another spec.
+    """
+    shards = manifest.committed_shards(name)
+    if not shards:
+        return None
+    tables = tables_name(name)
+    has_tables = get_codec(spec.teachers[name].codec).needs_tables and manifest.storage.exists(tables)
+    hashes = {
+        "weights_hash": weights_hash,
+        "tables_hash": manifest.storage.checksum(tables) if has_tables else None,
+    }
+    teacher = spec.teachers[name].model_copy(update=hashes)
+    whole = spec.changed(teachers={**spec.teachers, name: teacher})
+    store = FeatureCache(manifest.storage, whole).store
+    for shard, record in manifest.commits(name, shards).items():
+        if (problem := record_problem(record, whole, store.shard_files(name, shard))) is not None:
+            raise CacheMismatchError(
+                f"{SPEC_NAME} is gone, and the remaining shards are not those of this recipe.",
+                got=problem.reason,
+                expected="the recipe, images, weights and library versions of the cache",
+                do=f"restore {SPEC_NAME} from a copy, correct the recipe, or choose another place (cache=…)",
+            )
+    return teacher
 
 
 def _write(manifest: Manifest, drafted: Draft, spec: CacheSpec) -> None:

@@ -1,4 +1,4 @@
-"""The calibration phase: codecs learn their tables and are judged on a sample of rows."""
+"""Codecs learn their tables and are judged on a sample of rows, or take the tables of another cache."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -12,9 +12,12 @@ from torch import Tensor
 from teachercache.cache_builder.teachers import Teacher
 from teachercache.pipeline.codecs import codec_names, get_codec
 from teachercache.pipeline.codecs.fidelity import measure_fidelity
-from teachercache.pipeline.errors import CodecError, EmptySourceError, ImageDecodeError
+from teachercache.pipeline.errors import CacheMismatchError, CodecError, EmptySourceError, ImageDecodeError
 from teachercache.pipeline.grids import stored_form
-from teachercache.pipeline.records.spec import CacheSpec, GridSpec
+from teachercache.pipeline.places.open_storage import open_storage
+from teachercache.pipeline.records.manifest import Manifest
+from teachercache.pipeline.records.spec import CacheSpec, GridSpec, TeacherSpec
+from teachercache.pipeline.records.stats_files import read_tables
 from teachercache.pipeline.records.view_policy import Photometric
 from teachercache.pipeline.sources import Source, decode_image
 from teachercache.pipeline.views import View, ViewTable, render_view
@@ -145,3 +148,48 @@ def _better_codecs(features_RSHWC: Tensor) -> dict[str, float]:
         if codec.fits(rows_RSHWC.shape[-1]) and len(rows_RSHWC) >= codec.trial_rows[0]:
             found[codec.name] = measure_fidelity(codec.calibrate(rows_RSHWC), rows_RSHWC).cosine_p1
     return {name: cosine for name, cosine in found.items() if cosine >= LEAST_COSINE}
+
+
+def other_tables(url: str | None, teachers: Mapping[str, TeacherSpec]) -> dict[str, Calibration]:
+    """Tables and fidelity from the cache at `url`, for those of these teachers whose codecs need tables.
+
+    Caches encoded with the same tables can be merged. Hashes that a teacher does not have yet are not
+    compared. Raises `CacheMismatchError` with every reason
+    why features encoded with these tables could not be merged with that cache, and `CacheError` where it
+    cannot be read.
+    """
+    if url is None:
+        return {}
+    manifest = Manifest(open_storage(url))
+    other = manifest.spec()
+    calibrated = {
+        name: teacher for name, teacher in teachers.items() if get_codec(teacher.codec).needs_tables
+    }
+    if differences := list(_differences(other, calibrated)):
+        raise CacheMismatchError(
+            "The codec tables of that cache are not for these teachers:\n  - " + "\n  - ".join(differences),
+            got=f"tables_from={url}",
+            expected="a cache whose teachers of the same names have the same settings and weights",
+            do="use the settings of that cache, or leave tables_from out: the codecs then learn their own "
+            "tables, and the two caches cannot be merged",
+        )
+    return {
+        name: Calibration(
+            read_tables(manifest, name, other.teachers[name].tables_hash),
+            dict(other.fidelity.get(name, {})),
+        )
+        for name in calibrated
+    }
+
+
+def _differences(other: CacheSpec, teachers: Mapping[str, TeacherSpec]) -> Iterator[str]:
+    for name, ours in teachers.items():
+        theirs = other.teachers.get(name)
+        if theirs is None:
+            yield f"teachers.{name}: that cache has {', '.join(other.teachers) or 'no teacher'}"
+            continue
+        for key in TeacherSpec.model_fields.keys() - {"checkpoint"}:
+            here, there = getattr(ours, key), getattr(theirs, key)
+            unknown = here is None and key in ("weights_hash", "tables_hash")
+            if here != there and not unknown:
+                yield f"teachers.{name}.{key}: {there!r} there, {here!r} here"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from teachercache.cache_builder.stages import StageSeconds
+from teachercache.cache_builder.progress import StageSeconds
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import ImageDecodeError
 from teachercache.pipeline.loading.batch_memory import BatchMemory

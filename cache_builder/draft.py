@@ -16,11 +16,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from teachercache.cache_builder.build_recipe import BuildRecipe
+from teachercache.cache_builder.build_recipe import BuildRecipe, with_checkpoints
 from teachercache.cache_builder.calibrate import CalibrationSample
-from teachercache.cache_builder.moved_weights import with_checkpoints
 from teachercache.cache_builder.teachers import resolve_teachers
-from teachercache.cache_builder.versions import versions
+from teachercache.cache_builder.teachers.teacher import versions
 from teachercache.pipeline.codecs import get_codec
 from teachercache.pipeline.errors import CacheMismatchError, Problems
 from teachercache.pipeline.places.open_storage import open_storage

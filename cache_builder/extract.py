@@ -19,9 +19,9 @@ import xxhash
 
 from teachercache.cache_builder.compute import Batches, Computing
 from teachercache.cache_builder.decode import Decoding, Sample
-from teachercache.cache_builder.stages import StageSeconds
+from teachercache.cache_builder.progress import StageSeconds
 from teachercache.cache_builder.teachers import Teacher
-from teachercache.cache_builder.versions import versions
+from teachercache.cache_builder.teachers.teacher import versions
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import AlreadyCommittedError, BuildInterruptedError, CacheNotFoundError
 from teachercache.pipeline.records.feature_stats import FeatureMoments

@@ -1,14 +1,32 @@
-"""What a build shows while it runs: a live bar on a terminal, one line per shard in a log."""
+"""What a build shows: a live bar on a terminal, or one line per shard in a log; and what it waited for."""
 
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from teachercache.cache_builder.stages import STAGES
 from teachercache.pipeline.records.manifest import CommitRecord
+
+STAGES = ("read", "decode", "forward", "encode", "statistics", "write")
+
+
+class StageSeconds:
+    """Adds up seconds by stage; the stages run in several threads, so their sum may exceed the wall time."""
+
+    def __init__(self) -> None:
+        self.totals = dict.fromkeys(STAGES, 0.0)
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        with self._lock:
+            self.totals[name] += time.perf_counter() - start
 
 
 class BuildProgress:
@@ -82,6 +100,25 @@ class BuildProgress:
                 f"{record.seconds['wall']:.1f} s ({_stages(record.seconds)})",
                 soft_wrap=True,
             )
+
+
+def bottleneck_of_build(seconds: Mapping[str, float], wall: float) -> str:
+    """One sentence that says what a build waited for. `seconds` and `wall` are sums over its shards."""
+    share = min(seconds["forward"] / wall, 1.0) if wall else 0.0
+    if share >= 0.8:
+        return f"The teachers are the bottleneck: their forward passes take {share:.0%} of the time."
+    other = max((stage for stage in STAGES if stage != "forward"), key=lambda stage: seconds[stage])
+    advice = {
+        "read": "faster or nearer source images",
+        "decode": "more runner.decode_threads, or more CPU cores per GPU",
+        "encode": "a cheaper codec",
+        "statistics": "covariance: false",
+        "write": "a faster disk, or a smaller codec and grid",
+    }
+    return (
+        f"The teachers wait: their forward passes take {share:.0%} of the time, "
+        f"the largest other stage is {other}. It would help to have {advice[other]}."
+    )
 
 
 def _stages(seconds: Mapping[str, float]) -> str:

@@ -28,6 +28,7 @@ from ray.util.metrics import Counter, Gauge
 from teachercache.cache_builder.build_recipe import RunnerRecipe
 from teachercache.cache_builder.calibrate import Calibration, CalibrationSample
 from teachercache.cache_builder.extract import ShardExtractor, worker_name
+from teachercache.cache_builder.progress import STAGES
 from teachercache.cache_builder.ray_cluster import Head, Need, as_ours, connect, last_line
 from teachercache.cache_builder.runner import (
     ABANDON_S,
@@ -44,8 +45,7 @@ from teachercache.cache_builder.runner import (
     log,
     require_place,
 )
-from teachercache.cache_builder.stages import STAGES
-from teachercache.cache_builder.teachers.flops import teacher_gmacs
+from teachercache.cache_builder.teachers.registry import teacher_gmacs
 from teachercache.cache_builder.worker import Worker, device_of
 from teachercache.pipeline.errors import BuildInterruptedError
 from teachercache.pipeline.places.cores import stay_near

@@ -12,8 +12,7 @@ from dataclasses import dataclass, replace
 
 import pyarrow as pa
 
-from teachercache.cache_builder.build_recipe import RunnerRecipe
-from teachercache.cache_builder.moved_weights import with_checkpoints
+from teachercache.cache_builder.build_recipe import RunnerRecipe, with_checkpoints
 from teachercache.cache_builder.runner import describe
 from teachercache.cache_builder.worker import Worker
 from teachercache.pipeline.cache import FeatureCache

@@ -20,7 +20,7 @@ from teachercache.cache_builder.builder import BuildResult, prepare
 from teachercache.cache_builder.builder import build as build_cache
 from teachercache.cache_builder.plan import Plan
 from teachercache.cache_builder.teachers import build_teacher, resolve_teachers
-from teachercache.cache_builder.teachers.flops import teacher_parameters
+from teachercache.cache_builder.teachers.registry import teacher_parameters
 from teachercache.jobs.recipes import SHIPPED, find_recipe
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import (

@@ -6,11 +6,10 @@ from pathlib import Path
 
 from rich.console import RenderableType
 
-from teachercache.cache_builder.build_recipe import BuildRecipe
+from teachercache.cache_builder.build_recipe import GPUS, BuildRecipe, PlanRecipe
 from teachercache.cache_builder.draft import spec_of, teachers_of
 from teachercache.cache_builder.plan import bytes_per_row, pixel_bytes
-from teachercache.cache_builder.prices import GPUS, PlanRecipe
-from teachercache.cache_builder.teachers.flops import teacher_gmacs, teacher_parameters
+from teachercache.cache_builder.teachers.registry import teacher_gmacs, teacher_parameters
 from teachercache.jobs.inspection.tables import columns_table, lines, pixels_line
 from teachercache.jobs.recipes import find_recipe
 from teachercache.pipeline.cache import FeatureCache

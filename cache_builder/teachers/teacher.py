@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import platform
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, ClassVar, Self
 
 import torch
@@ -20,6 +23,7 @@ from teachercache.pipeline.records.strict import Size
 from teachercache.pipeline.views import enlarge_and_pad
 
 RGB = tuple[float, float, float]
+_PACKAGES = ("teachercache", "torch", "torchvision", "timm", "transformers", "pillow", "numpy", "zarr")
 
 
 @dataclass(frozen=True)
@@ -184,3 +188,15 @@ def weights_hash(module: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+@cache
+def versions() -> dict[str, str]:
+    """{package: version}; a package that is not installed is left out."""
+    installed = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            installed[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return installed

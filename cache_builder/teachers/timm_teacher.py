@@ -1,13 +1,24 @@
-"""Any timm model with `forward_intermediates` as a teacher."""
+"""Any timm model with `forward_intermediates` as a teacher.
 
-from collections.abc import Collection, Iterable
+To make the same model by hand, even with random weights:
+
+    torch.manual_seed(spec.random_seed)
+    model = timm.create_model(spec.model, pretrained=spec.pretrained, img_size=spec.image_size).eval()
+
+Leave out `img_size` for architectures that take any size: those for which
+`timm.models.get_model_input_config(model)["fixed_input_size"]` is false (SAM, DINOv3, ConvNeXt).
+"""
+
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from inspect import signature
 from typing import Any
 
 import timm
 import torch
-from timm.layers import PatchEmbed
+from timm.layers import PatchEmbed, resample_abs_pos_embed
+from timm.models import get_model_input_config
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_sam import VisionTransformerSAM
 from torch import Tensor, nn
@@ -21,16 +32,19 @@ from teachercache.cache_builder.teachers.teacher import (
     autocast,
     preprocess,
 )
-from teachercache.cache_builder.teachers.timm_model import (
-    blank_model,
-    create_model,
-    native_size,
-    size_argument,
+from teachercache.cache_builder.teachers.weights import (
+    differing,
+    inner_weights,
+    require_file,
+    require_hub,
+    seeded,
+    weights_not_found,
 )
-from teachercache.pipeline.errors import TeacherInputError
+from teachercache.pipeline.errors import TeacherInputError, WeightsNotFoundError
 from teachercache.pipeline.records.spec import TeacherSpec
 from teachercache.pipeline.records.strict import Size
 
+_EXPECTED = "every weight but the classifier's"
 _LAYER_SCALES = (".ls1.gamma", ".gamma_1")  # of a ViT, and of timm's Eva and BEiT
 
 
@@ -114,3 +128,107 @@ def _has_cls_token(model: Any) -> bool:
     # CaiT and VOLO add their class token after the blocks: their maps come without prefix tokens.
     takes_prefix = "return_prefix_tokens" in signature(model.forward_intermediates).parameters
     return takes_prefix and getattr(model, "cls_token", None) is not None
+
+
+@cache
+def blank_model(model: str) -> Any:
+    """`model` at its own size, without weights, which takes milliseconds on the meta device."""
+    with torch.device("meta"):
+        blank = timm.create_model(model)
+    if not hasattr(blank, "forward_intermediates"):
+        raise TeacherInputError(
+            f"timm cannot return the block outputs of {model}.",
+            got="an architecture without forward_intermediates",
+            expected="an architecture with it, such as any ViT, ConvNeXt, Swin or ResNet",
+            do="choose another model",
+        )
+    return blank
+
+
+def native_size(model: str) -> Size:
+    return get_model_input_config(blank_model(model))["input_size"][-2:]
+
+
+def size_argument(model: str, image_size: Size) -> dict[str, Size]:
+    """The arguments that tell `timm.create_model` the image size."""
+    return {"img_size": image_size} if get_model_input_config(blank_model(model))["fixed_input_size"] else {}
+
+
+def create_model(spec: TeacherSpec) -> Any:
+    """The model of `spec`, on the CPU. Raises `WeightsNotFoundError`."""
+    if not spec.pretrained:
+        with seeded(spec.random_seed):
+            arguments: dict[str, Any] = {**size_argument(spec.model, spec.image_size)}
+            if spec.layer_scale is not None:
+                arguments["init_values"] = spec.layer_scale
+            return timm.create_model(spec.model, pretrained=False, **arguments)
+    if not spec.checkpoint:
+        return _load(spec, None)
+    try:
+        return _load(spec, {"file": spec.checkpoint})
+    except WeightsNotFoundError:
+        weights = None
+        with suppress(Exception):  # timm has met and logged it too
+            weights = inner_weights(spec.checkpoint, blank_model(spec.model).state_dict())
+        if weights is None:
+            raise
+    model = _load(spec, {"state_dict": weights})
+    del model.pretrained_cfg["state_dict"]
+    return model
+
+
+def _load(spec: TeacherSpec, overlay: dict[str, Any] | None) -> Any:
+    """The model with the weights that `overlay` names to timm, or those of the hub."""
+    size = size_argument(spec.model, spec.image_size) if spec.resample_positions == "antialias" else {}
+    with seeded(spec.random_seed), _recorded_keys(type(blank_model(spec.model))) as wrong_keys:
+        try:
+            _require_source(spec)
+            model = timm.create_model(spec.model, pretrained=True, pretrained_cfg_overlay=overlay, **size)
+        except Exception as reason:  # from the hub, the file system, safetensors or load_state_dict
+            raise weights_not_found(spec, f"{type(reason).__name__}: {reason}", _EXPECTED) from reason
+    if spec.global_width is None:  # then no stored feature passes through the classifier
+        heads = model.pretrained_cfg.get("classifier") or ()
+        prefixes = tuple(f"{head}." for head in ((heads,) if isinstance(heads, str) else heads))
+        wrong_keys = [(what, key) for what, key in wrong_keys if not key.startswith(prefixes)]
+    if wrong_keys:
+        raise weights_not_found(spec, differing(wrong_keys), _EXPECTED)
+    if spec.resample_positions == "plain":
+        _resample_plainly(model, spec.image_size)
+    return model
+
+
+def _resample_plainly(model: Any, image_size: Size) -> None:
+    """Positions as the authors of DINOv2 and Transformers fit them: bicubic, without timm's antialiasing."""
+    native, prefix_tokens = model.pos_embed, 0 if model.no_embed_class else model.num_prefix_tokens
+    model.set_input_size(image_size)
+    grid = model.patch_embed.grid_size
+    model.pos_embed = nn.Parameter(resample_abs_pos_embed(native, grid, None, prefix_tokens, antialias=False))
+
+
+@contextmanager
+def _recorded_keys(model_class: type[nn.Module]) -> Iterator[list[tuple[str, str]]]:
+    """Yields a list that receives every ("missing", key) and ("unexpected", key) of a loaded state dict.
+
+    timm loads some families with `strict=False` and only logs which weights stay random.
+    """
+    keys: list[tuple[str, str]] = []
+    original = model_class.load_state_dict
+
+    def load_state_dict(self: nn.Module, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        result = original(self, state_dict, strict=False, assign=assign)
+        keys.extend(("missing", key) for key in result.missing_keys)
+        keys.extend(("unexpected", key) for key in result.unexpected_keys)
+        return result
+
+    model_class.load_state_dict = load_state_dict  # type: ignore[method-assign]
+    try:
+        yield keys
+    finally:
+        model_class.load_state_dict = original  # type: ignore[method-assign]
+
+
+def _require_source(spec: TeacherSpec) -> None:
+    if spec.checkpoint:
+        require_file(spec.checkpoint)
+    elif repository := blank_model(spec.model).pretrained_cfg.get("hf_hub_id"):
+        require_hub(repository)

@@ -32,7 +32,7 @@ def verify(
 
     Example: `teachercache verify /data/cache --full --against-teacher 32`
     """
-    from teachercache.cache_builder.moved_weights import MovedRecipe
+    from teachercache.cache_builder.build_recipe import MovedRecipe
     from teachercache.pipeline.cache import FeatureCache
     from teachercache.pipeline.errors import RecipeError
     from teachercache.pipeline.recipe_files import load_overrides
@@ -101,7 +101,7 @@ def repair(cache: CacheArgument, overrides: Overrides = None, images: Images = N
 
     Example: `teachercache repair /data/cache batch_size=64`
     """
-    from teachercache.cache_builder.moved_weights import RepairRecipe
+    from teachercache.cache_builder.build_recipe import RepairRecipe
     from teachercache.cache_builder.repair import repair as repair_cache
     from teachercache.pipeline.cache import FeatureCache
     from teachercache.pipeline.recipe_files import load_overrides

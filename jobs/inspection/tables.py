@@ -31,8 +31,8 @@ _IMAGES = {
 
 def plan_table(plan: Plan) -> RenderableType:
     """What a build will cost, beside teachers that run in every training."""
-    from teachercache.cache_builder.break_even import advice, break_even
-    from teachercache.cache_builder.prices import GPUS
+    from teachercache.cache_builder.build_recipe import GPUS
+    from teachercache.cache_builder.plan import advice, break_even
 
     spec, prices, found, rates = plan.spec, plan.prices, break_even(plan), plan.rates
     origin = "stated" if prices.teacher_tflops_per_gpu else f"{prices.gpu}, {GPUS[prices.gpu].origin}"

@@ -20,9 +20,9 @@ from rich.console import Console
 from benchmarks.chaos import TIMEOUT_S, ChaosCluster, chaos, make_images, recipe_for
 from teachercache import build
 from teachercache.cache_builder.build_recipe import RunnerRecipe
+from teachercache.cache_builder.progress import STAGES
 from teachercache.cache_builder.ray_runner import RayRunner, RayWorker
 from teachercache.cache_builder.runner import Task
-from teachercache.cache_builder.stages import STAGES
 from teachercache.pipeline.errors import BuildError
 from teachercache.pipeline.records.manifest import CommitRecord
 from teachercache.pipeline.records.spec import TeacherSpec

@@ -13,9 +13,9 @@ from rich.console import Console
 
 from teachercache import build
 from teachercache.cache_builder.build_recipe import RunnerRecipe
+from teachercache.cache_builder.progress import STAGES
 from teachercache.cache_builder.ray_cluster import connect
 from teachercache.cache_builder.ray_runner import RayRunner, _Metrics
-from teachercache.cache_builder.stages import STAGES
 from teachercache.pipeline.errors import BuildError, TeacherCacheError, WeightsNotFoundError
 from teachercache.pipeline.verify import verify
 from tests.make_cache import build_recipe, make_cache, make_images

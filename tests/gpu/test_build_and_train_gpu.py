@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from teachercache import FeatureCache, build
-from teachercache.cache_builder.device_copies import DeviceCopies
+from teachercache.cache_builder.compute import DeviceCopies
 from teachercache.pipeline.grids import adjoint, gram, least_squares
 from teachercache.pipeline.loading.loader import FeatureLoader
 from teachercache.pipeline.loading.sampler import ShardShuffleSampler

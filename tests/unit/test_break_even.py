@@ -14,11 +14,9 @@ import yaml
 from rich.console import Console
 from typer.testing import CliRunner
 
-from teachercache.cache_builder.break_even import BreakEven, advice, break_even
-from teachercache.cache_builder.build_recipe import BuildRecipe
+from teachercache.cache_builder.build_recipe import GPUS, BuildRecipe, PlanRecipe
 from teachercache.cache_builder.builder import foresee, prepare
-from teachercache.cache_builder.plan import Plan
-from teachercache.cache_builder.prices import GPUS, PlanRecipe
+from teachercache.cache_builder.plan import BreakEven, Plan, advice, break_even
 from teachercache.jobs.cli import app
 from teachercache.jobs.inspection.tables import plan_table
 from teachercache.jobs.recipes import find_recipe

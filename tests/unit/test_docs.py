@@ -16,8 +16,7 @@ import pytest
 import typer
 import yaml
 
-from teachercache.cache_builder.build_recipe import BuildRecipe
-from teachercache.cache_builder.moved_weights import MovedRecipe, RepairRecipe
+from teachercache.cache_builder.build_recipe import BuildRecipe, MovedRecipe, RepairRecipe
 from teachercache.jobs.cli import app
 from teachercache.pipeline.errors import RecipeError
 from teachercache.pipeline.recipe_files import check_recipe, load_overrides, load_recipe

@@ -29,8 +29,7 @@ from teachercache.cache_builder.teachers import (
     resolve_teacher,
 )
 from teachercache.cache_builder.teachers import grounding_dino as module
-from teachercache.cache_builder.teachers.flops import teacher_gmacs
-from teachercache.cache_builder.teachers.registry import presets
+from teachercache.cache_builder.teachers.registry import presets, teacher_gmacs
 from teachercache.cache_builder.teachers.teacher_recipe import build_teachers
 from teachercache.pipeline.errors import MissingExtraError, TeacherInputError, WeightsNotFoundError
 from teachercache.pipeline.verify import verify

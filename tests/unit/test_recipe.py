@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from teachercache.cache_builder.build_recipe import BuildRecipe
-from teachercache.cache_builder.moved_weights import RepairRecipe
+from teachercache.cache_builder.build_recipe import BuildRecipe, RepairRecipe
 from teachercache.cache_builder.teachers.teacher_recipe import TeacherRecipe
 from teachercache.jobs.recipes import SHIPPED, find_recipe, verb_of
 from teachercache.pipeline.errors import RecipeError

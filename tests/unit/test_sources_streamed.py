@@ -14,7 +14,7 @@ import fsspec
 import pytest
 
 from teachercache.cache_builder.decode import Decoding
-from teachercache.cache_builder.stages import StageSeconds
+from teachercache.cache_builder.progress import StageSeconds
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import CacheMismatchError, StorageError
 from teachercache.pipeline.places.remote_storage import RemoteStorage

@@ -34,8 +34,7 @@ from teachercache.cache_builder.teachers import (
     build_teacher,
     resolve_teacher,
 )
-from teachercache.cache_builder.teachers.flops import teacher_gmacs
-from teachercache.cache_builder.teachers.registry import presets
+from teachercache.cache_builder.teachers.registry import presets, teacher_gmacs
 from teachercache.cache_builder.teachers.sam_attention import fold_positions
 from teachercache.cache_builder.teachers.teacher import autocast, preprocess, weights_hash
 from teachercache.pipeline.errors import (

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from teachercache import build_student
 from teachercache.cache_builder.build_recipe import BuildRecipe
 from teachercache.cache_builder.teachers import resolve_teacher
-from teachercache.cache_builder.teachers.flops import teacher_gmacs
+from teachercache.cache_builder.teachers.registry import teacher_gmacs
 from teachercache.jobs.cli import app
 from teachercache.jobs.recipes import SHIPPED, find_recipe, verb_of
 from teachercache.jobs.train_dry_run import plan_training
