@@ -30,7 +30,7 @@ from teachercache.pipeline.codecs import get_codec
 from teachercache.pipeline.grids import adjoint, least_squares, nearest, pool, upsample
 from teachercache.pipeline.records.spec import GridSpec
 from teachercache.pipeline.records.strict import Size
-from teachercache.student.losses.adjoint import AdjointPair
+from teachercache.student.losses.distillation import AdjointPair
 
 PAIRS: list[tuple[Size, Size]] = [  # (student, teacher)
     ((24, 24), (27, 27)),

@@ -43,7 +43,7 @@ from teachercache.pipeline.loading.loader import Batch, FeatureLoader
 from teachercache.pipeline.loading.sampler import ShardShuffleSampler
 from teachercache.student.losses.distillation import DistillationLoss, Target
 from teachercache.student.timing import StageTimer
-from teachercache.student.training.device_batches import DeviceBatches
+from teachercache.student.training.loop import DeviceBatches
 from teachercache.student.training.objectives import SakObjective
 from teachercache.student.training.targets import COMPILED, CachedTargets, OnlineTargets, TargetSource
 

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from teachercache.student.kpu.latent_space import Alignment, Features
-from teachercache.student.losses.cosine import cosine_similarity
-from teachercache.student.losses.distillation import CosineKind, DistanceKind, Target
+from teachercache.student.losses.distillation import CosineKind, DistanceKind, Target, cosine_similarity
 
 
 @dataclass(frozen=True)

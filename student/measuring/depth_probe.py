@@ -25,7 +25,7 @@ from teachercache.student.metrics import RMSE
 from teachercache.student.models.stem import Stem
 from teachercache.student.models.student import NUM_LEVELS, Student
 from teachercache.student.sak.model import SAK
-from teachercache.student.training.schedule import rate_at
+from teachercache.student.training.train_recipe import ScheduleRecipe
 
 _NEAREST_M, _FARTHEST_M, _DEPTHS = 0.001, 10.0, 256
 _FINER = 4
@@ -154,13 +154,13 @@ def depth_probe(
     maps.stem.to(device)
     head = LinearDepth(maps.width * levels, maps.size).to(device)
     optimizer = torch.optim.AdamW(head.parameters(), lr=learning_rate, weight_decay=0.01)
+    schedule = ScheduleRecipe(max_steps=steps, final_lr=0)
     order = np.random.default_rng(seed)
     epochs = (order.permutation(len(train.keys)).tolist() for _ in count())
     numbers = islice(chain.from_iterable(epochs), steps * batch_size)
     drawn = _batches(train, numbers, maps.size, batch_size, threads)
     for step, (images_B3HW, depth_BHW, nearer_B11) in enumerate(drawn):
-        rate = rate_at(step, peak=learning_rate, final=0, warmup_steps=max(1, steps // 3), total_steps=steps)
-        optimizer.param_groups[0]["lr"] = rate
+        optimizer.param_groups[0]["lr"] = schedule.rate(step, learning_rate, (steps, max(1, steps // 3)))
         flipped_B = torch.rand(len(images_B3HW)) < 0.5
         images_B3HW[flipped_B] = images_B3HW[flipped_B].flip(-1)
         depth_BHW[flipped_B] = depth_BHW[flipped_B].flip(-1)

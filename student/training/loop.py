@@ -28,7 +28,6 @@ from teachercache.student.losses.weighting import Losses
 from teachercache.student.similarity import Similarity
 from teachercache.student.timing import StageTimer
 from teachercache.student.training.checkpoint import save_checkpoint
-from teachercache.student.training.device_batches import DeviceBatches
 from teachercache.student.training.run_log import RunLog
 from teachercache.student.training.train_recipe import TrainRecipe
 
@@ -82,6 +81,31 @@ class _Taken:
             self._sent.synchronize()
             self.done = time.perf_counter()
         return dict(zip(self.names, self.values.tolist(), strict=True))
+
+
+class DeviceBatches:
+    """On a GPU, copies run on a stream of their own: while the host is a step ahead, the next batch arrives
+    beside the step that is computed. Elsewhere a batch stays as it is, for those who use it to move."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __call__(self, batch: Batch) -> Batch:
+        """`batch` on its way to the device: what this thread computes from now on comes after."""
+        if self._stream is None:
+            return batch
+        computing = torch.cuda.current_stream(self._device)
+
+        def copy(tensor: Tensor) -> Tensor:
+            copied = tensor.to(self._device, non_blocking=True)
+            copied.record_stream(computing)  # which may use it until it is done, whoever lets it go
+            return copied
+
+        with torch.cuda.stream(self._stream):
+            copied = batch.map(copy)
+        computing.wait_stream(self._stream)
+        return copied
 
 
 @dataclass

@@ -35,7 +35,6 @@ from teachercache.student.training.checkpoint import (
 from teachercache.student.training.decoder_recipe import AnyRecipe
 from teachercache.student.training.loop import LoopResult, Objective, TrainingLoop
 from teachercache.student.training.run_log import METRICS_FILE, RunLog, logged_steps
-from teachercache.student.training.schedule import rate_at
 
 
 @dataclass(frozen=True)
@@ -91,15 +90,9 @@ class Run:
 
     def __post_init__(self) -> None:
         schedule, rate = self.recipe.schedule, self.recipe.optimizer
-        self.total_steps, warmup = schedule.steps(self.steps_per_epoch)
-        self.learning_rate = partial(
-            rate_at,
-            kind=schedule.kind,
-            peak=rate.lr,
-            final=schedule.final_lr,
-            warmup_steps=warmup,
-            total_steps=self.total_steps,
-        )
+        steps = schedule.steps(self.steps_per_epoch)
+        self.total_steps = steps[0]
+        self.learning_rate = partial(schedule.rate, peak=rate.lr, steps=steps)
         if self.accelerator.device.type == "cuda" and self.accelerator.num_processes > 1:
             nn.SyncBatchNorm.convert_sync_batchnorm(self.module)
         learning = [parameter for parameter in self.module.parameters() if parameter.requires_grad]

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from teachercache.pipeline.cache import FeatureCache
@@ -29,7 +30,8 @@ with extra("train"):
     import tensorboard  # noqa: F401
     from accelerate import Accelerator
 
-from teachercache.pipeline.loading.loader import FeatureLoader
+from teachercache.pipeline.loading.loader import FeatureLoader, Labels
+from teachercache.pipeline.stores.feature_store import CLS_TOKEN
 from teachercache.student.hub import teacher_licences
 from teachercache.student.losses.weighting import Equal, Famo, TeacherDrop, Weighting
 from teachercache.student.models.student import Student
@@ -39,7 +41,6 @@ from teachercache.student.training.environment import accelerator_for, overruled
 from teachercache.student.training.first_student import first_student
 from teachercache.student.training.loop import Objective
 from teachercache.student.training.model_card import write_model_card
-from teachercache.student.training.not_finite import not_finite
 from teachercache.student.training.preflight import Preflight, joined, preflight
 from teachercache.student.training.run import Run, RunResult, require_folder
 from teachercache.student.training.run_lock import only_trainer
@@ -199,3 +200,24 @@ class _Run:
             **self.recipe.loader.model_dump(include={"threads", "prefetch"}),
             pin_memory=self.accelerator.device.type == "cuda",
         )
+
+
+def not_finite(
+    cache: FeatureCache, teachers: Sequence[str], labels: Labels | None, rows: NDArray
+) -> list[str]:
+    """What of the data of these rows is not finite, read again where a loss is not: one line for each part of
+    a row, its teacher and shard, or its task."""
+    found = []
+    for row in rows.tolist():
+        key = cache.key(int(cache.index.locate(row)[0]))
+        for teacher in teachers:
+            values = [encoded.decode() for encoded in cache.read([row], [teacher]).values()]
+            if cache.spec.teachers[teacher].cls_token:
+                values.append(cache.read_tokens([row], teacher, CLS_TOKEN))
+            if not all(bool(tensor.isfinite().all()) for tensor in values):
+                shard = row // cache.spec.rows_per_shard
+                found.append(f"features of {teacher} in shard {shard}, row {row} (sample {key})")
+        for task, value in labels.read(key, cache.view(row)).items() if labels else ():
+            if not value.isfinite().all():
+                found.append(f"{task} of sample {key}")
+    return found

@@ -87,11 +87,8 @@ class OptimizerRecipe(Strict):
 
 
 class ScheduleRecipe(Strict):
-    """Length of the run and of its warm-up, in epochs or in optimizer steps, and how the learning rate
-    falls after it: `cosine`, or `poly`, the power .9 of what is left.
-
-    `final_lr` is that of the authors' code; the paper does not give it.
-    """
+    """Length of the run and of its warm-up, in epochs or in optimizer steps, and how the learning rate falls
+    after it. `final_lr` is that of the authors' code; the paper does not give it."""
 
     kind: Literal["cosine", "poly"] = Field(
         "cosine", description="How the learning rate falls: poly is the power .9 of what is left."
@@ -125,6 +122,21 @@ class ScheduleRecipe(Strict):
                 do=f"add schedule.warmup_epochs=0 schedule.warmup_steps={total // 10:.0f}, or run longer",
             )
         return int(total), warmup
+
+    def rate(self, step: int, peak: float, steps: tuple[int, int]) -> float:
+        """The learning rate of optimizer step `step` (from 0) of a run of so many `steps`; a function of the
+        step, so that a resumed run needs no scheduler's state.
+
+        Linear to `peak`, which the last step of the warm-up has exactly, then to `final_lr`, which the step
+        after the run would have. `cosine` falls by half a cosine; `poly` by (1 - t)^0.9, with the power of
+        DeepLab and of the authors' code.
+        """
+        total, warmup = steps
+        if step < warmup:
+            return peak * (step + 1) / warmup
+        progress = min((step - warmup) / max(1, total - warmup), 1.0)
+        left = 0.5 * (1 + math.cos(math.pi * progress)) if self.kind == "cosine" else (1 - progress) ** 0.9
+        return self.final_lr + (peak - self.final_lr) * left
 
 
 class LoaderRecipe(Strict):

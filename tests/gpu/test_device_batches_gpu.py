@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from teachercache.pipeline.loading.loader import Batch
-from teachercache.student.training.device_batches import DeviceBatches
+from teachercache.student.training.loop import DeviceBatches
 
 pytestmark = [
     pytest.mark.gpu,

@@ -14,7 +14,7 @@ from teachercache.pipeline.grids import (
 )
 from teachercache.pipeline.records.spec import GridSpec
 from teachercache.pipeline.records.strict import Size
-from teachercache.student.losses.adjoint import AdjointPair
+from teachercache.student.losses.distillation import AdjointPair
 
 COARSER_TEACHERS: list[tuple[Size, Size]] = [
     ((32, 32), (24, 24)),

@@ -18,7 +18,7 @@ from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.loading.loader import FeatureLoader
 from teachercache.pipeline.loading.sampler import ShardShuffleSampler
 from teachercache.student.training.checkpoint import newest_checkpoint
-from teachercache.student.training.device_batches import DeviceBatches
+from teachercache.student.training.loop import DeviceBatches
 from teachercache.student.training.objectives import SakObjective
 from teachercache.student.training.run_log import RunLog
 from teachercache.student.training.run_pictures import RunPictures

@@ -11,8 +11,13 @@ from torch import Tensor, nn
 
 from teachercache.pipeline.grids import stored_form
 from teachercache.pipeline.records.spec import GridSpec
-from teachercache.student.losses.cosine import cosine_similarity
-from teachercache.student.losses.distillation import AdjointTarget, CosineKind, DistillationLoss, Target
+from teachercache.student.losses.distillation import (
+    AdjointTarget,
+    CosineKind,
+    DistillationLoss,
+    Target,
+    cosine_similarity,
+)
 
 B, S, C = 2, 4, 5
 GRIDS = [((3, 4), (3, 4)), ((3, 4), (7, 9)), ((4, 4), (3, 2))]

@@ -4,14 +4,12 @@ import math
 
 import pytest
 
-from teachercache.student.training.schedule import rate_at
+from teachercache.student.training.train_recipe import ScheduleRecipe
 
 
 def rates(warmup_steps: int, total_steps: int) -> list[float]:
-    return [
-        rate_at(step, peak=1.0, final=0.1, warmup_steps=warmup_steps, total_steps=total_steps)
-        for step in range(total_steps + 1)
-    ]
+    schedule = ScheduleRecipe(max_steps=total_steps, final_lr=0.1)
+    return [schedule.rate(step, 1.0, (total_steps, warmup_steps)) for step in range(total_steps + 1)]
 
 
 def test_warms_up_linearly_to_the_peak_and_falls_as_a_cosine() -> None:
@@ -28,4 +26,4 @@ def test_without_warmup_the_first_step_has_the_peak() -> None:
 
 
 def test_stays_at_the_final_rate_behind_the_end() -> None:
-    assert rate_at(99, peak=1.0, final=0.1, warmup_steps=0, total_steps=10) == pytest.approx(0.1)
+    assert ScheduleRecipe(max_steps=10, final_lr=0.1).rate(99, 1.0, (10, 0)) == pytest.approx(0.1)
