@@ -325,9 +325,9 @@ def figure(
 
     Example: `teachercache figure 5 "mine, 25% of the data=runs/quarter/scores/scores.json" -o figure_5.png`
     """
-    from teachercache.student.measuring.comparison_figures import comparison, comparison_figure, read_scores
+    from teachercache.student.measuring.comparison_figures import comparison, comparison_figure, read_own
 
-    own = [read_scores(named) for named in scores or []]
+    own = [read_own(named) for named in scores or []]
     if as_json:
         print_json([dataclasses.asdict(panel) for panel in comparison(number, own)])
         return

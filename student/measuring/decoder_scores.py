@@ -4,12 +4,11 @@ Under `accelerate launch` or `torchrun` every process takes its share of the ima
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from accelerate.utils import gather_object, reduce
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from teachercache.pipeline.cache import FeatureCache
@@ -22,20 +21,18 @@ from teachercache.pipeline.terminal import in_markdown
 from teachercache.pipeline.views import View, draw_view, render_view, source_pixels
 from teachercache.student.datasets import LabelledDataset
 from teachercache.student.decoders.model import Decoders, Inputs, load_decoders
-from teachercache.student.measuring.evaluate import process_state
+from teachercache.student.measuring.evaluate import add_up, process_state
 from teachercache.student.measuring.in_threads import in_threads
-from teachercache.student.measuring.paper_results import kpu_rows
+from teachercache.student.measuring.paper_results import cell, kpu_rows, markdown_table
 from teachercache.student.metrics import MeanIoU, Top1
 
 
-@dataclass(frozen=True)
-class Seen:
-    """Images as a decoder sees them, whole: their numbers in the data set, views, sizes and inputs."""
+class Place(NamedTuple):
+    """An image: its number in the data set, the whole view of it that is seen, and its (height, width)."""
 
-    numbers: list[int]
-    views: list[View]
-    sizes: list[Size]
-    inputs: Inputs
+    number: int
+    view: View
+    size: Size
 
 
 def evaluate_decoder(
@@ -63,12 +60,8 @@ def evaluate_decoder(
         seen = _rendered(dataset, mine, policy, batch_size, threads, state.device)
     else:
         seen = _cached(dataset, cache, decoders.made_of[name]["teachers"], mine, batch_size, state.device)
-    predicted = ((one, decoders.predict(name, one.inputs)) for one in seen)
-
-    def add_up(sums: Tensor) -> Tensor:
-        return reduce(sums.to(state.device), "sum").cpu()
-
-    return _MEASURES[task](dataset, numbers, predicted, add_up)
+    predicted = ((places, decoders.predict(name, inputs)) for places, inputs in seen)
+    return _MEASURES[task](dataset, numbers, predicted)
 
 
 def evaluate_decoders(
@@ -102,11 +95,9 @@ def evaluate_decoders(
 def scores_table(rows: Mapping[str, Mapping[str, float]]) -> str:
     """Markdown, a row for each name, with the scores that the first has; negative ones are of nothing."""
     columns = list(next(iter(rows.values())))
-    lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    for name, scores in rows.items():
-        cells = (f"{scores[column]:.2f}" if scores.get(column, -1) >= 0 else "–" for column in columns)
-        lines.append(f"| {in_markdown(name)} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    known = {name: {one: score for one, score in own.items() if score >= 0} for name, own in rows.items()}
+    lines = ([in_markdown(name), *(cell(own.get(one)) for one in columns)] for name, own in known.items())
+    return markdown_table(["", *columns], lines)
 
 
 def to_image(prediction_CHW: Tensor, view: View, size: Size) -> Tensor:
@@ -117,18 +108,13 @@ def to_image(prediction_CHW: Tensor, view: View, size: Size) -> Tensor:
     return upsample(prediction_CHW[None, :, rows, columns], size)[0]
 
 
-Predicted = Iterator[tuple[Seen, Any]]
-AddUp = Callable[[Tensor], Tensor]
+Predicted = Iterator[tuple[list[Place], Any]]
 
 
-def _mean_iou(
-    dataset: LabelledDataset, numbers: range, predicted: Predicted, add_up: AddUp
-) -> dict[str, float]:
+def _mean_iou(dataset: LabelledDataset, _: range, predicted: Predicted) -> dict[str, float]:
     metric = MeanIoU(dataset.tasks["semseg"], absent="skip")
-    for seen, logits_BCHW in predicted:
-        for number, view, size, logits_CHW in zip(
-            seen.numbers, seen.views, seen.sizes, logits_BCHW, strict=True
-        ):
+    for places, logits_BCHW in predicted:
+        for (number, view, size), logits_CHW in zip(places, logits_BCHW, strict=True):
             labels_HW = torch.from_numpy(dataset.labels(number, ["semseg"], measured=True)["semseg"])
             classes_HW = to_image(logits_CHW.float(), view, size).argmax(0)
             metric.update(classes_HW[None], labels_HW[None].to(classes_HW.device))
@@ -136,25 +122,23 @@ def _mean_iou(
     return {"mIoU": 100 * metric.compute()}
 
 
-def _top1(dataset: LabelledDataset, numbers: range, predicted: Predicted, add_up: AddUp) -> dict[str, float]:
+def _top1(dataset: LabelledDataset, _: range, predicted: Predicted) -> dict[str, float]:
     metric = Top1()
-    for seen, classes_B in predicted:
-        labels = [int(dataset.labels(number, ["class"])["class"]) for number in seen.numbers]
+    for places, classes_B in predicted:
+        labels = [int(dataset.labels(one.number, ["class"])["class"]) for one in places]
         metric.update(classes_B.cpu(), torch.tensor(labels))
     metric.reduce(add_up)
     return {"top-1": 100 * metric.compute()}
 
 
-def _average_precision(
-    dataset: LabelledDataset, numbers: range, predicted: Predicted, add_up: AddUp
-) -> dict[str, float]:
+def _average_precision(dataset: LabelledDataset, numbers: range, predicted: Predicted) -> dict[str, float]:
     from teachercache.student.datasets.coco import COCO
     from teachercache.student.datasets.instances import coco_annotations, encode_mask
     from teachercache.student.metrics.average_precision import average_precision
 
     found: dict[str, list[dict[str, Any]]] = {"bbox": [], "segm": []}
-    for seen, detections in predicted:
-        for number, view, size, one in zip(seen.numbers, seen.views, seen.sizes, detections, strict=True):
+    for places, detections in predicted:
+        for (number, view, size), one in zip(places, detections, strict=True):
             masks_KHW = to_image(upsample(one.masks[None], view.size)[0], view, size).cpu().numpy() > 0
             boxes_K4 = boxes_in_image(one.boxes.double().cpu(), view, size)
             classes, scores, mask_scores = (
@@ -169,10 +153,8 @@ def _average_precision(
     truth = annotate(numbers)
     boxes = average_precision(truth, gather_object(found["bbox"]), "bbox")
     masks = average_precision(truth, gather_object(found["segm"]), "segm")
-    return {
-        f"{name} of {what}": 100 * value
-        for what, measured in (("boxes", boxes), ("masks", masks))
-        for name, value in measured.items()
+    return {f"{name} of boxes": 100 * value for name, value in boxes.items()} | {
+        f"{name} of masks": 100 * value for name, value in masks.items()
     }
 
 
@@ -204,15 +186,15 @@ def _rendered(
     batch_size: int,
     threads: int,
     device: torch.device,
-) -> Iterator[Seen]:
-    def make(number: int) -> tuple[int, View, Size, Tensor]:
+) -> Iterator[tuple[list[Place], Inputs]]:
+    def make(number: int) -> tuple[Place, Tensor]:
         image = dataset.image(number)
         view = draw_view(policy, dataset.keys[number], image.width, image.height, 0)
-        return number, view, (image.height, image.width), render_view(image, view)
+        return Place(number, view, (image.height, image.width)), render_view(image, view)
 
     for items in in_threads(make, numbers, batch_size, threads):
-        found, views, sizes, images = (list(part) for part in zip(*items, strict=True))
-        yield Seen(found, views, sizes, torch.stack(images).to(device))
+        places, images = zip(*items, strict=True)
+        yield list(places), torch.stack(images).to(device)
 
 
 def _cached(
@@ -222,7 +204,7 @@ def _cached(
     numbers: Sequence[int],
     batch_size: int,
     device: torch.device,
-) -> Iterator[Seen]:
+) -> Iterator[tuple[list[Place], Inputs]]:
     specs = {name: cache.spec.teachers[name] for name in teachers}
     for start in range(0, len(numbers), batch_size):
         found = list(numbers[start : start + batch_size])
@@ -231,8 +213,11 @@ def _cached(
         for name, spec in specs.items():
             token = cache.read_tokens(rows, name, CLS_TOKEN)[:, -1].to(device) if spec.cls_token else None
             inputs[name] = maps[name].decode(device), token
-        views = [cache.view(int(row)) for row in rows]
-        yield Seen(found, views, [dataset.image_size(number) for number in found], inputs)
+        places = [
+            Place(number, cache.view(int(row)), dataset.image_size(number))
+            for number, row in zip(found, rows, strict=True)
+        ]
+        yield places, inputs
 
 
 def _require_fit(decoders: Decoders, name: str, dataset: LabelledDataset, cache: FeatureCache | None) -> None:

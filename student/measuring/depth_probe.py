@@ -20,7 +20,7 @@ from teachercache.pipeline.grids import upsample
 from teachercache.pipeline.records.strict import Size
 from teachercache.student.datasets import LabelledDataset
 from teachercache.student.measuring.evaluate import batches, process_state
-from teachercache.student.measuring.paper_results import PAPER
+from teachercache.student.measuring.paper_results import PAPER, cell, markdown_table
 from teachercache.student.metrics import RMSE
 from teachercache.student.models.stem import Stem
 from teachercache.student.models.student import NUM_LEVELS, Student
@@ -184,13 +184,13 @@ def depth_table(probes: list[DepthProbe]) -> str:
     """Markdown: the probes, and the paper's rows."""
     first = probes[0]
     data = f"{first.train_images:,} images to train, {first.test_images:,} to test, {first.steps:,} steps"
-    lines = [f"| {data} | lin. 1 RMSE (m ↓) | lin. 4 RMSE (m ↓) |", "|---|---|---|"]
-    for name in dict.fromkeys(probe.name for probe in probes):
-        rmse = {probe.levels: f"{probe.rmse_m:.3f}" for probe in probes if probe.name == name}
-        lines.append(f"| {name} | {rmse.get(1, '–')} | {rmse.get(NUM_LEVELS, '–')} |")
-    for name, (one, four) in PAPER["depth_probes"].items():
-        lines.append(f"| *{name} (SAK, Table 27)* | {one:.3f} | {four:.3f} |")
-    return "\n".join(lines) + "\n"
+    rmse: dict[str, dict[int, float]] = {}
+    for probe in probes:
+        rmse.setdefault(probe.name, {})[probe.levels] = probe.rmse_m
+    for name, values in PAPER["depth_probes"].items():
+        rmse[f"*{name} (SAK, Table 27)*"] = dict(zip((1, NUM_LEVELS), values, strict=True))
+    rows = ([name, cell(one.get(1), 3), cell(one.get(NUM_LEVELS), 3)] for name, one in rmse.items())
+    return markdown_table([data, "lin. 1 RMSE (m ↓)", "lin. 4 RMSE (m ↓)"], rows)
 
 
 def _batches(

@@ -27,7 +27,6 @@ from accelerate import PartialState
 from accelerate.utils import gather_object, reduce
 from numpy.typing import NDArray
 from PIL import Image
-from rich.progress import Progress
 from torch import Tensor
 
 from teachercache.pipeline.cache import FeatureCache
@@ -40,9 +39,14 @@ from teachercache.student.datasets import LabelledDataset
 from teachercache.student.datasets.labels import render_labels
 from teachercache.student.measuring.figures import gate_figure, prediction_figure
 from teachercache.student.measuring.in_threads import in_threads
-from teachercache.student.measuring.paper_results import backbone_of, paper_rows, single_task_scores
-from teachercache.student.measuring.task_outputs import TASK_OUTPUTS, further, update, value
-from teachercache.student.metrics import mtl_gain
+from teachercache.student.measuring.paper_results import (
+    backbone_of,
+    cell,
+    markdown_table,
+    paper_rows,
+    single_task_scores,
+)
+from teachercache.student.measuring.task_outputs import TASK_OUTPUTS, further, gains, update, value
 from teachercache.student.models.student import Student, StudentOutput
 from teachercache.student.saving import replacing, saving
 from teachercache.student.training.student_recipe import unfit_experts
@@ -72,10 +76,8 @@ class Evaluation:
     further: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def gain(self, baseline: Mapping[str, float]) -> float:
-        """Δm against a single-task baseline, in percent (SAK, Eq. 7)."""
-        shared = {task: score for task, score in self.scores.items() if task in baseline}
-        lower = [task for task in shared if TASK_OUTPUTS[task].lower_is_better]
-        return 100 * mtl_gain(shared, {task: baseline[task] for task in shared}, lower)
+        """Δm against a single-task baseline, in percent (SAK, Eq. 7), over the tasks that both have."""
+        return float(np.mean([*gains(self.scores, baseline).values()]))
 
     def record(self) -> dict[str, Any]:
         """Everything, for JSON: null for the measures of a task without any label."""
@@ -88,44 +90,37 @@ class Evaluation:
 
         This student's gain refers to its own baseline, or else to the paper's for its size.
         """
-        tasks = list(self.scores)
-        single = single_task_scores(self.dataset, self.backbone)
+        compared = baseline or single_task_scores(self.dataset, self.backbone) or {}
         against = "your baseline" if baseline else "the paper's single-task baseline of this size"
-        heads = [f"{TASK_OUTPUTS[t].title} {TASK_OUTPUTS[t].metric} ({_arrow(t)})" for t in tasks]
-        heads.append(f"Δm %, yours against {against}" if baseline or single else "Δm %")
-        compared = baseline or single or {}
-        own_gain = self.gain(compared) if all(task in compared for task in tasks) else None
+        data = f"on {self.dataset}, {self.split} ({self.num_images} images)"
         title = f"{in_markdown(self.student)} ({self.parameters / 1e6:.0f}M parameters)"
-        lines = [
-            f"| on {self.dataset}, {self.split} ({self.num_images} images) | {' | '.join(heads)} |",
-            "|---" * (len(tasks) + 2) + "|",
-            _line(title, tasks, self.scores, own_gain),
-        ]
+        gain = self.gain(compared) if compared.keys() >= self.scores.keys() else None
+        rows = [(title, self.scores, gain)]
         if baseline:
-            lines.append(_line("your baseline", tasks, baseline, 0.0))
+            rows.append(("your baseline", dict(baseline), 0.0))
         for row in paper_rows(self.dataset, self.backbone, table):
-            lines.append(_line(f"*{row.title}*", tasks, row.scores, row.gain_over(tasks)))
+            printed = row.gain if row.scores.keys() == self.scores.keys() else None
+            rows.append((f"*{row.title}*", row.scores, printed))
+        text = markdown_table(
+            [data, *map(_head, self.scores), f"Δm %, yours against {against}" if compared else "Δm %"],
+            [
+                [name, *(cell(scores.get(t), 4 if t == "depth" else 2) for t in self.scores), cell(gain)]
+                for name, scores, gain in rows
+            ],
+        )
         for task, others in self.further.items():
             measures = ", ".join(f"{name} {score:.2f}" for name, score in others.items())
-            lines += ["", f"{TASK_OUTPUTS[task].title}, by other measures (%): {measures}"]
-        return "\n".join(lines) + "\n"
+            text += f"\n{TASK_OUTPUTS[task].title}, by other measures (%): {measures}\n"
+        return text
 
 
 def _measured(scores: Mapping[str, float]) -> dict[str, float | None]:
     return {name: score if math.isfinite(score) else None for name, score in scores.items()}
 
 
-def _arrow(task: str) -> str:
-    return f"{TASK_OUTPUTS[task].unit} {'↓' if TASK_OUTPUTS[task].lower_is_better else '↑'}"
-
-
-def _line(name: str, tasks: list[str], scores: Mapping[str, float], gain: float | None) -> str:
-    cells = [_cell(scores.get(t), 4 if t == "depth" else 2) for t in tasks]
-    return f"| {name} | {' | '.join(cells)} | {_cell(gain, 2)} |"
-
-
-def _cell(number: float | None, digits: int) -> str:
-    return "–" if number is None or not math.isfinite(number) else f"{number:.{digits}f}"
+def _head(task: str) -> str:
+    how = TASK_OUTPUTS[task]
+    return f"{how.title} {how.metric} ({how.unit} {'↓' if how.lower_is_better else '↑'})"
 
 
 @torch.no_grad()
@@ -187,8 +182,10 @@ def evaluate(
         }
         second_metrics = {t: named[1]() for t in tasks if (named := TASK_OUTPUTS[t].new_second) is not None}
         gates: defaultdict[str, list[Tensor]] = defaultdict(list)
-        panel = _Panel(tasks, PANEL_IMAGES if output and state.is_main_process else 0)
-        progress = stack.enter_context(_progress(state.is_main_process))
+        panel: list[tuple[Item, dict[str, NDArray]]] = []  # the first few, for a figure
+        console = Terminal(stderr=True)
+        hidden = not (state.is_main_process and console.is_terminal)
+        progress = stack.enter_context(progress_bar(console, disable=hidden))
         bar = progress.add_task("evaluate", total=len(mine))
         for items in batches(dataset, tasks, mine, student.image_size, batch_size, threads):
             images_B3HW = torch.stack([item.image_3HW for item in items]).to(state.device)
@@ -207,14 +204,15 @@ def evaluate(
                     update(second_metrics[task], estimates[task], labels)
             for task, gates_BSE in outputs.gates.items():
                 gates[task].append(gates_BSE.double().sum(0).cpu())
-            shown = {task: values.cpu().numpy() for task, values in estimates.items()}
-            panel.add(items, shown)
             if output:
+                arrays = {task: values.cpu().numpy() for task, values in estimates.items()}
+                shown = [{task: values[i] for task, values in arrays.items()} for i in range(len(items))]
+                panel += list(zip(items, shown, strict=True))[: PANEL_IMAGES - len(panel)]
                 with saving("The predictions", Path(output), _MEASURES_AGAIN):
                     _save_predictions(Path(output) / "predictions", items, shown)
             progress.advance(bar, len(items))
         for metric in (*metrics.values(), *second_metrics.values()):
-            metric.reduce(lambda sums: reduce(sums.to(state.device), "sum").cpu())
+            metric.reduce(add_up)
     mean_gates = _mean(gates, len(numbers))
     evaluation = Evaluation(
         student=name,
@@ -240,6 +238,11 @@ def process_state() -> PartialState:
     return PartialState(cpu=not torch.accelerator.is_available())  # else CPUs silently work alone
 
 
+def add_up(sums: Tensor) -> Tensor:
+    """The sums of all processes, for `SumMetric.reduce`."""
+    return reduce(sums.to(process_state().device), "sum").cpu()
+
+
 @dataclass(frozen=True)
 class Item:
     """A sample as the student sees it, its labels on the same pixels, with depth in the room's metres: a
@@ -249,25 +252,6 @@ class Item:
     image_3HW: Tensor
     labels: dict[str, Tensor]
     magnification: float
-
-
-@dataclass
-class _Panel:
-    """The first few samples and their predictions, for a figure."""
-
-    tasks: list[str]
-    room: int
-    images: list[NDArray] = field(default_factory=list)
-    labels: defaultdict[str, list[NDArray]] = field(default_factory=lambda: defaultdict(list))
-    estimates: defaultdict[str, list[NDArray]] = field(default_factory=lambda: defaultdict(list))
-
-    def add(self, items: list[Item], estimates: Mapping[str, NDArray]) -> None:
-        for number, item in enumerate(items[: self.room]):
-            self.images.append(item.image_3HW.permute(1, 2, 0).numpy())
-            for task in self.tasks:
-                self.labels[task].append(item.labels[task].numpy())
-                self.estimates[task].append(estimates[task][number])
-        self.room = max(0, self.room - len(items))
 
 
 def batches(
@@ -329,14 +313,32 @@ def _features(
     return {name: encoded.decode(device) for name, encoded in cache.read(rows, teachers).items()}
 
 
-def _save_predictions(folder: Path, items: list[Item], estimates: Mapping[str, NDArray]) -> None:
+def _save_predictions(folder: Path, items: list[Item], estimates: list[dict[str, NDArray]]) -> None:
     """One PNG per task and sample: class indices, probabilities · 255, or depth in millimetres (16 bits);
     normals as colours."""
-    for task, values in estimates.items():
-        for item, estimate in zip(items, values, strict=True):
+    for item, by_task in zip(items, estimates, strict=True):
+        for task, estimate in by_task.items():
             path = folder / task / f"{item.key}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(TASK_OUTPUTS[task].encode(estimate)).save(path)
+
+
+def read_scores(file: str | Path, told: str = "") -> tuple[str, dict[str, float]]:
+    """The data set, and the scores by task, that an evaluation wrote to its `scores.json`.
+
+    Raises `RecipeError` for any other file; `told`: how the user is to name one.
+    """
+    try:
+        record = json.loads(Path(file).read_text())
+        scores = {task: float(score) for task, score in record["scores"].items() if score is not None}
+        return str(record["dataset"]), scores
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RecipeError(
+            "This file has no scores.",
+            got=f"{file}: {type(error).__name__}: {error}",
+            expected=f"{told}the scores.json of an evaluation",
+            do="evaluate a student with -o FOLDER, and give FOLDER/scores.json",
+        ) from error
 
 
 def read_baseline(files: Iterable[str | Path], dataset: str) -> dict[str, float]:
@@ -346,19 +348,15 @@ def read_baseline(files: Iterable[str | Path], dataset: str) -> dict[str, float]
     """
     scores: dict[str, float] = {}
     for file in files:
-        try:
-            record = json.loads(Path(file).read_text())
-            measured, got = record["scores"], record["dataset"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            measured, got = None, f"{type(error).__name__}: {error}"
-        if measured is None or got != dataset:
+        measured_on, measured = read_scores(file)
+        if measured_on != dataset:
             raise RecipeError(
                 f"{file} does not hold a baseline.",
-                got=str(got),
-                expected=f"the scores.json of an evaluation on {dataset}",
-                do="evaluate the single-task students with -o FOLDER, and give FOLDER/scores.json of each",
+                got=measured_on,
+                expected=f"scores on {dataset}",
+                do="evaluate the single-task students on it with -o FOLDER, and give the scores.json of each",
             )
-        scores |= {task: score for task, score in measured.items() if score is not None}
+        scores |= measured
     return scores
 
 
@@ -366,7 +364,7 @@ def _write(
     evaluation: Evaluation,
     folder: Path,
     experts: Sequence[str],
-    panel: _Panel,
+    panel: Sequence[tuple[Item, dict[str, NDArray]]],
     markdown: str,
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
@@ -374,12 +372,10 @@ def _write(
     for name, text in (("scores.json", f"{record}\n"), ("scores.md", markdown)):
         with replacing(folder / name) as file:
             file.write_text(text)
-    prediction_figure(panel.images, panel.labels, panel.estimates).savefig(folder / "predictions.png")
+    images = [item.image_3HW.permute(1, 2, 0).numpy() for item, _ in panel]
+    labels = {task: [item.labels[task].numpy() for item, _ in panel] for task in evaluation.scores}
+    estimates = {task: [shown[task] for _, shown in panel] for task in evaluation.scores}
+    prediction_figure(images, labels, estimates).savefig(folder / "predictions.png")
     if evaluation.gates:
         gates = {task: np.array(gates_SE) for task, gates_SE in evaluation.gates.items()}
         gate_figure(gates, experts).savefig(folder / "gates.png")
-
-
-def _progress(enabled: bool) -> Progress:
-    console = Terminal(stderr=True)
-    return progress_bar(console, disable=not (enabled and console.is_terminal))

@@ -19,9 +19,9 @@ from torch.nn import functional as F
 
 from teachercache.pipeline.errors import RecipeError
 from teachercache.pipeline.terminal import in_markdown
-from teachercache.student.measuring.evaluate import process_state
+from teachercache.student.measuring.evaluate import add_up, process_state
 from teachercache.student.measuring.image_features import ImageFeatures
-from teachercache.student.measuring.paper_results import PAPER
+from teachercache.student.measuring.paper_results import PAPER, cell, markdown_table
 from teachercache.student.metrics import Top1
 
 STRENGTHS = tuple(10.0**exponent for exponent in range(0, -7, -1))
@@ -52,12 +52,11 @@ def probe_table(probes: Sequence[Probe]) -> str:
     """Markdown: the probes and, for 1000 classes, the paper's probes of ImageNet-1k."""
     first = probes[0]
     data = f"{first.classes} classes, {first.train_images:,} images to train, {first.test_images:,} to test"
-    lines = [f"| {data} | top-1 (% ↑) | features | L2 |", "|---|---|---|---|"]
-    lines += [f"| {in_markdown(one.name)} | {one.top1:.2f} | {one.features} | {one.l2:g} |" for one in probes]
+    rows = [[in_markdown(one.name), cell(one.top1), str(one.features), f"{one.l2:g}"] for one in probes]
     if first.classes == _IMAGENET_CLASSES:
         paper = PAPER["linear_probes"].items()
-        lines += [f"| *{name} (SAK, Table 26)* | {top1} | – | – |" for name, top1 in paper]
-    return "\n".join(lines) + "\n"
+        rows += [[f"*{name} (SAK, Table 26)*", str(top1), "–", "–"] for name, top1 in paper]
+    return markdown_table([data, "top-1 (% ↑)", "features", "L2"], rows)
 
 
 def linear_probe(
@@ -164,7 +163,7 @@ def top1(weights_KE: Tensor, features_NF: Tensor, classes_N: Tensor, rows: Tenso
     metric = Top1()
     for part in rows.split(_CHUNK):
         metric.update(_logits(weights_KE, features_NF[part]).argmax(1), classes_N[part])
-    metric.reduce(lambda sums: reduce(sums.to(features_NF.device), "sum").cpu())
+    metric.reduce(add_up)
     return 100 * metric.compute()
 
 

@@ -1,6 +1,7 @@
-"""The papers' results, to compare with ours: `paper.yaml` has the numbers and their units."""
+"""The papers' results, `paper.yaml` with their units, and tables that compare ours."""
 
-from collections.abc import Collection, Sequence
+import math
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ _BACKBONES = {384: "ViT-S", 768: "ViT-B", 1024: "ViT-L"}
 @dataclass(frozen=True)
 class PaperRow:
     """`table`: of SAK. `parameters_m`: millions, if the paper counts all of them. `gain`: the printed Δm in
-    percent (SAK, Eq. 7), against the single-task baseline of the same backbone, or None."""
+    percent (SAK, Eq. 7), against the single-task baseline of the same backbone, or None. Rows that are not
+    `compared` are shown only when their table is requested."""
 
     model: str
     backbone: str
@@ -24,15 +26,12 @@ class PaperRow:
     parameters_m: int | None
     scores: dict[str, float]
     gain: float | None
+    compared: bool
 
     @property
     def title(self) -> str:
         count = f", {self.parameters_m}M parameters" if self.parameters_m else ""
         return f"{self.model} ({self.backbone}{count}; SAK, Table {self.table})"
-
-    def gain_over(self, tasks: Collection[str]) -> float | None:
-        """The printed gain, if it is over exactly these tasks."""
-        return self.gain if set(tasks) == self.scores.keys() else None
 
 
 def paper_rows(dataset: str, backbone: str | None, table: int | None = None) -> list[PaperRow]:
@@ -41,9 +40,9 @@ def paper_rows(dataset: str, backbone: str | None, table: int | None = None) -> 
 
     Raises `RecipeError` for a table without rows of this data set.
     """
+    rows = PAPER_ROWS.get(dataset, [])
     if table is None:
-        return [row for row in PAPER_ROWS.get(dataset, ()) if row.backbone == backbone]
-    rows = [*PAPER_ROWS.get(dataset, ()), *ABLATION_ROWS.get(dataset, ())]
+        return [row for row in rows if row.compared and row.backbone == backbone]
     chosen = [row for row in rows if row.table == table]
     if not chosen:
         raise RecipeError(
@@ -68,28 +67,30 @@ def backbone_of(student: Student) -> str | None:
     return _BACKBONES.get(width)
 
 
-def _rows(kind: str) -> dict[str, tuple[PaperRow, ...]]:
-    return {
-        dataset: tuple(_row(tables["tasks"], *row) for row in tables.get(kind, ()))
-        for dataset, tables in PAPER["students"].items()
-    }
+def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Markdown, a line for each row."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (heads, *rows)]
+    return "\n".join([lines[0], "|---" * len(heads) + "|", *lines[1:]]) + "\n"
 
 
-def _row(
-    tasks: Sequence[str], table: int, backbone: str, model: str, parameters_m: int | None, *values: Any
-) -> PaperRow:
-    *scores, gain = values
-    return PaperRow(model, backbone, table, parameters_m, dict(zip(tasks, scores, strict=True)), gain)
+def cell(number: float | None, digits: int = 2) -> str:
+    """A number in a table, and a dash for none."""
+    return "–" if number is None or not math.isfinite(number) else f"{number:.{digits}f}"
 
 
 PAPER: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("paper.yaml").read_text(encoding="utf-8"))
 """All of the file, by its keys: similarities, linear and depth probes, and GMACs as they are there."""
 
-PAPER_ROWS = _rows("compared")
-"""By data set: comparisons of students, by their size."""
-
-ABLATION_ROWS = _rows("ablations")
-"""By data set: rows that are shown only when their table is requested."""
+PAPER_ROWS = {
+    dataset: [
+        PaperRow(model, backbone, table, parameters_m, scores, gain, kind == "compared")
+        for kind in ("compared", "ablations")
+        for table, backbone, model, parameters_m, *numbers, gain in tables.get(kind, ())
+        for scores in [dict(zip(tables["tasks"], numbers, strict=True))]
+    ]
+    for dataset, tables in PAPER["students"].items()
+}
+"""By data set."""
 
 KPU_ROWS: list[tuple[int, str, dict[str, float], float | None]] = [
     (

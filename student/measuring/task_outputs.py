@@ -3,7 +3,7 @@
 B  images     C  channels     H, W  the image
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from teachercache.student.metrics import RMSE, BoundaryBenchmark, MaxF, MeanAngularError, MeanIoU
+from teachercache.student.metrics import RMSE, BoundaryBenchmark, MaxF, MeanAngularError, MeanIoU, mtl_gain
 from teachercache.student.metrics.dense import IGNORE_INDEX
 
 Rgb = NDArray[np.uint8]
@@ -70,6 +70,15 @@ def further(task: str, metric: Metric, second: Metric | None) -> dict[str, float
         return {"oisF": 100 * scores.ois_f, "AP": 100 * scores.ap}
     named = TASK_OUTPUTS[task].new_second
     return {} if named is None or second is None else {named[0]: value(second)}
+
+
+def gains(scores: Mapping[str, float], baseline: Mapping[str, float]) -> dict[str, float]:
+    """By task of both: the gain over a single-task baseline in percent; their mean is Δm (SAK, Eq. 7)."""
+    return {
+        task: 100 * mtl_gain({task: scores[task]}, {task: base}, [task] * TASK_OUTPUTS[task].lower_is_better)
+        for task, base in baseline.items()
+        if task in scores
+    }
 
 
 def _classes(logits_BCHW: Tensor) -> Tensor:

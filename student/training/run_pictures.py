@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import InitVar, dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -31,24 +31,13 @@ class Board(NamedTuple):
     columns: list[tuple[str, list[Picture]]]
 
 
-@dataclass
-class _Kind:
-    """One kind of map of one level of a teacher: how it is drawn, its title, and the teacher's own pictures.
-
-    `words`: what there is to say of several maps (B, H, W, C) below their title.
-    """
-
-    title: str
-    draw: Callable[[Tensor], Picture]
-    words: Callable[[Tensor], str]
-    maps_BHWC: InitVar[Tensor]
-
-    def __post_init__(self, maps_BHWC: Tensor) -> None:
-        self.teacher = self.column("teacher", maps_BHWC)
-
-    def column(self, whose: str, maps_BHWC: Tensor) -> tuple[str, list[Picture]]:
-        title = "\n".join(filter(None, (whose, self.title, self.words(maps_BHWC))))
-        return title, [self.draw(map_HWC) for map_HWC in maps_BHWC]
+_TITLES = {
+    "maps": "first three principal components of the teacher's features, the student's in the same colours",
+    "norms": "norms of tokens, dark to bright from the teacher's least to its greatest; above each column "
+    "its own least and greatest",
+}
+_Column = tuple[str, list[Picture]]
+_Draw = Callable[[str, Tensor], _Column]  # whose maps (B, H, W, C) of a level they are → a column of pictures
 
 
 class RunPictures:
@@ -61,7 +50,7 @@ class RunPictures:
     def __init__(self, cache: FeatureCache, teachers: Sequence[str], student: Student) -> None:
         self._cache, self._teachers, self._student = cache, teachers, student
         self._views: list[Picture] = []
-        self._kinds: dict[str, list[tuple[_Kind, _Kind]]] = {}
+        self._levels: dict[str, dict[str, list[tuple[_Column, _Draw]]]] = {}  # by teacher and kind of picture
 
     def draw(self) -> dict[str, NDArray]:
         """Pictures (1, H, W, 3) uint8 by tag; see `boards`."""
@@ -79,57 +68,49 @@ class RunPictures:
             return {}
         if not self._views:
             reader = MapReader(self._cache, self._teachers, num_rows=NUM_ROWS, window=True)
-            self._kinds = {name: _kinds(reader, name) for name in self._teachers}
+            self._levels = {name: _levels(reader, name) for name in self._teachers}
             self._views = [reader.view(row) for row in reader.rows]
         images_B3HW = torch.stack([torch.from_numpy(view).permute(2, 0, 1) for view in self._views])
         with self._student.evaluating():
             pixels_B3HW = self._student.normalize(images_B3HW.to(self._student.mean.device))
             maps = self._student(pixels_B3HW, full=True).feature_maps
         boards = {}
-        for name, kinds in self._kinds.items():
-            count = min(len(kinds), len(maps[name]))  # whose levels are fewer stands beside the other's last
-            maps_SBHWC = [level_BCHW.permute(0, 2, 3, 1).float().cpu() for level_BCHW in maps[name][-count:]]
-            features, norms = zip(*kinds[-count:], strict=True)
+        for name, kinds in self._levels.items():
             weights = "" if self._cache.spec.teachers[name].pretrained else " (random weights)"
-            boards[f"maps/{name}"] = Board(
-                f"{name}{weights}: first three principal components of the teacher's features, and the "
-                "student's in the same colours",
-                self._columns(features, maps_SBHWC),
-            )
-            boards[f"norms/{name}"] = Board(
-                f"{name}{weights}: norms of tokens, dark to bright from the teacher's least to its greatest; "
-                "above each column its own least and greatest",
-                self._columns(norms, maps_SBHWC),
-            )
+            for kind, levels in kinds.items():
+                columns: list[_Column] = [("view", self._views)]
+                count = min(
+                    len(levels), len(maps[name])
+                )  # whose levels are fewer stands beside the last ones
+                for (teacher, draw), level_BCHW in zip(levels[-count:], maps[name][-count:], strict=True):
+                    columns += [teacher, draw("student", level_BCHW.permute(0, 2, 3, 1).float().cpu())]
+                boards[f"{kind}/{name}"] = Board(f"{name}{weights}: {_TITLES[kind]}", columns)
         return boards
 
-    def _columns(
-        self, kinds: Sequence[_Kind], maps_SBHWC: Sequence[Tensor]
-    ) -> list[tuple[str, list[Picture]]]:
-        columns = [("view", self._views)]
-        for kind, maps_BHWC in zip(kinds, maps_SBHWC, strict=True):
-            columns += [kind.teacher, kind.column("student", maps_BHWC)]
-        return columns
 
-
-def _kinds(reader: MapReader, teacher: str) -> list[tuple[_Kind, _Kind]]:
-    """(features, norms) of each level."""
-    found = []
+def _levels(reader: MapReader, teacher: str) -> dict[str, list[tuple[_Column, _Draw]]]:
+    """By kind of picture, for each level the teacher's own column, and how others are drawn beside it."""
+    found: dict[str, list[tuple[_Column, _Draw]]] = {kind: [] for kind in _TITLES}
     spec = reader.cache.spec.teachers[teacher]
     for level in range(spec.num_levels):
         maps_BHWC = torch.stack([reader.maps(teacher, row)[level] for row in reader.rows])
-        low, high = _norm_range(maps_BHWC)
-
-        def norm_picture(map_HWC: Tensor, low: float = low, high: float = high) -> Picture:
-            return heat(token_norms(map_HWC), low, high)
-
-        def norm_words(maps_BHWC: Tensor) -> str:
-            return range_words(*_norm_range(maps_BHWC))
-
         title = level_name(spec, level)
-        features = _Kind(title, reader.basis(teacher, level).picture, lambda _: "", maps_BHWC)
-        found.append((features, _Kind(title, norm_picture, norm_words, maps_BHWC)))
+        draws = {
+            "maps": partial(_column, title, reader.basis(teacher, level).picture),
+            "norms": partial(_norm_column, title, *_norm_range(maps_BHWC)),
+        }
+        for kind, draw in draws.items():
+            found[kind].append((draw("teacher", maps_BHWC), draw))
     return found
+
+
+def _column(title: str, draw: Callable[[Tensor], Picture], whose: str, maps_BHWC: Tensor) -> _Column:
+    return f"{whose}\n{title}", [draw(map_HWC) for map_HWC in maps_BHWC]
+
+
+def _norm_column(title: str, low: float, high: float, whose: str, maps_BHWC: Tensor) -> _Column:
+    title = f"{title}\n{range_words(*_norm_range(maps_BHWC))}"
+    return _column(title, lambda map_HWC: heat(token_norms(map_HWC), low, high), whose, maps_BHWC)
 
 
 def _norm_range(maps_BHWC: Tensor) -> tuple[float, float]:

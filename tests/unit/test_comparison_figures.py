@@ -15,7 +15,7 @@ from teachercache.student.measuring.comparison_figures import (
     Scores,
     comparison,
     comparison_figure,
-    read_scores,
+    read_own,
 )
 
 MINE = {"semseg": 80.25, "parts": 70.54, "saliency": 84.54, "normals": 13.57, "boundary": 2 * 74.22}
@@ -68,7 +68,7 @@ def test_what_no_figure_has_is_refused(tmp_path: Path) -> None:
     (tmp_path / "scores.json").write_text("[]")
     for named in ("mine", f"mine={tmp_path / 'none.json'}", f"mine={tmp_path / 'scores.json'}"):
         with pytest.raises(RecipeError, match="NAME=FILE"):
-            read_scores(named)
+            read_own(named)
 
 
 @pytest.mark.parametrize("number", [1, 3, 5])
@@ -80,7 +80,7 @@ def test_one_s_own_scores_are_drawn(number: int, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     with Image.open(picture) as drawn:
         assert drawn.width > 500
-    scores = read_scores(f"{name}={file}")
+    scores = read_own(f"{name}={file}")
     legend = comparison_figure(number, [scores]).axes[0].get_legend()
     assert legend is not None
     assert any(text.get_text().startswith("mine") for text in legend.get_texts())

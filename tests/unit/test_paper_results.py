@@ -12,7 +12,6 @@ from teachercache.pipeline.errors import RecipeError
 from teachercache.student.measuring.decoder_scores import scores_table
 from teachercache.student.measuring.evaluate import Evaluation
 from teachercache.student.measuring.paper_results import (
-    ABLATION_ROWS,
     KPU_ROWS,
     PAPER_ROWS,
     PaperRow,
@@ -26,8 +25,7 @@ from teachercache.student.metrics import mtl_gain
 
 ROWS = [
     pytest.param(d, row, id=f"{d}-{row.title}")
-    for shown in (PAPER_ROWS, ABLATION_ROWS)
-    for d, rows in shown.items()
+    for d, rows in PAPER_ROWS.items()
     for row in rows
     if row.gain is not None
 ]
