@@ -256,12 +256,8 @@ class Manifest:
         data = self.storage.read(name) if self.storage.exists(name) else None
         found = None if data is None else xxhash.xxh3_128_hexdigest(data)
         if data is None or found != tables_hash:
-            raise CacheError(
-                f"{name} is not what the features of {teacher} were encoded with.",
-                got="no such file" if data is None else f"checksum {found}",
-                expected=f"checksum {tables_hash}, as in {SPEC_NAME}",
-                do=RESTORE_TABLES,
-            )
+            got = "no such file" if data is None else f"checksum {found}"
+            raise foreign_tables(teacher, got, f"checksum {tables_hash}, as in {SPEC_NAME}")
         return data
 
     def write_quarantine(
@@ -352,6 +348,11 @@ def _first_problem(error: Exception) -> str:
         return f"{type(error).__name__}: {error}"
     first = error.errors()[0]
     return f"{'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}"
+
+
+def foreign_tables(teacher: str, got: str, expected: str) -> CacheError:
+    problem = f"{tables_name(teacher)} is not what the features of {teacher} were encoded with."
+    return CacheError(problem, got=got, expected=expected, do=RESTORE_TABLES)
 
 
 def tables_name(teacher: str) -> str:

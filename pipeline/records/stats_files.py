@@ -7,13 +7,13 @@ import xxhash
 from safetensors import SafetensorError
 from torch import Tensor
 
-from teachercache.pipeline.errors import CacheError, CorruptShardError
+from teachercache.pipeline.errors import CacheError
 from teachercache.pipeline.places.storage import Storage
 from teachercache.pipeline.records.feature_stats import FeatureMoments
 from teachercache.pipeline.records.manifest import (
-    RESTORE_TABLES,
     FileRecord,
     Manifest,
+    foreign_tables,
     moments_name,
     tables_name,
 )
@@ -30,15 +30,9 @@ def read_tables(manifest: Manifest, teacher: str, tables_hash: str | None) -> di
     """A codec's tables. Raises `CacheError` unless they are those of the spec."""
     data = manifest.codec_tables(teacher, tables_hash)
     try:
-        tables: dict[str, Tensor] = safetensors.torch.load(data)
+        return safetensors.torch.load(data)
     except (SafetensorError, KeyError, RuntimeError, ValueError) as error:
-        raise CacheError(
-            f"{tables_name(teacher)} of this cache cannot be read.",
-            got=f"{type(error).__name__}: {error}",
-            expected="the codec's tables, as safetensors",
-            do=RESTORE_TABLES,
-        ) from error
-    return tables
+        raise foreign_tables(teacher, f"{type(error).__name__}: {error}", "safetensors") from error
 
 
 def write_moments(
@@ -57,33 +51,29 @@ def merged_moments(
     """The statistics of these shards together, merged in their order: the same bits every time.
 
     `shape` is (levels, channels). Shards without a valid row have none. Raises `CacheError` where other
-    shards have none, `CorruptShardError` for files that hold something else.
+    shards have none, or a file that holds something else.
     """
     storage, total = manifest.storage, None
     for record in manifest.commits(teacher, shards).values():
         names = [name for name in record.files if name.startswith("stats/")]
         if not names and len(record.invalid_rows) == record.num_rows:
             continue
-        data = storage.read(names[0]) if names and storage.exists(names[0]) else b""
-        if xxhash.xxh3_128_hexdigest(data) != (record.files[names[0]].checksum if names else None):
-            raise CacheError(
-                f"Shard {record.shard} of {teacher} has no usable statistics.",
-                got="a damaged file" if names else "a shard that was computed without statistics",
-                expected=f"{moments_name(teacher, record.shard)}, as the commit record names it",
-                do=f"run: teachercache repair {storage.url}"
-                if names
-                else "compute the cache again with this version, if you need them",
-            )
         try:
+            if not names:
+                raise ValueError("a shard that was computed without statistics")
+            data = storage.read(names[0])
+            if xxhash.xxh3_128_hexdigest(data) != record.files[names[0]].checksum:
+                raise ValueError("the file is damaged")
             moments = FeatureMoments.from_tensors(safetensors.torch.load(data))
             if tuple(moments.mean_SC.shape) != shape:
                 raise ValueError(f"moments of (levels, channels) {tuple(moments.mean_SC.shape)}")
-        except (SafetensorError, KeyError, RuntimeError, ValueError) as error:
-            raise CorruptShardError(
-                f"{names[0]} does not hold statistics of {teacher}.",
+        except (FileNotFoundError, SafetensorError, KeyError, RuntimeError, ValueError) as error:
+            compute_again = "compute the cache again with this version, if you need them"
+            raise CacheError(
+                f"Shard {record.shard} of {teacher} has no usable statistics.",
                 got=f"{type(error).__name__}: {error}",
-                expected=f"count, mean and squares of (levels, channels) {shape}",
-                do=f"run: teachercache repair {storage.url}",
+                expected=f"{moments_name(teacher, record.shard)} with those of (levels, channels) {shape}",
+                do=f"run: teachercache repair {storage.url}" if names else compute_again,
             ) from error
         total = moments if total is None else total.merge(moments)
     if total is None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from teachercache.pipeline.codecs import Codec, Encoded, get_codec, torch_dtype
 from teachercache.pipeline.errors import ArgumentError, CacheError, IncompleteCacheError
 from teachercache.pipeline.records.array_layout import ArrayLayout
-from teachercache.pipeline.records.manifest import RESTORE_TABLES, tables_name
+from teachercache.pipeline.records.manifest import foreign_tables
 from teachercache.pipeline.records.sample_table import SampleTable
 from teachercache.pipeline.records.spec import TeacherSpec
 from teachercache.pipeline.records.stats_files import read_tables
@@ -89,13 +89,8 @@ class StoredFeatures(StoredRows):
                 codec.load_state(tables)  # sound tables can decode codes of zeros
                 Encoded(codec, _tensors(layouts, 1, torch.zeros)).decode()
             except (ArithmeticError, IndexError, RuntimeError, TypeError, ValueError) as error:
-                raise CacheError(
-                    f"{tables_name(self._name)} does not hold tables of codec {teacher.codec} "
-                    f"for teacher {self._name}.",
-                    got=f"{type(error).__name__}: {error}",
-                    expected="the tables that the features were encoded with",
-                    do=RESTORE_TABLES,
-                ) from error
+                got, expected = f"{type(error).__name__}: {error}", f"tables of codec {teacher.codec}"
+                raise foreign_tables(self._name, got, expected) from error
         return codec
 
     @cached_property
