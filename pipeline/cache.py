@@ -26,9 +26,9 @@ from teachercache.pipeline.records.array_layout import ArrayLayout
 from teachercache.pipeline.records.feature_stats import FeatureMoments
 from teachercache.pipeline.records.manifest import CommitRecord, Manifest
 from teachercache.pipeline.records.rows import RowIndex
-from teachercache.pipeline.records.sample_table import SampleTable, find_key
 from teachercache.pipeline.records.spec import IMAGES, CacheSpec
 from teachercache.pipeline.records.stats_files import merged_moments
+from teachercache.pipeline.records.tables import find_key
 from teachercache.pipeline.sources import Source, decode_image
 from teachercache.pipeline.stores.cached_images import CachedImages
 from teachercache.pipeline.stores.committed_shards import CommittedShards
@@ -61,12 +61,11 @@ class FeatureCache:
         self._opened = images, direct, checksums
         self.manifest = Manifest(storage)
         self.index = RowIndex(spec.segments)
-        self._samples = SampleTable(self.manifest, spec)
-        self.store = open_store(storage, spec, self._samples.key, direct=direct, checksums=checksums)
+        self.store = open_store(storage, spec, direct=direct, checksums=checksums)
         self.shards = {name: CommittedShards(self.store, name) for name in (*spec.teachers, IMAGES)}
-        self.features = {name: StoredFeatures(self.shards[name], self._samples) for name in spec.teachers}
-        self._pixels = StoredRows(self.shards[IMAGES], self._samples)
-        self.images = CachedImages(self.shards[IMAGES], self._samples, images, checksums)
+        self.features = {name: StoredFeatures(self.shards[name]) for name in spec.teachers}
+        self._pixels = StoredRows(self.shards[IMAGES])
+        self.images = CachedImages(self.shards[IMAGES], images, checksums)
 
     @classmethod
     def open(
@@ -115,7 +114,7 @@ class FeatureCache:
     @property
     def samples(self) -> pa.Table:
         """One line per sample, `records.tables.SAMPLE_SCHEMA`."""
-        return self._samples.table
+        return self.store.samples
 
     @cached_property
     def views(self) -> ViewTable:
@@ -225,7 +224,7 @@ class FeatureCache:
         return self.features[teacher].layouts
 
     def key(self, sample_index: int) -> str:
-        return self._samples.key(sample_index)
+        return self.store.key(sample_index)
 
     def find(self, key: str, *, whole: bool = False) -> int:
         """The index of the sample with this key or, unless it must be `whole`, of the only one that ends so.

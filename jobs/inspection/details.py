@@ -17,9 +17,8 @@ from teachercache.pipeline.records.array_layout import ArrayLayout
 from teachercache.pipeline.records.integrity import Checked, Depth, check_shards, file_problems, quarantine
 from teachercache.pipeline.records.manifest import SAMPLES_NAME, VIEWS_NAME, CommitRecord, Manifest
 from teachercache.pipeline.records.rows import RowIndex
-from teachercache.pipeline.records.sample_table import SampleTable, find_key
 from teachercache.pipeline.records.spec import CacheSpec
-from teachercache.pipeline.records.tables import table_line
+from teachercache.pipeline.records.tables import find_key, table_line
 from teachercache.pipeline.stores.committed_shards import CommittedShards
 from teachercache.pipeline.stores.open_store import open_store
 
@@ -95,7 +94,7 @@ def sample_details(manifest: Manifest, key: str) -> dict[str, Any]:
 
 def _committed(manifest: Manifest, spec: CacheSpec) -> list[CommittedShards]:
     """What each teacher has."""
-    store = open_store(manifest.storage, spec, SampleTable(manifest, spec).key, direct=True, checksums=True)
+    store = open_store(manifest.storage, spec, checksums=True)
     return [CommittedShards(store, name) for name in spec.teachers]
 
 

@@ -16,7 +16,6 @@ from teachercache.pipeline.errors import CacheError, in_a_line
 from teachercache.pipeline.places.storage import Storage
 from teachercache.pipeline.records.integrity import Depth, check_shards, quarantine, table_problems
 from teachercache.pipeline.records.manifest import CommitRecord, Manifest
-from teachercache.pipeline.records.sample_table import SampleTable
 from teachercache.pipeline.stores.feature_store import FeatureStore
 from teachercache.pipeline.stores.open_store import open_store
 from teachercache.pipeline.stores.shard_format import disk_nbytes
@@ -39,7 +38,7 @@ def summarize(storage: Storage) -> dict[str, Any]:
     """All that `inspect` shows of a cache. Raises `CacheError` only where `cache.json` cannot be read."""
     manifest = Manifest(storage)
     spec = manifest.spec()
-    store = open_store(manifest.storage, spec, SampleTable(manifest, spec).key, direct=True, checksums=False)
+    store = open_store(manifest.storage, spec)
     found = table_problems(manifest, spec)
     records: dict[str, list[CommitRecord]] = {name: [] for name in spec.teachers_and_images}
     for checked in check_shards(manifest, spec, Depth.SIZES):

@@ -7,18 +7,23 @@ width, height: pixels, EXIF orientation applied; 0 unless status is "ok". status
 why there is no such image. head_hash: xxh3-64 of the file's first bytes (`HEAD_BYTES`).
 """
 
+import difflib
 import io
 from collections.abc import Iterator
 from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 
+from teachercache.pipeline.errors import UnknownKeyError
 from teachercache.pipeline.records.limits import check_table
 from teachercache.pipeline.records.seal import UNSEALED, seal
 from teachercache.pipeline.records.spec import CacheSpec, Segment
+
+_NEAR_KEYS = 5
 
 SAMPLE_SCHEMA = pa.schema(
     [
@@ -89,6 +94,32 @@ def _add_text(digest: xxhash.xxh3_128, column: pa.ChunkedArray) -> None:
     ends = np.frombuffer(offsets, np.int64)[values.offset : values.offset + len(values) + 1]
     digest.update(np.diff(ends).tobytes())
     digest.update(memoryview(text)[ends[0] : ends[-1]])
+
+
+def find_key(keys: pa.ChunkedArray, key: str, *, whole: bool = False) -> int:
+    """The index of `key`, or unless it is `whole` of the only key that ends in it: behind a slash, or else
+    anywhere.
+
+    Raises `UnknownKeyError` naming those that end so, or else the nearest.
+    """
+    index: int = pc.index(keys, key).as_py()
+    if index >= 0:
+        return index
+    found = np.array([], np.int64)
+    for end in () if whole else (f"/{key}", key):
+        found = np.flatnonzero(pc.ends_with(keys, end).to_numpy())
+        if len(found) == 1:
+            return int(found[0])
+        if found.size:
+            break
+    near = found if found.size else np.flatnonzero(pc.match_substring(keys, key).to_numpy())
+    names = keys.take(near[:_NEAR_KEYS]).to_pylist() or difflib.get_close_matches(key, keys.to_pylist(), 3)
+    raise UnknownKeyError(
+        f"{len(found)} samples have keys that end so." if found.size else "No sample has this key.",
+        got=key,
+        expected=f"one of {', '.join(names)}, …" if names else "a key of samples.parquet, or the end of one",
+        do="give the whole key",
+    )
 
 
 def segment_lines(spec: CacheSpec, views: pa.Table) -> Iterator[tuple[Segment, pa.Table]]:

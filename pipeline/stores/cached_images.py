@@ -9,7 +9,6 @@ import xxhash
 from teachercache.pipeline.errors import CacheMismatchError, SourceNotFoundError
 from teachercache.pipeline.places.own_places import NAME_IMAGES, require_followed
 from teachercache.pipeline.records.manifest import SAMPLES_NAME
-from teachercache.pipeline.records.sample_table import SampleTable
 from teachercache.pipeline.sources import Source, open_source
 from teachercache.pipeline.sources.decode import HEAD_BYTES
 from teachercache.pipeline.sources.keys import OK
@@ -24,10 +23,8 @@ class CachedImages:
     With `checksums`, a tar of copies is read whole before its first image.
     """
 
-    def __init__(
-        self, copies: CommittedShards, samples: SampleTable, place: str | None, checksums: bool
-    ) -> None:
-        self._copies, self._samples, self._place, self._checksums = copies, samples, place, checksums
+    def __init__(self, copies: CommittedShards, place: str | None, checksums: bool) -> None:
+        self._copies, self._place, self._checksums = copies, place, checksums
         self._storage, self._spec = copies.store.storage, copies.store.spec
 
     @cached_property
@@ -82,7 +79,7 @@ class CachedImages:
                 yield data if self._is_cached(index, data) else None
 
     def _facts(self, sample_index: int, *columns: str) -> tuple:
-        samples = self._samples.table
+        samples = self._copies.store.samples
         return tuple(samples[name][sample_index].as_py() for name in columns)
 
     def require_cached(self, sample_index: int, data: bytes) -> None:

@@ -2,14 +2,17 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from teachercache.pipeline.errors import CorruptShardError
 from teachercache.pipeline.places.storage import Storage
 from teachercache.pipeline.records.array_layout import ArrayLayout
+from teachercache.pipeline.records.manifest import Manifest
 from teachercache.pipeline.records.spec import IMAGES, CacheSpec, TeacherSpec
 from teachercache.pipeline.records.view_policy import ViewPolicy
 from teachercache.pipeline.stores.new_files import NewFiles
@@ -66,6 +69,14 @@ class FeatureStore(ABC):
 
     def __init__(self, storage: Storage, spec: CacheSpec) -> None:
         self.storage, self.spec = storage, spec
+
+    @cached_property
+    def samples(self) -> pa.Table:
+        """One line per sample. Raises as `Manifest.samples`."""
+        return Manifest(self.storage).samples(self.spec)
+
+    def key(self, sample_index: int) -> str:
+        return self.samples["key"][sample_index].as_py()
 
     def layouts(self, name: str) -> dict[str, ArrayLayout]:
         """Every array of a teacher, or of the rendered images (name "images")."""

@@ -1,7 +1,5 @@
 """Open the store that reads and writes a cache's shards."""
 
-from collections.abc import Callable
-
 from teachercache.pipeline.places.local_storage import LocalStorage
 from teachercache.pipeline.places.storage import Storage
 from teachercache.pipeline.records.spec import CacheSpec
@@ -12,11 +10,11 @@ from teachercache.pipeline.stores.zarr_store import ZarrStore
 
 
 def open_store(
-    storage: Storage, spec: CacheSpec, key: Callable[[int], str], *, direct: bool, checksums: bool
+    storage: Storage, spec: CacheSpec, *, direct: bool = True, checksums: bool = False
 ) -> FeatureStore:
-    """The store of the cache `spec`. `key` maps a sample's index to its key; see also `FeatureCache.open`."""
+    """The store of the cache `spec`; see `FeatureCache.open`."""
     if spec.store == "webdataset":
-        return WebDatasetStore(storage, spec, key)
+        return WebDatasetStore(storage, spec)
     if not direct:
         return ZarrStore(storage, spec)
     if isinstance(storage, LocalStorage):

@@ -13,7 +13,6 @@ from teachercache.pipeline.codecs import Codec, Encoded, get_codec, torch_dtype
 from teachercache.pipeline.errors import ArgumentError, CacheError, IncompleteCacheError
 from teachercache.pipeline.records.array_layout import ArrayLayout
 from teachercache.pipeline.records.manifest import foreign_tables
-from teachercache.pipeline.records.sample_table import SampleTable
 from teachercache.pipeline.records.spec import TeacherSpec
 from teachercache.pipeline.records.stats_files import read_tables
 from teachercache.pipeline.stores.committed_shards import CommittedShards
@@ -23,8 +22,8 @@ from teachercache.pipeline.stores.feature_store import CLS_TOKEN, GLOBAL_FEATURE
 class StoredRows:
     """Of a teacher, or the pixels of rendered images."""
 
-    def __init__(self, shards: CommittedShards, samples: SampleTable) -> None:
-        self._shards, self._samples, self._name = shards, samples, shards.teacher
+    def __init__(self, shards: CommittedShards) -> None:
+        self._shards, self._name = shards, shards.teacher
 
     @cached_property
     def layouts(self) -> dict[str, ArrayLayout]:
@@ -64,7 +63,7 @@ class StoredRows:
         row = int(rows[~readable].min())
         raise CacheError(
             f"Row {row} is empty: its image could not be decoded.",
-            got=f"sample {self._samples.key(int(self._shards.index.locate(row)[0]))}",
+            got=f"sample {self._shards.store.key(int(self._shards.index.locate(row)[0]))}",
             expected="rows of `valid_samples()`",
             do=f"see {self._shards.store.storage.url}/quarantine for the reason",
         )

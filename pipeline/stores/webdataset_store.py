@@ -4,7 +4,7 @@ docs/cache_format.md has the files. With the index (`tar_index`), reading a row 
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache, partial
 
 import google_crc32c
@@ -80,11 +80,8 @@ def _description_file(teacher: str) -> str:
 
 
 class WebDatasetStore(FeatureStore):
-    """`key` maps a sample's index to its key."""
-
-    def __init__(self, storage: Storage, spec: CacheSpec, key: Callable[[int], str]) -> None:
+    def __init__(self, storage: Storage, spec: CacheSpec) -> None:
         super().__init__(storage, spec)
-        self._key = key
         self._read_index = lru_cache(_KEPT_INDEXES)(partial(read_tar_index, storage))
 
     def layout_files(self, teacher: str | None) -> dict[str, bytes]:
@@ -108,7 +105,7 @@ class WebDatasetStore(FeatureStore):
     def write_shard(self, teacher: str, shard: int) -> TarShardWriter:
         samples, views, _ = RowIndex(self.spec.segments).locate(self.spec.shard_rows(shard))
         members = [
-            f"{member_key(self._key(sample))}.{view}.safetensors"
+            f"{member_key(self.key(sample))}.{view}.safetensors"
             for sample, view in zip(samples.tolist(), views.tolist(), strict=True)
         ]
         name, layouts = tar_name(teacher, shard), self.layouts(teacher)
