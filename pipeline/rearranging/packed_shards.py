@@ -14,7 +14,7 @@ from teachercache.pipeline.records.manifest import CommitRecord, FileRecord, Qua
 from teachercache.pipeline.records.rows import Ints
 from teachercache.pipeline.records.spec import IMAGES
 from teachercache.pipeline.stores.feature_store import GLOBAL_FEATURE
-from teachercache.pipeline.stores.image_tar import ImageTarWriter
+from teachercache.pipeline.stores.tar_index import ImageTarWriter
 
 _BATCH_NBYTES = 1 << 26
 

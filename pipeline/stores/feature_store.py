@@ -1,21 +1,22 @@
 """What every feature store promises: one writer writes whole shards once; rows are read in any order."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from teachercache.pipeline.errors import CorruptShardError
+from teachercache.pipeline.places.files import ChecksumWriter
 from teachercache.pipeline.places.storage import Storage
 from teachercache.pipeline.records.array_layout import ArrayLayout
-from teachercache.pipeline.records.manifest import Manifest
+from teachercache.pipeline.records.manifest import FileRecord, Manifest
 from teachercache.pipeline.records.spec import IMAGES, CacheSpec, TeacherSpec
 from teachercache.pipeline.records.view_policy import ViewPolicy
-from teachercache.pipeline.stores.new_files import NewFiles
 
 Arrays = dict[str, NDArray]
 
@@ -54,6 +55,34 @@ def unreadable(storage: Storage, what: str, error: Exception) -> CorruptShardErr
         expected="the bytes that the commit records state",
         do=f"run: teachercache verify {storage.url}",
     )
+
+
+class NewFiles(ABC):
+    """Files that get their names together. A context manager: those not published when it closes are dropped."""
+
+    def __init__(self, storage: Storage, names: Iterable[str]) -> None:
+        with ExitStack() as stack:
+            self._files: dict[str, ChecksumWriter] = {
+                name: stack.enter_context(storage.open_write(name)) for name in names
+            }
+            self._unpublished = stack.pop_all()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        dropped = GeneratorExit()
+        self._unpublished.__exit__(type(dropped), dropped, None)
+
+    def publish(self) -> dict[str, FileRecord]:
+        """Finish the files and make them appear under their names. Returns their records."""
+        self._end()
+        self._unpublished.close()
+        return {name: FileRecord.of(file) for name, file in self._files.items()}
+
+    @abstractmethod
+    def _end(self) -> None:
+        """Write what follows the last row."""
 
 
 class ShardWriter(NewFiles):

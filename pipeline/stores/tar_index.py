@@ -1,4 +1,4 @@
-"""The tars that we write, and the index of the rows in a tar of features: its last member, `__index__`.
+"""The tars that we write: of images, and of features, whose last member, `__index__`, is an index of the rows.
 
 A little-endian (offset, nbytes, crc32c) of uint64 for each row of the shard, zeros for an absent one; then
 the crc32c of all that. This module does not import torch, since `inspect` reads the index too.
@@ -17,16 +17,23 @@ from numpy.typing import NDArray
 from teachercache.pipeline.places.files import ChecksumWriter
 from teachercache.pipeline.places.storage import Storage
 from teachercache.pipeline.stores import shard_format
+from teachercache.pipeline.stores.feature_store import NewFiles
 
 INDEX_NAME = "__index__"
 _COLUMNS = 3
 TAR_END = bytes(2 * tarfile.BLOCKSIZE)
+_SUFFIXES = {b"\xff\xd8": ".jpg", b"\x89P": ".png", b"RI": ".webp"}
+_SUFFIXES |= {b"GI": ".gif", b"BM": ".bmp", b"II": ".tif", b"MM": ".tif"}
 
 TarIndex = NDArray[np.uint64]  # (rows, 3)
 
 
 def tar_name(teacher: str, shard: int) -> str:
     return f"teachers/{teacher}/{shard:05d}.tar"
+
+
+def image_tar_name(shard: int) -> str:
+    return f"images/{shard:05d}.tar"
 
 
 def member_key(key: str) -> str:
@@ -52,6 +59,29 @@ def add_member(tar: ChecksumWriter, name: str, data: bytes) -> int:
     tar.write(data)
     tar.write(bytes(-len(data) % tarfile.BLOCKSIZE))
     return start
+
+
+class ImageTarWriter(NewFiles):
+    """Copies of a shard's source images, byte for byte.
+
+    `members` are the byte ranges (offset, nbytes) of the images added so far, (0, 0) for an absent one."""
+
+    def __init__(self, storage: Storage, shard: int) -> None:
+        name = image_tar_name(shard)
+        super().__init__(storage, [name])
+        self._file = self._files[name]
+        self.members: list[tuple[int, int]] = []
+
+    def add(self, key: str, image: bytes | None) -> None:
+        """Add the next sample of the shard; None stands for one that cannot be decoded."""
+        if image is None:
+            self.members.append((0, 0))
+            return
+        start = add_member(self._file, member_key(key) + _SUFFIXES.get(image[:2], ".img"), image)
+        self.members.append((start, len(image)))
+
+    def _end(self) -> None:
+        self._file.write(TAR_END)
 
 
 def empty_tar_index(num_rows: int) -> TarIndex:
