@@ -58,7 +58,7 @@ def unreadable(storage: Storage, what: str, error: Exception) -> CorruptShardErr
 
 
 class NewFiles(ABC):
-    """Files that get their names together. A context manager: those not published when it closes are dropped."""
+    """Files that get their names together. A context manager: those not published at its end are dropped."""
 
     def __init__(self, storage: Storage, names: Iterable[str]) -> None:
         with ExitStack() as stack:

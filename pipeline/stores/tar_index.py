@@ -1,4 +1,4 @@
-"""The tars that we write: of images, and of features, whose last member, `__index__`, is an index of the rows.
+"""The tars that we write: of images, and of features, whose last member, `__index__`, is an index of rows.
 
 A little-endian (offset, nbytes, crc32c) of uint64 for each row of the shard, zeros for an absent one; then
 the crc32c of all that. This module does not import torch, since `inspect` reads the index too.
