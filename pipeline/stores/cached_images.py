@@ -1,6 +1,7 @@
 """The images behind the features: from the cache's own copies, or from the source."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import groupby
 
@@ -34,12 +35,8 @@ class CachedImages:
         if self._place is None:
             for place in own_places(location, self._spec.dataset.kind):
                 require_followed(place, self._storage.url)
-        try:
+        with self._saying_how_to_move(f"nothing at {location}"):
             return open_source(self._place or location, self._spec.dataset.kind)
-        except SourceNotFoundError as error:
-            if self._place is not None:
-                raise
-            raise self._gone() from error
 
     def read(self, sample_index: int) -> bytes:
         """The encoded image. Raises as `FeatureCache.image_bytes`."""
@@ -60,12 +57,8 @@ class CachedImages:
         """The image in the source, even where a copy exists. Raises as `read`."""
         path, offset, nbytes = self._facts(sample_index, "path", "offset", "nbytes")
         source = self.source
-        try:
+        with self._saying_how_to_move(f"no {path} in {self._spec.dataset.location}"):
             data = source.read(path, offset, nbytes)
-        except SourceNotFoundError as error:
-            if self._place is not None:
-                raise
-            raise self._gone(path) from error
         self.require_cached(sample_index, data)
         return data
 
@@ -98,12 +91,17 @@ class CachedImages:
         found = len(data), xxhash.xxh3_64_intdigest(data[:HEAD_BYTES])
         return found == self._facts(sample_index, "nbytes", "head_hash")
 
-    def _gone(self, path: str = "") -> SourceNotFoundError:
-        """Only `cache.json` names the images' place; this error says how to name another."""
-        location = self._spec.dataset.location
-        return SourceNotFoundError(
-            "The images are no longer where they were when the cache was built.",
-            got=f"no {path} in {location}" if path else f"nothing at {location}",
-            expected="the images that the cache was built from",
-            do=f"check the mount, or name their new place: {NAME_IMAGES}",
-        )
+    @contextmanager
+    def _saying_how_to_move(self, got: str) -> Iterator[None]:
+        """Where only `cache.json` names the images' place, an error says how to name another."""
+        try:
+            yield
+        except SourceNotFoundError as error:
+            if self._place is not None:
+                raise
+            raise SourceNotFoundError(
+                "The images are no longer where they were when the cache was built.",
+                got=got,
+                expected="the images that the cache was built from",
+                do=f"check the mount, or name their new place: {NAME_IMAGES}",
+            ) from error

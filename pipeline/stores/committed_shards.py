@@ -104,9 +104,7 @@ class CommittedShards:
         """
         shards = rows // self._spec.rows_per_shard
         if not self._touched[shards].all():
-            new = np.unique(shards[~self._touched[shards]])
-            self.require_ends(new.tolist())
-            self._touched[new] = True
+            self.require_ends(np.unique(shards[~self._touched[shards]]).tolist())
         self.store.read(self.teacher, rows, out)
 
     def require_ends(self, shards: Sequence[int]) -> None:
@@ -116,14 +114,14 @@ class CommittedShards:
         """
         records = self.records(shards).values()
         try:
-            if have_their_ends(self._storage, records):
-                return
+            as_committed = have_their_ends(self._storage, records)
         except FileNotFoundError:
-            pass  # which one, is found below
+            as_committed = False  # which one is missing, is found below
         copied = self.teacher not in self._spec.with_arrays
-        if copied or self.store.is_as_written(self.teacher):
+        if not as_committed and (copied or self.store.is_as_written(self.teacher)):
             for record in records:
                 self._refuse(file_problems(self._storage, record, Depth.ENDS))
+        self._touched[list(shards)] = True
 
     def require_sound(self, shard: int) -> None:
         """Compare every byte of a committed shard with its record, once in this process.

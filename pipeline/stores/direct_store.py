@@ -41,10 +41,8 @@ class ShardFile:
         weakref.finalize(self, os.close, self._descriptor)
         file_nbytes = os.fstat(self._descriptor).st_size
         start = max(0, file_nbytes - index_nbytes(num_rows))
-        try:
-            index = parse_index(os.pread(self._descriptor, file_nbytes - start, start), num_rows, file_nbytes)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+        end = os.pread(self._descriptor, file_nbytes - start, start)
+        index = parse_index(end, num_rows, file_nbytes, name=name)
         sizes = index[index[:, 0] != ABSENT, 1]
         if (sizes != row_nbytes + CHECKSUM_NBYTES).any():
             raise ValueError(f"{name} holds chunks of {np.unique(sizes)} bytes, expected {row_nbytes} and 4")

@@ -58,25 +58,22 @@ def read_index(storage: Storage, name: str, num_rows: int, columns: int = 2, beh
         raise FileNotFoundError(name)
     start = max(0, file_nbytes - behind - index_nbytes(num_rows, columns))
     end = storage.read_range(name, start, max(0, file_nbytes - behind - start))
-    try:
-        return parse_index(end, num_rows, start + len(end), columns)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
+    return parse_index(end, num_rows, start + len(end), columns, name)
 
 
-def parse_index(end: bytes, num_rows: int, file_nbytes: int, columns: int = 2) -> Index:
-    """The index in the last bytes of a file, `index_nbytes` of them.
+def parse_index(end: bytes, num_rows: int, file_nbytes: int, columns: int = 2, name: str = "shard") -> Index:
+    """The index in the last bytes of the file `name`, `index_nbytes` of them.
 
     Raises `ValueError` unless its checksum is right and every chunk lies inside the file.
     """
     if len(end) != index_nbytes(num_rows, columns):
-        raise ValueError(f"{file_nbytes} bytes are too few for an index of {num_rows} rows")
+        raise ValueError(f"{name}: {file_nbytes} bytes are too few for an index of {num_rows} rows")
     table, stored = end[:-CHECKSUM_NBYTES], end[-CHECKSUM_NBYTES:]
     if checksum(table) != stored:
-        raise ValueError("the checksum of its index is wrong")
+        raise ValueError(f"{name}: the checksum of its index is wrong")
     index = np.frombuffer(table, "<u8").reshape(num_rows, columns)
     offset, nbytes = index[(index != ABSENT).any(1)].T[:2]
     limit = np.uint64(file_nbytes - len(end))
     if ((offset > limit) | (nbytes > limit - np.minimum(offset, limit))).any():
-        raise ValueError(f"its index names bytes beyond {limit}, where the chunks end")
+        raise ValueError(f"{name}: its index names bytes beyond {limit}, where the chunks end")
     return index

@@ -43,17 +43,19 @@ def chunks_json(layout: ArrayLayout, num_rows: int, compressor: Compressor) -> b
     return _json(_array(layout, num_rows, 1, compressor) | {"chunk_grid": grid, "codecs": codecs})
 
 
-def layout_of(text: bytes, rows_per_shard: int, compressor: Compressor | None) -> tuple[ArrayLayout, bool]:
+def layout_of(
+    file: str, text: bytes, rows_per_shard: int, compressor: Compressor | None
+) -> tuple[ArrayLayout, bool]:
     """The layout of an array, and whether its chunks are as we write them: others may have compressed it
-    otherwise since. Raises `ValueError` for anything but the metadata of an array.
+    otherwise since. Raises `ValueError`, which names `file`, for anything but the metadata of an array.
     """
     try:
         found = from_json(text)
         axes = tuple(found.get("dimension_names") or ())[1:]
         layout = stored_layout(found["shape"][1:], found["data_type"], axes, found.get("attributes", {}))
         ours = _array(layout, found["shape"][0], rows_per_shard, compressor)
-    except (AttributeError, IndexError, KeyError, TypeError) as error:
-        raise ValueError(f"{type(error).__name__}: {error}") from error
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file}: {type(error).__name__}: {error}") from error
     return layout, all(found.get(key) == ours[key] for key in _OF_A_CHUNK)
 
 
