@@ -61,7 +61,7 @@ def compare_with_teachers(
     all_rows = np.sort(cache.index.rows(samples, views), axis=None)
     comparisons = []
     for name, spec in with_checkpoints(cache.spec, checkpoints or {}).teachers.items():
-        rows = generator.permutation(all_rows[cache.readable(name, all_rows)])[:num_rows]
+        rows = generator.permutation(all_rows[cache.shards[name].readable(all_rows)])[:num_rows]
         teacher = build_teacher(spec, device=device)
         measures: dict[str, list[Tensor]] = defaultdict(list)
         for start in range(0, len(rows), _ROWS_AT_ONCE):

@@ -89,7 +89,7 @@ class Decoding:
                 raise ImageDecodeError(status)
             with seconds.stage("read"):
                 data = sample.streamed and sample.streamed.result()
-                data = data or self._cache.source_bytes(sample.index)
+                data = data or self._cache.images.read_source(sample.index)
             with seconds.stage("decode"):
                 self._render(sample, data)
             sample.data = data

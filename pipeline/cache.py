@@ -169,13 +169,6 @@ class FeatureCache:
             valid[self.index.locate(self.shards[name].invalid_rows())[0]] = False
         return np.flatnonzero(valid)
 
-    def readable(self, teacher: str, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Which of these rows a teacher holds: those committed, whose image could be decoded.
-
-        Reads only the records of their shards. Raises as `commits` does, `IndexError` for unknown rows.
-        """
-        return self.shards[teacher].readable(rows)
-
     def read(
         self,
         rows: ArrayLike,
@@ -274,7 +267,14 @@ class FeatureCache:
         errors as those of `read`, or as those of `image_bytes`.
         """
         rows = _row_numbers(rows)
-        return (_stored if self.spec.images == "rendered" else _rendered)(self, rows, out)
+        if self.spec.images == "rendered":
+            buffers = None if out is None else {PIXELS: out}
+            return self._pixels.read(rows, self._pixels.layouts, buffers)[PIXELS]
+        if out is None:
+            out = torch.empty(len(rows), 3, *self.spec.views.stored_size, dtype=torch.uint8)
+        for row, pixels in zip(rows.tolist(), out[: len(rows)], strict=True):
+            render_view(self.image(int(self.index.locate(row)[0])), self.view(row), out=pixels)
+        return out[: len(rows)]
 
     def image(self, sample_index: int) -> Image.Image:
         """The decoded source image. Raises `ImageDecodeError`."""
@@ -287,23 +287,6 @@ class FeatureCache:
         in a cache opened with `checksums`, for a damaged tar.
         """
         return self.images.read(sample_index)
-
-    def source_bytes(self, sample_index: int) -> bytes:
-        """The image in the source, even where a copy exists. Raises as `image_bytes`."""
-        return self.images.read_source(sample_index)
-
-
-def _stored(cache: FeatureCache, rows: NDArray[np.int64], out: Tensor | None) -> Tensor:
-    pixels = cache._pixels
-    return pixels.read(rows, pixels.layouts, None if out is None else {PIXELS: out})[PIXELS]
-
-
-def _rendered(cache: FeatureCache, rows: NDArray[np.int64], out: Tensor | None) -> Tensor:
-    if out is None:
-        out = torch.empty(len(rows), 3, *cache.spec.views.stored_size, dtype=torch.uint8)
-    for row, pixels in zip(rows.tolist(), out[: len(rows)], strict=True):
-        render_view(cache.image(int(cache.index.locate(row)[0])), cache.view(row), out=pixels)
-    return out[: len(rows)]
 
 
 def _incomplete(url: str, missing: Mapping[str, int], num_shards: int) -> IncompleteCacheError:

@@ -22,6 +22,7 @@ PIXEL_TOLERANCE = 1e-3  # of a rendered pixel: boxes are stored as float32
 _JITTER = ((0.75, 1.25, 1.0), (0.5, 1.5, 1.0), (0.5, 1.5, 1.0), (-0.1, 0.1, 0.0))
 
 Floats = NDArray[np.float64]
+Box = tuple[Floats, Floats, Floats, Floats]  # left, top, right, bottom
 
 
 def draw_crops(
@@ -100,23 +101,16 @@ def uniforms(
     return (z >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def _random_resized_crop(
-    policy: ViewPolicy, width: Floats, height: Floats, uniforms: Floats
-) -> tuple[Floats, Floats, Floats, Floats]:
+def _random_resized_crop(policy: ViewPolicy, width: Floats, height: Floats, uniforms: Floats) -> Box:
     """torchvision's RandomResizedCrop for many samples at once: first of ten attempts that fits."""
     attempts = uniforms[..., : 2 * _CROP_ATTEMPTS].reshape(*width.shape, _CROP_ATTEMPTS, 2)
     area = (width * height)[..., None] * _between(attempts[..., 0], *policy.scale)
     ratio = np.exp(_between(attempts[..., 1], np.log(policy.ratio[0]), np.log(policy.ratio[1])))
     crop_width, crop_height = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
-    fits = (
-        (crop_width >= 1)
-        & (crop_width <= width[..., None])
-        & (crop_height >= 1)
-        & (crop_height <= height[..., None])
-    )
+    fits_across = (crop_width >= 1) & (crop_width <= width[..., None])
+    fits = fits_across & (crop_height >= 1) & (crop_height <= height[..., None])
     first = np.argmax(fits, axis=-1)[..., None]
-    w = np.take_along_axis(crop_width, first, -1)[..., 0]
-    h = np.take_along_axis(crop_height, first, -1)[..., 0]
+    w, h = (np.take_along_axis(side, first, -1)[..., 0] for side in (crop_width, crop_height))
     left = np.floor(uniforms[..., -3] * (width - w + 1))
     top = np.floor(uniforms[..., -2] * (height - h + 1))
 
@@ -128,7 +122,7 @@ def _random_resized_crop(
     return left, top, left + w, top + h
 
 
-def _centre_crop(policy: ViewPolicy, width: Floats, height: Floats) -> tuple[Floats, Floats, Floats, Floats]:
+def _centre_crop(policy: ViewPolicy, width: Floats, height: Floats) -> Box:
     """Resize so that the crop takes `crop_fraction` of the tighter side, then crop the centre."""
     out_height, out_width = policy.stored_size
     source_per_output = policy.crop_fraction * np.minimum(width / out_width, height / out_height)
@@ -137,9 +131,7 @@ def _centre_crop(policy: ViewPolicy, width: Floats, height: Floats) -> tuple[Flo
     return left, top, left + w, top + h
 
 
-def _magnified_crop(
-    policy: ViewPolicy, width: Floats, height: Floats, uniforms: Floats
-) -> tuple[Floats, Floats, Floats, Floats]:
+def _magnified_crop(policy: ViewPolicy, width: Floats, height: Floats, uniforms: Floats) -> Box:
     """A window of the view's size in the image magnified by `scale`, whose sides keep their ratio."""
     magnification = _between(uniforms[..., 0], *policy.scale)
     left, right = _window(width, policy.stored_size[1], magnification, uniforms[..., 1])
@@ -147,7 +139,7 @@ def _magnified_crop(
     return left, top, right, bottom
 
 
-def _whole_image(policy: ViewPolicy, width: Floats, height: Floats) -> tuple[Floats, Floats, Floats, Floats]:
+def _whole_image(policy: ViewPolicy, width: Floats, height: Floats) -> Box:
     """All of the image amid padding, as it is or, where it would not fit, shrunk so that it does."""
     out_height, out_width = policy.stored_size
     known_width, known_height = np.maximum(width, 1), np.maximum(height, 1)
@@ -167,11 +159,9 @@ def _window(side: Floats, out: int, magnification: Floats, uniform: Floats) -> t
 
 def _draw_jitter(policy: ViewPolicy, uniforms: Floats) -> list[Floats]:
     """Brightness, contrast, saturation and hue of each view."""
-    used = uniforms[..., 3 : 3 + 2 * len(_JITTER)]
+    chances, strengths = uniforms[..., 3:11:2], uniforms[..., 4:12:2]
     return [
-        np.where(
-            used[..., 2 * i] < policy.jitter_probability, _between(used[..., 2 * i + 1], low, high), neutral
-        )
+        np.where(chances[..., i] < policy.jitter_probability, _between(strengths[..., i], low, high), neutral)
         for i, (low, high, neutral) in enumerate(_JITTER)
     ]
 

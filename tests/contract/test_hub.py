@@ -312,7 +312,7 @@ def test_no_key_in_the_place_of_the_images_is_pushed(
     assert not [name for name, data in there.items() if b"hidden" in data]
     assert FeatureCache.open(made.storage.url).spec.dataset.location == location
     with pytest.raises(SourceError, match="opened only if you name it"):
-        FeatureCache.open("hf://datasets/me/made").source_bytes(0)
+        FeatureCache.open("hf://datasets/me/made").images.read_source(0)
 
 
 def test_copies_of_images_are_public_only_when_told() -> None:
@@ -397,7 +397,7 @@ def test_a_tar_on_the_hub_streams_by_in_one_request(hub: HubServer, tmp_path: Pa
     place = "hf://datasets/me/tars/set.tar"
     found = make_cache(tmp_path / "cache", place, num_views=1, samples_per_shard=20)
     named = FeatureCache.open(found.storage.url, images=place)
-    assert named.source_bytes(0) == images[0]
+    assert named.images.read_source(0) == images[0]
     hub.requests.clear()
     assert list(named.images.stream_source(range(20))) == images
     assert hub.count("GET", "set.tar") == 1

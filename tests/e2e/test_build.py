@@ -32,6 +32,7 @@ from teachercache.pipeline.errors import BuildError, CacheMismatchError, DiskSpa
 from teachercache.pipeline.records.manifest import Manifest
 from teachercache.pipeline.records.strict import Size
 from teachercache.pipeline.sources.image_folder import ImageFolderSource
+from teachercache.pipeline.stores.cached_images import CachedImages
 from teachercache.pipeline.verify import verify
 from teachercache.pipeline.views import View
 from tests.make_cache import build_recipe, make_images
@@ -270,16 +271,16 @@ def test_failed_shards_end_the_build_after_the_others(
 ) -> None:
     folder = make_images(tmp_path / "images", 4)
     recipe = build_recipe(tmp_path / "cache", folder, rows_per_shard=2, runner={"max_attempts": 2})
-    read = FeatureCache.source_bytes
+    read = CachedImages.read_source
     calls: list[int] = []
 
-    def fail_on_2(self: FeatureCache, index: int) -> bytes:
+    def fail_on_2(self: CachedImages, index: int) -> bytes:
         if index == 2:
             calls.append(index)
             raise OSError("I/O error on the disk")
         return read(self, index)
 
-    monkeypatch.setattr(FeatureCache, "source_bytes", fail_on_2)
+    monkeypatch.setattr(CachedImages, "read_source", fail_on_2)
     with pytest.raises(
         BuildError, match=r"1 of 4 shards failed(.|\n)*shard 2: OSError: I/O error on the disk"
     ):
