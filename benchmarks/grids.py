@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from benchmarks import signals, trained
 from teachercache.pipeline.codecs import get_codec
-from teachercache.pipeline.grids import adjoint, least_squares, nearest, pool, upsample
+from teachercache.pipeline.grids import adjoint, interpolation_matrix, nearest, pool, upsample
 from teachercache.pipeline.records.spec import GridSpec
 from teachercache.pipeline.records.strict import Size
 from teachercache.student.losses.distillation import AdjointPair
@@ -88,7 +88,9 @@ def losses(t: Tensor, student: Size) -> dict[str, tuple[Loss, Loss]]:
     squared_norm = t.square().flatten(1).sum(1)
     small = nearest(t, student)
     pooled = _channels_first(pool(_channels_last(t), GridSpec(kind="bilinear", size=student)))
-    coded_adjoint = least_squares(_coded(adjoint(t, student)), teacher)
+    ways = [interpolation_matrix(*sides).to(t.dtype) for sides in zip(student, teacher, strict=True)]
+    rows, columns = (torch.linalg.pinv(way.T @ way, hermitian=True) for way in ways)
+    coded_adjoint = rows @ _coded(adjoint(t, student)) @ columns
 
     def flattened(s: Tensor) -> Tensor:
         return F.cosine_similarity(upsample(s, teacher).flatten(1), t.flatten(1))

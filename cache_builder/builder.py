@@ -36,8 +36,7 @@ from teachercache.pipeline.errors import (
 )
 from teachercache.pipeline.places.open_storage import open_storage
 from teachercache.pipeline.places.processes import temporary_of
-from teachercache.pipeline.places.storage import Storage
-from teachercache.pipeline.places.whole_or_nothing import whole_or_nothing
+from teachercache.pipeline.places.storage import Storage, whole_or_nothing
 from teachercache.pipeline.records.integrity import record_problem
 from teachercache.pipeline.records.manifest import SAMPLES_NAME, SPEC_NAME, VIEWS_NAME, Manifest, tables_name
 from teachercache.pipeline.records.spec import IMAGES, CacheSpec, DatasetSpec, TeacherSpec

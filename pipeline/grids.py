@@ -72,19 +72,12 @@ def gram(s_BChw: Tensor, grid: Grid) -> Tensor:
     return _separable(_gram_matrix, (s_BChw.shape[-2], s_BChw.shape[-1]), grid, s_BChw)
 
 
-def least_squares(adjoint_BChw: Tensor, grid: Size) -> Tensor:
-    """(UᵀU)⁺ Uᵀt: the student map whose upsampling to `grid` is nearest to t. The inverse of `gram`.
+def nearest(t_BCHW: Tensor, grid: Size) -> Tensor:
+    """(UᵀU)⁺ Uᵀt: (B, C, H, W) → (B, C, *grid), the student map whose upsampling comes nearest to t.
 
     It carries the same information as Uᵀt and looks like features: a constant t gives the same constant.
     Upsampled again, it is all of t that a student on this grid can reach.
     """
-    return _separable(
-        _inverse_gram_matrix, (adjoint_BChw.shape[-2], adjoint_BChw.shape[-1]), grid, adjoint_BChw
-    )
-
-
-def nearest(t_BCHW: Tensor, grid: Size) -> Tensor:
-    """(B, C, H, W) → (B, C, *grid): the student map whose upsampling comes nearest to t."""
     return _separable(_nearest_matrix, grid, (t_BCHW.shape[-2], t_BCHW.shape[-1]), t_BCHW)
 
 
@@ -158,12 +151,9 @@ def _gram_matrix(source: int, target: int) -> Tensor:
     return matrix.T @ matrix
 
 
-def _inverse_gram_matrix(source: int, target: int) -> Tensor:
-    return torch.linalg.pinv(_gram_matrix(source, target), hermitian=True)
-
-
 def _nearest_matrix(source: int, target: int) -> Tensor:
-    return _inverse_gram_matrix(source, target) @ _adjoint_matrix(source, target)
+    """(UᵀU)⁺ Uᵀ along one axis."""
+    return torch.linalg.pinv(_gram_matrix(source, target), hermitian=True) @ _adjoint_matrix(source, target)
 
 
 def made_once(make: Callable[..., Tensor]) -> Callable[..., Tensor]:

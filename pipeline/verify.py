@@ -4,7 +4,7 @@ The zarr.json files above the teachers' may be missing: older caches have none.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 
@@ -76,7 +76,13 @@ def problems_of_shards(
             if record.source_checksum:
                 images[record.shard][record.teacher] = record.source_checksum
         progress()
-    problems += mixed_images_problems(images)
+    for shard, checksums in sorted(images.items()):
+        if len(set(checksums.values())) > 1:  # which of them is right, no record tells
+            stated = ", ".join(f"{teacher}: {checksum}" for teacher, checksum in checksums.items())
+            for teacher in checksums:
+                name = commit_name(teacher, shard)
+                reason = f"{name} and the shard's other records are of different images: {stated}"
+                problems.append(Problem(name, reason, teacher, shard))
     for shard, rows in sorted(invalid.items()):
         problems += quarantine_problems(cache, shard, rows, set(images[shard].values()))
     return problems
@@ -88,23 +94,6 @@ def _problems_of_the_rest(cache: FeatureCache, full: bool) -> list[Problem]:
     ]
     tables = table_problems(cache.manifest, cache.spec)
     return layouts + tables + (_content_problems(cache, {problem.file for problem in tables}) if full else [])
-
-
-def mixed_images_problems(images: Mapping[int, Mapping[str, str]]) -> list[Problem]:
-    """Of shards whose teachers saw different images; which of them is right, no record tells.
-
-    `images`: the `source_checksum` of each shard's records by teacher.
-    """
-    return [
-        Problem(
-            name, f"{name} and the shard's other records are of different images: {stated}", teacher, shard
-        )
-        for shard, checksums in sorted(images.items())
-        if len(set(checksums.values())) > 1
-        for stated in [", ".join(f"{teacher}: {checksum}" for teacher, checksum in checksums.items())]
-        for teacher in checksums
-        for name in [commit_name(teacher, shard)]
-    ]
 
 
 def quarantine_problems(

@@ -15,7 +15,7 @@ from typing import IO, Any, TypeVar
 import xxhash
 from typing_extensions import Buffer
 
-from teachercache.pipeline.errors import CacheError, TeacherCacheError
+from teachercache.pipeline.errors import CacheError, DiskSpaceError, TeacherCacheError, place_error
 from teachercache.pipeline.places.files import HEAD_NBYTES, TAIL_NBYTES, RereadFile, ends_hash
 from teachercache.pipeline.places.locks import Lockable
 from teachercache.pipeline.places.retries import retrying
@@ -156,3 +156,26 @@ def first_contact(storage: Storage) -> Iterator[None]:
             do="check the URL; for s3:// also AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL, "
             "for hf:// HF_TOKEN",
         ) from error
+
+
+@contextmanager
+def room_at(url: str) -> Iterator[None]:
+    """Raises `DiskSpaceError` when no more files can be written there."""
+    try:
+        yield
+    except OSError as error:
+        if (details := place_error(error, url)) is None:
+            raise
+        raise DiskSpaceError("No more files can be written here; complete ones stay.", **details) from error
+
+
+@contextmanager
+def whole_or_nothing(storage: Storage, names: Iterable[str]) -> Iterator[None]:
+    """When the body fails, remove those of these files that did not exist before, in this order."""
+    new = [name for name in names if not storage.exists(name)]
+    try:
+        yield
+    except Exception:
+        for name in new:
+            storage.remove(name)
+        raise

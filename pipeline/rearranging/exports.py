@@ -24,8 +24,7 @@ from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import CacheError, CacheMismatchError, extra
 from teachercache.pipeline.grids import mean_token
 from teachercache.pipeline.places.open_storage import open_storage
-from teachercache.pipeline.places.storage import Storage
-from teachercache.pipeline.places.whole_or_nothing import room_at
+from teachercache.pipeline.places.storage import Storage, room_at
 from teachercache.pipeline.records.rows import Ints
 from teachercache.pipeline.stores.feature_store import CLS_TOKEN
 

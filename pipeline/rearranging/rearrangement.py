@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import AlreadyCommittedError, CacheMismatchError
 from teachercache.pipeline.places.open_storage import open_storage
-from teachercache.pipeline.places.whole_or_nothing import room_at, whole_or_nothing
+from teachercache.pipeline.places.storage import room_at, whole_or_nothing
 from teachercache.pipeline.records.manifest import SAMPLES_NAME, SPEC_NAME, VIEWS_NAME, Manifest, tables_name
 from teachercache.pipeline.records.spec import IMAGES, CacheSpec, DatasetSpec
 from teachercache.pipeline.records.tables import dataset_fingerprint, labels_hash
