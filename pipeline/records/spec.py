@@ -13,14 +13,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, Self
 
 import xxhash
-from pydantic import (
-    Field,
-    PrivateAttr,
-    SerializerFunctionWrapHandler,
-    field_validator,
-    model_serializer,
-    model_validator,
-)
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from teachercache.pipeline.errors import CacheError, require_known
 from teachercache.pipeline.records.strict import Size, Strict
@@ -88,17 +81,9 @@ class TeacherSpec(Strict):
     cls_token: bool = False
     global_width: int | None = None
     precision: Precision = "float32"
-    resample_positions: Resampling = "antialias"
-    layer_scale: float | None = None
-
-    @model_serializer(mode="wrap")
-    def _content(self, content: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without what came later and is as it always was: caches are known by a hash of this."""
-        fields: dict[str, Any] = content(self)
-        for name in ("resample_positions", "layer_scale"):
-            if getattr(self, name) == type(self).model_fields[name].default:
-                fields.pop(name, None)
-        return fields
+    # What came later is left out as it always was: caches are known by a hash of this.
+    resample_positions: Resampling = Field("antialias", exclude_if=lambda how: how == "antialias")
+    layer_scale: float | None = Field(None, exclude_if=lambda start: start is None)
 
     @property
     def num_levels(self) -> int:
