@@ -1,5 +1,7 @@
 """What every feature store promises: one writer writes whole shards once; rows are read in any order."""
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -87,6 +89,10 @@ class NewFiles(ABC):
 
 class ShardWriter(NewFiles):
     """Takes the rows of one shard in ascending order; rows never written are absent."""
+
+    def __init__(self, store: FeatureStore, teacher: str, shard: int) -> None:
+        super().__init__(store.storage, store.shard_files(teacher, shard))
+        self._layouts = store.layouts(teacher)
 
     @abstractmethod
     def write(self, offsets: Sequence[int], arrays: Mapping[str, NDArray]) -> None:

@@ -3,6 +3,8 @@
 docs/cache_format.md has the files. With the index (`tar_index`), reading a row takes one read.
 """
 
+from __future__ import annotations
+
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache, partial
@@ -35,19 +37,15 @@ _KEPT_INDEXES = 1024
 
 
 class TarShardWriter(ShardWriter):
-    """`members` are the names of all rows of the shard."""
-
-    def __init__(
-        self,
-        storage: Storage,
-        name: str,
-        layouts: Mapping[str, ArrayLayout],
-        members: Sequence[str],
-        rows: int,
-    ) -> None:
-        super().__init__(storage, [name])
-        self._file, self._layouts, self._members = self._files[name], layouts, members
-        self._index = empty_tar_index(rows)
+    def __init__(self, store: WebDatasetStore, teacher: str, shard: int) -> None:
+        samples, views, _ = RowIndex(store.spec.segments).locate(store.spec.shard_rows(shard))
+        self._members = [
+            f"{member_key(store.key(sample))}.{view}.safetensors"
+            for sample, view in zip(samples.tolist(), views.tolist(), strict=True)
+        ]
+        super().__init__(store, teacher, shard)
+        (self._file,) = self._files.values()
+        self._index = empty_tar_index(store.spec.rows_per_shard)
 
     def write(self, offsets: Sequence[int], arrays: Mapping[str, NDArray]) -> None:
         assert arrays.keys() == self._layouts.keys(), (arrays.keys(), self._layouts.keys())
@@ -103,13 +101,7 @@ class WebDatasetStore(FeatureStore):
         return [tar_name(teacher, shard)]
 
     def write_shard(self, teacher: str, shard: int) -> TarShardWriter:
-        samples, views, _ = RowIndex(self.spec.segments).locate(self.spec.shard_rows(shard))
-        members = [
-            f"{member_key(self.key(sample))}.{view}.safetensors"
-            for sample, view in zip(samples.tolist(), views.tolist(), strict=True)
-        ]
-        name, layouts = tar_name(teacher, shard), self.layouts(teacher)
-        return TarShardWriter(self.storage, name, layouts, members, self.spec.rows_per_shard)
+        return TarShardWriter(self, teacher, shard)
 
     def read(self, teacher: str, rows: NDArray[np.int64], out: Arrays) -> None:
         try:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from teachercache.pipeline.places.storage import Storage
 from teachercache.pipeline.records.array_layout import ArrayLayout
-from teachercache.pipeline.records.spec import CacheSpec, Compressor
+from teachercache.pipeline.records.spec import CacheSpec
 from teachercache.pipeline.stores.feature_store import Arrays, FeatureStore, ShardWriter, unreadable
 from teachercache.pipeline.stores.shard_format import ABSENT, Index, checksum, empty_index, read_index
 from teachercache.pipeline.stores.zarr_metadata import (
@@ -45,20 +45,11 @@ def shard_file(teacher: str, array: str, shard: int, row_ndim: int) -> str:
 
 
 class ZarrShardWriter(ShardWriter):
-    """`layouts` by array; `names` of the arrays' files, in the same order."""
-
-    def __init__(
-        self,
-        storage: Storage,
-        names: Sequence[str],
-        layouts: dict[str, ArrayLayout],
-        rows: int,
-        compressor: Compressor | None,
-    ) -> None:
-        super().__init__(storage, names)
-        self._file_of = dict(zip(layouts, self._files.values(), strict=True))
-        self._layouts, self._compressor = layouts, compressor
-        self._index = {array: empty_index(rows) for array in layouts}
+    def __init__(self, store: ZarrStore, teacher: str, shard: int) -> None:
+        super().__init__(store, teacher, shard)
+        self._compressor = store.spec.compressor
+        self._file_of = dict(zip(self._layouts, self._files.values(), strict=True))
+        self._index = {array: empty_index(store.spec.rows_per_shard) for array in self._layouts}
 
     def write(self, offsets: Sequence[int], arrays: Mapping[str, NDArray]) -> None:
         assert arrays.keys() == self._layouts.keys(), (arrays.keys(), self._layouts.keys())
@@ -111,9 +102,7 @@ class ZarrStore(FeatureStore):
         return [shard_file(teacher, array, shard, len(layout.shape)) for array, layout in layouts.items()]
 
     def write_shard(self, teacher: str, shard: int) -> ZarrShardWriter:
-        layouts, names = self.layouts(teacher), self.shard_files(teacher, shard)
-        spec = self.spec
-        return ZarrShardWriter(self.storage, names, layouts, spec.rows_per_shard, spec.compressor)
+        return ZarrShardWriter(self, teacher, shard)
 
     def read(self, teacher: str, rows: NDArray[np.int64], out: Arrays) -> None:
         shards, places = np.divmod(rows, self.spec.rows_per_shard)
