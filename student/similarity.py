@@ -112,7 +112,7 @@ def token_cosines(student_SBChw: Sequence[Tensor], targets_BSHWC: Tensor, grid: 
 
 def _stem_maps(student: Student, pixels_B3HW: Tensor) -> list[Tensor]:
     assert isinstance(student, SAK)
-    levels = student.representations(pixels_B3HW).stem
+    levels = student.representations(pixels_B3HW)[0]
     return [tokens_BnD.unflatten(1, student.stem.grid).permute(0, 3, 1, 2) for tokens_BnD in levels]
 
 

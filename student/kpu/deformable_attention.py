@@ -20,16 +20,13 @@ class DeformableAttention(nn.Module):
     """Σ_heads W_m Σ_maps Σ_points A · values(place) (Deformable DETR, Eq. 3).
 
     Each head of a query samples `num_points` places of every map, bilinearly, with zeros outside. The places,
-    relative to the query's own, and the weights A are linear in the query. `value_ratio` is the width of the
-    values / `width`.
+    relative to the query's own, and the weights A are linear in the query. Values are half as wide.
     """
 
-    def __init__(
-        self, width: int, num_heads: int, num_maps: int, num_points: int = 4, value_ratio: float = 0.5
-    ) -> None:
+    def __init__(self, width: int, num_heads: int, num_maps: int, num_points: int = 4) -> None:
         super().__init__()
         self._shape = num_heads, num_maps, num_points
-        value_width = int(width * value_ratio) // num_heads * num_heads
+        value_width = width // 2 // num_heads * num_heads
         self.offsets = nn.Linear(width, num_heads * num_maps * num_points * 2)
         self.weights = nn.Linear(width, num_heads * num_maps * num_points)
         self.values = nn.Linear(width, value_width)
@@ -37,21 +34,7 @@ class DeformableAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """As in the original: each head looks in its own direction, its points 1 to P cells away, all with
-        equal weight, whatever the query."""
-        num_heads, num_maps, num_points = self._shape
-        angles_M = torch.arange(num_heads) * (2 * math.pi / num_heads)
-        directions_M2 = torch.stack([angles_M.cos(), angles_M.sin()], dim=-1)
-        directions_M2 = directions_M2 / directions_M2.abs().amax(-1, keepdim=True)
-        steps_P = torch.arange(1, num_points + 1)
-        places_MP2 = directions_M2[:, None] * steps_P[:, None]
-        nn.init.zeros_(self.offsets.weight)
-        with torch.no_grad():
-            self.offsets.bias.copy_(places_MP2[:, None].expand(-1, num_maps, -1, -1).flatten())
-        for layer in (self.weights.weight, self.weights.bias, self.values.bias, self.output.bias):
-            nn.init.zeros_(layer)
-        for layer in (self.values.weight, self.output.weight):
-            nn.init.xavier_uniform_(layer)
+        look_around(self.offsets, self.weights, self.values, self.output, self._shape)
 
     def forward(
         self, queries_BQD: Tensor, query_grids: Grids, features_BND: Tensor, feature_grids: Grids
@@ -83,6 +66,26 @@ class DeformableAttention(nn.Module):
             gathered_GdQ.append((samples_GdQP * weights_GQP[:, None]).sum(-1))
         gathered_BEQ = torch.stack(gathered_GdQ).sum(0).view(len(queries_BQD), values_BNE.shape[-1], -1)
         return self.output(gathered_BEQ.transpose(1, 2))
+
+
+def look_around(
+    offsets: nn.Linear, weights: nn.Linear, values: nn.Linear, output: nn.Linear, shape: tuple[int, int, int]
+) -> None:
+    """As in the original: each head looks in its own direction, its points 1 to P cells away, all with equal
+    weight, whatever the query. `shape`: M, S, P."""
+    num_heads, num_maps, num_points = shape
+    angles_M = torch.arange(num_heads) * (2 * math.pi / num_heads)
+    directions_M2 = torch.stack([angles_M.cos(), angles_M.sin()], dim=-1)
+    directions_M2 = directions_M2 / directions_M2.abs().amax(-1, keepdim=True)
+    steps_P = torch.arange(1, num_points + 1)
+    places_MP2 = directions_M2[:, None] * steps_P[:, None]
+    nn.init.zeros_(offsets.weight)
+    with torch.no_grad():
+        offsets.bias.copy_(places_MP2[:, None].expand(-1, num_maps, -1, -1).flatten())
+    for layer in (weights.weight, weights.bias, values.bias, output.bias):
+        nn.init.zeros_(layer)
+    for layer in (values.weight, output.weight):
+        nn.init.xavier_uniform_(layer)
 
 
 @made_once

@@ -1,11 +1,10 @@
-"""The spaces that student and teachers are compared in (KPU, Eq. 1 to 3): each teacher's own, and the
-student's, which they share.
+"""What student and teachers are compared by (KPU, Eq. 1 to 3), and what maps it from one's space to the
+other's.
 
 B  images      h, w  grid of the student's map      D  width of the student
                H, W  grid of a teacher's map        C  width of the teacher
 """
 
-from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -51,40 +50,6 @@ class Projection(nn.Module):
         map_BHWC = self.map(map_BCHW.permute(0, 2, 3, 1))
         image_BC = None if self.image is None else self.image(features.image)
         return Features(image_BC, map_BHWC.permute(0, 3, 1, 2))
-
-
-class LatentSpace(nn.Module):
-    """h_s2t, h_t2s and h_rec of every teacher; h_s2t alone without `unification`, no h_rec without
-    `reconstruction`. `class_tokens`: the teachers with a class token, which need image features."""
-
-    def __init__(
-        self,
-        width: int,
-        teacher_dims: Mapping[str, int],
-        class_tokens: Collection[str],
-        unification: bool,
-        reconstruction: bool,
-    ) -> None:
-        super().__init__()
-
-        def projections(before: Mapping[str, int], after: Mapping[str, int]) -> nn.ModuleDict:
-            return nn.ModuleDict(
-                {name: Projection(before[name], after[name], width, name in class_tokens) for name in before}
-            )
-
-        student_dims = dict.fromkeys(teacher_dims, width)
-        self.s2t = projections(student_dims, teacher_dims)
-        self.t2s = projections(teacher_dims, student_dims) if unification else None
-        self.rec = projections(student_dims, teacher_dims) if reconstruction else None
-
-    def align(self, name: str, student: Features, teacher: Features) -> Alignment:
-        s2t = self.s2t[name](student, teacher.grid)
-        t2s = rec = None
-        if self.t2s is not None:
-            t2s = self.t2s[name](teacher, student.grid)
-        if self.rec is not None:
-            rec = self.rec[name](t2s, teacher.grid)
-        return Alignment(student, teacher, s2t, t2s, rec)
 
 
 def _mlp(before: int, hidden: int, after: int) -> nn.Sequential:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from teachercache.pipeline.errors import RecipeError
 from teachercache.pipeline.records.strict import Size
-from teachercache.student.kpu.latent_space import Features, LatentSpace
+from teachercache.student.kpu.latent_space import Alignment, Features, Projection
 from teachercache.student.kpu.vit_adapter import STRIDES, NormKind, ViTAdapter
 from teachercache.student.models.stem import Stem
 from teachercache.student.models.student import (
@@ -22,6 +22,7 @@ from teachercache.student.models.student import (
     Student,
     StudentOutput,
     check_names,
+    config_of,
     require_teachers,
 )
 
@@ -54,6 +55,7 @@ class KPU(Student):
     }
     num_levels = 1
     for_distillation = frozenset({"h_t2s", "h_rec"})
+    latent_space: Any  # by h, a ModuleDict of the teachers' projections, which its type cannot express
 
     def __init__(
         self,
@@ -74,7 +76,14 @@ class KPU(Student):
         require_teachers(teacher_dims)
         teacher_grids = teacher_grids or {}
         _require_grids(teacher_dims, teacher_grids)
-        _require_no_tasks(tasks or {})
+        tasks = tasks or {}
+        if tasks:
+            raise RecipeError(
+                "A KPU represents images; it cannot be trained on tasks here.",
+                got=f"the tasks {', '.join(tasks)}",
+                expected="none",
+                do="leave out tasks, or choose kind sak",
+            )
         if reconstruction and not unification:
             raise RecipeError(
                 "Reconstruction starts from the shared space, which only unification makes.",
@@ -82,39 +91,36 @@ class KPU(Student):
                 expected="both, unification alone, or neither (KPU, Table 2)",
                 do="set unification, or leave out reconstruction",
             )
-        other_sizes = {
-            name: list(size) for name, size in (image_sizes or {}).items() if tuple(size) != tuple(image_size)
+        teacher_grids = {name: teacher_grids[name] for name in teacher_dims}
+        class_tokens = [name for name in teacher_dims if name in class_tokens]
+        image_sizes = {
+            name: size for name, size in (image_sizes or {}).items() if tuple(size) != tuple(image_size)
         }
-        module = Stem(stem, image_size, pretrained, resizes=bool(other_sizes))
-        config: dict[str, Any] = {
-            "stem": stem,
-            "teacher_dims": dict(teacher_dims),
-            "image_size": list(image_size),
-            "teacher_grids": {name: list(teacher_grids[name]) for name in teacher_dims},
-            "class_tokens": [name for name in teacher_dims if name in class_tokens],
-            "tasks": {},
-            "preservation": preservation,
-            "unification": unification,
-            "reconstruction": reconstruction,
-            "norm": norm,
-            "image_sizes": other_sizes,
-        }
+        config = config_of(locals())
+        module = Stem(stem, image_size, pretrained, resizes=bool(image_sizes))
         super().__init__(config, module.mean, module.std)
         self.stem = module
         self.norm = nn.LayerNorm(module.width, eps=1e-6)
         self.vit_adapter = ViTAdapter(module.width, module.level_depths, norm) if preservation else None
-        self.latent_space = LatentSpace(
-            module.width, teacher_dims, config["class_tokens"], unification, reconstruction
-        )
-        self._scales = {name: self._nearest_scale(name, grid) for name, grid in self._grids.items()}
+        student_dims = dict.fromkeys(teacher_dims, module.width)
+        ends: dict[str, Any] = {"s2t": (student_dims, teacher_dims)}
+        if unification:
+            ends["t2s"] = teacher_dims, student_dims
+        if reconstruction:
+            ends["rec"] = student_dims, teacher_dims
+        self.latent_space = nn.ModuleDict()
+        for h, (before, after) in ends.items():
+            self.latent_space[h] = nn.ModuleDict(
+                {
+                    name: Projection(before[name], after[name], module.width, name in class_tokens)
+                    for name in before
+                }
+            )
+        self._scales = {name: self._nearest_scale(name) for name in teacher_dims}
         if self.vit_adapter is not None:
             self.stem.requires_grad_(False)
-            self.norm.requires_grad_(bool(config["class_tokens"]))
+            self.norm.requires_grad_(bool(class_tokens))
             self.vit_adapter.keep_scales(self.scales)
-
-    @property
-    def experts(self) -> list[str]:
-        return []
 
     @property
     def scales(self) -> list[int]:
@@ -138,15 +144,14 @@ class KPU(Student):
         raw tokens, before any norm and head of the teacher's own."""
         student = self._for_teachers(pixels_B3HW, self.teachers if teachers is None else teachers)
         return {
-            name: self.latent_space.s2t[name](features, self._grids[name])
+            name: self.latent_space["s2t"][name](features, self._grid(name))
             for name, features in student.items()
         }
 
     def unify(self, teachers: Mapping[str, Features]) -> dict[str, Features]:
         """h_t2s(X^t) of each teacher, on the grid of the scale that represents it."""
-        assert self.latent_space.t2s is not None
         return {
-            name: self.latent_space.t2s[name](teacher, self._scale_grids(name)[self._scales[name]])
+            name: self.latent_space["t2s"][name](teacher, self._scale_grids(name)[self._scales[name]])
             for name, teacher in teachers.items()
         }
 
@@ -161,21 +166,26 @@ class KPU(Student):
         `teachers`, an `Alignment` for each, which is what training compares."""
         if teachers is not None:
             student = self._for_teachers(pixels_B3HW, teachers)
-            return {
-                name: self.latent_space.align(name, student[name], teacher)
-                for name, teacher in teachers.items()
-            }
+            return {name: self._align(name, student[name], teacher) for name, teacher in teachers.items()}
         feature_maps = {name: [features.map] for name, features in self.project(pixels_B3HW).items()}
         return StudentOutput(feature_maps, {}, {}) if full else feature_maps
 
-    @property
-    def _grids(self) -> dict[str, Size]:
-        return {name: (height, width) for name, (height, width) in self.config["teacher_grids"].items()}
+    def _align(self, name: str, student: Features, teacher: Features) -> Alignment:
+        h = {space: of_teachers[name] for space, of_teachers in self.latent_space.items()}
+        s2t = h["s2t"](student, teacher.grid)
+        t2s = h["t2s"](teacher, student.grid) if "t2s" in h else None
+        rec = h["rec"](t2s, teacher.grid) if "rec" in h else None
+        return Alignment(student, teacher, s2t, t2s, rec)
 
-    def _nearest_scale(self, teacher: str, grid: Size) -> int:
-        """The scale of V whose number of tokens is nearest to the grid's, by their ratio."""
-        sizes = [math.prod(own) for own in self._scale_grids(teacher)]
-        return min(range(len(sizes)), key=lambda scale: abs(math.log(sizes[scale] / math.prod(grid))))
+    def _grid(self, teacher: str) -> Size:
+        height, width = self.config["teacher_grids"][teacher]
+        return height, width
+
+    def _nearest_scale(self, teacher: str) -> int:
+        """The scale of V whose number of tokens is nearest to that of the teacher's grid, by their ratio."""
+        wanted, sizes = math.prod(self._grid(teacher)), map(math.prod, self._scale_grids(teacher))
+        ratios = [abs(math.log(size / wanted)) for size in sizes]
+        return ratios.index(min(ratios))
 
     def _scale_grids(self, teacher: str) -> list[Size]:
         height, width = self.size_for(teacher)
@@ -192,17 +202,15 @@ class KPU(Student):
         return {name: Features(image_BD, by_scale[scale]) for name, scale in scales.items()}
 
     def _represent(self, pixels_B3HW: Tensor, scales: Sequence[int]) -> ImageRepresentation:
-        prefix = self.stem.num_prefix_tokens
         if self.config["image_sizes"]:
             self.stem.resize((pixels_B3HW.shape[2], pixels_B3HW.shape[3]))
         if self.vit_adapter is None:
             tokens_BND = self.stem(pixels_B3HW)[-1]
-            patches_BnD = self.norm(tokens_BND[:, prefix:])
+            patches_BnD = self.norm(tokens_BND[:, self.stem.num_prefix_tokens :])
             maps_BDhw = [patches_BnD.transpose(1, 2).unflatten(2, self.stem.grid)]
         else:
             tokens_BND, maps_BDhw = self.vit_adapter(self.stem, pixels_B3HW, scales)
-        image_BD = tokens_BND[:, 0] if self.stem.has_class_token else tokens_BND[:, prefix:].mean(1)
-        return ImageRepresentation(self.norm(image_BD), maps_BDhw)
+        return ImageRepresentation(self.norm(self.stem.summary(tokens_BND)), maps_BDhw)
 
 
 def _require_grids(teacher_dims: Mapping[str, int], teacher_grids: Mapping[str, Size]) -> None:
@@ -212,14 +220,4 @@ def _require_grids(teacher_dims: Mapping[str, int], teacher_grids: Mapping[str, 
             got=f"no grid of {', '.join(missing)}",
             expected="(rows, columns) for each teacher",
             do="pass teacher_grids, such as {'clip': (24, 24)}",
-        )
-
-
-def _require_no_tasks(tasks: Mapping[str, int]) -> None:
-    if tasks:
-        raise RecipeError(
-            "A KPU represents images; it cannot be trained on tasks here.",
-            got=f"the tasks {', '.join(tasks)}",
-            expected="none",
-            do="leave out tasks, or choose kind sak",
         )

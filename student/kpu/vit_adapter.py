@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from teachercache.pipeline.grids import upsample
 from teachercache.student.kpu.deformable_attention import DeformableAttention, Grids
 from teachercache.student.models.stem import Stem
+from teachercache.student.models.student import initialise_linear
 
 NormKind = Literal["group", "sync_batch"]
 STRIDES = (4, 8, 16, 32)
@@ -103,13 +104,13 @@ class ViTAdapter(nn.Module):
 class SpatialPrior(nn.Module):
     """Convolutions over the image: C1 to C4 before any interaction (the spatial prior module)."""
 
-    def __init__(self, width: int, norm: NormKind = "group", conv_width: int = _CONV_WIDTH) -> None:
+    def __init__(self, width: int, norm: NormKind = "group") -> None:
         super().__init__()
-        widths = [conv_width, 2 * conv_width, 4 * conv_width, 4 * conv_width]
+        widths = [_CONV_WIDTH, 2 * _CONV_WIDTH, 4 * _CONV_WIDTH, 4 * _CONV_WIDTH]
         self.stem = nn.Sequential(
-            _convolution(3, conv_width, norm, stride=2),
-            _convolution(conv_width, conv_width, norm),
-            _convolution(conv_width, conv_width, norm),
+            _convolution(3, _CONV_WIDTH, norm, stride=2),
+            _convolution(_CONV_WIDTH, _CONV_WIDTH, norm),
+            _convolution(_CONV_WIDTH, _CONV_WIDTH, norm),
             nn.MaxPool2d(3, stride=2, padding=1),
         )
         self.stages = nn.ModuleList(
@@ -124,36 +125,43 @@ class SpatialPrior(nn.Module):
         return [project(map_Bchw) for project, map_Bchw in zip(self.projections, maps_Bchw, strict=True)]
 
 
-class Injector(nn.Module):
+class _Attending(nn.Module):
+    """attention(LN(queries), LN(features))."""
+
+    def __init__(self, width: int, num_maps: int) -> None:
+        super().__init__()
+        self.query_norm = nn.LayerNorm(width, eps=1e-6)
+        self.feature_norm = nn.LayerNorm(width, eps=1e-6)
+        self.attention = DeformableAttention(width, max(1, width // _HEAD_WIDTH), num_maps)
+
+    def _attend(
+        self, queries_BQD: Tensor, grids: Grids, features_BND: Tensor, feature_grids: Grids
+    ) -> Tensor:
+        queries_BQD, features_BND = self.query_norm(queries_BQD), self.feature_norm(features_BND)
+        return self.attention(queries_BQD, grids, features_BND, feature_grids)
+
+
+class Injector(_Attending):
     """patches + γ · attention(LN(patches), LN(tokens)) (ViT-Adapter, Eq. 1); γ (D,) starts at 0."""
 
     def __init__(self, width: int) -> None:
-        super().__init__()
-        self.query_norm = nn.LayerNorm(width, eps=1e-6)
-        self.feature_norm = nn.LayerNorm(width, eps=1e-6)
-        self.attention = DeformableAttention(width, _num_heads(width), num_maps=len(STRIDES) - 1)
+        super().__init__(width, num_maps=len(STRIDES) - 1)
         self.gamma = nn.Parameter(torch.zeros(width))
 
     def forward(self, patches_BnD: Tensor, stem_grids: Grids, tokens_BND: Tensor, map_grids: Grids) -> Tensor:
-        queries_BnD, features_BND = self.query_norm(patches_BnD), self.feature_norm(tokens_BND)
-        update_BnD: Tensor = self.attention(queries_BnD, stem_grids, features_BND, map_grids)
-        return patches_BnD + self.gamma * update_BnD
+        return patches_BnD + self.gamma * self._attend(patches_BnD, stem_grids, tokens_BND, map_grids)
 
 
-class Extractor(nn.Module):
+class Extractor(_Attending):
     """The adapter's tokens attend to the ViT's, then a feed-forward layer follows (ViT-Adapter, Eq. 2, 3)."""
 
     def __init__(self, width: int) -> None:
-        super().__init__()
-        self.query_norm = nn.LayerNorm(width, eps=1e-6)
-        self.feature_norm = nn.LayerNorm(width, eps=1e-6)
-        self.attention = DeformableAttention(width, _num_heads(width), num_maps=1)
+        super().__init__(width, num_maps=1)
         self.ffn_norm = nn.LayerNorm(width, eps=1e-6)
         self.ffn = ConvFFN(width, int(width * _FFN_RATIO))
 
     def forward(self, tokens_BND: Tensor, map_grids: Grids, patches_BnD: Tensor, stem_grids: Grids) -> Tensor:
-        queries_BND, features_BnD = self.query_norm(tokens_BND), self.feature_norm(patches_BnD)
-        tokens_BND = tokens_BND + self.attention(queries_BND, map_grids, features_BnD, stem_grids)
+        tokens_BND = tokens_BND + self._attend(tokens_BND, map_grids, patches_BnD, stem_grids)
         return tokens_BND + self.ffn(self.ffn_norm(tokens_BND), map_grids)
 
 
@@ -182,10 +190,6 @@ def _maps(tokens_BND: Tensor, grids: Grids) -> list[Tensor]:
     return [part.transpose(1, 2).unflatten(2, grid) for part, grid in zip(parts_BnD, grids, strict=True)]
 
 
-def _num_heads(width: int) -> int:
-    return max(1, width // _HEAD_WIDTH)
-
-
 def _group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(math.gcd(32, channels), channels)
 
@@ -200,11 +204,9 @@ def _convolution(before: int, after: int, norm: NormKind, stride: int = 1) -> nn
 
 def _initialise(module: nn.Module) -> None:
     """As in the original; `nn.Module.apply` reaches an attention after its layers."""
+    initialise_linear(module)
     if isinstance(module, DeformableAttention):
         module.reset_parameters()
-    elif isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
         fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
         nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))

@@ -98,7 +98,7 @@ def _student_maps(
         )
     images_23HW = torch.stack([torch.from_numpy(view).permute(2, 0, 1) for view in views])
     pixels_23HW = student.eval().normalize(images_23HW.to(student.mean.device))
-    stem_2nD = student.representations(pixels_23HW).stem[level]
+    stem_2nD = student.representations(pixels_23HW)[0][level]
     titled = {"student's\nstem": stem_2nD.unflatten(1, student.stem.grid)}
     feature_maps = student(pixels_23HW, full=True).feature_maps
     for name in cache.check_teachers(student.teachers):

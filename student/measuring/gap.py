@@ -38,7 +38,7 @@ def teacher_gap(
     Raises `RecipeError` for a student without such a space or without such a teacher.
     """
     names = [name for name in student.teachers if name in cache.teachers]
-    if not isinstance(student, KPU) or student.latent_space.t2s is None or not names:
+    if not isinstance(student, KPU) or "t2s" not in student.latent_space or not names:
         raise RecipeError(
             "This student has no space that teachers of this cache share.",
             got=f"a {student.kind} of {', '.join(student.teachers)}, a cache of {', '.join(cache.teachers)}",

@@ -9,7 +9,7 @@ C  width of a teacher       H, W  grid of a teacher's features
 
 import math
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from teachercache.pipeline.grids import pool
 from teachercache.pipeline.records.spec import GridSpec
 from teachercache.pipeline.records.strict import Size
 from teachercache.student.models.stem import Stem
-from teachercache.student.models.student import NUM_LEVELS, Student, StudentOutput
+from teachercache.student.models.student import NUM_LEVELS, Student, StudentOutput, config_of
 from teachercache.student.models.task_decoder import TaskDecoder
 
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -43,6 +43,7 @@ class Amalgam(Student):
         "heads": r"decoder\.heads\.",
     }
     reads_features = True
+    aligners: Any  # a ModuleDict of ModuleLists, which its type cannot express
 
     def __init__(
         self,
@@ -55,16 +56,8 @@ class Amalgam(Student):
         decoder: str = "simple",
         sak_compat: bool = False,
     ) -> None:
+        config = config_of(locals())
         module = Stem(stem, image_size, pretrained, sak_compat) if stem else None
-        config = {
-            "stem": stem,
-            "teacher_dims": dict(teacher_dims),
-            "image_size": list(image_size),
-            "tasks": dict(tasks),
-            "fusion": fusion,
-            "decoder": decoder,
-            "sak_compat": sak_compat,
-        }
         super().__init__(config, *((module.mean, module.std) if module else _IMAGENET))
         self.stem = module
         width = module.width if module else max(teacher_dims.values())
@@ -92,7 +85,10 @@ class Amalgam(Student):
 
         Raises `ValueError` if the features of a teacher are missing.
         """
-        experts = [self._stem_maps(pixels_B3HW)] if self.stem else []
+        experts = []
+        if self.stem is not None:
+            levels_BnD = self.stem.levels(self.stem(pixels_B3HW))
+            experts.append(torch.stack(levels_BnD, dim=1).unflatten(2, self.stem.grid))
         for name in self.teachers:
             if features is None or name not in features:
                 raise ArgumentError(
@@ -109,19 +105,10 @@ class Amalgam(Student):
         predictions, gates = self.decoder(levels_SBEnD, grid)
         return StudentOutput({}, predictions, gates) if full else predictions
 
-    def _stem_maps(self, pixels_B3HW: Tensor) -> Tensor:
-        """(B, S, h, w, D), on the grid of the stem."""
-        assert self.stem is not None
-        tokens_BND = self.stem(pixels_B3HW)
-        levels = torch.stack([tokens_BND[block] for block in self.stem.level_depths], dim=1)
-        return levels[:, :, self.stem.num_prefix_tokens :].unflatten(2, self.stem.grid)
-
     def _teacher_maps(self, name: str, features_BSHWC: Tensor) -> Tensor:
         """(B, S, H, W, D), on the grid of the features."""
         features_BSHWC = features_BSHWC.to(self.mean.dtype)
         if name not in self.aligners:
             return features_BSHWC
-        aligners = self.aligners[name]
-        assert isinstance(aligners, nn.ModuleList)
-        levels = zip(aligners, features_BSHWC.unbind(1), strict=True)
+        levels = zip(self.aligners[name], features_BSHWC.unbind(1), strict=True)
         return torch.stack([aligner(level) for aligner, level in levels], dim=1)

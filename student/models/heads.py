@@ -14,6 +14,8 @@ from teachercache.pipeline.grids import upsample
 from teachercache.pipeline.records.strict import Size
 from teachercache.student.models.student import NUM_LEVELS
 
+_POOLED_SIZES = 1, 2, 3, 6  # rows and columns that UPerNet pools the last level to
+
 
 class SimpleHead(nn.Module):
     """SAK's head (4.1): each level linear to C/4 → resized → together through a 3×3 convolution → 1×1.
@@ -48,20 +50,12 @@ class UPerHead(nn.Module):
     pooled to one pixel.
     """
 
-    def __init__(
-        self,
-        width: int,
-        num_outputs: int,
-        size: Size,
-        hidden: int = 256,
-        pooled_sizes: Sequence[int] = (1, 2, 3, 6),
-    ) -> None:
+    def __init__(self, width: int, num_outputs: int, size: Size, hidden: int = 256) -> None:
         super().__init__()
         self.sizes = [(max(1, size[0] >> level), max(1, size[1] >> level)) for level in range(NUM_LEVELS)]
-        self.pooled_sizes = tuple(pooled_sizes)
         self.laterals = nn.ModuleList(_conv(width, hidden, 1) for _ in range(NUM_LEVELS))
-        self.pools = nn.ModuleList(_conv(hidden, hidden, 1) for _ in pooled_sizes)
-        self.context = _conv(hidden * (1 + len(pooled_sizes)), hidden, 3)
+        self.pools = nn.ModuleList(_conv(hidden, hidden, 1) for _ in _POOLED_SIZES)
+        self.context = _conv(hidden * (1 + len(_POOLED_SIZES)), hidden, 3)
         self.smooth = nn.ModuleList(_conv(hidden, hidden, 3) for _ in range(NUM_LEVELS - 1))
         self.fuse = _conv(hidden * NUM_LEVELS, hidden, 3)
         self.predict = nn.Conv2d(hidden, num_outputs, 1)
@@ -72,20 +66,16 @@ class UPerHead(nn.Module):
             upsample(lateral(map_BChw), size)
             for lateral, map_BChw, size in zip(self.laterals, levels_BChw, self.sizes, strict=True)
         ]
-        pyramid[-1] = self._with_context(pyramid[-1])
+        pooled = [
+            upsample(conv(F.adaptive_avg_pool2d(pyramid[-1], pooled_size)), self.sizes[-1])
+            for conv, pooled_size in zip(self.pools, _POOLED_SIZES, strict=True)
+        ]
+        pyramid[-1] = self.context(torch.cat([pyramid[-1], *pooled], dim=1))
         for level in reversed(range(NUM_LEVELS - 1)):
             pyramid[level] = pyramid[level] + upsample(pyramid[level + 1], self.sizes[level])
         smoothed = [smooth(map_) for smooth, map_ in zip(self.smooth, pyramid[:-1], strict=True)]
         together = [upsample(map_, self.sizes[0]) for map_ in (*smoothed, pyramid[-1])]
         return self.predict(self.fuse(torch.cat(together, dim=1)))
-
-    def _with_context(self, map_BChw: Tensor) -> Tensor:
-        size = self.sizes[-1]
-        pooled = [
-            upsample(conv(F.adaptive_avg_pool2d(map_BChw, pooled_size)), size)
-            for conv, pooled_size in zip(self.pools, self.pooled_sizes, strict=True)
-        ]
-        return self.context(torch.cat([map_BChw, *pooled], dim=1))
 
 
 def _conv(channels_in: int, channels_out: int, kernel: int) -> nn.Sequential:

@@ -8,7 +8,7 @@ Z_l (B, N, D)      the tokens after l blocks; Z_0 enters the first
 
 import difflib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import timm
@@ -59,10 +59,9 @@ class Stem(nn.Module):
         self.depth = len(self.vit.blocks)
         self.num_prefix_tokens: int = getattr(self.vit, "num_prefix_tokens", 0)
         self.has_class_token = getattr(self.vit, "cls_token", None) is not None
-        own = self.vit.pretrained_cfg["mean"], self.vit.pretrained_cfg["std"]
-        self.mean: tuple[float, ...]
-        self.std: tuple[float, ...]
-        self.mean, self.std = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD) if sak_compat else own
+        own = self.vit.pretrained_cfg
+        self.mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN if sak_compat else own["mean"]
+        self.std: tuple[float, ...] = IMAGENET_DEFAULT_STD if sak_compat else own["std"]
         self.level_depths = level_depths(self.depth)
         self._between: Between | None = None
         self._tokens_BND: list[Tensor] = []
@@ -86,6 +85,14 @@ class Stem(nn.Module):
         self.vit.forward_features(pixels_B3HW)
         tokens_BND, self._between, self._tokens_BND = self._tokens_BND, None, []
         return tokens_BND
+
+    def levels(self, tokens_BND: Sequence[Tensor]) -> list[Tensor]:
+        """The patch tokens (B, n, D) of each level, of [Z_0, …, Z_L]."""
+        return [tokens_BND[block][:, self.num_prefix_tokens :] for block in self.level_depths]
+
+    def summary(self, tokens_BND: Tensor) -> Tensor:
+        """(B, D): the class token or, without any, the mean of the patch tokens."""
+        return tokens_BND[:, 0] if self.has_class_token else tokens_BND[:, self.num_prefix_tokens :].mean(1)
 
     def _enter(self, _: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         return self._visit(inputs[0]), *inputs[1:]

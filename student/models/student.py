@@ -73,8 +73,8 @@ class ImageRepresentation(NamedTuple):
 
 
 class Student(nn.Module, ABC):
-    """`config` holds the arguments of the constructor in a form that JSON can hold; `teacher_dims`,
-    `image_size` and `tasks` are among them.
+    """`config` is `config_of` the constructor's arguments; `teacher_dims`, `image_size` and `tasks` are among
+    them.
 
     Mean and standard deviation (of pixels in 0–1) are stored with the weights, so that a student always
     sees pixels as in training.
@@ -130,9 +130,9 @@ class Student(nn.Module, ABC):
         a `StudentOutput` with everything, but without feature maps unless `maps`."""
 
     @property
-    @abstractmethod
     def experts(self) -> list[str]:
-        """What the gates weigh, in order."""
+        """What the gates weigh, in order, of a student with gates."""
+        return []
 
     def features(self, pixels_B3HW: Tensor) -> ImageRepresentation:
         """What decoders work on, of normalised pixels. Raises `ArgumentError` for a student without any."""
@@ -190,14 +190,8 @@ class Student(nn.Module, ABC):
         return sum(count for part, count in parts.items() if part not in self.for_distillation)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write the two files, each whole or not at all; they survive a power cut after this returns."""
-        target = Path(folder)
-        make_folder(target)
-        weights = {name: tensor.contiguous() for name, tensor in merged_state_dict(self).items()}
-        with replacing(target / WEIGHTS_FILE) as file:
-            save_file(weights, file)
-        with replacing(target / CONFIG_FILE) as file:
-            file.write_text(json.dumps({"kind": self.kind, **self.config}, indent=2) + "\n")
+        """As `write_saved`."""
+        write_saved(Path(folder), merged_state_dict(self), {"kind": self.kind, **self.config})
 
     @classmethod
     def from_pretrained(
@@ -234,6 +228,21 @@ class Student(nn.Module, ABC):
         return student.eval()
 
 
+def config_of(constructor: Mapping[str, Any]) -> dict[str, Any]:
+    """What a student can be built from again, in JSON's types, of its constructor's `locals()`: all but
+    `pretrained`, since its weights are saved."""
+    others = {"self", "__class__", "pretrained"}
+    kept = {name: value for name, value in constructor.items() if name not in others}
+    return json.loads(json.dumps(kept, default=dict))
+
+
+def initialise_linear(module: nn.Module) -> None:
+    """As of a new ViT, for `nn.Module.apply`."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+
+
 def check_names(what: str, names: Iterable[str]) -> None:
     """Raise `RecipeError` for a name that no part of a student can have."""
     for name in names:
@@ -249,6 +258,15 @@ def check_names(what: str, names: Iterable[str]) -> None:
 def require_teachers(teacher_dims: Mapping[str, int]) -> None:
     if not teacher_dims:
         raise RecipeError("A student needs a teacher.", got="none", expected="one or more", do="name them")
+
+
+def write_saved(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Write the two files, each whole or not at all; they survive a power cut after this returns."""
+    make_folder(folder)
+    with replacing(folder / WEIGHTS_FILE) as file:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
+    with replacing(folder / CONFIG_FILE) as file:
+        file.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def find_saved(source: str | os.PathLike[str], revision: str | None = None) -> Path:

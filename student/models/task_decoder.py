@@ -1,4 +1,4 @@
-"""From the experts' representations to predictions (SAK, 3.3).
+"""From the experts' representations to predictions: SAK's Mixture of Representations (SAK, 3.3), and heads.
 
 B  images     E  experts: the stem, then the teachers' paths
 S  levels     n  patch tokens = h·w          D  width of every expert
@@ -9,15 +9,41 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from teachercache.pipeline.errors import RecipeError, require_known
 from teachercache.pipeline.grids import upsample
 from teachercache.pipeline.records.strict import Size
 from teachercache.student.models.heads import HEADS
-from teachercache.student.models.router import Router
-from teachercache.student.models.student import NUM_LEVELS
+from teachercache.student.models.student import NUM_LEVELS, initialise_linear
 
 Fusion = Literal["mor", "sum", "concat"]
+
+
+class Router(nn.Module):
+    """g = Softmax(h + N(0, 1) · Softplus(e)) of one level and one task (SAK, Eq. 4); noisy in training only.
+
+    h and e are the outputs of a two-layer MLP on the stem's patch tokens, averaged over them. The first layer
+    serves both and is followed by a LayerNorm, as follows from the paper's parameter counts. (The authors'
+    code adds 0.01 to Softplus(e) and draws separate noise for each patch.)
+    """
+
+    def __init__(self, width: int, num_experts: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(width, width // 2),
+            nn.LayerNorm(width // 2),
+            nn.GELU(),
+            nn.Linear(width // 2, 2 * num_experts),
+        )
+        self.mlp.apply(initialise_linear)
+
+    def forward(self, stem_tokens_BnD: Tensor) -> Tensor:
+        """Patch tokens of the stem → gates (B, E), which add up to 1 for each image."""
+        logits_BE, deviation_BE = self.mlp(stem_tokens_BnD).mean(dim=1).chunk(2, dim=-1)
+        if self.training:
+            logits_BE = logits_BE + torch.randn_like(logits_BE) * F.softplus(deviation_BE)
+        return logits_BE.softmax(dim=-1)
 
 
 class TaskDecoder(nn.Module):

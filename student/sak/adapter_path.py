@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from teachercache.student.models.student import initialise_linear
+
 
 class Adapter(nn.Module):
     """R_out = α · GELU(R_in W_down) W_up + R_in (SAK, Eq. 3), α one learnable number.
@@ -48,7 +50,7 @@ class AdapterPath(nn.Module):
         self.aligners = nn.ModuleList(
             nn.Linear(width, teacher_width) for _ in level_depths if teacher_width != width
         )
-        self.apply(_initialise)
+        self.apply(initialise_linear)
 
     def forward(self, stem_tokens_BND: Sequence[Tensor], num_prefix_tokens: int) -> list[Tensor]:
         """[Z_0, …, Z_L] → the normalised patch tokens (B, n, D) of each level.
@@ -62,26 +64,3 @@ class AdapterPath(nn.Module):
             if block in self.level_depths:
                 levels_BnD.append(tokens_BND[:, num_prefix_tokens:])
         return [norm(tokens_BnD) for norm, tokens_BnD in zip(self.output_norms, levels_BnD, strict=True)]
-
-
-class AlignerPath(nn.Module):
-    """Replaces `AdapterPath` in the baseline without adapters (SAK, Table 3, row 1): a linear layer per
-    level, from the stem straight to the teacher."""
-
-    def __init__(self, width: int, num_levels: int, teacher_width: int) -> None:
-        super().__init__()
-        self.aligners = nn.ModuleList(nn.Linear(width, teacher_width) for _ in range(num_levels))
-        self.apply(_initialise)
-
-
-def align(path: AdapterPath | AlignerPath, levels_BnD: Sequence[Tensor]) -> list[Tensor]:
-    """Each level (B, n, D) → (B, n, C), the teacher's width."""
-    if not path.aligners:
-        return list(levels_BnD)
-    return [aligner(tokens_BnD) for aligner, tokens_BnD in zip(path.aligners, levels_BnD, strict=True)]
-
-
-def _initialise(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)

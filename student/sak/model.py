@@ -8,7 +8,6 @@ E  experts               the stem, then the paths
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -18,23 +17,16 @@ from teachercache.pipeline.errors import RecipeError, require_known
 from teachercache.pipeline.records.strict import Size
 from teachercache.student.models.stem import Stem
 from teachercache.student.models.student import (
-    NUM_LEVELS,
     ImageRepresentation,
     Student,
     StudentOutput,
     check_names,
+    config_of,
+    initialise_linear,
     require_teachers,
 )
 from teachercache.student.models.task_decoder import TaskDecoder
-from teachercache.student.sak.adapter_path import AdapterPath, AlignerPath, align
-
-
-@dataclass
-class Representations:
-    """The patch tokens (B, n, D) of each level: the stem's unchanged, each path's after its norm."""
-
-    stem: list[Tensor]
-    paths: dict[str, list[Tensor]]
+from teachercache.student.sak.adapter_path import AdapterPath
 
 
 class SAK(Student):
@@ -58,7 +50,7 @@ class SAK(Student):
         "heads": r"decoder\.heads\.",
     }
     for_distillation = frozenset({"aligners"})
-    paths: Any  # a ModuleDict of AdapterPath or AlignerPath, which its type cannot express
+    paths: Any  # a ModuleDict of AdapterPath or of `aligners` alone, which its type cannot express
     decoder: TaskDecoder | None
 
     def __init__(
@@ -79,18 +71,8 @@ class SAK(Student):
         check_names("task", tasks)
         if not tasks:
             require_teachers(teacher_dims)
+        config = config_of(locals())
         module = Stem(stem, image_size, pretrained, sak_compat)
-        config = {
-            "stem": stem,
-            "teacher_dims": dict(teacher_dims),
-            "image_size": list(image_size),
-            "reduction": reduction,
-            "tasks": tasks,
-            "fusion": fusion,
-            "decoder": decoder,
-            "adapter_paths": adapter_paths,
-            "sak_compat": sak_compat,
-        }
         super().__init__(config, module.mean, module.std)
         self.stem = module
         self.paths = nn.ModuleDict()
@@ -106,28 +88,23 @@ class SAK(Student):
         """The names along the last axis of the gates."""
         return ["stem", *(self.teachers if self.config["adapter_paths"] else [])]
 
-    def representations(self, pixels_B3HW: Tensor) -> Representations:
-        tokens_BND = self.stem(pixels_B3HW)
+    def representations(self, pixels_B3HW: Tensor) -> list[list[Tensor]]:
+        """The patch tokens (B, n, D) of each of `experts`, level by level: the stem's unchanged, a path's
+        after its norm."""
+        return self._of_experts(self.stem(pixels_B3HW))
+
+    def _of_experts(self, tokens_BND: list[Tensor]) -> list[list[Tensor]]:
         prefix = self.stem.num_prefix_tokens
-        return Representations(
-            stem=[tokens_BND[block][:, prefix:] for block in self.stem.level_depths],
-            paths={name: self.paths[name](tokens_BND, prefix) for name in self.experts[1:]},
-        )
+        of_paths = [self.paths[name](tokens_BND, prefix) for name in self.experts[1:]]
+        return [self.stem.levels(tokens_BND), *of_paths]
 
     def features(self, pixels_B3HW: Tensor) -> ImageRepresentation:
         """The last class token of the stem, or the mean of its patch tokens, and the experts side by side at
         each level."""
-        stem, paths = self.stem, self.paths
-        tokens_BND = stem(pixels_B3HW)
-        prefix = stem.num_prefix_tokens
-        experts = [[tokens_BND[block][:, prefix:] for block in stem.level_depths]]
-        experts += [paths[name](tokens_BND, prefix) for name in self.experts[1:]]
-        maps = [
-            torch.cat(level, 2).transpose(1, 2).unflatten(2, stem.grid)
-            for level in zip(*experts, strict=True)
-        ]
-        last_BND = tokens_BND[-1]
-        return ImageRepresentation(last_BND[:, 0] if stem.has_class_token else last_BND.mean(1), maps)
+        tokens_BND = self.stem(pixels_B3HW)
+        levels = [torch.cat(level, 2) for level in zip(*self._of_experts(tokens_BND), strict=True)]
+        maps = [level.transpose(1, 2).unflatten(2, self.stem.grid) for level in levels]
+        return ImageRepresentation(self.stem.summary(tokens_BND[-1]), maps)
 
     def forward(
         self, pixels_B3HW: Tensor, full: bool = False, maps: bool = True
@@ -135,17 +112,12 @@ class SAK(Student):
         """See `Student.forward`. The aligners, which only distillation needs, run only for feature maps."""
         representations = self.representations(pixels_B3HW)
         if self.decoder is None:
-            feature_maps = self._feature_maps(representations)
-            return StudentOutput(feature_maps, {}, {}) if full else feature_maps
-        experts_SBEnD = [
-            torch.stack(levels, dim=1)
-            for levels in zip(representations.stem, *representations.paths.values(), strict=True)
-        ]
-        predictions: dict[str, Tensor]
+            output = StudentOutput(self._feature_maps(representations), {}, {})
+            return output if full else output.feature_maps
+        experts_SBEnD = [torch.stack(level, dim=1) for level in zip(*representations, strict=True)]
         predictions, gates = self.decoder(experts_SBEnD, self.stem.grid)
-        if full:
-            return StudentOutput(self._feature_maps(representations) if maps else {}, predictions, gates)
-        return predictions
+        feature_maps = self._feature_maps(representations) if full and maps else {}
+        return StudentOutput(feature_maps, predictions, gates) if full else predictions
 
     def add_teacher(self, name: str, width: int) -> None:
         """Add a path for one more teacher and freeze everything else (SAK, D.4).
@@ -186,21 +158,21 @@ class SAK(Student):
             for layer in layers[: len(layers) - count]:
                 layer.requires_grad_(False)
 
-    def _new_path(self, teacher_width: int) -> AdapterPath | AlignerPath:
+    def _new_path(self, teacher_width: int) -> nn.Module:
         stem = self.stem
         if not self.config["adapter_paths"]:
-            return AlignerPath(stem.width, NUM_LEVELS, teacher_width)
+            aligners = nn.ModuleList(nn.Linear(stem.width, teacher_width) for _ in stem.level_depths)
+            return nn.ModuleDict({"aligners": aligners}).apply(initialise_linear)
         return AdapterPath(stem.width, stem.depth, stem.level_depths, teacher_width, self.config["reduction"])
 
-    def _feature_maps(self, representations: Representations) -> dict[str, list[Tensor]]:
+    def _feature_maps(self, representations: list[list[Tensor]]) -> dict[str, list[Tensor]]:
         """For each teacher its levels (B, C, h, w), without a copy: channels stay last in memory."""
-        return {
-            name: [
-                tokens_BnC.unflatten(1, self.stem.grid).permute(0, 3, 1, 2)
-                for tokens_BnC in align(path, representations.paths.get(name, representations.stem))
-            ]
-            for name, path in self.paths.items()
-        }
+        feature_maps, compared = {}, representations[1:] or representations * len(self.paths)
+        for (name, path), levels in zip(self.paths.items(), compared, strict=True):
+            aligners = path.aligners or [nn.Identity()] * len(levels)
+            levels_BnC = [aligner(tokens_BnD) for aligner, tokens_BnD in zip(aligners, levels, strict=True)]
+            feature_maps[name] = [one.unflatten(1, self.stem.grid).permute(0, 3, 1, 2) for one in levels_BnC]
+        return feature_maps
 
     def _require_no_tasks(self) -> None:
         if self.tasks:

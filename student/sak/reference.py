@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeGuard
+from typing import Any, Literal, NamedTuple
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -65,7 +65,8 @@ def read_reference(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             do="copy or download it again",
         ) from error
     tensors = content.get("model", content) if isinstance(content, dict) else content
-    if not _are_tensors(tensors):
+    named = isinstance(tensors, dict) and all(isinstance(name, str) for name in tensors)
+    if not (named and tensors and all(isinstance(one, Tensor) for one in tensors.values())):
         raise CheckpointError(
             f"There is no student in {os.fspath(path)}.",
             got=f"{type(tensors).__name__} that holds something else",
@@ -170,14 +171,6 @@ def _rename(name: str, levels: Mapping[str, int]) -> str:
             level = levels.get(block, f"block_{block}")
             return ours.format_map(fields | {"level": level, "task": _TASKS.get(task, task)})
     return name
-
-
-def _are_tensors(content: object) -> TypeGuard[dict[str, Tensor]]:
-    return (
-        isinstance(content, dict)
-        and bool(content)
-        and all(isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items())
-    )
 
 
 def _lengths(shapes: Mapping[str, Shape], pattern: str) -> dict[str, int]:

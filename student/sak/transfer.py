@@ -4,7 +4,6 @@ import os
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
 
 from teachercache.pipeline.errors import CheckpointError, RecipeError
 from teachercache.pipeline.records.strict import Size
@@ -31,7 +30,21 @@ def load_stage_1(student: SAK, source: str | os.PathLike[str], revision: str | N
             do=f"set student.sak_compat={str(trained_with).lower()}, or train stage 1 with the other",
         )
     stage_1.stem.resize(student.image_size)
-    load_tensors(student, stage_1.state_dict(), f"The student in {os.fspath(source)}")
+    tensors, own = stage_1.state_dict(), student.state_dict()
+    shared = own.keys() & tensors.keys()
+    problems = {
+        "missing": {name for name in own.keys() - shared if not name.startswith("decoder.")},
+        "unknown": tensors.keys() - shared,
+        "of another shape": {name for name in shared if own[name].shape != tensors[name].shape},
+    }
+    if any(problems.values()):
+        raise CheckpointError(
+            f"The student in {os.fspath(source)} does not fit this one.",
+            got="; ".join(f"{kind}: {', '.join(sorted(names))}" for kind, names in problems.items() if names),
+            expected="the same stem, teachers (in name and width), reduction and adapter paths",
+            do="build this student with those of the other's config.json, or add and remove teachers there",
+        )
+    student.load_state_dict(tensors, strict=False)
 
 
 def grow(student: SAK, teacher_dims: Mapping[str, int], image_size: Size) -> None:
@@ -64,27 +77,3 @@ def grow(student: SAK, teacher_dims: Mapping[str, int], image_size: Size) -> Non
         student.paths[name].requires_grad_(True)
     if not new:
         student.freeze(*(f"paths.{name}" for name in student.teachers if name not in teacher_dims))
-
-
-def load_tensors(student: SAK, tensors: Mapping[str, Tensor], what: str) -> None:
-    """Load all of `tensors`; only routers and heads of `student` may be missing from them.
-
-    Raises `CheckpointError`, naming every tensor that is missing, unknown or of another shape.
-    """
-    own = student.state_dict()
-    representing = {name for name in own if not name.startswith("decoder.")}
-    problems = {
-        "missing": representing - tensors.keys(),
-        "unknown": tensors.keys() - own.keys(),
-        "of another shape": {
-            name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape
-        },
-    }
-    if any(problems.values()):
-        raise CheckpointError(
-            f"{what} does not fit this one.",
-            got="; ".join(f"{kind}: {', '.join(sorted(names))}" for kind, names in problems.items() if names),
-            expected="the same stem, teachers (in name and width), reduction and adapter paths",
-            do="build this student with those of the other's config.json, or add and remove teachers there",
-        )
-    student.load_state_dict(tensors, strict=False)

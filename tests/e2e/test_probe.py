@@ -108,9 +108,8 @@ def test_features_of_a_student_are_the_means_of_its_experts(images: Path, studen
         view = draw_view(ViewPolicy(policy="imagenet_eval", size=(32, 32)), "", *image.size, 0)
         pixels_13HW = loaded.normalize(render_view(image, view)[None])
     with torch.no_grad():
-        representations = loaded.representations(pixels_13HW)
+        experts = loaded.representations(pixels_13HW)
         class_token = loaded.stem(pixels_13HW)[-1][0, 0]
-    experts = [representations.stem, *representations.paths.values()]
     expected = torch.cat([class_token, *(levels[-1][0].mean(0) for levels in experts)])
     assert len(expected) == features.width
     assert torch.allclose(found_2F[1], expected, atol=1e-5)

@@ -40,7 +40,7 @@ def test_maps_are_patch_tokens_beside_the_class_token() -> None:
     stem, path = (FrozenMaps(student, SIZE, expert) for expert in ("stem", "a"))
     found = student.representations(student.normalize(images))
     tokens = student.stem(student.normalize(images))
-    for maps, expected in ((stem(images), found.stem), (path(images), found.paths["a"])):
+    for maps, expected in ((stem(images), found[0]), (path(images), found[1])):
         assert len(maps) == 4
         torch.testing.assert_close(maps[-1][:, :192].flatten(2).transpose(1, 2), expected[-1])
         torch.testing.assert_close(maps[-1][:, 192:, 1, 2], tokens[-1][:, 0])

@@ -258,14 +258,12 @@ def test_the_loss_is_that_of_the_equations(switches: dict[str, bool], spaces: st
     for name, teacher in teachers.items():
         level = {"clip": 2, "sam": 1}[name] if student.vit_adapter else 0
         x = Features(image_BD, maps_BDhw[level])
-        pairs = {"s2t": (space.s2t[name](x, teacher.grid), teacher)}
+        pairs = {"s2t": (space["s2t"][name](x, teacher.grid), teacher)}
         if "t2s" in spaces:
-            assert space.t2s is not None
-            unified = space.t2s[name](teacher, x.grid)
+            unified = space["t2s"][name](teacher, x.grid)
             pairs["t2s"] = x, unified
         if "rec" in spaces:
-            assert space.rec is not None
-            pairs["rec"] = teacher, space.rec[name](unified, teacher.grid)
+            pairs["rec"] = teacher, space["rec"][name](unified, teacher.grid)
         for where, (one, other) in pairs.items():
             loss = align_by_hand(one, other)
             assert terms[f"loss/{name}/{where}"] == pytest.approx(loss.item(), rel=1e-9)

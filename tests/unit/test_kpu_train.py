@@ -234,7 +234,7 @@ def test_the_gap_between_teachers_is_that_of_their_last_levels_and_of_what_h_t2s
         own = opened.feature_maps(name, rows)[:, -1].permute(0, 3, 1, 2)
         image = opened.read_tokens(rows, "clip", "cls")[:, -1] if name == "clip" else None
         with torch.no_grad():
-            shared = student.latent_space.t2s[name](Features(image, own), grids[name]).map  # type: ignore[index]
+            shared = student.latent_space["t2s"][name](Features(image, own), grids[name]).map
         for space, map_BCHW in (("own", own), ("shared", shared)):
             spread = map_BCHW.double().var((0, 2, 3), correction=0).mean().sqrt().item()
             assert found[name][space] == pytest.approx(spread, rel=1e-5)

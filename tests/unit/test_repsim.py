@@ -111,7 +111,7 @@ def test_the_bare_stem_is_a_row_of_its_own(tmp_path: Path, student: Student) -> 
     assert list(found) == ["alpha", "stem, alpha"]
     pixels = torch.stack([render_view(cache.image(i), cache.view(i), (32, 32)) for i in range(3)])
     with torch.no_grad():
-        levels = sak.eval().representations(sak.normalize(pixels)).stem
+        levels = sak.eval().representations(sak.normalize(pixels))[0]
     maps = [tokens.transpose(1, 2).unflatten(2, (2, 2)) for tokens in levels]
     expected = token_cosines(maps, cache.read(np.arange(3), ["alpha"])["alpha"].decode()).mean(0)
     assert found["stem, alpha"]["levels"] == pytest.approx(expected.tolist(), abs=1e-5)

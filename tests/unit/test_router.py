@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from teachercache.pipeline.errors import RecipeError
-from teachercache.student.models.router import Router
-from teachercache.student.models.task_decoder import TaskDecoder
+from teachercache.student.models.task_decoder import Router, TaskDecoder
 
 EXPERTS, WIDTH, GRID, IMAGE_SIZE = 4, 16, (2, 3), (32, 48)
 TASKS = {"semseg": 5, "depth": 1}
