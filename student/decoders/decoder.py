@@ -7,8 +7,8 @@ from abc import ABC, abstractmethod
 from typing import Any, ClassVar, NamedTuple, Self
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from teachercache.pipeline.grids import upsample
 from teachercache.pipeline.records.strict import Size
 from teachercache.student.models.student import ImageRepresentation
 
@@ -55,7 +55,4 @@ def pyramid(maps_BChw: list[Tensor], size: Size) -> list[Tensor]:
     each resized where it lies on another grid, and a single one at every stride."""
     maps_BChw = maps_BChw * len(STRIDES) if len(maps_BChw) == 1 else maps_BChw
     grids = [(size[0] // stride, size[1] // stride) for stride in STRIDES]
-    return [
-        one if one.shape[2:] == grid else F.interpolate(one, grid, mode="bilinear", align_corners=False)
-        for one, grid in zip(maps_BChw, grids, strict=True)
-    ]
+    return [upsample(map_BChw, grid) for map_BChw, grid in zip(maps_BChw, grids, strict=True)]

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import masks_to_boxes
 
 from teachercache.pipeline.errors import RecipeError, extra
 
@@ -23,7 +22,8 @@ with extra("decoders"):
 
 from teachercache.pipeline.records.strict import Size
 from teachercache.student.decoders.decoder import STRIDES, Decoder, Widths, pyramid
-from teachercache.student.decoders.set_losses import SetLosses, Thing
+from teachercache.student.decoders.set_losses import SetLosses, Thing, boxes_around
+from teachercache.student.kpu.deformable_attention import look_around
 from teachercache.student.models.student import ImageRepresentation
 
 _LEVELS = 3  # strides 8, 16 and 32, which the pixel decoder attends to
@@ -150,14 +150,9 @@ class MaskDINO(Decoder):
         noisy, blind = None, None
         if things is not None and self.denoising:
             targets = [{"class_labels": one.classes, "boxes": one.boxes} for one in things]
+            noise = self.denoising, _LABEL_NOISE, _BOX_NOISE
             noisy_BND, noisy_boxes, blind, noisy = rt_detr.get_contrastive_denoising_training_group(
-                targets,
-                self.classes,
-                queries_BQD.shape[1],
-                self.noisy_classes,
-                self.denoising,
-                _LABEL_NOISE,
-                _BOX_NOISE,
+                targets, self.classes, queries_BQD.shape[1], self.noisy_classes, *noise
             )
             if noisy is not None:
                 queries_BQD = torch.cat([noisy_BND.to(queries_BQD.dtype), queries_BQD], 1)
@@ -187,11 +182,9 @@ class MaskDINO(Decoder):
         )
         tokens_BLD = self.encoder_norm(valid_1L1 * memory_BLD)
         count = min(self.queries, tokens_BLD.shape[1])
-        chosen_BQ = self.class_head(tokens_BLD).amax(2).topk(count, 1).indices
-        chosen_BQD = tokens_BLD.gather(1, chosen_BQ[..., None].expand(-1, -1, tokens_BLD.shape[2]))
-        anchors_BQ4 = anchors_1L4.expand(len(chosen_BQ), -1, -1).gather(
-            1, chosen_BQ[..., None].expand(-1, -1, 4)
-        )
+        places_BQ1 = self.class_head(tokens_BLD).amax(2).topk(count, 1).indices[..., None]
+        chosen_BQD = tokens_BLD.take_along_dim(places_BQ1, 1)
+        anchors_BQ4 = anchors_1L4.take_along_dim(places_BQ1, 1)
         first = self._predict(chosen_BQD, anchors_BQ4.sigmoid(), mask_features_BDhw)
         return chosen_BQD.detach(), _boxes_of(first.masks.detach()), first
 
@@ -203,40 +196,18 @@ class MaskDINO(Decoder):
     def _initialise(self) -> None:
         """As the models do that the parts are from: rays of places to look at, few things, boxes as they
         are."""
-        for module in self.modules():
-            if hasattr(module, "sampling_offsets"):
-                _look_around(module)
+        attentions: list[Any] = [one for one in self.modules() if hasattr(one, "sampling_offsets")]
+        for one in attentions:
+            layers = one.sampling_offsets, one.attention_weights, one.value_proj, one.output_proj
+            look_around(*layers, (one.n_heads, one.n_levels, one.n_points))
         nn.init.normal_(self.pixel_decoder.level_embed)
         nn.init.constant_(self.class_head.bias, -math.log(99))
         for part in (self.box_head.layers[-1].weight, self.box_head.layers[-1].bias):
             nn.init.zeros_(part)
 
 
-def _look_around(attention: Any) -> None:
-    """Deformable DETR's: head i looks along its own direction, point k at distance k."""
-    angles = torch.arange(attention.n_heads) * (2 * math.pi / attention.n_heads)
-    rays = torch.stack([angles.cos(), angles.sin()], -1)
-    rays = (rays / rays.abs().amax(-1, keepdim=True)).view(-1, 1, 1, 2)
-    distances = torch.arange(1, attention.n_points + 1).view(1, 1, -1, 1)
-    with torch.no_grad():
-        attention.sampling_offsets.bias.copy_(
-            (rays * distances).expand(-1, attention.n_levels, -1, -1).flatten()
-        )
-    for layer in (attention.sampling_offsets, attention.attention_weights):
-        nn.init.zeros_(layer.weight)
-    nn.init.zeros_(attention.attention_weights.bias)
-    for layer in (attention.value_proj, attention.output_proj):
-        nn.init.xavier_uniform_(layer.weight)
-        nn.init.zeros_(layer.bias)
-
-
 def _boxes_of(masks_BQhw: Tensor) -> Tensor:
     """Those around masks of logits, the whole image around none."""
     inside = masks_BQhw.flatten(0, 1) > 0
     inside = inside | ~inside.any((1, 2), True).expand_as(inside)
-    height, width = masks_BQhw.shape[2:]
-    corners = masks_to_boxes(inside) + torch.tensor([0, 0, 1, 1], device=inside.device)
-    boxes = rt_detr.corners_to_center_format(
-        corners / torch.tensor([width, height] * 2, device=inside.device)
-    )
-    return boxes.unflatten(0, masks_BQhw.shape[:2])
+    return boxes_around(inside).unflatten(0, masks_BQhw.shape[:2])

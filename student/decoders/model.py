@@ -3,18 +3,17 @@ cache."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from teachercache.pipeline.errors import RecipeError, require_known
-from teachercache.pipeline.places.durable import make_folder
+from teachercache.pipeline.grids import upsample
 from teachercache.pipeline.records.strict import Size
 from teachercache.student.build import load_student
 from teachercache.student.decoders import decoder_class
@@ -26,8 +25,8 @@ from teachercache.student.models.student import (
     Student,
     find_saved,
     read_config,
+    write_saved,
 )
-from teachercache.student.saving import replacing
 
 Inputs = Tensor | Mapping[str, tuple[Tensor, Tensor | None]]
 """uint8 images (B, 3, H, W), or by teacher its maps (B, S, H, W, C) and its class token (B, C)."""
@@ -76,14 +75,9 @@ class Decoders(nn.Module):
         return self
 
     def save_pretrained(self, folder: str | os.PathLike[str], student: str | None) -> None:
-        """Write two files, each whole or not at all; `student` is where the student is found, from there."""
-        make_folder(Path(folder))
-        weights = {name: tensor.contiguous() for name, tensor in self.decoders.state_dict().items()}
-        with replacing(Path(folder) / WEIGHTS_FILE) as file:
-            save_file(weights, file)
+        """As `write_saved`; `student` is where the student is found, from there."""
         config = {"student": student, "image_size": list(self.image_size), "decoders": self.made_of}
-        with replacing(Path(folder) / CONFIG_FILE) as file:
-            file.write_text(json.dumps(config, indent=2) + "\n")
+        write_saved(Path(folder), self.decoders.state_dict(), config)
 
     def _let_learn(self, student: Student) -> None:
         """Those parameters alone that the decoders' features depend on: DDP waits for the gradients of
@@ -93,10 +87,8 @@ class Decoders(nn.Module):
             return
         parameters = list(student.parameters())
         found = self.represent(torch.zeros(1, 3, *self.image_size, dtype=torch.uint8))
-        read = [
-            *found.maps,
-            *([found.image] if any(one.reads_image for one in self.decoders.values()) else []),
-        ]
+        reads_image = any(one.reads_image for one in self.decoders.values())
+        read = [*found.maps, found.image] if reads_image else found.maps
         gradients = torch.autograd.grad([one.sum() for one in read], parameters, allow_unused=True)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.requires_grad_(gradient is not None)
@@ -157,32 +149,24 @@ def require_divided(image_size: Size) -> None:
 
 
 def represent(student: Student | None, inputs: Inputs) -> ImageRepresentation:
-    """What decoders work on."""
-    if student is None:
-        return represent_teachers(inputs)
-    assert isinstance(inputs, Tensor)
-    return student.features(student.normalize(inputs))
-
-
-def represent_teachers(inputs: Any) -> ImageRepresentation:
-    """Teachers side by side, at each level on the grid of the first; the class token, or the mean of the last
-    map, of each. Four of one level on four grids, as the maps of GroundingDINO are, make a pyramid."""
+    """What decoders work on: a student's features, or teachers side by side, at each level on the grid of the
+    first; the class token, or the mean of the last map, of each. Four of one level on four grids, as the maps
+    of GroundingDINO are, make a pyramid."""
+    if isinstance(inputs, Tensor):
+        assert student is not None
+        return student.features(student.normalize(inputs))
     of_each, images = list[list[Tensor]](), list[Tensor]()
     for maps_BSHWC, cls_token_BC in inputs.values():
         of_each.append(list(maps_BSHWC.permute(0, 1, 4, 2, 3).float().unbind(1)))
         images.append(of_each[-1][-1].mean((2, 3)) if cls_token_BC is None else cls_token_BC.float())
-    maps = [torch.cat([_on(level, at[0]) for level in at], 1) for at in zip(*of_each, strict=True)]
+    maps = []
+    for at in zip(*of_each, strict=True):
+        grid = at[0].shape[2], at[0].shape[3]
+        maps.append(torch.cat([upsample(level, grid) for level in at], 1))
     grids = {one.shape[2:] for levels in of_each for one in levels}
     if len(maps) == 1 and len(of_each) == len(grids) == len(STRIDES):
         maps = sorted((levels[0] for levels in of_each), key=lambda map_BCHW: -map_BCHW[0, 0].numel())
     return ImageRepresentation(torch.cat(images, 1), maps)
-
-
-def _on(map_BCHW: Tensor, like_BCHW: Tensor) -> Tensor:
-    size = like_BCHW.shape[2:]
-    return (
-        map_BCHW if map_BCHW.shape[2:] == size else nn.functional.interpolate(map_BCHW, size, mode="bilinear")
-    )
 
 
 def _build(kind: str, classes: int, widths: Any, options: Mapping[str, Any], **_: Any) -> Decoder:

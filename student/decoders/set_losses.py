@@ -45,10 +45,14 @@ class Thing:
         """From a map as `labels.IGNORE` says of instances."""
         codes_N = map_HW[map_HW > 0].unique()
         masks_NHW = map_HW == codes_N[:, None, None]
-        height, width = map_HW.shape
-        corners_N4 = masks_to_boxes(masks_NHW) + torch.tensor([0, 0, 1, 1], device=map_HW.device)
-        scale = torch.tensor([width, height] * 2, device=map_HW.device)
-        return cls(codes_N.long() % 256 - 1, corners_to_center_format(corners_N4 / scale), masks_NHW.float())
+        return cls(codes_N.long() % 256 - 1, boxes_around(masks_NHW), masks_NHW.float())
+
+
+def boxes_around(masks_NHW: Tensor) -> Tensor:
+    """(N, 4), as a thing's."""
+    corners_N4 = masks_to_boxes(masks_NHW) + torch.tensor([0, 0, 1, 1], device=masks_NHW.device)
+    height, width = masks_NHW.shape[1:]
+    return corners_to_center_format(corners_N4 / torch.tensor([width, height] * 2, device=masks_NHW.device))
 
 
 class SetLosses(nn.Module):
