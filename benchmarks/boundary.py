@@ -31,8 +31,7 @@ from skimage.morphology import thin
 
 from teachercache.student.datasets.boundaries import partition_boundaries
 from teachercache.student.metrics import BoundaryBenchmark
-from teachercache.student.metrics.boundary import BoundaryScores, scores_of
-from teachercache.student.metrics.edge_nms import edge_nms
+from teachercache.student.metrics.boundary import BoundaryScores, edge_nms, scores_of
 from teachercache.student.metrics.matching import Bools
 
 Image = tuple[npt.NDArray[np.float64], Bools]  # a prediction (H, W) and the maps of its annotators (A, H, W)

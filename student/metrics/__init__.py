@@ -7,8 +7,7 @@ metric.compute()
 """
 
 from teachercache.student.metrics.boundary import BoundaryBenchmark
-from teachercache.student.metrics.dense import RMSE, MaxF, MeanAngularError, MeanIoU
-from teachercache.student.metrics.gain import mtl_gain
+from teachercache.student.metrics.dense import RMSE, MaxF, MeanAngularError, MeanIoU, mtl_gain
 from teachercache.student.metrics.sum_metric import Top1
 
 __all__ = ["RMSE", "BoundaryBenchmark", "MaxF", "MeanAngularError", "MeanIoU", "Top1", "mtl_gain"]

@@ -1,10 +1,11 @@
-"""Metrics of the dense tasks (SAK, B.4): segmentation, saliency, surface normals, depth.
+"""Metrics of the dense tasks (SAK, B.4): segmentation, saliency, surface normals, depth; and of them all.
 
 Legend: B images, C classes, H, W pixels, T thresholds. Ratios are fractions, not percent.
 `update` takes tensors on any device; `compute` returns nan if there was nothing to measure.
 """
 
 import math
+from collections.abc import Collection, Mapping
 from typing import Literal
 
 import torch
@@ -70,30 +71,27 @@ class MaxF(SumMetric):
     """
 
     def __init__(self, definition: Literal["pooled", "per_image"] = "pooled") -> None:
-        steps = 20 if definition == "pooled" else 255
-        self.thresholds_T = torch.arange(1, steps + (definition == "per_image")) / steps
         self.definition = definition
-        counts_T = torch.zeros(len(self.thresholds_T), dtype=torch.int64)
         if definition == "pooled":
-            super().__init__(hits_T=counts_T, predicted_T=counts_T.clone(), salient=torch.tensor(0))
+            self.thresholds_T = torch.arange(1, 20) / 20
+            super().__init__(counts_3T=torch.zeros(3, 19, dtype=torch.int64))
         else:
-            super().__init__(f_T=counts_T.double(), images=torch.tensor(0))
+            self.thresholds_T = torch.arange(1, 256) / 255
+            super().__init__(f_T=torch.zeros(255, dtype=torch.float64), images=torch.tensor(0))
 
     def update(self, prediction_BHW: Tensor, target_BHW: Tensor) -> None:
         """Probabilities in [0, 1], and labels 0, 1 or `IGNORE_INDEX`."""
         check_same_shape(prediction_BHW.shape, target_BHW.shape)
         for prediction_HW, target_HW in zip(prediction_BHW, target_BHW, strict=True):
-            hits_T, predicted_T, salient = self._count(prediction_HW, target_HW)
+            counts_3T = self._count(prediction_HW, target_HW)
             if self.definition == "pooled":
-                self._sums["hits_T"] += hits_T
-                self._sums["predicted_T"] += predicted_T
-                self._sums["salient"] += salient
+                self._sums["counts_3T"] += counts_3T
             else:
-                self._sums["f_T"] += _f_measure(hits_T, predicted_T, salient)
+                self._sums["f_T"] += _f_measure(counts_3T)
                 self._sums["images"] += 1
 
-    def _count(self, prediction_HW: Tensor, target_HW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Pixels hit and pixels predicted at every threshold (T,), and salient pixels, on the CPU."""
+    def _count(self, prediction_HW: Tensor, target_HW: Tensor) -> Tensor:
+        """(3, T), on the CPU: pixels hit, predicted and salient at every threshold."""
         valid_HW = target_HW != IGNORE_INDEX
         salient_N = target_HW[valid_HW] > 0
         # The number of thresholds that a pixel reaches tells for each threshold whether it is reached.
@@ -102,20 +100,20 @@ class MaxF(SumMetric):
         bins = len(thresholds_T) + 1
         histogram_2b = torch.bincount(salient_N * bins + reached_N, minlength=2 * bins).view(2, bins).cpu()
         at_least_2b = histogram_2b.flip(1).cumsum(1).flip(1)
-        return at_least_2b[1, 1:], at_least_2b.sum(0)[1:], at_least_2b[1, 0]
+        hits_T = at_least_2b[1, 1:]
+        return torch.stack([hits_T, at_least_2b.sum(0)[1:], at_least_2b[1, 0].expand_as(hits_T)])
 
     def compute(self) -> float:
         sums = self._sums
-        if self.definition == "pooled":
-            f_T = _f_measure(sums["hits_T"], sums["predicted_T"], sums["salient"])
-        else:
-            f_T = sums["f_T"] / sums["images"]
+        pooled = self.definition == "pooled"
+        f_T = _f_measure(sums["counts_3T"]) if pooled else sums["f_T"] / sums["images"]
         return float(f_T.max())
 
 
-def _f_measure(hits_T: Tensor, predicted_T: Tensor, salient: Tensor) -> Tensor:
+def _f_measure(counts_3T: Tensor) -> Tensor:
     # (1 + β²)PR / (β²P + R) with P = hits / predicted and R = hits / salient
-    denominator_T = _BETA_SQUARED * salient.double() + predicted_T
+    hits_T, predicted_T, salient_T = counts_3T
+    denominator_T = _BETA_SQUARED * salient_T.double() + predicted_T
     return ((1 + _BETA_SQUARED) * hits_T / denominator_T).nan_to_num(0)
 
 
@@ -155,3 +153,27 @@ class RMSE(MeanMetric):
 
     def compute(self) -> float:
         return math.sqrt(super().compute())
+
+
+def mtl_gain(
+    scores: Mapping[str, float], single_task: Mapping[str, float], lower_is_better: Collection[str]
+) -> float:
+    """Mean relative gain over the single-task baseline (SAK, Eq. 7), a fraction: times 100 it is Δm%.
+
+    `scores`, `single_task`: task → its metric, in any unit that is the same in both.
+    `lower_is_better`: the tasks whose metric is an error (normals, depth).
+    Raises `ValueError` when the tasks differ or a baseline is zero.
+    """
+    same = scores.keys() == single_task.keys() >= set(lower_is_better)
+    if not (scores and same and all(single_task.values())):
+        raise ArgumentError(
+            "The multi-task gain compares the same tasks, with baselines that are not zero.",
+            got=f"{dict(scores)}, baselines {dict(single_task)}, errors {sorted(lower_is_better)}",
+            expected="one score and one baseline other than 0 for every task",
+            do="leave out the tasks that have no baseline, from every argument",
+        )
+    gains = [
+        (-1 if task in lower_is_better else 1) * (score - single_task[task]) / single_task[task]
+        for task, score in scores.items()
+    ]
+    return sum(gains) / len(gains)

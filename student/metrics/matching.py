@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components, min_weight_full_bipartite_matching
+from scipy.spatial import KDTree
 
 Ints = npt.NDArray[np.intp]
 Bools = npt.NDArray[np.bool_]
@@ -40,26 +41,12 @@ class Candidates(NamedTuple):
 
 def find_candidates(prediction_HW: Bools, target_HW: Bools, max_distance_px: float) -> Candidates:
     """All pairs of a predicted and a true boundary pixel that are at most `max_distance_px` apart."""
-    reach = int(np.ceil(max_distance_px))
-    offset_y, offset_x = np.mgrid[-reach : reach + 1, -reach : reach + 1].reshape(2, -1)
-    distance_D = np.hypot(offset_y, offset_x)
-    near_D = distance_D <= max_distance_px
-
-    number_HW = np.full(target_HW.shape, -1, np.intp)
-    number_HW[target_HW] = np.arange(np.count_nonzero(target_HW))
-    number_HW = np.pad(number_HW, reach, constant_values=-1)
-    y_N, x_N = np.nonzero(prediction_HW)
-    target_ND = number_HW[
-        y_N[:, None] + reach + offset_y[near_D],
-        x_N[:, None] + reach + offset_x[near_D],
-    ]
-    prediction_E, offset_E = np.nonzero(target_ND >= 0)
-    return Candidates(
-        prediction_E,
-        target_ND[prediction_E, offset_E],
-        np.rint(100 * distance_D[near_D])[offset_E],
-        float(np.ceil(100 * 100 * max_distance_px)),
-    )
+    predicted, true = (KDTree(np.argwhere(map_HW)) for map_HW in (prediction_HW, target_HW))
+    found = predicted.sparse_distance_matrix(true, max_distance_px, output_type="ndarray")
+    order_E = np.lexsort((found["j"], found["i"]))
+    prediction_E, target_E, distance_E = (found[name][order_E] for name in "ijv")
+    outlier_cost = float(np.ceil(100 * 100 * max_distance_px))
+    return Candidates(prediction_E, target_E, np.rint(100 * distance_E), outlier_cost)
 
 
 def match(candidates: Candidates) -> tuple[Ints, Ints]:

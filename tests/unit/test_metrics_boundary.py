@@ -17,8 +17,7 @@ from scipy.sparse.csgraph import maximum_bipartite_matching
 from skimage.morphology import thin
 
 from teachercache.student.metrics import BoundaryBenchmark
-from teachercache.student.metrics.boundary import boundary_counts, scores_of
-from teachercache.student.metrics.edge_nms import edge_nms, triangle_filter
+from teachercache.student.metrics.boundary import boundary_counts, edge_nms, scores_of, triangle_filter
 from teachercache.student.metrics.matching import find_candidates, match
 
 Array = npt.NDArray
