@@ -86,10 +86,9 @@ def detect(
     """
     from teachercache.pipeline.sources import open_source
     from teachercache.student.zero_shot import detection
-    from teachercache.student.zero_shot.coco import CocoAnnotations
     from teachercache.student.zero_shot.detector import Detector, read_prompt
 
-    truth = CocoAnnotations(annotations) if annotations else None
+    truth = detection.CocoAnnotations(annotations) if annotations else None
     phrases = list(truth.categories) if truth and not prompt else read_prompt(prompt)
     loaded, whole, opened = _load(student), Detector.load(detector), open_source(images)
     teachers = detection.require_maps(loaded, whole)

@@ -36,9 +36,9 @@ class Classification:
             told += f"; top-1 {self.top1:.2f}, top-5 {self.top5:.2f} on {self.labelled:,} images with labels"
         lines = [told, "", "| image | classes |", "|---|---|"]
         for one in self.images[:_SHOWN]:
-            classes = [one[key] for key in one if key.startswith("class_")]
-            chances = [f"{one[key]:.1%}" for key in one if key.startswith("probability_")]
-            lines.append(f"| {one['key']} | {', '.join(map(' '.join, zip(classes, chances, strict=True)))} |")
+            places = range(1, min(_BEST, self.num_classes) + 1)
+            best = ", ".join(f"{one[f'class_{n}']} {one[f'probability_{n}']:.1%}" for n in places)
+            lines.append(f"| {one['key']} | {best} |")
         return "\n".join(lines)
 
 

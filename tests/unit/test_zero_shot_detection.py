@@ -27,8 +27,7 @@ from teachercache.pipeline.sources import open_source
 from teachercache.pipeline.views import PADDING
 from teachercache.student.kpu.latent_space import Features
 from teachercache.student.kpu.model import KPU
-from teachercache.student.zero_shot.coco import CocoAnnotations
-from teachercache.student.zero_shot.detection import detect, find, require_maps
+from teachercache.student.zero_shot.detection import CocoAnnotations, detect, find, require_maps
 from teachercache.student.zero_shot.detector import Detector, read_prompt
 from tests.make_cache import build_recipe, make_images
 from tests.tiny_clip import save_clip
