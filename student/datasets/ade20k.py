@@ -3,13 +3,13 @@
 python -m teachercache.student.datasets.ade20k PARQUET OUT     makes these of the Hub's Parquet files
 """
 
-import argparse
 import re
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import pyarrow.parquet as pq
+import typer
 from numpy.typing import NDArray
 
 from teachercache.pipeline.errors import SourceError
@@ -60,13 +60,10 @@ def unpack(parquet: Path, root: Path) -> dict[str, int]:
     return counts
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Unpack ADE20K from the Hub's Parquet files.")
-    parser.add_argument("parquet", type=Path, help="folder with train-*.parquet and validation-*.parquet")
-    parser.add_argument("root", type=Path, help="folder to write")
-    given = parser.parse_args()
-    print(", ".join(f"{split}: {count} images" for split, count in unpack(given.parquet, given.root).items()))
+def main(parquet: Path, root: Path) -> None:
+    """Write ADE20K to the folder ROOT, of the Hub's train-*.parquet and validation-*.parquet in PARQUET."""
+    print(", ".join(f"{split}: {count} images" for split, count in unpack(parquet, root).items()))
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -19,14 +19,9 @@ def partition_boundaries(classes_HW: NDArray) -> NDArray[np.uint8]:
     """
     padded = np.pad(classes_HW, (0, 1), mode="edge")
     others = padded[1:, :-1], padded[:-1, 1:], padded[1:, 1:]
-    return _thinned(np.logical_or.reduce([classes_HW != other for other in others]))
+    return np.asarray(thin(np.logical_or.reduce([classes_HW != other for other in others])), np.uint8)
 
 
 def label_boundaries(classes_HW: NDArray) -> NDArray[np.uint8]:
     """1 where the Laplacian of the class numbers is not zero, thinned, as ASTMT and its successors do."""
-    return _thinned(laplace(classes_HW.astype(np.float64), mode="mirror") != 0)
-
-
-def _thinned(edges_HW: NDArray[np.bool_]) -> NDArray[np.uint8]:
-    thinned_HW: NDArray[np.bool_] = thin(edges_HW)
-    return thinned_HW.astype(np.uint8)
+    return np.asarray(thin(laplace(classes_HW.astype(np.float64), mode="mirror") != 0), np.uint8)

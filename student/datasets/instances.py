@@ -31,17 +31,12 @@ def things(map_HW: NDArray[np.int32]) -> Iterator[tuple[int, NDArray[np.bool_]]]
 def encode_mask(mask_HW: NDArray[np.bool_]) -> dict[str, Any]:
     """Run lengths, as COCO's results have them."""
     encoded = run_lengths.encode(np.asfortranarray(mask_HW.astype(np.uint8)))
-    counts = encoded["counts"]
-    return {"size": list(mask_HW.shape), "counts": counts if isinstance(counts, str) else counts.decode()}
+    return {"size": list(mask_HW.shape), "counts": encoded["counts"].decode()}
 
 
 def decode_mask(segmentation: Any, height: int, width: int) -> NDArray[np.bool_]:
     """Polygons, run lengths or encoded ones, as annotations have them → (H, W)."""
-    if isinstance(segmentation, list):
-        segmentation = run_lengths.merge(run_lengths.frPyObjects(segmentation, height, width))
-    elif isinstance(segmentation["counts"], list):
-        segmentation = run_lengths.frPyObjects(segmentation, height, width)
-    return np.asarray(run_lengths.decode(segmentation), bool)
+    return np.asarray(run_lengths.decode(run_lengths.segmToRle(segmentation, width, height)), bool)
 
 
 def coco_annotations(dataset: LabelledDataset, numbers: Iterable[int]) -> dict[str, Any]:
@@ -52,8 +47,7 @@ def coco_annotations(dataset: LabelledDataset, numbers: Iterable[int]) -> dict[s
         map_HW = dataset.labels(number, ["instances"])["instances"]
         images.append({"id": number, "height": map_HW.shape[0], "width": map_HW.shape[1]})
         for thing, mask_HW in things(map_HW):
-            rows, columns = (np.flatnonzero(mask_HW.any(axis)) for axis in (1, 0))
-            left, top = int(columns[0]), int(rows[0])
+            encoded = encode_mask(mask_HW)
             annotations.append(
                 {
                     "id": len(annotations) + 1,
@@ -61,8 +55,8 @@ def coco_annotations(dataset: LabelledDataset, numbers: Iterable[int]) -> dict[s
                     "category_id": thing,
                     "iscrowd": 0,
                     "area": int(mask_HW.sum()),
-                    "bbox": [left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top],
-                    "segmentation": encode_mask(mask_HW),
+                    "bbox": run_lengths.toBbox(encoded).tolist(),
+                    "segmentation": encoded,
                 }
             )
     classes = dataset.decoder_tasks["instances"]

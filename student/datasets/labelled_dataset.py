@@ -24,7 +24,7 @@ from teachercache.pipeline.sources.source import is_image_name
 
 _SHOWN_FILES = 3
 _DAMAGE = (  # what the readers of all these formats raise for damaged files
-    *(ValueError, LookupError, TypeError, AttributeError, NotImplementedError, SyntaxError),
+    *(ValueError, LookupError, TypeError, AttributeError, RuntimeError, SyntaxError),
     *(OSError, EOFError, MatReadError, SafetensorError, TokenError, zlib.error),
 )
 
@@ -80,8 +80,7 @@ class LabelledDataset(ABC):
     @property
     def images_folder(self) -> Path:
         """The folder that sample keys are relative to."""
-        place = self.FILES["images"][0].format(split=self._folder, key="")
-        return self.root / place.rpartition("/")[0]
+        return (self.root / self._places("images", "*")[0]).parent
 
     @property
     def list_file(self) -> Path:
@@ -127,17 +126,11 @@ class LabelledDataset(ABC):
         """How complete each kind of file of this split is."""
         expected = self.LISTS[self.split][1] or len(self.keys)
         findings = [Finding(self.split, self.LISTS[self.split][0], len(self.keys), expected)]
-        for what, places in self.FILES.items():
+        for what in self.FILES:
             missing = [key for key in self.keys if self._find(what, key) is None]
-            findings.append(
-                Finding(
-                    self.split,
-                    f"{what} ({' or '.join(place.format(split=self._folder, key='*') for place in places)})",
-                    len(self.keys) - len(missing),
-                    len(self.keys),
-                    tuple(places[0].format(split=self._folder, key=key) for key in missing[:_SHOWN_FILES]),
-                )
-            )
+            places, found = " or ".join(self._places(what, "*")), len(self.keys) - len(missing)
+            shown = tuple(self._places(what, key)[0] for key in missing[:_SHOWN_FILES])
+            findings.append(Finding(self.split, f"{what} ({places})", found, len(self.keys), shown))
         return findings
 
     def link_images(self, folder: str | os.PathLike[str]) -> Path:
@@ -175,8 +168,11 @@ class LabelledDataset(ABC):
                 )
         return keys
 
+    def _places(self, what: str, key: str) -> list[str]:
+        return [place.format(split=self._folder, key=key) for place in self.FILES[what]]
+
     def _find(self, what: str, key: str) -> Path | None:
-        paths = (self.root / place.format(split=self._folder, key=key) for place in self.FILES[what])
+        paths = (self.root / place for place in self._places(what, key))
         return next((path for path in paths if path.is_file()), None)
 
     def _path(self, what: str, key: str) -> Path:
@@ -185,7 +181,7 @@ class LabelledDataset(ABC):
             raise SourceNotFoundError(
                 f"{self.name} has no {what} for {key}.",
                 got=f"nothing in {self.root}",
-                expected=" or ".join(place.format(split=self._folder, key=key) for place in self.FILES[what]),
+                expected=" or ".join(self._places(what, key)),
                 do=self._advice(),
             )
         return path

@@ -51,7 +51,6 @@ class PascalContext(LabelledDataset):
 
     name = "pascal_context"
     tasks: ClassVar = {"semseg": 21, "parts": 7, "saliency": 2, "normals": 3, "boundary": 1}
-    boundary_distance = 0.0075
     FILES: ClassVar = {
         "images": ("JPEGImages/{key}.jpg",),
         "semseg": ("semseg/VOC12/{key}.png", "semseg/pascal-context/{key}.png"),

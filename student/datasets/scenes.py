@@ -5,12 +5,12 @@ teachercache build RECIPE source.path=OUT/images/train …
 open_dataset("scenes", "OUT", "train")
 """
 
-import argparse
 from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
+import typer
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors import safe_open
@@ -37,7 +37,6 @@ class Scenes(LabelledDataset):
         "boundary": 1,
     }
     decoder_tasks: Mapping[str, int] = {"instances": len(THINGS), "class": len(THINGS) + 1}  # or none
-    boundary_distance = 0.0075
     FILES: ClassVar = {
         "images": ("images/{split}/{key}.png",),
         "labels": ("labels/{split}/{key}.safetensors",),
@@ -61,8 +60,7 @@ def write_scenes(root: str | Path, train: int, val: int, size: Size = (128, 128)
     Raises `RecipeError` if images of another data set have the names of scenes.
     """
     root = Path(root)
-    for split in Scenes.LISTS:
-        _require_own(root / "images" / split, root / "labels" / split)
+    _require_own(root)
     for split, numbers in (("train", range(train)), ("val", range(train, train + val))):
         images, labels = root / "images" / split, root / "labels" / split
         (root / f"{split}.txt").unlink(missing_ok=True)
@@ -78,29 +76,24 @@ def write_scenes(root: str | Path, train: int, val: int, size: Size = (128, 128)
         (root / f"{split}.txt").write_text("".join(f"{number:06d}\n" for number in numbers))
 
 
-def _require_own(images: Path, labels: Path) -> None:
+def _require_own(root: Path) -> None:
     """A scene's labels are written before its image, so an image without labels is not a scene."""
-    for image in images.glob(f"{'[0-9]' * 6}.png"):
-        if not (labels / f"{image.stem}.safetensors").exists():
+    for image in root.glob(f"images/*/{'[0-9]' * 6}.png"):
+        labels = root / "labels" / image.parent.name / f"{image.stem}.safetensors"
+        if image.parent.name in Scenes.LISTS and not labels.exists():
             raise RecipeError(
                 "Scenes would overwrite images of another data set.",
-                got=f"{image}, without labels in {labels}",
+                got=f"{image}, without {labels}",
                 expected="an empty folder, or one with scenes",
                 do="name another folder",
             )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Render a synthetic multi-task data set.")
-    parser.add_argument("root", type=Path, help="folder to write")
-    parser.add_argument("--train", type=int, default=200, help="scenes to train on (200)")
-    parser.add_argument("--val", type=int, default=50, help="scenes to evaluate (50)")
-    parser.add_argument("--size", type=int, nargs=2, default=(128, 128), metavar=("HEIGHT", "WIDTH"))
-    parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
-    write_scenes(given.root, given.train, given.val, tuple(given.size), given.seed)
-    print(f"{given.root}: {given.train} scenes to train on, {given.val} to evaluate")
+def main(root: Path, train: int = 200, val: int = 50, size: Size = (128, 128), seed: int = 0) -> None:
+    """Render a synthetic multi-task data set of images of SIZE, height and width, into the folder ROOT."""
+    write_scenes(root, train, val, size, seed)
+    print(f"{root}: {train} scenes to train on, {val} to evaluate")
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

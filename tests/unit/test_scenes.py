@@ -109,7 +109,7 @@ def normal_errors(depth_HW: Floats, normals_HW3: Floats, focal: float, limit: fl
 
 
 def test_what_is_nearer_hides_what_is_behind_in_any_order() -> None:
-    near = Solid("sphere", np.array([0, 0, 3.0]), np.eye(3), (Surface(1, 1, 2),), plain(np.ones(3)))
+    near = Solid("sphere", np.array([0, 0, 3.0]), np.eye(3), (Surface(1, 1),), plain(np.ones(3)), part=2)
     far = Solid("cube", np.array([0.5, 0, 6.0]), np.eye(3) * 1.5, (Surface(2, 7),), plain(np.zeros(3)))
     canvases = [Canvas(SIZE, 120.0) for _ in range(2)]
     for canvas, order in zip(canvases, ((near, far), (far, near)), strict=True):

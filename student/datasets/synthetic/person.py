@@ -17,7 +17,7 @@ _SKINS = np.array([[0.96, 0.80, 0.69], [0.87, 0.67, 0.53], [0.68, 0.47, 0.34], [
 _HAIRS = np.array([[0.10, 0.08, 0.07], [0.28, 0.17, 0.10], [0.62, 0.44, 0.22], [0.55, 0.52, 0.50]])
 
 
-def person(rng: Rng, instance: int, semantic: int, foot: Floats, to_camera: Floats) -> list[Solid]:
+def person(rng: Rng, surface: Surface, foot: Floats, to_camera: Floats) -> list[Solid]:
     """The solids of one figure in a random pose and dress.
 
     `foot` (3,): the ground under it; `to_camera` (3, 3): its axes (columns, without a scale) in camera
@@ -32,14 +32,14 @@ def person(rng: Rng, instance: int, semantic: int, foot: Floats, to_camera: Floa
             piece,
             centre=foot + to_camera @ ((piece.centre + origin) * scale),
             axes=to_camera @ piece.axes * scale,
-            surfaces=(replace(piece.surfaces[0], instance=instance, semantic=semantic),),
+            surfaces=(surface,),
         )
         for piece in pieces
     ]
 
 
 def _pieces(rng: Rng) -> list[Solid]:
-    """The solids in the figure's axes, still without an instance."""
+    """The solids in the figure's axes, still without a surface."""
     skin = _SKINS[rng.integers(len(_SKINS))]
     hair = _HAIRS[rng.integers(len(_HAIRS))]
     shirt, shirt_too = random_colours(rng)
@@ -74,8 +74,8 @@ def _head(rng: Rng, skull: Floats, skin: Floats, hair: Floats) -> list[Solid]:
     axes = np.stack([np.cross(down, front), down, front], axis=1)
     scalp = skull - 0.022 * down - 0.022 * front
     return [
-        Solid("sphere", skull, axes * (0.083, 0.118, 0.098), _of(_HEAD), face(skin, hair * 0.3)),
-        Solid("sphere", scalp, axes * (0.092, 0.112, 0.096), _of(_HEAD), plain(hair)),
+        Solid("sphere", skull, axes * (0.083, 0.118, 0.098), (), face(skin, hair * 0.3), part=_HEAD),
+        Solid("sphere", scalp, axes * (0.092, 0.112, 0.096), (), plain(hair), part=_HEAD),
     ]
 
 
@@ -107,10 +107,9 @@ def _arm(
     elbow = shoulder + 0.28 * _downwards(forward, outward)
     lower = _downwards(forward + (0 if raised else bend), outward + (side * 0.8 * bend if raised else 0.0))
     wrist = elbow + 0.24 * lower
+    inside = shoulder - 0.02 * np.array([side, 0, 0])
     return [
-        _ellipsoid(
-            shoulder - 0.02 * np.array([side, 0, 0]), np.array([0.0, 1, 0]), (0.075,) * 3, _UPPER_ARM, cloth
-        ),
+        _ellipsoid(inside, np.array([0.0, 1, 0]), (0.075,) * 3, _UPPER_ARM, cloth),
         _capsule(shoulder, elbow, (0.052, 0.05, 0.052), _UPPER_ARM, cloth),
         _capsule(elbow, wrist, (0.042, 0.04, 0.042), _LOWER_ARM, sleeve),
         _ellipsoid(wrist + 0.06 * lower, -lower, (0.042, 0.075, 0.030), _LOWER_ARM, plain(skin)),
@@ -123,7 +122,7 @@ def _downwards(forward: float, outward: float) -> Floats:
 
 
 def _ellipsoid(centre: Floats, up: Floats, radii: tuple[float, ...], part: int, paint: Paint) -> Solid:
-    return Solid("sphere", centre, _frame(up) * radii, _of(part), paint)
+    return Solid("sphere", centre, _frame(up) * radii, (), paint, part=part)
 
 
 def _capsule(start: Floats, end: Floats, radii: tuple[float, float, float], part: int, paint: Paint) -> Solid:
@@ -131,11 +130,7 @@ def _capsule(start: Floats, end: Floats, radii: tuple[float, float, float], part
     along = end - start
     length = float(np.sqrt(along @ along))
     axes = _frame(along / length) * radii
-    return Solid("capsule", (start + end) / 2, axes, _of(part), paint, stem=length / 2 / radii[1])
-
-
-def _of(part: int) -> tuple[Surface]:
-    return (Surface(instance=0, semantic=0, part=part),)
+    return Solid("capsule", (start + end) / 2, axes, (), paint, stem=length / 2 / radii[1], part=part)
 
 
 def _frame(y: Floats) -> Floats:

@@ -34,7 +34,6 @@ class Surface:
 
     instance: int
     semantic: int
-    part: int = 0
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Solid:
 
     sphere, cube: from -1 to 1 on each axis. cylinder: along y, closed. capsule: radius 1 around the y axis
     from -`stem` to `stem`. room: a cube seen from inside. plane: y = 0, seen from the side of negative y.
-    A room has six `surfaces`, for -x, x, -y, y, -z and z; all others have one.
+    A room has six `surfaces`, for -x, x, -y, y, -z and z; all others have one. `part`: of a person, else 0.
     """
 
     shape: Shape
@@ -52,6 +51,7 @@ class Solid:
     surfaces: tuple[Surface, ...]
     paint: Paint
     stem: float = 0.0
+    part: int = 0
 
 
 class Canvas:
@@ -96,9 +96,10 @@ class Canvas:
         lengths = np.sqrt((solid.axes**2).sum(0))
         self.albedo_HW3[window][nearer_hw] = solid.paint(p_N3 * lengths, n_N3)
         face_N = _faces(n_N3) if len(solid.surfaces) > 1 else 0
-        for name in ("instance", "semantic", "part"):
+        for name in ("instance", "semantic"):
             values = np.array([getattr(surface, name) for surface in solid.surfaces], np.uint8)
             getattr(self, f"{name}_HW")[window][nearer_hw] = values[face_N]
+        self.part_HW[window][nearer_hw] = solid.part
 
     def _window(self, solid: Solid) -> tuple[slice, slice] | None:
         """The pixels that the solid can cover: the projection of the corners of a box around it."""

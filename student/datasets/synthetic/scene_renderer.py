@@ -70,19 +70,18 @@ class _World:
         self.light = np.array([rng.uniform(-0.8, 0.8), -1.0, rng.uniform(-0.9, -0.3)])
         self.light /= np.sqrt(self.light @ self.light)
         self.room: tuple[Floats, Floats, Floats] | None = None  # centre, directions and halves of the sides
-        self.footprints: list[tuple[float, float, float]] = []
-        self.kinds: list[str] = []  # of the things, in the order of their instances
+        self.footprints: list[
+            tuple[float, float, float]
+        ] = []  # of the things, as their instances are numbered
 
     def draw_surroundings(self) -> None:
         rng = self.rng
         if not self.indoors:
             grass = np.array([0.30, 0.46, 0.18]) * rng.uniform(0.8, 1.2, 3)
             soil = np.array([0.48, 0.40, 0.26]) * rng.uniform(0.8, 1.2, 3)
-            paint = mottled(
-                grass, soil if rng.random() < 0.5 else grass * 0.6, 0.7, int(rng.integers(1 << 30))
-            )
-            surface = Surface(1, _ID["ground"])
-            self._draw("plane", np.array([0, self.eye, 0]), np.eye(3), (surface,), paint)
+            other = soil if rng.random() < 0.5 else grass * 0.6
+            paint = mottled(grass, other, 0.7, int(rng.integers(1 << 30)))
+            self._draw("plane", np.array([0, self.eye, 0]), np.eye(3), paint, Surface(1, _ID["ground"]))
             return
         width, depth, height = rng.uniform((4.5, 6, 2.5), (8, 9, 3.2))
         yaw = np.radians(rng.uniform(-35, 35))
@@ -90,8 +89,8 @@ class _World:
         half = np.array([width, height, depth]) / 2
         self.room = centre, _about_y(yaw), half
         names = ("wall", "wall", "ceiling", "floor", "wall", "wall")
-        surfaces = tuple(Surface(face + 1, _ID[name]) for face, name in enumerate(names))
-        self._draw("room", centre, _about_y(yaw) * half, surfaces, self._room_paint(height / 2))
+        surfaces = [Surface(face, _ID[name]) for face, name in enumerate(names, 1)]
+        self._draw("room", centre, _about_y(yaw) * half, self._room_paint(height / 2), *surfaces)
 
     def _room_paint(self, half_height: float) -> Paint:
         """Separate paints for walls, floor and ceiling."""
@@ -136,8 +135,7 @@ class _World:
         if spot is None:
             return
         self.footprints.append((spot[0], spot[2], radius))
-        self.kinds.append(kind)
-        surface = Surface(_FACES + len(self.kinds), _ID[kind])
+        surface = Surface(_FACES + len(self.footprints), _ID[kind])
         getattr(self, f"_draw_{kind}")(spot, surface, _about_y(rng.uniform(0, 2 * np.pi)))
 
     def _free_spot(self, radius: float, nearest: float, farthest: float) -> Floats | None:
@@ -146,68 +144,62 @@ class _World:
         for _ in range(20):
             z = self.rng.uniform(nearest, farthest)
             x = self.rng.uniform(-0.85, 0.85) * half_width * z
-            is_clear = all(np.hypot(x - a, z - b) > radius + r for a, b, r in self.footprints)
             foot = np.array([x, self.eye, z])
-            if is_clear and self._between_walls(foot, radius):
+            is_clear = all(np.hypot(x - a, z - b) > radius + r for a, b, r in self.footprints)
+            if self.room is not None:
+                centre, turn, half = self.room
+                spare = half - radius - np.abs((foot - centre) @ turn)
+                is_clear = is_clear and spare[0] > 0 and spare[2] > 0
+            if is_clear:
                 return foot
         return None
 
-    def _between_walls(self, foot: Floats, radius: float) -> bool:
-        if self.room is None:
-            return True
-        centre, turn, half = self.room
-        spare = half - radius - np.abs((foot - centre) @ turn)
-        return bool(spare[0] > 0 and spare[2] > 0)
-
-    def _draw(
-        self, shape: Shape, centre: Floats, axes: Floats, surfaces: tuple[Surface, ...], paint: Paint
-    ) -> None:
+    def _draw(self, shape: Shape, centre: Floats, axes: Floats, paint: Paint, *surfaces: Surface) -> None:
         """`centre` and `axes` in the world."""
         self.canvas.draw(Solid(shape, self.to_camera @ centre, self.to_camera @ axes, surfaces, paint))
 
     def _draw_person(self, foot: Floats, surface: Surface, turn: Floats) -> None:
         facing = _about_y(self.rng.uniform(-np.pi / 2, np.pi / 2) if self.rng.random() < 0.8 else np.pi)
         axes = self.to_camera @ facing @ np.diag([1.0, -1, -1])  # up is -y, and it looks at the camera
-        for solid in person(self.rng, surface.instance, surface.semantic, self.to_camera @ foot, axes):
+        for solid in person(self.rng, surface, self.to_camera @ foot, axes):
             self.canvas.draw(solid)
 
     def _draw_ball(self, foot: Floats, surface: Surface, turn: Floats) -> None:
         radius = self.rng.uniform(0.14, 0.34)
         paint = random_paint(self.rng, radius / 2)
-        self._draw("sphere", foot - (0, radius, 0), turn * radius, (surface,), paint)
+        self._draw("sphere", foot - (0, radius, 0), turn * radius, paint, surface)
 
     def _draw_crate(self, foot: Floats, surface: Surface, turn: Floats) -> None:
         half = self.rng.uniform(0.16, 0.34, 3)
-        self._draw("cube", foot - (0, half[1], 0), turn * half, (surface,), random_paint(self.rng, 0.12))
+        self._draw("cube", foot - (0, half[1], 0), turn * half, random_paint(self.rng, 0.12), surface)
 
     def _draw_pillar(self, foot: Floats, surface: Surface, turn: Floats) -> None:
         radius, half = self.rng.uniform((0.1, 0.3), (0.24, 1.1))
         paint = random_paint(self.rng, 0.15)
-        self._draw("cylinder", foot - (0, half, 0), turn * (radius, half, radius), (surface,), paint)
+        self._draw("cylinder", foot - (0, half, 0), turn * (radius, half, radius), paint, surface)
 
     def _draw_table(self, foot: Floats, surface: Surface, turn: Floats) -> None:
         length, depth, height = self.rng.uniform((0.4, 0.3, 0.6), (0.7, 0.45, 0.8))
         paint = random_paint(self.rng, 0.1)
-        self._draw("cube", foot - (0, height, 0), turn * (length, 0.025, depth), (surface,), paint)
+        self._draw("cube", foot - (0, height, 0), turn * (length, 0.025, depth), paint, surface)
         for x in (-1, 1):
             for z in (-1, 1):
                 leg = foot + turn @ (x * (length - 0.05), -height / 2, z * (depth - 0.05))
-                self._draw("cube", leg, turn * (0.03, height / 2, 0.03), (surface,), paint)
+                self._draw("cube", leg, turn * (0.03, height / 2, 0.03), paint, surface)
 
     def _draw_tree(self, foot: Floats, surface: Surface, turn: Floats) -> None:
         rng = self.rng
         height, radius = rng.uniform((1.4, 0.07), (2.4, 0.15))
         seed = int(rng.integers(1 << 30))
         bark = mottled(np.array([0.35, 0.25, 0.17]), np.array([0.20, 0.14, 0.10]), 0.1, seed)
-        self._draw(
-            "cylinder", foot - (0, height / 2, 0), turn * (radius, height / 2, radius), (surface,), bark
-        )
+        trunk = turn * (radius, height / 2, radius)
+        self._draw("cylinder", foot - (0, height / 2, 0), trunk, bark, surface)
         leaf = np.array([0.22, 0.45, 0.16]) * rng.uniform(0.7, 1.3, 3)
         leaves = mottled(leaf, leaf * 0.45, 0.12, seed)
         for _ in range(6):
             centre = foot - (0, height + 0.2, 0) + rng.normal(0, (0.33, 0.25, 0.33))
             size = rng.uniform(0.35, 0.6)
-            self._draw("sphere", centre, turn * (size, size * 0.8, size), (surface,), leaves)
+            self._draw("sphere", centre, turn * (size, size * 0.8, size), leaves, surface)
 
     def shade(self) -> NDArray[np.uint8]:
         """The image: lamplight or sun, soft shadows under the things, haze, and the noise of a camera."""
@@ -234,23 +226,18 @@ class _World:
 
     def _contact_shadows(self, points_HW3: Floats, level_HW: NDArray[np.bool_]) -> Floats:
         shadow_HW = np.ones(self.canvas.size)
-        on_ground_HW = level_HW & (self.canvas.instance_HW <= _FACES)
-        x_N, z_N = points_HW3[on_ground_HW][:, 0], points_HW3[on_ground_HW][:, 2]
-        shadow_N = np.ones(len(x_N))
         for x, z, radius in self.footprints:
             shift = self.light * radius * 0.5
-            square_N = (x_N - x + shift[0]) ** 2 + (z_N - z + shift[2]) ** 2
-            shadow_N *= 1 - 0.55 * np.exp(-square_N / (0.6 * radius) ** 2)
-        shadow_HW[on_ground_HW] = shadow_N
-        return shadow_HW
+            square_HW = (points_HW3[..., 0] - x + shift[0]) ** 2 + (points_HW3[..., 2] - z + shift[2]) ** 2
+            shadow_HW *= 1 - 0.55 * np.exp(-square_HW / (0.6 * radius) ** 2)
+        return np.where(level_HW & (self.canvas.instance_HW <= _FACES), shadow_HW, 1)
 
     def _sky(self) -> Floats:
         rays_HW3 = self.canvas.rays_HW3 @ self.to_camera
         up_HW = np.clip(-rays_HW3[..., 1], 0, 1)
-        blue = np.array([0.35, 0.55, 0.85]) * self.rng.uniform(0.8, 1.1)
-        sky_HW3: Floats = np.array([0.80, 0.86, 0.92]) + np.sqrt(up_HW)[..., None] * (
-            blue - (0.80, 0.86, 0.92)
-        )
+        white, blue = np.array([[0.80, 0.86, 0.92], [0.35, 0.55, 0.85]])
+        blue = blue * self.rng.uniform(0.8, 1.1)
+        sky_HW3: Floats = white + np.sqrt(up_HW)[..., None] * (blue - white)
         flat_HW = 3 * rays_HW3[..., 0] / (up_HW + 0.3), 3 / (up_HW + 0.3)
         cloud_HW = value_noise(*flat_HW, int(self.rng.integers(1 << 30)))
         sky_HW3 += (np.maximum(cloud_HW - 0.55, 0) * 1.2 * np.minimum(4 * up_HW, 1))[..., None]
