@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from teachercache.pipeline.codecs.dct import allocate_bits
-from teachercache.pipeline.codecs.normalisation import Hadamard, Standardise, rotate
+from teachercache.pipeline.codecs.normalisation import Hadamard, Normalisation, rotate
 from teachercache.pipeline.codecs.quantizer import (
     ScalarQuantizer,
     divide_by_scales,
@@ -23,7 +23,7 @@ BITS = 4
 
 def level_prediction(sample_RSHWC: Tensor, features_RSHWC: Tensor) -> Tensor:
     """Each level is predicted from the decoded one before by one gain a channel; the rest is coded."""
-    standardise, hadamard = Standardise.calibrate(sample_RSHWC), Hadamard.calibrate(sample_RSHWC)
+    standardise, hadamard = Normalisation.calibrate(sample_RSHWC), Hadamard.calibrate(sample_RSHWC)
     left, right = hadamard.tables["left"], hadamard.tables["right"]
     quantizer = ScalarQuantizer(_levels(BITS))
     z_sample, z = standardise.forward(sample_RSHWC), standardise.forward(features_RSHWC)
@@ -42,7 +42,7 @@ def level_prediction(sample_RSHWC: Tensor, features_RSHWC: Tensor) -> Tensor:
 
 def channel_klt(sample_RSHWC: Tensor, features_RSHWC: Tensor) -> Tensor:
     """Dense principal axes for each level instead of Hadamard, their bits by reverse water-filling."""
-    standardise = Standardise.calibrate(sample_RSHWC)
+    standardise = Normalisation.calibrate(sample_RSHWC)
     levels = []
     for z_sample, z in zip(
         standardise.forward(sample_RSHWC).unbind(1),
@@ -73,6 +73,6 @@ def _nearest(values: Tensor, levels: Tensor) -> Tensor:
     return levels[torch.bucketize(values, (levels[1:] + levels[:-1]) / 2)]
 
 
-def _destandardise(standardise: Standardise, z_RSHWC: Tensor) -> Tensor:
+def _destandardise(standardise: Normalisation, z_RSHWC: Tensor) -> Tensor:
     one = torch.ones(1)
     return torch.stack([standardise.inverse(z, one, i) for i, z in enumerate(z_RSHWC.unbind(1))], 1)

@@ -99,6 +99,7 @@ class CalibratedCodec(Codec):
                 expected="finite features (rows, levels, H, W, C) of at least one row",
                 do="calibrate on some hundred rows of the teacher's own features",
             )
+        self._require_fit(shape[-1])
         return self.load_state(self._learn(features_RSHWC))
 
     def state(self) -> dict[str, Tensor]:

@@ -19,7 +19,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Self
 
 import numpy as np
 import torch
@@ -85,18 +84,15 @@ class _Coder(Coder):
         super().__init__(Hadamard(tables), bits_SHW.shape[1:])
         self.bases = tables["level_basis"], tables["row_basis"], tables["column_basis"]
         self.shape_SHW = bits_SHW.shape
-        self.groups = self._groups(bits_SHW.ravel(), tables["levels"], quantisation)
-
-    def _groups(self, bits_N: NDArray[np.uint8], levels: Tensor, quantisation: Quantisation) -> list[_Group]:
-        groups, start, parts = [], 0, quantisation.parts(levels)
+        self.groups, start = list[_Group](), 0
+        parts, bits_N = quantisation.parts(tables["levels"]), bits_SHW.ravel()
         for bits in range(quantisation.most_bits, 0, -1):
-            positions = torch.from_numpy(np.flatnonzero(bits_N == bits)).to(levels.device)
+            positions = torch.from_numpy(np.flatnonzero(bits_N == bits)).to(tables["levels"].device)
             end = start + len(positions) * self.normalisation.width * bits // 8
             if len(positions):
-                quantizer = quantisation.quantizer(parts[bits - 1])
-                groups.append(_Group(quantizer, positions, slice(start, end)))
+                group = _Group(quantisation.quantizer(parts[bits - 1]), positions, slice(start, end))
+                self.groups.append(group)
             start = end
-        return groups
 
     def encode(self, features_RSHWC: Tensor) -> dict[str, Tensor]:
         transformed = [self._transformed(features_RSHWC[rows]) for rows in row_blocks(features_RSHWC)]
@@ -163,7 +159,6 @@ class GridDctCodec(CalibratedCodec):
 
     def _learn(self, features_RSHWC: Tensor) -> dict[str, Tensor]:
         _, levels, height, width, channels = features_RSHWC.shape
-        self.layout(levels, (height, width), channels)
         normalisation = Hadamard.calibrate(features_RSHWC)
 
         products_SS = features_RSHWC.new_zeros(levels, levels, dtype=torch.float64)
@@ -186,13 +181,9 @@ class GridDctCodec(CalibratedCodec):
             "levels": torch.from_numpy(self.quantisation.table()).float(),
         }
 
-    def load_state(self, tables: dict[str, Tensor]) -> Self:
-        super().load_state(tables)
-        self._bits_SHW = self._tables["bits"].numpy()  # known without a wait for the device
-        return self
-
     def _coder(self, tables: dict[str, Tensor]) -> Coder:
-        return _Coder(tables, self._bits_SHW, self.quantisation)
+        bits_SHW = self._tables["bits"].numpy()  # known without a wait for the device
+        return _Coder(tables, bits_SHW, self.quantisation)
 
 
 def allocate_bits(

@@ -54,38 +54,33 @@ def compare(features_RSHWC: Tensor, decoded: Tensor | Iterable[Tensor], row_byte
         decoded = decoded.split(ROWS_AT_ONCE)
     moments = usual_moments(features_RSHWC)
     mean, std = moments.mean_SC.float()[:, None, None], floored_std(moments.std_SC()).float()[:, None, None]
-    standardised, raw = _Errors(), _Errors()
+    standardised, raw = list[Tensor](), list[Tensor]()
     for original_RSHWC, decoded_RSHWC in zip(features_RSHWC.split(ROWS_AT_ONCE), decoded, strict=True):
         pair = original_RSHWC.float(), decoded_RSHWC.float()
-        raw.add(*pair)
-        standardised.add(*((x_RSHWC - mean) / std for x_RSHWC in pair))
+        raw.append(_of_tokens(*pair))
+        standardised.append(_of_tokens(*((x_RSHWC - mean) / std for x_RSHWC in pair)))
+    width = features_RSHWC.shape[-1]
     return Fidelity(
-        *standardised.result(),
-        *raw.result(),
+        *_summary(standardised, width),
+        *_summary(raw, width),
         row_bytes=row_bytes,
         float16_ratio=row_bytes / (2 * features_RSHWC[0].numel()),
     )
 
 
-class _Errors:
-    """Sums over blocks of tokens, float32 within a block; of the cosines, all are kept."""
+def _of_tokens(original: Tensor, decoded: Tensor) -> Tensor:
+    """(3, tokens) float64: the cosine, the norm of the error and that of the original."""
+    norms, decoded_norms, errors = (
+        torch.linalg.vector_norm(x, dim=-1) for x in (original, decoded, decoded - original)
+    )
+    cosines = F.cosine_similarity(original, decoded, dim=-1)
+    cosines = torch.where((norms == 0) & (decoded_norms == 0), 1, cosines)
+    return torch.stack([cosines, errors, norms]).flatten(1).double()
 
-    def __init__(self) -> None:
-        self._cosines: list[Tensor] = []
-        self._squared_error, self._squares, self._count = 0.0, 0.0, 0
 
-    def add(self, original: Tensor, decoded: Tensor) -> None:
-        norms, decoded_norms = (torch.linalg.vector_norm(x, dim=-1) for x in (original, decoded))
-        cosines = F.cosine_similarity(original, decoded, dim=-1)
-        self._cosines.append(torch.where((norms == 0) & (decoded_norms == 0), 1, cosines).flatten())
-        errors = torch.linalg.vector_norm(decoded - original, dim=-1)
-        self._squared_error += errors.double().square().sum().item()
-        self._squares += norms.double().square().sum().item()
-        self._count += original.numel()
-
-    def result(self) -> tuple[float, float, float]:
-        """Mean and first percentile of the tokens' cosines, and the relative L2 error."""
-        cosines = torch.cat(self._cosines).double()
-        lowest = cosines.kthvalue(1 + (len(cosines) - 1) // 100).values
-        relative_l2 = math.sqrt(self._squared_error / (self._squares or self._count))
-        return cosines.mean().item(), lowest.item(), relative_l2
+def _summary(parts: list[Tensor], width: int) -> tuple[float, float, float]:
+    """Mean and first percentile of the tokens' cosines, and the relative L2 error."""
+    cosines, errors, norms = torch.cat(parts, 1)
+    lowest = cosines.kthvalue(1 + (len(cosines) - 1) // 100).values
+    squares = norms.square().sum().item() or len(cosines) * width
+    return cosines.mean().item(), lowest.item(), math.sqrt(errors.square().sum().item() / squares)

@@ -15,7 +15,11 @@ def has_kernel(device: torch.device) -> bool:
     """Whether Triton's kernels run there; on a GPU that must do without, one warning says why."""
     if device.type != "cuda":
         return False
-    if (reason := _why_not(device)) is not None:
+    reason = f"{SWITCH}=0" if os.environ.get(SWITCH) == "0" else _no_triton()
+    found = torch.cuda.get_device_capability(device) if torch.cuda.is_available() else LEAST_CAPABILITY
+    if not reason and found < LEAST_CAPABILITY:
+        reason = f"a GPU of compute capability {found[0]}.{found[1]}, expected 8.0 or newer"
+    if reason:
         warnings.warn(f"Features are coded without Triton's kernels, more slowly: {reason}.", stacklevel=2)
         return False
     from teachercache.pipeline.codecs import decode_kernel, rings_kernel  # noqa: F401  they register them
@@ -29,16 +33,6 @@ def compiles(device: torch.device) -> bool:
         warnings.warn(f"Nothing is compiled by torch.compile: {reason}.", stacklevel=2)
         return False
     return device.type == "cuda"
-
-
-def _why_not(device: torch.device) -> str | None:
-    if os.environ.get(SWITCH) == "0":
-        return f"{SWITCH}=0"
-    if (reason := _no_triton()) is not None:
-        return reason
-    if torch.cuda.is_available() and (found := torch.cuda.get_device_capability(device)) < LEAST_CAPABILITY:
-        return f"a GPU of compute capability {found[0]}.{found[1]}, expected 8.0 or newer"
-    return None
 
 
 def _no_triton() -> str | None:

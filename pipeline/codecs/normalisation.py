@@ -13,7 +13,6 @@ rotation after which every channel has unit variance.
 """
 
 import math
-from abc import ABC, abstractmethod
 from typing import ClassVar, Self
 
 import torch
@@ -33,10 +32,10 @@ SMALLEST_RELATIVE_STD = 1 / 32
 _VARIES = 1e-6  # of the largest std; what is below is rounding
 
 
-class Normalisation(ABC):
-    """Tables of one calibration. `forward` takes whole rows, `inverse` any tokens of one level."""
+class Normalisation:
+    """Standardises; others rotate, too. `forward` takes whole rows, `inverse` any tokens of one level."""
 
-    table_names: ClassVar[tuple[str, ...]]
+    table_names: ClassVar[tuple[str, ...]] = ("mean", "std")
     needs_covariance: ClassVar[bool] = False
 
     def __init__(self, tables: dict[str, Tensor]) -> None:
@@ -50,9 +49,9 @@ class Normalisation(ABC):
         return cls.of_moments(usual_moments(features_RSHWC, cls.needs_covariance))
 
     @classmethod
-    @abstractmethod
     def of_moments(cls, moments: FeatureMoments) -> Self:
         """The tables for features of these moments. Raises `ValueError` where a covariance is missing."""
+        return cls(_standard_tables(moments))
 
     def forward(self, features_RSHWC: Tensor) -> Tensor:
         """y, float32, of the same shape; over the calibration sample its mean square is 1."""
@@ -78,26 +77,12 @@ class Normalisation(ABC):
         """z, float32."""
         return (features_RSHWC.float() - self.tables["mean"][:, None, None]) / self._std_SC[:, None, None]
 
-    @abstractmethod
     def rotate(self, z_RSHWC: Tensor) -> Tensor:
         """y of what `standardise` gives."""
-
-    @abstractmethod
-    def inverse(self, tokens: Tensor, scales: Tensor, level: int) -> Tensor:
-        """x of y = scales · tokens, (…, C) and (…, 1), all of one level."""
-
-
-class Standardise(Normalisation):
-    table_names = ("mean", "std")
-
-    @classmethod
-    def of_moments(cls, moments: FeatureMoments) -> Self:
-        return cls(_standard_tables(moments))
-
-    def rotate(self, z_RSHWC: Tensor) -> Tensor:
         return z_RSHWC
 
     def inverse(self, tokens: Tensor, scales: Tensor, level: int) -> Tensor:
+        """x of y = scales · tokens, (…, C) and (…, 1), all of one level."""
         return torch.addcmul(self.tables["mean"][level], tokens * scales, self.tables["std"][level])
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from teachercache.pipeline.codecs.calibrated import OUTLIER_ARRAYS, CalibratedCodec, Coder, join, row_blocks
 from teachercache.pipeline.codecs.kernels import has_kernel
-from teachercache.pipeline.codecs.normalisation import Hadamard, Normalisation, PhiS, Standardise
+from teachercache.pipeline.codecs.normalisation import Hadamard, Normalisation, PhiS
 from teachercache.pipeline.codecs.quantizer import (
     ScalarQuantizer,
     TokenQuantizer,
@@ -50,7 +50,7 @@ def _even_levels(bits: int) -> NDArray[np.float64]:
 
 SCHEMES = {  # by the suffix of the name
     "": Scheme(
-        Standardise, _even_levels, partial(ScalarQuantizer, base_scale=largest_magnitude, steps=(1.0,))
+        Normalisation, _even_levels, partial(ScalarQuantizer, base_scale=largest_magnitude, steps=(1.0,))
     ),
     "-hadamard": Scheme(
         Hadamard, gaussian_levels, ScalarQuantizer, advised=(8, 6, 5, 4, 3), reported=(8, 4, 3)
@@ -109,7 +109,6 @@ class QuantizedCodec(CalibratedCodec):
         }
 
     def _learn(self, features_RSHWC: Tensor) -> dict[str, Tensor]:
-        self._require_fit(features_RSHWC.shape[-1])
         levels = torch.tensor(self.scheme.levels(self.bits), dtype=torch.float32)
         return self.scheme.normalisation.calibrate(features_RSHWC).tables | {"levels": levels}
 

@@ -53,16 +53,9 @@ def ring_levels(bits: int) -> NDArray[np.float32]:
     """(P, 2): the a of both values of a pair by its rank; those up to 8 standard deviations from zero."""
     n = np.arange(2 ** (bits + 2)) + 0.5
     radius = np.hypot(n[:, None], n).ravel()
-    ranks = np.argsort(radius, kind="stable")[: num_ranks(bits)]
+    ranks = np.argsort(radius, kind="stable")[: np.count_nonzero(radius < 2 ** (bits + 2))]
     a = np.where(np.arange(len(n)) % 2, -n, n).astype(np.float32)
     return np.stack([a[ranks // len(n)], a[ranks % len(n)]], 1)
-
-
-@cache
-def num_ranks(bits: int) -> int:
-    """Pairs (n₁ + ½, n₂ + ½) within 2^(bits+2) of zero."""
-    n = np.arange(2 ** (bits + 2)) + 0.5
-    return int(np.count_nonzero(n[:, None] ** 2 + n**2 < 4 ** (bits + 2)))
 
 
 def ring_distortion(bits: int) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from teachercache.pipeline.errors import extra
 from teachercache.pipeline.records.manifest import SPEC_NAME
+from teachercache.pipeline.records.rows import RowIndex
 
 with extra("view"):
     import xarray
@@ -66,30 +68,26 @@ def _group(cache: FeatureCache, name: str, num_views: int) -> xarray.Dataset:
             maps[held] = cache.feature_maps(name, rows[held]).numpy()
         return maps
 
-    def lazy(*array: Any) -> xarray.Variable:
-        rows = _Rows(cache, num_views, *array)
-        return xarray.Variable(_DIMENSIONS[: len(rows.shape)], indexing.LazilyIndexedArray(rows))
+    def lazy(read: Callable[..., NDArray], dtype: DTypeLike, *row_shape: int) -> xarray.Variable:
+        shape = cache.num_samples, num_views, *row_shape
+        rows = indexing.LazilyIndexedArray(_Rows(cache.index, read, shape, np.dtype(dtype)))
+        return xarray.Variable(_DIMENSIONS[: len(shape)], rows)
 
     return xarray.Dataset(
-        {"features": lazy(features, row_shape, np.float32), "valid": lazy(valid, (), np.bool_)},
+        {"features": lazy(features, np.float32, *row_shape), "valid": lazy(valid, np.bool_)},
         coords={"level": np.arange(1, spec.num_levels + 1), "block": ("level", [*spec.block_indices])},
         attrs=spec.model_dump(include={"model", "codec", "pretrained"}) | {"grid": spec.grid.kind},
     )
 
 
+@dataclass(eq=False)
 class _Rows(BackendArray):
-    """(samples, views, *row_shape), of which `read` returns (rows, *row_shape) for any row numbers."""
+    """(samples, views, …), of which `read` returns (rows, …) for any row numbers."""
 
-    def __init__(
-        self,
-        cache: FeatureCache,
-        num_views: int,
-        read: Callable[[NDArray[np.int64]], NDArray],
-        row_shape: tuple[int, ...],
-        dtype: DTypeLike,
-    ) -> None:
-        self.index, self.read, self.dtype = cache.index, read, np.dtype(dtype)
-        self.shape = (cache.num_samples, num_views, *row_shape)
+    index: RowIndex
+    read: Callable[[NDArray[np.int64]], NDArray]
+    shape: tuple[int, ...]
+    dtype: np.dtype
 
     def __getitem__(self, key: indexing.ExplicitIndexer) -> Any:
         return indexing.explicit_indexing_adapter(

@@ -161,6 +161,7 @@ class FeatureLoader:
         self._teachers = cache.check_teachers(teachers) if features else []
         self._views, self._seed = cache.spec.views, seed
         self._images, self._labels = images, labels
+        self._tasks = labels.layouts if labels and images else {}
         self._fresh, self._jitter = fresh, jitter
         self._sees_whole = images and not (self._views.margin or jitter)
         self._stored_pixels = cache.spec.images == "rendered" and not (fresh or jitter)
@@ -204,16 +205,13 @@ class FeatureLoader:
         }
         num_windows = num_rows if self._images and not self._sees_whole else 0
         layouts[_IMAGES] = (num_windows, 3, *self._views.size), torch.uint8
-        for task, (shape, dtype) in self._label_layouts().items():
+        for task, (shape, dtype) in self._tasks.items():
             layouts[_LABELS, task] = (num_rows, *shape), dtype
         for teacher in self._teachers:
             for array, layout in self._cache.layouts(teacher).items():
                 if array != GLOBAL_FEATURE:
                     layouts[teacher, array] = (num_rows, *layout.shape), torch_dtype(layout.dtype)
         return layouts
-
-    def _label_layouts(self) -> Mapping[str, TensorLayout]:
-        return self._labels.layouts if self._labels and self._images else {}
 
     def _submit(self, step: int) -> _Pending:
         rows = self._sampler.batch(step)
@@ -237,7 +235,7 @@ class FeatureLoader:
             renders={size: tensors[size] for size in self._sizes},
             features={name: Encoded(self._cache.codec(name), arrays(name)) for name in self._teachers},
             cls_tokens={name: tensors[name, CLS_TOKEN] for name in with_cls},
-            labels={task: tensors[_LABELS, task] for task in self._label_layouts()},
+            labels={task: tensors[_LABELS, task] for task in self._tasks},
             seconds={},
         )
         streamed = None
@@ -258,13 +256,21 @@ class FeatureLoader:
         return _Pending(batch, {"read": reads, "decode": renders})
 
     def _read(self, batch: Batch, teacher: str, part: slice, streamed: _Streamed) -> float:
-        start = time.perf_counter()
+        start, rows, encoded = time.perf_counter(), batch.rows[part], batch.features[teacher]
+        into = Encoded(encoded.codec, {name: tensor[part] for name, tensor in encoded.arrays.items()})
+        tokens = {CLS_TOKEN: batch.cls_tokens[teacher][part]} if teacher in batch.cls_tokens else {}
         try:
-            self._read_features(batch, teacher, part, streamed)
+            if streamed:
+                files = (row[teacher] for row in streamed.result()[part])
+                load_rows(files, {name: array.numpy() for name, array in (into.arrays | tokens).items()})
+            else:
+                self._cache.read(rows, [teacher], out={teacher: into})
+                for name, out in tokens.items():
+                    self._cache.read_tokens(rows, teacher, name, out=out)
         except TeacherCacheError:
             raise
         except Exception as error:  # a thread's own traceback says nothing of what it was at
-            shards = np.unique(batch.rows[part] // self._cache.spec.rows_per_shard).tolist()
+            shards = np.unique(rows // self._cache.spec.rows_per_shard).tolist()
             raise CacheError(
                 f"Features of teacher {teacher} cannot be read.",
                 got=f"{type(error).__name__}: {error}, in shard {', '.join(map(str, shards))}",
@@ -272,18 +278,6 @@ class FeatureLoader:
                 do=f"run: teachercache verify {self._cache.storage.url} --full",
             ) from error
         return time.perf_counter() - start
-
-    def _read_features(self, batch: Batch, teacher: str, part: slice, streamed: _Streamed) -> None:
-        rows, encoded = batch.rows[part], batch.features[teacher]
-        into = Encoded(encoded.codec, {name: tensor[part] for name, tensor in encoded.arrays.items()})
-        tokens = {CLS_TOKEN: batch.cls_tokens[teacher][part]} if teacher in batch.cls_tokens else {}
-        if streamed:
-            files = (row[teacher] for row in streamed.result()[part])
-            load_rows(files, {name: array.numpy() for name, array in (into.arrays | tokens).items()})
-            return
-        self._cache.read(rows, [teacher], out={teacher: into})
-        for name, out in tokens.items():
-            self._cache.read_tokens(rows, teacher, name, out=out)
 
     def _render(self, batch: Batch, i: int, sample: int, line: int, epoch: int, streamed: _Streamed) -> float:
         start = time.perf_counter()

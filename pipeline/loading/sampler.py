@@ -111,9 +111,8 @@ class ShardShuffleSampler:
                 for epoch in np.unique(epochs)
             ]
         )
-        offsets = (
-            samples * 0x9E3779B1 + self._view_offset % 2**31
-        ) >> 15  # multiplicative hash, one a sample
+        # A multiplicative hash: one offset for each sample.
+        offsets = (samples * 0x9E3779B1 + self._view_offset % 2**31) >> 15
         return self.cache.index.rows(samples, (epochs + offsets) % self.cache.num_views)
 
     def epochs(self, step: int) -> Ints:
@@ -138,8 +137,8 @@ class ShardShuffleSampler:
         """The epoch's order of shards, and where each of its windows ends in the stream of samples."""
         order = self._generator(epoch).permutation(self._shard_starts.size)
         sizes = (self._shard_stops - self._shard_starts)[order]
-        last = np.arange(self._window_shards - 1, sizes.size + self._window_shards - 1, self._window_shards)
-        return order, np.cumsum(sizes)[np.minimum(last, sizes.size - 1)]
+        first_shards = np.arange(0, sizes.size, self._window_shards)
+        return order, np.add.reduceat(sizes, first_shards).cumsum()
 
     def _draw_window(self, epoch: int, window: int) -> Ints:
         order = self._epoch_windows(epoch)[0]

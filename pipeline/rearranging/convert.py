@@ -2,8 +2,8 @@
 
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import CacheError
+from teachercache.pipeline.rearranging.new_shards import whole_shards
 from teachercache.pipeline.rearranging.rearrangement import Rearrangement, lay_out
-from teachercache.pipeline.rearranging.whole_shards import whole_shards
 from teachercache.pipeline.records.spec import StoreKind
 
 

@@ -10,8 +10,8 @@ import pyarrow.compute as pc
 
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import CacheMismatchError
+from teachercache.pipeline.rearranging.new_shards import whole_shards
 from teachercache.pipeline.rearranging.rearrangement import Rearrangement, dataset_of, lay_out, with_samples
-from teachercache.pipeline.rearranging.whole_shards import whole_shards
 from teachercache.pipeline.sources.place import Place
 from teachercache.pipeline.sources.several import KIND
 

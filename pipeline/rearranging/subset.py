@@ -12,9 +12,8 @@ from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.codecs.normalisation import LEVEL_TABLES
 from teachercache.pipeline.errors import CacheError
 from teachercache.pipeline.loading.sampler import random_samples
-from teachercache.pipeline.rearranging.packed_shards import packed_shards
+from teachercache.pipeline.rearranging.new_shards import packed_shards, whole_shards
 from teachercache.pipeline.rearranging.rearrangement import Rearrangement, dataset_of, lay_out, with_samples
-from teachercache.pipeline.rearranging.whole_shards import whole_shards
 from teachercache.pipeline.records.rows import Ints, divide_views
 from teachercache.pipeline.records.spec import Segment, TeacherSpec
 from teachercache.pipeline.records.tables import views_hash

@@ -14,15 +14,10 @@ from numpy.typing import NDArray
 OK = "ok"
 _LONGEST_NAME = 4096
 _SHOWN_CHARACTERS = 200
-_UNSAFE = re.compile(
-    r"(?P<path>(?:^|/)\.{0,2}(?:/|$))"
-    r"|(?P<character>[\x00-\x1f\x7f-\x9f\u2028\u2029\\])"
-    r"|(?P<encoding>[\ud800-\udfff])"
-)
-_REASONS = {
-    "path": "it is not a plain relative path",
-    "character": "it has a control character or a backslash",
-    "encoding": "it is not UTF-8",
+_UNSAFE = {
+    "it is not a plain relative path": re.compile(r"(?:^|/)\.{0,2}(?:/|$)"),
+    "it has a control character or a backslash": re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\\]"),
+    "it is not UTF-8": re.compile(r"[\ud800-\udfff]"),
 }
 
 
@@ -30,8 +25,7 @@ def name_problem(name: str) -> str | None:
     """Why `name` can be neither a key nor a path, or None when it can."""
     if len(name) > _LONGEST_NAME:
         return f"unsafe name: it has {len(name):,} characters"
-    unsafe = _UNSAFE.search(name)
-    return f"unsafe name: {_REASONS[str(unsafe.lastgroup)]}" if unsafe else None
+    return next((f"unsafe name: {why}" for why, unsafe in _UNSAFE.items() if unsafe.search(name)), None)
 
 
 def printable(name: str) -> str:

@@ -100,20 +100,19 @@ def _images(sample: list[_Field]) -> list[TarMember]:
 
 def _labels(file: IO[bytes], sample: list[_Field]) -> dict[str, str | None]:
     """The labels of a sample, None for unreadable ones, by their member's name without suffix."""
-    labels, texts = dict[str, str | None](), set[str]()  # the first `.cls` wins, else the first `.json`
-    for _, _, member in sample:
-        name, suffix = splitext(member.name)
-        if suffix.lower() not in (".cls", ".json") or member.problem is not None:
-            continue
-        is_text = suffix.lower() == ".cls"
-        try:
-            label = _label(read_range(file, member.offset, min(member.nbytes, _LONGEST_LABEL_BYTES)), is_text)
-        except (ValueError, RecursionError):
-            labels.setdefault(name, None)
-            continue
-        if label is not None and (labels.get(name) is None or (is_text and name not in texts)):
-            labels[name] = label
-            texts |= {name} if is_text else set()
+    labels = dict[str, str | None]()  # the first `.cls` wins, else the first `.json`
+    for wanted in (".cls", ".json"):
+        for _, _, member in sample:
+            name, suffix = splitext(member.name)
+            if suffix.lower() != wanted or member.problem is not None or labels.get(name) is not None:
+                continue
+            data = read_range(file, member.offset, min(member.nbytes, _LONGEST_LABEL_BYTES))
+            try:
+                label = _label(data, is_text=wanted == ".cls")
+            except (ValueError, RecursionError):
+                labels.setdefault(name, None)
+            else:
+                labels |= {} if label is None else {name: label}
     return labels
 
 

@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from teachercache.pipeline.codecs.normalisation import Normalisation, PhiS, Standardise
+from teachercache.pipeline.codecs.normalisation import Normalisation, PhiS
 from teachercache.pipeline.records.feature_stats import FeatureMoments
 
 if TYPE_CHECKING:
     from teachercache.pipeline.cache import FeatureCache
 
 TargetKind = Literal["raw", "standardised", "phi_s"]
-_KINDS: dict[str, type[Normalisation]] = {"standardised": Standardise, "phi_s": PhiS}
+_KINDS: dict[str, type[Normalisation]] = {"standardised": Normalisation, "phi_s": PhiS}
 _ROWS, _ROWS_AT_ONCE = 256, 8
 
 

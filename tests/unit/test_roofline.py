@@ -30,7 +30,7 @@ from benchmarks.roofline import count_decode
 from teachercache.cache_builder.teachers import resolve_teacher
 from teachercache.cache_builder.teachers.teacher_recipe import TeacherRecipe
 from teachercache.pipeline.codecs.quantizer import ScalarQuantizer
-from teachercache.pipeline.codecs.rings import RingQuantizer, num_ranks
+from teachercache.pipeline.codecs.rings import RingQuantizer, ring_levels
 
 ROOT = Path(__file__).parents[2]
 MEASURED = ("dinov2_small", "vit_small_patch16_224")  # of 12 blocks, each a batch of two views of 112²
@@ -214,7 +214,7 @@ def test_the_search_of_rings_is_counted_by_its_instructions_eager_and_compiled()
     tokens = 16 * 4 * 24 * 24
     roofline = Roofline()
     with fake_gpu() as fake, fake:
-        quantizer = RingQuantizer(on_gpu(num_ranks(4), 2))
+        quantizer = RingQuantizer(on_gpu(*ring_levels(4).shape))
         compiled = fused(quantizer.quantise, [on_gpu(tokens, 1024)])
         with roofline, roofline.stage("all"):
             quantizer.quantise(on_gpu(tokens, 1024))
