@@ -17,7 +17,7 @@ Shapes: R rows, S levels, H×W grid, C channels, N = S·H·W coefficients.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,6 +64,8 @@ class Quantisation:
         return [table[:size] for size in sizes] if self.nested else list(table.split(sizes))
 
 
+_BASES = ("level_basis", "row_basis", "column_basis")
+
 SCALAR = Quantisation(8, gaussian_distortion, gaussian_levels, ScalarQuantizer)
 RINGS = Quantisation(6, ring_distortion, ring_levels, RingQuantizer, nested=True)
 
@@ -82,7 +84,7 @@ class _Coder(Coder):
         self, tables: dict[str, Tensor], bits_SHW: NDArray[np.uint8], quantisation: Quantisation
     ) -> None:
         super().__init__(Hadamard(tables), bits_SHW.shape[1:])
-        self.bases = tables["level_basis"], tables["row_basis"], tables["column_basis"]
+        self.bases = [tables[name] for name in _BASES]
         self.shape_SHW = bits_SHW.shape
         self.groups, start = list[_Group](), 0
         parts, bits_N = quantisation.parts(tables["levels"]), bits_SHW.ravel()
@@ -125,16 +127,14 @@ class _Coder(Coder):
             packed = codes[:, group.code_bytes].unflatten(1, (len(group.positions), -1))
             values = group.quantizer.dequantise(packed, width)
             spectrum_RNC[:, group.positions] = values * scales_RN1[:, group.positions]
-        level_basis, row_basis, column_basis = self.bases
-        bases = level_basis.mT, row_basis.mT, column_basis.mT
-        tokens = _transform(spectrum_RNC.unflatten(1, self.shape_SHW), bases)
+        tokens = _transform(spectrum_RNC.unflatten(1, self.shape_SHW), [basis.mT for basis in self.bases])
         for level in range(self.normalisation.levels):
             scales = token_scales_RSHW[:, level, ..., None].float()
             out[:, level] = self.normalisation.inverse(tokens[:, level], scales, level)
 
 
 class GridDctCodec(CalibratedCodec):
-    table_names = (*Hadamard.table_names, "level_basis", "row_basis", "column_basis", "bits", "levels")
+    table_names = (*Hadamard.table_names, *_BASES, "bits", "levels")
     least_rows = 8  # fewer say too little about the mean squares by which it divides its bits
     trial_rows = 4, 6  # a table has an entry for every place of a map
     whole_bytes = True
@@ -173,10 +173,9 @@ class GridDctCodec(CalibratedCodec):
         budget = _bit_budget(self.bits, power_SHW.numel(), channels)
         power_N = power_SHW.flatten().cpu().numpy()
         bits_SHW = allocate_bits(power_N, budget, self.quantisation).reshape(power_SHW.shape)
-        return normalisation.tables | {
-            "level_basis": bases[0],
-            "row_basis": bases[1],
-            "column_basis": bases[2],
+        return {
+            **normalisation.tables,
+            **dict(zip(_BASES, bases, strict=True)),
             "bits": torch.from_numpy(bits_SHW.astype(np.uint8)),
             "levels": torch.from_numpy(self.quantisation.table()).float(),
         }
@@ -216,7 +215,7 @@ def _dct_basis(size: int) -> Tensor:
     return torch.from_numpy(dct(np.eye(size), axis=0, norm="ortho"))
 
 
-def _transform(tokens_RSHWC: Tensor, bases: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+def _transform(tokens_RSHWC: Tensor, bases: Sequence[Tensor]) -> Tensor:
     """(level ⊗ row ⊗ column) applied to the levels and the grid; with transposed bases, the way back."""
     level_basis, row_basis, column_basis = bases
     shape = tokens_RSHWC.shape

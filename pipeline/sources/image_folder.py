@@ -8,11 +8,9 @@ from functools import partial
 from itertools import islice
 from posixpath import splitext
 
-import pyarrow as pa
-
 from teachercache.pipeline.places.local_storage import LocalStorage
 from teachercache.pipeline.places.retries import retrying
-from teachercache.pipeline.sources.source import SampleRows, Source, file_kind, is_image_name
+from teachercache.pipeline.sources.source import SampleRows, Scanned, Source, file_kind, is_image_name
 
 _FILES_PER_UNIT = 1024
 _REMOTE_FILES_PER_UNIT = 16  # one request each, and the units of a source run side by side
@@ -35,14 +33,14 @@ class ImageFolderSource(Source):
         while unit := list(islice(files, size)):
             yield unit
 
-    def _scan_unit(self, unit: Files) -> pa.Table:
+    def _scan_unit(self, unit: Files) -> Scanned:
         rows = SampleRows()
         for path, nbytes in unit:
             if not _is_sample(path):
                 rows.left_out[file_kind(path)] += 1
                 continue
             rows.add(splitext(path)[0], path, path, 0, nbytes, _label(path), partial(self._read_first, path))
-        return rows.table()
+        return rows.scanned()
 
     def labels(self) -> set[str | None]:
         """From names alone: no file is opened."""

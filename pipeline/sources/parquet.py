@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from teachercache.pipeline.errors import ImageDecodeError, SourceError
 from teachercache.pipeline.places.open_storage import open_storage
 from teachercache.pipeline.sources.keys import printable
-from teachercache.pipeline.sources.source import SampleRows, Source
+from teachercache.pipeline.sources.source import SampleRows, Scanned, Source
 
 _ROWS_PER_BATCH = 256
 _ROW_GROUPS_KEPT = 4
@@ -70,7 +70,7 @@ class ParquetSource(Source):
                 yield _RowGroup(path, group, first_row, num_rows)
                 first_row += num_rows
 
-    def _scan_unit(self, unit: _RowGroup) -> pa.Table:
+    def _scan_unit(self, unit: _RowGroup) -> Scanned:
         rows, row = SampleRows(), unit.first_row
         try:
             with _open(self.place.storage.url, unit.path) as file:
@@ -88,7 +88,7 @@ class ParquetSource(Source):
             last = unit.first_row + unit.num_rows - 1
             lost = f"rows {row:,} to {last:,}" if unit.num_rows else "the Parquet file"
             rows.reject(unit.path, row, 0, f"{lost} cannot be read: {_reason(error)}")
-        return rows.table()
+        return rows.scanned()
 
     def read(self, path: str, offset: int, nbytes: int) -> bytes:
         try:

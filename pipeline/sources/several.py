@@ -9,12 +9,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, Self
 
-import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
 from teachercache.pipeline.errors import SourceError
-from teachercache.pipeline.sources.source import Source
+from teachercache.pipeline.sources.source import Scanned, Source
 
 KIND = "several"
 
@@ -58,13 +57,13 @@ class SeveralSources(Source):
     def _units(self) -> Iterable[Any]:
         return ((name, unit) for name, one in self._sources.items() for unit in one._units())
 
-    def _scan_unit(self, unit: Any) -> pa.Table:
+    def _scan_unit(self, unit: Any) -> Scanned:
         name, own = unit
-        table = self._sources[name]._scan_unit(own)
+        table, left_out = self._sources[name]._scan_unit(own)
         for column in ("key", "path", "qualified_key"):
             named = pc.binary_join_element_wise(f"{name}/", table[column], "")
             table = table.set_column(table.schema.get_field_index(column), table.schema.field(column), named)
-        return table
+        return table, left_out
 
     def _names(self) -> Iterator[str]:
         return chain.from_iterable(one._names() for one in self._sources.values())

@@ -1,6 +1,5 @@
 """What every source offers: a sample table, and random access to the encoded images in it."""
 
-import json
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -33,8 +32,9 @@ _SECONDS_ALONE = 2.0  # the cost of starting processes
 _REMOTE_THREADS = 32
 _UNITS_AHEAD_PER_WORKER = 4
 _NAMES_LOOKED_AT = 10_000
-_LEFT_OUT = b"left_out"  # in the metadata of a unit's rows: JSON of what the unit left out
 _KINDS_NAMED = 8
+
+Scanned = tuple[pa.Table, Counter[str]]  # the rows of a unit, and what it leaves out, by kind
 
 
 class Source(ABC):
@@ -52,8 +52,8 @@ class Source(ABC):
         """Picklable pieces of work, in the order (path, offset) of their rows."""
 
     @abstractmethod
-    def _scan_unit(self, unit: Any) -> pa.Table:
-        """The rows of one unit, `SampleRows.table()`. Runs in another process or thread."""
+    def _scan_unit(self, unit: Any) -> Scanned:
+        """`SampleRows.scanned()` of one unit. Runs in another process or thread."""
 
     @property
     def _is_local(self) -> bool:
@@ -91,10 +91,10 @@ class Source(ABC):
         """
         tables = []
         try:
-            for table in self._scan_units(workers):
+            for table, left_out_of_unit in self._scan_units(workers):
                 tables.append(table)
                 if left_out is not None:
-                    left_out.update(json.loads((table.schema.metadata or {}).get(_LEFT_OUT, b"{}")))
+                    left_out.update(left_out_of_unit)
                 if progress is not None:
                     progress(table.num_rows)
             if left_out is not None:
@@ -143,7 +143,7 @@ class Source(ABC):
         """What these (offset, nbytes) of a file hold now, in order, as far as long reads serve and give."""
         return iter(())
 
-    def _scan_units(self, workers: int) -> Iterator[pa.Table]:
+    def _scan_units(self, workers: int) -> Iterator[Scanned]:
         units = iter(self._units())
         pool: Executor
         if self._is_local:
@@ -246,9 +246,8 @@ class SampleRows:
         ]
         return len(labels.keys() & set(keys))
 
-    def table(self) -> pa.Table:
-        left_out = {_LEFT_OUT: json.dumps(counts)} if (counts := +self.left_out) else None
-        return pa.table(self._columns, schema=_UNIT_SCHEMA.with_metadata(left_out))
+    def scanned(self) -> Scanned:
+        return pa.table(self._columns, schema=_UNIT_SCHEMA), +self.left_out
 
     def _append(self, *values: object) -> None:
         for column, value in zip(self._columns.values(), values, strict=True):

@@ -12,11 +12,9 @@ from posixpath import basename, dirname, normpath, splitext
 from posixpath import join as join_path
 from typing import IO, Any, NamedTuple, Self
 
-import pyarrow as pa
-
 from teachercache.pipeline.errors import SourceError
 from teachercache.pipeline.sources.keys import printable
-from teachercache.pipeline.sources.source import SampleRows, Source, file_kind, is_image_name
+from teachercache.pipeline.sources.source import SampleRows, Scanned, Source, file_kind, is_image_name
 
 _PLAIN_KINDS = (tarfile.REGTYPE, tarfile.XHDTYPE)
 _LONGEST_CHAIN = 40  # of links to links, as in Linux
@@ -189,7 +187,7 @@ class ILSVRCSource(TarSource):
     kind = "ilsvrc"
 
     def _units(self) -> Iterator[tuple[str, TarMember]]:
-        """(path, member) of outer tars: usually a class, else a `problem`."""
+        """(path, member) of outer tars, usually a class."""
         for path, nbytes in self._containers():
             with self.place.storage.open_read(path) as file:
                 for member in tar_members(file, 0, nbytes):
@@ -200,32 +198,27 @@ class ILSVRCSource(TarSource):
                             expected="one tar for each class, as in ILSVRC2012_img_train.tar",
                             do="give the path of that tar alone, or set kind: webdataset for a flat one",
                         )
-                    if member.problem is None or _is_class_tar(member.name):
-                        yield path, member._replace(problem=None)
-                    if member.problem is not None:
-                        yield path, member
+                    yield path, member
 
-    def _scan_unit(self, unit: tuple[str, TarMember]) -> pa.Table:
-        path, (name, start, nbytes, problem) = unit
-        rows = SampleRows()
-        if problem is not None:
-            rows.reject(path, start, nbytes, problem, name)
-            return rows.table()
-        if not _is_class_tar(name):
-            rows.left_out[file_kind(name)] += 1
-            return rows.table()
-        wnid = splitext(basename(name))[0]
-        with self.place.storage.open_read(path) as file:
-            for member in tar_members(file, start, start + nbytes, rows.left_out):
-                key = splitext(member.name)[0]
-                if member.problem is not None:
-                    rows.reject(path, member.offset, member.nbytes, member.problem, key)
-                elif is_image_name(member.name):
-                    read_first = partial(read_range, file, member.offset)
-                    rows.add(key, f"{wnid}/{key}", path, member.offset, member.nbytes, wnid, read_first)
-                else:
-                    rows.left_out[file_kind(member.name)] += 1
-        return rows.table()
+    def _scan_unit(self, unit: tuple[str, TarMember]) -> Scanned:
+        path, outer = unit
+        rows, wnid = SampleRows(), splitext(basename(outer.name))[0]
+        if _is_class_tar(outer.name):
+            with self.place.storage.open_read(path) as file:
+                for member in tar_members(file, outer.offset, outer.offset + outer.nbytes, rows.left_out):
+                    key = splitext(member.name)[0]
+                    if member.problem is not None:
+                        rows.reject(path, member.offset, member.nbytes, member.problem, key)
+                    elif is_image_name(member.name):
+                        read_first = partial(read_range, file, member.offset)
+                        rows.add(key, f"{wnid}/{key}", path, member.offset, member.nbytes, wnid, read_first)
+                    else:
+                        rows.left_out[file_kind(member.name)] += 1
+        elif outer.problem is None:
+            rows.left_out[file_kind(outer.name)] += 1
+        if outer.problem is not None:
+            rows.reject(path, outer.offset, outer.nbytes, outer.problem, outer.name)
+        return rows.scanned()
 
 
 def _is_class_tar(name: str) -> bool:

@@ -9,13 +9,12 @@ from operator import attrgetter
 from posixpath import splitext
 from typing import IO, NamedTuple
 
-import pyarrow as pa
-
 from teachercache.pipeline.sources.keys import printable
 from teachercache.pipeline.sources.source import (
     IMAGE_SUFFIXES,
     PHOTO_SUFFIXES,
     SampleRows,
+    Scanned,
     file_kind,
     is_image_name,
 )
@@ -49,7 +48,7 @@ class WebDatasetSource(TarSource):
     def _units(self) -> Iterator[tuple[str, int]]:
         return self._containers()
 
-    def _scan_unit(self, unit: tuple[str, int]) -> pa.Table:
+    def _scan_unit(self, unit: tuple[str, int]) -> Scanned:
         path, tar_nbytes = unit
         rows, stray_labels = SampleRows(), dict[str, str | None]()
         with self.place.storage.open_read(path) as file:
@@ -75,7 +74,7 @@ class WebDatasetSource(TarSource):
                     elif not images and splitext(name)[0] not in labels:
                         rows.left_out[file_kind(name)] += 1
         rows.left_out["label without an image"] += len(stray_labels) - rows.label(stray_labels)
-        return rows.table()
+        return rows.scanned()
 
 
 def _fields(members: Iterable[TarMember], rows: SampleRows) -> Iterator[_Field]:
