@@ -70,18 +70,19 @@ def tar_members(
     the zero block that ends every tar counts as cut. The caller may read from `file` between items.
     """
     entries: dict[str, list[TarMember | _Link]] = {}
+    left_out = Counter() if left_out is None else left_out
     for entry in _entries(file, start, end, left_out):
         if isinstance(entry, TarMember):
             yield entry
             continue
         if not entries:
-            for other in _entries(file, start, end):
+            for other in _entries(file, start, end, Counter()):
                 entries.setdefault(other.name, []).append(other)
         if entry.is_hard and entry.target == entry.name:
             continue  # GNU tar's second mention of one file
         if (target := _follow(entry, entries)) is not None:
             yield TarMember(entry.name, target.offset, target.nbytes)
-        elif left_out is not None:
+        else:
             left_out["link that leads to no file"] += 1
 
 
@@ -98,9 +99,7 @@ def _follow(entry: TarMember | _Link, entries: dict[str, list[TarMember | _Link]
     return None
 
 
-def _entries(
-    file: IO[bytes], start: int, end: int, left_out: Counter[str] | None = None
-) -> Iterator[TarMember | _Link]:
+def _entries(file: IO[bytes], start: int, end: int, left_out: Counter[str]) -> Iterator[TarMember | _Link]:
     position = start
     file.seek(start)
     try:
@@ -116,8 +115,7 @@ def _entries(
             elif info.issym():
                 yield _Link(name, info.offset, normpath(join_path(dirname(name), info.linkname)), False)
             elif info.issparse():
-                if left_out is not None:
-                    left_out["sparse file"] += 1
+                left_out["sparse file"] += 1
             elif info.isreg():
                 if stop > end:
                     problem = f"the tar is cut: this member ends at byte {stop:,}, the tar at {end:,}"

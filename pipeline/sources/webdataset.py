@@ -5,7 +5,6 @@ import re
 from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import groupby
-from operator import attrgetter
 from posixpath import splitext
 from typing import IO, NamedTuple
 
@@ -53,7 +52,7 @@ class WebDatasetSource(TarSource):
         rows, stray_labels = SampleRows(), dict[str, str | None]()
         with self.place.storage.open_read(path) as file:
             members = tar_members(file, 0, tar_nbytes, rows.left_out)
-            for key, group in groupby(_fields(members, rows), attrgetter("key")):
+            for key, group in groupby(_fields(members, rows), lambda field: field.key):
                 sample = list(group)
                 labels, images = _labels(file, sample), _images(sample)
                 for name, offset, nbytes, _ in images:
