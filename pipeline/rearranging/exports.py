@@ -33,8 +33,8 @@ _SPLITS = ("train", "val", "test")
 
 
 def export_lines(cache: FeatureCache, out: str, form: Literal["parquet", "lance"], level: int = -1) -> int:
-    """Write all lines, or nothing; returns their number. Raises `MissingExtraError` without pylance, and
-    `CacheError` for a level that is not stored."""
+    """Write a line for each view, all or none; returns their number. Raises `MissingExtraError` without
+    pylance, and `CacheError` for a level that is not stored."""
     rows = _rows(cache, level)
     starts = range(0, len(rows), _LINES_AT_ONCE)
     parts = (_lines(cache, rows[at : at + _LINES_AT_ONCE], level) for at in starts)
@@ -61,7 +61,7 @@ def export_theia(
     samples_per_shard: int = 1000,
     progress: Callable[[int], None] = lambda _: None,
 ) -> int:
-    """Write the data set; returns its number of samples. Existing tars are kept: they are complete.
+    """Write a split for Theia; returns its number of samples. Existing tars are kept: they are complete.
 
     `level` counts the stored levels of each teacher, -1 is the last. `progress` is called with the number
     of samples of each finished column of a tar. Raises `CacheError` for a level that is not stored and for
