@@ -8,13 +8,13 @@ from typer.main import get_command
 
 from teachercache.jobs.cli import (
     building,
-    decoders,
     inspection,
     integrity,
     listing,
     rearranging,
     sharing,
     students,
+    training,
     zero_shot,
 )
 from teachercache.jobs.launch import run
@@ -32,11 +32,11 @@ VERBS = {
     "Build a cache": (building.plan, building.build, building.submit, building.calibrate),
     "Check and mend a cache": (integrity.verify, integrity.repair),
     "Look at a cache": (inspection.inspect, inspection.report, inspection.view, inspection.norms),
-    "Train a student": (students.train, students.remove_teacher, students.import_reference),
-    "Train what uses its features": (decoders.train_decoders,),
+    "Train a student": (training.train, students.remove_teacher, students.import_reference),
+    "Train what uses its features": (training.train_decoders,),
     "Measure a student": (
         *(students.evaluate, students.repsim, students.probe, students.depth_probe, students.figure),
-        inspection.gap,
+        students.gap,
     ),
     "Rearrange caches": (rearranging.merge, rearranging.subset, rearranging.convert),
     "Share on the Hugging Face Hub": (sharing.push, sharing.push_cache, sharing.pull),

@@ -1,11 +1,12 @@
-"""Verbs that show: inspect, report, view, norms and gap."""
+"""Verbs that show: inspect, report, view and norms."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from teachercache.jobs.cli.terminal import CacheArgument, Images, Json, StudentArgument, console, print_json
+import teachercache
+from teachercache.jobs.cli.terminal import CacheArgument, Images, Json, StudentOption, console, print_json
 
 _MAX_INDEX = 2**63 - 1
 
@@ -59,9 +60,8 @@ def inspect(
         console.print(details_table(content) if asked else summary_table(content))
     if pictures is not None:
         from teachercache.jobs.inspection.pictures import pca_maps
-        from teachercache.pipeline.cache import FeatureCache
 
-        pca_maps(FeatureCache.open(cache, images), pictures, num_samples=samples)
+        pca_maps(teachercache.FeatureCache.open(cache, images), pictures, num_samples=samples)
         console.print(f"PCA maps: {pictures}")
 
 
@@ -77,21 +77,17 @@ def report(
     Example: `teachercache report /data/cache -o report.html --samples 24`
     """
     from teachercache.jobs.inspection.report import write_report
-    from teachercache.pipeline.cache import FeatureCache
 
+    opened = teachercache.FeatureCache.open(cache, images)
     with console.status("") as status:
-        html = write_report(
-            FeatureCache.open(cache, images), num_samples=samples, seed=seed, progress=status.update
-        )
+        html = write_report(opened, num_samples=samples, seed=seed, progress=status.update)
     output.write_text(html)
     console.print(f"{output} ({len(html.encode()) / 1e6:.1f} MB)")
 
 
 def view(
     cache: CacheArgument,
-    student: Annotated[
-        str | None, typer.Option(help="Compare with this student: a folder that `train` wrote (…/student).")
-    ] = None,
+    student: StudentOption = None,
     images: Images = None,
     server_name: Annotated[
         str, typer.Option(help="Address to listen on; 0.0.0.0 lets in everyone who can reach this machine.")
@@ -105,12 +101,10 @@ def view(
     Example: `teachercache view /data/cache --student runs/base/student`
     """
     from teachercache.jobs.inspection.viewer import serve
-    from teachercache.pipeline.cache import FeatureCache
-    from teachercache.student.build import load_student
 
     serve(
-        FeatureCache.open(cache, images),
-        student=load_student(student) if student else None,
+        teachercache.FeatureCache.open(cache, images),
+        student=teachercache.load_student(student) if student else None,
         server_name=server_name,
         port=port,
         on_ready=lambda url: console.print(f"{url} (Ctrl-C ends it)"),
@@ -121,9 +115,7 @@ def norms(
     cache: CacheArgument,
     first: Annotated[str, typer.Argument(metavar="KEY", help="A sample.")],
     second: Annotated[str, typer.Argument(metavar="KEY", help="Another, such as the same scene, changed.")],
-    student: Annotated[
-        str | None, typer.Option(help="Show this student too: a folder that `train` wrote (…/student).")
-    ] = None,
+    student: StudentOption = None,
     level: Annotated[int, typer.Option(help="Counted from 0; -1 is the last.")] = -1,
     output: Annotated[Path, typer.Option("-o", "--output", help="The PNG to write.")] = Path("norms.png"),
     images: Images = None,
@@ -132,40 +124,9 @@ def norms(
 
     Example: `teachercache norms /data/pair cats dogs --student runs/base/student -o norms.png`
     """
-    from teachercache.pipeline.cache import FeatureCache
-    from teachercache.student.build import load_student
     from teachercache.student.measuring.figures import norm_figure
 
-    opened = FeatureCache.open(cache, images)
-    loaded = load_student(student) if student else None
+    opened = teachercache.FeatureCache.open(cache, images)
+    loaded = teachercache.load_student(student) if student else None
     norm_figure(opened, (first, second), loaded, level).savefig(output)
     console.print(f"{output}")
-
-
-def gap(
-    student: StudentArgument,
-    caches: Annotated[list[str], typer.Argument(metavar="CACHE…", help="Of its teachers; several, or one.")],
-    max_samples: Annotated[int | None, typer.Option(min=1, help="Samples to measure on; all.")] = None,
-    as_json: Json = False,
-) -> None:
-    """The gap between teachers: standard deviations in their own spaces and in a KPU's shared one.
-
-    Example: `teachercache gap runs/kpu_base/student /data/clip_of_val /data/gdino_of_val`
-    """
-    from teachercache.jobs.inspection.tables import columns_table
-    from teachercache.pipeline.cache import FeatureCache
-    from teachercache.student.build import load_student
-    from teachercache.student.measuring.gap import Spread, largest_ratio, teacher_gap
-
-    loaded, found = load_student(student), dict[str, Spread]()
-    for cache in caches:
-        found |= teacher_gap(loaded, FeatureCache.open(cache), max_samples=max_samples)
-    found |= {"largest / smallest": largest_ratio(found)}
-    if as_json:
-        print_json({name: spread._asdict() for name, spread in found.items()})
-    else:
-        columns = {
-            name: {"own space": f"{spread.own:.4g}", "shared space": f"{spread.shared:.4g}"}
-            for name, spread in found.items()
-        }
-        console.print(columns_table("standard deviation", columns))

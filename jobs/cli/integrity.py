@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+import teachercache
 from teachercache.jobs.cli.terminal import CacheArgument, Images, Overrides, console, counting
 from teachercache.jobs.launch import EXIT_FAILED
-
-if TYPE_CHECKING:
-    from teachercache.pipeline.cache import FeatureCache
 
 
 def verify(
@@ -33,7 +31,6 @@ def verify(
     Example: `teachercache verify /data/cache --full --against-teacher 32`
     """
     from teachercache.cache_builder.build_recipe import MovedRecipe
-    from teachercache.pipeline.cache import FeatureCache
     from teachercache.pipeline.errors import RecipeError
     from teachercache.pipeline.recipe_files import load_overrides
     from teachercache.pipeline.verify import strays
@@ -47,7 +44,7 @@ def verify(
             expected="--against-teacher N as well",
             do="add --against-teacher, or leave the overrides out",
         )
-    opened = FeatureCache.open(cache, images)
+    opened = teachercache.FeatureCache.open(cache, images)
     names = opened.spec.teachers_and_images
     shards = sum(len(opened.manifest.committed_shards(name)) for name in names)
     with counting("verifying", shards) as step:
@@ -70,7 +67,7 @@ def verify(
         raise typer.Exit(EXIT_FAILED)
 
 
-def _against_teacher(cache: FeatureCache, num_rows: int, checkpoints: Mapping[str, str]) -> bool:
+def _against_teacher(cache: teachercache.FeatureCache, num_rows: int, checkpoints: Mapping[str, str]) -> bool:
     import torch
 
     from teachercache.cache_builder.against_teacher import compare_with_teachers
@@ -103,11 +100,10 @@ def repair(cache: CacheArgument, overrides: Overrides = None, images: Images = N
     """
     from teachercache.cache_builder.build_recipe import RepairRecipe
     from teachercache.cache_builder.repair import repair as repair_cache
-    from teachercache.pipeline.cache import FeatureCache
     from teachercache.pipeline.recipe_files import load_overrides
 
     recipe = load_overrides(RepairRecipe, overrides or [], "runner of this repair")
-    opened = FeatureCache.open(cache, images)
+    opened = teachercache.FeatureCache.open(cache, images)
     shards = sum(len(opened.manifest.committed_shards(name)) for name in opened.spec.teachers_and_images)
     with counting("verifying", shards) as step:
         repaired = repair_cache(opened, recipe, step, recipe.checkpoints)

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+import teachercache
 from teachercache.jobs.cli.terminal import CacheArgument, Images, console, counting
 
 if TYPE_CHECKING:
-    from teachercache.pipeline.cache import FeatureCache
     from teachercache.pipeline.rearranging.rearrangement import Rearrangement
 
 Output = Annotated[str, typer.Option("-o", "--output", metavar="PLACE", help="A folder or URL.")]
@@ -83,7 +83,6 @@ def convert(
 
     Example: `teachercache convert /data/cache -o /data/tars --to webdataset`
     """
-    from teachercache.pipeline.cache import FeatureCache
     from teachercache.pipeline.errors import RecipeError
     from teachercache.pipeline.rearranging.convert import convert as convert_cache
     from teachercache.pipeline.rearranging.exports import export_lines, export_theia
@@ -91,14 +90,14 @@ def convert(
     if to in ("webdataset", "zarr"):
         _rearrange(convert_cache(cache, output, to), "converting")  # type: ignore[arg-type]
     elif to == "theia":
-        opened = FeatureCache.open(cache, images)
+        opened = teachercache.FeatureCache.open(cache, images)
         total = opened.valid_samples().size * opened.num_views * (len(opened.teachers) + 1)
         with counting("exporting", total) as step:
             count = export_theia(opened, output, dataset=dataset, split=split, level=level, progress=step)
         console.print(f"{output}/{dataset}: {count} samples of {', '.join(opened.teachers)}")
     elif to in ("parquet", "lance"):
         with console.status("exporting"):
-            count = export_lines(FeatureCache.open(cache), output, to, level)  # type: ignore[arg-type]
+            count = export_lines(teachercache.FeatureCache.open(cache), output, to, level)  # type: ignore[arg-type]
         console.print(f"{output}: {count} lines")
     else:
         forms = "webdataset, zarr, theia, parquet or lance"
@@ -113,6 +112,6 @@ def _rearrange(steps: Rearrangement, doing: str) -> None:
     )
 
 
-def fill(steps: Rearrangement, doing: str = "laying out") -> FeatureCache:
+def fill(steps: Rearrangement, doing: str = "laying out") -> teachercache.FeatureCache:
     with counting(doing, len(steps.steps)) as step:
         return steps.run(step)

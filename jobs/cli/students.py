@@ -3,66 +3,24 @@
 import dataclasses
 import os
 import shlex
-import signal
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
+import teachercache
 from teachercache.jobs.cli.terminal import (
     CacheArgument,
-    DryRun,
-    Gpu,
     Images,
     Json,
-    Overrides,
-    Processes,
-    RecipeArgument,
     StudentArgument,
-    Tflops,
+    StudentOption,
     console,
     print_json,
     print_result,
 )
 from teachercache.jobs.launch import EXIT_FAILED
-
-
-def train(
-    recipe: RecipeArgument,
-    overrides: Overrides = None,
-    dry_run: DryRun = False,
-    processes: Processes = 1,
-    samples: Annotated[
-        int | None, typer.Option(min=1, help="Of a dry run: images of a cache that is yet to be built.")
-    ] = None,
-    gpu: Gpu = "h100",
-    tflops_per_gpu: Tflops = None,
-    costs: Annotated[
-        bool, typer.Option("--costs", help="Of a dry run: what teachers and student cost (SAK, Table 21).")
-    ] = False,
-) -> None:
-    """Train a student in this one process; use `accelerate launch jobs/train_student.py` for several.
-
-    Example: `teachercache train sak_stage1_base cache=/data/cache output=runs/base`
-    """
-    from teachercache.jobs.recipes import find_recipe
-    from teachercache.student.training.train_recipe import TrainRecipe
-
-    checked = find_recipe(TrainRecipe, recipe, overrides or [])
-    if dry_run:
-        from teachercache.jobs.train_dry_run import costs_table, plan_training, sustained, train_plan_table
-
-        rate = tflops_per_gpu or sustained(gpu)
-        plan = plan_training(checked, processes=processes, tflops_per_gpu=rate, num_samples=samples)
-        console.print(train_plan_table(checked, plan))
-        if costs:
-            console.print(costs_table(checked, plan))
-        return
-    from teachercache.student.training.train import train as train_student
-
-    if train_student(checked).interrupted:
-        raise typer.Exit(128 + signal.SIGTERM)
 
 
 def evaluate(
@@ -104,8 +62,6 @@ def evaluate(
     Example: `teachercache evaluate runs/stage2/student nyud /data/NYUDv2 -o runs/stage2/scores`
     Example: `teachercache evaluate runs/decoders/decoders coco /data/coco --paper kpu --table 2`
     """
-    from teachercache.pipeline.cache import FeatureCache
-    from teachercache.student.build import load_student
     from teachercache.student.datasets import open_dataset
     from teachercache.student.decoders.model import require_paper
     from teachercache.student.measuring.decoder_scores import evaluate_decoders
@@ -116,14 +72,14 @@ def evaluate(
     if are_decoders and (output or boundary_processes or baseline):
         raise typer.BadParameter("-o, --boundary-processes and --baseline are of students, not of decoders")
     opened = open_dataset(dataset, root, split)
-    images = FeatureCache.open(cache) if cache else None
+    images = teachercache.FeatureCache.open(cache) if cache else None
     scores: Any
     if are_decoders:
         scores, told = evaluate_decoders(student, opened, table, images, max_images, batch_size, threads)
     else:
         single = read_baseline(baseline or [], opened.name)
         found = evaluate_student(
-            load_student(student),
+            teachercache.load_student(student),
             opened,
             name=student,
             output=output,
@@ -158,13 +114,11 @@ def repsim(
     Example: `teachercache repsim runs/base/student /data/cache --max-samples 50000`
     """
     from teachercache.jobs.inspection.tables import similarity_table
-    from teachercache.pipeline.cache import FeatureCache
-    from teachercache.student.build import load_student
     from teachercache.student.similarity import representation_similarity
 
     found = representation_similarity(
-        load_student(student),
-        FeatureCache.open(cache, images),
+        teachercache.load_student(student),
+        teachercache.FeatureCache.open(cache, images),
         [name.strip() for name in teachers.split(",")] if teachers else None,
         stem=stem,
         max_samples=max_samples,
@@ -173,12 +127,35 @@ def repsim(
     print_result(record, similarity_table(found), as_json)
 
 
+def gap(
+    student: StudentArgument,
+    caches: Annotated[list[str], typer.Argument(metavar="CACHE…", help="Of its teachers; several, or one.")],
+    max_samples: Annotated[int | None, typer.Option(min=1, help="Samples to measure on; all.")] = None,
+    as_json: Json = False,
+) -> None:
+    """The gap between teachers: standard deviations in their own spaces and in a KPU's shared one.
+
+    Example: `teachercache gap runs/kpu_base/student /data/clip_of_val /data/gdino_of_val`
+    """
+    from teachercache.jobs.inspection.tables import columns_table
+    from teachercache.student.measuring.gap import Spread, largest_ratio, teacher_gap
+
+    loaded, found = teachercache.load_student(student), dict[str, Spread]()
+    for cache in caches:
+        found |= teacher_gap(loaded, teachercache.FeatureCache.open(cache), max_samples=max_samples)
+    found |= {"largest / smallest": largest_ratio(found)}
+    columns = {
+        name: {"own space": f"{spread.own:.4g}", "shared space": f"{spread.shared:.4g}"}
+        for name, spread in found.items()
+    }
+    record = {name: spread._asdict() for name, spread in found.items()}
+    print_result(record, columns_table("standard deviation", columns), as_json)
+
+
 def probe(
     train: Annotated[str, typer.Argument(metavar="TRAIN", help="Caches, or with --student labelled images.")],
     test: Annotated[str, typer.Argument(metavar="TEST", help="The same, of the images to measure on.")],
-    student: Annotated[
-        str | None, typer.Option(help="Probe this student: a folder that `train` wrote (…/student).")
-    ] = None,
+    student: StudentOption = None,
     teachers: Annotated[str, typer.Option(help="Teachers of the caches, separated by commas; or all.")] = "",
     tokens: Annotated[
         Literal["cls", "mean"] | None, typer.Option(help="Of a teacher: these alone instead of both.")
@@ -195,9 +172,7 @@ def probe(
 
     Example: `teachercache probe /data/train /data/val --student runs/base/student --size 224`
     """
-    from teachercache.pipeline.cache import FeatureCache
     from teachercache.pipeline.sources import open_source
-    from teachercache.student.build import load_student
     from teachercache.student.measuring.evaluate import process_state
     from teachercache.student.measuring.image_features import (
         CachedTeacherFeatures,
@@ -212,7 +187,7 @@ def probe(
     with console.status("") if is_first else nullcontext() as status:
         tell = status.update if status else None
         if student:
-            loaded = load_student(student).to(device)
+            loaded = teachercache.load_student(student).to(device)
             square = (size, size) if size else None
             images = [
                 StudentFeatures(loaded, open_source(place), square, batch_size, threads)
@@ -221,7 +196,7 @@ def probe(
             require_other_images(*(one.images for one in images))
             found.append(linear_probe(*images, name=student, progress=tell))
         else:
-            caches = FeatureCache.open(train), FeatureCache.open(test)
+            caches = teachercache.FeatureCache.open(train), teachercache.FeatureCache.open(test)
             names = [name.strip() for name in teachers.split(",")] if teachers else caches[0].teachers
             for name in names:
                 one, other = (
@@ -256,7 +231,6 @@ def depth_probe(
 
     Example: `teachercache depth-probe runs/base/student nyud /data/NYUDv2 --expert dinov2`
     """
-    from teachercache.student.build import load_student
     from teachercache.student.datasets import open_dataset
     from teachercache.student.measuring.depth_probe import FrozenMaps, depth_table
     from teachercache.student.measuring.depth_probe import depth_probe as probe_depth
@@ -264,7 +238,7 @@ def depth_probe(
 
     train, test = (open_dataset(dataset, root, split) for split in ("train", "val"))
     loaded = (
-        load_student(source)
+        teachercache.load_student(source)
         if Path(source).is_dir()
         else Stem(source, size, pretrained=not random_weights, sak_compat=True)
     )
@@ -352,12 +326,11 @@ def import_reference(
 
     Example: `teachercache import-reference checkpoint.pth -o runs/authors/student --size 448 576`
     """
-    from teachercache.student.build import build_student
     from teachercache.student.sak.model import SAK
     from teachercache.student.sak.reference import load_reference, read_reference, reference_arguments
 
     tensors = read_reference(checkpoint)
-    student = build_student("sak", **reference_arguments(tensors, size))
+    student = teachercache.build_student("sak", **reference_arguments(tensors, size))
     assert isinstance(student, SAK)
     unmatched = load_reference(student, tensors)
     student.save_pretrained(output)

@@ -27,10 +27,10 @@ Images = Annotated[
 StudentArgument = Annotated[
     str, typer.Argument(metavar="STUDENT", help="A folder that `train` wrote (…/student).")
 ]
-DryRun = Annotated[bool, typer.Option(help="Print steps, hours, reads or problems, and stop.")]
-Processes = Annotated[int, typer.Option(min=1, help="Of a dry run: GPUs to plan for.")]
-Gpu = Annotated[str, typer.Option(help="Of a dry run: the kind of GPU.")]
-Tflops = Annotated[float | None, typer.Option(min=0.001, help="What it sustains, if known.")]
+StudentOption = Annotated[
+    str | None,
+    typer.Option("--student", help="A student to look at: a folder that `train` wrote (…/student)."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+import teachercache
 from teachercache.jobs.cli.terminal import Json, StudentArgument, print_result
 
 if TYPE_CHECKING:
@@ -103,10 +104,9 @@ def detect(
 
 
 def _load(student: str) -> Student:
-    from teachercache.student.build import load_student
     from teachercache.student.measuring.evaluate import process_state
 
-    return load_student(student).to(process_state().device)
+    return teachercache.load_student(student).to(process_state().device)
 
 
 def _title(student: str, teachers: list[str]) -> str:
@@ -129,9 +129,8 @@ def _require_weights(cache: str | None, teachers: list[str], whole: Clip | str) 
     from transformers.utils import cached_file
 
     from teachercache.cache_builder.teachers import build_teacher
-    from teachercache.pipeline.cache import FeatureCache
 
-    opened = FeatureCache.open(cache)
+    opened = teachercache.FeatureCache.open(cache)
     with TemporaryDirectory() as folder:
         file: str | None = f"{folder}/vision.safetensors"
         if not isinstance(whole, str):
