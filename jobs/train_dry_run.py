@@ -34,9 +34,9 @@ def plan_training(
     """
     recipe = recipe.on(processes)
     samples = round(recipe.fraction * (1 - recipe.held_out) * num_samples) if num_samples else None
-    opened = [(one, *_cache(one)) for one in recipe.each]
     parts = [
-        preflight(one, spec, cache, processes=processes, num_samples=samples) for one, cache, spec in opened
+        preflight(one, spec, cache, processes=processes, num_samples=samples)
+        for one, (cache, spec) in zip(recipe.each, map(_cache, recipe.each), strict=True)
     ]
     whole = joined(recipe, parts)
     whole.require(print)

@@ -12,7 +12,6 @@ from teachercache.jobs.cli import (
     integrity,
     listing,
     rearranging,
-    sharing,
     students,
     training,
     zero_shot,
@@ -39,7 +38,7 @@ VERBS = {
         students.gap,
     ),
     "Rearrange caches": (rearranging.merge, rearranging.subset, rearranging.convert),
-    "Share on the Hugging Face Hub": (sharing.push, sharing.push_cache, sharing.pull),
+    "Share on the Hugging Face Hub": (rearranging.push, rearranging.push_cache, rearranging.pull),
     "What there is": (
         *(listing.recipes, listing.presets, listing.codecs, listing.help_keys),
         *(students.datasets,),

@@ -6,7 +6,6 @@ import inspect
 import math
 import types
 from collections.abc import Iterator
-from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
@@ -19,14 +18,6 @@ from teachercache.jobs.cli.terminal import console
 if TYPE_CHECKING:
     from pydantic import BaseModel
     from pydantic.fields import FieldInfo
-
-
-class Kind(StrEnum):
-    """What a recipe states."""
-
-    BUILD = "build"
-    TRAIN = "train"
-    TRAIN_DECODERS = "train-decoders"
 
 
 def recipes() -> None:
@@ -78,7 +69,7 @@ def codecs() -> None:
 
 
 def help_keys(
-    kind: Annotated[Kind, typer.Argument(help="Of which recipe.")],
+    kind: Annotated[Literal["build", "train", "train-decoders"], typer.Argument(help="Of which recipe.")],
     part: Annotated[str, typer.Argument(metavar="[KEY]", help="Only this key and those below it.")] = "",
 ) -> None:
     """Every key of a recipe, with its type, its default and what it means.
@@ -90,11 +81,8 @@ def help_keys(
     from teachercache.student.training.decoder_recipe import DecoderRecipe
     from teachercache.student.training.train_recipe import TrainRecipe
 
-    models: dict[Kind, type[BaseModel]] = {
-        Kind.BUILD: BuildRecipe,
-        Kind.TRAIN: TrainRecipe,
-        Kind.TRAIN_DECODERS: DecoderRecipe,
-    }
+    models: dict[str, type[BaseModel]]
+    models = {"build": BuildRecipe, "train": TrainRecipe, "train-decoders": DecoderRecipe}
     rooms = [
         (path, room, [(f"{path}.{name}".lstrip("."), field) for name, field in room.model_fields.items()])
         for path, room in _rooms(models[kind])
@@ -105,7 +93,7 @@ def help_keys(
     for path, room, keys in rooms:
         is_shown = f"{path}.".startswith(part and f"{part}.")
         if is_shown:
-            console.print(f"\n{path or f'A recipe for {kind.value}'}", style="bold")
+            console.print(f"\n{path or f'A recipe for {kind}'}", style="bold")
             console.print(inspect.cleandoc(room.__doc__ or ""))
         for key, field in keys if is_shown else [one for one in keys if one[0] == part]:
             console.print(Text.assemble((key, "bold"), "  ", _type(field.annotation), _default(field)))
@@ -140,21 +128,21 @@ def _sentence(field: FieldInfo) -> str:
 
 def _type(annotation: Any) -> str:
     """As one would write it in a recipe."""
-    if get_origin(annotation) is Annotated:
-        return _type(get_args(annotation)[0])
-    if get_origin(annotation) is Literal:
-        return " | ".join(map(str, get_args(annotation)))
-    if get_origin(annotation) in (Union, types.UnionType):
-        return " | ".join(dict.fromkeys(map(_type, get_args(annotation))))
+    origin, parts = get_origin(annotation), [part for part in get_args(annotation) if part is not ...]
+    if origin is Annotated:
+        return _type(parts[0])
+    if origin is dict:
+        return f"NAME: {_type(parts[1])}"
+    if parts:
+        words = dict.fromkeys(map(str if origin is Literal else _type, parts))
+        return (
+            " | ".join(words)
+            if origin in (Literal, Union, types.UnionType)
+            else f"list of {', '.join(words)}"
+        )
     if annotation is type(None):
         return "null"
-    if isinstance(annotation, type) and list(_models(annotation)):
-        return "keys below"
-    if get_origin(annotation) is dict:
-        return f"NAME: {_type(get_args(annotation)[1])}"
-    if parts := [_type(part) for part in get_args(annotation) if part is not ...]:
-        return f"list of {', '.join(dict.fromkeys(parts))}"
-    return getattr(annotation, "__name__", str(annotation))
+    return "keys below" if list(_models(annotation)) else getattr(annotation, "__name__", str(annotation))
 
 
 def _default(field: FieldInfo) -> str:

@@ -183,29 +183,26 @@ def probe(
     from teachercache.student.measuring.linear_probe import linear_probe, probe_table
 
     device, is_first = process_state().device, os.environ.get("RANK", "0") == "0"
+    pairs: list[tuple[str, Any, Any]] = []
+    if student:
+        loaded, square = teachercache.load_student(student).to(device), (size, size) if size else None
+        first, second = (
+            StudentFeatures(loaded, open_source(place), square, batch_size, threads)
+            for place in (train, test)
+        )
+        pairs.append((student, first, second))
+    else:
+        caches = teachercache.FeatureCache.open(train), teachercache.FeatureCache.open(test)
+        for name in [name.strip() for name in teachers.split(",")] if teachers else caches[0].teachers:
+            one, other = (CachedTeacherFeatures(cache, name, tokens, batch_size, threads) for cache in caches)
+            require_same_teacher(one, other)
+            pairs.append((name if one.spec.pretrained else f"{name} (random weights)", one, other))
     found = []
     with console.status("") if is_first else nullcontext() as status:
-        tell = status.update if status else None
-        if student:
-            loaded = teachercache.load_student(student).to(device)
-            square = (size, size) if size else None
-            images = [
-                StudentFeatures(loaded, open_source(place), square, batch_size, threads)
-                for place in (train, test)
-            ]
-            require_other_images(*(one.images for one in images))
-            found.append(linear_probe(*images, name=student, progress=tell))
-        else:
-            caches = teachercache.FeatureCache.open(train), teachercache.FeatureCache.open(test)
-            names = [name.strip() for name in teachers.split(",")] if teachers else caches[0].teachers
-            for name in names:
-                one, other = (
-                    CachedTeacherFeatures(cache, name, tokens, batch_size, threads) for cache in caches
-                )
-                require_same_teacher(one, other)
-                require_other_images(one.images, other.images)
-                title = name if one.spec.pretrained else f"{name} (random weights)"
-                found.append(linear_probe(one, other, name=title, progress=tell))
+        for title, one, other in pairs:
+            require_other_images(one.images, other.images)
+            progress = status.update if status else None
+            found.append(linear_probe(one, other, name=title, progress=progress))
     if is_first:
         print_result([dataclasses.asdict(one) for one in found], probe_table(found), as_json)
 
