@@ -72,8 +72,8 @@ class _Copies:
     def synchronize(self) -> None:
         torch.empty((), device="cuda").item()
 
-    def to_host(self, *groups: dict[str, Tensor]) -> Any:
-        return list(groups), None
+    def to_host(self, tensors: dict[str, Tensor]) -> Any:
+        return tensors, None
 
 
 def count_build(

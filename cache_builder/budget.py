@@ -90,13 +90,10 @@ def measure(
         for grid in dict.fromkeys(spec.grid for spec in specs):
             stored_RSHWC = stored_form(native_RSHWC, grid)[0]
             kept = _grid_cosine(native_RSHWC, stored_RSHWC) if grid.kind == "bilinear" else 1.0
-            options = [
-                Option(
-                    spec, measure_fidelity(get_codec(spec.codec).calibrate(stored_RSHWC), stored_RSHWC), kept
-                )
-                for spec in specs
-                if spec.grid == grid
-            ]
+            options = []
+            for spec in (one for one in specs if one.grid == grid):
+                codec = get_codec(spec.codec).calibrate(stored_RSHWC)
+                options.append(Option(spec, measure_fidelity(codec, stored_RSHWC), kept))
             found += sorted(options, key=lambda option: option.loss)
         yield name, found
 
@@ -124,33 +121,23 @@ def require_possible(teachers: Mapping[str, Iterable[TeacherSpec]], plan: Plan, 
 
 
 def choose(available: Mapping[str, Sequence[Option]], plan: Plan, budget: int) -> dict[str, Option]:
-    """Options that keep the cache of `plan` within `budget` bytes, counted as `Plan.total_bytes` is.
+    """The options of least loss in all that keep the cache of `plan` within `budget` bytes (`total_bytes`).
 
-    Greedy: from the least loss of every teacher, the step that frees most bytes for the loss it adds, until
-    they fit; then back, wherever the last steps have freed more than was needed. Raises `DiskSpaceError`.
+    Exact: of all sums of options, those stay than which none has both fewer bytes and less loss. Raises
+    `DiskSpaceError`.
     """
     require_possible({name: [o.spec for o in options] for name, options in available.items()}, plan, budget)
     per_row = (budget - plan.fixed_bytes) // plan.spec.num_rows
-
-    def used(chosen: Mapping[str, Option]) -> int:
-        return sum(option.bytes_per_row for option in chosen.values())
-
-    chosen = {name: min(options, key=lambda option: option.loss) for name, options in available.items()}
-    while used(chosen) > per_row:
-        steps = [
-            ((option.loss - chosen[name].loss) / freed, -freed, name, option)
-            for name, options in available.items()
-            for option in options
-            if (freed := chosen[name].bytes_per_row - option.bytes_per_row) > 0
+    best: list[tuple[int, float, dict[str, Option]]] = [(0, 0.0, {})]
+    for name, options in available.items():
+        sized = [(option.bytes_per_row, option.loss, {name: option}) for option in options]
+        sums = [
+            (used + nbytes, before + loss, chosen | option)
+            for used, before, chosen in best
+            for nbytes, loss, option in sized
         ]
-        _, _, name, option = min(steps, key=lambda step: step[:2])
-        chosen[name] = option
-    while better := [
-        (option.loss - chosen[name].loss, name, option)
-        for name, options in available.items()
-        for option in options
-        if option.loss < chosen[name].loss and used(chosen | {name: option}) <= per_row
-    ]:
-        _, name, option = min(better, key=lambda step: step[:2])
-        chosen[name] = option
-    return chosen
+        best = []
+        for one in sorted(sums, key=lambda one: one[:2]):
+            if one[0] <= per_row and (not best or one[1] < best[-1][1]):
+                best.append(one)
+    return best[-1][2]

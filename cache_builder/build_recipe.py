@@ -188,11 +188,7 @@ class BuildRecipe(Strict):
                         "a teacher's name becomes a folder and a part of the student: letters, digits, '_', "
                         f"'-', got {name!r}; its model may have any name: {{name: {{model: {name}}}}}"
                     )
-            return {
-                name: {} if teacher == {} else teacher
-                for name, teacher in value.items()
-                if teacher is not None
-            }
+            return {name: teacher for name, teacher in value.items() if teacher is not None}
         return value
 
 

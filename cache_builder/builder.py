@@ -8,7 +8,7 @@ job establishes its spec after that, computes by it, and before it ends compares
 
 import random
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +20,8 @@ from teachercache.cache_builder.build_recipe import BuildRecipe, with_checkpoint
 from teachercache.cache_builder.calibrate import Calibration, other_tables, raw_losses
 from teachercache.cache_builder.draft import Draft, draft, extend, growth, spec_of
 from teachercache.cache_builder.plan import Plan, make_plan, pending
-from teachercache.cache_builder.progress import BuildProgress, bottleneck_of_build
-from teachercache.cache_builder.runner import FailedShard, LocalRunner, Runner, Task, require_place
+from teachercache.cache_builder.progress import BuildProgress
+from teachercache.cache_builder.runner import LocalRunner, Runner, Task, require_place
 from teachercache.cache_builder.teachers import resolve_teachers
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.codecs import get_codec
@@ -62,8 +62,6 @@ class BuildResult:
 
 def prepare(recipe: BuildRecipe, console: Console) -> tuple[Draft, CacheSpec, Plan]:
     """Scan, resolve, merge with an existing cache, and plan. Writes nothing."""
-    storage = open_storage(recipe.cache)
-    manifest = Manifest(storage)
     with console.status("scanning the images, resolving the teachers") as status:
         counter = Counter[str]()
 
@@ -72,13 +70,14 @@ def prepare(recipe: BuildRecipe, console: Console) -> tuple[Draft, CacheSpec, Pl
             status.update(f"scanning the images: {counter['samples']:,}")
 
         drafted = draft(recipe, show)
+    manifest, storage = drafted.manifest, drafted.manifest.storage
     if (line := left_out_line(drafted.samples.num_rows, drafted.left_out)) is not None:
         console.print(line, soft_wrap=True, markup=False)
     problems = Problems()
     with problems.noted():
         if manifest.exists():
-            drafted = extend(recipe, drafted, manifest)
-    if drafted.stored and (added := growth(drafted.stored[0], drafted.spec)):
+            drafted = extend(recipe, drafted)
+    if drafted.old and (added := growth(drafted.old, drafted.spec)):
         console.print(Text(f"The cache at {storage.url} grows by {', '.join(added)}."), soft_wrap=True)
     with problems.noted():  # before the teachers are loaded
         _require_other_tables(recipe, drafted)
@@ -112,9 +111,8 @@ def build(recipe: BuildRecipe, console: Console | None = None) -> BuildResult:
         with extra("build"):  # asked before the images are listed
             from teachercache.cache_builder import ray_runner  # noqa: F401
     console = console or Terminal(stderr=True)
-    storage = open_storage(recipe.cache)
-    manifest = Manifest(storage)
     drafted, spec, plan = prepare(recipe, console)
+    manifest, storage = drafted.manifest, drafted.manifest.storage
     plan.require(recipe.budget)
     names = list(recipe.teachers)
     planned = len(pending(manifest, spec, names))
@@ -124,7 +122,7 @@ def build(recipe: BuildRecipe, console: Console | None = None) -> BuildResult:
         storage.sweep()
         try:
             with _runner(recipe, {name: spec.teachers[name] for name in names}, planned) as runner:
-                spec = _establish(recipe, manifest, drafted, runner)
+                spec = _establish(recipe, drafted, runner)
                 for line in raw_losses(spec, _without_weights(drafted.spec)):
                     console.print(line, soft_wrap=True, markup=False)
                 tasks = [Task(shard, missing) for shard, missing in pending(manifest, spec, names).items()]
@@ -139,11 +137,7 @@ def build(recipe: BuildRecipe, console: Console | None = None) -> BuildResult:
             raise
         storage.sweep()  # remove files of processes that died
         if progress.shards:
-            console.print(
-                bottleneck_of_build(
-                    progress.seconds, progress.seconds["wall"] / recipe.runner.shards_in_flight
-                )
-            )
+            console.print(progress.bottleneck(recipe.runner.shards_in_flight))
         _require_committed(left, failed, len(tasks))
         _say_what_others_added(manifest, spec, console)
     else:
@@ -184,31 +178,30 @@ def _runner(recipe: BuildRecipe, teachers: Mapping[str, TeacherSpec], num_shards
     return RayRunner(recipe.runner, teachers, num_shards, num_shards * recipe.rows_per_shard)
 
 
-def _establish(recipe: BuildRecipe, manifest: Manifest, drafted: Draft, runner: Runner) -> CacheSpec:
+def _establish(recipe: BuildRecipe, drafted: Draft, runner: Runner) -> CacheSpec:
     """Write the drafted cache to disk, with the hashes and tables that need loaded teachers.
 
     That takes time, and what another job has written meanwhile stays. Returns the spec that this recipe asks
     for; the cache on disk may have more. Raises `CacheMismatchError` if it now has other rows.
     """
-    grows = drafted.stored is None or drafted.spec != drafted.stored[0]
+    manifest, grows = drafted.manifest, drafted.spec != drafted.old
     hashes, calibrations = dict[str, str](), dict[str, Calibration]()
     if grows or drafted.moved:
         hashes = runner.weights_hashes()
     if grows:
         calibrations = _calibrations(recipe, drafted, runner, hashes)
-        id_when_drafted = drafted.stored[0].cache_id if drafted.stored else None
-        if manifest.exists() and manifest.spec().cache_id != id_when_drafted:
+        if manifest.exists() and manifest.spec().cache_id != (drafted.old.cache_id if drafted.old else None):
             drafted = draft(recipe)  # the other job may have listed newer images
     with manifest.storage.exclusive(SPEC_NAME):
         established = drafted.spec
         if grows:
-            if drafted.stored or manifest.exists():  # a cache that has vanished is not begun from its growth
-                drafted = extend(recipe, drafted, manifest)
+            if drafted.old or manifest.exists():  # a cache that has vanished is not begun from its growth
+                drafted = extend(recipe, drafted)
                 _require_other_tables(recipe, drafted)
-            with whole_or_nothing(manifest.storage, _new_files(manifest, drafted)):
+            with whole_or_nothing(manifest.storage, _new_files(drafted)):
                 established = _with_findings(manifest, drafted.spec, hashes, calibrations)
                 _lay_out(manifest, established, _new_arrays(drafted))
-                _write(manifest, drafted, established)
+                _write(drafted, established)
         spec = manifest.spec()
         _require_same_rows(manifest, spec, established)
         _lay_out(manifest, spec, (*spec.with_arrays, None))
@@ -219,23 +212,20 @@ def _calibrations(
     recipe: BuildRecipe, drafted: Draft, runner: Runner, hashes: Mapping[str, str]
 ) -> dict[str, Calibration]:
     """Calibrations of the new teachers: from `tables_from` where the recipe says so, else from a sample."""
-    unknown = _without_weights(drafted.spec)
-    loaded = {
-        name: drafted.spec.teachers[name].model_copy(update={"weights_hash": hashes[name]})
-        for name in unknown
-    }
-    calibrations = other_tables(recipe.tables_from, loaded)
+    spec, unknown = drafted.spec, _without_weights(drafted.spec)
+    loaded = {name: spec.teachers[name].model_copy(update={"weights_hash": hashes[name]}) for name in unknown}
+    calibrations = other_tables(recipe.tables_from, spec.model_copy(update={"teachers": loaded}), unknown)
     if rest := [name for name in unknown if name not in calibrations]:
         learnt = runner.calibrate(drafted.calibration_sample(recipe.calibration_rows), rest)
         for name, calibration in learnt.items() if not recipe.accept_loss else ():
-            calibration.require_fidelity(name, drafted.spec.teachers[name].codec)
+            calibration.require_fidelity(name, spec.teachers[name].codec)
         calibrations |= learnt
     return calibrations
 
 
 def _require_other_tables(recipe: BuildRecipe, drafted: Draft) -> None:
     """Raises `CacheMismatchError` if the cache cannot use, or does not use, the tables of `tables_from`."""
-    other_tables(recipe.tables_from, {name: drafted.spec.teachers[name] for name in recipe.teachers})
+    other_tables(recipe.tables_from, drafted.spec, recipe.teachers)
 
 
 def _lay_out(manifest: Manifest, spec: CacheSpec, names: Iterable[str | None]) -> None:
@@ -244,16 +234,16 @@ def _lay_out(manifest: Manifest, spec: CacheSpec, names: Iterable[str | None]) -
         store.create(name)
 
 
-def _new_files(manifest: Manifest, drafted: Draft) -> list[str]:
+def _new_files(drafted: Draft) -> list[str]:
     """The files written before the cache exists, or before it has its new teachers."""
-    store, new = FeatureCache(manifest.storage, drafted.spec).store, _without_weights(drafted.spec)
+    store, new = FeatureCache(drafted.manifest.storage, drafted.spec).store, _without_weights(drafted.spec)
     layouts = [name for owner in _new_arrays(drafted) for name in store.layout_files(owner)]
     return [SPEC_NAME, SAMPLES_NAME, VIEWS_NAME, *map(tables_name, new), *layouts]
 
 
 def _new_arrays(drafted: Draft) -> list[str]:
     """Whose arrays the cache does not have yet; it has all but new teachers' from its beginning."""
-    new = set(_without_weights(drafted.spec)) | (set() if drafted.stored else {IMAGES})
+    new = set(_without_weights(drafted.spec)) | (set() if drafted.old else {IMAGES})
     return [name for name in drafted.spec.with_arrays if name in new]
 
 
@@ -302,13 +292,10 @@ def _kept_teacher(manifest: Manifest, spec: CacheSpec, name: str, weights_hash: 
     shards = manifest.committed_shards(name)
     if not shards:
         return None
-    tables = tables_name(name)
-    has_tables = get_codec(spec.teachers[name].codec).needs_tables and manifest.storage.exists(tables)
-    hashes = {
-        "weights_hash": weights_hash,
-        "tables_hash": manifest.storage.checksum(tables) if has_tables else None,
-    }
-    teacher = spec.teachers[name].model_copy(update=hashes)
+    found: dict[str, str | None] = {"weights_hash": weights_hash}
+    if get_codec(spec.teachers[name].codec).needs_tables and manifest.storage.exists(tables_name(name)):
+        found["tables_hash"] = manifest.storage.checksum(tables_name(name))
+    teacher = spec.teachers[name].model_copy(update=found)
     whole = spec.changed(teachers={**spec.teachers, name: teacher})
     store = FeatureCache(manifest.storage, whole).store
     for shard, record in manifest.commits(name, shards).items():
@@ -322,16 +309,16 @@ def _kept_teacher(manifest: Manifest, spec: CacheSpec, name: str, weights_hash: 
     return teacher
 
 
-def _write(manifest: Manifest, drafted: Draft, spec: CacheSpec) -> None:
+def _write(drafted: Draft, spec: CacheSpec) -> None:
     """Write the spec last: tables may be longer than it says. Recorded checkpoints stay."""
-    stored = drafted.stored[0] if drafted.stored else None
-    if stored is None or stored.segments != spec.segments:
+    manifest, old = drafted.manifest, drafted.old
+    if old is None or old.segments != spec.segments:
         manifest.write_table(SAMPLES_NAME, drafted.samples)
         manifest.write_table(VIEWS_NAME, drafted.views)
-        old = len(stored.segments) if stored else 0  # an older cache has no hashes, and does not get any now
-        new = with_views_hashes(spec, drafted.views)[old:]
-        spec = spec.changed(segments=(*spec.segments[:old], *new))
-    if stored != spec:
+        known = old.segments if old else ()  # an older cache has no hashes, and does not get any now
+        new = with_views_hashes(spec, drafted.views)[len(known) :]
+        spec = spec.changed(segments=(*spec.segments[: len(known)], *new))
+    if old != spec:
         manifest.write_spec(with_checkpoints(spec, drafted.moved))
 
 
@@ -349,15 +336,12 @@ def _count_unreported(
             progress.on_commit({name: one for name, one in records.items() if one.worker == worker})
 
 
-def _require_committed(
-    left: Mapping[int, Collection[str]], failed: Sequence[FailedShard], total: int
-) -> None:
+def _require_committed(left: Collection[int], failed: Mapping[int, str], total: int) -> None:
     """Raises `BuildError` for uncommitted shards; a process may also fail after it has committed one."""
     if left:
-        reasons = dict.fromkeys(left, "its commit record is gone") | {
-            shard.shard: shard.reason for shard in failed if shard.shard in left
-        }
-        lines = "\n  - ".join(f"shard {shard}: {reason}" for shard, reason in reasons.items())
+        lines = "\n  - ".join(
+            f"shard {shard}: {failed.get(shard, 'its commit record is gone')}" for shard in left
+        )
         raise BuildError(
             f"{len(left)} of {total} shards failed; all others are committed:\n  - {lines}",
             do="fix the cause and run the same command again; it computes only what is missing",

@@ -1,11 +1,9 @@
 """Codecs learn their tables and are judged on a sample of rows, or take the tables of another cache."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from typing import Self
 
-import numpy as np
-import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -16,14 +14,12 @@ from teachercache.pipeline.errors import CacheMismatchError, CodecError, EmptySo
 from teachercache.pipeline.grids import stored_form
 from teachercache.pipeline.places.open_storage import open_storage
 from teachercache.pipeline.records.manifest import Manifest
-from teachercache.pipeline.records.spec import CacheSpec, GridSpec, TeacherSpec
+from teachercache.pipeline.records.spec import CacheSpec, GridSpec
 from teachercache.pipeline.records.stats_files import read_tables
-from teachercache.pipeline.records.view_policy import Photometric
 from teachercache.pipeline.sources import Source, decode_image
-from teachercache.pipeline.views import View, ViewTable, render_view
+from teachercache.pipeline.views import View, render_view
 
 LEAST_COSINE = 0.95  # 99% of the tokens keep this much; int3-hadamard keeps .98 of usual features
-_SPARE = 2.0  # more samples than rows are wanted, since some may not decode
 
 
 @dataclass(frozen=True)
@@ -35,27 +31,6 @@ class CalibrationSample:
     views: tuple[View, ...]
     num_rows: int
 
-    @classmethod
-    def draw(
-        cls,
-        source: Source,
-        samples: pa.Table,
-        views: pa.Table,
-        num_rows: int,
-        photometric: Photometric = "color_jitter",
-    ) -> Self:
-        usable = np.flatnonzero(np.asarray(samples["status"]) == "ok")
-        count = min(int(num_rows * _SPARE), usable.size)
-        chosen = usable[np.linspace(0, usable.size - 1, count).astype(int)]
-        num_views = views.num_rows // samples.num_rows
-        lines = np.argsort(views["sample_index"].to_numpy(), kind="stable")  # sample by sample
-        table = ViewTable(views, photometric)
-        columns = [samples[name].to_numpy()[chosen].tolist() for name in ("path", "offset", "nbytes")]
-        drawn = tuple(
-            table.view(int(lines[sample * num_views + i % num_views])) for i, sample in enumerate(chosen)
-        )
-        return cls(source, tuple(zip(*columns, strict=True)), drawn, min(num_rows, usable.size))
-
     def pixels(self, size: tuple[int, int], limit: int | None = None) -> Tensor:
         """uint8 (R, 3, height, width): the first `num_rows` (or `limit`) views whose images decode."""
         num_rows = min(limit or self.num_rows, self.num_rows)
@@ -63,10 +38,8 @@ class CalibrationSample:
         for place, view in zip(self.places, self.views, strict=True):
             if len(renders) == num_rows:
                 break
-            try:
+            with suppress(ImageDecodeError):  # the build will quarantine it, with the reason
                 renders.append(render_view(decode_image(self.source.read(*place)), view, size))
-            except ImageDecodeError:
-                continue  # the build will quarantine it, with the reason
         if not renders:
             raise EmptySourceError(
                 "None of the images of the calibration sample can be decoded.",
@@ -150,22 +123,28 @@ def _better_codecs(features_RSHWC: Tensor) -> dict[str, float]:
     return {name: cosine for name, cosine in found.items() if cosine >= LEAST_COSINE}
 
 
-def other_tables(url: str | None, teachers: Mapping[str, TeacherSpec]) -> dict[str, Calibration]:
-    """Tables and fidelity from the cache at `url`, for those of these teachers whose codecs need tables.
+def other_tables(url: str | None, spec: CacheSpec, names: Iterable[str]) -> dict[str, Calibration]:
+    """Tables and fidelity from the cache at `url`, for those of the named teachers whose codecs need tables.
 
-    Caches encoded with the same tables can be merged. Hashes that a teacher does not have yet are not
-    compared. Raises `CacheMismatchError` with every reason
-    why features encoded with these tables could not be merged with that cache, and `CacheError` where it
-    cannot be read.
+    Caches encoded with the same tables can be merged. Hashes that a teacher of `spec` does not have yet are
+    not compared. Raises `CacheMismatchError` with every reason why features encoded with these tables could
+    not be merged with that cache, and `CacheError` where it cannot be read.
     """
     if url is None:
         return {}
     manifest = Manifest(open_storage(url))
     other = manifest.spec()
-    calibrated = {
-        name: teacher for name, teacher in teachers.items() if get_codec(teacher.codec).needs_tables
-    }
-    if differences := list(_differences(other, calibrated)):
+    calibrated = [name for name in names if get_codec(spec.teachers[name].codec).needs_tables]
+    held = ", ".join(other.teachers) or "no teacher"
+    differences = [
+        f"teachers.{name}: that cache has {held}" for name in calibrated if name not in other.teachers
+    ]
+    for what, (there, here) in other.differences(spec).items():
+        part, _, key = what.rpartition(".")
+        unknown = here is None and key in ("weights_hash", "tables_hash")
+        if part.removeprefix("teachers.") in calibrated and not unknown:
+            differences.append(f"{what}: {there!r} there, {here!r} here")
+    if differences:
         raise CacheMismatchError(
             "The codec tables of that cache are not for these teachers:\n  - " + "\n  - ".join(differences),
             got=f"tables_from={url}",
@@ -180,16 +159,3 @@ def other_tables(url: str | None, teachers: Mapping[str, TeacherSpec]) -> dict[s
         )
         for name in calibrated
     }
-
-
-def _differences(other: CacheSpec, teachers: Mapping[str, TeacherSpec]) -> Iterator[str]:
-    for name, ours in teachers.items():
-        theirs = other.teachers.get(name)
-        if theirs is None:
-            yield f"teachers.{name}: that cache has {', '.join(other.teachers) or 'no teacher'}"
-            continue
-        for key in TeacherSpec.model_fields.keys() - {"checkpoint"}:
-            here, there = getattr(ours, key), getattr(theirs, key)
-            unknown = here is None and key in ("weights_hash", "tables_hash")
-            if here != there and not unknown:
-                yield f"teachers.{name}.{key}: {there!r} there, {here!r} here"

@@ -42,16 +42,18 @@ class Computed:
 
     codec: Codec
     tensors: dict[str, Tensor]
-    finite: dict[str, Tensor]
+    finite: Tensor
     moments: FeatureMoments
     arrived: Callable[[], object] = lambda: None
 
     def arrays(self) -> dict[str, NDArray]:
         """Waits for the copies. Raises `CodecError` where the codec cannot hold the features."""
         self.arrived()
-        for what, finite in self.finite.items():
-            if not finite:
-                raise self.codec.not_finite(what)
+        if not self.finite:
+            raise self.codec.not_finite()
+        for name in self.tensors.keys() & {CLS_TOKEN, GLOBAL_FEATURE}:
+            if not self.tensors[name].isfinite().all():
+                raise self.codec.not_finite(f"{name} features")
         return {name: tensor.numpy() for name, tensor in self.tensors.items()}
 
 
@@ -86,20 +88,19 @@ class DeviceCopies:
         if self._stream is not None:
             torch.cuda.current_stream(self._device).synchronize()
 
-    def to_host(self, *groups: Mapping[str, Tensor]) -> tuple[list[dict[str, Tensor]], Callable[[], object]]:
+    def to_host(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Callable[[], object]]:
         """The tensors on the host, once what is returned beside them was called, in whichever thread.
 
         They are copied behind what this thread has computed, and beside what it computes next, into
         page-locked memory, of which PyTorch keeps a ring.
         """
         if self._back is None:
-            return [dict(group) for group in groups], lambda: None
+            return dict(tensors), lambda: None
         self._back.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._back):
-            copies = [{name: one.to("cpu", non_blocking=True) for name, one in g.items()} for g in groups]
-        for group in groups:
-            for tensor in group.values():
-                tensor.record_stream(self._back)
+            copies = {name: tensor.to("cpu", non_blocking=True) for name, tensor in tensors.items()}
+        for tensor in tensors.values():
+            tensor.record_stream(self._back)
         return copies, self._back.record_event().synchronize
 
 
@@ -161,15 +162,15 @@ class Computing:
         with torch.inference_mode():
             with seconds.stage("encode"):
                 encoded, norms_BS = encode(features.feature_maps_BSHWC, codec, spec.grid)
-                tokens = _tokens(spec, features.cls_token_BSC, features.global_feature_BD)
-                tensors = {**encoded.tensors(), **tokens}
+                tensors = {**encoded.tensors(), **_tokens(spec, features)}
                 if norms_BS is not None:
                     tensors[NORMS] = norms_BS
             with seconds.stage("statistics"):
                 moments = moments_of(features.feature_maps_BSHWC, self._cache.spec.covariance)
-            finite = {"features": torch.as_tensor(encoded.finite), **_finite(tokens)}
-            [tensors, finite], arrived = self._copies[name].to_host(tensors, finite)
-        return Computed(codec, tensors, finite, moments, arrived)
+            tensors["finite"] = torch.as_tensor(encoded.finite)
+            copies, arrived = self._copies[name].to_host(tensors)
+        finite = copies.pop("finite")
+        return Computed(codec, copies, finite, moments, arrived)
 
 
 def _encode(maps_BSHWC: Tensor, codec: Codec, grid: GridSpec) -> tuple[Encoded, Tensor | None]:
@@ -177,18 +178,15 @@ def _encode(maps_BSHWC: Tensor, codec: Codec, grid: GridSpec) -> tuple[Encoded, 
     return codec.encode_unchecked(stored), norms_BS
 
 
-def _tokens(spec: TeacherSpec, cls_token: Tensor | None, global_feature: Tensor | None) -> dict[str, Tensor]:
+def _tokens(spec: TeacherSpec, features: TeacherFeatures) -> dict[str, Tensor]:
     """The token features in the layout's dtypes."""
     layouts = teacher_layouts(spec)
+    tokens = {CLS_TOKEN: features.cls_token_BSC, GLOBAL_FEATURE: features.global_feature_BD}
     return {
         name: tensor.to(torch_dtype(layouts[name].dtype))
-        for name, tensor in ((CLS_TOKEN, cls_token), (GLOBAL_FEATURE, global_feature))
+        for name, tensor in tokens.items()
         if name in layouts and tensor is not None
     }
-
-
-def _finite(tokens: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {f"{kind} features": torch.isfinite(token).all() for kind, token in tokens.items()}
 
 
 class Batches:

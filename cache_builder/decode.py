@@ -39,7 +39,7 @@ class Sample:
     slots: list[Slot]
     streamed: Future[bytes | None] | None
     data: bytes = b""
-    reason: str | None = None
+    reason: str = ""
 
 
 class Decoding:

@@ -7,8 +7,7 @@ samples that are new in the source. What it holds stays as it is, and what canno
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from dataclasses import field as dataclass_field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 
@@ -28,8 +27,10 @@ from teachercache.pipeline.records.rows import divide_views
 from teachercache.pipeline.records.spec import CacheSpec, DatasetSpec, Segment, TeacherSpec
 from teachercache.pipeline.records.tables import dataset_fingerprint, labels_hash
 from teachercache.pipeline.sources import Source, open_source
-from teachercache.pipeline.views import draw_segment
+from teachercache.pipeline.sources.keys import OK
+from teachercache.pipeline.views import ViewTable, draw_segment
 
+_SPARE = 2.0  # more samples than rows are wanted for a calibration, since some may not decode
 _FOUND_OUT = {"weights_hash", "tables_hash"}  # weights are compared by their hash, once loaded
 
 
@@ -37,33 +38,41 @@ _FOUND_OUT = {"weights_hash", "tables_hash"}  # weights are compared by their ha
 class Draft:
     """A spec whose new teachers have no weights hash yet, and the samples it is about.
 
-    `stored`, for a cache that exists: its spec, and where its view table is. Both specs look for weights
-    where the recipe says they are; `moved` are the teachers for which `cache.json` says otherwise, and what
-    it says. `left_out` counts what a scan found in the source beside images.
+    `manifest` is that of the cache's place, `old` the spec of the cache that is there. Both specs look for
+    weights where the recipe says they are; `moved` are the teachers for which `cache.json` says otherwise,
+    and what it says. `left_out` counts what a scan found in the source beside images.
     """
 
     spec: CacheSpec
     samples: pa.Table
     source: Source
-    stored: tuple[CacheSpec, Manifest] | None = None
-    moved: Mapping[str, str | None] = dataclass_field(default_factory=dict)
-    left_out: Counter[str] = dataclass_field(default_factory=Counter)
+    manifest: Manifest
+    old: CacheSpec | None = None
+    moved: Mapping[str, str | None] = field(default_factory=dict)
+    left_out: Counter[str] = field(default_factory=Counter)
 
     @cached_property
     def views(self) -> pa.Table:
         """The view table, one line a row: those that are stored, and behind them those of new segments."""
-        tables, known = [], 0
-        if self.stored is not None:
-            stored, manifest = self.stored
-            known = len(stored.segments)
-            tables.append(manifest.views(stored))
-        for segment in self.spec.segments[known:]:
-            tables.append(draw_segment(self.spec.views, segment, self.samples))
-        return pa.concat_tables(tables)
+        stored = [] if self.old is None else [self.manifest.views(self.old)]
+        new = self.spec.segments[len(self.old.segments) if self.old else 0 :]
+        drawn = [draw_segment(self.spec.views, segment, self.samples) for segment in new]
+        return pa.concat_tables(stored + drawn)
 
     def calibration_sample(self, num_rows: int) -> CalibrationSample:
-        photometric = self.spec.views.photometric
-        return CalibrationSample.draw(self.source, self.samples, self.views, num_rows, photometric)
+        """Of usable samples, evenly spread, a view each."""
+        usable = np.flatnonzero(np.asarray(self.samples["status"]) == OK)
+        count = min(int(num_rows * _SPARE), usable.size)
+        chosen = usable[np.linspace(0, usable.size - 1, count).astype(int)]
+        num_views = self.views.num_rows // self.samples.num_rows
+        lines = np.argsort(self.views["sample_index"].to_numpy(), kind="stable")  # sample by sample
+        table = ViewTable(self.views, self.spec.views.photometric)
+        views = [table.view(int(lines[one * num_views + i % num_views])) for i, one in enumerate(chosen)]
+        places = [
+            self.samples[name].take(pa.array(chosen)).to_pylist() for name in ("path", "offset", "nbytes")
+        ]
+        rows = min(num_rows, usable.size)
+        return CalibrationSample(self.source, tuple(zip(*places, strict=True)), tuple(views), rows)
 
 
 def growth(old: CacheSpec, new: CacheSpec) -> list[str]:
@@ -79,7 +88,8 @@ def growth(old: CacheSpec, new: CacheSpec) -> list[str]:
 def draft(recipe: BuildRecipe, progress: Callable[[int], None] | None = None) -> Draft:
     """Scan the source in parallel, telling `progress` of every new batch of samples; resolve the teachers.
 
-    What does not work of the teachers and the source is raised as one, before the scan.
+    Nothing is scanned where the cache knows this very listing of the source. What does not work of the
+    teachers and the source is raised as one, before the scan.
     """
     problems = Problems()
     teachers = teachers_of(recipe, problems)
@@ -87,7 +97,11 @@ def draft(recipe: BuildRecipe, progress: Callable[[int], None] | None = None) ->
         source = open_source(recipe.source.path, recipe.source.kind)
     problems.require_none()
     left_out = Counter[str]()
-    samples, listing = _samples(recipe, source, progress, left_out)
+    manifest, listing = Manifest(open_storage(recipe.cache)), source.listing()
+    if manifest.exists() and (old := manifest.spec()).dataset.listing == listing:
+        samples = manifest.samples(old)
+    else:
+        samples = source.scan(workers=os.cpu_count() or 1, progress=progress, left_out=left_out)
     dataset = DatasetSpec(
         kind=source.kind,
         location=source.location,
@@ -96,7 +110,7 @@ def draft(recipe: BuildRecipe, progress: Callable[[int], None] | None = None) ->
         listing=listing,
         labels_hash=labels_hash(samples),
     )
-    return Draft(spec_of(recipe, dataset, teachers), samples, source, left_out=left_out)
+    return Draft(spec_of(recipe, dataset, teachers), samples, source, manifest, left_out=left_out)
 
 
 def teachers_of(recipe: BuildRecipe, problems: Problems) -> dict[str, TeacherSpec]:
@@ -127,26 +141,17 @@ def spec_of(recipe: BuildRecipe, dataset: DatasetSpec, teachers: Mapping[str, Te
     )
 
 
-def _samples(
-    recipe: BuildRecipe, source: Source, progress: Callable[[int], None] | None, left_out: Counter[str]
-) -> tuple[pa.Table, str]:
-    """The sample table and the source's listing; scanned, unless the cache knows this very listing."""
-    manifest, listing = Manifest(open_storage(recipe.cache)), source.listing()
-    if manifest.exists() and (stored := manifest.spec()).dataset.listing == listing:
-        return manifest.samples(stored), listing
-    return source.scan(workers=os.cpu_count() or 1, progress=progress, left_out=left_out), listing
-
-
 def _whole_samples(rows_per_shard: int, num_views: int) -> int:
     return max(rows_per_shard // num_views, 1) * num_views
 
 
-def extend(recipe: BuildRecipe, drafted: Draft, manifest: Manifest) -> Draft:
-    """The cache of `manifest` with the samples, views and teachers that only `drafted` has.
+def extend(recipe: BuildRecipe, drafted: Draft) -> Draft:
+    """The cache that is there with the samples, views and teachers that only `drafted` has.
 
     Raises `CacheMismatchError`, naming every difference, when the two cannot share one cache.
     """
-    old, wanted = manifest.spec(), drafted.spec
+    manifest, wanted = drafted.manifest, drafted.spec
+    old = manifest.spec()
     stored = manifest.samples(old)
     differences = [*_sample_differences(stored, drafted.samples), *_spec_differences(recipe, old, wanted)]
     is_new = pc.invert(pc.is_in(drafted.samples["key"], value_set=stored["key"]))
@@ -175,7 +180,7 @@ def extend(recipe: BuildRecipe, drafted: Draft, manifest: Manifest) -> Draft:
     samples = pa.concat_tables([stored, new])
     if new.num_rows or wanted.views.num_views > old.views.num_views:
         spec = _with_rows(spec, wanted, samples, new)
-    return Draft(spec, samples, drafted.source, (old, manifest), moved)
+    return Draft(spec, samples, drafted.source, manifest, old, moved)
 
 
 def _with_rows(old: CacheSpec, wanted: CacheSpec, samples: pa.Table, new: pa.Table) -> CacheSpec:

@@ -66,13 +66,8 @@ class _Shard:
     tar: ImageTarWriter | None
     seconds: StageSeconds = field(default_factory=StageSeconds)
     source_checksum: str = ""
-    quarantined: list[QuarantineEntry] = field(default_factory=list)
-    invalid_rows: list[int] = field(default_factory=list)
+    quarantined: list[Sample] = field(default_factory=list)
     moments: dict[str, FeatureMoments] = field(default_factory=dict)
-
-    @property
-    def names(self) -> list[str]:
-        return [*self.writers, *([IMAGES] if self.tar is not None else [])]
 
 
 class ShardExtractor:
@@ -158,7 +153,7 @@ class ShardExtractor:
             self._compute(shard)
             new = [] if replace else names
             with cache.manifest.publishing(number, new, partial(self._note_progress, number)):
-                files = self._publish(shard, replace)
+                files = self._publish(shard, names, replace)
                 shard.seconds.totals["wall"] = time.perf_counter() - start
                 records = {name: self._record(shard, name, files[name]) for name in names}
                 for record in records.values():
@@ -175,28 +170,30 @@ class ShardExtractor:
             for sample in self._decoding.samples(shard.number, shard.writers, shard.seconds):
                 progress()
                 source_digest.update(sample.data)
-                if sample.reason is not None:
-                    shard.quarantined.append(self._quarantine_entry(sample, sample.reason))
-                    shard.invalid_rows += sample.rows
+                if sample.reason:
+                    shard.quarantined.append(sample)
                 if shard.tar is not None:
-                    data = sample.data if sample.reason is None else None
+                    data = None if sample.reason else sample.data
                     shard.tar.add(self._cache.key(sample.index), data)
                 for row, slot in zip(sample.rows, sample.slots, strict=False):
                     batches.add(row - first_row, slot)
             batches.finish()
         shard.moments, shard.source_checksum = batches.moments, source_digest.hexdigest()
 
-    def _publish(self, shard: _Shard, replace: bool) -> dict[str, dict[str, FileRecord]]:
+    def _publish(
+        self, shard: _Shard, names: Collection[str], replace: bool
+    ) -> dict[str, dict[str, FileRecord]]:
         """Publish every file but the records; without those, the files do not count."""
         spec, manifest = self._cache.spec, self._cache.manifest
-        require_same_images(manifest, spec, shard.number, shard.source_checksum, replaced=shard.names)
+        require_same_images(manifest, spec, shard.number, shard.source_checksum, replaced=names)
         files = {name: writer.publish() for name, writer in shard.writers.items()}
         if shard.tar is not None:
             files[IMAGES] = shard.tar.publish()
         for name, moments in shard.moments.items():
             files[name] |= write_moments(manifest.storage, name, shard.number, moments)
         if shard.quarantined:
-            manifest.write_quarantine(shard.number, shard.quarantined, shard.source_checksum)
+            entries = [self._quarantine_entry(sample) for sample in shard.quarantined]
+            manifest.write_quarantine(shard.number, entries, shard.source_checksum)
         elif replace and manifest.storage.exists(quarantine_name(shard.number)):
             manifest.storage.remove(quarantine_name(shard.number))
         self._require_cache()
@@ -210,7 +207,7 @@ class ShardExtractor:
             content_id=spec.shard_content_id(name, shard.number),
             first_row=shard.number * spec.rows_per_shard,
             num_rows=len(spec.shard_rows(shard.number)),
-            invalid_rows=tuple(shard.invalid_rows),
+            invalid_rows=tuple(row for sample in shard.quarantined for row in sample.rows),
             files=files,
             source_checksum=shard.source_checksum,
             members=tuple(shard.tar.members) if shard.tar is not None and name == IMAGES else (),
@@ -221,11 +218,11 @@ class ShardExtractor:
             finished=datetime.now(UTC).isoformat(timespec="seconds"),
         )
 
-    def _quarantine_entry(self, sample: Sample, reason: str) -> QuarantineEntry:
+    def _quarantine_entry(self, sample: Sample) -> QuarantineEntry:
         path, offset = (self._cache.samples[name][sample.index].as_py() for name in ("path", "offset"))
         return QuarantineEntry(
             sample_index=sample.index,
             key=self._cache.key(sample.index),
             location=f"{path} at {offset}" if offset else path,
-            reason=reason,
+            reason=sample.reason,
         )

@@ -117,11 +117,18 @@ class Plan:
         storage = 1e9 * prices.storage_gb_per_s / prices.gpus / row_bytes
         return {"teachers": self.views_per_s, "decoding": 1 / decode_s, "storage": storage}
 
-    def require(self, budget: int | None) -> None:
-        """Raises as `require_space`, and where the whole cache would take more than `budget` bytes."""
+    def require(self, budget: int | None = None) -> None:
+        """Raises `DiskSpaceError` when what is missing does not fit, or the cache exceeds `budget` bytes."""
         problems = Problems()
-        with problems.noted():
-            self.require_space()
+        if self.free_bytes is not None and self.missing_bytes > self.free_bytes:
+            problems.append(
+                DiskSpaceError(
+                    "The cache does not fit the disk.",
+                    got=f"{human_bytes(self.free_bytes)} free at {self.url}",
+                    expected=f"{human_bytes(self.missing_bytes)} for what is still to be built",
+                    do="choose another place (cache=…), fewer views, or a smaller grid and codec",
+                )
+            )
         if budget is not None and self.total_bytes > budget:
             problems.append(
                 DiskSpaceError(
@@ -132,16 +139,6 @@ class Plan:
                 )
             )
         problems.require_none()
-
-    def require_space(self) -> None:
-        """Raises `DiskSpaceError` when what is missing does not fit."""
-        if self.free_bytes is not None and self.missing_bytes > self.free_bytes:
-            raise DiskSpaceError(
-                "The cache does not fit the disk.",
-                got=f"{human_bytes(self.free_bytes)} free at {self.url}",
-                expected=f"{human_bytes(self.missing_bytes)} for what is still to be built",
-                do="choose another place (cache=…), fewer views, or a smaller grid and codec",
-            )
 
 
 def make_plan(recipe: BuildRecipe, spec: CacheSpec, storage: Storage, samples: pa.Table) -> Plan:

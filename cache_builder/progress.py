@@ -4,7 +4,6 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -12,6 +11,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from teachercache.pipeline.records.manifest import CommitRecord
 
 STAGES = ("read", "decode", "forward", "encode", "statistics", "write")
+_ADVICE = {
+    "read": "faster or nearer source images",
+    "decode": "more runner.decode_threads, or more CPU cores per GPU",
+    "encode": "a cheaper codec",
+    "statistics": "covariance: false",
+    "write": "a faster disk, or a smaller codec and grid",
+}
 
 
 class StageSeconds:
@@ -54,18 +60,11 @@ class BuildProgress:
         )
         self._task = self._bar.add_task("", rate=0.0, stages="")
 
-    def of(self, shards: int) -> Self:
-        """Set the number of shards to build."""
+    def of(self, shards: int) -> Progress:
+        """The bar of so many shards, to be entered."""
         self._total = shards
         self._bar.update(self._task, total=shards)
-        return self
-
-    def __enter__(self) -> Self:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        return self._bar
 
     @property
     def shards(self) -> int:
@@ -74,10 +73,6 @@ class BuildProgress:
     @property
     def wall_s(self) -> float:
         return time.monotonic() - self._start
-
-    @property
-    def views_per_s(self) -> float:
-        return self.views / self.wall_s if self.wall_s else 0.0
 
     def on_commit(self, records: Mapping[str, CommitRecord]) -> None:
         if not records:  # another job committed it
@@ -90,35 +85,27 @@ class BuildProgress:
         self.views += record.num_rows
         for stage, value in record.seconds.items():
             self.seconds[stage] += value
-        stages = _stages(self.seconds)
-        self._bar.update(self._task, completed=self.shards, rate=self.views_per_s, stages=stages)
+        rate, stages = self.views / self.wall_s, _stages(self.seconds)
+        self._bar.update(self._task, completed=self.shards, rate=rate, stages=stages)
         if not self._console.is_terminal:
             left_s = (self._total - self.shards) * self.wall_s / self.shards
             self._console.print(
-                f"{self.shards}/{self._total} shards · {self.views_per_s:.2f} img/s · ETA {left_s:.0f} s · "
+                f"{self.shards}/{self._total} shards · {rate:.2f} img/s · ETA {left_s:.0f} s · "
                 f"shard {record.shard} on {record.host}: {record.num_rows} views in "
                 f"{record.seconds['wall']:.1f} s ({_stages(record.seconds)})",
                 soft_wrap=True,
             )
 
-
-def bottleneck_of_build(seconds: Mapping[str, float], wall: float) -> str:
-    """One sentence that says what a build waited for. `seconds` and `wall` are sums over its shards."""
-    share = min(seconds["forward"] / wall, 1.0) if wall else 0.0
-    if share >= 0.8:
-        return f"The teachers are the bottleneck: their forward passes take {share:.0%} of the time."
-    other = max((stage for stage in STAGES if stage != "forward"), key=lambda stage: seconds[stage])
-    advice = {
-        "read": "faster or nearer source images",
-        "decode": "more runner.decode_threads, or more CPU cores per GPU",
-        "encode": "a cheaper codec",
-        "statistics": "covariance: false",
-        "write": "a faster disk, or a smaller codec and grid",
-    }
-    return (
-        f"The teachers wait: their forward passes take {share:.0%} of the time, "
-        f"the largest other stage is {other}. It would help to have {advice[other]}."
-    )
+    def bottleneck(self, shards_in_flight: int) -> str:
+        """One sentence that says what the build waited for."""
+        share = min(shards_in_flight * self.seconds["forward"] / self.seconds["wall"], 1.0)
+        if share >= 0.8:
+            return f"The teachers are the bottleneck: their forward passes take {share:.0%} of the time."
+        other = max(_ADVICE, key=self.seconds.__getitem__)
+        return (
+            f"The teachers wait: their forward passes take {share:.0%} of the time, "
+            f"the largest other stage is {other}. It would help to have {_ADVICE[other]}."
+        )
 
 
 def _stages(seconds: Mapping[str, float]) -> str:

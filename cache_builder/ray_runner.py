@@ -15,7 +15,7 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
@@ -26,7 +26,6 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.metrics import Counter, Gauge
 
 from teachercache.cache_builder.build_recipe import RunnerRecipe
-from teachercache.cache_builder.calibrate import Calibration, CalibrationSample
 from teachercache.cache_builder.extract import ShardExtractor, worker_name
 from teachercache.cache_builder.progress import STAGES
 from teachercache.cache_builder.ray_cluster import Head, Need, as_ours, connect, last_line
@@ -34,7 +33,6 @@ from teachercache.cache_builder.runner import (
     ABANDON_S,
     FINISH_S,
     TICK_S,
-    FailedShard,
     OnCommit,
     Queue,
     Runner,
@@ -185,18 +183,13 @@ class RayRunner(Runner):
         if self._connected_here:
             ray.shutdown()
 
-    def weights_hashes(self) -> dict[str, str]:
-        return self._answer_of(lambda actor: actor.loaded)
-
-    def calibrate(self, sample: CalibrationSample, names: Collection[str]) -> dict[str, Calibration]:
-        return self._answer_of(lambda actor: actor.handle.calibrate.remote(sample, list(names)))
-
-    def _answer_of(self, call: Callable[[_Actor], Any]) -> Any:
-        """What an actor with its teachers answers; others come for those that die first."""
+    def _ask(self, method: str, *arguments: object) -> Any:
+        """Others come for actors that die first."""
         while True:
             actor = self._first_loaded()
             try:
-                return ray.get(call(actor))
+                ray.get(actor.loaded)
+                return ray.get(getattr(actor.handle, method).remote(*arguments))
             except RayTaskError as error:
                 raise as_ours(error) from error
             except RayError as error:
@@ -205,7 +198,7 @@ class RayRunner(Runner):
                 self._end(actor)
                 self._fit_to_nodes()
 
-    def run(self, url: str, images: str, tasks: Sequence[Task], on_commit: OnCommit) -> list[FailedShard]:
+    def run(self, url: str, images: str, tasks: Sequence[Task], on_commit: OnCommit) -> dict[int, str]:
         self._place = url, images
         queue = Queue(tasks, self.recipe.max_attempts)
         for actor in self._actors:

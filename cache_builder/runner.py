@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 
@@ -53,21 +53,16 @@ class Task:
     alone: bool = False
 
 
-@dataclass(frozen=True)
-class FailedShard:
-    """A shard that failed as often as the recipe allows."""
-
-    shard: int
-    reason: str
+_Running = dict[Future[dict[str, CommitRecord]], Task]
 
 
 class Queue:
-    """Waiting shards, and those that failed for good. A failed shard is tried again last."""
+    """Waiting shards, and the reasons of those that failed for good. A failed shard is tried again last."""
 
     def __init__(self, tasks: Sequence[Task], max_attempts: int) -> None:
         self._waiting = deque(tasks)
         self._max_attempts = max_attempts
-        self.failed: list[FailedShard] = []
+        self.failed: dict[int, str] = {}
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -92,7 +87,7 @@ class Queue:
         if attempts < self._max_attempts:
             self._waiting.append(replace(task, attempts=attempts, alone=died))
         else:
-            self.failed.append(FailedShard(task.shard, reason))
+            self.failed[task.shard] = reason
 
 
 class Runner(ABC):
@@ -108,20 +103,24 @@ class Runner(ABC):
     def __enter__(self) -> Self:
         return self
 
-    @abstractmethod
-    def __exit__(self, *_: object) -> None: ...
+    def __exit__(self, *_: object) -> None:
+        return None
 
-    @abstractmethod
     def weights_hashes(self) -> dict[str, str]:
         """The hash of every teacher's weights, as the workers loaded them."""
+        return self._ask("weights_hashes")
 
-    @abstractmethod
     def calibrate(self, sample: CalibrationSample, names: Collection[str]) -> dict[str, Calibration]:
         """Tables and fidelity of the codecs of the named teachers, by one worker."""
+        return self._ask("calibrate", sample, list(names))
 
     @abstractmethod
-    def run(self, url: str, images: str, tasks: Sequence[Task], on_commit: OnCommit) -> list[FailedShard]:
-        """Extract all tasks into the cache at `url`, from `images`; returns those that failed for good.
+    def _ask(self, method: str, *arguments: object) -> Any:
+        """What this method of a worker with its teachers gives."""
+
+    @abstractmethod
+    def run(self, url: str, images: str, tasks: Sequence[Task], on_commit: OnCommit) -> dict[int, str]:
+        """Extract all tasks into the cache at `url`, from `images`; returns why some failed for good.
 
         SIGTERM and Ctrl-C end it within 20 seconds: shards in flight are finished, or abandoned if that
         takes longer. It then raises `BuildInterruptedError`. Raises `BuildError` when no more files can be
@@ -136,19 +135,13 @@ class LocalRunner(Runner):
         super().__init__(recipe, teachers, num_shards)
         self._worker = self.worker(teachers, recipe)
 
-    def __exit__(self, *_: object) -> None:
-        return None
+    def _ask(self, method: str, *arguments: object) -> Any:
+        return getattr(self._worker, method)(*arguments)
 
-    def weights_hashes(self) -> dict[str, str]:
-        return self._worker.weights_hashes()
-
-    def calibrate(self, sample: CalibrationSample, names: Collection[str]) -> dict[str, Calibration]:
-        return self._worker.calibrate(sample, names)
-
-    def run(self, url: str, images: str, tasks: Sequence[Task], on_commit: OnCommit) -> list[FailedShard]:
+    def run(self, url: str, images: str, tasks: Sequence[Task], on_commit: OnCommit) -> dict[int, str]:
         extractor = self._worker.open(url, images)
         queue = Queue(tasks, self.recipe.max_attempts)
-        running: dict[Future[dict[str, CommitRecord]], Task] = {}
+        running: _Running = {}
         try:
             with StopRequest(signal.SIGTERM, signal.SIGINT) as stop:
                 while (queue or running) and not stop.requested:
@@ -166,13 +159,7 @@ class LocalRunner(Runner):
             wait(running, timeout=ABANDON_S)
         return queue.failed
 
-    def _collect(
-        self,
-        running: dict[Future[dict[str, CommitRecord]], Task],
-        queue: Queue,
-        on_commit: OnCommit,
-        url: str,
-    ) -> None:
+    def _collect(self, running: _Running, queue: Queue, on_commit: OnCommit, url: str) -> None:
         finished, _ = wait(running, timeout=TICK_S, return_when=FIRST_COMPLETED)
         for future in finished:
             task, error = running.pop(future), future.exception()

@@ -38,11 +38,10 @@ from teachercache.cache_builder.teachers.teacher import (
 )
 from teachercache.cache_builder.teachers.weights import (
     WEIGHTS_NAME,
-    differing,
+    loading,
     require_file,
     require_hub,
     seeded,
-    weights_not_found,
 )
 from teachercache.pipeline.errors import TeacherInputError, extra
 from teachercache.pipeline.records.spec import TeacherSpec
@@ -78,12 +77,8 @@ class GroundingDinoTeacher(Teacher):
 
     @classmethod
     def describe(cls, model: str) -> Architecture:
-        return Architecture(
-            model=model,
-            patch=(_LAST_STRIDE, _LAST_STRIDE),
-            mean=IMAGENET_DEFAULT_MEAN,
-            std=IMAGENET_DEFAULT_STD,
-        )
+        patch = _LAST_STRIDE, _LAST_STRIDE
+        return Architecture(model, patch, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 
     @classmethod
     def probe(cls, model: str, image_size: Size, global_feature: bool) -> Outputs:
@@ -105,43 +100,34 @@ class GroundingDinoTeacher(Teacher):
         """Stages: blocks, shifted or not, are more than torch keeps compiled."""
         return self.model.backbone.conv_encoder.model.swin.encoder.layers
 
-    def forward(self, pixels_B3HW: Tensor) -> TeacherFeatures:
-        return self._features(pixels_B3HW, [self.spec])[0]
-
-    def together(self, pixels_B3HW: Tensor, specs: Sequence[TeacherSpec]) -> list[TeacherFeatures]:
-        found = self._features(self.filled(pixels_B3HW), specs)
-        return [features.first(len(pixels_B3HW)) for features in found]
-
-    def _features(self, pixels_B3HW: Tensor, specs: Sequence[TeacherSpec]) -> list[TeacherFeatures]:
+    def features(self, pixels_B3HW: Tensor, specs: Sequence[TeacherSpec]) -> list[TeacherFeatures]:
         indices = [index for spec in specs for index in spec.block_indices]
         with torch.inference_mode(), autocast(self.spec, pixels_B3HW.device):
             maps = iter(self.model(preprocess(pixels_B3HW, self.spec), indices))
-        # Copied outside inference mode: a loss may then save these tensors for its backward pass.
         stacked = [
             torch.stack([next(maps).permute(0, 2, 3, 1) for _ in spec.block_indices], 1) for spec in specs
         ]
         return [TeacherFeatures(maps_BSHWC, None, None) for maps_BSHWC in stacked]
 
 
-def _transformers() -> tuple[Any, Any]:
-    """(transformers, its GroundingDINO module), imported only if a teacher needs it."""
+def _modeling() -> Any:
+    """transformers' GroundingDINO, imported only if a teacher needs it."""
     with extra("grounding-dino"):
         import transformers
-        from transformers.models.grounding_dino import modeling_grounding_dino
-    return transformers, modeling_grounding_dino
+    return transformers.models.grounding_dino.modeling_grounding_dino
 
 
 def _config(model: str) -> Any:
-    transformers, _ = _transformers()
+    config = _modeling().GroundingDinoConfig
     names = "embed_dim", "depths", "num_heads", "window_size", "image_size"
-    swin = transformers.SwinConfig(**dict(zip(names, _SWINS[model], strict=True)), out_indices=[2, 3, 4])
-    return transformers.GroundingDinoConfig(backbone_config=swin)
+    swin = dict(zip(names, _SWINS[model], strict=True)) | {"model_type": "swin", "out_indices": [2, 3, 4]}
+    return config(backbone_config=swin)
 
 
 @cache
 def _image_side() -> Any:
     """A class with the parts of `GroundingDinoModel` before its encoder, under the same names."""
-    _, modeling = _transformers()
+    modeling = _modeling()
     base: Any = modeling.GroundingDinoPreTrainedModel
 
     class ImageSide(base):
@@ -180,27 +166,21 @@ def _image_side() -> Any:
 def _create_model(spec: TeacherSpec) -> Any:
     """The model of `spec`, on the current default device. Raises `WeightsNotFoundError`."""
     image_side, config = _image_side(), _config(spec.model)
-    with seeded(spec.random_seed):
-        if not spec.pretrained:
+    if not spec.pretrained:
+        with seeded(spec.random_seed):
             return image_side(config)
-        try:
-            model, report = image_side.from_pretrained(
-                None,
-                config=config,
-                state_dict=_read_image_side(_weights_file(spec)),
-                dtype=torch.float32,
-                ignore_mismatched_sizes=True,  # or it would raise without naming them
-                output_loading_info=True,
-            )
-        except Exception as reason:  # from the hub, the file system, safetensors or transformers
-            raise weights_not_found(spec, f"{type(reason).__name__}: {reason}", _EXPECTED) from reason
-    wrong_keys = [
-        *(("missing", key) for key in sorted(report["missing_keys"])),
-        *(("unexpected", key) for key in sorted(report["unexpected_keys"])),
-        *(("misshapen", key) for key, *_ in sorted(report["mismatched_keys"])),
-    ]
-    if wrong_keys:
-        raise weights_not_found(spec, differing(wrong_keys), _EXPECTED)
+    with loading(spec, _EXPECTED) as wrong_keys:
+        model, report = image_side.from_pretrained(
+            None,
+            config=config,
+            state_dict=_read_image_side(_weights_file(spec)),
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,  # or it would raise without naming them
+            output_loading_info=True,
+        )
+        wrong_keys += [("missing", key) for key in sorted(report["missing_keys"])]
+        wrong_keys += [("unexpected", key) for key in sorted(report["unexpected_keys"])]
+        wrong_keys += [("misshapen", key) for key, *_ in sorted(report["mismatched_keys"])]
     return model
 
 

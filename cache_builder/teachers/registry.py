@@ -50,16 +50,16 @@ def presets() -> dict[str, Preset]:
     return {name: Preset.model_validate(row) for name, row in rows.items()}
 
 
-def find_preset(name: str) -> Preset:
-    """The preset `name`. Raises `UnknownTeacherError`."""
-    if name not in presets():
-        raise _unknown("preset", name)
-    return presets()[name]
+def find_preset(name: str, preset: str | None, model: str | None) -> Preset:
+    """By `preset` or `model`, or else by the teacher's own `name`, which may be of either.
 
-
-def find_model(model: str) -> Preset:
-    """A model as a preset, from its row if it has one. Raises `UnknownTeacherError`."""
-    complete = kind_of(model).describe(model).model
+    A model has the row of a preset if there is one. Raises `UnknownTeacherError`.
+    """
+    if preset or (not model and name in presets()):
+        if (found := presets().get(preset or name)) is None:
+            raise _unknown("preset", preset or name)
+        return found
+    complete = kind_of(model or name).describe(model or name).model
     return next((row for row in presets().values() if row.model == complete), Preset(model=complete))
 
 

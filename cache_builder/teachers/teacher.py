@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -130,23 +130,20 @@ class Teacher(nn.Module, ABC):
                 if isinstance(module, nn.Linear | nn.Conv2d | FoldedAttention):
                     module.to(torch.bfloat16)
 
-    def __call__(self, pixels_B3HW: Tensor) -> TeacherFeatures:
-        features: TeacherFeatures = super().__call__(self.filled(pixels_B3HW))
-        return features.first(len(pixels_B3HW))
-
-    def filled(self, pixels_B3HW: Tensor) -> Tensor:
-        """With the last view again, up to as many as the teacher is compiled for."""
-        missing = max(0, self.compiled_for - len(pixels_B3HW))
-        return torch.cat([pixels_B3HW, *[pixels_B3HW[-1:]] * missing]) if missing else pixels_B3HW
+    def forward(self, pixels_B3HW: Tensor) -> TeacherFeatures:
+        """`pixels_B3HW` is uint8 at `spec.render_size`; normalisation happens here, on the device."""
+        return self.together(pixels_B3HW, [self.spec])[0]
 
     def together(self, pixels_B3HW: Tensor, specs: Sequence[TeacherSpec]) -> list[TeacherFeatures]:
         """What the teachers of `specs` give, in one forward pass of this one (`registry.passes`)."""
-        assert list(specs) == [self.spec]
-        return [self(pixels_B3HW)]
+        missing = max(0, self.compiled_for - len(pixels_B3HW))  # filled up with the last view
+        filled_B3HW = torch.cat([pixels_B3HW, *[pixels_B3HW[-1:]] * missing]) if missing else pixels_B3HW
+        return [features.first(len(pixels_B3HW)) for features in self.features(filled_B3HW, specs)]
 
     @abstractmethod
-    def forward(self, pixels_B3HW: Tensor) -> TeacherFeatures:
-        """`pixels_B3HW` is uint8 at `spec.render_size`; normalisation happens here, on the device."""
+    def features(self, pixels_B3HW: Tensor, specs: Sequence[TeacherSpec]) -> list[TeacherFeatures]:
+        """Those of the teachers of `specs`, copied outside inference mode: a loss may save them for its
+        backward pass."""
 
 
 def preprocess(pixels_B3HW: Tensor, spec: TeacherSpec) -> Tensor:
@@ -195,8 +192,6 @@ def versions() -> dict[str, str]:
     """{package: version}; a package that is not installed is left out."""
     installed = {"python": platform.python_version()}
     for package in _PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             installed[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return installed

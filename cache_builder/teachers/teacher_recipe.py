@@ -6,14 +6,13 @@ from typing import Annotated, Any, Self
 
 import torch
 from pydantic import Field, model_validator
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from teachercache.cache_builder.teachers.registry import (
     Preset,
-    find_model,
     find_preset,
     kind_of,
     passes,
-    presets,
 )
 from teachercache.cache_builder.teachers.teacher import RGB, Architecture, Outputs, Teacher, weights_hash
 from teachercache.pipeline.errors import CacheMismatchError, TeacherError, TeacherInputError
@@ -21,8 +20,6 @@ from teachercache.pipeline.records.spec import GridKind, GridSpec, Precision, Re
 from teachercache.pipeline.records.strict import Size, Strict
 from teachercache.pipeline.records.view_policy import ViewPolicy
 
-IMAGENET_MEAN: RGB = (0.485, 0.456, 0.406)
-IMAGENET_STD: RGB = (0.229, 0.224, 0.225)
 STUDENT_PATCH = 16
 
 Pixels = Annotated[int, Field(ge=1)]
@@ -89,11 +86,9 @@ def resolve_teachers(
     padded map or an adjoint grid.
     """
     own_grid = student_grid(views.stored_size, views.patch)
-    specs = {
-        name: resolve_teacher(name, recipe, views.stored_size, sak_compat, views.patch)
-        for name, recipe in recipes.items()
-    }
-    for name, spec in specs.items():
+    specs = dict[str, TeacherSpec]()
+    for name, recipe in recipes.items():
+        spec = specs[name] = resolve_teacher(name, recipe, views.stored_size, sak_compat, views.patch)
         if views.margin and spec.is_padded:
             raise TeacherInputError(
                 f"Windows are cut out of maps that fill the view, and that of teacher {name} is padded.",
@@ -132,7 +127,7 @@ def resolve_teacher(
     Raises `UnknownTeacherError`, or `TeacherInputError` for a size, block or output that the model
     does not have.
     """
-    preset = _preset(name, recipe)
+    preset = find_preset(name, recipe.preset, recipe.model)
     kind = kind_of(preset.model)
     architecture = kind.describe(preset.model)
     image_size = _image_size(architecture, preset, recipe, view_size, sak_compat)
@@ -148,8 +143,8 @@ def resolve_teacher(
         random_seed=recipe.random_seed,
         image_size=image_size,
         render_size=view_size if sak_compat else image_size,
-        mean=recipe.mean or (IMAGENET_MEAN if sak_compat else architecture.mean),
-        std=recipe.std or (IMAGENET_STD if sak_compat else architecture.std),
+        mean=recipe.mean or (IMAGENET_DEFAULT_MEAN if sak_compat else architecture.mean),
+        std=recipe.std or (IMAGENET_DEFAULT_STD if sak_compat else architecture.std),
         block_indices=block_indices,
         native_grid=native_grid,
         width=width,
@@ -226,13 +221,6 @@ def _keep_float32() -> None:
         )
 
 
-def _preset(name: str, recipe: TeacherRecipe) -> Preset:
-    """By its key, or else by the teacher's own name, which may be of a preset or a model."""
-    if recipe.preset or (not recipe.model and name in presets()):
-        return find_preset(recipe.preset or name)
-    return find_model(recipe.model or name)
-
-
 def _image_size(
     architecture: Architecture, preset: Preset, recipe: TeacherRecipe, view_size: Size, sak_compat: bool
 ) -> Size:
@@ -299,21 +287,17 @@ def _common_shape(name: str, outputs: Outputs, block_indices: tuple[int, ...]) -
 
 
 def _require_outputs(name: str, architecture: Architecture, outputs: Outputs, recipe: TeacherRecipe) -> None:
-    for requested, has, what, key in (
-        (recipe.cls_token, outputs.has_cls_token, "cls_token", "cls_token"),
-        (recipe.global_feature, outputs.global_width is not None, "global_feature", "global_feature"),
-        (
-            recipe.resample_positions == "plain",
-            architecture.has_positions,
-            "map of learnt positions",
-            "resample_positions",
-        ),
-        (recipe.layer_scale is not None, architecture.has_layer_scale, "LayerScale", "layer_scale"),
+    for key, what, there in (
+        ("cls_token", "cls_token", outputs.has_cls_token),
+        ("global_feature", "global_feature", outputs.global_width is not None),
+        ("resample_positions", "map of learnt positions", architecture.has_positions),
+        ("layer_scale", "LayerScale", architecture.has_layer_scale),
     ):
-        if requested and not has:
+        requested, default = getattr(recipe, key), TeacherRecipe.model_fields[key].default
+        if requested != default and not there:
             raise TeacherInputError(
                 f"Teacher {name} has no {what}.",
-                got=f"{key}: {str(getattr(recipe, key)).lower()} for {architecture.model}",
-                expected=f"{key}: {str(TeacherRecipe.model_fields[key].default).lower()}",
+                got=f"{key}: {str(requested).lower()} for {architecture.model}",
+                expected=f"{key}: {str(default).lower()}",
                 do=f"leave {key} out for this teacher",
             )

@@ -9,7 +9,7 @@ Leave out `img_size` for architectures that take any size: those for which
 `timm.models.get_model_input_config(model)["fixed_input_size"]` is false (SAM, DINOv3, ConvNeXt).
 """
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from inspect import signature
@@ -33,12 +33,11 @@ from teachercache.cache_builder.teachers.teacher import (
     preprocess,
 )
 from teachercache.cache_builder.teachers.weights import (
-    differing,
     inner_weights,
+    loading,
     require_file,
     require_hub,
     seeded,
-    weights_not_found,
 )
 from teachercache.pipeline.errors import TeacherInputError, WeightsNotFoundError
 from teachercache.pipeline.records.spec import TeacherSpec
@@ -83,15 +82,18 @@ class TimmTeacher(Teacher):
                 global_feature &= not isinstance(blank, VisionTransformerSAM)
                 global_width = blank.forward_head(final).shape[-1] if global_feature else None
         except Exception as reason:  # the error depends on the architecture
+            native = get_model_input_config(blank_model(model))["input_size"][-2:]
             raise TeacherInputError(
                 f"timm cannot run {model} at this image size.",
                 got=f"{image_size}: {type(reason).__name__}: {reason}",
-                expected=f"a size that the architecture takes; it was made for {native_size(model)}",
+                expected=f"a size that the architecture takes; it was made for {native}",
                 do="set image_size for this teacher, or choose another model",
             ) from reason
+        # CaiT and VOLO add their class token after the blocks: their maps come without prefix tokens.
+        takes_prefix = "return_prefix_tokens" in signature(blank.forward_intermediates).parameters
         return Outputs(
             blocks=tuple((m.shape[1], (m.shape[2], m.shape[3])) for m in maps),
-            has_cls_token=_has_cls_token(blank),
+            has_cls_token=takes_prefix and getattr(blank, "cls_token", None) is not None,
             global_width=global_width,
         )
 
@@ -99,8 +101,8 @@ class TimmTeacher(Teacher):
         names = (name for name in ("blocks", "stages", "layers") if hasattr(self.model, name))
         return getattr(self.model, next(names, ""), ())
 
-    def forward(self, pixels_B3HW: Tensor) -> TeacherFeatures:
-        spec = self.spec
+    def features(self, pixels_B3HW: Tensor, specs: Sequence[TeacherSpec]) -> list[TeacherFeatures]:
+        (spec,) = specs
         with torch.inference_mode(), autocast(spec, pixels_B3HW.device):
             images = preprocess(pixels_B3HW, spec).contiguous(memory_format=torch.channels_last)
             result = self.model.forward_intermediates(
@@ -116,18 +118,12 @@ class TimmTeacher(Teacher):
                 final, levels = result
                 pooled = self.model.forward_head(final)
         maps, prefixes = zip(*levels, strict=True) if spec.cls_token else (levels, None)
-        # Copied outside inference mode: a loss may then save these tensors for its backward pass.
-        return TeacherFeatures(
+        features = TeacherFeatures(
             feature_maps_BSHWC=torch.stack([m.permute(0, 2, 3, 1) for m in maps], dim=1),
             cls_token_BSC=None if prefixes is None else torch.stack([p[:, 0] for p in prefixes], dim=1),
             global_feature_BD=None if pooled is None else pooled.clone(),
         )
-
-
-def _has_cls_token(model: Any) -> bool:
-    # CaiT and VOLO add their class token after the blocks: their maps come without prefix tokens.
-    takes_prefix = "return_prefix_tokens" in signature(model.forward_intermediates).parameters
-    return takes_prefix and getattr(model, "cls_token", None) is not None
+        return [features]
 
 
 @cache
@@ -145,10 +141,6 @@ def blank_model(model: str) -> Any:
     return blank
 
 
-def native_size(model: str) -> Size:
-    return get_model_input_config(blank_model(model))["input_size"][-2:]
-
-
 def size_argument(model: str, image_size: Size) -> dict[str, Size]:
     """The arguments that tell `timm.create_model` the image size."""
     return {"img_size": image_size} if get_model_input_config(blank_model(model))["fixed_input_size"] else {}
@@ -158,10 +150,9 @@ def create_model(spec: TeacherSpec) -> Any:
     """The model of `spec`, on the CPU. Raises `WeightsNotFoundError`."""
     if not spec.pretrained:
         with seeded(spec.random_seed):
-            arguments: dict[str, Any] = {**size_argument(spec.model, spec.image_size)}
-            if spec.layer_scale is not None:
-                arguments["init_values"] = spec.layer_scale
-            return timm.create_model(spec.model, pretrained=False, **arguments)
+            size = size_argument(spec.model, spec.image_size)
+            scale = {} if spec.layer_scale is None else {"init_values": spec.layer_scale}
+            return timm.create_model(spec.model, pretrained=False, **size, **scale)
     if not spec.checkpoint:
         return _load(spec, None)
     try:
@@ -180,18 +171,16 @@ def create_model(spec: TeacherSpec) -> Any:
 def _load(spec: TeacherSpec, overlay: dict[str, Any] | None) -> Any:
     """The model with the weights that `overlay` names to timm, or those of the hub."""
     size = size_argument(spec.model, spec.image_size) if spec.resample_positions == "antialias" else {}
-    with seeded(spec.random_seed), _recorded_keys(type(blank_model(spec.model))) as wrong_keys:
-        try:
-            _require_source(spec)
-            model = timm.create_model(spec.model, pretrained=True, pretrained_cfg_overlay=overlay, **size)
-        except Exception as reason:  # from the hub, the file system, safetensors or load_state_dict
-            raise weights_not_found(spec, f"{type(reason).__name__}: {reason}", _EXPECTED) from reason
-    if spec.global_width is None:  # then no stored feature passes through the classifier
-        heads = model.pretrained_cfg.get("classifier") or ()
+    with loading(spec, _EXPECTED) as wrong_keys, _recorded_keys(type(blank_model(spec.model))) as keys:
+        if spec.checkpoint:
+            require_file(spec.checkpoint)
+        elif repository := blank_model(spec.model).pretrained_cfg.get("hf_hub_id"):
+            require_hub(repository)
+        model = timm.create_model(spec.model, pretrained=True, pretrained_cfg_overlay=overlay, **size)
+        # Without a global feature, no stored feature passes through the classifier.
+        heads = (model.pretrained_cfg.get("classifier") or ()) if spec.global_width is None else ()
         prefixes = tuple(f"{head}." for head in ((heads,) if isinstance(heads, str) else heads))
-        wrong_keys = [(what, key) for what, key in wrong_keys if not key.startswith(prefixes)]
-    if wrong_keys:
-        raise weights_not_found(spec, differing(wrong_keys), _EXPECTED)
+        wrong_keys += [(what, key) for what, key in keys if not key.startswith(prefixes)]
     if spec.resample_positions == "plain":
         _resample_plainly(model, spec.image_size)
     return model
@@ -225,10 +214,3 @@ def _recorded_keys(model_class: type[nn.Module]) -> Iterator[list[tuple[str, str
         yield keys
     finally:
         model_class.load_state_dict = original  # type: ignore[method-assign]
-
-
-def _require_source(spec: TeacherSpec) -> None:
-    if spec.checkpoint:
-        require_file(spec.checkpoint)
-    elif repository := blank_model(spec.model).pretrained_cfg.get("hf_hub_id"):
-        require_hub(repository)

@@ -3,7 +3,7 @@
 import re
 import threading
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,23 @@ def seeded(random_seed: int) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def loading(spec: TeacherSpec, expected: str) -> Iterator[list[tuple[str, str]]]:
+    """Weights are loaded inside, and keys that differ noted in the list, such as ("missing", "norm.weight").
+
+    Raises `WeightsNotFoundError` for these, and for whatever is raised inside.
+    """
+    wrong_keys: list[tuple[str, str]] = []
+    with seeded(spec.random_seed):
+        try:
+            yield wrong_keys
+        except Exception as reason:  # from the hub, the file system, safetensors or the libraries
+            raise _not_found(spec, f"{type(reason).__name__}: {reason}", expected) from reason
+    if wrong_keys:
+        first = ", ".join(f"{what} {key}" for what, key in wrong_keys[:8])
+        raise _not_found(spec, f"{len(wrong_keys)} keys that differ: {first}", expected)
+
+
 def require_file(path: str | Path) -> None:
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is not a file")
@@ -46,12 +63,6 @@ def require_hub(repository: str) -> None:
         huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(repository, WEIGHTS_NAME))
     except EntryNotFoundError:
         return  # the hub answered; there may be other file names
-
-
-def differing(keys: Sequence[tuple[str, str]]) -> str:
-    """A message about keys such as ("missing", "norm.weight")."""
-    first = ", ".join(f"{what} {key}" for what, key in keys[:8])
-    return f"{len(keys)} keys that differ: {first}"
 
 
 def inner_weights(path: str | Path, names: Collection[str]) -> dict[str, Tensor] | None:
@@ -102,7 +113,7 @@ def _tensors(entry: Mapping[str, Any]) -> str:
     return f"{len(names)} tensors ({first})" if names else "no tensor"
 
 
-def weights_not_found(spec: TeacherSpec, got: str, expected: str) -> WeightsNotFoundError:
+def _not_found(spec: TeacherSpec, got: str, expected: str) -> WeightsNotFoundError:
     source = spec.checkpoint or "the Hugging Face hub"
     if spec.checkpoint and (path := Path(spec.checkpoint)).is_file():
         got = f"{got}; the file {_content(path)}"

@@ -113,7 +113,7 @@ def plan(
         )
         console.print(f"Within {human_bytes(checked.budget)}, on the calibration sample. Add to the command:")
         console.print(" ".join(option.overrides(name) for name, option in chosen.items()))
-    result.require_space()
+    result.require()
 
 
 def build(
@@ -266,7 +266,7 @@ def _candidates(
     from teachercache.cache_builder.teachers.teacher_recipe import student_grid
 
     grid = student_grid(recipe.views.stored_size, recipe.views.patch)
-    stored = drafted.stored[0].teachers if drafted.stored else {}
+    stored = drafted.old.teachers if drafted.old else {}
     rows = min(recipe.calibration_rows, drafted.spec.dataset.num_samples)
     return {
         name: [stored[name]]

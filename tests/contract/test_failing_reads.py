@@ -17,7 +17,7 @@ import pytest
 from rich.console import Console
 
 from teachercache import build
-from teachercache.cache_builder.calibrate import CalibrationSample
+from teachercache.cache_builder.draft import Draft
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import StorageError
 from teachercache.pipeline.loading.loader import FeatureLoader
@@ -149,13 +149,13 @@ def test_a_calibration_reads_again_and_else_names_the_image(
     recipe = build_recipe(tmp_path / "cache", images, teachers=INT4)
 
     def fails(count: int) -> None:
-        draw = CalibrationSample.draw
+        draw = Draft.calibration_sample
 
         def drawn(*arguments: Any) -> Any:
             mount.fail(images, failures=count)
             return draw(*arguments)
 
-        monkeypatch.setattr(CalibrationSample, "draw", drawn)
+        monkeypatch.setattr(Draft, "calibration_sample", drawn)
 
     fails(1_000_000)
     with pytest.raises(StorageError, match=rf"{images}/image_00\d.jpg cannot be read"):

@@ -93,7 +93,7 @@ def test_a_late_node_is_used_and_every_actor_is_measured(folder: Path) -> None:
             while not cache.manifest.committed_shards("tiny"):
                 time.sleep(0.05)
             cluster.add_node()  # Ray wants the main thread for it
-            assert running.result(TIMEOUT_S) == []
+            assert running.result(TIMEOUT_S) == {}
             measured = scrape({"shards": 2, "views": 2, "stage_seconds": 2 * len(STAGES)})
             assert sum(measured["shards"].values()) == 12
             assert sum(measured["views"].values()) == 192

@@ -189,7 +189,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 @pytest.fixture
 def no_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let builds begin that `plan` would refuse: somebody else fills the disk while they run."""
-    monkeypatch.setattr("teachercache.cache_builder.plan.Plan.require_space", lambda self: None)
+    monkeypatch.setattr("teachercache.cache_builder.plan.Plan.require", lambda *_: None)
 
 
 def test_a_full_disk_ends_the_build_and_it_goes_on_when_there_is_room(

@@ -159,7 +159,7 @@ def test_cpus_work_until_gpus_come_and_then_retire(
         joined, clock = time.time(), time.monotonic()
         until(lambda: any(actor.gpus for actor in runner._actors), running)
         assert time.monotonic() - clock < ASKED_WITHIN_S
-        assert running.result(TIMEOUT_S) == []
+        assert running.result(TIMEOUT_S) == {}
         require_in_time(arrived.stat().st_mtime - joined)
         assert {actor.gpus for actor in runner._actors} == {1}
     assert len(cache.manifest.committed_shards("tiny")) == 12

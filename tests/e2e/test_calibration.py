@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from io import StringIO
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,10 @@ from teachercache import FeatureCache, build, build_teacher, render_view
 from teachercache.cache_builder.budget import Option, candidates, choose, measure
 from teachercache.cache_builder.build_recipe import BuildRecipe
 from teachercache.cache_builder.builder import prepare
-from teachercache.cache_builder.calibrate import CalibrationSample
-from teachercache.cache_builder.compute import Computed, _finite, _tokens
+from teachercache.cache_builder.compute import Computed, _tokens
 from teachercache.cache_builder.plan import Plan
 from teachercache.cache_builder.teachers import TeacherRecipe, resolve_teacher
+from teachercache.cache_builder.teachers.teacher import TeacherFeatures
 from teachercache.pipeline.codecs import codec_names, get_codec
 from teachercache.pipeline.codecs.fidelity import measure_fidelity
 from teachercache.pipeline.errors import (
@@ -199,9 +200,8 @@ def test_the_adjoint_grid_stores_what_the_loss_needs(tmp_path: Path, images: Pat
 
 def measured(recipe: BuildRecipe) -> tuple[Plan, dict[str, list[Option]]]:
     drafted, spec, plan = prepare(recipe, QUIET)
-    sample = CalibrationSample.draw(drafted.source, drafted.samples, drafted.views, 8)
     specs = {name: candidates(spec.teachers[name], (2, 2), 8) for name in recipe.teachers}
-    return plan, dict(measure(specs, sample, batch_size=4))
+    return plan, dict(measure(specs, drafted.calibration_sample(8), batch_size=4))
 
 
 def as_recommended(recipe: BuildRecipe, chosen: Mapping[str, Option]) -> BuildRecipe:
@@ -242,6 +242,12 @@ def test_a_budget_is_kept_at_the_least_loss(tmp_path: Path, images: Path) -> Non
         chosen = choose(available, plan, budget)
         prepare(as_recommended(recipe, chosen), QUIET)[2].require(budget)
         losses.append(sum(option.loss for option in chosen.values()))
+        possible = [
+            sum(option.loss for option in pair)
+            for pair in product(*available.values())
+            if plan.fixed_bytes + plan.spec.num_rows * sum(one.bytes_per_row for one in pair) <= budget
+        ]
+        assert losses[-1] == pytest.approx(min(possible))
         least = budget
     assert losses == sorted(losses)
     assert least < plan.fixed_bytes + features / 10
@@ -329,16 +335,12 @@ def test_token_features_beyond_their_dtype_are_refused(tmp_path: Path, images: P
     teachers = {codec: TEACHER | {"codec": codec, "cls_token": True} for codec in ("bf16", "f32")}
     specs = prepare(build_recipe(tmp_path / "cache", images, teachers=teachers), QUIET)[1].teachers
     half, single = (specs[codec].model_copy(update={"global_width": 3}) for codec in ("bf16", "f32"))
-    huge = {
-        "cls_token": None,
-        "global_feature": None,
-        f"{name}_{'token' if name == 'cls' else 'feature'}": 7e4,
-    }
-    tokens = {key: None if value is None else torch.full((1, 4, 3), value) for key, value in huge.items()}
-    assert _tokens(single, **tokens)[name].max() == 7e4
-    stored, moments = _tokens(half, **tokens), FeatureMoments.empty(1, 3)
+    huge = torch.full((1, 4, 3), 7e4)
+    maps, moments = torch.zeros(1, 4, 2, 2, 3), FeatureMoments.empty(1, 3)
+    features = TeacherFeatures(maps, *((huge, None) if name == "cls" else (None, huge)))
+    assert _tokens(single, features)[name].max() == 7e4
     with pytest.raises(CodecError, match=f"bf16 cannot hold these {name} features(.|\n)*choose f32"):
-        Computed(get_codec("bf16"), stored, {**_finite(stored)}, moments).arrays()
+        Computed(get_codec("bf16"), _tokens(half, features), torch.tensor(True), moments).arrays()
 
 
 @pytest.mark.parametrize(

@@ -77,8 +77,8 @@ def test_growth_keeps_the_recorded_place(folder: Path) -> None:
     moved = (folder / "w1.safetensors").rename(folder / "moved.safetensors")
     views = {"num_views": 3, "size": [32, 32]}
     drafted = prepare(recipe(folder, moved, views=views), QUIET)[0]
-    assert drafted.stored is not None
-    assert growth(drafted.stored[0], drafted.spec) == ["1 views of each sample"]
+    assert drafted.old is not None
+    assert growth(drafted.old, drafted.spec) == ["1 views of each sample"]
     grown = build(recipe(folder, moved, views=views), QUIET)
     assert (grown.shards > 0, grown.cache.num_views) == (True, 3)
     assert grown.cache.spec.teachers["tiny"].checkpoint == str(folder / "w1.safetensors")

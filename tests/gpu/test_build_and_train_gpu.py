@@ -68,7 +68,7 @@ def test_codes_leave_while_the_next_are_computed() -> None:
     pending = []
     for value in range(8):
         torch.cuda._sleep(10_000_000)
-        [codes], arrived = copies.to_host({"codes": torch.full((1 << 24,), value, device="cuda")})
+        codes, arrived = copies.to_host({"codes": torch.full((1 << 24,), value, device="cuda")})
         pending.append((codes["codes"], arrived))
     for value, (host, arrived) in enumerate(pending):
         arrived()

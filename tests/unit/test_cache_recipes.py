@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from teachercache.cache_builder.build_recipe import BuildRecipe
 from teachercache.cache_builder.plan import bytes_per_row
 from teachercache.cache_builder.teachers.registry import passes
 from teachercache.cache_builder.teachers.teacher_recipe import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     resolve_teacher,
     student_grid,
 )
@@ -78,7 +77,9 @@ def test_a_recipe_of_sak_feeds_its_models_as_the_authors_do_and_says_what_differ
         assert student.sak_compat
     else:
         dinov2, clip, sam = teachers(name)
-        assert {(spec.mean, spec.std) for spec in (dinov2, clip, sam)} == {(IMAGENET_MEAN, IMAGENET_STD)}
+        assert {(spec.mean, spec.std) for spec in (dinov2, clip, sam)} == {
+            (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+        }
         size = find_recipe(BuildRecipe, name).views.size
         assert dinov2.image_size == clip.image_size == size
         assert dinov2.native_grid == {384: (27, 27), 512: (36, 36), 448: (32, 41)}[size[0]]

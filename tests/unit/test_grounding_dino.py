@@ -366,13 +366,13 @@ def test_teachers_of_one_detector_cost_one_pass_and_are_what_they_are_alone(
     recipe = build_recipe(
         tmp_path / "cache", images, teachers=teachers, views=views, rows_per_shard=5, runner={"batch_size": 2}
     )
-    own, passes = module.GroundingDinoTeacher._features, list[tuple[int, list[int]]]()
+    own, passes = module.GroundingDinoTeacher.features, list[tuple[int, list[int]]]()
 
     def counted(self: Any, pixels_B3HW: Tensor, specs: Any) -> Any:
         passes.append((len(pixels_B3HW), [spec.block_indices[0] for spec in specs]))
         return own(self, pixels_B3HW, specs)
 
-    monkeypatch.setattr(module.GroundingDinoTeacher, "_features", counted)
+    monkeypatch.setattr(module.GroundingDinoTeacher, "features", counted)
     _, _, plan = prepare(recipe, Console(quiet=True))
     assert [one.gmacs > 0 for one in plan.teachers] == [False, False, False, True, True]
     passes.clear()
