@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -250,11 +250,10 @@ class Batches:
         self._on_progress()
         while len(self._writes) >= _WRITES_IN_FLIGHT:
             self._writes.popleft().result()
-        write = partial(self._write, self._writers[name], self._offsets, arrays)
-        self._writes.append(self._writing.submit(write))
+        writer, offsets = self._writers[name], self._offsets
 
-    def _write(
-        self, writer: ShardWriter, offsets: list[int], arrays: Callable[[], dict[str, NDArray]]
-    ) -> None:
-        with self._seconds.stage("write"):
-            writer.write(offsets, arrays())
+        def write() -> None:
+            with self._seconds.stage("write"):
+                writer.write(offsets, arrays())
+
+        self._writes.append(self._writing.submit(write))

@@ -62,14 +62,13 @@ _AHEAD = 8  # actors that may wait for nodes; more where more nodes are there, s
 
 
 class RayWorker(Worker):
-    """A worker that reports to Ray's metrics, and finishes its shards on SIGTERM."""
+    """A worker that finishes its shards on SIGTERM."""
 
     def __init__(self, teachers: Mapping[str, TeacherSpec], runner: RunnerRecipe) -> None:
         # Of an error in the constructor of an actor, Ray would pass on the text alone.
         self._load = partial(super().__init__, teachers, runner)
         self._device = runner.device
         self._extractor: ShardExtractor | None = None
-        self._metrics = _Metrics()
         self._leaving = False
         signal.signal(signal.SIGTERM, self._leave)
 
@@ -92,10 +91,7 @@ class RayWorker(Worker):
         assert self._extractor is not None, "fill() comes first"
         if self._leaving:
             raise BuildInterruptedError("This process has to end; it takes no more shards.")
-        records = self._extractor.extract(shard, names)
-        for record in list(records.values())[:1]:  # all of them count the same views
-            self._metrics.add(record)
-        return records
+        return self._extractor.extract(shard, names)
 
     def _leave(self, *_: object) -> None:
         self._leaving = True
@@ -113,23 +109,6 @@ class RayWorker(Worker):
         deadline = time.monotonic() + timeout_s
         while self.idle_s() and time.monotonic() < deadline:
             time.sleep(0.05)
-
-
-class _Metrics:
-    """The work of each actor, at the Prometheus endpoint of its node."""
-
-    def __init__(self) -> None:
-        self._seconds = Counter("teachercache_stage_seconds", "Of all threads, by stage.", ("actor", "stage"))
-        self._shards = Counter("teachercache_shards", "Shards committed.", ("actor",))
-        self._views = Counter("teachercache_views", "Views computed.", ("actor",))
-        self._tags = {"actor": worker_name()}
-
-    def add(self, record: CommitRecord) -> None:
-        for stage in STAGES:
-            if record.seconds[stage] > 0:  # Ray refuses to add zero
-                self._seconds.inc(record.seconds[stage], self._tags | {"stage": stage})
-        self._shards.inc(1, self._tags)
-        self._views.inc(record.num_rows, self._tags)
 
 
 @dataclass(eq=False)
@@ -163,6 +142,9 @@ class RayRunner(Runner):
         self._connected_here = not ray.is_initialized()
         self._nodes_may_join = not (self._connected_here and connect())
         self._head = Head()
+        self._seconds = Counter("teachercache_stage_seconds", "Of all threads, by stage.", ("actor", "stage"))
+        self._committed = Counter("teachercache_shards", "Shards committed.", ("actor",))
+        self._views = Counter("teachercache_views", "Views computed.", ("actor",))
         self._shards = Gauge("teachercache_build_shards", "Shards of a build by state.", ("state",))
         self._waiting = Gauge("teachercache_build_actors_waiting", "Actors that wait for a node, or load.")
         self._place: tuple[str, str] | None = None
@@ -278,7 +260,18 @@ class RayRunner(Runner):
                     other.leaving |= not other.gpus
             else:
                 del actor.running[call]
+                self._count(answer)
                 on_commit(answer)
+
+    def _count(self, records: Mapping[str, CommitRecord]) -> None:
+        """In Ray's metrics."""
+        for record in list(records.values())[:1]:  # all of them count the same views
+            actor = {"actor": record.worker}
+            for stage in STAGES:
+                if record.seconds[stage] > 0:  # Ray refuses to add zero
+                    self._seconds.inc(record.seconds[stage], actor | {"stage": stage})
+            self._committed.inc(1, actor)
+            self._views.inc(record.num_rows, actor)
 
     def _lose(self, actor: _Actor, reason: str, queue: Queue) -> None:
         log.warning("replacing an actor with %d shards: %s", len(actor.running), reason)

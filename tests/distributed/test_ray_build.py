@@ -15,7 +15,7 @@ from teachercache import build
 from teachercache.cache_builder.build_recipe import RunnerRecipe
 from teachercache.cache_builder.progress import STAGES
 from teachercache.cache_builder.ray_cluster import connect
-from teachercache.cache_builder.ray_runner import RayRunner, _Metrics
+from teachercache.cache_builder.ray_runner import RayRunner
 from teachercache.pipeline.errors import BuildError, TeacherCacheError, WeightsNotFoundError
 from teachercache.pipeline.verify import verify
 from tests.make_cache import build_recipe, make_cache, make_images
@@ -106,7 +106,8 @@ def test_errors_cross_process_borders(cluster: None) -> None:
 def test_a_stage_may_take_no_time(tmp_path: Path, images: Path, cluster: None) -> None:
     cache = make_cache(tmp_path / "cache", images)
     record = cache.manifest.read_commit("alpha", 0)
-    _Metrics().add(record.model_copy(update={"seconds": dict.fromkeys(STAGES, 0.0)}))
+    with RayRunner(RunnerRecipe.model_validate(runner()), {}, 0) as started:
+        started._count({"alpha": record.model_copy(update={"seconds": dict.fromkeys(STAGES, 0.0)})})
 
 
 @pytest.mark.parametrize(("num_shards", "actors"), [(None, 2), (5, 3), (2, 1), (0, 1)])
