@@ -3,15 +3,16 @@
 `load_recipe(BuildRecipe, "imagenet.yaml", ["views.num_views=4"])` → `BuildRecipe`. An unknown key is
 an error that names the nearest known one.
 
-YAML does not read `on`, `1e3`, `0x10`, `010` or `a: b` as text. The model knows what a key holds, so text
-stays text: every plain scalar in a file, everything after the `=` in an override.
+YAML does not read `on`, `1e3`, `0x10`, `010` or `a: b` as text. The model knows what a key holds, so all but
+null is text until it asks: every scalar in a file, everything after the `=` in an override.
 """
 
 import difflib
 import logging
 import re
 import types
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
@@ -21,14 +22,30 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
 from pydantic import BaseModel, ValidationError
+from yaml.constructor import ConstructorError
 
 from teachercache.pipeline.errors import RecipeError
 
 log = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=BaseModel)
 _variables: ContextVar[set[str] | None] = ContextVar("variables", default=None)
-_NULL, _BOOL, _STR, _MERGE = (f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "str", "merge"))
-_NOT_DECIMAL = re.compile(r"[-+]?0[0-9xb_]|.*:")  # octal, hexadecimal, binary or of base 60 to YAML
+
+
+class _TextLoader(yaml.SafeLoader):
+    """Reads every scalar but null as text, and no key twice."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [(tag, pattern) for tag, pattern in known if tag.endswith((":null", ":merge"))]
+        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = set[str]()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in names:
+                raise ConstructorError(None, None, f"found duplicate key {key.value}", key.start_mark)
+            names.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def load_recipe(
@@ -66,10 +83,7 @@ def load_overrides(model: type[Model], overrides: Sequence[str], origin: str) ->
 
 def _load(model: type[Model], text: bytes, overrides: Sequence[str], origin: str) -> Model:
     try:
-        node = yaml.compose(text, yaml.SafeLoader)
-        if node is not None:
-            _keep_text(node, model, ())
-        config = OmegaConf.create(_yaml(node) if node else {})
+        config = OmegaConf.create(yaml.load(text, _TextLoader) or {})
         for override in overrides:
             key, value = _parse(model, override)
             _name_the_items(config, key)
@@ -131,58 +145,16 @@ def _parse(model: type[BaseModel], override: str) -> tuple[str, Any]:
     is_text = all(map(_is_text, kinds))
     if text == "null" and (types.NoneType in kinds or not is_text):
         return key, None
-    literal = is_text or (_may_be_text(kinds) and text[0] not in "{[" and text != "~")
-    node = None if literal else _compose(text)
-    if node is None:
-        return key, re.sub(r"(\\*)\$\{", r"\1\1\\${", text)  # OmegaConf must not interpolate it
-    _keep_text(node, model, location)
-    return key, OmegaConf.create(_yaml(yaml.SequenceNode("tag:yaml.org,2002:seq", [node])))[0]
-
-
-def _compose(text: str) -> yaml.Node | None:
-    """All of `text` as YAML, or None: the model then refuses text that is not YAML or has a comment."""
-    try:
-        node = yaml.compose(text, yaml.SafeLoader)
-    except yaml.YAMLError:
-        return None
-    return node if node is not None and node.end_mark.index == len(text.rstrip()) else None
-
-
-def _yaml(node: yaml.Node) -> str:
-    return yaml.serialize(node, Dumper=yaml.SafeDumper, width=float("inf"))
-
-
-def _keep_text(node: yaml.Node, model: type[BaseModel], location: tuple[str, ...]) -> None:
-    """Mark as text what `model` takes for text, and numbers in notations that only YAML understands."""
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            if key.tag == _MERGE:
-                _keep_text(value, model, location)
-                continue
-            if isinstance(key, yaml.ScalarNode):
-                key.tag, key.style = _STR, "'"
-            _keep_text(value, model, (*location, str(key.value)))
-    elif isinstance(node, yaml.SequenceNode):
-        for item in node.value:
-            _keep_text(item, model, (*location, "0"))
-    elif isinstance(node, yaml.ScalarNode) and node.tag != _NULL and node.style is None:
-        kinds = set(_annotations(model, location))
-        is_number = bool({int, float} & kinds) and bool not in kinds
-        if (kinds and _may_be_text(kinds)) or (
-            is_number and (node.tag == _BOOL or _NOT_DECIMAL.match(node.value))
-        ):
-            node.tag, node.style = _STR, "'"
+    if not is_text and text.lstrip()[0] in "{[":
+        with suppress(yaml.YAMLError):  # the model then says what it is not
+            return key, OmegaConf.create(yaml.load(text, _TextLoader))
+    return key, re.sub(r"(\\*)\$\{", r"\1\1\\${", text)  # OmegaConf must not interpolate it
 
 
 def _is_text(kind: Any) -> bool:
     return kind in (str, types.NoneType) or (
         get_origin(kind) is Literal and all(isinstance(choice, str) for choice in get_args(kind))
     )
-
-
-def _may_be_text(kinds: Iterable[Any]) -> bool:
-    """Whether a scalar here can only be text; in place of a model or a mapping, it is a name."""
-    return all(_is_text(kind) or _is_model(kind) or _is_mapping(kind) for kind in kinds)
 
 
 def _name_the_items(config: Any, key: str) -> None:

@@ -40,7 +40,7 @@ class ViewPolicy(Strict):
     @field_validator("size", mode="before")
     @classmethod
     def _square(cls, value: Any) -> Any:
-        return (value, value) if isinstance(value, int) else value
+        return (value, value) if isinstance(value, int | str) else value
 
     @model_validator(mode="before")
     @classmethod

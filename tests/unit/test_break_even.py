@@ -186,7 +186,7 @@ def test_options_of_the_command_override_the_recipe(tmp_path: Path) -> None:
     [
         (["--gpu", "h10"], "did you mean h100?"),
         (["--gpu", "RTX4090"], "plan.gpu: Input should be 'a100', 'h100'"),
-        (["--epochs", "0"], "plan.epochs: Input should be greater than 0 (got 0)"),
+        (["--epochs", "0"], "plan.epochs: Input should be greater than 0 (got '0')"),
         (["--epochs", "inf"], "plan.epochs: Input should be a finite number"),
         (["--runs", "0"], "plan.runs: Input should be greater than or equal to 1"),
         (["--runs", "many"], "plan.runs: Input should be a valid integer"),

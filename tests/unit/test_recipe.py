@@ -63,6 +63,7 @@ def test_null_removes_a_teacher(tmp_path: Path) -> None:
         ("noequals", r"must have the form key=value(.|\n)*got: +'noequals'"),
         ("views.num_views=on", "views.num_views: .*integer.*'on'"),
         ("views.num_views=0x10", "views.num_views: .*integer.*'0x10'"),
+        ("views.num_views=1e0", "views.num_views: .*integer.*'1e0'"),
         ("views.num_views=1:30", "views.num_views: .*integer.*'1:30'"),
         ("views.num_views=3 # of 4", "views.num_views: .*integer.*'3 # of 4'"),
         ("views.num_views=[1", r"views.num_views: .*integer.*'\[1'"),
@@ -202,7 +203,7 @@ def test_what_a_file_cannot_mean_is_named(tmp_path: Path, line: str, message: st
 
 
 def test_a_number_is_what_it_says(recipe: Path) -> None:
-    overrides = ["views.seed=010", "views.num_views=1e0", "calibration_rows=1_000", "budget=6TB"]
+    overrides = ["views.seed=010", "views.num_views=1.0", "calibration_rows=1_000", "budget=6TB"]
     loaded = load_recipe(BuildRecipe, recipe, [*overrides, "runner.compile=yes", "views.size=[64,0064]"])
     assert (loaded.views.seed, loaded.views.num_views, loaded.calibration_rows) == (10, 1, 1000)
     assert (loaded.budget, loaded.runner.compile, loaded.views.size) == (6 * 10**12, True, (64, 64))
