@@ -22,27 +22,10 @@ from pydantic_core import from_json
 from teachercache.pipeline.errors import AlreadyCommittedError, CacheError, CacheNotFoundError, StorageError
 from teachercache.pipeline.places.files import ChecksumWriter
 from teachercache.pipeline.places.storage import Storage, first_contact
-from teachercache.pipeline.records.limits import (
-    MAX_NBYTES_PER_LINE,
-    MAX_ROWS,
-    MAX_ROWS_PER_SHARD,
-    MAX_SHARDS,
-    MAX_TABLE_NBYTES,
-    check_limits,
-)
+from teachercache.pipeline.records import limits, tables
 from teachercache.pipeline.records.seal import UNSEALED, is_intact, seal
 from teachercache.pipeline.records.spec import IMAGES, SCHEMA_VERSION, CacheSpec
 from teachercache.pipeline.records.strict import Strict
-from teachercache.pipeline.records.tables import (
-    SAMPLE_SCHEMA,
-    VIEW_SCHEMA,
-    dataset_fingerprint,
-    labels_hash,
-    segment_lines,
-    table_bytes,
-    table_lines,
-    views_hash,
-)
 
 SPEC_NAME = "cache.json"
 SAMPLES_NAME = "samples.parquet"
@@ -81,10 +64,10 @@ class CommitRecord(Strict):
     """
 
     teacher: str
-    shard: int = Field(ge=0, lt=MAX_SHARDS)
+    shard: int = Field(ge=0, lt=limits.MAX_SHARDS)
     content_id: str
-    first_row: int = Field(ge=0, lt=MAX_ROWS)
-    num_rows: int = Field(ge=0, le=MAX_ROWS_PER_SHARD)
+    first_row: int = Field(ge=0, lt=limits.MAX_ROWS)
+    num_rows: int = Field(ge=0, le=limits.MAX_ROWS_PER_SHARD)
     invalid_rows: tuple[int, ...] = ()
     files: dict[str, FileRecord]
     source_checksum: str
@@ -151,11 +134,11 @@ class Manifest:
         self.write_spec(spec)
 
     def write_table(self, name: str, table: pa.Table) -> None:
-        self.storage.write(name, table_bytes(table))
+        self.storage.write(name, tables.table_bytes(table))
 
     def write_spec(self, spec: CacheSpec) -> None:
         """Raises `CacheError` for a spec that no reader would accept."""
-        check_limits(spec)
+        limits.check_limits(spec)
         self.storage.write(SPEC_NAME, _json_bytes(spec, indent=1))
 
     def spec(self) -> CacheSpec:
@@ -171,7 +154,7 @@ class Manifest:
                 do=self.storage.if_absent,
             ) from error
         spec = _parse(CacheSpec, SPEC_NAME, data)
-        check_limits(spec)
+        limits.check_limits(spec)
         return spec
 
     def samples(self, spec: CacheSpec) -> pa.Table:
@@ -180,8 +163,8 @@ class Manifest:
         Raises `CacheError` unless they are those that the spec was made with.
         """
         dataset = spec.dataset
-        table = self._table(SAMPLES_NAME, SAMPLE_SCHEMA, dataset.num_samples).combine_chunks()
-        hashes = {"fingerprint": dataset_fingerprint(table), "labels_hash": labels_hash(table)}
+        table = self._table(SAMPLES_NAME, tables.SAMPLE_SCHEMA, dataset.num_samples).combine_chunks()
+        hashes = {"fingerprint": tables.dataset_fingerprint(table), "labels_hash": tables.labels_hash(table)}
         for name, stated in (("fingerprint", dataset.fingerprint), ("labels_hash", dataset.labels_hash)):
             if stated is not None and hashes[name] != stated:
                 raise self._foreign(SAMPLES_NAME, f"samples with {name} {hashes[name]}", stated)
@@ -189,9 +172,9 @@ class Manifest:
 
     def views(self, spec: CacheSpec) -> pa.Table:
         """The views of `spec`, one line per row, segment by segment; otherwise as `samples`."""
-        table = self._table(VIEWS_NAME, VIEW_SCHEMA, spec.num_rows)
-        for segment, lines in segment_lines(spec, table):
-            actual = views_hash(lines, segment.samples[0])
+        table = self._table(VIEWS_NAME, tables.VIEW_SCHEMA, spec.num_rows)
+        for segment, lines in tables.segment_lines(spec, table):
+            actual = tables.views_hash(lines, segment.samples[0])
             if segment.views_hash is not None and actual != segment.views_hash:
                 raise self._foreign(VIEWS_NAME, f"views with hash {actual}", segment.views_hash)
         return table
@@ -304,12 +287,12 @@ class Manifest:
 
     def _table(self, name: str, schema: pa.Schema, num_rows: int) -> pa.Table:
         """The first `num_rows` lines of a table."""
-        limit = MAX_TABLE_NBYTES + MAX_NBYTES_PER_LINE * num_rows
+        limit = limits.MAX_TABLE_NBYTES + limits.MAX_NBYTES_PER_LINE * num_rows
         try:
             if (nbytes := self.storage.size(name) or 0) > limit:
                 raise ValueError(f"{nbytes:,} bytes for {num_rows:,} lines")
             data = self._intact(name, self.storage.read_range(name, 0, limit))
-            return table_lines(data, schema, num_rows)
+            return tables.table_lines(data, schema, num_rows)
         except StorageError:
             raise
         except (FileNotFoundError, pa.ArrowException, OSError, ValueError) as error:

@@ -20,18 +20,8 @@ from teachercache.pipeline.places.storage import Storage
 from teachercache.pipeline.records.array_layout import ArrayLayout, stored_layout
 from teachercache.pipeline.records.rows import RowIndex
 from teachercache.pipeline.records.spec import CacheSpec
+from teachercache.pipeline.stores import tar_index
 from teachercache.pipeline.stores.feature_store import Arrays, FeatureStore, ShardWriter, unreadable
-from teachercache.pipeline.stores.tar_index import (
-    INDEX_NAME,
-    TAR_END,
-    add_member,
-    empty_tar_index,
-    index_bytes,
-    member_key,
-    read_rows,
-    read_tar_index,
-    tar_name,
-)
 
 _KEPT_INDEXES = 1024
 
@@ -40,12 +30,12 @@ class TarShardWriter(ShardWriter):
     def __init__(self, store: WebDatasetStore, teacher: str, shard: int) -> None:
         samples, views, _ = RowIndex(store.spec.segments).locate(store.spec.shard_rows(shard))
         self._members = [
-            f"{member_key(store.key(sample))}.{view}.safetensors"
+            f"{tar_index.member_key(store.key(sample))}.{view}.safetensors"
             for sample, view in zip(samples.tolist(), views.tolist(), strict=True)
         ]
         super().__init__(store, teacher, shard)
         (self._file,) = self._files.values()
-        self._index = empty_tar_index(store.spec.rows_per_shard)
+        self._index = tar_index.empty_tar_index(store.spec.rows_per_shard)
 
     def write(self, offsets: Sequence[int], arrays: Mapping[str, NDArray]) -> None:
         assert arrays.keys() == self._layouts.keys(), (arrays.keys(), self._layouts.keys())
@@ -54,12 +44,12 @@ class TarShardWriter(ShardWriter):
         }
         for place, offset in enumerate(offsets):
             row = safetensors.numpy.save({name: values[place] for name, values in data.items()})
-            start = add_member(self._file, self._members[offset], row)
+            start = tar_index.add_member(self._file, self._members[offset], row)
             self._index[offset] = start, len(row), google_crc32c.value(row)
 
     def _end(self) -> None:
-        add_member(self._file, INDEX_NAME, index_bytes(self._index))
-        self._file.write(TAR_END)
+        tar_index.add_member(self._file, tar_index.INDEX_NAME, tar_index.index_bytes(self._index))
+        self._file.write(tar_index.TAR_END)
 
 
 def load_rows(files: Iterable[bytes], out: Arrays) -> None:
@@ -80,7 +70,7 @@ def _description_file(teacher: str) -> str:
 class WebDatasetStore(FeatureStore):
     def __init__(self, storage: Storage, spec: CacheSpec) -> None:
         super().__init__(storage, spec)
-        self._read_index = lru_cache(_KEPT_INDEXES)(partial(read_tar_index, storage))
+        self._read_index = lru_cache(_KEPT_INDEXES)(partial(tar_index.read_tar_index, storage))
 
     def layout_files(self, teacher: str | None) -> dict[str, bytes]:
         if teacher is None:
@@ -98,7 +88,7 @@ class WebDatasetStore(FeatureStore):
             raise ValueError(f"{_description_file(teacher)}: {type(error).__name__}: {error}") from error
 
     def shard_files(self, teacher: str, shard: int) -> list[str]:
-        return [tar_name(teacher, shard)]
+        return [tar_index.tar_name(teacher, shard)]
 
     def write_shard(self, teacher: str, shard: int) -> TarShardWriter:
         return TarShardWriter(self, teacher, shard)
@@ -107,9 +97,9 @@ class WebDatasetStore(FeatureStore):
         try:
             shards, places = np.divmod(rows, self.spec.rows_per_shard)
             distinct, which = np.unique(shards, return_inverse=True)
-            names = [tar_name(teacher, shard) for shard in distinct.tolist()]
+            names = [tar_index.tar_name(teacher, shard) for shard in distinct.tolist()]
             indexes = self.storage.each(lambda name: self._read_index(name, self.spec.rows_per_shard), names)
-            files = read_rows(
+            files = tar_index.read_rows(
                 self.storage, [names[i] for i in which], [indexes[i] for i in which], places.tolist()
             )
             load_rows(files, out)
