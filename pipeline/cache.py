@@ -159,7 +159,13 @@ class FeatureCache:
         names = [name for name in self.spec.with_arrays if name in wanted]
         missing = {name: int((~self.committed(name)).sum()) for name in names}
         if any(missing.values()):
-            raise _incomplete(self.storage.url, missing, self.spec.num_shards)
+            of = f"of {self.spec.num_shards} shards missing"
+            raise IncompleteCacheError(
+                f"The cache at {self.storage.url} is not complete.",
+                got=", ".join(f"{name}: {count} {of}" for name, count in missing.items()),
+                expected="every shard committed",
+                do="run the same build command again; it computes only what is missing",
+            )
 
     def valid_samples(self, teachers: Sequence[str] | None = None) -> NDArray[np.int64]:
         """Ascending indices of the samples that have every view of every one of these teachers."""
@@ -287,15 +293,6 @@ class FeatureCache:
         in a cache opened with `checksums`, for a damaged tar.
         """
         return self.images.read(sample_index)
-
-
-def _incomplete(url: str, missing: Mapping[str, int], num_shards: int) -> IncompleteCacheError:
-    return IncompleteCacheError(
-        f"The cache at {url} is not complete.",
-        got=", ".join(f"{name}: {count} of {num_shards} shards missing" for name, count in missing.items()),
-        expected="every shard committed",
-        do="run the same build command again; it computes only what is missing",
-    )
 
 
 def _row_numbers(rows: ArrayLike) -> NDArray[np.int64]:

@@ -10,14 +10,8 @@ from teachercache.pipeline.places.storage import Result
 
 PROTOCOL = "hf://"
 CARD_FILE, CROISSANT_FILE = "README.md", "croissant.json"
-BESIDE = {
-    CARD_FILE,
-    CROISSANT_FILE,
-    ".gitattributes",
-    "LICENSE",
-    "LICENSE.md",
-    "NOTICE",
-}  # which no cache owns
+# No cache owns these.
+BESIDE = {CARD_FILE, CROISSANT_FILE, ".gitattributes", "LICENSE", "LICENSE.md", "NOTICE"}
 
 
 class HubStorage(RemoteStorage):

@@ -152,9 +152,3 @@ class RemoteStorage(Storage):
             self.filesystem.rm_file(self._path(name))
         except FileNotFoundError:
             return
-
-    def free_bytes(self) -> int | None:
-        return None
-
-    def sweep(self) -> list[str]:
-        return []

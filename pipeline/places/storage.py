@@ -69,13 +69,13 @@ class Storage(Lockable):
         entered. Raises `FileNotFoundError` for a missing folder.
         """
 
-    @abstractmethod
     def free_bytes(self) -> int | None:
         """Bytes that can still be written, or None where that has no meaning (object stores)."""
+        return None
 
-    @abstractmethod
     def sweep(self) -> list[str]:
-        """Delete the temporary files and the locks that dead processes left behind; returns their names."""
+        """Delete temporary files and locks that dead processes left on a disk; returns their names."""
+        return []
 
     def read(self, name: str) -> bytes:
         return self._retrying(self._read, name)

@@ -64,11 +64,10 @@ class ViewPolicy(Strict):
     @model_validator(mode="after")
     def _check(self) -> Self:
         largest = math.inf if self.policy == "multitask_train" else 1
-        if not 0 < self.scale[0] <= self.scale[1] <= largest:
-            limit = "" if self.policy == "multitask_train" else " <= 1"
-            raise ValueError(f"scale must satisfy 0 < low <= high{limit}, got {self.scale}")
-        if not 0 < self.ratio[0] <= self.ratio[1]:
-            raise ValueError(f"ratio must satisfy 0 < low <= high, got {self.ratio}")
+        for name, (low, high), most in (("scale", self.scale, largest), ("ratio", self.ratio, math.inf)):
+            if not 0 < low <= high <= most:
+                limit = " <= 1" if most == 1 else ""
+                raise ValueError(f"{name} must satisfy 0 < low <= high{limit}, got {(low, high)}")
         if min(self.size) < 1:
             raise ValueError(f"size must be two positive numbers of pixels, got {self.size}")
         if self.is_fixed and (self.num_views != 1 or self.margin):

@@ -13,7 +13,6 @@ from teachercache.pipeline.codecs import Codec, Encoded, get_codec, torch_dtype
 from teachercache.pipeline.errors import ArgumentError, CacheError, IncompleteCacheError
 from teachercache.pipeline.records.array_layout import ArrayLayout
 from teachercache.pipeline.records.manifest import foreign_tables
-from teachercache.pipeline.records.spec import TeacherSpec
 from teachercache.pipeline.records.stats_files import read_tables
 from teachercache.pipeline.stores.committed_shards import CommittedShards
 from teachercache.pipeline.stores.feature_store import CLS_TOKEN, GLOBAL_FEATURE
@@ -70,17 +69,14 @@ class StoredRows:
 
 
 class StoredFeatures(StoredRows):
-    @property
-    def _teacher(self) -> TeacherSpec:
-        return self._shards.store.spec.teachers[self._name]
-
     @cached_property
     def codec(self) -> Codec:
         return self.load_codec()
 
     def load_codec(self) -> Codec:
         """The codec with newly read tables. Raises `CacheError` unless they can decode."""
-        teacher, codec = self._teacher, get_codec(self._teacher.codec)
+        teacher = self._shards.store.spec.teachers[self._name]
+        codec = get_codec(teacher.codec)
         if codec.needs_tables:
             tables = read_tables(self._shards.manifest, self._name, teacher.tables_hash)
             layouts = codec.layout(teacher.num_levels, teacher.stored_grid, teacher.width)
