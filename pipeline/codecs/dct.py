@@ -14,8 +14,6 @@ the error most (reverse water-filling). The bytes a row takes are those of the h
 Shapes: R rows, S levels, H×W grid, C channels, N = S·H·W coefficients.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass

@@ -19,8 +19,6 @@ and Wang 1992; what they have not is that the code has one length.
 Shapes: N tokens, C channels, P ranks.
 """
 
-from __future__ import annotations
-
 import math
 from functools import cache
 

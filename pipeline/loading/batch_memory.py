@@ -3,8 +3,6 @@
 Filling fresh memory costs several times what reading does, because the kernel hands it out page by page.
 """
 
-from __future__ import annotations
-
 import math
 import weakref
 from collections import deque

@@ -6,8 +6,6 @@ for batch in DataLoader(data, sampler=ShardBatches(data, 64), batch_size=None, n
     targets = data.decode(batch, device)               {teacher: (B, levels, h, w, C)}
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator, Sequence
 from functools import cached_property

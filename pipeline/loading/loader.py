@@ -6,8 +6,6 @@ straight into the memory of the batch, which goes round.
 Do not hand the loader to `accelerator.prepare()`: the sampler has already split the rows by rank.
 """
 
-from __future__ import annotations
-
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
@@ -15,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache as once
 from itertools import count
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
@@ -95,7 +93,7 @@ class Batch:
     labels: dict[str, Tensor]
     seconds: dict[str, float]
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
         """The batch with every tensor as `change` gives it, `images` once where they are a render, too."""
         changed = once(change)
 
@@ -178,7 +176,7 @@ class FeatureLoader:
         self._stream_thread = ThreadPoolExecutor(1, thread_name_prefix="loader-stream")
         self._pending: deque[_Pending] = deque()
 
-    def __enter__(self) -> FeatureLoader:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -10,8 +10,6 @@ An epoch is shuffled in two levels, because shards lie on disks and in object st
 the shards, then the samples within windows of `window_shards` consecutive shards of that order.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import lru_cache
 

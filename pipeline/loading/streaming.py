@@ -12,8 +12,6 @@ process takes as many steps; a pass over the cache, as long as `num_views` epoch
 sample once; the order is a function of seed and step, so a run goes on exactly where it stopped.
 """
 
-from __future__ import annotations
-
 import random
 import tarfile
 from collections import deque

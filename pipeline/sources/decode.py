@@ -14,8 +14,6 @@ Pillow's plugins are opened directly: `Image.open` would warn about large images
 them, and its EXIF parser warns about damaged tags through process-wide state that threads cannot guard.
 """
 
-from __future__ import annotations
-
 import contextlib
 import struct
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Where images lie: a location, split into a folder and a selection of its files."""
 
-from __future__ import annotations
-
 import os
 import re
 import tarfile
@@ -9,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import fsspec
 import xxhash
@@ -38,11 +36,11 @@ class Place:
     storage: Storage
     selection: str | None = None  # a file name or a pattern, relative to `storage`
 
-    @staticmethod
-    def at(location: str | os.PathLike[str]) -> Place:
+    @classmethod
+    def at(cls, location: str | os.PathLike[str]) -> Self:
         """Raises `SourceNotFoundError`. A local location becomes absolute; `pipe:` commands are run."""
         if os.fspath(location).startswith(PIPE):
-            return Place(os.fspath(location), _fetched(os.fspath(location)))
+            return cls(os.fspath(location), _fetched(os.fspath(location)))
         text = os.fspath(location).removeprefix("file://")
         if "://" not in text:
             text = str(Path(text).expanduser().absolute())
@@ -60,13 +58,13 @@ class Place:
                 "AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL",
             ) from error
         if is_folder:
-            return Place(text, open_storage(text))
+            return cls(text, open_storage(text))
         folder, _, name = text.rpartition("/")
         if is_file:
-            return Place(text, open_storage(folder or "/"), name)
+            return cls(text, open_storage(folder or "/"), name)
         if magic := _MAGIC.search(text):
             folder, _, _ = text[: magic.start()].rpartition("/")
-            place = Place(text, open_storage(folder or "/"), text[len(folder) + 1 :])
+            place = cls(text, open_storage(folder or "/"), text[len(folder) + 1 :])
             if any(True for _ in place.files()):
                 return place
         raise SourceNotFoundError(
