@@ -8,10 +8,12 @@ dataset.labels(0)                  arrays by task; `labels.render_labels` moves 
 
 import os
 from importlib import import_module
+from typing import Literal
 
 from teachercache.pipeline.errors import require_known
 from teachercache.student.datasets.labelled_dataset import Finding, LabelledDataset, check_folder
 
+DatasetKind = Literal["pascal_context", "nyud", "ade20k", "coco", "image_classes", "scenes"]
 _CLASSES = {
     "pascal_context": ("teachercache.student.datasets.pascal_context", "PascalContext"),
     "nyud": ("teachercache.student.datasets.nyud", "NYUD"),

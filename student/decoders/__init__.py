@@ -5,10 +5,12 @@ decoders.predict("semseg", images)              uint8 (B, 3, H, W) → logits (B
 """
 
 from importlib import import_module
+from typing import Literal
 
 from teachercache.pipeline.errors import require_known
 from teachercache.student.decoders.decoder import Decoder
 
+DecoderKind = Literal["upernet", "mask_dino", "linear"]
 _CLASSES = {
     "upernet": ("teachercache.student.decoders.upernet", "UPerNet"),
     "mask_dino": ("teachercache.student.decoders.mask_dino", "MaskDINO"),

@@ -4,6 +4,7 @@ B  images     C  channels of each level     h, w  grid of the levels     H, W  a
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from timm.layers import LayerNorm2d
@@ -86,6 +87,7 @@ def _conv(channels_in: int, channels_out: int, kernel: int) -> nn.Sequential:
     )
 
 
+HeadKind = Literal["simple", "upernet"]
 HEADS: dict[str, type[SimpleHead | UPerHead]] = {"simple": SimpleHead, "upernet": UPerHead}
 """The decoders by name. `Head(width, num_outputs, size)` turns four levels (B, width, h, w) into
 (B, num_outputs, *size)."""

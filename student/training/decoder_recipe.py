@@ -1,10 +1,11 @@
 """`DecoderRecipe`: what a run is that trains decoders on a student's features, or on those of teachers."""
 
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 
 from teachercache.pipeline.records.strict import Size, Strict
+from teachercache.student.decoders import DecoderKind
 from teachercache.student.training.student_recipe import AtHome
 from teachercache.student.training.train_recipe import (
     PLACES_AND_SPEED,
@@ -19,7 +20,7 @@ from teachercache.student.training.train_recipe import (
 class DecoderInput(Strict):
     """A decoder with images of its own."""
 
-    kind: Literal["upernet", "mask_dino", "linear"] = Field(description="Which decoder.")
+    kind: DecoderKind = Field(description="Which decoder.")
     dataset: DatasetRecipe
     batch_size_per_process: int = Field(16, ge=1, description="Images of a step, in each process.")
     options: dict[str, int] = Field({}, description="The numbers of its constructor, such as width.")

@@ -19,6 +19,7 @@ from teachercache.student.kpu.latent_space import Features
 from teachercache.student.kpu.vit_adapter import NormKind
 from teachercache.student.losses.alignment import AlignmentLoss
 from teachercache.student.losses.distillation import DistillationLoss
+from teachercache.student.models.heads import HeadKind
 from teachercache.student.models.student import NUM_LEVELS, TeacherFacts
 from teachercache.student.models.task_decoder import Fusion
 from teachercache.student.training.objectives import KPUObjective, SakObjective
@@ -45,6 +46,8 @@ class StudentRecipe(Strict):
 
     loss: ClassVar[Any] = DistillationLoss
     objective: ClassVar[Any] = SakObjective
+    takes_inputs: ClassVar[bool] = False
+    takes_cutmix: ClassVar[bool] = False
 
     kind: str
     stem: str | None = Field("vit_base_patch16_384", description="A ViT of timm; null: none, in an amalgam.")
@@ -76,7 +79,7 @@ class StudentRecipe(Strict):
         said = run.distillation.model_dump(include=of_a_kind, exclude_defaults=True)
         if foreign := said.keys() - signature(self.loss).parameters:
             yield f"{', '.join(sorted(foreign))}: only a kpu has such weights, leave them out"
-        if run.inputs and self.kind != "kpu":
+        if run.inputs and not self.takes_inputs:
             yield "only a kpu sees images of several sizes: leave out inputs"
 
     def requirements(
@@ -123,11 +126,13 @@ class _TaskRecipe(StudentRecipe):
 
     sak_compat: bool = Field(False, description="Feed the stem ImageNet's statistics, as the authors do.")
     fusion: Fusion = Field("mor", description="How maps become one: by a router, summed or side by side.")
-    decoder: Literal["simple", "upernet"] = Field("simple", description="The head of each task.")
+    decoder: HeadKind = Field("simple", description="The head of each task.")
 
 
 class SakRecipe(_TaskRecipe):
     """SAK's student."""
+
+    takes_cutmix = True
 
     kind: Literal["sak"] = Field("sak", description="SAK's student.")
     reduction: int = Field(4, ge=1, description="By how much an adapter path is narrower than the stem.")
@@ -140,6 +145,7 @@ class KpuRecipe(StudentRecipe):
 
     loss = AlignmentLoss
     objective = KPUObjective
+    takes_inputs = True
 
     kind: Literal["kpu"] = Field("kpu", description="KPU's student, whose stem is the sentinel.")
     preservation: bool = Field(True, description="Keep the sentinel as it is, beside a ViT-Adapter.")

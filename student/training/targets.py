@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -147,6 +147,7 @@ def complete_teachers(cache: FeatureCache, teachers: Sequence[str]) -> list[str]
     return [name for name in teachers if cache.committed(name).all()]
 
 
+FeaturesFrom = Literal["cached", "online", "hybrid", "fresh"]
 TARGET_SOURCES: dict[str, Callable[[FeatureCache, Sequence[str], torch.device], TargetSource]] = {
     "cached": CachedTargets,
     "online": OnlineTargets,

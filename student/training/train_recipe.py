@@ -11,9 +11,11 @@ from pydantic import Field, model_validator
 from teachercache.pipeline.crops import StudentJitter
 from teachercache.pipeline.errors import RecipeError
 from teachercache.pipeline.records.strict import Strict
+from teachercache.student.datasets import DatasetKind
 from teachercache.student.losses.distillation import CosineKind, DistanceKind
 from teachercache.student.training.balance import TargetKind
 from teachercache.student.training.student_recipe import AtHome, SakRecipe, StudentOfAKind
+from teachercache.student.training.targets import FeaturesFrom
 
 Weight = Annotated[float, Field(ge=0)]
 Tracker = Literal[
@@ -24,9 +26,7 @@ Tracker = Literal[
 class DatasetRecipe(Strict):
     """A data set with labels (docs/datasets.md says how it is laid out; `fraction` is SAK's Table 18)."""
 
-    kind: Literal["pascal_context", "nyud", "ade20k", "coco", "image_classes", "scenes"] = Field(
-        description="Which data set."
-    )
+    kind: DatasetKind = Field(description="Which data set.")
     root: str = Field(description="Its folder.")
     split: str = Field("train", description="The part of it whose images and labels are learnt.")
     fraction: float = Field(1.0, gt=0, le=1, description="How much of the cache to use, as `subset` cuts it.")
@@ -222,7 +222,7 @@ class TrainRecipe(RunRecipe):
     cache: str = Field(description="The cache to read, which decides the views and so the student's input.")
     images: str | None = Field(None, description="Where the source images are now, if they moved.")
     inputs: tuple[InputRecipe, ...] = Field((), description="Caches in place of one; a batch of each a step.")
-    features: Literal["cached", "online", "hybrid", "fresh"] = Field(
+    features: FeaturesFrom = Field(
         "cached",
         description="Of the cache, or of teachers that run: all, those not wholly cached, on new views.",
     )
@@ -257,7 +257,7 @@ class TrainRecipe(RunRecipe):
         problems = list(self.student.contradictions_of(self))
         if self.inputs and self.validation and self.validation.cache:
             problems.append("each of the inputs holds out images of its own: give validation.fraction")
-        if self.cutmix and (self.student.kind != "sak" or self.multitask):
+        if self.cutmix and (self.multitask or not self.student.takes_cutmix):
             problems.append(
                 "cutmix mixes maps, not labels or class tokens: only a sak without multitask has it"
             )

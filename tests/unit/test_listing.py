@@ -6,7 +6,7 @@ import re
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from pydantic import BaseModel
@@ -19,7 +19,11 @@ from teachercache.jobs.cli.listing import _rooms
 from teachercache.jobs.recipes import SHIPPED, find_recipe, verb_of
 from teachercache.pipeline.codecs import codec_names
 from teachercache.pipeline.errors import RecipeError
+from teachercache.student.datasets import DATASETS, DatasetKind
+from teachercache.student.decoders import DECODERS, DecoderKind
+from teachercache.student.models.heads import HEADS, HeadKind
 from teachercache.student.training.decoder_recipe import DecoderRecipe
+from teachercache.student.training.targets import TARGET_SOURCES, FeaturesFrom
 from teachercache.student.training.train_recipe import TrainRecipe
 
 
@@ -47,6 +51,12 @@ def test_every_shipped_recipe_is_listed_for_its_verb() -> None:
         models: dict[str, Any] = {"build": BuildRecipe, "train": TrainRecipe, "train-decoders": DecoderRecipe}
         find_recipe(models[verb], name)
         assert (SHIPPED / f"{name}.yaml").read_text().splitlines()[0].endswith("."), "what is listed is whole"
+
+
+def test_what_a_key_can_name_is_what_there_is() -> None:
+    kinds = {DatasetKind: DATASETS, DecoderKind: DECODERS, HeadKind: HEADS, FeaturesFrom: TARGET_SOURCES}
+    for kind, known in kinds.items():
+        assert get_args(kind) == tuple(known)
 
 
 def test_every_preset_and_codec_is_listed() -> None:
