@@ -246,7 +246,7 @@ class TrainRecipe(RunRecipe):
         first = dict(value["inputs"][0]).get("cache")
         said = {key for key in ("images", "teachers", "global_batch_size") if value.get(key) is not None}
         default = cls.model_fields["batch_size_per_process"].default
-        if value.get("batch_size_per_process", default) != default:
+        if str(value.get("batch_size_per_process", default)) != str(default):  # a file has text
             said.add("batch_size_per_process")
         if value.get("cache", first) != first or said:
             raise ValueError("inputs have caches, images, teachers and batches: leave them out beside inputs")
