@@ -1,4 +1,7 @@
-"""What the page of `teachercache view` shows, as HTML. Knows nothing of the server."""
+"""What the page of `teachercache view` shows, as HTML. Knows nothing of the server.
+
+Shapes: S levels, H×W grid, C channels.
+"""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -8,21 +11,28 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow.compute as pc
+import torch
 from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
 
-from teachercache.jobs.inspection.comparisons import Comparisons, Drawing
+from teachercache.jobs.inspection.feature_facts import cosine_error, try_codec
 from teachercache.jobs.inspection.page import html
 from teachercache.jobs.inspection.summary import summarize
 from teachercache.pipeline.cache import FeatureCache
+from teachercache.pipeline.codecs.fidelity import Fidelity
 from teachercache.pipeline.errors import CacheError, TeacherCacheError, in_a_line
-from teachercache.pipeline.exploring.feature_pictures import jpeg_uri
-from teachercache.pipeline.exploring.map_reader import level_name
+from teachercache.pipeline.exploring.feature_pictures import heat, jpeg_uri, png_uri
+from teachercache.pipeline.exploring.map_reader import MapReader, level_name
+from teachercache.pipeline.grids import upsample
+from teachercache.pipeline.units import human_bytes
 from teachercache.student.models.student import Student
 
 PAGE_SIZE = 12
 _THUMBNAIL = (96, 96)
 _THUMBNAIL_THREADS = 4
 _KEPT_THUMBNAILS = 1024
+_KEPT_ROWS = 4
 _KEPT_VIEWS = 32
 _KEPT_DRAWINGS = 256
 Patch = tuple[float, float]
@@ -39,6 +49,96 @@ class Selection:
     view: int = 0
     level: int = 0
     codec: str | None = None
+
+
+class Drawing(NamedTuple):
+    """A picture of a map, as a data URI. `low` and `high` are what its darkest and brightest colours mean."""
+
+    uri: str
+    low: str = ""
+    high: str = ""
+    note: str = ""
+
+
+class Comparisons:
+    """One map compared with another: a patch with all others, a student or a codec with its teacher. What was
+    read, predicted and encoded last is kept, so that a click on a patch only multiplies.
+
+    All methods raise `CacheError` where a teacher cannot give what is asked, `CodecError` if a codec cannot.
+    """
+
+    def __init__(self, cache: FeatureCache, student: Student | None = None) -> None:
+        self.cache = cache
+        self.reader = MapReader(cache, window=student is not None)
+        self._student = student
+        per_teacher = _KEPT_ROWS * len(cache.teachers)
+        self._predictions = lru_cache(_KEPT_ROWS)(self._predict)
+        self._trial = lru_cache(per_teacher)(self._try_codec)
+        self._unit = lru_cache(per_teacher)(lambda *where: F.normalize(self._map(*where), dim=-1))
+
+    def similarity(
+        self, teacher: str, row: int, level: int, patch: Patch, other: int, of_other: bool
+    ) -> Drawing:
+        """Cosine of the patch of `row` at (x, y) to those of `row`, or to those of the other row.
+
+        Both have one range of colours.
+        """
+        unit_HWC = self._unit(teacher, row, level)
+        height, width = unit_HWC.shape[:2]
+        token_C = unit_HWC[int(patch[1] * height), int(patch[0] * width)]
+        cosines = [unit_HWC @ token_C, self._unit(teacher, other, level) @ token_C]
+        low = min(cosines_HW.min().item() for cosines_HW in cosines)
+        return Drawing(png_uri(heat(cosines[of_other], low, 1)), f"{low:.2f}".replace("-", "−"), "1")
+
+    def features(self, teacher: str, row: int, level: int) -> Drawing:
+        """Principal components, in colours that are the same for all images."""
+        map_HWC = self._map(teacher, row, level)
+        return Drawing(png_uri(self.reader.basis(teacher, level).picture(map_HWC)))
+
+    def student_features(self, teacher: str, row: int, level: int) -> Drawing:
+        prediction_HWC = self._prediction(teacher, row, level)
+        return Drawing(png_uri(self.reader.basis(teacher, level).picture(prediction_HWC)))
+
+    def student_error(self, teacher: str, row: int, level: int) -> Drawing:
+        """1 − cosine of the student's tokens to the teacher's."""
+        error_HW = cosine_error(self._prediction(teacher, row, level), self._map(teacher, row, level))
+        return _error(error_HW, f"mean {error_HW.mean():.2g}")
+
+    def codec_error(self, teacher: str, row: int, level: int, codec: str) -> Drawing:
+        """1 − cosine of what the codec gives back to what is stored."""
+        self._map(teacher, row, level)
+        fidelity, error_RSHW = self._trial(codec, teacher, row)
+        return _error(error_RSHW[0, level], human_bytes(fidelity.row_bytes))
+
+    def _map(self, teacher: str, row: int, level: int) -> Tensor:
+        if reason := self.reader.absent.get(teacher):
+            raise CacheError(reason)
+        maps_SHWC = self.reader.maps(teacher, row)
+        if level >= len(maps_SHWC):
+            raise CacheError(f"this teacher has {len(maps_SHWC)} levels")
+        return maps_SHWC[level]
+
+    def _prediction(self, teacher: str, row: int, level: int) -> Tensor:
+        """The student's map (H, W, C) on the grid of the teacher's."""
+        height, width = self._map(teacher, row, level).shape[:2]
+        level -= len(self.reader.maps(teacher, row))  # whose levels are fewer stands beside the other's last
+        predictions = self._predictions(row)
+        if teacher not in predictions:
+            raise CacheError("the student was not distilled from this teacher")
+        if -level > (count := len(predictions[teacher])):
+            raise CacheError(f"the student has the last {count} of this teacher's levels alone")
+        return upsample(predictions[teacher][level], (height, width))[0].permute(1, 2, 0)
+
+    def _predict(self, row: int) -> dict[str, list[Tensor]]:
+        assert self._student is not None
+        pixels_HW3 = torch.from_numpy(self.reader.view(row, self._student.image_size))
+        with torch.inference_mode():
+            output = self._student(self._student.normalize(pixels_HW3.permute(2, 0, 1)[None]), full=True)
+        return dict(output.feature_maps)
+
+    def _try_codec(self, codec: str, teacher: str, row: int) -> tuple[Fidelity, Tensor]:
+        others = [other for other in self.reader.rows if other != row]
+        return try_codec(codec, self.reader, teacher, others or [row], [row])
 
 
 class _Column(NamedTuple):
@@ -77,13 +177,13 @@ class Explorer:
 
     def search(self, text: str, page: int) -> tuple[list[int], int, str]:
         """A page of the samples whose key holds `text`, in the cache's order; which page it is, from 0, and
-        of how many, in words. Beyond the last page is the last page."""
+        of how many, in words. Beyond the first or last page is that page."""
         keys = self.cache.samples["key"]
         found = np.arange(len(keys))
         if text:
             found = np.flatnonzero(pc.match_substring(keys, text, ignore_case=True))
         pages = max(1, -(-len(found) // PAGE_SIZE))
-        page = min(page, pages - 1)
+        page = min(max(page, 0), pages - 1)
         samples = found[page * PAGE_SIZE : (page + 1) * PAGE_SIZE].tolist()
         return samples, page, f"{page + 1:,} / {pages:,} · {len(found):,} found"
 
@@ -179,3 +279,8 @@ def _cell(title: str, words: str, draw: Callable[[], Drawing], patch: Patch | No
         return html.cell(title, words, draw(), patch, kind)
     except (TeacherCacheError, OSError) as error:
         return html.cell(title, words, missing=in_a_line(error))
+
+
+def _error(error_HW: Tensor, note: str) -> Drawing:
+    high = max(error_HW.max().item(), 1e-12)
+    return Drawing(png_uri(heat(error_HW, 0, high)), "0", f"{high:.2g}", note)

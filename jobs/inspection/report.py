@@ -13,7 +13,13 @@ from teachercache.jobs.inspection.charts import channel_curve, coloured, error_c
 from teachercache.jobs.inspection.feature_facts import LevelFacts, level_facts, linear_cka, try_codec
 from teachercache.jobs.inspection.page import templates
 from teachercache.jobs.inspection.summary import summarize
-from teachercache.jobs.inspection.tables import quarantine_line, summary_facts, warnings, what_was_checked
+from teachercache.jobs.inspection.tables import (
+    cut,
+    quarantine_line,
+    summary_facts,
+    warnings,
+    what_was_checked,
+)
 from teachercache.jobs.inspection.timeline import timeline
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.codecs import codec_names, get_codec
@@ -127,9 +133,9 @@ def _records(cache: FeatureCache, reader: MapReader) -> dict[str, Any]:
         "columns": columns,
         "fields": [[field, *(column[field] for column in columns.values())] for field in fields],
         "checked": what_was_checked(summary),
-        "broken": _cut([*summary["problems"], *absent]),
+        "broken": cut([*summary["problems"], *absent], _MAX_LISTED),
         "num_quarantined": len(summary["quarantined"]),
-        "quarantined": _cut([quarantine_line(entry) for entry in summary["quarantined"]]),
+        "quarantined": cut([quarantine_line(entry) for entry in summary["quarantined"]], _MAX_LISTED),
         "history": history,
     }
     if history is not None:
@@ -241,11 +247,6 @@ def _similarity(
     if num_tokens < 4:
         return None
     return list(sets), coloured(linear_cka(list(sets.values())).numpy()), num_tokens
-
-
-def _cut(lines: Sequence[str]) -> list[str]:
-    rest = [f"and {len(lines) - _MAX_LISTED} more"] if len(lines) > _MAX_LISTED else []
-    return [*lines[:_MAX_LISTED], *rest]
 
 
 def _count(channels: Sequence[int]) -> str:

@@ -320,8 +320,13 @@ def quarantine_line(entry: Mapping[str, Any]) -> str:
 
 
 def _some(entries: Sequence[str]) -> list[str]:
-    rest = [f"  and {len(entries) - _SHOWN} more; --json lists all"] if len(entries) > _SHOWN else []
-    return [f"  {entry}" for entry in entries[:_SHOWN]] + rest
+    return [f"  {line}" for line in cut(entries, _SHOWN, "; --json lists all")]
+
+
+def cut(entries: Sequence[str], most: int, rest: str = "") -> list[str]:
+    """The first of these, and how many more there are."""
+    more = [f"and {len(entries) - most} more{rest}"] if len(entries) > most else []
+    return [*entries[:most], *more]
 
 
 def _table(*titles: str) -> Table:

@@ -159,16 +159,13 @@ def build(explorer: Explorer) -> gr.Blocks:
         teachers.preprocess = _list_only(teachers.preprocess)  # type: ignore[method-assign, assignment]
         board = gr.HTML(elem_id="board", js_on_load=_PICK)
 
-        def list_samples(text: str | None, page: int, selection: Selection) -> tuple[int, str, str]:
+        def list_samples(text: str | None, selection: Selection, page: int = 0) -> tuple[int, str, str]:
             half = (text or "")[:_MAX_SEARCH].encode(errors="replace")  # browsers may send half a character
             samples, page, words = explorer.search(half.decode(), page)
             return page, words, explorer.strip(samples, selection)
 
-        def search(text: str, selection: Selection) -> tuple[int, str, str]:
-            return list_samples(text, 0, selection)
-
-        def turn(step: int) -> Callable[[str, int, Selection], tuple[int, str, str]]:
-            return lambda text, page, selection: list_samples(text, max(page + step, 0), selection)
+        def turn(step: int) -> Callable[[str, Selection, int], tuple[int, str, str]]:
+            return lambda text, selection, page: list_samples(text, selection, page + step)
 
         def draw(chosen: Selection) -> str:
             try:
@@ -177,14 +174,14 @@ def build(explorer: Explorer) -> gr.Blocks:
                 raise gr.Error(error.problem) from error
 
         def pick_sample(
-            event: gr.EventData, role: str, text: str, page: int, selection: Selection
+            event: gr.EventData, role: str, text: str, selection: Selection, page: int
         ) -> tuple[Selection, str, str]:
             (number,) = _numbers(event, "sample")
             if not 0 <= number < cache.num_samples:
                 raise gr.Error("There is no such sample.")
             sample = int(number)
             chosen = replace(selection, sample=sample) if role == _THIS else replace(selection, other=sample)
-            return chosen, list_samples(text, page, chosen)[2], draw(chosen)
+            return chosen, list_samples(text, chosen, page)[2], draw(chosen)
 
         def pick_patch(event: gr.EventData, selection: Selection) -> tuple[Selection, str]:
             x, y = (min(max(value, 0.0), _BELOW_ONE) for value in _numbers(event, "x", "y"))
@@ -205,7 +202,7 @@ def build(explorer: Explorer) -> gr.Blocks:
             )
             return chosen, draw(chosen)
 
-        listed, found = [text, page, selection], [page, count, strip]
+        listed, found = [text, selection, page], [page, count, strip]
         quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         loud: dict[str, Any] = {"api_visibility": "private", "show_progress_on": board}
         # One after another, as they were asked for: each starts from what the one before it left.
@@ -214,7 +211,7 @@ def build(explorer: Explorer) -> gr.Blocks:
         blocks.load(list_samples, listed, found, **listing)
         blocks.load(draw, selection, board, **loud)
         blocks.load(lambda: _headline(cache, explorer.state), None, headline, **quiet)
-        text.submit(search, [text, selection], found, **listing)
+        text.submit(list_samples, [text, selection], found, **listing)
         back.click(turn(-1), listed, found, **listing)
         forward.click(turn(1), listed, found, **listing)
         strip.click(pick_sample, [role, *listed], [selection, strip, board], **loud, **drawing)

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from teachercache.jobs.cli import app
 from teachercache.jobs.inspection.charts import channel_curve, error_curve, norm_histogram
-from teachercache.jobs.inspection.comparisons import Comparisons
+from teachercache.jobs.inspection.explorer import Comparisons
 from teachercache.jobs.inspection.feature_facts import cosine_error, level_facts, linear_cka
 from teachercache.jobs.inspection.report import write_report
 from teachercache.pipeline.cache import FeatureCache

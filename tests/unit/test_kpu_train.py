@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from teachercache import build
 from teachercache.jobs.cli import app
-from teachercache.jobs.inspection.comparisons import Comparisons
+from teachercache.jobs.inspection.explorer import Comparisons
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import CacheError, RecipeError
 from teachercache.pipeline.loading.loader import FeatureLoader
