@@ -65,8 +65,7 @@ def main() -> None:
     )[0].cache
 
     console.rule("Verify and inspect")
-    problems = verify(cache, full=True)
-    if problems:
+    if problems := verify(cache, full=True):
         raise TeacherCacheError(f"{len(problems)} shards differ from their commit records: {problems[0]}")
     console.print("Every byte of every shard matches its commit record.")
     console.print(summary_table(summarize(cache.storage)))

@@ -10,12 +10,12 @@ import signal
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import teachercache
-from teachercache.jobs.cli.terminal import Overrides, RecipeArgument, console
+from teachercache.jobs.cli.terminal import Overrides, RecipeArgument, console, names
 from teachercache.jobs.launch import require_absolute_in_job
 
 if TYPE_CHECKING:
@@ -83,15 +83,13 @@ def plan(
 
     Example: `teachercache plan imagenet1k_vitl source.path=/data/train cache=/data/cache budget=6TB`
     """
-    from teachercache.cache_builder.build_recipe import BuildRecipe
     from teachercache.cache_builder.builder import foresee, prepare
     from teachercache.jobs.inspection.tables import options_table, plan_table
-    from teachercache.jobs.recipes import find_recipe
     from teachercache.pipeline.units import human_bytes
 
     use = {"runs": runs, "epochs": epochs, "gpu": gpu, "teacher_tflops_per_gpu": tflops_per_gpu}
     stated = [f"plan.{key}={value}" for key, value in use.items() if value is not None]
-    checked = find_recipe(BuildRecipe, recipe, [*(overrides or []), *stated])
+    checked = _recipe(recipe, [*(overrides or []), *stated])
     if samples is not None:
         drafted, result = None, foresee(checked, samples, image_bytes)
     else:
@@ -108,9 +106,8 @@ def plan(
         specs = _candidates(checked, drafted)
         require_possible(specs, result, checked.budget)
         chosen = choose(_measure(checked, drafted, specs), result, checked.budget)
-        console.print(
-            options_table({name: [option] for name, option in chosen.items()}, result.spec.num_rows)
-        )
+        table = options_table({name: [option] for name, option in chosen.items()}, result.spec.num_rows)
+        console.print(table)
         console.print(f"Within {human_bytes(checked.budget)}, on the calibration sample. Add to the command:")
         console.print(" ".join(option.overrides(name) for name, option in chosen.items()))
     result.require()
@@ -127,14 +124,12 @@ def build(
 
     Example: `teachercache build demo source.path=~/photos cache=/tmp/cache "teachers=[dinov2_small]"`
     """
-    from teachercache.cache_builder.build_recipe import BuildRecipe
     from teachercache.cache_builder.builder import build as build_cache
     from teachercache.cache_builder.builder import prepare
     from teachercache.jobs.inspection.tables import plan_table
-    from teachercache.jobs.recipes import find_recipe
     from teachercache.pipeline.sources.several import own_places
 
-    checked = find_recipe(BuildRecipe, recipe, overrides or [])
+    checked = _recipe(recipe, overrides)
     require_absolute_in_job("cache", checked.cache)
     for place in own_places(checked.source.path, checked.source.kind):
         require_absolute_in_job("source.path", place)
@@ -170,8 +165,7 @@ def submit(
 
     Example: `teachercache submit imagenet1k_vitl source.path=s3://bucket/train cache=s3://bucket/cache`
     """
-    from teachercache.cache_builder.build_recipe import BuildRecipe
-    from teachercache.jobs.recipes import SHIPPED, find_recipe
+    from teachercache.jobs.recipes import SHIPPED
     from teachercache.pipeline.errors import ArgumentError, BuildError, extra
 
     with extra("build"):
@@ -179,7 +173,7 @@ def submit(
         from ray.exceptions import RayError
         from ray.job_submission import JobSubmissionClient
 
-    find_recipe(BuildRecipe, recipe, overrides or [])
+    _recipe(recipe, overrides)
     if unset := [name for name in env if name not in os.environ]:
         raise ArgumentError(
             "A variable for the job is not set.",
@@ -238,7 +232,7 @@ def _follow(client: JobSubmissionClient, job: str) -> int:
 def calibrate(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    codecs: Annotated[str, typer.Option(help="Codecs to try, separated by commas.")] = "",
+    codecs: Annotated[Any, typer.Option(parser=names, metavar="A,B", help="Codecs to try.")] = None,
 ) -> None:
     """Try codecs on a calibration sample of the recipe's images and teachers; writes nothing.
 
@@ -246,16 +240,20 @@ def calibrate(
 
     Example: `teachercache calibrate imagenet1k_vitl source.path=/data/train calibration_rows=32`
     """
-    from teachercache.cache_builder.build_recipe import BuildRecipe
     from teachercache.cache_builder.builder import prepare
     from teachercache.jobs.inspection.tables import options_table
+
+    checked = _recipe(recipe, overrides)
+    drafted, spec, _ = prepare(checked, console)
+    options = _measure(checked, drafted, _candidates(checked, drafted, codecs))
+    console.print(options_table(options, spec.num_rows))
+
+
+def _recipe(path: str, overrides: list[str] | None) -> BuildRecipe:
+    from teachercache.cache_builder.build_recipe import BuildRecipe
     from teachercache.jobs.recipes import find_recipe
 
-    checked = find_recipe(BuildRecipe, recipe, overrides or [])
-    drafted, spec, _ = prepare(checked, console)
-    tried = [name.strip() for name in codecs.split(",")] if codecs else None
-    specs = _candidates(checked, drafted, tried)
-    console.print(options_table(_measure(checked, drafted, specs), spec.num_rows))
+    return find_recipe(BuildRecipe, path, overrides or [])
 
 
 def _candidates(

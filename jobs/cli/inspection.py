@@ -27,6 +27,8 @@ def inspect(
 
     Example: `teachercache inspect /data/cache --key n01440764_10026`
     """
+    from teachercache.jobs.inspection import details
+    from teachercache.jobs.inspection.summary import summarize
     from teachercache.pipeline.errors import RecipeError
     from teachercache.pipeline.places.open_storage import open_storage
     from teachercache.pipeline.records.manifest import Manifest
@@ -40,8 +42,6 @@ def inspect(
             do="run the command once for each",
         )
     manifest = Manifest(open_storage(cache))
-    if asked:
-        from teachercache.jobs.inspection import details
     if shard is not None:
         content = details.shard_details(manifest, shard)
     elif row is not None:
@@ -49,8 +49,6 @@ def inspect(
     elif key is not None:
         content = details.sample_details(manifest, key)
     else:
-        from teachercache.jobs.inspection.summary import summarize
-
         content = summarize(manifest.storage)
     if as_json:
         print_json(content)

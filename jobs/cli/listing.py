@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 import types
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
@@ -59,10 +58,7 @@ def codecs() -> None:
     table = Table("codec", "standing", "bits a number", "learns its tables from the features")
     for name in codec_names():
         codec = get_codec(name)
-        row_bytes = sum(
-            math.prod(layout.shape) * layout.dtype.itemsize
-            for layout in codec.layout(levels, grid, width).values()
-        )
+        row_bytes = sum(layout.row_nbytes for layout in codec.layout(levels, grid, width).values())
         bits = 8 * row_bytes / (levels * grid[0] * grid[1] * width)
         table.add_row(name, codec.standing, f"{bits:.2f}", "yes" if codec.needs_tables else "no")
     console.print(table)
@@ -151,8 +147,8 @@ def _default(field: FieldInfo) -> str:
     if field.is_required():
         return ", must be given"
     default = field.get_default(call_default_factory=True)
+    if isinstance(default, BaseModel):
+        return ""
     if isinstance(default, tuple):
         return f" = [{', '.join(map(str, default))}]"
-    return (
-        "" if isinstance(default, BaseModel) else f" = {'null' if default is None else str(default).lower()}"
-    )
+    return f" = {'null' if default is None else str(default).lower()}"

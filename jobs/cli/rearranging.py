@@ -4,12 +4,12 @@ Hub: push a student or a cache, pull a cache."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 import teachercache
-from teachercache.jobs.cli.terminal import CacheArgument, Images, StudentArgument, console, counting
+from teachercache.jobs.cli.terminal import CacheArgument, Images, StudentArgument, console, counting, names
 
 if TYPE_CHECKING:
     from teachercache.pipeline.rearranging.rearrangement import Rearrangement
@@ -26,15 +26,11 @@ AcceptLicences = Annotated[
 ]
 
 
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",")]
-
-
 def _numbers(text: str) -> list[int]:
     return [int(number) for number in text.split(",")]
 
 
-Teachers = Annotated[Any, typer.Option(parser=_names, metavar="A,B", help="Teachers to keep.")]
+Teachers = Annotated[Any, typer.Option(parser=names, metavar="A,B", help="Teachers to keep.")]
 Levels = Annotated[Any, typer.Option(parser=_numbers, metavar="0,-1", help="Levels to keep, from 0.")]
 
 
@@ -76,7 +72,9 @@ def subset(
 def convert(
     cache: CacheArgument,
     output: Output,
-    to: Annotated[str, typer.Option(help="webdataset, zarr, theia, parquet or lance.")],
+    to: Annotated[
+        Literal["webdataset", "zarr", "theia", "parquet", "lance"], typer.Option(help="What to write.")
+    ],
     level: Annotated[int, typer.Option(help="All but the first two: which stored level.")] = -1,
     dataset: Annotated[str, typer.Option(help="theia: the name of the data set.")] = "imagenet",
     split: Annotated[str, typer.Option(help="theia: train, val or test.")] = "train",
@@ -91,25 +89,21 @@ def convert(
 
     Example: `teachercache convert /data/cache -o /data/tars --to webdataset`
     """
-    from teachercache.pipeline.errors import RecipeError
     from teachercache.pipeline.rearranging.convert import convert as convert_cache
     from teachercache.pipeline.rearranging.exports import export_lines, export_theia
 
-    if to in ("webdataset", "zarr"):
-        _rearrange(convert_cache(cache, output, to), "converting")  # type: ignore[arg-type]
+    if to == "webdataset" or to == "zarr":
+        _rearrange(convert_cache(cache, output, to), "converting")
     elif to == "theia":
         opened = teachercache.FeatureCache.open(cache, images)
         total = opened.valid_samples().size * opened.num_views * (len(opened.teachers) + 1)
         with counting("exporting", total) as step:
             count = export_theia(opened, output, dataset=dataset, split=split, level=level, progress=step)
         console.print(f"{output}/{dataset}: {count} samples of {', '.join(opened.teachers)}")
-    elif to in ("parquet", "lance"):
-        with console.status("exporting"):
-            count = export_lines(teachercache.FeatureCache.open(cache), output, to, level)  # type: ignore[arg-type]
-        console.print(f"{output}: {count} lines")
     else:
-        forms = "webdataset, zarr, theia, parquet or lance"
-        raise RecipeError("There is no such form.", got=to, expected=forms, do="choose one with --to")
+        with console.status("exporting"):
+            count = export_lines(teachercache.FeatureCache.open(cache), output, to, level)
+        console.print(f"{output}: {count} lines")
 
 
 def push(

@@ -17,7 +17,7 @@ from teachercache.jobs.cli.terminal import (
     StudentArgument,
     StudentOption,
     console,
-    print_json,
+    names,
     print_result,
 )
 from teachercache.jobs.launch import EXIT_FAILED
@@ -100,8 +100,8 @@ def repsim(
     student: StudentArgument,
     cache: CacheArgument,
     teachers: Annotated[
-        str, typer.Option(help="Of these alone, separated by commas; else of those that both have.")
-    ] = "",
+        Any, typer.Option(parser=names, metavar="A,B", help="Of these alone; else of those that both have.")
+    ] = None,
     stem: Annotated[
         bool, typer.Option("--stem", help="Of the bare stem too, where the widths agree: Table 17, row 1.")
     ] = False,
@@ -119,7 +119,7 @@ def repsim(
     found = representation_similarity(
         teachercache.load_student(student),
         teachercache.FeatureCache.open(cache, images),
-        [name.strip() for name in teachers.split(",")] if teachers else None,
+        teachers,
         stem=stem,
         max_samples=max_samples,
     )
@@ -156,7 +156,9 @@ def probe(
     train: Annotated[str, typer.Argument(metavar="TRAIN", help="Caches, or with --student labelled images.")],
     test: Annotated[str, typer.Argument(metavar="TEST", help="The same, of the images to measure on.")],
     student: StudentOption = None,
-    teachers: Annotated[str, typer.Option(help="Teachers of the caches, separated by commas; or all.")] = "",
+    teachers: Annotated[
+        Any, typer.Option(parser=names, metavar="A,B", help="Teachers of the caches; or all.")
+    ] = None,
     tokens: Annotated[
         Literal["cls", "mean"] | None, typer.Option(help="Of a teacher: these alone instead of both.")
     ] = None,
@@ -193,7 +195,7 @@ def probe(
         pairs.append((student, first, second))
     else:
         caches = teachercache.FeatureCache.open(train), teachercache.FeatureCache.open(test)
-        for name in [name.strip() for name in teachers.split(",")] if teachers else caches[0].teachers:
+        for name in teachers or caches[0].teachers:
             one, other = (CachedTeacherFeatures(cache, name, tokens, batch_size, threads) for cache in caches)
             require_same_teacher(one, other)
             pairs.append((name if one.spec.pretrained else f"{name} (random weights)", one, other))
@@ -299,11 +301,9 @@ def figure(
     from teachercache.student.measuring.comparison_figures import comparison, comparison_figure, read_own
 
     own = [read_own(named) for named in scores or []]
-    if as_json:
-        print_json([dataclasses.asdict(panel) for panel in comparison(number, own)])
-        return
-    comparison_figure(number, own).savefig(output)
-    console.print(output, soft_wrap=True, markup=False)
+    if not as_json:
+        comparison_figure(number, own).savefig(output)
+    print_result([dataclasses.asdict(panel) for panel in comparison(number, own)], output, as_json)
 
 
 def import_reference(

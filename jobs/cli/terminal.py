@@ -34,6 +34,11 @@ StudentOption = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
 
+def names(text: str) -> list[str]:
+    """Those in `A,B`."""
+    return [name.strip() for name in text.split(",")]
+
+
 @contextmanager
 def counting(doing: str, total: int) -> Iterator[Callable[..., None]]:
     """A bar, while something is done; what it yields is called after each step, or with a number of steps."""

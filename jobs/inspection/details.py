@@ -13,7 +13,6 @@ from safetensors import SafetensorError
 
 from teachercache.pipeline.errors import CacheError, in_a_line
 from teachercache.pipeline.places.storage import Storage
-from teachercache.pipeline.records.array_layout import ArrayLayout
 from teachercache.pipeline.records.integrity import Checked, Depth, check_shards, file_problems, quarantine
 from teachercache.pipeline.records.manifest import SAMPLES_NAME, VIEWS_NAME, CommitRecord, Manifest
 from teachercache.pipeline.records.rows import RowIndex
@@ -151,20 +150,16 @@ def _row_state(shards: CommittedShards, row: int) -> dict[str, Any]:
         shards.read(rows, arrays)
     except (CacheError, OSError) as error:
         return {"state": f"broken: {in_a_line(error)}"}
-    return {
-        "state": "sound",
-        "arrays": {
-            name: {"dtype": _dtype(layout), "shape": list(layout.shape), "nbytes": layout.row_nbytes}
-            for name, layout in layouts.items()
-        },
-        "token_norms": _token_norms(arrays["codes"][0], _dtype(layouts["codes"]))
-        if "codes" in arrays
-        else None,
+    described: dict[str, dict[str, Any]] = {
+        name: {
+            "dtype": str(layout.attributes.get("bits_of", layout.dtype.name)),
+            "shape": list(layout.shape),
+            "nbytes": layout.row_nbytes,
+        }
+        for name, layout in layouts.items()
     }
-
-
-def _dtype(layout: ArrayLayout) -> str:
-    return str(layout.attributes.get("bits_of", layout.dtype.name))
+    norms = _token_norms(arrays["codes"][0], described["codes"]["dtype"]) if "codes" in arrays else None
+    return {"state": "sound", "arrays": described, "token_norms": norms}
 
 
 def _token_norms(codes_SHWC: NDArray, dtype: str) -> list[dict[str, float | None]] | None:

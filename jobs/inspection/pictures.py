@@ -33,9 +33,8 @@ def pca_maps(cache: FeatureCache, path: Path, num_samples: int = 3) -> None:
     for name in reader.teachers:
         spec = cache.spec.teachers[name]
         for level in range(spec.num_levels):
-            basis = reader.basis(name, level)
-            pictures = [basis.picture(reader.maps(name, row)[level]) for row in reader.rows]
-            columns.append((f"{name}\n{level_name(spec, level)}", pictures))
+            shown = [reader.basis(name, level).picture(reader.maps(name, row)[level]) for row in reader.rows]
+            columns.append((f"{name}\n{level_name(spec, level)}", shown))
     random = ", ".join(cache.spec.random_weights)
     weights = f" (random weights: {random})" if random else ""
     title = f"First three principal components of each teacher's levels{weights}"

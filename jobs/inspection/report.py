@@ -1,18 +1,20 @@
 """One self-contained page about a cache: what is in it, how it was built, and what the teachers see."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from markupsafe import Markup
+from numpy.typing import NDArray
 from torch import Tensor
 
 from teachercache.jobs.inspection.charts import channel_curve, coloured, error_curve, norm_histogram, number
 from teachercache.jobs.inspection.feature_facts import LevelFacts, level_facts, linear_cka, try_codec
 from teachercache.jobs.inspection.page import templates
-from teachercache.jobs.inspection.summary import summarize
+from teachercache.jobs.inspection.summary import shard_span, summarize
 from teachercache.jobs.inspection.tables import (
     cut,
     quarantine_line,
@@ -20,7 +22,6 @@ from teachercache.jobs.inspection.tables import (
     warnings,
     what_was_checked,
 )
-from teachercache.jobs.inspection.timeline import timeline
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.codecs import codec_names, get_codec
 from teachercache.pipeline.errors import CacheError, CodecError, TeacherCacheError, in_a_line
@@ -28,6 +29,7 @@ from teachercache.pipeline.exploring.feature_pictures import finite, heat, jpeg_
 from teachercache.pipeline.exploring.map_reader import MapReader, level_name
 from teachercache.pipeline.grids import pool
 from teachercache.pipeline.records.integrity import Depth, check_shards
+from teachercache.pipeline.records.manifest import CommitRecord
 from teachercache.pipeline.records.spec import GridSpec
 from teachercache.pipeline.units import human_bytes, human_seconds
 
@@ -35,8 +37,20 @@ _TRIAL_ROWS = 2  # others are what the tables are learnt from
 _LEAST_ERROR, _LARGEST_ERROR = 1e-7, 1e-1
 _MAPS = 8  # as many as a page of a laptop is wide
 _MAX_LISTED = 200
+_COLUMNS, _MAX_LANES = 720, 48  # of the timeline
 _MAX_LOUD = 3
 _COMMON_TOKENS = 2048  # of each level, to compare teachers by
+
+
+class Timeline(NamedTuple):
+    """Times in Unix seconds. A lane is shards that one worker did one after the other: the worker and, for
+    each of the columns between start and end, the share of time in the teachers' forward passes; NaN where
+    the lane is idle. `hidden` lanes are left out."""
+
+    start: float
+    end: float
+    lanes: list[tuple[str, NDArray[np.float64]]]
+    hidden: int
 
 
 def write_report(
@@ -123,7 +137,6 @@ def _records(cache: FeatureCache, reader: MapReader) -> dict[str, Any]:
     """What the cache says of itself: what it is, what is broken, and how it was built."""
     summary = summarize(cache.storage)
     head, columns = summary_facts(summary)
-    fields = list(next(iter(columns.values()), {}))
     absent = [f"{name} is not shown below: {reason}" for name, reason in reader.absent.items()]
     checked = check_shards(cache.manifest, cache.spec, Depth.RECORD)
     history = timeline(shard.record for shard in checked if shard.record is not None)
@@ -131,7 +144,10 @@ def _records(cache: FeatureCache, reader: MapReader) -> dict[str, Any]:
         "warnings": warnings(summary),
         "head": head,
         "columns": columns,
-        "fields": [[field, *(column[field] for column in columns.values())] for field in fields],
+        "fields": [
+            [field, *(column[field] for column in columns.values())]
+            for field in next(iter(columns.values()), {})
+        ],
         "checked": what_was_checked(summary),
         "broken": cut([*summary["problems"], *absent], _MAX_LISTED),
         "num_quarantined": len(summary["quarantined"]),
@@ -149,6 +165,36 @@ def _records(cache: FeatureCache, reader: MapReader) -> dict[str, Any]:
             for worker, forward in history.lanes
         ]
     return found
+
+
+def timeline(records: Iterable[CommitRecord]) -> Timeline | None:
+    """None where no record says when it was made.
+
+    Records of several teachers that were computed together count once. A lane takes the next shard that
+    begins after its last one ended: with two shards in flight, an actor is two lanes. Records that name no
+    worker (older ones) are of one worker a host.
+    """
+    work: dict[tuple[str, int, float], tuple[float, float]] = {}
+    for record in records:
+        if (span := shard_span(record)) and (wall := record.seconds.get("wall")):
+            share = min(record.seconds.get("forward", 0.0) / wall, 1.0)
+            work[record.worker or record.host, record.shard, span[1]] = span[0], share
+    if not work:
+        return None
+    start = min(begin for begin, _ in work.values())
+    end = max(finish for _, _, finish in work)
+    column_s = max(end - start, 1e-3) / _COLUMNS
+    ends: defaultdict[str, list[float]] = defaultdict(list)
+    lanes: dict[tuple[str, int], NDArray[np.float64]] = {}
+    for (worker, _, finish), (begin, share) in sorted(work.items(), key=lambda item: item[1][0]):
+        free = [lane for lane, last in enumerate(ends[worker]) if last <= begin + 1]  # ends are whole seconds
+        lane = free[0] if free else len(ends[worker])
+        ends[worker][lane : lane + 1] = [finish]
+        columns = lanes.setdefault((worker, lane), np.full(_COLUMNS, np.nan))
+        first = min(int((begin - start) / column_s), _COLUMNS - 1)
+        columns[first : max(int((finish - start) / column_s), first + 1)] = share
+    shown = [(worker, forward) for (worker, _), forward in sorted(lanes.items())]
+    return Timeline(start, end, shown[:_MAX_LANES], max(0, len(shown) - _MAX_LANES))
 
 
 def _divided(levels: range, most: int) -> list[range]:

@@ -132,8 +132,7 @@ def build(explorer: Explorer) -> gr.Blocks:
     """The page. What a session looks at is kept on the server; an event names one change of it."""
     cache = explorer.cache
     first = explorer.first()
-    blocks = gr.Blocks(title="teachercache view", analytics_enabled=False)
-    with blocks:
+    with gr.Blocks(title="teachercache view", analytics_enabled=False) as blocks:
         headline = gr.HTML(_headline(cache), elem_id="headline", js_on_load=None)
         selection, page = gr.State(first), gr.State(0)
         with gr.Row(elem_id="find"):
@@ -152,9 +151,8 @@ def build(explorer: Explorer) -> gr.Blocks:
             codecs = [("compare no codec", _NO_CODEC), *((f"compare {name}", name) for name in codec_names())]
             codec = gr.Dropdown(codecs, value=_NO_CODEC, label="Codec", elem_id="codec", **_BARE)
         names = list(cache.teachers)
-        several = len(names) > 1
         teachers = gr.CheckboxGroup(
-            names, value=names, label="Teachers", elem_id="teachers", visible=several, **_BARE
+            names, value=names, label="Teachers", elem_id="teachers", visible=len(names) > 1, **_BARE
         )
         teachers.preprocess = _list_only(teachers.preprocess)  # type: ignore[method-assign, assignment]
         board = gr.HTML(elem_id="board", js_on_load=_PICK)

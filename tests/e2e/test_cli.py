@@ -178,13 +178,11 @@ def test_caches_from_caches(teachercache: Command, tmp_path: Path, images: Path)
     for arguments, message in (
         (["merge", cache, cache, "-o", tmp_path / "x"], "4 samples are in more than one of them"),
         (["subset", cache, "-o", tmp_path / "x", "--fraction", "0"], "would be empty"),
-        (
-            ["convert", cache, "-o", tmp_path / "x", "--to", "tfrecord"],
-            "webdataset, zarr, theia, parquet or lance",
-        ),
     ):
         status, text = teachercache(*arguments)
         assert (status in (1, 2), message in text, "do:" in text) == (True, True, True), text
+    status, text = teachercache("convert", cache, "-o", tmp_path / "x", "--to", "tfrecord")
+    assert (status, "'webdataset', 'zarr', 'theia', 'parquet', 'lance'" in text) == (2, True), text
 
 
 def test_training_refuses_what_is_not_complete(teachercache: Command, tmp_path: Path, images: Path) -> None:

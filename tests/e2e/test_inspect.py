@@ -19,8 +19,8 @@ from zarr.codecs import ZstdCodec
 
 from teachercache.jobs.cli import app
 from teachercache.jobs.inspection.details import row_details, sample_details, shard_details
+from teachercache.jobs.inspection.report import timeline
 from teachercache.jobs.inspection.summary import covered, summarize
-from teachercache.jobs.inspection.timeline import timeline
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import CacheError, RecipeError, in_a_line
 from teachercache.pipeline.places.local_storage import LocalStorage
