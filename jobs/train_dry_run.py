@@ -89,8 +89,7 @@ def costs_table(recipe: TrainRecipe, plan: TrainPlan) -> RenderableType:
     costs: dict[str, tuple[Sequence[int], float, float]] = {
         name: (spec.image_size, teacher_parameters(spec), teacher_gmacs(spec)) for name, spec in specs.items()
     }
-    size = plan.size
-    costs["student"] = plan.image_size, size.num_parameters, size.gmacs - size.attention_gmacs
+    costs["student"] = plan.image_size, plan.size.num_parameters, plan.size.gmacs - plan.size.attention_gmacs
     _, parameters, gmacs = zip(*costs.values(), strict=True)
     costs["all"] = (), sum(parameters), sum(gmacs)
     columns = {

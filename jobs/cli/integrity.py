@@ -83,10 +83,10 @@ def _against_teacher(cache: teachercache.FeatureCache, num_rows: int, checkpoint
             style=None if one.kept else "red",
         )
     compared = {one.teacher for one in comparisons}
-    for name in cache.teachers:
-        if name not in compared:
-            console.print(f"{name}: no row is committed, so there is nothing to compare", style="red")
-    return compared == set(cache.teachers) and all(one.kept for one in comparisons)
+    absent = [name for name in cache.teachers if name not in compared]
+    for name in absent:
+        console.print(f"{name}: no row is committed, so there is nothing to compare", style="red")
+    return not absent and all(one.kept for one in comparisons)
 
 
 def repair(cache: CacheArgument, overrides: Overrides = None, images: Images = None) -> None:

@@ -90,14 +90,10 @@ class Comparisons:
         low = min(cosines_HW.min().item() for cosines_HW in cosines)
         return Drawing(png_uri(heat(cosines[of_other], low, 1)), f"{low:.2f}".replace("-", "−"), "1")
 
-    def features(self, teacher: str, row: int, level: int) -> Drawing:
-        """Principal components, in colours that are the same for all images."""
-        map_HWC = self._map(teacher, row, level)
+    def features(self, teacher: str, row: int, level: int, of_student: bool = False) -> Drawing:
+        """Principal components of the teacher's map or the student's; one colour means one feature in all."""
+        map_HWC = (self._prediction if of_student else self._map)(teacher, row, level)
         return Drawing(png_uri(self.reader.basis(teacher, level).picture(map_HWC)))
-
-    def student_features(self, teacher: str, row: int, level: int) -> Drawing:
-        prediction_HWC = self._prediction(teacher, row, level)
-        return Drawing(png_uri(self.reader.basis(teacher, level).picture(prediction_HWC)))
 
     def student_error(self, teacher: str, row: int, level: int) -> Drawing:
         """1 − cosine of the student's tokens to the teacher's."""
@@ -248,7 +244,7 @@ class Explorer:
         ]
         if self._has_student:
             columns += [
-                _Column("Student", "in the teacher's colours", maps.student_features),
+                _Column("Student", "in the teacher's colours", maps.features, (True,)),
                 _Column("Student's error", "1 − cosine to the teacher", maps.student_error),
             ]
         if codec is not None:
