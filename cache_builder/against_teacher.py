@@ -68,8 +68,7 @@ def compare_with_teachers(
             for what, *features in _features(cache, name, teacher, rows[start : start + _ROWS_AT_ONCE]):
                 measures[what].append(_measure(*features))
         noise = RELATIVE_NOISE[spec.precision]
-        for what, parts in measures.items():
-            comparisons.append(_judge(name, what, torch.cat(parts), noise))
+        comparisons += [_judge(name, what, torch.cat(parts), noise) for what, parts in measures.items()]
     return comparisons
 
 

@@ -155,9 +155,8 @@ class BuildRecipe(Strict):
     def _source_from_path(cls, value: Any) -> Any:
         if not isinstance(value, list):
             return {"path": value} if isinstance(value, str) else value
-        several = {
-            one.name: {"path": one.path, "kind": one.kind} for one in map(NamedSource.model_validate, value)
-        }
+        named = map(NamedSource.model_validate, value)
+        several = {one.name: one.model_dump(exclude={"name"}) for one in named}
         if len(several) < max(len(value), 1):
             raise ValueError(
                 "several sources have names of their own: [{name: a, path: …}, {name: b, path: …}]"

@@ -114,10 +114,7 @@ class RayWorker(Worker):
 @dataclass(eq=False)
 class _Actor:
     """An actor of the pool, and its pending calls: `loaded` answers once it has a node and its teachers,
-    `opening` precedes any shard, `ping` is its pulse.
-
-    `name` is the answer to `opening`.
-    """
+    `opening` precedes any shard and gives its `name`, `ping` is its pulse."""
 
     handle: Any
     gpus: float

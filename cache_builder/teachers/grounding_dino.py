@@ -118,10 +118,9 @@ def _modeling() -> Any:
 
 
 def _config(model: str) -> Any:
-    config = _modeling().GroundingDinoConfig
     names = "embed_dim", "depths", "num_heads", "window_size", "image_size"
     swin = dict(zip(names, _SWINS[model], strict=True)) | {"model_type": "swin", "out_indices": [2, 3, 4]}
-    return config(backbone_config=swin)
+    return _modeling().GroundingDinoConfig(backbone_config=swin)
 
 
 @cache

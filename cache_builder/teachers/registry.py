@@ -106,9 +106,8 @@ def teacher_parameters(spec: TeacherSpec) -> int:
 
 
 def _blank(spec: TeacherSpec) -> Teacher:
-    return kind_of(spec.model)(
-        spec.model_copy(update={"pretrained": False, "checkpoint": None, "precision": "float32"})
-    )
+    blank = {"pretrained": False, "checkpoint": None, "precision": "float32"}
+    return kind_of(spec.model)(spec.model_copy(update=blank))
 
 
 def _unknown(what: str, name: str) -> UnknownTeacherError:
