@@ -66,7 +66,7 @@ def evaluate(
     from teachercache.student.decoders.model import require_paper
     from teachercache.student.measuring.decoder_scores import evaluate_decoders
     from teachercache.student.measuring.evaluate import evaluate as evaluate_student
-    from teachercache.student.measuring.evaluate import read_baseline
+    from teachercache.student.measuring.paper_results import read_baseline
 
     are_decoders = require_paper(student, paper)
     if are_decoders and (output or boundary_processes or baseline):
@@ -298,7 +298,7 @@ def figure(
 
     Example: `teachercache figure 5 "mine, 25% of the data=runs/quarter/scores/scores.json" -o figure_5.png`
     """
-    from teachercache.student.measuring.comparison_figures import comparison, comparison_figure, read_own
+    from teachercache.student.measuring.figures import comparison, comparison_figure, read_own
 
     own = [read_own(named) for named in scores or []]
     if not as_json:

@@ -21,8 +21,7 @@ from teachercache.pipeline.terminal import in_markdown
 from teachercache.pipeline.views import View, draw_view, render_view, source_pixels
 from teachercache.student.datasets import LabelledDataset
 from teachercache.student.decoders.model import Decoders, Inputs, load_decoders
-from teachercache.student.measuring.evaluate import add_up, process_state
-from teachercache.student.measuring.in_threads import in_threads
+from teachercache.student.measuring.evaluate import add_up, in_threads, process_state
 from teachercache.student.measuring.paper_results import cell, kpu_rows, markdown_table
 from teachercache.student.metrics import MeanIoU, Top1
 

@@ -12,14 +12,14 @@ The student sees whole images (`multitask_eval`), labels follow them, and paddin
 import json
 import math
 import time
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from torch import Tensor
 
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.errors import Problems, RecipeError
+from teachercache.pipeline.ordered_map import ordered_map
 from teachercache.pipeline.records.strict import Size
 from teachercache.pipeline.records.view_policy import ViewPolicy
 from teachercache.pipeline.terminal import Terminal, in_markdown, progress_bar
@@ -38,7 +39,6 @@ from teachercache.pipeline.views import draw_view, render_view
 from teachercache.student.datasets import LabelledDataset
 from teachercache.student.datasets.labels import render_labels
 from teachercache.student.measuring.figures import gate_figure, prediction_figure
-from teachercache.student.measuring.in_threads import in_threads
 from teachercache.student.measuring.paper_results import (
     backbone_of,
     cell,
@@ -53,6 +53,8 @@ from teachercache.student.training.student_recipe import unfit_experts
 
 PANEL_IMAGES = 4
 _MEASURES_AGAIN = "it measures everything again"
+_BATCHES_AHEAD = 2
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -149,19 +151,12 @@ def evaluate(
     `CheckpointError` if `output` cannot be written.
     """
     tasks = [task for task in student.tasks if task in dataset.tasks]
-    if not tasks:
+    if not (tasks and dataset.keys):
         raise RecipeError(
-            "Student and data set have no task in common.",
-            got=f"a student of {', '.join(student.tasks) or 'no task (stage 1)'}",
-            expected=f"some of {', '.join(dataset.tasks)}",
-            do="evaluate a student of stage 2, on the data set it was trained for",
-        )
-    if not dataset.keys:
-        raise RecipeError(
-            "There are no images to evaluate on.",
-            got=f"no key in the {dataset.split} split of {dataset.name}",
-            expected="at least one",
-            do="name another split, or check the data set with `teachercache datasets`",
+            "Student and data set have no task in common, or there are no images to evaluate on.",
+            got=f"a student of {', '.join(student.tasks) or 'no task (stage 1)'}, {len(dataset.keys)} images",
+            expected=f"some of {', '.join(dataset.tasks)}, and an image in the {dataset.split} split",
+            do="evaluate a student of stage 2 on its data set, which `teachercache datasets` checks",
         )
     if table is not None:
         paper_rows(dataset.name, None, table)
@@ -181,7 +176,7 @@ def evaluate(
             for task in tasks
         }
         second_metrics = {t: named[1]() for t in tasks if (named := TASK_OUTPUTS[t].new_second) is not None}
-        gates: defaultdict[str, list[Tensor]] = defaultdict(list)
+        gates = dict[str, Tensor]()
         panel: list[tuple[Item, dict[str, NDArray]]] = []  # the first few, for a figure
         console = Terminal(stderr=True)
         hidden = not (state.is_main_process and console.is_terminal)
@@ -203,7 +198,7 @@ def evaluate(
                 if task in second_metrics:
                     update(second_metrics[task], estimates[task], labels)
             for task, gates_BSE in outputs.gates.items():
-                gates[task].append(gates_BSE.double().sum(0).cpu())
+                gates[task] = gates.get(task, 0) + gates_BSE.double().sum(0).cpu()
             if output:
                 arrays = {task: values.cpu().numpy() for task, values in estimates.items()}
                 shown = [{task: values[i] for task, values in arrays.items()} for i in range(len(items))]
@@ -213,7 +208,9 @@ def evaluate(
             progress.advance(bar, len(items))
         for metric in (*metrics.values(), *second_metrics.values()):
             metric.reduce(add_up)
-    mean_gates = _mean(gates, len(numbers))
+    parts: list[dict[str, Tensor]] = gather_object([gates])  # some processes may have had no image
+    for task in max(parts, key=len):
+        gates[task] = torch.stack([part[task] for part in parts if part]).sum(0) / len(numbers)
     evaluation = Evaluation(
         student=name,
         backbone=backbone_of(student),
@@ -222,7 +219,7 @@ def evaluate(
         num_images=len(numbers),
         parameters=student.num_parameters,
         scores={task: value(metric) for task, metric in metrics.items()},
-        gates={task: gates_SE.tolist() for task, gates_SE in mean_gates.items()},
+        gates={task: gates_SE.tolist() for task, gates_SE in gates.items()},
         images_per_s=len(numbers) / (time.perf_counter() - started),
         processes=state.num_processes,
         further={t: more for t in tasks if (more := further(t, metrics[t], second_metrics.get(t)))},
@@ -254,6 +251,16 @@ class Item:
     magnification: float
 
 
+def in_threads(
+    make: Callable[[int], Made], numbers: Iterable[int], batch_size: int, threads: int
+) -> Iterator[list[Made]]:
+    """`make(number)` of every number, in order, `batch_size` at a time; the last batch may be smaller."""
+    with ThreadPoolExecutor(threads, thread_name_prefix="make") as pool:
+        made = ordered_map(pool, make, numbers, _BATCHES_AHEAD * batch_size)
+        while batch := list(islice(made, batch_size)):
+            yield batch
+
+
 def batches(
     dataset: LabelledDataset,
     tasks: Sequence[str],
@@ -274,15 +281,6 @@ def batches(
         return Item(key, render_view(image, view, size), labels, view.magnification)
 
     return in_threads(make, numbers, batch_size, threads)
-
-
-def _mean(sums: Mapping[str, list[Tensor]], count: int) -> dict[str, Tensor]:
-    """Means over all processes, even if some had no image."""
-    parts: list[dict[str, Tensor]] = gather_object([{task: sum(own) for task, own in sums.items()}])
-    tasks = max(parts, key=len)
-    return {
-        task: torch.stack([part[task] for part in parts if task in part]).sum(0) / count for task in tasks
-    }
 
 
 def _require_cache(student: Student, cache: FeatureCache | None, keys: Sequence[str]) -> None:
@@ -321,43 +319,6 @@ def _save_predictions(folder: Path, items: list[Item], estimates: list[dict[str,
             path = folder / task / f"{item.key}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(TASK_OUTPUTS[task].encode(estimate)).save(path)
-
-
-def read_scores(file: str | Path, told: str = "") -> tuple[str, dict[str, float]]:
-    """The data set, and the scores by task, that an evaluation wrote to its `scores.json`.
-
-    Raises `RecipeError` for any other file; `told`: how the user is to name one.
-    """
-    try:
-        record = json.loads(Path(file).read_text())
-        scores = {task: float(score) for task, score in record["scores"].items() if score is not None}
-        return str(record["dataset"]), scores
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RecipeError(
-            "This file has no scores.",
-            got=f"{file}: {type(error).__name__}: {error}",
-            expected=f"{told}the scores.json of an evaluation",
-            do="evaluate a student with -o FOLDER, and give FOLDER/scores.json",
-        ) from error
-
-
-def read_baseline(files: Iterable[str | Path], dataset: str) -> dict[str, float]:
-    """Single-task scores from the `scores.json` of evaluations, one or more tasks per file.
-
-    Raises `RecipeError` for any other file, and for scores on another data set.
-    """
-    scores: dict[str, float] = {}
-    for file in files:
-        measured_on, measured = read_scores(file)
-        if measured_on != dataset:
-            raise RecipeError(
-                f"{file} does not hold a baseline.",
-                got=measured_on,
-                expected=f"scores on {dataset}",
-                do="evaluate the single-task students on it with -o FOLDER, and give the scores.json of each",
-            )
-        scores |= measured
-    return scores
 
 
 def _write(

@@ -23,7 +23,7 @@ from teachercache.pipeline.sources.keys import OK
 from teachercache.pipeline.stores.feature_store import CLS_TOKEN
 from teachercache.pipeline.views import draw_view, render_view
 from teachercache.student.kpu.model import KPU
-from teachercache.student.measuring.in_threads import in_threads
+from teachercache.student.measuring.evaluate import in_threads
 from teachercache.student.models.student import Student
 from teachercache.student.sak.model import SAK
 

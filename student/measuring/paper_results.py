@@ -1,5 +1,6 @@
-"""The papers' results, `paper.yaml` with their units, and tables that compare ours."""
+"""The papers' results, `paper.yaml` with their units, and what compares ours with them."""
 
+import json
 import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -117,3 +118,40 @@ def kpu_rows(
         for number, model, found, _ in KPU_ROWS
         if table in (None, number) and found.keys() & set(scores)
     }
+
+
+def read_scores(file: str | Path, told: str = "") -> tuple[str, dict[str, float]]:
+    """The data set, and the scores by task, that an evaluation wrote to its `scores.json`.
+
+    Raises `RecipeError` for any other file; `told`: how the user is to name one.
+    """
+    try:
+        record = json.loads(Path(file).read_text())
+        scores = {task: float(score) for task, score in record["scores"].items() if score is not None}
+        return str(record["dataset"]), scores
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RecipeError(
+            "This file has no scores.",
+            got=f"{file}: {type(error).__name__}: {error}",
+            expected=f"{told}the scores.json of an evaluation",
+            do="evaluate a student with -o FOLDER, and give FOLDER/scores.json",
+        ) from error
+
+
+def read_baseline(files: Iterable[str | Path], dataset: str) -> dict[str, float]:
+    """Single-task scores from the `scores.json` of evaluations, one or more tasks per file.
+
+    Raises `RecipeError` for any other file, and for scores on another data set.
+    """
+    scores: dict[str, float] = {}
+    for file in files:
+        measured_on, measured = read_scores(file)
+        if measured_on != dataset:
+            raise RecipeError(
+                f"{file} does not hold a baseline.",
+                got=measured_on,
+                expected=f"scores on {dataset}",
+                do="evaluate the single-task students on it with -o FOLDER, and give the scores.json of each",
+            )
+        scores |= measured
+    return scores

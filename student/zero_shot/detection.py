@@ -18,7 +18,7 @@ from teachercache.pipeline.sources.keys import OK
 from teachercache.pipeline.sources.source import is_image_name
 from teachercache.pipeline.views import View, render_view, source_pixels
 from teachercache.student.kpu.model import KPU
-from teachercache.student.measuring.in_threads import in_threads
+from teachercache.student.measuring.evaluate import in_threads
 from teachercache.student.models.student import Student
 from teachercache.student.zero_shot.detector import Detector
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from teachercache.jobs.cli import app
 from teachercache.pipeline.errors import RecipeError
-from teachercache.student.measuring.comparison_figures import (
+from teachercache.student.measuring.figures import (
     Scores,
     comparison,
     comparison_figure,

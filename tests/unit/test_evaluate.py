@@ -17,8 +17,9 @@ from torch import Tensor
 from teachercache.pipeline.errors import CheckpointError, RecipeError
 from teachercache.pipeline.records.strict import Size
 from teachercache.student.datasets.labelled_dataset import LabelledDataset
-from teachercache.student.measuring.evaluate import Evaluation, evaluate, read_baseline
+from teachercache.student.measuring.evaluate import Evaluation, evaluate
 from teachercache.student.measuring.figures import gate_figure
+from teachercache.student.measuring.paper_results import read_baseline
 from teachercache.student.models.student import Student, StudentOutput
 from teachercache.student.sak.model import SAK
 
