@@ -131,19 +131,12 @@ def _of_stem_width(student: Student, cache: FeatureCache, names: Sequence[str]) 
 
 
 def _require_fit(student: Student, cache: FeatureCache, names: Sequence[str]) -> None:
-    if not names:
+    if not names or not set(names) <= set(student.teachers):
         raise RecipeError(
-            "Student and cache have no teacher in common.",
-            got=f"a student of {', '.join(student.teachers)}",
-            expected=f"one of {', '.join(cache.teachers)}",
-            do="measure on a cache of a teacher that this student was distilled from",
-        )
-    if missing := sorted(set(names) - set(student.teachers)):
-        raise RecipeError(
-            "The student was not distilled from these teachers.",
-            got=", ".join(missing),
+            "The student was not distilled from these teachers, or has none in common with the cache.",
+            got=", ".join(names) or f"a cache of {', '.join(cache.teachers)}",
             expected=f"some of {', '.join(student.teachers)}",
-            do="name only teachers that student and cache have in common",
+            do="name teachers that student and cache have in common, or choose another cache",
         )
     others = student.config.get("image_sizes", {})  # of a KPU, by teacher
     if {tuple(others.get(name, student.image_size)) for name in names} != {cache.spec.views.size}:

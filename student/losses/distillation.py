@@ -239,18 +239,16 @@ class DistillationLoss(nn.Module):
 
 
 def _require_pairs(student: Mapping[str, Sequence[Tensor]], targets: Mapping[str, Target]) -> None:
-    if student.keys() != targets.keys():
-        raise ArgumentError(
-            "Student and targets have different teachers.",
-            got=f"a student of {', '.join(student) or 'none'}",
-            expected=f"{', '.join(targets) or 'none'}, like the targets",
-            do="build the student for the teachers that it is distilled from",
+    ours = {teacher: len(levels) for teacher, levels in student.items()}
+    theirs = {teacher: target.num_levels for teacher, target in targets.items()}
+    if ours != theirs:
+        got, expected = (
+            ", ".join(f"{count} levels of {name}" for name, count in levels.items()) or "none"
+            for levels in (ours, theirs)
         )
-    for teacher, levels in student.items():
-        if len(levels) != targets[teacher].num_levels:
-            raise ArgumentError(
-                f"Student and teacher {teacher} have different numbers of levels.",
-                got=f"{len(levels)} levels from the student",
-                expected=f"{targets[teacher].num_levels} levels, like the teacher",
-                do="choose as many block_indices for the teacher as the student has levels",
-            )
+        raise ArgumentError(
+            "Student and targets have different teachers or levels.",
+            got=f"a student with {got}",
+            expected=f"{expected}, like the targets",
+            do="build the student for these teachers, of as many block_indices as it has levels",
+        )

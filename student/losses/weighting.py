@@ -3,46 +3,30 @@
 T  teachers      B  images of one input: each of its teachers has a loss of each of them
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from teachercache.pipeline.crops import uniforms
+from teachercache.pipeline.loading.loader import Batch
 
 Losses = Mapping[str, Tensor]  # of the teachers of one input, (B,) each
+Mean = Callable[[Tensor], Tensor]
 _LEAST = 1e-8
 
 
-class Samples(Protocol):
-    """What drawing needs to know of a batch."""
+class Weighting:
+    """All teachers count alike. Others weigh the losses as they say."""
 
-    step: int
-    sample_keys: list[str]
-
-
-class Weighting(ABC):
-    @abstractmethod
-    def __call__(self, inputs: Sequence[Losses], batches: Sequence[Samples]) -> Tensor:
+    def __call__(self, inputs: Sequence[Losses], batches: Sequence[Batch]) -> Tensor:
         """The weighted mean over the teachers of all inputs of their losses; a scalar with a gradient."""
+        return torch.stack([loss_B.mean() for losses in inputs for loss_B in losses.values()]).mean()
 
     def weights(self) -> Mapping[str, Tensor]:
         """What a log shows of it, by teacher."""
         return {}
-
-
-class Equal(Weighting):
-    """The mean."""
-
-    def __call__(self, inputs: Sequence[Losses], batches: Sequence[Samples]) -> Tensor:
-        return torch.stack([loss_B.mean() for losses in inputs for loss_B in losses.values()]).mean()
-
-
-def _alone(local: Tensor) -> Tensor:
-    return local
 
 
 class Famo(Weighting):
@@ -55,13 +39,13 @@ class Famo(Weighting):
     """
 
     def __init__(
-        self, teachers: Sequence[str], lr: float, decay: float, mean: Callable[[Tensor], Tensor] = _alone
+        self, teachers: Sequence[str], lr: float, decay: float, mean: Mean = lambda local: local
     ) -> None:
         self._teachers, self._lr, self._decay, self._mean = list(teachers), lr, decay, mean
         self._xi_T = torch.zeros(len(teachers), dtype=torch.float64)
         self._before_T = torch.ones_like(self._xi_T)
 
-    def __call__(self, inputs: Sequence[Losses], batches: Sequence[Samples]) -> Tensor:
+    def __call__(self, inputs: Sequence[Losses], batches: Sequence[Batch]) -> Tensor:
         losses_T = self._means(inputs)
         self._xi_T = self._xi_T.to(losses_T.device)
         self._before_T = self._whole(losses_T)
@@ -101,10 +85,10 @@ class TeacherDrop(Weighting):
     Drawn by (`seed`, sample, step). `mean`: over the processes, so that all divide by the same number.
     """
 
-    def __init__(self, probability: float, seed: int, mean: Callable[[Tensor], Tensor] = _alone) -> None:
+    def __init__(self, probability: float, seed: int, mean: Mean = lambda local: local) -> None:
         self._probability, self._seed, self._mean = probability, seed, mean
 
-    def __call__(self, inputs: Sequence[Losses], batches: Sequence[Samples]) -> Tensor:
+    def __call__(self, inputs: Sequence[Losses], batches: Sequence[Batch]) -> Tensor:
         means = []
         for losses, batch in zip(inputs, batches, strict=True):
             losses_TB = torch.stack(list(losses.values()))
@@ -113,7 +97,7 @@ class TeacherDrop(Weighting):
             means.append(len(losses) * mean)
         return torch.stack(means).sum() / sum(map(len, inputs))
 
-    def _keeps(self, losses_TB: Tensor, batch: Samples) -> Tensor:
+    def _keeps(self, losses_TB: Tensor, batch: Batch) -> Tensor:
         keys = [f"drop/{key}" for key in batch.sample_keys]
         drawn_BT = uniforms(self._seed, keys, np.array([batch.step]), draws=len(losses_TB))[:, 0]
         keeps_TB = torch.from_numpy(self._probability <= drawn_BT.T).to(losses_TB)

@@ -10,7 +10,8 @@ import errno
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -100,9 +101,6 @@ def load_newest(
             damaged[path] = error
             continue
         except OSError as error:  # of the moment, perhaps: no reason to pass a checkpoint over
-            if error.errno == errno.ELOOP:  # a link to itself
-                damaged[path] = _damaged(path, error)
-                continue
             raise CheckpointError(
                 f"The checkpoint {path} cannot be read.",
                 got=error,
@@ -198,51 +196,41 @@ def _load_optimizer(
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
     """The state, and the tensors of each file. Raises `CheckpointError` for what is not as it was written."""
-    state = _read_state(path)
-    tensors = {name: _read_tensors(path, name, state["checksums"][name]) for name in (MODEL, OPTIMIZER)}
+    files, tensors = LocalStorage(path), dict[str, dict[str, Tensor]]()
+    with _damage_told(path / STATE):
+        state: dict[str, Any] = json.loads(files.read(STATE))
+        sums = dict(state["checksums"])
+        known = {MODEL, OPTIMIZER} == set(sums) and all(isinstance(value, str) for value in sums.values())
+        if not (known and type(state["step"]) is int and isinstance(state["run"], dict)):
+            raise ValueError("keys are missing, or hold something else")
+    for name, checksum in sums.items():
+        with _damage_told(path / name):
+            if files.checksum(name) != checksum:
+                raise ValueError("other bytes than were written")
+            tensors[name] = load_file(path / name)
     taken = {int(tensor) for key, tensor in tensors[OPTIMIZER].items() if key.endswith("/step")}
-    steps = {_step(path), state["step"], max(taken, default=state["step"])}
-    if len(steps) > 1:
-        other = max(steps - {state["step"]})
-        raise _damaged(
-            path / STATE, f"step {state['step']}, in a folder or with an optimizer of step {other}"
-        )
+    others = {_step(path), max(taken, default=state["step"])} - {state["step"]}
+    with _damage_told(path / STATE):
+        if others:
+            raise ValueError(f"step {state['step']}, in a folder or with an optimizer of step {max(others)}")
     return state, tensors
 
 
-def _read_state(path: Path) -> dict[str, Any]:
+@contextmanager
+def _damage_told(file: Path) -> Iterator[None]:
+    """Raises `CheckpointError` for what is wrong with a file; a file system that fails is another matter."""
     try:
-        state: dict[str, Any] = json.loads(LocalStorage(path).read(STATE))
-        sums = dict(state["checksums"])
-        known = {MODEL, OPTIMIZER} == set(sums) and all(isinstance(value, str) for value in sums.values())
-        sound = known and type(state["step"]) is int and isinstance(state["run"], dict)
-    except (FileNotFoundError, NotADirectoryError, RecursionError, ValueError, KeyError, TypeError) as error:
-        raise _damaged(path / STATE, f"{type(error).__name__}: {error}") from error
-    if not sound:
-        raise _damaged(path / STATE, "keys are missing, or hold something else")
-    return state
-
-
-def _read_tensors(path: Path, name: str, checksum: str) -> dict[str, Tensor]:
-    files = LocalStorage(path)
-    if not files.exists(name):
-        raise _damaged(path / name, "no such file")
-    if files.checksum(name) != checksum:
-        raise _damaged(path / name, "other bytes than were written")
-    try:
-        tensors: dict[str, Tensor] = load_file(path / name)
-    except SafetensorError as error:
-        raise _damaged(path / name, error) from error
-    return tensors
-
-
-def _damaged(file: Path, what: object) -> CheckpointError:
-    return CheckpointError(
-        f"The checkpoint file {file} is damaged.",
-        got=what,
-        expected="the file as it was written, in a folder of its own step",
-        do="put it back, or go on from the checkpoint before it",
-    )
+        yield
+    except (OSError, SafetensorError, RecursionError, ValueError, KeyError, TypeError) as error:
+        gone = isinstance(error, FileNotFoundError | NotADirectoryError)
+        if isinstance(error, OSError) and not gone and error.errno != errno.ELOOP:  # a link to itself
+            raise
+        raise CheckpointError(
+            f"The checkpoint file {file} is damaged.",
+            got=error if type(error) is ValueError else f"{type(error).__name__}: {error}",
+            expected="the file as it was written, in a folder of its own step",
+            do="put it back, or go on from the checkpoint before it",
+        ) from error
 
 
 def _require_same_run(path: Path, saved: Mapping[str, Any], run: Mapping[str, Any]) -> None:

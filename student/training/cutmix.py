@@ -78,24 +78,18 @@ def unmixable(
             expected="an even number",
             do=f"set batch_size_per_process={batch_size + 1}, or cutmix=false",
         )
-    if views.margin:
+    padded = [name for name, spec in teachers.items() if spec.is_padded]
+    adjoint = [name for name, spec in teachers.items() if spec.grid.kind == "adjoint"]
+    unfit = [
+        *([f"views.margin {views.margin}"] if views.margin else []),
+        *([f"padding in the maps of {', '.join(padded)}"] if padded else []),
+        *([f"grid: adjoint of {', '.join(adjoint)}"] if adjoint else []),
+    ]
+    if unfit:
         yield RecipeError(
-            "CutMix exchanges tokens that lie at the same places, and those of windows do not.",
-            got=f"a cache with views.margin {views.margin}",
-            expected="a cache without a margin",
-            do="set cutmix=false, or choose another cache",
-        )
-    if padded := [name for name, spec in teachers.items() if spec.is_padded]:
-        yield RecipeError(
-            "CutMix exchanges tokens of maps that fill the view, and a padded map does not.",
-            got=f"padding in the maps of {', '.join(padded)}",
-            expected="teachers that see the aspect of the views",
-            do="set cutmix=false, or build a cache of these images with square views or without sak_compat",
-        )
-    if adjoint := [name for name, spec in teachers.items() if spec.grid.kind == "adjoint"]:
-        yield RecipeError(
-            "CutMix exchanges tokens of a teacher's map, and an adjoint map is one of sums of them.",
-            got=f"grid: adjoint of {', '.join(adjoint)}",
-            expected="grid: native or bilinear",
-            do="set cutmix=false, or build a cache of these images with such a grid",
+            "CutMix exchanges tokens of maps that fill the view and are the teachers' own.",
+            got="; ".join(unfit),
+            expected="a cache without a margin, of teachers that see the aspect of the views, on native or "
+            "bilinear grids",
+            do="set cutmix=false, or build such a cache of these images (square views, or no sak_compat)",
         )

@@ -55,11 +55,8 @@ class DecoderRecipe(RunRecipe):
             )
         if self.student is not None and len(without) < len(self.decoders):
             raise ValueError("a student sees images: leave out the decoders' caches, or the student")
-        if single := [
-            name
-            for name, one in self.decoders.items()
-            if one.kind == "upernet" and one.batch_size_per_process == 1
-        ]:
+        single = [name for name, one in self.decoders.items() if one.batch_size_per_process == 1]
+        if single := [name for name in single if self.decoders[name].kind == "upernet"]:
             raise ValueError(
                 f"upernet's norms need 2 images or more at once: raise batch_size_per_process of {single}"
             )

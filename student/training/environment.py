@@ -8,7 +8,7 @@ import os
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import DistributedType, GradientAccumulationPlugin, TorchDynamoPlugin
+from accelerate.utils import GradientAccumulationPlugin, TorchDynamoPlugin
 
 from teachercache.pipeline.errors import RecipeError
 from teachercache.pipeline.places.cores import stay_near
@@ -21,7 +21,6 @@ _ENGINES = {
     "ACCELERATE_USE_SAGEMAKER": "SageMaker's own parallelism",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config (tensor, context, sequence or sharded)",
 }
-_SPLIT_STUDENT = {DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM}
 _OFF = {"", "0", "no", "n", "false", "f", "off"}
 
 
@@ -29,7 +28,14 @@ def accelerator_for(recipe: AnyRecipe) -> Accelerator:
     """Raises `RecipeError` for what the environment asks for and this trainer cannot do or must not heed."""
     for variable, engine in _ENGINES.items():
         if os.environ.get(variable, "").lower() not in _OFF:
-            _refuse_engine(f"{engine} ({variable}={os.environ[variable]})")
+            raise RecipeError(
+                "The launcher would split the student, which this trainer needs whole in every process.",
+                got=f"{engine} ({variable}={os.environ[variable]})",
+                expected="data parallelism: one process, or several under MULTI_GPU or MULTI_CPU (DDP); "
+                "checkpoints, clip_norm and the finished student are those of a whole model",
+                do="launch with infra/accelerate/one_node.yaml or torchrun; for more memory lower "
+                "batch_size_per_process and raise gradient_accumulation_steps",
+            )
     for variable, unset in (("ACCELERATE_FP8_BACKEND", "no"), ("NVIDIA_TF32_OVERRIDE", "")):
         if (value := os.environ.get(variable, unset)).lower() != unset:
             raise RecipeError(
@@ -61,17 +67,8 @@ def accelerator_for(recipe: AnyRecipe) -> Accelerator:
         ) from error
     if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
         stay_near(torch.cuda.get_device_properties(accelerator.device))
-    if accelerator.distributed_type in _SPLIT_STUDENT:
-        _refuse_engine(str(accelerator.distributed_type))
     stated = recipe.mixed_precision, recipe.gradient_accumulation_steps
-    used = accelerator.mixed_precision, accelerator.gradient_accumulation_steps
-    if used != stated:
-        raise RecipeError(
-            "accelerate computes otherwise than the recipe states.",
-            got="mixed_precision {}, gradient_accumulation_steps {}".format(*used),
-            expected="mixed_precision {}, gradient_accumulation_steps {}".format(*stated),
-            do="start the run in a process of its own",
-        )
+    assert stated == (accelerator.mixed_precision, accelerator.gradient_accumulation_steps)
     return accelerator
 
 
@@ -93,14 +90,3 @@ def overruled(recipe: AnyRecipe) -> list[str]:
         for variable, (own, text) in stated.items()
         if (value := os.environ.get(variable, "")).lower() not in {*_OFF, str(own)}
     ]
-
-
-def _refuse_engine(engine: str) -> None:
-    raise RecipeError(
-        "This trainer needs the whole student in every process, and the launcher's configuration splits it.",
-        got=engine,
-        expected="data parallelism: one process, or several under MULTI_GPU or MULTI_CPU (DDP); checkpoints, "
-        "clip_norm and the finished student are those of a whole model",
-        do="launch with infra/accelerate/one_node.yaml or torchrun; for more memory lower "
-        "batch_size_per_process and raise gradient_accumulation_steps",
-    )

@@ -10,7 +10,7 @@ import math
 import signal
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -25,7 +25,6 @@ from teachercache.pipeline.errors import TrainingError
 from teachercache.pipeline.loading.loader import Batch
 from teachercache.pipeline.stop_request import StopRequest
 from teachercache.student.losses.weighting import Losses
-from teachercache.student.similarity import Similarity
 from teachercache.student.timing import StageTimer
 from teachercache.student.training.checkpoint import save_checkpoint
 from teachercache.student.training.run_log import RunLog
@@ -49,7 +48,7 @@ class Objective(Protocol):
 
 @dataclass
 class LoopResult:
-    """`seconds` are sums over the `steps` that were taken, by stage; `similarity` as of `RunLog`."""
+    """`seconds` are sums over the `steps` that were taken, by stage."""
 
     next_step: int
     steps: int = 0
@@ -57,7 +56,6 @@ class LoopResult:
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     wall_s: float = 0.0
     interrupted: bool = False
-    similarity: Mapping[str, Similarity] = field(default_factory=dict)
 
 
 @dataclass

@@ -42,6 +42,8 @@ def write_model_card(
     loss = "" if result.last_loss is None else f", last loss {result.last_loss:.4f}"
     found = [f"{one.mean:.4f} to {name}" for name, one in result.similarity.items()]
     loss += f", similarity on held-out images {' and '.join(found)}" if found else ""
+    parts = student.parameters_by_part()
+    counts = {**parts, "all": sum(parts.values())}
     text = Template(Path(__file__).with_name("model_card.md.template").read_text()).substitute(
         kind=student.kind,
         header=card_header(licences),
@@ -54,50 +56,44 @@ def write_model_card(
         images=" and ".join(f"{one.num_samples:,} images in {one.num_views} views each" for one in caches),
         cache_id=", ".join(cache.spec.cache_id for cache in caches),
         recipe=yaml.safe_dump(recipe_for_card(recipe), sort_keys=False),
-        parts=_parts(student),
+        parts="\n".join(f"| {part} | {count:,} |" for part, count in counts.items()),
         licences=licence_rows(licences),
     )
     with replacing(folder / CARD_FILE) as file:
         file.write_text(text)
 
 
+_KEPT = {
+    "cache": 1,
+    "images": 1,
+    "output": 1,
+    "root": 1,
+    "init_from": 2,
+}  # <run>/student, or user/name on the Hub
+
+
 def recipe_for_card(recipe: TrainRecipe) -> dict[str, Any]:
     """The recipe without where things lie on the machine it ran on: of each folder its name alone."""
-    told = recipe.model_dump(mode="json")
-    dataset, validation = (told["multitask"] or {}).get("dataset", {}), told["validation"] or {}
-    for tree, key, kept in (
-        (told, "cache", 1),
-        (told, "images", 1),
-        (told, "output", 1),
-        *((one, key, 1) for one in told["inputs"] for key in ("cache", "images")),
-        (validation, "cache", 1),
-        (validation, "images", 1),
-        (dataset, "root", 1),
-        (told["student"], "init_from", 2),  # <run>/student, or user/name on the Hub
-    ):
-        if tree.get(key):
-            tree[key] = "/".join(PurePosixPath(tree[key]).parts[-kept:])
+    told: dict[str, Any] = _by_name(recipe.model_dump(mode="json"))
     return told
 
 
+def _by_name(tree: Any, key: str = "") -> Any:
+    if isinstance(tree, dict):
+        return {name: _by_name(one, name) for name, one in tree.items()}
+    if key in _KEPT and isinstance(tree, str):
+        return "/".join(PurePosixPath(tree).parts[-_KEPT[key] :])
+    return [_by_name(one) for one in tree] if isinstance(tree, list) else tree
+
+
 def _teachers(student: Student, specs: Mapping[str, TeacherSpec]) -> str:
-    lines = []
-    for name in student.teachers:
-        teacher = specs.get(name)
-        if teacher is None:
-            lines.append(f"- {name}, of an earlier run")
-            continue
-        weights = (
-            f"weights {teacher.weights_hash}" if teacher.pretrained else "random weights: a trial, no use"
-        )
-        lines.append(
-            f"- {name}: {teacher.model}, {weights}; stored as {teacher.codec}, grid {teacher.grid.kind}"
-        )
-    return "\n".join(lines) or "None: trained on labels alone."
-
-
-def _parts(student: Student) -> str:
-    parts = student.parameters_by_part()
-    return "\n".join(
-        f"| {part} | {count:,} |" for part, count in (*parts.items(), ("all", sum(parts.values())))
+    return "\n".join(_teacher(name, specs.get(name)) for name in student.teachers) or (
+        "None: trained on labels alone."
     )
+
+
+def _teacher(name: str, spec: TeacherSpec | None) -> str:
+    if spec is None:
+        return f"- {name}, of an earlier run"
+    weights = f"weights {spec.weights_hash}" if spec.pretrained else "random weights: a trial, no use"
+    return f"- {name}: {spec.model}, {weights}; stored as {spec.codec}, grid {spec.grid.kind}"

@@ -13,36 +13,37 @@ from teachercache.student.kpu.latent_space import Alignment, Features
 from teachercache.student.losses.alignment import AlignmentLoss
 from teachercache.student.losses.distillation import DistillationLoss, LossOutput, Target
 from teachercache.student.losses.tasks import MultiTaskLoss
-from teachercache.student.losses.weighting import Equal, Losses, Weighting
+from teachercache.student.losses.weighting import Losses, Weighting
 from teachercache.student.models.student import Student, StudentOutput
 from teachercache.student.timing import StageTimer
-from teachercache.student.training.balance import balanced
 from teachercache.student.training.cutmix import CutMix
-from teachercache.student.training.targets import TargetSource
+from teachercache.student.training.targets import TargetSource, balanced
 
 
 @dataclass
-class SakObjective:
-    """L = γ · L_distillation + Σ_tasks w_t · L_t (SAK, Eq. 6); stage 1 has no tasks and γ = 1.
-
-    `model` is `student` as accelerate wrapped it, and `targets` those of its one input. Without
-    `distillation` the features are not asked for and the aligners do not run: a baseline that learns from
-    labels alone. `balance`: in whose terms maps are compared, by teacher. `cutmix`: what changes images and
-    targets before.
-    """
+class _OfStudent:
+    """`model` is `student` as accelerate wrapped it, `targets` those of its inputs. `weight` multiplies what
+    `loss` says of the teachers, as `weighting` counts them. `balance`: in whose terms maps are compared, by
+    teacher. `cutmix`: what changes images and targets before."""
 
     model: nn.Module
     student: Student
     targets: Sequence[TargetSource]
-    distillation: DistillationLoss | None
+    loss: Any
     weight: float = 1.0
     tasks: MultiTaskLoss | None = None
-    weighting: Weighting = field(default_factory=Equal)
+    weighting: Weighting = field(default_factory=Weighting)
     balance: Mapping[str, Normalisation] = field(default_factory=dict)
     cutmix: CutMix | None = None
 
-    def __post_init__(self) -> None:
-        assert self.distillation or self.tasks, "nothing to minimise"
+
+class SakObjective(_OfStudent):
+    """L = γ · L_distillation + Σ_tasks w_t · L_t (SAK, Eq. 6) of one input; stage 1 has no tasks and γ = 1.
+
+    Without a `loss` the aligners do not run: a baseline that learns from labels alone.
+    """
+
+    loss: DistillationLoss | None
 
     def __call__(self, batches: Sequence[Batch], timer: StageTimer) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a step's batch, and its terms for the log."""
@@ -50,13 +51,12 @@ class SakObjective:
         labels = {task: values.to(device, non_blocking=True) for task, values in batch.labels.items()}
         output, targets = self._run(batch, timer)
         with timer.stage("forward"):
-            losses: list[Tensor] = []
-            terms: dict[str, Tensor] = {}
-            if self.distillation:
+            losses, terms = list[Tensor](), dict[str, Tensor]()
+            if self.loss:
                 distilled = self._distilled(output, targets)
                 mean = self.weighting([distilled.samples], [batch])
                 losses.append(self.weight * len(targets) * mean)
-                terms |= _terms(distilled, self.distillation.distance)
+                terms |= _terms(distilled, self.loss.distance)
                 terms |= {f"weight/{name}": weight for name, weight in self.weighting.weights().items()}
             if self.tasks:
                 tasks = self.tasks(output.predictions, labels)
@@ -65,30 +65,29 @@ class SakObjective:
                 terms |= _mean_gates(output, self.student)
         return sum(losses[1:], start=losses[0]), terms
 
+    @torch.no_grad()
     def losses(self, batches: Sequence[Batch], timer: StageTimer) -> list[Losses]:
-        """Those of the teachers, before any weight; without a gradient."""
-        with torch.no_grad():
-            return [self._distilled(*self._run(batches[0], timer)).samples]
+        """Those of the teachers, before any weight."""
+        return [self._distilled(*self._run(batches[0], timer)).samples]
 
     def _distilled(self, output: StudentOutput, targets: Mapping[str, Target]) -> LossOutput:
-        assert self.distillation is not None
+        assert self.loss is not None
         maps = {name: output.feature_maps[name][-target.num_levels :] for name, target in targets.items()}
         for name, normalisation in self.balance.items():
             maps[name] = balanced(normalisation, maps[name])
             whole = normalisation.forward(targets[name].feature_maps_BSHWC)
             targets = {**targets, name: replace(targets[name], feature_maps_BSHWC=whole)}
-        return self.distillation(maps, targets)
+        return self.loss(maps, targets)
 
     def _run(self, batch: Batch, timer: StageTimer) -> tuple[StudentOutput, Mapping[str, Target]]:
         """What the student says of a batch, and its targets."""
         with timer.stage("targets"):
-            reads = self.distillation is not None or self.student.reads_features
-            targets: Mapping[str, Target] = self.targets[0](batch) if reads else {}
+            targets: Mapping[str, Target] = self.targets[0](batch)
         with timer.stage("forward"):
             images_B3HW = batch.images.to(self.student.mean.device, non_blocking=True)
             if self.cutmix:
                 images_B3HW, targets = self.cutmix(batch, images_B3HW, targets)
-            inputs: dict[str, Any] = {"full": True, "maps": self.distillation is not None}
+            inputs: dict[str, Any] = {"full": True, "maps": self.loss is not None}
             if self.student.reads_features:
                 maps = {name: target.feature_maps_BSHWC.float() for name, target in targets.items()}
                 inputs["features"] = maps
@@ -115,23 +114,11 @@ def _mean_gates(output: StudentOutput, student: Student) -> dict[str, Tensor]:
     }
 
 
-@dataclass
-class KPUObjective:
-    """Eq. 4 over the teachers of all inputs, called as `SakObjective`;
-    `weight` multiplies all of it.
+class KPUObjective(_OfStudent):
+    """Eq. 4 over the teachers of all inputs, each of which is a forward pass of its own; `balance` is of what
+    L_s2t and L_rec compare."""
 
-    Each input has `targets` of its own and is a forward pass of its own. `model` is `student` as accelerate
-    wrapped it. `balance`: in whose terms L_s2t and L_rec compare maps, by teacher.
-    """
-
-    model: nn.Module
-    student: Student
-    targets: Sequence[TargetSource]
     loss: AlignmentLoss
-    weight: float = 1.0
-    tasks: None = None
-    weighting: Weighting = field(default_factory=Equal)
-    balance: Mapping[str, Normalisation] = field(default_factory=dict)
 
     def __call__(self, batches: Sequence[Batch], timer: StageTimer) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a step's batches, one of each input, and its terms for the log."""
@@ -139,10 +126,10 @@ class KPUObjective:
         total = self.weight * self.weighting(inputs, batches)
         return total, terms | {f"weight/{name}": one for name, one in self.weighting.weights().items()}
 
+    @torch.no_grad()
     def losses(self, batches: Sequence[Batch], timer: StageTimer) -> list[Losses]:
-        """Those of the teachers of each input, before any weight; without a gradient."""
-        with torch.no_grad():
-            return self._inputs(batches, timer)[0]
+        """Those of the teachers of each input, before any weight."""
+        return self._inputs(batches, timer)[0]
 
     def _inputs(self, batches: Sequence[Batch], timer: StageTimer) -> tuple[list[Losses], dict[str, Tensor]]:
         inputs, terms = list[Losses](), dict[str, Tensor]()

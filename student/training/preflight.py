@@ -15,14 +15,15 @@ from teachercache.pipeline.loading.streaming import StreamSampler
 from teachercache.pipeline.records.spec import IMAGES, CacheSpec, TeacherSpec
 from teachercache.pipeline.records.strict import Size
 from teachercache.pipeline.records.view_policy import ViewPolicy
+from teachercache.student.losses.distillation import DistillationLoss
 from teachercache.student.losses.tasks import MultiTaskLoss
 from teachercache.student.models.student import Student, TeacherFacts
 from teachercache.student.similarity import Similarity, mean_similarity
 from teachercache.student.training.cutmix import unmixable
-from teachercache.student.training.first_student import first_student
+from teachercache.student.training.run_log import missing_trackers
+from teachercache.student.training.student_recipe import first_student
 from teachercache.student.training.targets import complete_teachers
-from teachercache.student.training.trackers import missing_trackers
-from teachercache.student.training.train_recipe import MultiTaskRecipe, TrainRecipe, ValidationRecipe
+from teachercache.student.training.train_recipe import TrainRecipe, ValidationRecipe
 from teachercache.student.training.view_labels import ViewLabels, task_channels
 
 _OF_OTHER_IMAGES = {"num_views", "seed", "tables_hash"}  # may be others: what is compared stays the same
@@ -81,8 +82,12 @@ def preflight(
         spec.check_teachers(names)
     if cache is not None:
         _ask_cache(found, recipe, cache, processes, rank)
-    if recipe.multitask is not None:
-        _ask_tasks(found, recipe.multitask, cache)
+    if (wanted := recipe.multitask) is not None:
+        with found.problems.noted():
+            tasks = task_channels(wanted)
+            found.task_loss = MultiTaskLoss(tasks, wanted.weights)
+            found.tasks = tasks
+            found.labels = None if cache is None else ViewLabels(wanted, cache)
     with found.problems.noted():
         _require_length(found.num_samples, recipe, processes, is_built=cache is not None)
     for name in recipe.distillation.teacher_weights:
@@ -96,15 +101,13 @@ def preflight(
         size, distills = spec.views.size, recipe.distills
         with found.problems.noted():
             found.student = first_student(
-                recipe.student, found.facts, size, found.tasks, distills=distills, blank=True
+                recipe.student, facts, size, found.tasks, distills=distills, blank=True
             )
     cached = found.held if recipe.reads_cache else []
-    grid = getattr(getattr(found.student, "stem", None), "grid", None)
-    compared = cached if recipe.distills else ()
-    lacks = [
-        *_other_steps(spec.views, grid, recipe.student.stem),
-        *recipe.student.requirements(teachers, compared, spec.views, grid),
-    ]
+    lacks = [*recipe.student.requirements(teachers)]
+    if (grid := getattr(getattr(found.student, "stem", None), "grid", None)) is not None:
+        compared = {name: teachers[name] for name in cached if recipe.distills}
+        lacks += _other_grids(recipe, compared, spec.views, grid)
     if cache is None:  # its build may still be told otherwise
         found.notices += map(str, lacks)
     else:
@@ -162,7 +165,15 @@ def _ask_cache(found: Preflight, recipe: TrainRecipe, cache: FeatureCache, proce
     among = held_out = None
     with found.problems.noted():
         if recipe.features == "hybrid":
-            found.held = _held(cache, found.held)
+            held = complete_teachers(cache, found.held)
+            if found.held and not held:
+                raise RecipeError(
+                    "A hybrid run reads at least one teacher.",
+                    got=f"no complete one of {', '.join(found.held)} in {cache.storage.url}",
+                    expected="a teacher with every shard committed",
+                    do="finish the build of one of them",
+                )
+            found.held = held
         if recipe.held_out:
             keys = cache.samples["key"].to_pylist()
             held_out = held_out_samples(keys, recipe.held_out, recipe.seed)
@@ -242,27 +253,6 @@ def _open_second(wanted: ValidationRecipe, cache: FeatureCache, teachers: Sequen
     return other
 
 
-def _ask_tasks(found: Preflight, recipe: MultiTaskRecipe, cache: FeatureCache | None) -> None:
-    with found.problems.noted():
-        tasks = task_channels(recipe)
-        found.task_loss = MultiTaskLoss(tasks, recipe.weights)
-        found.tasks = tasks
-        if cache is not None:
-            found.labels = ViewLabels(recipe, cache)
-
-
-def _held(cache: FeatureCache, teachers: list[str]) -> list[str]:
-    held = complete_teachers(cache, teachers)
-    if teachers and not held:
-        raise RecipeError(
-            "A hybrid run reads at least one teacher.",
-            got=f"no complete one of {', '.join(teachers)} in {cache.storage.url}",
-            expected="a teacher with every shard committed",
-            do="finish the build of one of them",
-        )
-    return held
-
-
 def _require_length(num_samples: int | None, recipe: TrainRecipe, processes: int, *, is_built: bool) -> None:
     """Raises `RecipeError` where an epoch has no length or not one step, or the run is all warm-up."""
     images_per_step = recipe.images_per_step(processes)
@@ -306,16 +296,27 @@ def _unbalanced(recipe: TrainRecipe, teachers: Mapping[str, TeacherSpec]) -> Ite
         )
 
 
-def _other_steps(views: ViewPolicy, grid: Size | None, stem: str | None) -> Iterator[RecipeError]:
-    """Windows that move by other steps than the student's tokens."""
+def _other_grids(
+    recipe: TrainRecipe, teachers: Mapping[str, TeacherSpec], views: ViewPolicy, grid: Size
+) -> Iterator[RecipeError]:
+    """Windows and cached adjoint maps of `teachers` that do not lie on the `grid` of the student's tokens."""
     own = views.size[0] // views.patch, views.size[1] // views.patch
-    if views.margin and grid not in (None, own):
+    if views.margin and grid != own:
         yield RecipeError(
             "The windows of this cache's views move by other steps than the student's tokens.",
-            got=f"{grid} tokens of the stem {stem}",
+            got=f"{grid} tokens of the stem {recipe.student.stem}",
             expected=f"{own}, of {views.patch} pixels each (views.patch of the cache)",
             do="choose a stem with patches of this size, or a cache whose views.patch is the stem's",
         )
+    for name, spec in teachers.items():
+        seen = views.seen_grid(spec.stored_grid)
+        if recipe.student.loss is DistillationLoss and spec.grid.kind == "adjoint" and grid != seen:
+            yield RecipeError(
+                f"The adjoint grid of teacher {name} holds for one student grid alone.",
+                got=f"{grid} tokens of the stem {recipe.student.stem}",
+                expected=f"{seen}, as in the cache",
+                do="choose a stem with patches of another size, or a cache with grid: native",
+            )
 
 
 def notices(recipe: TrainRecipe, spec: CacheSpec, cached: Sequence[str]) -> list[str]:

@@ -33,7 +33,7 @@ from teachercache.student.training.checkpoint import (
     set_aside,
 )
 from teachercache.student.training.decoder_recipe import AnyRecipe
-from teachercache.student.training.loop import LoopResult, Objective, TrainingLoop
+from teachercache.student.training.loop import Objective, TrainingLoop
 from teachercache.student.training.run_log import METRICS_FILE, RunLog, logged_steps
 
 
@@ -101,31 +101,28 @@ class Run:
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
             self.model, self.optimizer = self.accelerator.prepare(self.module, optimizer)
         self.first_step = self._resume()
-
-    @property
-    def first_batch(self) -> int:
-        return self.first_step * self.recipe.gradient_accumulation_steps
+        self.first_batch = self.first_step * self.recipe.gradient_accumulation_steps
 
     def go(
         self,
         objective: Objective,
         streams: Callable[[ExitStack], Sequence[Iterable[Batch]]],
+        use: str,
+        save: Callable[[RunResult], None],
         not_finite: Sequence[Callable[[NDArray], list[str]]] = (),
         pictures: Callable[[], Mapping[str, NDArray]] = dict,
         validate: Callable[[], dict[str, Similarity]] | None = None,
         cache: FeatureCache | None = None,
-    ) -> LoopResult:
-        """`streams`: the batches of each input from `first_batch` on, which the stack closes. The others are
-        those of `TrainingLoop`, `RunLog` and `start_trackers`."""
+    ) -> RunResult:
+        """Take the steps that are left, say what held the run up, and `save` what was trained after the last.
+
+        `streams`: the batches of each input from `first_batch` on, which the stack closes. `use`: what to do
+        with what was trained. The others are those of `TrainingLoop`, `RunLog` and `start_trackers`.
+        """
         log = RunLog(self, pictures, validate, cache)
         with log, ExitStack() as stack:
             batches = zip(*streams(stack), strict=True)
             done = TrainingLoop(self, objective, not_finite).take_steps(batches, log)
-        done.similarity = log.similarity
-        return done
-
-    def finish(self, done: LoopResult, use: str, save: Callable[[RunResult], None]) -> RunResult:
-        """Say what held the run up; `save` what was trained after the last step, and say where."""
         images = done.steps * self.recipe.images_per_step(self.accelerator.num_processes)
         result = RunResult(
             output=Path(self.recipe.output),
@@ -135,7 +132,7 @@ class Run:
             last_loss=done.last_loss,
             images_per_s=images / done.wall_s if done.steps else 0.0,
             bottleneck=bottleneck(done.seconds, done.steps),
-            similarity=done.similarity,
+            similarity=log.similarity,
         )
         if result.saved is not None and self.accelerator.is_main_process:
             with saving(f"The finished {self.recipe.makes}", self.recipe.saved):
@@ -163,22 +160,16 @@ class Run:
                 expected="a folder without checkpoints",
                 do="choose another output, delete that run, or set resume=true to continue it",
             )
-        if newest is None and self.recipe.saved.exists():
-            raise CheckpointError(
-                f"This output holds the {self.recipe.makes} of a finished run, and no checkpoint of it.",
-                got=self.recipe.saved,
-                expected=f"its checkpoints, or a folder without {self.recipe.makes}",
-                do="choose another output, or move that folder away to train again",
-            )
         first_step, damaged = load_newest(folder, self.module, self.optimizer, self.identity, self.famo)
-        if (
-            not first_step
-            and (taken := logged_steps(Path(self.recipe.output))) > self.recipe.checkpoint_every_steps
-        ):
+        finished = self.recipe.saved.exists()
+        taken = 0 if first_step else logged_steps(Path(self.recipe.output))
+        if not first_step and (finished or taken > self.recipe.checkpoint_every_steps):
             raise CheckpointError(
-                "The run has logged steps beyond its first checkpoint, and there is none to continue from.",
-                got=f"{taken} steps in {self.recipe.output}/{METRICS_FILE}, nothing in {folder}",
-                expected="the checkpoints of the run, or a folder without a run",
+                "This output holds a run that came further, and no checkpoint of it to continue from.",
+                got=f"the {self.recipe.makes} of a finished run, {self.recipe.saved}"
+                if finished
+                else f"{taken} steps in {self.recipe.output}/{METRICS_FILE}",
+                expected=f"checkpoints in {folder}, or an output without a run",
                 do="put them back, or choose another output to begin again",
             )
         steps = self.accelerator.gather(torch.tensor([first_step], device=self.accelerator.device)).tolist()

@@ -58,7 +58,13 @@ def only_trainer(accelerator: Accelerator, output: Path) -> Iterator[Callable[[]
         def require_held() -> None:
             with suppress(OSError):  # of the moment: the next step looks again
                 if (holder := _read(path)) != own:
-                    raise _taken_over(path, holder)
+                    raise CheckpointError(
+                        "This run no longer holds its output folder, and ends before it overwrites anything.",
+                        got=f"{path} " + (f"is held by {_describe(holder)}" if holder else "was removed"),
+                        expected="the lock that this run made there",
+                        do="run the same command again when no other run uses it: it goes on from the newest "
+                        "checkpoint",
+                    )
 
         yield require_held
 
@@ -111,15 +117,6 @@ def _touching(path: Path) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
-
-
-def _taken_over(path: Path, holder: bytes | None) -> CheckpointError:
-    return CheckpointError(
-        "This run no longer holds its output folder, and ends before it overwrites anything.",
-        got=f"{path} " + (f"is held by {_describe(holder)}" if holder else "was removed"),
-        expected="the lock that this run made there",
-        do="run the same command again when no other run uses it: it goes on from the newest checkpoint",
-    )
 
 
 def _broadcast(news: object) -> object:

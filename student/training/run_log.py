@@ -8,16 +8,20 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
-from accelerate.tracking import GeneralTracker
 from numpy.typing import NDArray
 
+from teachercache.pipeline.errors import RecipeError, extra
+
+with extra("train"):
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
+
+from teachercache.pipeline.records.manifest import SPEC_NAME
 from teachercache.pipeline.terminal import Terminal, progress_bar
 from teachercache.student.saving import replacing, saving
 from teachercache.student.similarity import Similarity
 from teachercache.student.timing import bottleneck
-from teachercache.student.training.trackers import PICTURES, names_for, start_trackers
 
 if TYPE_CHECKING:
     from teachercache.pipeline.cache import FeatureCache
@@ -25,6 +29,14 @@ if TYPE_CHECKING:
 
 METRICS_FILE = "metrics.jsonl"
 _WHAT = "What the run logs"
+PICTURES: dict[str, dict[str, Any]] = {"tensorboard": {"dataformats": "NHWC"}, "wandb": {}, "swanlab": {}}
+"""Arguments of `log_images`, of trackers that take pictures (N, H, W, 3) uint8 by tag."""
+_KEEP_FILE: dict[str, Callable[[Any, str], object]] = {
+    "wandb": lambda tracker, file: tracker.tracker.log_artifact(file, name="cache", type="dataset"),
+    "mlflow": lambda tracker, file: tracker.log_artifact(file),
+    "comet_ml": lambda tracker, file: tracker.tracker.log_asset(file),
+    "clearml": lambda tracker, file: tracker.tracker.upload_artifact("cache", file),
+}
 
 
 @dataclass
@@ -44,11 +56,8 @@ class RunLog:
     cache: FeatureCache | None
 
     def __post_init__(self) -> None:
-        self.recipe, self.first_step, self.total_steps = (
-            self.run.recipe,
-            self.run.first_step,
-            self.run.total_steps,
-        )
+        run = self.run
+        self.recipe, self.first_step, self.total_steps = run.recipe, run.first_step, run.total_steps
         shown, validation = PICTURES.keys() & set(self.recipe.trackers), self.recipe.validation
         self._draw_every_steps = self.recipe.picture_every_steps if shown else 0
         self._validate_every_steps = validation.every_steps if validation else 0
@@ -58,9 +67,8 @@ class RunLog:
         self._trackers: list[GeneralTracker] = []
         self.similarity: dict[str, Similarity] = {}
         self._console = Terminal(stderr=True)
-        self._progress = progress_bar(
-            self._console, disable=not (self.run.accelerator.is_main_process and self._console.is_terminal)
-        )
+        hidden = not (run.accelerator.is_main_process and self._console.is_terminal)
+        self._progress = progress_bar(self._console, disable=hidden)
 
     def __enter__(self) -> RunLog:
         if self.run.accelerator.is_main_process:
@@ -95,8 +103,9 @@ class RunLog:
             return
         self.run.require_held()
         pictures = self.pictures() if self._is_due(step, self._draw_every_steps) else {}
-        told: dict[str, float | str] = {f"similarity/{name}": one.mean for name, one in similarity.items()}
+        told = dict[str, float | str]()
         for name, one in similarity.items():
+            told[f"similarity/{name}"] = one.mean
             told |= {f"similarity/{name}/level{level}": value for level, value in enumerate(one.levels)}
         with saving(_WHAT, self._output):
             self._file.write(json.dumps({"step": step, **values, **told}) + "\n")
@@ -187,3 +196,64 @@ def _steps(lines: Sequence[bytes]) -> Iterator[tuple[bytes, int]]:
         except (ValueError, TypeError, KeyError, RecursionError):
             step = -1
         yield line, step if type(step) is int else -1
+
+
+def missing_trackers(names: Sequence[str]) -> Iterator[RecipeError]:
+    """Those whose package is not installed."""
+    installed = [str(name) for name in get_available_trackers()]
+    for name in names:
+        if name not in installed:
+            yield RecipeError(
+                "The package of a tracker is not installed.",
+                got=f"trackers: {name}",
+                expected=f"one of {', '.join(installed) or 'none'}",
+                do=f"pip install {name.replace('aim', 'aim<4')!r}, or take it out of trackers",
+            )
+
+
+def names_for(tracker: str, values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`values` by names that the tracker takes: to MLflow each is a file, which cannot be a folder too."""
+    return {key.replace("/", "."): one for key, one in values.items()} if tracker == "mlflow" else values
+
+
+def start_trackers(
+    names: Sequence[str], output: Path, config: Mapping[str, Any], cache: FeatureCache | None, first_step: int
+) -> list[GeneralTracker]:
+    """On the main process. `config` is what the run is, flat, and is stored by each; those that have
+    artifacts keep `cache.json`. Raises `RecipeError` where one does not start."""
+    trackers = list[GeneralTracker]()
+    config = {**config, "cache_id": cache.spec.cache_id} if cache else config
+    run_name = output.resolve().name
+    settings: dict[str, dict[str, Any]] = {
+        "tensorboard": {"purge_step": first_step},
+        "wandb": {"name": run_name, "dir": str(output)},
+        "mlflow": {"run_name": run_name},
+        "swanlab": {"experiment_name": run_name},
+        "trackio": {"name": run_name},
+    }
+    for name in names:
+        kind = LOGGER_TYPE_TO_CLASS[name]
+        place = [output] if kind.requires_logging_directory else []
+        try:
+            project = {"tensorboard": name, "aim": run_name}.get(name, "teachercache")
+            tracker = kind(project, *place, **settings.get(name, {}))
+            tracker.start()
+            if name == "tensorboard":  # whose own form of a configuration is a run beside the run
+                tracker.log({"config": "".join(f"    {key}: {config[key]}\n" for key in config)}, first_step)
+            else:
+                plain = {key: str(one) if isinstance(one, list) else one for key, one in config.items()}
+                tracker.store_init_configuration(plain)
+            if cache is not None and name in _KEEP_FILE:
+                (output / SPEC_NAME).write_bytes(cache.storage.read(SPEC_NAME))
+                _KEEP_FILE[name](tracker, str(output / SPEC_NAME))
+        except OSError:
+            raise
+        except Exception as error:  # each has its own
+            raise RecipeError(
+                f"The tracker {name} does not start.",
+                got=f"{type(error).__name__}: {error}",
+                expected="a service that answers, and an account that is logged in to it",
+                do="log in, or take it out of trackers",
+            ) from error
+        trackers.append(tracker)
+    return trackers

@@ -1,10 +1,11 @@
 """`StudentRecipe`: a student and how it is trained. Each kind has its own keys, and says what of a run and of
-a cache it cannot work with."""
+a cache it cannot work with. `first_student`: the one that a run starts with."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import nullcontext
 from inspect import signature
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, get_args
 
@@ -14,14 +15,17 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from teachercache.pipeline.errors import RecipeError
 from teachercache.pipeline.records.spec import TeacherSpec
 from teachercache.pipeline.records.strict import Size, Strict
-from teachercache.pipeline.records.view_policy import ViewPolicy
+from teachercache.student.build import build_student
 from teachercache.student.kpu.latent_space import Features
 from teachercache.student.kpu.vit_adapter import NormKind
 from teachercache.student.losses.alignment import AlignmentLoss
 from teachercache.student.losses.distillation import DistillationLoss
 from teachercache.student.models.heads import HeadKind
-from teachercache.student.models.student import NUM_LEVELS, TeacherFacts
+from teachercache.student.models.lora import add_lora
+from teachercache.student.models.student import NUM_LEVELS, Student, TeacherFacts
 from teachercache.student.models.task_decoder import Fusion
+from teachercache.student.sak.model import SAK
+from teachercache.student.sak.transfer import grow, load_stage_1
 from teachercache.student.training.objectives import KPUObjective, SakObjective
 
 if TYPE_CHECKING:
@@ -82,14 +86,8 @@ class StudentRecipe(Strict):
         if run.inputs and not self.takes_inputs:
             yield "only a kpu sees images of several sizes: leave out inputs"
 
-    def requirements(
-        self, teachers: Specs, compared: Collection[str], views: ViewPolicy, grid: Size | None
-    ) -> Errors:
-        """What a cache with these teachers and views lacks.
-
-        `compared`: those of them whose cached features the student's maps are compared with, on `grid` (h, w)
-        of its stem where that is known.
-        """
+    def requirements(self, teachers: Specs) -> Errors:
+        """What a cache with these teachers lacks."""
         for name, spec in teachers.items():
             if spec.num_levels > NUM_LEVELS:
                 yield RecipeError(
@@ -97,14 +95,6 @@ class StudentRecipe(Strict):
                     got=f"{spec.num_levels} levels in the cache",
                     expected=f"at most {NUM_LEVELS}, as the student has; fewer go to its last ones",
                     do=_OTHER_LEVELS,
-                )
-            seen = views.seen_grid(spec.stored_grid)
-            if name in compared and spec.grid.kind == "adjoint" and grid not in (None, seen):
-                yield RecipeError(
-                    f"The adjoint grid of teacher {name} holds for one student grid alone.",
-                    got=f"{grid} tokens of the stem {self.stem}",
-                    expected=f"{seen}, as in the cache",
-                    do="choose a stem with patches of another size, or a cache with grid: native",
                 )
 
     def notices(self, cached: Specs) -> Iterator[str]:
@@ -169,9 +159,7 @@ class KpuRecipe(StudentRecipe):
         if run.multitask is not None:
             yield "a kpu represents and learns no tasks: leave out multitask, or choose kind sak"
 
-    def requirements(
-        self, teachers: Specs, compared: Collection[str], views: ViewPolicy, grid: Size | None
-    ) -> Errors:
+    def requirements(self, teachers: Specs) -> Errors:
         yield from _without_maps(teachers)
 
     def notices(self, cached: Specs) -> Iterator[str]:
@@ -214,9 +202,7 @@ class AmalgamRecipe(_TaskRecipe):
         if run.distills or run.multitask is None:
             yield "an amalgam has nothing to distil: set multitask and distillation.weight=0"
 
-    def requirements(
-        self, teachers: Specs, compared: Collection[str], views: ViewPolicy, grid: Size | None
-    ) -> Errors:
+    def requirements(self, teachers: Specs) -> Errors:
         yield from unfit_experts(teachers)
 
     def blank_inputs(self, teachers: Facts) -> dict[str, Any]:
@@ -277,3 +263,71 @@ def _of_its_kind(value: Any) -> Any:
 
 AnyStudent = SakRecipe | KpuRecipe | AmalgamRecipe
 StudentOfAKind = Annotated[AnyStudent, Field(discriminator="kind"), BeforeValidator(_of_its_kind)]
+
+
+_KEPT = {"stem", "reduction", "adapter_paths", "sak_compat"}  # by a student that goes on
+
+
+def first_student(
+    wanted: StudentRecipe,
+    teachers: Mapping[str, TeacherFacts],
+    image_size: Size,
+    tasks: Mapping[str, int] | None,
+    *,
+    distills: bool,
+    blank: bool = False,
+) -> Student:
+    """The student that a run starts with: new, new on the weights of stage 1, or one that goes on; with
+    `requires_grad` exactly where it learns.
+
+    `tasks`: name → output channels, None for stage 1. Without `distills` nothing is trained that distillation
+    alone needs. `blank`: without weights, on the device "meta", to be asked and counted.
+    Raises `RecipeError` for what cannot be built or learns nothing, `CheckpointError` where `init_from` holds
+    no student that fits.
+    """
+    with torch.device("meta") if blank else nullcontext():
+        if wanted.init_from and tasks is None:
+            saved = SAK.from_pretrained(wanted.init_from, weights=not blank)
+            _require_kept(wanted, saved)
+            grow(saved, {name: facts.width for name, facts in teachers.items()}, image_size)
+            student: Student = saved
+        else:
+            arguments = wanted.arguments(teachers) | {"image_size": image_size, "tasks": tasks}
+            arguments["pretrained"] = wanted.pretrained and not (wanted.init_from or blank)
+            student = build_student(**arguments)
+            if wanted.init_from and not blank:
+                assert isinstance(student, SAK)
+                load_stage_1(student, wanted.init_from)
+        if wanted.lora_rank:
+            stem = student.get_submodule("stem")
+            if not any(parameter.requires_grad for parameter in stem.parameters()):
+                raise RecipeError(
+                    "A student that gets a new teacher keeps its stem, and lora_rank would train it.",
+                    got=f"student.lora_rank: {wanted.lora_rank}, and a teacher that {wanted.init_from} lacks",
+                    expected="no updates of the stem: the maps of its other teachers stay what they are",
+                    do="set student.lora_rank=null",
+                )
+            add_lora(stem, wanted.lora_rank)
+    for name, facts in teachers.items():
+        student.keep_levels(name, facts.num_levels if distills else 0)
+    student.freeze(*wanted.freeze)
+    if not any(parameter.requires_grad for parameter in student.parameters()):
+        raise RecipeError(
+            "Nothing of the student is left to learn.",
+            got=f"student.freeze: [{', '.join(wanted.freeze)}]",
+            expected="a part that is trained: " + ", ".join(name for name, _ in student.named_children()),
+            do="freeze less",
+        )
+    return student
+
+
+def _require_kept(wanted: StudentRecipe, student: Student) -> None:
+    """Raises `RecipeError` where the recipe says otherwise what a student that goes on keeps."""
+    said = wanted.model_dump(include=_KEPT & wanted.model_fields_set)
+    if others := [key for key in said if said[key] != student.config[key]]:
+        raise RecipeError(
+            f"The student in {wanted.init_from} goes on as it is, and the recipe states another.",
+            got=", ".join(f"student.{key}: {said[key]}" for key in others),
+            expected=", ".join(f"student.{key}: {student.config[key]}" for key in others),
+            do="state the student's own, or set student.init_from=null for a new student",
+        )

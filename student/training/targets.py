@@ -1,9 +1,9 @@
-"""Where the targets of a batch come from: the cache, or the teachers themselves."""
+"""Where the targets of a batch come from, the cache or the teachers, and the terms they are compared in."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -13,8 +13,10 @@ from torch import Tensor
 
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.codecs import Codec, Encoded
+from teachercache.pipeline.codecs.normalisation import Normalisation, PhiS
 from teachercache.pipeline.grids import stored_form, upsampled_norms
 from teachercache.pipeline.loading.loader import Batch
+from teachercache.pipeline.records.feature_stats import FeatureMoments
 from teachercache.pipeline.records.spec import GridSpec, TeacherSpec
 from teachercache.pipeline.records.strict import Size
 from teachercache.pipeline.records.view_policy import ViewPolicy
@@ -22,6 +24,9 @@ from teachercache.pipeline.stores.feature_store import NORMS
 from teachercache.pipeline.windows import cut, cut_nearest, grid_in
 from teachercache.student.losses.distillation import AdjointTarget, Target
 
+TargetKind = Literal["raw", "standardised", "phi_s"]
+_KINDS: dict[str, type[Normalisation]] = {"standardised": Normalisation, "phi_s": PhiS}
+_ROWS, _ROWS_AT_ONCE = 256, 8
 COMPILED: dict[str, Any] = {"dynamic": False, "options": {"combo_kernels": True}}  # small ones, side by side
 
 
@@ -155,3 +160,40 @@ TARGET_SOURCES: dict[str, Callable[[FeatureCache, Sequence[str], torch.device], 
     "fresh": OnlineTargets,
 }
 """By a recipe's `features`."""
+
+
+def normalisations(
+    kind: TargetKind, cache: FeatureCache, teachers: Collection[str], num_levels: int, device: torch.device
+) -> Mapping[str, Normalisation]:
+    """Of each teacher's last `num_levels` levels; none for "raw".
+
+    "standardised": channels of mean 0 and variance 1. "phi_s": PHI-S (Ranzinger et al. 2024). Both by the
+    statistics that the cache keeps of all its rows, the covariance where it keeps none by some hundred of
+    them, spread evenly. Raises `CacheError` where the cache has no statistics.
+    """
+    found: dict[str, Normalisation] = {}
+    for name in teachers if kind != "raw" else ():
+        moments = cache.statistics(name)
+        if kind == "phi_s" and moments.products_SCC is None:
+            moments = _covariance(cache, name)
+        last = {key: one if key == "count" else one[-num_levels:] for key, one in moments.tensors().items()}
+        tables = _KINDS[kind].of_moments(FeatureMoments.from_tensors(last)).tables
+        found[name] = _KINDS[kind]({table: values.to(device) for table, values in tables.items()})
+    return found
+
+
+def _covariance(cache: FeatureCache, teacher: str) -> FeatureMoments:
+    samples = cache.valid_samples([teacher])
+    chosen = samples[np.linspace(0, len(samples) - 1, min(_ROWS, len(samples))).astype(int)]
+    rows = cache.index.rows(chosen, np.arange(len(chosen)) % cache.num_views)
+    spec = cache.spec.teachers[teacher]
+    moments = FeatureMoments.empty(spec.num_levels, spec.width, covariance=True)
+    for some in np.array_split(rows, -(-len(rows) // _ROWS_AT_ONCE)):
+        moments = moments.merge(FeatureMoments.of(cache.feature_maps(teacher, some), covariance=True))
+    return moments
+
+
+def balanced(normalisation: Normalisation, maps_SBCHW: Sequence[Tensor]) -> list[Tensor]:
+    """Maps (B, C, H, W), one of each level of the normalisation, in its terms."""
+    maps_BSHWC = torch.stack([map_BCHW.permute(0, 2, 3, 1) for map_BCHW in maps_SBCHW], dim=1)
+    return [map_BHWC.permute(0, 3, 1, 2) for map_BHWC in normalisation.forward(maps_BSHWC).unbind(1)]

@@ -23,6 +23,7 @@ from torch import nn
 
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.codecs.kernels import compiles
+from teachercache.pipeline.codecs.normalisation import Normalisation
 from teachercache.pipeline.errors import extra
 
 with extra("train"):
@@ -33,19 +34,18 @@ with extra("train"):
 from teachercache.pipeline.loading.loader import FeatureLoader, Labels
 from teachercache.pipeline.stores.feature_store import CLS_TOKEN
 from teachercache.student.hub import teacher_licences
-from teachercache.student.losses.weighting import Equal, Famo, TeacherDrop, Weighting
+from teachercache.student.losses.weighting import Famo, TeacherDrop, Weighting
 from teachercache.student.models.student import Student
-from teachercache.student.training.balance import normalisations
 from teachercache.student.training.cutmix import CutMix
 from teachercache.student.training.environment import accelerator_for, overruled
-from teachercache.student.training.first_student import first_student
 from teachercache.student.training.loop import Objective
 from teachercache.student.training.model_card import write_model_card
 from teachercache.student.training.preflight import Preflight, joined, preflight
 from teachercache.student.training.run import Run, RunResult, require_folder
 from teachercache.student.training.run_lock import only_trainer
 from teachercache.student.training.run_pictures import RunPictures
-from teachercache.student.training.targets import COMPILED, TARGET_SOURCES, TargetSource
+from teachercache.student.training.student_recipe import first_student
+from teachercache.student.training.targets import COMPILED, TARGET_SOURCES, TargetSource, normalisations
 from teachercache.student.training.train_recipe import TrainRecipe, run_identity
 
 
@@ -60,28 +60,25 @@ def train(recipe: TrainRecipe) -> RunResult:
     accelerator = accelerator_for(recipe)
     recipe = recipe.on(accelerator.num_processes)
     accelerator.gradient_accumulation_steps = recipe.gradient_accumulation_steps
-    caches = [FeatureCache.open(one.cache, images=one.images) for one in recipe.each]
     processes, rank = accelerator.num_processes, accelerator.process_index
-    parts = [
-        preflight(one, cache.spec, cache, processes=processes, rank=rank)
-        for one, cache in zip(recipe.each, caches, strict=True)
-    ]
-    found = joined(recipe, parts)
+    inputs = list[tuple[FeatureCache, Preflight]]()
+    for one in recipe.each:
+        cache = FeatureCache.open(one.cache, images=one.images)
+        inputs.append((cache, preflight(one, cache.spec, cache, processes=processes, rank=rank)))
+    found = joined(recipe, [part for _, part in inputs])
     found.notices[:0] = overruled(recipe)
     found.require(accelerator.print)
     require_folder(Path(recipe.output))
     with only_trainer(accelerator, Path(recipe.output)) as require_held:
-        return _Run(recipe, caches, parts, found, accelerator).go(require_held)
+        return _Run(recipe, inputs, found, accelerator).go(require_held)
 
 
 @dataclass
 class _Run:
-    """A run of which nothing stands in the way, on one process of `accelerator`: `caches` and `parts` are of
-    its inputs, `found` of all of them."""
+    """A run of which nothing stands in the way, on one process; `found` is of all `inputs`."""
 
     recipe: TrainRecipe
-    caches: list[FeatureCache]
-    parts: list[Preflight]
+    inputs: list[tuple[FeatureCache, Preflight]]
     found: Preflight
     accelerator: Accelerator
 
@@ -92,12 +89,11 @@ class _Run:
         size, distills = found.views.size, recipe.distills
         student = first_student(recipe.student, found.facts, size, found.tasks, distills=distills)
         inherited = teacher_licences(begun) if (begun := recipe.student.init_from) else {}
-        inputs = list(zip(self.caches, self.parts, strict=True))
+        source, learns = TARGET_SOURCES[recipe.features], recipe.distills or student.reads_features
         targets = [
-            TARGET_SOURCES[recipe.features](cache, list(part.teachers), accelerator.device)
-            for cache, part in inputs
+            source(cache, list(part.teachers) if learns else [], accelerator.device)
+            for cache, part in self.inputs
         ]
-        reads = [one.reads if recipe.distills or student.reads_features else [] for one in targets]
         weighting = self._weighting()
         famo = weighting if isinstance(weighting, Famo) else None
         assert found.num_samples is not None
@@ -105,53 +101,48 @@ class _Run:
         run = Run(recipe, accelerator, student, self._identity(), steps_per_epoch, require_held, famo)
 
         def loaders(stack: ExitStack) -> list[FeatureLoader]:
-            return [
-                stack.enter_context(self._loader(i, targets[i], reads[i], run.first_batch))
-                for i in range(len(inputs))
-            ]
+            made = zip(self.inputs, targets, strict=True)
+            return [stack.enter_context(self._loader(*one, run.first_batch)) for one in made]
 
-        first = self.caches[0]
-        done = run.go(
+        def save(result: RunResult) -> None:
+            student.save_pretrained(recipe.saved)
+            write_model_card(recipe.saved, student, recipe, caches, result, inherited)
+
+        first, first_part = self.inputs[0]
+        caches = [cache for cache, _ in self.inputs]
+        read = zip(caches, targets, strict=True)
+        return run.go(
             self._objective(run.model, student, targets, weighting),
             loaders,
-            [
-                partial(not_finite, cache, names, found.labels)
-                for cache, names in zip(self.caches, reads, strict=True)
-            ],
-            RunPictures(first, self.parts[0].held if recipe.distills else [], student).draw,
+            f"from teachercache import load_student; student = load_student({str(recipe.saved)!r})",
+            save,
+            [partial(not_finite, cache, one.reads, found.labels) for cache, one in read],
+            RunPictures(first, first_part.held if recipe.distills else [], student).draw,
             found.validation and partial(found.validation, student, gather=accelerator.gather),
             first,
         )
 
-        def save(result: RunResult) -> None:
-            student.save_pretrained(recipe.saved)
-            write_model_card(recipe.saved, student, recipe, self.caches, result, inherited)
-
-        use = f"from teachercache import load_student; student = load_student({str(recipe.saved)!r})"
-        return run.finish(done, use, save)
-
     def _identity(self) -> dict[str, Any]:
-        inputs = list(zip(self.recipe.each, self.caches, self.parts, strict=True))
-        processes = self.accelerator.num_processes
+        processes, recipe = self.accelerator.num_processes, self.recipe
         facts: dict[str, Any] = {
-            "images_per_step": self.recipe.images_per_step(processes),
+            "images_per_step": recipe.images_per_step(processes),
             "samples": self.found.num_samples,
             "teachers": {
-                name: cache.spec.content_id(name) for _, cache, part in inputs for name in part.teachers
+                name: cache.spec.content_id(name) for cache, part in self.inputs for name in part.teachers
             },
         }
-        if self.recipe.streams:
+        if recipe.streams:
             facts["processes"] = processes
-        if len(inputs) > 1:
-            sizes = [[one.images_per_step(processes), part.num_samples] for one, _, part in inputs]
-            facts["inputs"] = sizes
-        return run_identity(self.recipe, facts)
+        if len(self.inputs) > 1:
+            each = zip(recipe.each, self.inputs, strict=True)
+            facts["inputs"] = [[one.images_per_step(processes), part.num_samples] for one, (_, part) in each]
+        return run_identity(recipe, facts)
 
     def _objective(
         self, model: nn.Module, student: Student, targets: Sequence[TargetSource], weighting: Weighting
     ) -> Objective:
         kind: Any = type(self.recipe.student)
-        wanted, tasks = self.recipe.distillation, self.found.task_loss
+        wanted, device = self.recipe.distillation, self.accelerator.device
         settings = wanted.model_dump(include=set(signature(kind.loss).parameters), exclude_none=True)
         loss = kind.loss(**settings) if self.recipe.distills else None
         wanted_compile = self.recipe.student.compile
@@ -161,36 +152,35 @@ class _Run:
                 source.compile(**COMPILED)
             if isinstance(loss, nn.Module):
                 loss.compile(**COMPILED)
-        device, num_levels = self.accelerator.device, student.num_levels
-        balance = {
-            name: one
-            for cache, part in zip(self.caches, self.parts, strict=True)
-            for name, one in normalisations(wanted.targets, cache, part.teachers, num_levels, device).items()
-        }
-        objective = kind.objective(model, student, targets, loss, wanted.weight, tasks, weighting, balance)
-        if self.recipe.cutmix:
-            stem: Any = student.stem
-            objective.cutmix = CutMix(stem.grid, self.recipe.seed)
-        return cast(Objective, objective)
+        balance: dict[str, Normalisation] = {}
+        for cache, part in self.inputs:
+            balance |= normalisations(wanted.targets, cache, part.teachers, student.num_levels, device)
+        stem: Any = getattr(student, "stem", None)
+        cutmix = CutMix(stem.grid, self.recipe.seed) if self.recipe.cutmix else None
+        made = kind.objective(
+            model, student, targets, loss, wanted.weight, self.found.task_loss, weighting, balance, cutmix
+        )
+        return cast(Objective, made)
 
     def _weighting(self) -> Weighting:
         wanted, mean = self.recipe.distillation, partial(self.accelerator.reduce, reduction="mean")
-        if wanted.weighting == "famo":
-            return Famo(list(self.found.teachers), wanted.famo_lr, wanted.famo_decay, mean)
-        if wanted.weighting == "teacher_drop":
-            return TeacherDrop(wanted.drop_probability, self.recipe.seed, mean)
-        return Equal()
+        match wanted.weighting:
+            case "famo":
+                return Famo(list(self.found.teachers), wanted.famo_lr, wanted.famo_decay, mean)
+            case "teacher_drop":
+                return TeacherDrop(wanted.drop_probability, self.recipe.seed, mean)
+        return Weighting()
 
     def _loader(
-        self, number: int, targets: TargetSource, reads: Sequence[str], first_batch: int
+        self, read: tuple[FeatureCache, Preflight], targets: TargetSource, first_batch: int
     ) -> FeatureLoader:
         """Of an input."""
-        part = self.parts[number]
+        cache, part = read
         assert part.sampler is not None
         return FeatureLoader(
-            self.caches[number],
+            cache,
             part.sampler,
-            reads,
+            targets.reads,
             labels=part.labels,
             extra_sizes=targets.extra_sizes,
             start_step=first_batch,

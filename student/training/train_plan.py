@@ -12,9 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from teachercache.pipeline.records.strict import Size
 from teachercache.student.models.lora import merge_lora
 from teachercache.student.models.student import Student, StudentOutput, TeacherFacts
-from teachercache.student.training.decoder_inputs import decoders_of, sources_of, steps_per_epoch
 from teachercache.student.training.decoder_recipe import DecoderRecipe
 from teachercache.student.training.student_recipe import StudentRecipe
+from teachercache.student.training.train_decoders import decoders_of, sources_of, steps_per_epoch
 from teachercache.student.training.train_recipe import TrainRecipe
 
 

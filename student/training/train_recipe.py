@@ -13,9 +13,8 @@ from teachercache.pipeline.errors import RecipeError
 from teachercache.pipeline.records.strict import Strict
 from teachercache.student.datasets import DatasetKind
 from teachercache.student.losses.distillation import CosineKind, DistanceKind
-from teachercache.student.training.balance import TargetKind
 from teachercache.student.training.student_recipe import AtHome, SakRecipe, StudentOfAKind
-from teachercache.student.training.targets import FeaturesFrom
+from teachercache.student.training.targets import FeaturesFrom, TargetKind
 
 Weight = Annotated[float, Field(ge=0)]
 Tracker = Literal[
@@ -46,9 +45,7 @@ class DistillationRecipe(Strict):
     compared raw, whatever `targets` is."""
 
     weight: float = Field(
-        1.0,
-        ge=0,
-        description="Of distillation in the sum with the tasks (γ of SAK, Eq. 6); 0 reads no features.",
+        1.0, ge=0, description="Of distillation beside the tasks (γ of SAK, Eq. 6); 0 reads no features."
     )
     cosine: CosineKind | None = Field(
         None, description="Of whole maps or of each token; null: flattened for a SAK, token for a KPU."
@@ -65,10 +62,7 @@ class DistillationRecipe(Strict):
     famo_lr: float = Field(0.025, gt=0, description="Learning rate of famo's weights.")
     famo_decay: float = Field(1e-3, ge=0, description="Weight decay of famo's weights.")
     drop_probability: float = Field(0.5, ge=0, le=1, description="How likely teacher_drop drops a teacher.")
-    targets: TargetKind = Field(
-        "raw",
-        description="How maps are scaled before they are compared, by the cache's statistics.",
-    )
+    targets: TargetKind = Field("raw", description="How the cache's statistics scale maps to compare.")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -78,8 +72,8 @@ class DistillationRecipe(Strict):
 
 
 class OptimizerRecipe(Strict):
-    """AdamW. Every parameter decays, norms and biases too: the paper gives one number (Table 11) and
-    the authors' code applies it to all."""
+    """AdamW. Every parameter decays: the paper gives one number (Table 11), the authors' code applies it to
+    all."""
 
     lr: float = Field(1e-3, gt=0, description="Learning rate after the warm-up.")
     weight_decay: float = Field(1e-2, ge=0, description="Of every parameter, norms and biases too.")
@@ -211,13 +205,13 @@ class RunRecipe(Strict):
         return sum(self.batch_sizes) * self.gradient_accumulation_steps * num_processes
 
 
+_OF_AN_INPUT = ("images", "teachers", "global_batch_size", "batch_size_per_process")
+
+
 class TrainRecipe(RunRecipe):
     """A training run: distillation alone (stage 1), or with `multitask` beside the labels of a data set
     (stage 2). The losses of `inputs` add up (KPU), an epoch is one of the first, and each holds out its
-    `validation.fraction`. `teachers: []` trains on labels alone. `features`:
-    `cached`, or of teachers that run: all (`online`), those of which the cache lacks shards (`hybrid`), or
-    all on views that each epoch draws anew (`fresh`).
-    """
+    `validation.fraction`. `teachers: []` trains on labels alone."""
 
     cache: str = Field(description="The cache to read, which decides the views and so the student's input.")
     images: str | None = Field(None, description="Where the source images are now, if they moved.")
@@ -244,11 +238,10 @@ class TrainRecipe(RunRecipe):
         if not isinstance(value, dict) or not value.get("inputs"):
             return value
         first = dict(value["inputs"][0]).get("cache")
-        said = {key for key in ("images", "teachers", "global_batch_size") if value.get(key) is not None}
-        default = cls.model_fields["batch_size_per_process"].default
-        if str(value.get("batch_size_per_process", default)) != str(default):  # a file has text
-            said.add("batch_size_per_process")
-        if value.get("cache", first) != first or said:
+        unsaid = {key: cls.model_fields[key].default for key in _OF_AN_INPUT} | {"cache": first}
+        if any(
+            str(value.get(key, default)) != str(default) for key, default in unsaid.items()
+        ):  # files have text
             raise ValueError("inputs have caches, images, teachers and batches: leave them out beside inputs")
         return value | {"cache": first}
 
@@ -334,22 +327,15 @@ PLACES_AND_SPEED = {
 """What no run's numbers depend on; a stream's order does on its loader."""
 
 _PLACES_AND_SPEED: dict[str, Any] = {
-    **dict.fromkeys(
-        PLACES_AND_SPEED | {"cache", "images", "inputs", "teachers", "picture_every_steps"}, True
-    ),
+    **dict.fromkeys(PLACES_AND_SPEED, True),
+    **dict.fromkeys(("cache", "images", "inputs", "teachers", "picture_every_steps"), True),
     **dict.fromkeys(("global_batch_size", "batch_size_per_process"), True),
     "validation": True,  # but for what it holds out of training
     "student": {"compile"},
     "multitask": {"dataset": {"root"}},
 }
-
-_CAME_LATER = {
-    "weighting",
-    "famo_lr",
-    "famo_decay",
-    "drop_probability",
-    "targets",
-}  # stated where not default
+# Stated where not the default, since older checkpoints do not have them.
+_CAME_LATER = {"cutmix", "norm", "weighting", "famo_lr", "famo_decay", "drop_probability", "targets"}
 
 _OF_EVERY_KIND = {  # checkpoints state these whatever the student's kind is: those that it has not, so
     **{"reduction": 4, "adapter_paths": True, "sak_compat": False, "fusion": "mor", "decoder": "simple"},
@@ -364,14 +350,10 @@ def run_identity(recipe: TrainRecipe, facts: Mapping[str, Any]) -> dict[str, Any
     over processes and accumulation. So a run may go on with more or fewer processes, unless it streams.
     """
     said = recipe.model_dump(mode="json", exclude=_PLACES_AND_SPEED)
-    came_later = recipe.distillation.model_dump(include=_CAME_LATER, exclude_defaults=True)
-    said["distillation"] = {
-        key: value for key, value in said["distillation"].items() if key not in _CAME_LATER - set(came_later)
-    }
-    if not said["cutmix"]:
-        del said["cutmix"]
-    if said["student"].get("norm") == "group":
-        del said["student"]["norm"]
+    distillation, student = (recipe.distillation, said["distillation"]), (recipe.student, said["student"])
+    for model, tree in ((recipe, said), distillation, student):
+        for key in _CAME_LATER & tree.keys() - model.model_dump(exclude_defaults=True).keys():
+            del tree[key]
     if recipe.held_out:
         said["validation"] = {"fraction": recipe.held_out}
     if recipe.streams:
@@ -382,8 +364,6 @@ def run_identity(recipe: TrainRecipe, facts: Mapping[str, Any]) -> dict[str, Any
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
+        name = f"{prefix}{key}"
+        flat |= flatten(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
     return flat

@@ -81,9 +81,7 @@ class ViewLabels:
 
 
 def _layout(task: str, height: int, width: int) -> TensorLayout:
-    if task == "normals":
-        return (3, height, width), torch.float32
-    if task == "class":
-        return (), torch.int64
-    kinds = {"depth": torch.float32, "instances": torch.int32}
-    return (height, width), kinds.get(task, torch.uint8)
+    shapes: dict[str, tuple[int, ...]] = {"normals": (3, height, width), "class": ()}
+    floats = dict.fromkeys(("normals", "depth"), torch.float32)
+    kinds = floats | {"class": torch.int64, "instances": torch.int32}
+    return shapes.get(task, (height, width)), kinds.get(task, torch.uint8)

@@ -17,7 +17,7 @@ from tests.wheel import ROOT, Wheel
 
 PACKAGES = ("pipeline", "cache_builder", "student", "jobs")
 INNER = {  # reached through a module that says which extra is missing
-    *(f"student.training.{name}" for name in ("environment", "loop", "run_lock", "run_log")),
+    *(f"student.training.{name}" for name in ("environment", "loop", "run_lock")),
     *("cache_builder.ray_cluster", "cache_builder.ray_runner", "pipeline.places.s3_patience"),
 }
 

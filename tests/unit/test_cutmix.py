@@ -133,9 +133,9 @@ def test_online_teachers_give_the_losses_of_the_cache(cache: FeatureCache, tmp_p
     ("batch_size", "views", "teacher", "said"),
     [
         (3, {}, {}, "pairs the images"),
-        (2, {"margin": 32}, {}, "those of windows do not"),
-        (2, {}, {"grid": GridSpec(kind="adjoint", size=(2, 2))}, "an adjoint map is one of sums"),
-        (2, {}, {"render_size": (32, 48)}, "maps that fill the view, and a padded map does not"),
+        (2, {"margin": 32}, {}, "views.margin 32"),
+        (2, {}, {"grid": GridSpec(kind="adjoint", size=(2, 2))}, "grid: adjoint of "),
+        (2, {}, {"render_size": (32, 48)}, "padding in the maps of "),
     ],
 )
 def test_what_cannot_be_mixed_is_refused(

@@ -155,7 +155,7 @@ def test_is_computed_in_float32_under_autocast() -> None:
     ("student", "message"),
     [
         ({"b": [torch.zeros(1, C, 2, 2)] * S}, "have different teachers"),
-        ({"a": [torch.zeros(1, C, 2, 2)] * 3}, "3 levels from the student"),
+        ({"a": [torch.zeros(1, C, 2, 2)] * 3}, "3 levels of a"),
         ({"a": [torch.zeros(1, C + 1, 2, 2)] * S}, f"{C + 1} channels from the student"),
     ],
 )

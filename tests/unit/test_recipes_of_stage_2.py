@@ -20,7 +20,7 @@ from teachercache.jobs.train_dry_run import plan_training
 from teachercache.student.datasets import dataset_class
 from teachercache.student.measuring.paper_results import KPU_ROWS, PAPER, paper_rows
 from teachercache.student.models.student import TeacherFacts
-from teachercache.student.training.first_student import first_student
+from teachercache.student.training.student_recipe import first_student
 from teachercache.student.training.train_plan import make_train_plan
 from teachercache.student.training.train_recipe import DistillationRecipe, TrainRecipe
 

@@ -49,8 +49,8 @@ from teachercache.student.training.checkpoint import newest_checkpoint
 from teachercache.student.training.model_card import recipe_for_card
 from teachercache.student.training.preflight import preflight
 from teachercache.student.training.run import require_folder
+from teachercache.student.training.run_log import names_for, start_trackers
 from teachercache.student.training.run_pictures import NUM_ROWS, RunPictures
-from teachercache.student.training.trackers import names_for, start_trackers
 from teachercache.student.training.train import not_finite, train
 from teachercache.student.training.train_recipe import TrainRecipe
 from tests.make_cache import build_recipe, commit_shard, make_cache, make_images, teacher_spec

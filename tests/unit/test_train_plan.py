@@ -23,8 +23,7 @@ from teachercache.pipeline.errors import RecipeError
 from teachercache.pipeline.records.strict import Size
 from teachercache.student.measuring.paper_results import PAPER
 from teachercache.student.models.student import TeacherFacts
-from teachercache.student.training.first_student import first_student
-from teachercache.student.training.student_recipe import KpuRecipe, SakRecipe, StudentRecipe
+from teachercache.student.training.student_recipe import KpuRecipe, SakRecipe, StudentRecipe, first_student
 from teachercache.student.training.train_plan import StudentSize, make_train_plan, student_size
 from teachercache.student.training.train_recipe import TrainRecipe
 from tests.make_cache import make_cache, make_images

@@ -20,9 +20,9 @@ from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.crops import uniforms
 from teachercache.pipeline.errors import RecipeError
 from teachercache.pipeline.records.spec import GridSpec
-from teachercache.student.losses.weighting import Equal, Famo, TeacherDrop, Weighting
-from teachercache.student.training.balance import balanced, normalisations
+from teachercache.student.losses.weighting import Famo, TeacherDrop, Weighting
 from teachercache.student.training.preflight import preflight
+from teachercache.student.training.targets import balanced, normalisations
 from teachercache.student.training.train import train
 from tests.make_cache import build_recipe, make_images, teacher_spec
 from tests.train_recipes import logged, train_recipe
@@ -79,7 +79,7 @@ def test_the_losses_of_all_inputs_are_weighed_together() -> None:
     apart = two([{"b": losses["b"]}, {"a": losses["a"], "c": losses["c"]}], [BATCH, BATCH])
     torch.testing.assert_close(apart, together)
     torch.testing.assert_close(
-        Equal()([{"b": losses["b"]}, {"a": losses["a"][:2]}], []), torch.tensor(1.5).double()
+        Weighting()([{"b": losses["b"]}, {"a": losses["a"][:2]}], []), torch.tensor(1.5).double()
     )
 
 
@@ -111,7 +111,7 @@ def test_with_certainty_all_are_dropped_but_the_largest_or_none(probability: flo
 @pytest.mark.parametrize("weighting", [Famo(list("abc"), 0.1, 0.1), TeacherDrop(0.0, 0)])
 def test_teachers_whose_losses_are_equal_count_as_in_the_mean(weighting: Weighting) -> None:
     losses = losses_of({name: [1.0, 2.0, 3.0] for name in "abc"})
-    torch.testing.assert_close(weighting([losses], [BATCH]), Equal()([losses], [BATCH]))
+    torch.testing.assert_close(weighting([losses], [BATCH]), Weighting()([losses], [BATCH]))
 
 
 @pytest.mark.parametrize("kind", ["famo", "teacher_drop"])
