@@ -239,9 +239,8 @@ class TrainRecipe(RunRecipe):
             return value
         first = dict(value["inputs"][0]).get("cache")
         unsaid = {key: cls.model_fields[key].default for key in _OF_AN_INPUT} | {"cache": first}
-        if any(
-            str(value.get(key, default)) != str(default) for key, default in unsaid.items()
-        ):  # files have text
+        texts = ((str(value.get(key, one)), str(one)) for key, one in unsaid.items())  # which a file has
+        if any(said != default for said, default in texts):
             raise ValueError("inputs have caches, images, teachers and batches: leave them out beside inputs")
         return value | {"cache": first}
 
