@@ -46,23 +46,21 @@ class DeformableAttention(nn.Module):
         """
         num_heads, num_maps, num_points = self._shape
         dtype = torch.promote_types(queries_BQD.dtype, torch.float32)
-        offsets_BQMSP2 = (
-            self.offsets(queries_BQD).to(dtype).unflatten(-1, (num_heads, num_maps, num_points, 2))
-        )
+        offsets_BQMSP2 = self.offsets(queries_BQD).to(dtype).unflatten(-1, (*self._shape, 2))
         weights_BQMR = self.weights(queries_BQD).to(dtype).unflatten(-1, (num_heads, -1)).softmax(-1)
         weights_BQMSP = weights_BQMR.unflatten(-1, (num_maps, num_points))
         values_BNE = self.values(features_BND).to(dtype)
+        values_SBnE = values_BNE.split([math.prod(grid) for grid in feature_grids], dim=1)
         centres_Q2 = centres(query_grids, values_BNE.device, dtype)
+        of_maps = zip(
+            feature_grids, values_SBnE, offsets_BQMSP2.unbind(3), weights_BQMSP.unbind(3), strict=True
+        )
         gathered_GdQ = []  # G = B·M
-        sizes = [height * width for height, width in feature_grids]
-        for i, values_BnE in enumerate(values_BNE.split(sizes, dim=1)):
-            places_BQMP2 = centres_Q2[:, None, None] + offsets_BQMSP2[:, :, :, i] * cell(
-                feature_grids[i], values_BNE.device, dtype
-            )
-            maps_GdHW = values_BnE.transpose(1, 2).reshape(len(values_BnE) * num_heads, -1, *feature_grids[i])
-            places_GQP2 = places_BQMP2.transpose(1, 2).flatten(0, 1)
+        for grid, values_BnE, offsets_BQMP2, weights_BQMP in of_maps:
+            places_BQMP2 = centres_Q2[:, None, None] + offsets_BQMP2 * cell(grid, values_BNE.device, dtype)
+            maps_GdHW = values_BnE.transpose(1, 2).reshape(len(values_BnE) * num_heads, -1, *grid)
+            places_GQP2, weights_GQP = (x.transpose(1, 2).flatten(0, 1) for x in (places_BQMP2, weights_BQMP))
             samples_GdQP = F.grid_sample(maps_GdHW, 2 * places_GQP2 - 1, align_corners=False)
-            weights_GQP = weights_BQMSP[:, :, :, i].transpose(1, 2).flatten(0, 1)
             gathered_GdQ.append((samples_GdQP * weights_GQP[:, None]).sum(-1))
         gathered_BEQ = torch.stack(gathered_GdQ).sum(0).view(len(queries_BQD), values_BNE.shape[-1], -1)
         return self.output(gathered_BEQ.transpose(1, 2))

@@ -77,20 +77,7 @@ class KPU(Student):
         teacher_grids = teacher_grids or {}
         _require_grids(teacher_dims, teacher_grids)
         tasks = tasks or {}
-        if tasks:
-            raise RecipeError(
-                "A KPU represents images; it cannot be trained on tasks here.",
-                got=f"the tasks {', '.join(tasks)}",
-                expected="none",
-                do="leave out tasks, or choose kind sak",
-            )
-        if reconstruction and not unification:
-            raise RecipeError(
-                "Reconstruction starts from the shared space, which only unification makes.",
-                got="reconstruction without unification",
-                expected="both, unification alone, or neither (KPU, Table 2)",
-                do="set unification, or leave out reconstruction",
-            )
+        _require_learnable(tasks, unification, reconstruction)
         teacher_grids = {name: teacher_grids[name] for name in teacher_dims}
         class_tokens = [name for name in teacher_dims if name in class_tokens]
         image_sizes = {
@@ -110,12 +97,10 @@ class KPU(Student):
             ends["rec"] = student_dims, teacher_dims
         self.latent_space = nn.ModuleDict()
         for h, (before, after) in ends.items():
-            self.latent_space[h] = nn.ModuleDict(
-                {
-                    name: Projection(before[name], after[name], module.width, name in class_tokens)
-                    for name in before
-                }
-            )
+            self.latent_space[h] = nn.ModuleDict()
+            for name in teacher_dims:
+                h_t = Projection(before[name], after[name], module.width, name in class_tokens)
+                self.latent_space[h][name] = h_t
         self._scales = {name: self._nearest_scale(name) for name in teacher_dims}
         if self.vit_adapter is not None:
             self.stem.requires_grad_(False)
@@ -220,4 +205,21 @@ def _require_grids(teacher_dims: Mapping[str, int], teacher_grids: Mapping[str, 
             got=f"no grid of {', '.join(missing)}",
             expected="(rows, columns) for each teacher",
             do="pass teacher_grids, such as {'clip': (24, 24)}",
+        )
+
+
+def _require_learnable(tasks: Mapping[str, int], unification: bool, reconstruction: bool) -> None:
+    if tasks:
+        raise RecipeError(
+            "A KPU represents images; it cannot be trained on tasks here.",
+            got=f"the tasks {', '.join(tasks)}",
+            expected="none",
+            do="leave out tasks, or choose kind sak",
+        )
+    if reconstruction and not unification:
+        raise RecipeError(
+            "Reconstruction starts from the shared space, which only unification makes.",
+            got="reconstruction without unification",
+            expected="both, unification alone, or neither (KPU, Table 2)",
+            do="set unification, or leave out reconstruction",
         )

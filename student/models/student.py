@@ -73,8 +73,8 @@ class ImageRepresentation(NamedTuple):
 
 
 class Student(nn.Module, ABC):
-    """`config` is `config_of` the constructor's arguments; `teacher_dims`, `image_size` and `tasks` are among
-    them.
+    """`config` holds the constructor's arguments in JSON's types (`config_of`); `teacher_dims`, `image_size`
+    and `tasks` are among them.
 
     Mean and standard deviation (of pixels in 0–1) are stored with the weights, so that a student always
     sees pixels as in training.
@@ -190,7 +190,7 @@ class Student(nn.Module, ABC):
         return sum(count for part, count in parts.items() if part not in self.for_distillation)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """As `write_saved`."""
+        """Write the two files, each whole or not at all; they survive a power cut after this returns."""
         write_saved(Path(folder), merged_state_dict(self), {"kind": self.kind, **self.config})
 
     @classmethod
@@ -261,7 +261,7 @@ def require_teachers(teacher_dims: Mapping[str, int]) -> None:
 
 
 def write_saved(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
-    """Write the two files, each whole or not at all; they survive a power cut after this returns."""
+    """What `find_saved` and `read_config` read."""
     make_folder(folder)
     with replacing(folder / WEIGHTS_FILE) as file:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)

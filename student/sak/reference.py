@@ -133,10 +133,8 @@ def load_reference(student: SAK, tensors: Mapping[str, Tensor]) -> list[Unmatche
     of the gates. It takes over their normalisation of pixels, which is ImageNet's for every stem.
     Raises `CheckpointError` if nothing matches, and leaves the student unchanged.
     """
-    normalisation = {
-        "mean": torch.tensor(IMAGENET_DEFAULT_MEAN).view(3, 1, 1),
-        "std": torch.tensor(IMAGENET_DEFAULT_STD).view(3, 1, 1),
-    }
+    statistics = torch.tensor([IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD]).view(2, 3, 1, 1)
+    normalisation = dict(zip(("mean", "std"), statistics, strict=True))
     levels = {str(block - 1): level for level, block in enumerate(student.stem.level_depths)}
     state = student.state_dict()
     left = {name: tuple(tensor.shape) for name, tensor in state.items() if name not in normalisation}
