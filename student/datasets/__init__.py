@@ -7,7 +7,7 @@ dataset.labels(0)                  arrays by task; `labels.render_labels` moves 
 """
 
 import os
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import Literal
 
 from teachercache.pipeline.errors import require_known
@@ -15,12 +15,12 @@ from teachercache.student.datasets.labelled_dataset import Finding, LabelledData
 
 DatasetKind = Literal["pascal_context", "nyud", "ade20k", "coco", "image_classes", "scenes"]
 _CLASSES = {
-    "pascal_context": ("teachercache.student.datasets.pascal_context", "PascalContext"),
-    "nyud": ("teachercache.student.datasets.nyud", "NYUD"),
-    "ade20k": ("teachercache.student.datasets.ade20k", "ADE20K"),
-    "coco": ("teachercache.student.datasets.coco", "COCO"),
-    "image_classes": ("teachercache.student.datasets.image_classes", "ImageClasses"),
-    "scenes": ("teachercache.student.datasets.scenes", "Scenes"),
+    "pascal_context": "teachercache.student.datasets.pascal_context:PascalContext",
+    "nyud": "teachercache.student.datasets.nyud:NYUD",
+    "ade20k": "teachercache.student.datasets.ade20k:ADE20K",
+    "coco": "teachercache.student.datasets.coco:COCO",
+    "image_classes": "teachercache.student.datasets.image_classes:ImageClasses",
+    "scenes": "teachercache.student.datasets.scenes:Scenes",
 }
 DATASETS = tuple(_CLASSES)
 
@@ -28,8 +28,7 @@ DATASETS = tuple(_CLASSES)
 def dataset_class(kind: str) -> type[LabelledDataset]:
     """Raises `RecipeError` for a kind that is not in `DATASETS`."""
     require_known("data set", kind, DATASETS)
-    module, name = _CLASSES[kind]
-    return getattr(import_module(module), name)
+    return resolve_name(_CLASSES[kind])
 
 
 def open_dataset(kind: str, root: str | os.PathLike[str], split: str = "train") -> LabelledDataset:

@@ -75,7 +75,7 @@ class Decoders(nn.Module):
         return self
 
     def save_pretrained(self, folder: str | os.PathLike[str], student: str | None) -> None:
-        """As `write_saved`; `student` is where the student is found, from there."""
+        """Write two files, each whole or not at all; `student` is where the student is found, from there."""
         config = {"student": student, "image_size": list(self.image_size), "decoders": self.made_of}
         write_saved(Path(folder), self.decoders.state_dict(), config)
 

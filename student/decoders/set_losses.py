@@ -61,7 +61,7 @@ class SetLosses(nn.Module):
 
     def __init__(self, classes: int, points: int) -> None:
         super().__init__()
-        self.classes, self.points = classes, points
+        self.points = points
         self._masks = mask2former.Mask2FormerLoss(
             Mask2FormerConfig(num_labels=classes, train_num_points=points), {}
         )
@@ -99,10 +99,8 @@ class SetLosses(nn.Module):
         for logits_QC, boxes_Q4, masks_Qhw, one in zip(*prediction, things, strict=True):
             places_1P2 = torch.rand(1, self.points, 2, device=logits_QC.device)
             found_QP, there_NP = (
-                mask2former.sample_point(m[:, None], places_1P2.expand(len(m), -1, -1), align_corners=False)[
-                    :, 0
-                ]
-                for m in (masks_Qhw, one.masks)
+                mask2former.sample_point(masks[None], places_1P2, align_corners=False)[0]
+                for masks in (masks_Qhw, one.masks)
             )
             corners = center_to_corners_format(boxes_Q4), center_to_corners_format(one.boxes)
             costs = {
