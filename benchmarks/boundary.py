@@ -29,7 +29,7 @@ from scipy.io import loadmat
 from skimage.io import imread
 from skimage.morphology import thin
 
-from teachercache.student.datasets.boundaries import partition_boundaries
+from teachercache.student.datasets.labels import partition_boundaries
 from teachercache.student.metrics import BoundaryBenchmark
 from teachercache.student.metrics.boundary import BoundaryScores, edge_nms, scores_of
 from teachercache.student.metrics.matching import Bools

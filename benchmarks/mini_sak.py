@@ -196,7 +196,7 @@ class SeedStudy(Study):
         views = self._views() if split == "train" else ViewPolicy(policy="multitask_eval", size=IMAGE_SIZE)
         recipe = {
             "cache": str(self._cache(name)),
-            "source": str(MiniScenes(root, split).images_folder),
+            "source": str(root / "images" / split),
             "teachers": {
                 teacher: {
                     "model": MINI_VIT,

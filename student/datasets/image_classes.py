@@ -2,7 +2,6 @@
 labels."""
 
 import os
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -39,10 +38,6 @@ class ImageClasses(LabelledDataset):
                 expected=f"labels among {', '.join(classes[:3])} …",
                 do="name the folder that holds both splits of one data set",
             )
-
-    @property
-    def images_folder(self) -> Path:
-        return self.list_file
 
     def image_bytes(self, index: int) -> bytes:
         sample = self._samples[index]

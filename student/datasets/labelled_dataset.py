@@ -45,7 +45,7 @@ class LabelledDataset(ABC):
 
     `tasks`: name → channels of a prediction, as `build_student` takes them. `boundary_distance`: how far a
     predicted boundary may be off, as a fraction of the diagonal. `keys[i]` is the sample key of image i in a
-    cache whose source is `images_folder`.
+    cache of the split's folder of images.
 
     `decoder_tasks`: what only decoders learn, "instances" and "class", with the number of classes.
 
@@ -76,11 +76,6 @@ class LabelledDataset(ABC):
                 do=self._advice(),
             )
         self.keys = self._listed_keys()
-
-    @property
-    def images_folder(self) -> Path:
-        """The folder that sample keys are relative to."""
-        return (self.root / self._places("images", "*")[0]).parent
 
     @property
     def list_file(self) -> Path:

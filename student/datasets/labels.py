@@ -1,4 +1,5 @@
-"""Labels of dense tasks as arrays, and rendered in the view that the student sees.
+"""Labels of dense tasks as arrays, rendered in the view that the student sees; and the boundaries between
+classes, those to learn from and those to measure against.
 
 H, W  the source image     h, w  the view
 """
@@ -8,9 +9,10 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.ndimage import laplace
 from torch import Tensor
 
-from teachercache.pipeline.errors import ArgumentError
+from teachercache.pipeline.errors import ArgumentError, extra
 from teachercache.pipeline.records.strict import Size
 from teachercache.pipeline.views import View, source_pixels
 from teachercache.student.metrics.dense import IGNORE_INDEX
@@ -49,8 +51,7 @@ def render_labels(labels: Labels, view: View, size: Size | None = None) -> dict[
     rendered = {task: torch.from_numpy(array) for task, array in labels.items() if not array.ndim}
     labels = {task: array for task, array in labels.items() if array.ndim}  # of pixels, not of a whole image
     sizes = {array.shape[-2:] for array in labels.values()}
-    unknown = sorted(labels.keys() - IGNORE.keys())
-    if unknown or len(sizes) > 1:
+    if labels.keys() - IGNORE.keys() or len(sizes) > 1:
         raise ArgumentError(
             "These labels cannot be rendered.",
             got=f"{', '.join(f'{task} {array.shape}' for task, array in labels.items())}",
@@ -77,3 +78,26 @@ def ignored_without_parts(parts_HW: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """`parts_HW`, or an array that ignores every pixel if it names no part at all."""
     names_parts = bool(((parts_HW > 0) & (parts_HW != IGNORE_INDEX)).any())
     return parts_HW if names_parts else np.full_like(parts_HW, IGNORE_INDEX)
+
+
+def partition_boundaries(classes_HW: NDArray) -> NDArray[np.uint8]:
+    """1 where the pixel below, on the right, or below on the right has another class, thinned.
+
+    SEISM measures predictions against this: `bwmorph(seg2bmap(classes), 'thin', 'Inf')`. It turns BSDS's
+    segmentations into BSDS's own boundaries, to the pixel. Unthinned, diagonals are two pixels wide, and a
+    prediction, which is thinned, could never match them all.
+    """
+    padded = np.pad(classes_HW, (0, 1), mode="edge")
+    others = padded[1:, :-1], padded[:-1, 1:], padded[1:, 1:]
+    return _thinned(np.logical_or.reduce([classes_HW != other for other in others]))
+
+
+def label_boundaries(classes_HW: NDArray) -> NDArray[np.uint8]:
+    """1 where the Laplacian of the class numbers is not zero, thinned, as ASTMT and its successors do."""
+    return _thinned(laplace(classes_HW.astype(np.float64), mode="mirror") != 0)
+
+
+def _thinned(edges_HW: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    with extra("train"):
+        from skimage.morphology import thin
+    return np.asarray(thin(edges_HW), np.uint8)

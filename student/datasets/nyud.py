@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from teachercache.pipeline.records.strict import Size
-from teachercache.student.datasets.boundaries import partition_boundaries
 from teachercache.student.datasets.labelled_dataset import LabelledDataset, read_array, unit_normals
+from teachercache.student.datasets.labels import partition_boundaries
 
 
 class NYUD(LabelledDataset):

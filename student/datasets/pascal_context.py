@@ -8,9 +8,8 @@ from numpy.typing import NDArray
 from scipy.io import loadmat
 
 from teachercache.pipeline.records.strict import Size
-from teachercache.student.datasets.boundaries import label_boundaries, partition_boundaries
 from teachercache.student.datasets.labelled_dataset import LabelledDataset, read_array, unit_normals
-from teachercache.student.datasets.labels import ignored_without_parts
+from teachercache.student.datasets.labels import ignored_without_parts, label_boundaries, partition_boundaries
 
 _PERSON = 15  # among the classes of PASCAL-Part
 _PART_NAMES = (

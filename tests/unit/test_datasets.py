@@ -15,8 +15,7 @@ from skimage.morphology import thin
 from teachercache.pipeline.errors import RecipeError, SourceError, SourceNotFoundError
 from teachercache.pipeline.sources import open_source
 from teachercache.student.datasets import DATASETS, dataset_class, open_dataset
-from teachercache.student.datasets.boundaries import label_boundaries, partition_boundaries
-from teachercache.student.datasets.labels import IGNORE
+from teachercache.student.datasets.labels import IGNORE, label_boundaries, partition_boundaries
 from teachercache.student.losses.tasks import TASK_LOSSES
 from teachercache.student.metrics import BoundaryBenchmark
 

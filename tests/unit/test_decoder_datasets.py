@@ -54,11 +54,8 @@ def test_ade20k_of_the_hub_s_parquet_is_that_of_its_folders(tmp_path: Path) -> N
         pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"hub/data/{split}-00000-of-00001.parquet")
     assert unpack(tmp_path / "hub", tmp_path / "ade") == {"train": 3, "val": 2}
     dataset = open_dataset("ade20k", tmp_path / "ade", "val")
-    assert (len(dataset.keys), dataset.image(0).size, dataset.images_folder.name) == (
-        2,
-        (30, 20),
-        "validation",
-    )
+    assert (len(dataset.keys), dataset.image(0).size) == (2, (30, 20))
+    assert open_source(tmp_path / "ade/images/validation").scan()["key"].to_pylist() == dataset.keys
     labels = dataset.labels(1)["semseg"]
     assert (labels[CLASSES_HW == 0] == 255).all()
     assert (labels[CLASSES_HW > 0] == CLASSES_HW[CLASSES_HW > 0] - 1).all()
@@ -77,7 +74,7 @@ def test_classes_are_those_of_the_images_to_train_on(tmp_path: Path) -> None:
     assert dataset.decoder_tasks == {"class": 2}
     findings = check_folder(dataset_class("image_classes"), tmp_path)
     assert [(one.split, one.found, one.expected) for one in findings] == [("train", 2, 2), ("val", 1, 1)]
-    assert open_source(dataset.images_folder).scan()["key"].to_pylist() == dataset.keys
+    assert open_source(tmp_path / "val").scan()["key"].to_pylist() == dataset.keys
     assert dataset.labels(0, ["class"])["class"] == 1
     assert dataset.image(0).size == (30, 20)
     (tmp_path / "train/n01/b.jpg").write_bytes(b"no image")
@@ -155,10 +152,10 @@ def test_coco_s_bad_files_are_named(tmp_path: Path) -> None:
     for changes in broken:
         with pytest.raises(SourceError, match="does not say what is in which image"):
             open_dataset("coco", coco(tmp_path, **changes))
-    mask = {"size": [10, 10], "counts": [0, 100]}
-    wrong = {"id": 1, "image_id": 42, "category_id": 1, "segmentation": mask, "iscrowd": 0}
-    with pytest.raises(SourceError, match="each the size of its image"):
-        open_dataset("coco", coco(tmp_path, annotations=[wrong])).labels(0, ["instances"])
+    for mask in ({"size": [10, 10], "counts": [0, 100]}, {"size": list(SIZE), "counts": None}):
+        wrong = {"id": 1, "image_id": 42, "category_id": 1, "segmentation": mask, "iscrowd": 0}
+        with pytest.raises(SourceError, match="each the size of its image"):
+            open_dataset("coco", coco(tmp_path, annotations=[wrong])).labels(0, ["instances"])
     dataset = open_dataset("coco", coco(tmp_path))
     (tmp_path / "train2017/000000000042.jpg").unlink()
     with pytest.raises(SourceNotFoundError, match="no images for 000000000042"):

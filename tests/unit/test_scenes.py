@@ -236,7 +236,7 @@ def test_a_written_set_is_read_as_it_was_rendered_and_joins_a_cache_by_key(tmp_p
         assert read.keys() == dataset.tasks.keys() == expected.labels.keys() - {"instances"}
         assert all(np.array_equal(read[task], expected.labels[task]) for task in read)
     assert list(train.labels(0, ["depth"])) == ["depth"]
-    source = open_source(train.images_folder)
+    source = open_source(tmp_path / "images/train")
     assert source.scan()["key"].to_pylist() == train.keys
     assert all(finding.found == finding.expected for finding in train.check())
 

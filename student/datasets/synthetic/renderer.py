@@ -65,11 +65,8 @@ class Canvas:
         self.rays_HW3[..., 0] = (np.arange(width) + 0.5 - width / 2) / focal
         self.rays_HW3[..., 1] = ((np.arange(height) + 0.5 - height / 2) / focal)[:, None]
         self.depth_HW = np.full(size, np.inf)
-        self.normals_HW3 = np.zeros((*size, 3))
-        self.albedo_HW3 = np.zeros((*size, 3))
-        self.instance_HW = np.zeros(size, np.uint8)
-        self.semantic_HW = np.zeros(size, np.uint8)
-        self.part_HW = np.zeros(size, np.uint8)
+        self.normals_HW3, self.albedo_HW3 = np.zeros((2, *size, 3))
+        self.instance_HW, self.semantic_HW, self.part_HW = np.zeros((3, *size), np.uint8)
 
     def draw(self, solid: Solid) -> None:
         """Draw the parts of `solid` that are in front of everything drawn before."""

@@ -94,14 +94,10 @@ def random_colours(rng: Rng) -> tuple[Floats, Floats]:
 def value_noise(u_N: Floats, v_N: Floats, seed: int) -> Floats:
     """Random values at whole numbers, smooth between them: 0 to 1."""
     u0_N, v0_N = np.floor(u_N), np.floor(v_N)
-    a_N, b_N = _smooth(u_N - u0_N), _smooth(v_N - v0_N)
+    a_N, b_N = (t_N * t_N * (3 - 2 * t_N) for t_N in (u_N - u0_N, v_N - v0_N))
     top_N = _hash(u0_N, v0_N, seed) * (1 - a_N) + _hash(u0_N + 1, v0_N, seed) * a_N
     bottom_N = _hash(u0_N, v0_N + 1, seed) * (1 - a_N) + _hash(u0_N + 1, v0_N + 1, seed) * a_N
     return top_N * (1 - b_N) + bottom_N * b_N
-
-
-def _smooth(t_N: Floats) -> Floats:
-    return t_N * t_N * (3 - 2 * t_N)
 
 
 def _hash(i_N: Floats, j_N: Floats, seed: int) -> Floats:
