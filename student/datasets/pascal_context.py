@@ -1,6 +1,5 @@
 """PASCAL-Context for five tasks, in the folders of ASTMT, ATRC and InvPT."""
 
-from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import numpy as np
@@ -85,13 +84,8 @@ class PascalContext(LabelledDataset):
 
 def _parts(annotation: dict[str, Any], size: Size) -> NDArray[np.uint8]:
     parts_HW = np.zeros(size, np.uint8)
-    for thing in _structs(annotation["objects"]):
+    for thing in np.atleast_1d(annotation["objects"]):  # scipy returns a single struct bare
         if thing["class_ind"] == _PERSON:
-            for part in _structs(thing["parts"]):
+            for part in np.atleast_1d(thing["parts"]):
                 parts_HW[part["mask"].astype(bool)] = _PART_OF_NAME[part["part_name"]]
     return ignored_without_parts(parts_HW)
-
-
-def _structs(value: Any) -> Iterator[dict[str, Any]]:
-    """The elements of a MATLAB struct array; scipy returns a single one bare, and none as an empty array."""
-    yield from [value] if isinstance(value, dict) else value
