@@ -4,13 +4,14 @@ import io
 import os
 from collections.abc import Callable
 from contextlib import suppress
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import xxhash
 from typing_extensions import Buffer
 
 from teachercache.pipeline.places.retries import retrying
 
+Answer = TypeVar("Answer")
 HEAD_NBYTES, TAIL_NBYTES = 1 << 12, 1 << 16  # the tail holds the index of up to 4,000 rows
 
 
@@ -56,31 +57,34 @@ class RereadFile(io.RawIOBase):
         self._open_file, self._what = open_file, what
         self._place = 0
         self._file: IO[bytes] | None = None
-        retrying(self._opened, what)
+        self._ask(lambda file: None)
 
-    def _opened(self) -> IO[bytes]:
-        if self._file is None:
-            self._file = self._open_file()
-        return self._file
+    def _ask(self, question: Callable[[Any], Answer]) -> Answer:
+        def once() -> Answer:
+            if self._file is None:
+                self._file = self._open_file()
+            return question(self._file)
+
+        return retrying(once, self._what, again=self._forget)
 
     def _forget(self) -> None:
-        with suppress(OSError):  # it is closed because it fails
-            self._opened().close()
-        self._file = None
-
-    def _read_at_place(self, buffer: Any) -> int:
-        file: Any = self._opened()
-        file.seek(self._place)
-        return file.readinto(buffer) or 0
+        if self._file is not None:
+            with suppress(OSError):  # it may be closed because it fails
+                self._file.close()
+            self._file = None
 
     def readinto(self, buffer: Any) -> int:
-        nbytes = retrying(lambda: self._read_at_place(buffer), self._what, again=self._forget)
+        def read(file: Any) -> int:
+            file.seek(self._place)
+            return file.readinto(buffer) or 0
+
+        nbytes = self._ask(read)
         self._place += nbytes
         return nbytes
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         if whence == os.SEEK_END:
-            offset += retrying(lambda: self._opened().seek(0, os.SEEK_END), self._what, again=self._forget)
+            offset += self._ask(lambda file: file.seek(0, os.SEEK_END))
         self._place = offset + self._place if whence == os.SEEK_CUR else offset
         return self._place
 
@@ -94,7 +98,5 @@ class RereadFile(io.RawIOBase):
         return True
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        self._forget()
         super().close()

@@ -58,12 +58,9 @@ class LocalStorage(Storage):
 
     def _read_range(self, name: str, offset: int, nbytes: int) -> bytes:
         with self._open(name) as file:
-            rest = os.fstat(file.fileno()).st_size - offset
-            if rest <= 0:
-                return b""
-            if offset:
-                file.seek(offset)
-            return file.read(min(nbytes, rest))
+            size = os.fstat(file.fileno()).st_size
+            file.seek(min(offset, size))
+            return file.read(min(nbytes, max(0, size - offset)))
 
     @contextmanager
     def open_write(self, name: str) -> Iterator[ChecksumWriter]:

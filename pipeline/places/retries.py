@@ -56,19 +56,15 @@ def retrying(read: Callable[[], Result], what: str, again: Callable[[], object] 
                 raise
             spent_s = time.monotonic() - began
             if attempt > len(_PAUSES_S) or spent_s > _NO_MORE_AFTER_S:
-                raise _given_up(error, what, attempt, spent_s) from error
+                reason = getattr(error, "strerror", None) or error
+                raise StorageError(
+                    f"{what} cannot be read at the moment.",
+                    got=f"{type(error).__name__}: {reason}, {attempt} times within {spent_s:.0f} s",
+                    expected="a disk, mount or store that gives the file",
+                    do="look at the disk, the mount or the connection (dmesg names failing disks), then run "
+                    "the same command again",
+                ) from error
             log.info("%s: %s; reading it again", what, error)
         time.sleep(pause_s * random.uniform(0.5, 1.5))  # or all processes would come back at once
         again()
     raise AssertionError  # the last attempt returns or raises
-
-
-def _given_up(error: Exception, what: str, attempts: int, spent_s: float) -> StorageError:
-    reason = getattr(error, "strerror", None) or error
-    return StorageError(
-        f"{what} cannot be read at the moment.",
-        got=f"{type(error).__name__}: {reason}, {attempts} times within {spent_s:.0f} s",
-        expected="a disk, mount or store that gives the file",
-        do="look at the disk, the mount or the connection (dmesg names failing disks), then run the same "
-        "command again",
-    )

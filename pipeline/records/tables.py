@@ -108,10 +108,10 @@ def find_key(keys: pa.ChunkedArray, key: str, *, whole: bool = False) -> int:
     found = np.array([], np.int64)
     for end in () if whole else (f"/{key}", key):
         found = np.flatnonzero(pc.ends_with(keys, end).to_numpy())
-        if len(found) == 1:
-            return int(found[0])
         if found.size:
             break
+    if len(found) == 1:
+        return int(found[0])
     near = found if found.size else np.flatnonzero(pc.match_substring(keys, key).to_numpy())
     names = keys.take(near[:_NEAR_KEYS]).to_pylist() or difflib.get_close_matches(key, keys.to_pylist(), 3)
     raise UnknownKeyError(

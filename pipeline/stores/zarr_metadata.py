@@ -8,7 +8,7 @@ import numpy as np
 from pydantic_core import from_json
 
 from teachercache.pipeline.records.array_layout import ArrayLayout, stored_layout
-from teachercache.pipeline.records.spec import Compressor
+from teachercache.pipeline.records.spec import CacheSpec, Compressor
 
 _CHECKSUM = {"name": "crc32c"}
 _LITTLE_ENDIAN = {"name": "bytes", "configuration": {"endian": "little"}}
@@ -29,11 +29,10 @@ def consolidated_json(below: Mapping[str, bytes]) -> bytes:
     return _json(document | {"node_type": "group"})
 
 
-def array_json(
-    layout: ArrayLayout, num_rows: int, rows_per_shard: int, compressor: Compressor | None
-) -> bytes:
+def array_json(layout: ArrayLayout, spec: CacheSpec) -> bytes:
     """One chunk a row, `rows_per_shard` of them in a shard; a checksum behind every chunk and index."""
-    return _json(_array(layout, num_rows, rows_per_shard, compressor))
+    num_rows = spec.num_shards * spec.rows_per_shard
+    return _json(_array(layout, num_rows, spec.rows_per_shard, spec.compressor))
 
 
 def chunks_json(layout: ArrayLayout, num_rows: int, compressor: Compressor) -> bytes:
@@ -43,9 +42,7 @@ def chunks_json(layout: ArrayLayout, num_rows: int, compressor: Compressor) -> b
     return _json(_array(layout, num_rows, 1, compressor) | {"chunk_grid": grid, "codecs": codecs})
 
 
-def layout_of(
-    file: str, text: bytes, rows_per_shard: int, compressor: Compressor | None
-) -> tuple[ArrayLayout, bool]:
+def layout_of(file: str, text: bytes, spec: CacheSpec) -> tuple[ArrayLayout, bool]:
     """The layout of an array, and whether its chunks are as we write them: others may have compressed it
     otherwise since. Raises `ValueError`, which names `file`, for anything but the metadata of an array.
     """
@@ -53,7 +50,7 @@ def layout_of(
         found = from_json(text)
         axes = tuple(found.get("dimension_names") or ())[1:]
         layout = stored_layout(found["shape"][1:], found["data_type"], axes, found.get("attributes", {}))
-        ours = _array(layout, found["shape"][0], rows_per_shard, compressor)
+        ours = _array(layout, found["shape"][0], spec.rows_per_shard, spec.compressor)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file}: {type(error).__name__}: {error}") from error
     return layout, all(found.get(key) == ours[key] for key in _OF_A_CHUNK)

@@ -90,11 +90,9 @@ class ZarrStore(FeatureStore):
             below = [file for name in self.spec.with_arrays for file in self.layout_files(name).items()]
             teachers = {"teachers/zarr.json": group_json({})}
             return teachers | {"zarr.json": consolidated_json(teachers | dict(below))}
-        spec, files = self.spec, {f"teachers/{teacher}/zarr.json": group_json(self._description(teacher))}
+        files = {f"teachers/{teacher}/zarr.json": group_json(self._description(teacher))}
         for name, layout in self.layouts(teacher).items():
-            num_rows = spec.num_shards * spec.rows_per_shard
-            text = array_json(layout, num_rows, spec.rows_per_shard, spec.compressor)
-            files[f"{array_folder(teacher, name)}/zarr.json"] = text
+            files[f"{array_folder(teacher, name)}/zarr.json"] = array_json(layout, self.spec)
         return dict(sorted(files.items()))
 
     def shard_files(self, teacher: str, shard: int) -> list[str]:
@@ -151,7 +149,7 @@ class ZarrStore(FeatureStore):
 
     def _read_layout(self, teacher: str, name: str) -> tuple[ArrayLayout, bool]:
         file = f"{array_folder(teacher, name)}/zarr.json"
-        return layout_of(file, self.storage.read(file), self.spec.rows_per_shard, self.spec.compressor)
+        return layout_of(file, self.storage.read(file), self.spec)
 
     def is_as_written(self, teacher: str) -> bool:
         return all(self._layout(teacher, name)[1] for name in self.stored_layouts(teacher))
