@@ -210,13 +210,9 @@ class FeatureCache:
         layouts = {name: features.token_layout(name)}
         return features.read(rows, layouts, None if out is None else {name: out})[name]
 
-    def buffers(
-        self, num_rows: int, teachers: Sequence[str] | None = None, *, pin_memory: bool = False
-    ) -> dict[str, Encoded]:
+    def buffers(self, num_rows: int, teachers: Sequence[str] | None = None) -> dict[str, Encoded]:
         """Reusable memory for `read(rows, teachers, out=buffers)`."""
-        return {
-            name: self.features[name].buffers(num_rows, pin_memory) for name in self.check_teachers(teachers)
-        }
+        return {name: self.features[name].buffers(num_rows) for name in self.check_teachers(teachers)}
 
     def layouts(self, teacher: str) -> dict[str, ArrayLayout]:
         """Every array of a teacher: those of its encoded features, and its token features."""

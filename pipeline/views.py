@@ -273,9 +273,6 @@ class ViewTable:
         self._photometric: Photometric = photometric
         self._columns = {name: table[name].to_numpy() for name in VIEW_SCHEMA.names}
 
-    def __len__(self) -> int:
-        return len(self._columns["flip"])
-
     def view(self, index: int) -> View:
         """The view in line `index` of the table."""
         value = {name: column[index].item() for name, column in self._columns.items()}

@@ -190,9 +190,8 @@ class LocalStorage(Storage):
         for path in self.root.rglob(f"*{LOCK_SUFFIX}"):
             name = str(path.relative_to(self.root))
             holder = self._read_if_there(name)
-            if holder is None or not is_stale(holder, self._unchanged_s(path)):
-                continue
-            if self._read_if_there(name) == holder:  # nobody has taken it over
+            is_left = holder is not None and is_stale(holder, self._unchanged_s(path))
+            if is_left and self._read_if_there(name) == holder:  # nobody has taken it over
                 path.unlink(missing_ok=True)
                 gone.append(path)
         return sorted(str(path.relative_to(self.root)) for path in gone)

@@ -1,7 +1,7 @@
 """Rows of arrays; those of a teacher are its features, which know how they are decoded."""
 
 from collections.abc import Callable, Mapping
-from functools import cached_property, partial
+from functools import cached_property
 from typing import NoReturn
 
 import numpy as np
@@ -104,9 +104,8 @@ class StoredFeatures(StoredRows):
             )
         return self.layouts[name]
 
-    def buffers(self, num_rows: int, pin_memory: bool) -> Encoded:
-        empty = partial(torch.empty, pin_memory=pin_memory)
-        return Encoded(self.codec, _tensors(self.feature_layouts, num_rows, empty))
+    def buffers(self, num_rows: int) -> Encoded:
+        return Encoded(self.codec, _tensors(self.feature_layouts, num_rows, torch.empty))
 
 
 def _tensors(
