@@ -92,9 +92,10 @@ def _load(model: type[Model], text: bytes, overrides: Sequence[str], origin: str
     except RecipeError:
         raise
     except (yaml.YAMLError, OmegaConfBaseException, TypeError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
         raise RecipeError(
             f"Recipe {origin} cannot be read.",
-            got=_first_line(error),
+            got=f"{error.problem}, line {mark.line + 1}" if mark else str(error).splitlines()[0],  # type: ignore[union-attr]
             expected="YAML of `key: value` lines, and overrides such as views.num_views=4",
             do="fix that line; quote text that YAML would read as something else",
         ) from error
@@ -167,11 +168,6 @@ def _name_the_items(config: Any, key: str) -> None:
             OmegaConf.update(config, above, {name: {} for name in names}, merge=False)
 
 
-def _first_line(error: Exception) -> str:
-    mark = getattr(error, "problem_mark", None)
-    return f"{error.problem}, line {mark.line + 1}" if mark else str(error).splitlines()[0]  # type: ignore[attr-defined]
-
-
 def _describe(model: type[BaseModel], problem: Any) -> str:
     location = problem["loc"]
     key = ".".join(
@@ -200,10 +196,11 @@ def _describe(model: type[BaseModel], problem: Any) -> str:
 
 def _annotations(annotation: Any, location: Sequence[int | str]) -> Iterator[Any]:
     """The types that `annotation` allows for the value at `location`, one per option of a union."""
-    if get_origin(annotation) is Annotated:
-        annotation = get_args(annotation)[0]
-    if get_origin(annotation) in (Union, types.UnionType):
-        for option in get_args(annotation):  # pydantic names the chosen option in the location
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        yield from _annotations(parts[0], location)
+    elif origin in (Union, types.UnionType):
+        for option in parts:  # pydantic names the chosen option in the location
             named = bool(location) and location[0] in _names(option)
             yield from _annotations(option, location[1:] if named else location)
     elif not location:
@@ -211,10 +208,10 @@ def _annotations(annotation: Any, location: Sequence[int | str]) -> Iterator[Any
     elif _is_model(annotation):
         if (field := annotation.model_fields.get(str(location[0]))) is not None:
             yield from _annotations(field.annotation, location[1:])
-    elif _is_mapping(annotation):
-        yield from _annotations(get_args(annotation)[1], location[1:])
-    elif get_origin(annotation) is tuple:
-        yield from _annotations(get_args(annotation)[0], location[1:])
+    elif isinstance(origin, type) and issubclass(origin, Mapping):
+        yield from _annotations(parts[1], location[1:])
+    elif origin is tuple:
+        yield from _annotations(parts[0], location[1:])
 
 
 def _names(option: Any) -> set[Any]:
@@ -225,8 +222,3 @@ def _names(option: Any) -> set[Any]:
 
 def _is_model(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
-
-
-def _is_mapping(annotation: Any) -> bool:
-    origin = get_origin(annotation)
-    return isinstance(origin, type) and issubclass(origin, Mapping)

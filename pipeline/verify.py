@@ -89,11 +89,9 @@ def problems_of_shards(
 
 
 def _problems_of_the_rest(cache: FeatureCache, full: bool) -> list[Problem]:
-    layouts = [
-        problem for name in (*cache.spec.with_arrays, None) for problem in layout_problems(cache, name)
-    ]
     tables = table_problems(cache.manifest, cache.spec)
-    return layouts + tables + (_content_problems(cache, {problem.file for problem in tables}) if full else [])
+    contents = _content_problems(cache, {problem.file for problem in tables}) if full else []
+    return _layout_problems(cache) + tables + contents
 
 
 def quarantine_problems(
@@ -115,14 +113,15 @@ def quarantine_problems(
     return [] if reason is None else [Problem(name, reason, shard=shard)]
 
 
-def layout_problems(cache: FeatureCache, teacher: str | None) -> list[Problem]:
-    """Of a teacher's zarr.json files, or (None) of those above it, which follow from the spec."""
+def _layout_problems(cache: FeatureCache) -> list[Problem]:
+    """Of the teachers' zarr.json files and of those above them, which follow from the spec."""
     problems = []
-    for name, expected in cache.store.layout_files(teacher).items():
-        found = cache.storage.read(name) if cache.storage.exists(name) else None
-        if found != expected and (found, teacher) != (None, None):
-            what = "is missing" if found is None else f"is not what follows from {SPEC_NAME}"
-            problems.append(Problem(name, f"{name} {what}", teacher=teacher))
+    for teacher in (*cache.spec.with_arrays, None):
+        for name, expected in cache.store.layout_files(teacher).items():
+            found = cache.storage.read(name) if cache.storage.exists(name) else None
+            if found != expected and (found, teacher) != (None, None):
+                what = "is missing" if found is None else f"is not what follows from {SPEC_NAME}"
+                problems.append(Problem(name, f"{name} {what}", teacher=teacher))
     return problems
 
 

@@ -88,9 +88,6 @@ class RereadFile(io.RawIOBase):
         self._place = offset + self._place if whence == os.SEEK_CUR else offset
         return self._place
 
-    def tell(self) -> int:
-        return self._place
-
     def readable(self) -> bool:
         return True
 

@@ -153,7 +153,9 @@ def check_shards(
     """
     storage, size_of = manifest.storage, None
     if isinstance(storage, RemoteStorage) and shards is None and depth > Depth.RECORD:
-        size_of = _listed_sizes(storage, spec)
+        folders = [f"{kind}/{name}" for name in spec.with_arrays for kind in ("teachers", "stats")]
+        listed = (storage.sizes(folder) for folder in (*folders, IMAGES))  # alone, each would be a request
+        size_of = {name: size for sizes in listed for name, size in sizes.items()}.get
 
     def check(place: tuple[str, int]) -> Checked:
         teacher, shard = place
@@ -177,12 +179,6 @@ def check_shards(
     else:
         with ThreadPoolExecutor(_READING_THREADS if depth == Depth.BYTES else _THREADS) as pool:
             yield from pool.map(check, places)
-
-
-def _listed_sizes(storage: RemoteStorage, spec: CacheSpec) -> SizeOf:
-    """Bytes of every file by its name: each alone would be a request."""
-    folders = [f"{kind}/{name}" for name in spec.with_arrays for kind in ("teachers", "stats")]
-    return {name: size for folder in (*folders, IMAGES) for name, size in storage.sizes(folder).items()}.get
 
 
 def table_problems(manifest: Manifest, spec: CacheSpec) -> list[Problem]:
