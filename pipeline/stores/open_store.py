@@ -3,10 +3,9 @@
 from teachercache.pipeline.places.local_storage import LocalStorage
 from teachercache.pipeline.places.storage import Storage
 from teachercache.pipeline.records.spec import CacheSpec
-from teachercache.pipeline.stores.direct_store import DirectStore, RangeStore
 from teachercache.pipeline.stores.feature_store import FeatureStore
 from teachercache.pipeline.stores.webdataset_store import WebDatasetStore
-from teachercache.pipeline.stores.zarr_store import ZarrStore
+from teachercache.pipeline.stores.zarr_store import DirectStore, RangeStore, ZarrStore
 
 
 def open_store(

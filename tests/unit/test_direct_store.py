@@ -24,10 +24,9 @@ from zarr.codecs import ZstdCodec
 from teachercache import FeatureCache
 from teachercache.pipeline.errors import CorruptShardError
 from teachercache.pipeline.places.local_storage import LocalStorage
-from teachercache.pipeline.stores import direct_store
-from teachercache.pipeline.stores.direct_store import DirectStore
+from teachercache.pipeline.stores import zarr_store
 from teachercache.pipeline.stores.shard_format import ABSENT, checksum, empty_index, index_nbytes, parse_index
-from teachercache.pipeline.stores.zarr_store import ZarrStore, shard_file
+from teachercache.pipeline.stores.zarr_store import DirectStore, ZarrStore, shard_file
 from tests.make_cache import features, make_cache, make_images, teacher_spec
 
 ROOT = Path(__file__).parents[2]
@@ -176,7 +175,7 @@ def test_arrays_that_others_compressed_are_read_through_zarr(tmp_path: Path, ima
 
 
 def test_threads_share_few_open_files(cache: FeatureCache, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(direct_store, "OPEN_SHARDS", 2)
+    monkeypatch.setattr(zarr_store, "OPEN_SHARDS", 2)
     assert isinstance(cache.storage, LocalStorage)
     store = DirectStore(cache.storage, cache.spec)
     written = features(cache.spec, "f16")
