@@ -20,7 +20,7 @@ from teachercache.pipeline.stores import shard_format
 from teachercache.pipeline.stores.feature_store import NewFiles
 
 INDEX_NAME = "__index__"
-_COLUMNS = 3
+COLUMNS = 3
 TAR_END = bytes(2 * tarfile.BLOCKSIZE)
 _SUFFIXES = {b"\xff\xd8": ".jpg", b"\x89P": ".png", b"RI": ".webp"}
 _SUFFIXES |= {b"GI": ".gif", b"BM": ".bmp", b"II": ".tif", b"MM": ".tif"}
@@ -84,10 +84,6 @@ class ImageTarWriter(NewFiles):
         self._file.write(TAR_END)
 
 
-def empty_tar_index(num_rows: int) -> TarIndex:
-    return np.zeros((num_rows, _COLUMNS), "<u8")
-
-
 def index_bytes(index: TarIndex) -> bytes:
     table = index.tobytes()
     return table + shard_format.checksum(table)
@@ -95,8 +91,8 @@ def index_bytes(index: TarIndex) -> bytes:
 
 def read_tar_index(storage: Storage, name: str, num_rows: int) -> TarIndex:
     """The index of a tar. Raises `ValueError` unless it is whole and every row lies before it."""
-    padding = -shard_format.index_nbytes(num_rows, _COLUMNS) % tarfile.BLOCKSIZE
-    return shard_format.read_index(storage, name, num_rows, _COLUMNS, behind=padding + len(TAR_END))
+    padding = -shard_format.index_nbytes(num_rows, COLUMNS) % tarfile.BLOCKSIZE
+    return shard_format.read_index(storage, name, num_rows, COLUMNS, behind=padding + len(TAR_END))
 
 
 def read_rows(

@@ -35,7 +35,7 @@ class TarShardWriter(ShardWriter):
         ]
         super().__init__(store, teacher, shard)
         (self._file,) = self._files.values()
-        self._index = tar_index.empty_tar_index(store.spec.rows_per_shard)
+        self._index = np.zeros((store.spec.rows_per_shard, tar_index.COLUMNS), "<u8")
 
     def write(self, offsets: Sequence[int], arrays: Mapping[str, NDArray]) -> None:
         assert arrays.keys() == self._layouts.keys(), (arrays.keys(), self._layouts.keys())
