@@ -5,7 +5,7 @@ import random
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from teachercache.pipeline.places.processes import Process, describe_holder, is_stale
 
@@ -87,7 +87,6 @@ class Lockable(ABC):
             self.remove(lock)
 
     def _read_if_there(self, name: str) -> bytes | None:
-        try:
+        with suppress(FileNotFoundError):
             return self.read(name)
-        except FileNotFoundError:
-            return None
+        return None

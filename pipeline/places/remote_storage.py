@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property, partial
 from pathlib import PurePosixPath
 from typing import IO, Any
@@ -148,7 +148,5 @@ class RemoteStorage(Storage):
         return {path.removeprefix(f"{self._root}/"): int(entry["size"]) for path, entry in listing.items()}
 
     def remove(self, name: str) -> None:
-        try:
+        with suppress(FileNotFoundError):
             self.filesystem.rm_file(self._path(name))
-        except FileNotFoundError:
-            return

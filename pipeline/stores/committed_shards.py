@@ -2,7 +2,6 @@
 
 import threading
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from functools import cached_property
 
 import numpy as np
@@ -87,15 +86,16 @@ class CommittedShards:
 
     def readable_rows(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
         """As `readable`, but where a record is damaged, its shard has no readable row."""
-        shards, mask = rows // self._spec.rows_per_shard, np.zeros(rows.size, bool)
-
-        def look(shard: int) -> None:
-            here = shards == shard
-            with suppress(CacheError):
-                mask[here] = self.readable(rows[here])
-
-        self._storage.each(look, np.unique(shards).tolist())
-        return mask
+        try:
+            return self.readable(rows)
+        except CacheError:  # which may be that of one shard among thousands
+            shards = rows // self._spec.rows_per_shard
+            mask, numbers = np.zeros(rows.size, bool), np.unique(shards)
+            if numbers.size > 1:
+                lower = shards < numbers[numbers.size // 2]
+                for half in (lower, ~lower):
+                    mask[half] = self.readable_rows(rows[half])
+            return mask
 
     def read(self, rows: NDArray[np.int64], out: Arrays) -> None:
         """Fill the arrays of `out` with `rows`, which are `readable`, once their shards' ends are checked.
