@@ -158,7 +158,7 @@ def _with_tar_checksums(data: bytes) -> bytes:
     """Of a tar shard: the crc32c of every row that its index names, and of the index."""
     import numpy as np
 
-    from teachercache.pipeline.stores.tar_index import index_bytes
+    from teachercache.pipeline.stores.webdataset_store import index_bytes
 
     size = 24 * ROWS_PER_SHARD + 4
     start = len(data) - 1024 - size - (-size % 512)

@@ -30,7 +30,7 @@ from teachercache.pipeline.records.manifest import CommitRecord, FileRecord, Qua
 from teachercache.pipeline.records.spec import IMAGES
 from teachercache.pipeline.records.stats_files import write_moments
 from teachercache.pipeline.stores.feature_store import ShardWriter
-from teachercache.pipeline.stores.tar_index import ImageTarWriter
+from teachercache.pipeline.stores.webdataset_store import ImageTarWriter
 
 
 def worker_name() -> str:

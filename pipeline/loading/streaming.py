@@ -33,7 +33,7 @@ from teachercache.pipeline.records.rows import Ints
 from teachercache.pipeline.records.spec import IMAGES
 from teachercache.pipeline.stores.feature_store import unreadable
 from teachercache.pipeline.stores.shard_format import checksum
-from teachercache.pipeline.stores.tar_index import member_key, read_tar_index
+from teachercache.pipeline.stores.webdataset_store import member_key, read_tar_index
 
 _AHEAD = 4  # members of each tar that are read before they are asked for
 _BLOCK = 1 << 20

@@ -27,7 +27,7 @@ from teachercache.pipeline.records.manifest import (
 from teachercache.pipeline.records.rows import Ints
 from teachercache.pipeline.records.spec import IMAGES
 from teachercache.pipeline.stores.feature_store import GLOBAL_FEATURE
-from teachercache.pipeline.stores.tar_index import ImageTarWriter
+from teachercache.pipeline.stores.webdataset_store import ImageTarWriter
 
 _BATCH_NBYTES, _BLOCK_NBYTES = 1 << 26, 1 << 22
 

@@ -15,7 +15,7 @@ from teachercache.pipeline.sources.decode import HEAD_BYTES
 from teachercache.pipeline.sources.keys import OK
 from teachercache.pipeline.sources.several import own_places
 from teachercache.pipeline.stores.committed_shards import CommittedShards
-from teachercache.pipeline.stores.tar_index import image_tar_name
+from teachercache.pipeline.stores.webdataset_store import image_tar_name
 
 
 class CachedImages:

@@ -18,7 +18,7 @@ from teachercache.pipeline.records.integrity import (
 from teachercache.pipeline.records.manifest import CommitRecord, Manifest
 from teachercache.pipeline.records.rows import RowIndex
 from teachercache.pipeline.stores.feature_store import Arrays, FeatureStore
-from teachercache.pipeline.stores.tar_index import image_tar_name
+from teachercache.pipeline.stores.webdataset_store import image_tar_name
 
 
 class CommittedShards:

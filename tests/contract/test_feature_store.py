@@ -31,7 +31,7 @@ from teachercache.pipeline.errors import (
 )
 from teachercache.pipeline.records.manifest import FileRecord
 from teachercache.pipeline.records.spec import Compressor, GridSpec, StoreKind
-from teachercache.pipeline.stores import tar_index
+from teachercache.pipeline.stores import webdataset_store
 from teachercache.pipeline.stores.shard_format import ABSENT, checksum, index_nbytes, parse_index
 from teachercache.pipeline.verify import verify
 from tests.make_cache import commit_shard, features, make_cache, make_images, teacher_spec
@@ -349,10 +349,10 @@ def test_buffers_that_do_not_fit_are_refused(make: Make, images: Path) -> None:
 
 def without_row_0(cache: FeatureCache, name: str, data: bytes) -> bytes:
     if cache.spec.store == "webdataset":
-        tar_rows = tar_index.read_tar_index(cache.storage, name, 6).copy()
-        end = data.rindex(tar_index.index_bytes(tar_rows))
+        tar_rows = webdataset_store.read_tar_index(cache.storage, name, 6).copy()
+        end = data.rindex(webdataset_store.index_bytes(tar_rows))
         tar_rows[0] = 0
-        changed = tar_index.index_bytes(tar_rows)
+        changed = webdataset_store.index_bytes(tar_rows)
         return data[:end] + changed + data[end + len(changed) :]
     index = parse_index(data[-index_nbytes(6) :], 6, len(data)).copy()
     index[0] = ABSENT

@@ -42,7 +42,7 @@ from teachercache.pipeline.records.spec import StoreKind
 from teachercache.pipeline.sources import open_source
 from teachercache.pipeline.sources.keys import name_problem
 from teachercache.pipeline.stores.shard_format import CHECKSUM_NBYTES, checksum
-from teachercache.pipeline.stores.tar_index import index_bytes, read_tar_index
+from teachercache.pipeline.stores.webdataset_store import index_bytes, read_tar_index
 from teachercache.pipeline.verify import strays, verify
 from tests.images import tar_bytes
 from tests.make_cache import make_cache, make_images, teacher_spec
