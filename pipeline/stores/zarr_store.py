@@ -99,7 +99,8 @@ class ZarrShardWriter(ShardWriter):
 class ZarrStore(FeatureStore):
     def __init__(self, storage: Storage, spec: CacheSpec) -> None:
         super().__init__(storage, spec)
-        self._layout = lru_cache(None)(self._read_layout)
+        # Not of a method: a store that referred to itself would keep its files open until it is collected.
+        self._layout = lru_cache(None)(partial(_read_layout, storage, spec))
         self._read_index = lru_cache(_KEPT_INDEXES)(partial(read_index, storage))
 
     def layout_files(self, teacher: str | None) -> dict[str, bytes]:
@@ -164,10 +165,6 @@ class ZarrStore(FeatureStore):
             raise FileNotFoundError(f"teachers/{teacher} holds no array")
         return {name: self._layout(teacher, name)[0] for name in arrays}
 
-    def _read_layout(self, teacher: str, name: str) -> tuple[ArrayLayout, bool]:
-        file = f"{array_folder(teacher, name)}/zarr.json"
-        return layout_of(file, self.storage.read(file), self.spec)
-
     def is_as_written(self, teacher: str) -> bool:
         return all(self._layout(teacher, name)[1] for name in self.stored_layouts(teacher))
 
@@ -176,6 +173,11 @@ class ZarrStore(FeatureStore):
         layout, as_written = self._layout(teacher, name)
         plain = as_written and self.spec.compressor is None
         return plain and (layout.dtype, layout.shape) == (values.dtype, values.shape[1:])
+
+
+def _read_layout(storage: Storage, spec: CacheSpec, teacher: str, name: str) -> tuple[ArrayLayout, bool]:
+    file = f"{array_folder(teacher, name)}/zarr.json"
+    return layout_of(file, storage.read(file), spec)
 
 
 class ShardFile:
