@@ -34,5 +34,5 @@ def test_the_cache_that_is_inspected_is_whole(tmp_path: Path) -> None:
     make_large_cache(tmp_path / "cache", shards=2, teachers=1)
     cache = FeatureCache.open(tmp_path / "cache")
     assert cache.samples.num_rows == 2 * ROWS_PER_SHARD
-    assert len(cache.views) == 2 * ROWS_PER_SHARD
+    assert cache.manifest.views(cache.spec).num_rows == 2 * ROWS_PER_SHARD
     assert cache.committed("teacher0").all()
