@@ -79,7 +79,7 @@ class Comparisons:
     def similarity(
         self, teacher: str, row: int, level: int, patch: Patch, other: int, of_other: bool
     ) -> Drawing:
-        """Cosine of the patch of `row` at (x, y) to those of `row` or of the other, in one range of colours."""
+        """Cosine of the patch of `row` at (x, y) to those of `row` or the other, in one range of colours."""
         unit_HWC = self._unit(teacher, row, level)
         height, width = unit_HWC.shape[:2]
         token_C = unit_HWC[int(patch[1] * height), int(patch[0] * width)]
