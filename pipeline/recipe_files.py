@@ -149,7 +149,9 @@ def _parse(model: type[BaseModel], override: str) -> tuple[str, Any]:
     if not is_text and text.lstrip()[0] in "{[":
         with suppress(yaml.YAMLError):  # the model then says what it is not
             return key, OmegaConf.create(yaml.load(text, _TextLoader))
-    return key, re.sub(r"(\\*)\$\{", r"\1\1\\${", text)  # OmegaConf must not interpolate it
+    if {bool, int, float} & kinds:
+        return key, text
+    return key, re.sub(r"(\\*)\$\{", r"\1\1\\${", text)  # text, which OmegaConf must not interpolate
 
 
 def _is_text(kind: Any) -> bool:
