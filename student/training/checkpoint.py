@@ -85,6 +85,24 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return next(reversed(_checkpoints(folder)), None)
 
 
+def require_output(folder: Path, resume: bool) -> None:
+    """Raises `CheckpointError` where `folder` can hold no checkpoints, or holds some not to `resume` from."""
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(
+            "There can be no checkpoints in this output folder.",
+            got=f"{folder}, which is not a folder",
+            expected="a folder, or nothing",
+            do="move it away, or choose another output",
+        )
+    if not resume and (newest := newest_checkpoint(folder)):
+        raise CheckpointError(
+            "The output folder holds a run already, and resume is false.",
+            got=newest,
+            expected="a folder without checkpoints",
+            do="choose another output, delete that run, or set resume=true to continue it",
+        )
+
+
 def load_newest(
     folder: Path, model: nn.Module, optimizer: Optimizer, run: Mapping[str, Any], famo: Famo | None = None
 ) -> tuple[int, dict[Path, CheckpointError]]:

@@ -19,6 +19,7 @@ from teachercache.student.losses.distillation import DistillationLoss
 from teachercache.student.losses.tasks import MultiTaskLoss
 from teachercache.student.models.student import Student, TeacherFacts
 from teachercache.student.similarity import Similarity, mean_similarity
+from teachercache.student.training.checkpoint import require_output
 from teachercache.student.training.cutmix import unmixable
 from teachercache.student.training.run_log import missing_trackers
 from teachercache.student.training.student_recipe import first_student
@@ -94,6 +95,8 @@ def preflight(
         with found.problems.noted():
             require_known("distilled teacher (distillation.teacher_weights)", name, names)
     found.problems += missing_trackers(recipe.trackers)
+    with found.problems.noted():
+        require_output(recipe.checkpoint_folder, recipe.resume)
     found.problems += _unbalanced(recipe, teachers)
     if recipe.cutmix:
         found.problems += unmixable(recipe.batch_size_per_process, spec.views, teachers)

@@ -29,7 +29,6 @@ from teachercache.student.training.checkpoint import (
     DAMAGED_SUFFIX,
     load_newest,
     misnamed,
-    newest_checkpoint,
     set_aside,
 )
 from teachercache.student.training.decoder_recipe import AnyRecipe
@@ -145,21 +144,6 @@ class Run:
     def _resume(self) -> int:
         """Load the newest checkpoint of the output folder, if there is one; the first step to take."""
         folder = self.recipe.checkpoint_folder
-        if folder.exists() and not folder.is_dir():
-            raise CheckpointError(
-                "There can be no checkpoints in this output folder.",
-                got=f"{folder}, which is no folder",
-                expected="a folder, or nothing",
-                do="move it away, or choose another output",
-            )
-        newest = newest_checkpoint(folder)
-        if newest is not None and not self.recipe.resume:
-            raise CheckpointError(
-                "The output folder holds a run already, and resume is false.",
-                got=newest,
-                expected="a folder without checkpoints",
-                do="choose another output, delete that run, or set resume=true to continue it",
-            )
         first_step, damaged = load_newest(folder, self.module, self.optimizer, self.identity, self.famo)
         finished = self.recipe.saved.exists()
         taken = 0 if first_step else logged_steps(Path(self.recipe.output))

@@ -48,6 +48,7 @@ from teachercache.student.decoders.decoder import Widths
 from teachercache.student.decoders.model import Decoders, Inputs, load_student_at, represent, require_divided
 from teachercache.student.models.student import NUM_LEVELS, WEIGHTS_FILE, TeacherFacts, find_saved
 from teachercache.student.timing import StageTimer
+from teachercache.student.training.checkpoint import require_output
 from teachercache.student.training.decoder_recipe import DecoderInput, DecoderRecipe, decoder_run_identity
 from teachercache.student.training.environment import accelerator_for, overruled
 from teachercache.student.training.loop import Objective
@@ -69,7 +70,6 @@ def train_decoders(recipe: DecoderRecipe) -> RunResult:
     accelerator = accelerator_for(recipe)
     for line in overruled(recipe):
         accelerator.print(line)
-    Problems(missing_trackers(recipe.trackers)).require_none()
     torch.manual_seed(recipe.seed)
     sources = sources_of(recipe, accelerator.process_index, accelerator.num_processes, accelerator.device)
     decoders = decoders_of(recipe, sources)
@@ -268,10 +268,21 @@ class CacheInput(DecoderSource):
 def sources_of(
     recipe: DecoderRecipe, rank: int, processes: int, device: torch.device
 ) -> dict[str, DecoderSource]:
+    """All is asked of the recipe here, before weights are loaded."""
+    problems, sources = Problems(missing_trackers(recipe.trackers)), dict[str, DecoderSource]()
+    with problems.noted():
+        require_output(recipe.checkpoint_folder, recipe.resume)
     if recipe.student is not None:
-        require_divided(recipe.image_size)
-        return {name: ImageInput(one, recipe, rank, processes) for name, one in recipe.decoders.items()}
-    return {name: CacheInput(one, recipe, rank, processes, device) for name, one in recipe.decoders.items()}
+        with problems.noted():
+            require_divided(recipe.image_size)
+    for name, one in recipe.decoders.items():
+        with problems.noted():
+            if recipe.student is not None:
+                sources[name] = ImageInput(one, recipe, rank, processes)
+            else:
+                sources[name] = CacheInput(one, recipe, rank, processes, device)
+    problems.require_none()
+    return sources
 
 
 def steps_per_epoch(sources: Mapping[str, DecoderSource]) -> float:

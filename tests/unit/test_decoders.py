@@ -146,6 +146,8 @@ def test_a_run_that_was_cut_off_goes_on_bit_by_bit(
     assert all(torch.equal(one, again[name]) for name, one in whole.items())
     with pytest.raises(CheckpointError, match=r"optimizer\.lr"):
         run(tmp_path / "whole", optimizer={"lr": 0.5})
+    with pytest.raises(CheckpointError, match="resume is false"):
+        run(tmp_path / "whole", resume=False)
     shutil.rmtree(tmp_path / "whole/checkpoints")
     with pytest.raises(CheckpointError, match="the decoders of a finished run"):
         run(tmp_path / "whole")
@@ -322,6 +324,14 @@ def test_the_rows_of_kpu_are_of_decoders_and_a_student_is_told_how_to_get_there(
             "multiple of 32",
         ),
         ({"student": "kpu", "loader": {"kind": "stream"}}, "random order"),
+        (
+            {
+                "student": "kpu",
+                "image_size": (6, 6),
+                "decoders": {"a": {"kind": "linear", "dataset": "nyud"}},
+            },
+            r"2 problems(.|\n)*multiples of 32(.|\n)*images with class",
+        ),
         ({}, "needs a cache"),
         ({"student": "kpu", "decoders": {"a": UPERNET | {"batch_size_per_process": 1}}}, "2 images or more"),
         ({"student": "kpu", "decoders": {"a": UPERNET | {"cache": "c"}}}, "leave out the decoders' caches"),

@@ -525,7 +525,7 @@ def test_a_run_whose_checkpoints_are_gone_does_not_begin_again(
     with pytest.raises(CheckpointError, match=r"8 steps in (.|\n)*choose another output"):
         train(train_recipe(cache, output))
     (output / "checkpoints").write_bytes(b"")
-    with pytest.raises(CheckpointError, match="which is no folder"):
+    with pytest.raises(CheckpointError, match="which is not a folder"):
         train(train_recipe(cache, output))
     assert (output / "metrics.jsonl").read_bytes() == logged_before
 
