@@ -19,7 +19,7 @@ class SourceRecipe(Strict):
     """Where the images are. `kind: auto` looks at the files. A list of these, each with a `name`, is all."""
 
     path: str = Field(description="Where the images are, a folder, file or URL.")
-    kind: str = Field("auto", description="What they are in; auto looks at the files.")
+    kind: str = Field("auto", description="Format of the source; auto looks at the files.")
 
 
 class NamedSource(SourceRecipe):
@@ -45,7 +45,7 @@ class RunnerRecipe(Strict):
         None, ge=0, description="null: 1, but small builds run on CPUs until GPUs come; 0 asks for CPUs."
     )
     cpus_per_actor: float = Field(1, gt=0, description="CPU cores that a process on Ray asks for.")
-    stall_timeout_s: float = Field(600, gt=0, description="How long a shard may stand still.")
+    stall_timeout_s: float = Field(600, gt=0, description="Seconds that a shard may stand still.")
 
 
 GpuName = Literal["a100", "h100", "h200", "l40s", "rtx4090", "rtx5090"]
@@ -126,10 +126,10 @@ class BuildRecipe(Strict):
     covariance: bool = Field(False, description="Keep covariances among the statistics of features too.")
     images: ImagesKind = Field(
         "reference",
-        description="Keep their place alone, copies of their files, or a student's pixels of every row.",
+        description="reference: their place; copy: their files; rendered: a student's pixels of each row.",
     )
     store: StoreKind = Field("zarr", description="The format of features.")
-    compressor: Compressor | None = Field(None, description="Of a Zarr store's rows.")
+    compressor: Compressor | None = Field(None, description="Compresses the rows of a Zarr store.")
     sak_compat: bool = Field(False, description="Feed teachers as SAK's authors do.")
     runner: RunnerRecipe = RunnerRecipe()
     plan: PlanRecipe = PlanRecipe()

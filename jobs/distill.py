@@ -58,18 +58,18 @@ _LEAST_IMAGES = 4
 _USED_MEMORY = 0.8  # of what is free: allocators and codecs take the rest
 _KEPT = 24  # float32 values of a channel of a token: of one block forward, and of each block in training
 
-Keys = Sequence[str]
-Place = str | os.PathLike[str]
+Settings = Sequence[str]
+LocalPath = str | os.PathLike[str]
 
 
 def distill(
-    images: Place,
+    images: LocalPath,
     *,
-    cache: Place | None = None,
-    output: Place | None = None,
+    cache: LocalPath | None = None,
+    output: LocalPath | None = None,
     pretrained: bool = True,
-    build: Keys = (),
-    train: Keys = (),
+    build: Settings = (),
+    train: Settings = (),
 ) -> tuple[BuildResult, RunResult]:
     """Build a cache of `images` and train a small student from it; after any stop the same call goes on.
 
@@ -109,7 +109,12 @@ def follow(build_recipe: BuildRecipe, train_recipe: TrainRecipe) -> tuple[BuildR
 
 
 def choose(
-    images: Place, cache: Place | None, output: Place | None, pretrained: bool, build: Keys, train: Keys
+    images: LocalPath,
+    cache: LocalPath | None,
+    output: LocalPath | None,
+    pretrained: bool,
+    build: Settings,
+    train: Settings,
 ) -> tuple[BuildRecipe, TrainRecipe]:
     """The recipes that `distill` follows, by the same arguments. Writes nothing.
 
@@ -127,7 +132,7 @@ def choose(
     chosen = {} if begun or on_gpu else _ON_CPU
     weights = f"pretrained={str(pretrained).lower()}"
 
-    def builds(fitting: Keys = ()) -> BuildRecipe:
+    def builds(fitting: Settings = ()) -> BuildRecipe:
         keys = [f"source.path={images}", f"cache={cache}", *chosen.get(BUILD, ()), *fitting, *build]
         teachers = find_recipe(BuildRecipe, folder / f"{BUILD}.yaml", keys).teachers
         for name, teacher in teachers.items():
@@ -176,7 +181,7 @@ def _require_same_run(recipe: TrainRecipe, images: int) -> None:
         was["images"], now["images"] = _sound(FeatureCache.open(recipe.cache).samples), images
         if changed := [key for key in now if now[key] != was.get(key)]:
             raise RecipeError(
-                f"The run in {recipe.output} was begun otherwise; nothing was changed.",
+                f"The run in {recipe.output} began with other settings; nothing was changed.",
                 got=", ".join(f"{key}={now[key]}" for key in changed),
                 expected=", ".join(f"{key}={was.get(key)}" for key in changed),
                 do="name another folder for a run of its own (--output FOLDER), or go on as before",
@@ -258,7 +263,7 @@ def _require_weights(build: BuildRecipe, train: TrainRecipe) -> None:
         ) from error
 
 
-def _within_disk(recipe: BuildRecipe, plan: Plan) -> Keys:
+def _within_disk(recipe: BuildRecipe, plan: Plan) -> Settings:
     """Keys that keep a new cache within half of the free disk: fewer views, and at one view fewer bits."""
     if plan.free_bytes is None:
         return []
@@ -267,7 +272,7 @@ def _within_disk(recipe: BuildRecipe, plan: Plan) -> Keys:
     return [f"views.num_views={max(1, min(views, recipe.views.num_views))}", *smaller]
 
 
-def _absolute(place: Place) -> str:
+def _absolute(place: LocalPath) -> str:
     """A URL, or a path from the root, through the links that were typed."""
     text = os.fspath(place)
     return text if "://" in text else os.path.abspath(os.path.expanduser(text))  # noqa: PTH100, PTH111

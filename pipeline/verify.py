@@ -41,7 +41,7 @@ def verify(
     What is checked is the cache as it is now, whatever it was when it was opened. Builds may go on: what
     differs is looked at again, by what `cache.json` and the records say then, before it is a problem.
 
-    `progress` is called after each committed shard. Shards that are not committed are no problem; they do
+    `progress` is called after each committed shard. Shards that are not committed are not a problem; they do
     not exist. Returns the problems of shards in order of teachers and shards, then those of other files.
     """
     cache = cache.reopened()
@@ -175,7 +175,7 @@ def strays(cache: FeatureCache) -> list[str]:
 
     Those still being written are left out.
 
-    They are listed first, so that what a build names meanwhile is none.
+    They are listed first, so that files which a build names meanwhile are not reported.
     """
     found = [name for name, _ in cache.storage.walk() if not _in_use(cache.storage, name)]
     cache = cache.reopened()

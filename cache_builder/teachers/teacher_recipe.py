@@ -37,7 +37,7 @@ class TeacherRecipe(Strict):
     preset: str | None = Field(None, description="One of `teachercache presets`; or else the name says it.")
     model: str | None = Field(None, description="Any model of timm, or grounding-dino-tiny or -base.")
     image_size: Pixels | tuple[Pixels, Pixels] | None = Field(
-        None, description="What it sees, in pixels: one number, or height and width."
+        None, description="Its input in pixels: one number, or height and width."
     )
     block_indices: tuple[int, ...] | None = Field(
         None,
@@ -45,18 +45,18 @@ class TeacherRecipe(Strict):
     )
     grid: GridKind = Field("native", description="Stored: its own, SAK's adjoint, or pooled to grid_size.")
     grid_size: tuple[Pixels, Pixels] | None = Field(None, description="(height, width) in tokens.")
-    codec: str = Field("f16", description="In how many bits features are stored, see `teachercache codecs`.")
+    codec: str = Field("f16", description="How features are stored; see `teachercache codecs`.")
     cls_token: bool = Field(False, description="Store the class token too.")
     global_feature: bool = Field(False, description="Store the feature of the whole image too.")
     pretrained: bool | None = Field(None, description="false: random weights, for trying things out.")
     checkpoint: str | None = Field(None, description="A local file of weights: safetensors or .pth.")
-    precision: Precision = Field("float32", description="Of the forward pass.")
-    mean: RGB | None = Field(None, description="Of pixels, for red, green and blue; null: the model's own.")
-    std: RGB | None = Field(None, description="Of pixels, for red, green and blue; null: the model's own.")
-    random_seed: int = Field(0, description="Of random weights.")
-    resample_positions: Resampling = Field("antialias", description="How a ViT's are fitted to image_size.")
+    precision: Precision = Field("float32", description="Precision of the forward pass.")
+    mean: RGB | None = Field(None, description="Of red, green and blue; null: the model's own.")
+    std: RGB | None = Field(None, description="Of red, green and blue; null: the model's own.")
+    random_seed: int = Field(0, description="Seed of random weights.")
+    resample_positions: Resampling = Field("antialias", description="How a ViT fits positions to image_size.")
     layer_scale: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="Where random weights start it; DINOv2's 1e-5 makes all levels alike."
+        None, description="Start of LayerScale in random weights; DINOv2's 1e-5 makes all levels alike."
     )
 
     @model_validator(mode="after")
@@ -91,7 +91,7 @@ def resolve_teachers(
         spec = specs[name] = resolve_teacher(name, recipe, views.stored_size, sak_compat, views.patch)
         if views.margin and spec.is_padded:
             raise TeacherInputError(
-                f"Windows are cut out of maps that fill the view, and that of teacher {name} is padded.",
+                f"The map of teacher {name} is padded, so no window can be cut out of it.",
                 got=f"views of {views.stored_size} with their margin, padded to {spec.image_size}",
                 expected="views of the same aspect",
                 do="set views.margin=0, choose square views, or leave sak_compat out",

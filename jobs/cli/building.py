@@ -65,13 +65,13 @@ def distill(
 def plan(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="Images, while there are none.")] = None,
-    image_bytes: Annotated[int, typer.Option(min=1, help="With --samples: the mean of a file.")] = 110_000,
+    samples: Annotated[int | None, typer.Option(min=1, help="Images, before they are here.")] = None,
+    image_bytes: Annotated[int, typer.Option(min=1, help="With --samples: mean bytes of a file.")] = 110_000,
     runs: Annotated[str | None, typer.Option(help="Trainings that will read the cache (1).")] = None,
-    epochs: Annotated[str | None, typer.Option(help="Of each training (30).")] = None,
+    epochs: Annotated[str | None, typer.Option(help="Epochs of each training (30).")] = None,
     gpu: Annotated[str | None, typer.Option(help="The kind of GPU (h100).")] = None,
-    tflops_per_gpu: Annotated[str | None, typer.Option(help="What it sustains, if known.")] = None,
-    measure: Annotated[bool, typer.Option(help="Measure it here (plan.measure_s=30).")] = False,
+    tflops_per_gpu: Annotated[str | None, typer.Option(help="TFLOP/s that a GPU sustains.")] = None,
+    measure: Annotated[bool, typer.Option(help="Measure rates here, for plan.measure_s=30.")] = False,
 ) -> None:
     """Print what a build will cost (rows, bytes, files, GPU-hours), and whether it pays; nothing runs.
 

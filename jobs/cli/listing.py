@@ -65,7 +65,7 @@ def codecs() -> None:
 
 
 def help_keys(
-    kind: Annotated[Literal["build", "train", "train-decoders"], typer.Argument(help="Of which recipe.")],
+    kind: Annotated[Literal["build", "train", "train-decoders"], typer.Argument(help="The kind of recipe.")],
     part: Annotated[str, typer.Argument(metavar="[KEY]", help="Only this key and those below it.")] = "",
 ) -> None:
     """Every key of a recipe, with its type, its default and what it means.

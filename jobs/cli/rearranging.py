@@ -14,9 +14,9 @@ from teachercache.jobs.cli.terminal import CacheArgument, Images, StudentArgumen
 if TYPE_CHECKING:
     from teachercache.pipeline.rearranging.rearrangement import Rearrangement
 
-Output = Annotated[str, typer.Option("-o", "--output", metavar="PLACE", help="A folder or URL.")]
-Keys = Annotated[Path | None, typer.Option(help="A file with the key of a sample on each line.")]
-Fraction = Annotated[float | None, typer.Option(help="A random part of the samples.")]
+OutputOption = Annotated[str, typer.Option("-o", "--output", metavar="PLACE", help="A folder or URL.")]
+KeysOption = Annotated[Path | None, typer.Option(help="A file with the key of a sample on each line.")]
+FractionOption = Annotated[float | None, typer.Option(help="A random part of the samples.")]
 Repository = Annotated[
     str, typer.Argument(metavar="REPOSITORY", help="user/name on the Hub; made by a push if it is not there.")
 ]
@@ -30,13 +30,13 @@ def _numbers(text: str) -> list[int]:
     return [int(number) for number in text.split(",")]
 
 
-Teachers = Annotated[Any, typer.Option(parser=names, metavar="A,B", help="Teachers to keep.")]
-Levels = Annotated[Any, typer.Option(parser=_numbers, metavar="0,-1", help="Levels to keep, from 0.")]
+TeachersOption = Annotated[Any, typer.Option(parser=names, metavar="A,B", help="Teachers to keep.")]
+LevelsOption = Annotated[Any, typer.Option(parser=_numbers, metavar="0,-1", help="Levels to keep, from 0.")]
 
 
 def merge(
     caches: Annotated[list[str], typer.Argument(metavar="CACHE…", help="Two or more caches.")],
-    output: Output,
+    output: OutputOption,
 ) -> None:
     """Merge caches of disjoint samples with the same specs into one; nothing is computed.
 
@@ -51,12 +51,12 @@ def merge(
 
 def subset(
     cache: CacheArgument,
-    output: Output,
-    keys: Keys = None,
-    fraction: Fraction = None,
-    seed: Annotated[int, typer.Option(min=0, help="Which part.")] = 0,
-    teachers: Teachers = None,
-    levels: Levels = None,
+    output: OutputOption,
+    keys: KeysOption = None,
+    fraction: FractionOption = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the random part.")] = 0,
+    teachers: TeachersOption = None,
+    levels: LevelsOption = None,
 ) -> None:
     """Make a smaller cache of some samples, teachers or levels; nothing is computed.
 
@@ -71,11 +71,11 @@ def subset(
 
 def convert(
     cache: CacheArgument,
-    output: Output,
+    output: OutputOption,
     to: Annotated[
         Literal["webdataset", "zarr", "theia", "parquet", "lance"], typer.Option(help="What to write.")
     ],
-    level: Annotated[int, typer.Option(help="All but the first two: which stored level.")] = -1,
+    level: Annotated[int, typer.Option(help="theia, parquet, lance: which stored level.")] = -1,
     dataset: Annotated[str, typer.Option(help="theia: the name of the data set.")] = "imagenet",
     split: Annotated[str, typer.Option(help="theia: train, val or test.")] = "train",
     images: Images = None,
@@ -126,9 +126,9 @@ def push(
 def push_cache(
     cache: CacheArgument,
     repository: Repository,
-    teachers: Teachers = None,
-    levels: Levels = None,
-    fraction: Fraction = None,
+    teachers: TeachersOption = None,
+    levels: LevelsOption = None,
+    fraction: FractionOption = None,
     private: Private = False,
     accept_licences: AcceptLicences = False,
 ) -> None:
@@ -148,10 +148,10 @@ def push_cache(
 def pull(
     repository: Repository,
     output: Annotated[str, typer.Argument(metavar="PLACE", help="A folder or URL.")],
-    keys: Keys = None,
-    fraction: Fraction = None,
-    teachers: Teachers = None,
-    levels: Levels = None,
+    keys: KeysOption = None,
+    fraction: FractionOption = None,
+    teachers: TeachersOption = None,
+    levels: LevelsOption = None,
 ) -> None:
     """Fetch a cache from the Hugging Face Hub, or some teachers, levels or samples of it.
 

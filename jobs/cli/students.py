@@ -40,14 +40,14 @@ def evaluate(
         int, typer.Option(min=0, help="Processes that match boundaries beside the student.")
     ] = 0,
     cache: Annotated[
-        str | None, typer.Option(help="A cache of these images, for what works on teachers' features.")
+        str | None, typer.Option(help="A cache of these images, for models that read teachers' features.")
     ] = None,
     baseline: Annotated[
         list[Path] | None,
         typer.Option(help="scores.json of single-task students, for your Δm; repeat it. Else the paper's."),
     ] = None,
     paper: Annotated[
-        Literal["sak", "kpu"] | None, typer.Option(help="Whose rows to show: kpu's are of decoders.")
+        Literal["sak", "kpu"] | None, typer.Option(help="The paper whose rows to show; kpu has decoders.")
     ] = None,
     table: Annotated[
         int | None, typer.Option(help="Show the rows of this table of the paper, such as 20 for γ.")
@@ -100,10 +100,10 @@ def repsim(
     student: StudentArgument,
     cache: CacheArgument,
     teachers: Annotated[
-        Any, typer.Option(parser=names, metavar="A,B", help="Of these alone; else of those that both have.")
+        Any, typer.Option(parser=names, metavar="A,B", help="Teachers to compare; else all in common.")
     ] = None,
     stem: Annotated[
-        bool, typer.Option("--stem", help="Of the bare stem too, where the widths agree: Table 17, row 1.")
+        bool, typer.Option("--stem", help="Compare the bare stem too, where widths agree: Table 17, row 1.")
     ] = False,
     max_samples: Annotated[int, typer.Option(min=1, help="Samples to average over.")] = 1000,
     images: Images = None,
@@ -129,8 +129,10 @@ def repsim(
 
 def gap(
     student: StudentArgument,
-    caches: Annotated[list[str], typer.Argument(metavar="CACHE…", help="Of its teachers; several, or one.")],
-    max_samples: Annotated[int | None, typer.Option(min=1, help="Samples to measure on; all.")] = None,
+    caches: Annotated[
+        list[str], typer.Argument(metavar="CACHE…", help="One or more caches of its teachers.")
+    ],
+    max_samples: Annotated[int | None, typer.Option(min=1, help="Samples to measure on; else all.")] = None,
     as_json: Json = False,
 ) -> None:
     """The gap between teachers: standard deviations in their own spaces and in a KPU's shared one.
@@ -154,15 +156,15 @@ def gap(
 
 def probe(
     train: Annotated[str, typer.Argument(metavar="TRAIN", help="Caches, or with --student labelled images.")],
-    test: Annotated[str, typer.Argument(metavar="TEST", help="The same, of the images to measure on.")],
+    test: Annotated[str, typer.Argument(metavar="TEST", help="Caches or labelled images to test on.")],
     student: StudentOption = None,
     teachers: Annotated[
         Any, typer.Option(parser=names, metavar="A,B", help="Teachers of the caches; or all.")
     ] = None,
     tokens: Annotated[
-        Literal["cls", "mean"] | None, typer.Option(help="Of a teacher: these alone instead of both.")
+        Literal["cls", "mean"] | None, typer.Option(help="Use these features of a teacher alone; else both.")
     ] = None,
-    size: Annotated[int | None, typer.Option(min=1, help="Pixels that the student sees; its own.")] = None,
+    size: Annotated[int | None, typer.Option(min=1, help="Input in pixels; else the student's own.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images of one forward pass or read.")] = 16,
     threads: Annotated[int, typer.Option(min=1, help="Threads that read and render.")] = 2,
     as_json: Json = False,
@@ -215,15 +217,15 @@ def depth_probe(
     ],
     dataset: Annotated[str, typer.Argument(metavar="DATASET", help="nyud or scenes.")],
     root: Annotated[Path, typer.Argument(metavar="ROOT", help="Its folder (docs/datasets.md).")],
-    expert: Annotated[str, typer.Option(help="Of a student: the stem, or a teacher's path.")] = "stem",
+    expert: Annotated[str, typer.Option(help="Part of a student: stem, or a teacher's path.")] = "stem",
     size: Annotated[tuple[int, int], typer.Option(metavar="HEIGHT WIDTH", help="Pixels that it sees.")] = (
         448,
         576,
     ),
-    steps: Annotated[int, typer.Option(min=1, help="Of the linear layer.")] = 38_400,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of the linear layer.")] = 38_400,
     batch_size: Annotated[int, typer.Option(min=1, help="Images of a step.")] = 16,
     threads: Annotated[int, typer.Option(min=1, help="Threads that read and render.")] = 2,
-    random_weights: Annotated[bool, typer.Option("--random", help="Of a timm ViT: for a trial.")] = False,
+    random_weights: Annotated[bool, typer.Option("--random", help="Random weights of a timm ViT.")] = False,
     as_json: Json = False,
 ) -> None:
     """RMSE of depth that a linear layer reads from frozen maps, of one level and of four (SAK, Table 27).
@@ -262,7 +264,7 @@ def depth_probe(
 
 def remove_teacher(
     student: StudentArgument,
-    teachers: Annotated[list[str], typer.Argument(metavar="TEACHER…", help="Those that go.")],
+    teachers: Annotated[list[str], typer.Argument(metavar="TEACHER…", help="Teachers to remove.")],
     output: Annotated[
         Path, typer.Option("-o", "--output", metavar="FOLDER", help="Write the smaller student there.")
     ],
@@ -313,7 +315,7 @@ def import_reference(
     ],
     size: Annotated[
         tuple[int, int] | None,
-        typer.Option(metavar="HEIGHT WIDTH", help="Pixels that the student sees; else a square."),
+        typer.Option(metavar="HEIGHT WIDTH", help="Input in pixels, if it is not a square."),
     ] = None,
 ) -> None:
     """Make a student of a checkpoint of SAK's authors, of either stage, and name what did not fit.

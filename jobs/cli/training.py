@@ -8,9 +8,9 @@ import typer
 from teachercache.jobs.cli.terminal import Overrides, RecipeArgument, console
 
 DryRun = Annotated[bool, typer.Option(help="Print steps, hours, reads or problems, and stop.")]
-Processes = Annotated[int, typer.Option(min=1, help="Of a dry run: GPUs to plan for.")]
-Gpu = Annotated[str, typer.Option(help="Of a dry run: the kind of GPU.")]
-Tflops = Annotated[float | None, typer.Option(min=0.001, help="What it sustains, if known.")]
+Processes = Annotated[int, typer.Option(min=1, help="With --dry-run: GPUs to plan for.")]
+GpuOption = Annotated[str, typer.Option(help="With --dry-run: the kind of GPU.")]
+Tflops = Annotated[float | None, typer.Option(min=0.001, help="TFLOP/s that a GPU sustains.")]
 
 
 def train(
@@ -19,12 +19,12 @@ def train(
     dry_run: DryRun = False,
     processes: Processes = 1,
     samples: Annotated[
-        int | None, typer.Option(min=1, help="Of a dry run: images of a cache that is yet to be built.")
+        int | None, typer.Option(min=1, help="With --dry-run: images of a cache that is not built yet.")
     ] = None,
-    gpu: Gpu = "h100",
+    gpu: GpuOption = "h100",
     tflops_per_gpu: Tflops = None,
     costs: Annotated[
-        bool, typer.Option("--costs", help="Of a dry run: what teachers and student cost (SAK, Table 21).")
+        bool, typer.Option("--costs", help="With --dry-run: cost of teachers and student (SAK, Table 21).")
     ] = False,
 ) -> None:
     """Train a student in this one process; use `accelerate launch jobs/train_student.py` for several.
@@ -55,7 +55,7 @@ def train_decoders(
     overrides: Overrides = None,
     dry_run: DryRun = False,
     processes: Processes = 1,
-    gpu: Gpu = "h100",
+    gpu: GpuOption = "h100",
     tflops_per_gpu: Tflops = None,
 ) -> None:
     """Train decoders (UPerNet, MaskDINO, a linear layer) on a student's features, or on those of cached

@@ -26,22 +26,20 @@ app = typer.Typer(
 )
 
 ImagesArgument = Annotated[str, typer.Argument(metavar="IMAGES", help="A folder, tars or Parquet files.")]
-Cache = Annotated[str | None, typer.Option(help="The student's: models of other weights are refused.")]
-Output = typer.Option("-o", "--output", metavar="FOLDER", help="Write results there.")
+Cache = Annotated[str | None, typer.Option(help="The student's cache, to refuse other weights.")]
+OutputOption = typer.Option("-o", "--output", metavar="FOLDER", help="Write results there.")
 
 
 @app.command()
 def classify(
     student: StudentArgument,
     images: ImagesArgument,
-    classes: Annotated[
-        Path, typer.Option(help="A class a line: its name; or its label, a tab and its name.")
-    ],
+    classes: Annotated[Path, typer.Option(help="One class a line: a name; or a label, a tab and a name.")],
     clip: Annotated[str, typer.Option(help="The whole CLIP: a name on the Hub, or a folder.")],
     templates: Annotated[Path | None, typer.Option(help="Lines such as: a photo of a {}.")] = None,
     teacher: Annotated[str | None, typer.Option(help="The CLIP among the student's teachers.")] = None,
     cache: Cache = None,
-    output: Annotated[Path | None, Output] = None,
+    output: Annotated[Path | None, OutputOption] = None,
     as_json: Json = False,
 ) -> None:
     """What images show, by names of classes; top-1 and top-5 where folders are labels (KPU, Figure 3).
@@ -74,14 +72,14 @@ def detect(
     student: StudentArgument,
     images: ImagesArgument,
     detector: Annotated[str, typer.Option(help="The whole GroundingDINO: a name on the Hub, or a folder.")],
-    output: Annotated[Path, Output],
+    output: Annotated[Path, OutputOption],
     prompt: Annotated[str, typer.Option(help='Such as "cat. dog."; else all annotated categories.')] = "",
-    annotations: Annotated[Path | None, typer.Option(help="COCO's, to score by average precision.")] = None,
+    annotations: Annotated[Path | None, typer.Option(help="COCO annotations, to score boxes by AP.")] = None,
     threshold: Annotated[float, typer.Option(min=0, max=1, help="Boxes that score less are left out.")] = 0.3,
     cache: Cache = None,
     as_json: Json = False,
 ) -> None:
-    """Where images show what a prompt names; average precision with COCO's annotations (KPU, Figure 3).
+    """Find what a prompt names in images; average precision with COCO's annotations (KPU, Figure 3).
 
     Example: `teachercache zeroshot detect runs/kpu/student photos --prompt "cat." --detector FOLDER -o found`
     """
@@ -122,7 +120,7 @@ def _require_weights(cache: str | None, teachers: list[str], whole: Clip | str) 
     """Raises `CacheMismatchError` where these teachers of the cache have other weights than the vision tower
     of a CLIP, or than the detector of this name. Without a cache, says that nobody looked."""
     if cache is None:
-        told = f"Weights were not compared with those of {', '.join(teachers)}: --cache, the student's, does."
+        told = f"Weights were not compared with those of {', '.join(teachers)}: name the student's --cache."
         typer.echo(told, err=True)
         return
     from safetensors.torch import save_file

@@ -114,7 +114,7 @@ class Comparisons:
     def _prediction(self, teacher: str, row: int, level: int) -> Tensor:
         """The student's map (H, W, C) on the grid of the teacher's."""
         height, width = self._map(teacher, row, level).shape[:2]
-        level -= len(self.reader.maps(teacher, row))  # whose levels are fewer stands beside the other's last
+        level -= len(self.reader.maps(teacher, row))  # one with fewer levels is beside the other's last
         predictions = self._predictions(row)
         if teacher not in predictions:
             raise CacheError("the student was not distilled from this teacher")

@@ -6,7 +6,7 @@ import warnings
 
 import torch
 
-SWITCH = "TEACHERCACHE_TRITON"  # 0: PyTorch's own operations take the kernels' place
+TRITON_SWITCH = "TEACHERCACHE_TRITON"  # 0: PyTorch's own operations take the kernels' place
 LEAST_TRITON, LEAST_CAPABILITY = (3, 6), (8, 0)  # PyTorch 2.11's; TF32 and bfloat16
 
 
@@ -15,7 +15,7 @@ def has_kernel(device: torch.device) -> bool:
     """Whether Triton's kernels run there; on a GPU that must do without, one warning says why."""
     if device.type != "cuda":
         return False
-    reason = f"{SWITCH}=0" if os.environ.get(SWITCH) == "0" else _no_triton()
+    reason = f"{TRITON_SWITCH}=0" if os.environ.get(TRITON_SWITCH) == "0" else _no_triton()
     found = torch.cuda.get_device_capability(device) if torch.cuda.is_available() else LEAST_CAPABILITY
     if not reason and found < LEAST_CAPABILITY:
         reason = f"a GPU of compute capability {found[0]}.{found[1]}, expected 8.0 or newer"

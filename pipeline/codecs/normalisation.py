@@ -7,7 +7,7 @@ Shapes: R rows, S levels, C channels. A calibrated normalisation is its tables, 
     hadamard      y = H D z       D random signs, H a Hadamard matrix
     phi-s         y = H D Uᵀ z    U the eigenvectors of the covariance, one std a level
 
-Mean, std and covariance are those of the values that are no outliers. The last is PHI-S (Ranzinger et al.
+Mean, std and covariance are those of the values that are not outliers. The last is PHI-S (Ranzinger et al.
 2024, "PHI-S: Distribution Balancing for Label-Free Multi-Teacher Distillation"): an isotropic scale and a
 rotation after which every channel has unit variance.
 """

@@ -149,7 +149,7 @@ def _rings(unary: Tensor, places_of_byte: Tensor) -> Tensor:
     places = places_of_byte.index_select(0, unary.flatten().int()).view(*unary.shape, 9)
     ones = places[..., 8]
     order = places[..., :8] + (ones.cumsum(-1, dtype=torch.int16) - ones)[..., None]
-    order = order.flatten(-2).clamp(max=num_rings).long()  # what is no one goes behind them all
+    order = order.flatten(-2).clamp(max=num_rings).long()  # what is not a one goes last
     bits = torch.arange(2 * num_rings, dtype=torch.int32, device=unary.device).expand(order.shape)
     ends = bits.new_full((*unary.shape[:-1], num_rings + 2), -1)
     ends[..., 1:].scatter_(-1, order, bits)

@@ -87,7 +87,7 @@ class CachedTeachers(Dataset[dict[str, Any]]):
                     f"The pixels of {key} are not those that the teachers saw in row {row}.",
                     got=f"left, top, right, bottom, mirrored: {crop}",
                     expected=list(expected),
-                    do="cut the pixels with `render_view(image, cache.view(row))`, and mirror them no more",
+                    do="cut the pixels with `render_view(image, cache.view(row))`, and mirror them once",
                 )
         read = self.cache.read(rows, self.teachers).items()
         return {name: encoded.decode(device) for name, encoded in read}

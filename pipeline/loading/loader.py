@@ -57,7 +57,7 @@ class Sampler(Protocol):
         """The epoch that each of these rows is of."""
 
 
-class Labels(Protocol):
+class LabelSource(Protocol):
     """What a data set says of its images; the loader moves it to the views and into the batch."""
 
     @property
@@ -139,7 +139,7 @@ class FeatureLoader:
         features: bool = True,
         images: bool = True,
         extra_sizes: Collection[Size] = (),
-        labels: Labels | None = None,
+        labels: LabelSource | None = None,
         fresh: bool = False,
         jitter: StudentJitter | None = None,
         seed: int = 0,
@@ -150,7 +150,7 @@ class FeatureLoader:
     ) -> None:
         if threads < 1 or prefetch < 0:
             raise ArgumentError(
-                "A loader needs a thread, and cannot prepare fewer batches than none.",
+                "A loader needs at least one thread, and prefetch cannot be negative.",
                 got=f"threads={threads}, prefetch={prefetch}",
                 expected="threads >= 1, prefetch >= 0",
             )

@@ -70,7 +70,7 @@ class ShardShuffleSampler:
         self._samples = np.intersect1d(cache.valid_samples(teachers), chosen, assume_unique=True)
         if not chosen.size:
             raise CacheError(
-                "Of so small a part of the cache no sample is left.",
+                "This part of the cache is too small to hold a sample.",
                 got=f"a fraction of {fraction:g} of {cache.num_samples} samples"
                 + ("" if among is None else f", among {among.size} of them"),
                 expected="at least one",
@@ -78,7 +78,7 @@ class ShardShuffleSampler:
             )
         if not self._samples.size:
             raise CacheError(
-                "Not one sample of this cache can be trained on.",
+                "This cache has no sample to train on.",
                 got=f"{chosen.size} of {cache.num_samples} samples, all quarantined for these teachers",
                 expected="at least one decodable image",
                 do=f"see {cache.storage.url}/quarantine for the reasons",

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-SWITCH = "TEACHERCACHE_NEAR_CORES"  # 0: processes stay wherever they are put
+CORES_SWITCH = "TEACHERCACHE_NEAR_CORES"  # 0: processes stay wherever they are put
 _DEVICES = Path("/sys/bus/pci/devices")
 
 
@@ -36,8 +36,8 @@ def share_of_cores(gpu: Any, devices: Path = _DEVICES) -> int:
 
 
 def stay_near(gpu: Any, devices: Path = _DEVICES) -> None:
-    """Keep this process, whichever thread asks, on the cores near `gpu`, unless `SWITCH` is 0."""
-    if os.environ.get(SWITCH) != "0":
+    """Keep this process, whichever thread asks, on the cores near `gpu`, unless `CORES_SWITCH` is 0."""
+    if os.environ.get(CORES_SWITCH) != "0":
         cores, _ = near_cores(gpu, devices)
         for thread in Path("/proc/self/task").iterdir():
             with suppress(ProcessLookupError):  # it has ended

@@ -144,7 +144,7 @@ def _keys(cache: FeatureCache, rows: Ints) -> list[str]:
     twice = [key for key, count in Counter(keys).items() if count > 1]
     if twice:
         raise CacheError(
-            "Without dots and slashes, some keys of this cache are equal.",
+            "Some keys of this cache become equal without their dots and slashes.",
             got=", ".join(twice[:3]),
             expected="keys that differ in other characters too",
             do="rename the images, or export a subset",

@@ -82,7 +82,7 @@ def _of_levels(source: FeatureCache, name: str, levels: Sequence[int]) -> tuple[
         single = range(0)
     if not levels or not {*levels} <= {*single}:
         raise CacheError(
-            f"Teacher {name} has no such levels by themselves.",
+            f"Teacher {name} cannot be stored with these levels alone.",
             got=", ".join(map(str, levels)) or "none",
             expected=f"some of 0…{spec.num_levels - 1}"
             if single

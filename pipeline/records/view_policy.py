@@ -22,19 +22,23 @@ class ViewPolicy(Strict):
 
     policy: PolicyName = Field("imagenet_train", description="How crops are drawn.")
     num_views: int = Field(1, ge=1, description="Views of each image.")
-    size: Size = Field((384, 384), description="What a student sees, in pixels: (height, width) or both.")
-    seed: int = Field(0, ge=0, description="Of the drawing.")
+    size: Size = Field(
+        (384, 384), description="Input of a student in pixels: (height, width), or one for both."
+    )
+    seed: int = Field(0, ge=0, description="Seed of the crops.")
     scale: tuple[float, float] = Field(
         (0.08, 1.0),
         description="Share of the image's area; of multitask_train the zoom, 0.5 to 2 by default.",
     )
     ratio: tuple[float, float] = Field((3 / 4, 4 / 3), description="Width over height of a crop.")
     margin: int = Field(0, ge=0, description="Pixels that teachers see beyond a student's window.")
-    patch: int = Field(16, ge=1, description="A student's, in pixels; windows move by whole ones.")
+    patch: int = Field(16, ge=1, description="A student's patch in pixels; windows move by patches.")
     flip: Flip = Field("random", description="pairs: every crop twice, as it is and mirrored.")
     flip_probability: float = Field(0.5, ge=0, le=1, description="How likely a crop is mirrored.")
     crop_fraction: float = Field(0.875, gt=0, le=1, description="Part of a side that imagenet_eval keeps.")
-    jitter_probability: float = Field(0.5, ge=0, le=1, description="For each colour, of multitask_train.")
+    jitter_probability: float = Field(
+        0.5, ge=0, le=1, description="Chance of each colour change of multitask_train."
+    )
     photometric: Photometric = Field("color_jitter", description="How colours of multitask_train change.")
 
     @field_validator("size", mode="before")

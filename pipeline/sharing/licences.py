@@ -58,7 +58,7 @@ def require_shareable(licences: Mapping[str, str], copied_images: int = 0) -> No
             reasons.append(f"{teacher} is under {name}: {licence['terms']} ({licence['url']})")
     if reasons:
         raise LicenceError(
-            "This is not simply for everybody.",
+            "Licences restrict who may have this.",
             got="; ".join(reasons),
             do="push it with --private, or without these teachers; where you may share it and have done what "
             "the terms ask, add --accept-licences",

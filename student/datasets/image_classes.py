@@ -33,7 +33,7 @@ class ImageClasses(LabelledDataset):
         self._number = {name: number for number, name in enumerate(classes)}
         if strangers := {sample["label"] for sample in self._samples} - self._number.keys():
             raise SourceError(
-                f"{len(strangers)} classes of {self.list_file} are none of the images to train on.",
+                f"{len(strangers)} classes of {self.list_file} do not occur among the training images.",
                 got=", ".join(sorted(strangers)[:3]),
                 expected=f"labels among {', '.join(classes[:3])} …",
                 do="name the folder that holds both splits of one data set",

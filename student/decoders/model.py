@@ -112,7 +112,7 @@ def require_paper(folder: str | os.PathLike[str], paper: str | None) -> bool:
     if paper not in (None, "kpu" if are_decoders else "sak"):
         find_saved(folder)
         raise RecipeError(
-            f"The tables of {paper.upper()} have no rows of this.",
+            f"{paper.upper()}'s tables have no rows for this.",
             got=f"{folder}, which holds {'decoders' if are_decoders else 'a student'}",
             expected="a student of stage 2 for sak, decoders on a student's features for kpu",
             do="leave out --paper"

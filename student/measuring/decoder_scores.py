@@ -26,7 +26,7 @@ from teachercache.student.measuring.paper_results import cell, kpu_rows, markdow
 from teachercache.student.metrics import MeanIoU, Top1
 
 
-class Place(NamedTuple):
+class EvaluatedPlace(NamedTuple):
     """An image: its number in the data set, the whole view of it that is seen, and its (height, width)."""
 
     number: int
@@ -107,7 +107,7 @@ def to_image(prediction_CHW: Tensor, view: View, size: Size) -> Tensor:
     return upsample(prediction_CHW[None, :, rows, columns], size)[0]
 
 
-Predicted = Iterator[tuple[list[Place], Any]]
+Predicted = Iterator[tuple[list[EvaluatedPlace], Any]]
 
 
 def _mean_iou(dataset: LabelledDataset, _: range, predicted: Predicted) -> dict[str, float]:
@@ -185,11 +185,11 @@ def _rendered(
     batch_size: int,
     threads: int,
     device: torch.device,
-) -> Iterator[tuple[list[Place], Inputs]]:
-    def make(number: int) -> tuple[Place, Tensor]:
+) -> Iterator[tuple[list[EvaluatedPlace], Inputs]]:
+    def make(number: int) -> tuple[EvaluatedPlace, Tensor]:
         image = dataset.image(number)
         view = draw_view(policy, dataset.keys[number], image.width, image.height, 0)
-        return Place(number, view, (image.height, image.width)), render_view(image, view)
+        return EvaluatedPlace(number, view, (image.height, image.width)), render_view(image, view)
 
     for items in in_threads(make, numbers, batch_size, threads):
         places, images = zip(*items, strict=True)
@@ -203,7 +203,7 @@ def _cached(
     numbers: Sequence[int],
     batch_size: int,
     device: torch.device,
-) -> Iterator[tuple[list[Place], Inputs]]:
+) -> Iterator[tuple[list[EvaluatedPlace], Inputs]]:
     specs = {name: cache.spec.teachers[name] for name in teachers}
     for start in range(0, len(numbers), batch_size):
         found = list(numbers[start : start + batch_size])
@@ -213,7 +213,7 @@ def _cached(
             token = cache.read_tokens(rows, name, CLS_TOKEN)[:, -1].to(device) if spec.cls_token else None
             inputs[name] = maps[name].decode(device), token
         places = [
-            Place(number, cache.view(int(row)), dataset.image_size(number))
+            EvaluatedPlace(number, cache.view(int(row)), dataset.image_size(number))
             for number, row in zip(found, rows, strict=True)
         ]
         yield places, inputs
@@ -226,7 +226,7 @@ def _require_fit(decoders: Decoders, name: str, dataset: LabelledDataset, cache:
     classes = {**dataset.tasks, **dataset.decoder_tasks}.get(task, 0)
     if learnt != (classes, cache is not None) or not dataset.keys:
         raise RecipeError(
-            f"The decoder {name} cannot be measured on this.",
+            f"The decoder {name} cannot be measured on this data set.",
             got=f"{classes} classes of {task} in {len(dataset.keys)} images, {'a' if cache else 'no'} cache",
             expected=f"{learnt[0]} classes in some images, {'a' if learnt[1] else 'no'} cache of them",
             do="name the data set that it was trained on, and a cache where there is no student",

@@ -177,7 +177,7 @@ def evaluate(
         }
         second_metrics = {t: named[1]() for t in tasks if (named := TASK_OUTPUTS[t].new_second) is not None}
         gates = dict[str, Tensor]()
-        panel: list[tuple[Item, dict[str, NDArray]]] = []  # the first few, for a figure
+        panel: list[tuple[EvaluatedItem, dict[str, NDArray]]] = []  # the first few, for a figure
         console = Terminal(stderr=True)
         hidden = not (state.is_main_process and console.is_terminal)
         progress = stack.enter_context(progress_bar(console, disable=hidden))
@@ -241,7 +241,7 @@ def add_up(sums: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Item:
+class EvaluatedItem:
     """A sample as the student sees it, its labels on the same pixels, with depth in the room's metres: a
     smaller image seems farther away by 1 / `magnification`, in predictions too."""
 
@@ -268,17 +268,17 @@ def batches(
     size: Size,
     batch_size: int,
     threads: int,
-) -> Iterator[list[Item]]:
+) -> Iterator[list[EvaluatedItem]]:
     """Samples in order, which threads make a few batches ahead."""
     policy = ViewPolicy(policy="multitask_eval", size=size)
 
-    def make(number: int) -> Item:
+    def make(number: int) -> EvaluatedItem:
         image, key = dataset.image(number), dataset.keys[number]
         view = draw_view(policy, key, image.width, image.height, 0)
         labels = render_labels(dataset.labels(number, tasks, measured=True), view, size)
         if "depth" in labels:
             labels["depth"] *= view.magnification
-        return Item(key, render_view(image, view, size), labels, view.magnification)
+        return EvaluatedItem(key, render_view(image, view, size), labels, view.magnification)
 
     return in_threads(make, numbers, batch_size, threads)
 
@@ -304,14 +304,14 @@ def _require_cache(student: Student, cache: FeatureCache | None, keys: Sequence[
 
 
 def _features(
-    cache: FeatureCache, teachers: list[str], items: Sequence[Item], device: torch.device
+    cache: FeatureCache, teachers: list[str], items: Sequence[EvaluatedItem], device: torch.device
 ) -> dict[str, Tensor]:
     """(B, S, H, W, C) for each teacher."""
     rows = cache.index.rows([cache.find(item.key, whole=True) for item in items], 0)
     return {name: encoded.decode(device) for name, encoded in cache.read(rows, teachers).items()}
 
 
-def _save_predictions(folder: Path, items: list[Item], estimates: list[dict[str, NDArray]]) -> None:
+def _save_predictions(folder: Path, items: list[EvaluatedItem], estimates: list[dict[str, NDArray]]) -> None:
     """One PNG per task and sample: class indices, probabilities · 255, or depth in millimetres (16 bits);
     normals as colours."""
     for item, by_task in zip(items, estimates, strict=True):
@@ -325,7 +325,7 @@ def _write(
     evaluation: Evaluation,
     folder: Path,
     experts: Sequence[str],
-    panel: Sequence[tuple[Item, dict[str, NDArray]]],
+    panel: Sequence[tuple[EvaluatedItem, dict[str, NDArray]]],
     markdown: str,
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)

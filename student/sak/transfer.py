@@ -65,7 +65,7 @@ def grow(student: SAK, teacher_dims: Mapping[str, int], image_size: Size) -> Non
     for name in own.keys() & teacher_dims.keys():
         if own[name] != teacher_dims[name]:
             raise RecipeError(
-                f"The student knows another teacher by the name of {name}.",
+                f"The student already has another teacher called {name}.",
                 got=f"{teacher_dims[name]} channels in the cache",
                 expected=own[name],
                 do="give the new teacher a name of its own in the recipe of the cache",

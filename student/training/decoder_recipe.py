@@ -24,9 +24,9 @@ class DecoderInput(Strict):
     dataset: DatasetRecipe
     batch_size_per_process: int = Field(16, ge=1, description="Images of a step, in each process.")
     options: dict[str, int] = Field({}, description="The numbers of its constructor, such as width.")
-    weight: Weight = Field(1.0, description="Of its loss in the sum.")
-    cache: str | None = Field(None, description="Of the data set's images, where the run has no student.")
-    teachers: tuple[str, ...] | None = Field(None, description="Whose features it reads of it; null: all.")
+    weight: Weight = Field(1.0, description="Weight of its loss.")
+    cache: str | None = Field(None, description="Cache of its images, if there is no student.")
+    teachers: tuple[str, ...] | None = Field(None, description="Teachers to read from it; null: all.")
 
 
 class DecoderRecipe(RunRecipe):
@@ -39,7 +39,7 @@ class DecoderRecipe(RunRecipe):
 
     student: AtHome | None = Field(None, description="A folder that `train` wrote; null: on teachers.")
     learns: bool = Field(False, description="Train the student too.")
-    image_size: Size = Field((512, 512), description="Of images in pixels; multiples of 32.")
+    image_size: Size = Field((512, 512), description="Size of images in pixels, multiples of 32.")
     decoders: dict[str, DecoderInput] = Field(min_length=1)
 
     makes: ClassVar[str] = "decoders"

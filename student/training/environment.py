@@ -86,7 +86,7 @@ def overruled(recipe: AnyRecipe) -> list[str]:
         "ACCELERATE_DYNAMO_BACKEND": ("no", "student.compile alone"),
     }
     return [
-        f"{variable}={value} of the environment is not heeded: the recipe states {text}."
+        f"{variable}={value} in the environment is ignored: the recipe states {text}."
         for variable, (own, text) in stated.items()
         if (value := os.environ.get(variable, "")).lower() not in {*_OFF, str(own)}
     ]

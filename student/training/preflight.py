@@ -136,8 +136,8 @@ def joined(recipe: TrainRecipe, parts: Sequence[Preflight]) -> Preflight:
     if twice := sorted({name for name in names if names.count(name) > 1}):
         found.problems.append(
             RecipeError(
-                "A teacher can be of one input alone.",
-                got=f"{', '.join(twice)} of several",
+                "A teacher belongs to one input only.",
+                got=f"{', '.join(twice)} in several inputs",
                 expected="each teacher once",
                 do="name the teachers of each input",
             )
@@ -248,7 +248,7 @@ def _open_second(wanted: ValidationRecipe, cache: FeatureCache, teachers: Sequen
     if differing:
         ours, theirs = (", ".join(f"{name}: {pair[i]}" for name, pair in differing.items()) for i in (0, 1))
         raise CacheMismatchError(
-            f"The cache to validate on, {wanted.cache}, is not one of the same recipe and of other images.",
+            f"The validation cache {wanted.cache} needs the recipe of the training cache, and other images.",
             got=theirs,
             expected=ours,
             do="build it as the cache to train on, with another source.path; or give validation.fraction",
@@ -262,7 +262,7 @@ def _require_length(num_samples: int | None, recipe: TrainRecipe, processes: int
     if num_samples is None:
         if recipe.schedule.epochs and not is_built:
             raise RecipeError(
-                "How long an epoch is cannot be told before there is a cache.",
+                "The length of an epoch is unknown until the cache exists.",
                 got=f"schedule.epochs={recipe.schedule.epochs:g}, and no cache at {recipe.cache}",
                 expected="the number of images",
                 do="add --samples, such as 1281167 for ImageNet-1k",
@@ -292,7 +292,7 @@ def _unbalanced(recipe: TrainRecipe, teachers: Mapping[str, TeacherSpec]) -> Ite
     adjoint = [name for name, spec in teachers.items() if spec.grid.kind == "adjoint"]
     if wanted.targets != "raw" and adjoint:
         yield RecipeError(
-            f"On the adjoint grid no map can be {wanted.targets}: its norms are those of raw features.",
+            f"Maps on the adjoint grid cannot be {wanted.targets}: their stored norms are of raw features.",
             got=f"grid: adjoint of {', '.join(adjoint)}",
             expected="grid: native or bilinear",
             do="set distillation.targets=raw, or build a cache of these images with such a grid",
@@ -315,7 +315,7 @@ def _other_grids(
         seen = views.seen_grid(spec.stored_grid)
         if recipe.student.loss is DistillationLoss and spec.grid.kind == "adjoint" and grid != seen:
             yield RecipeError(
-                f"The adjoint grid of teacher {name} holds for one student grid alone.",
+                f"The adjoint grid of teacher {name} fits one student grid only.",
                 got=f"{grid} tokens of the stem {recipe.student.stem}",
                 expected=f"{seen}, as in the cache",
                 do="choose a stem with patches of another size, or a cache with grid: native",

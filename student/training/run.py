@@ -169,7 +169,7 @@ class Run:
                 aside = set_aside(path).name
                 print(f"{error}\n{path.name} is set aside as {aside}: going on from {first_step} steps.")
             if others := [name for name in misnamed(folder) if DAMAGED_SUFFIX not in name]:
-                print(f"Left out of {folder}: {', '.join(others)}, no names of checkpoints.")
+                print(f"Ignored in {folder}, since these are not names of checkpoints: {', '.join(others)}.")
         return first_step
 
 

@@ -172,9 +172,9 @@ class RunLog:
             else:
                 again += 1
         if again:
-            self._console.print(f"{again} steps that no checkpoint holds are taken again")
+            self._console.print(f"{again} steps after the last checkpoint are repeated")
         if garbage:
-            self._console.print(f"{garbage} lines of {METRICS_FILE} cannot be read and go")
+            self._console.print(f"{garbage} lines of {METRICS_FILE} cannot be read and are dropped")
         with replacing(path) as file:
             file.write_bytes(b"".join(line + b"\n" for line in kept))
         return path.open("a")

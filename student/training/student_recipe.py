@@ -141,7 +141,7 @@ class KpuRecipe(StudentRecipe):
     preservation: bool = Field(True, description="Keep the sentinel as it is, beside a ViT-Adapter.")
     unification: bool = Field(True, description="Align teachers in one space.")
     reconstruction: bool = Field(True, description="Give teachers back from that space.")
-    norm: NormKind = Field("group", description="Of the ViT-Adapter; sync_batch is the original's.")
+    norm: NormKind = Field("group", description="Norms of the ViT-Adapter; original: sync_batch.")
 
     def contradictions(self) -> Iterator[str]:
         yield from super().contradictions()
@@ -220,7 +220,7 @@ def unfit_experts(teachers: Specs, levels: Collection[int] = (NUM_LEVELS,)) -> E
     for name, spec in teachers.items():
         if spec.num_levels != wanted:
             yield RecipeError(
-                f"Teacher {name} cannot be an expert: one map of each is taken at every level.",
+                f"Teacher {name} cannot be an expert: an expert needs one map at each level.",
                 got=f"{spec.num_levels} levels in the cache",
                 expected=str(wanted),
                 do=_OTHER_LEVELS,
@@ -313,7 +313,7 @@ def first_student(
     student.freeze(*wanted.freeze)
     if not any(parameter.requires_grad for parameter in student.parameters()):
         raise RecipeError(
-            "Nothing of the student is left to learn.",
+            "Every part of the student is frozen.",
             got=f"student.freeze: [{', '.join(wanted.freeze)}]",
             expected="a part that is trained: " + ", ".join(name for name, _ in student.named_children()),
             do="freeze less",
@@ -326,7 +326,7 @@ def _require_kept(wanted: StudentRecipe, student: Student) -> None:
     said = wanted.model_dump(include=_KEPT & wanted.model_fields_set)
     if others := [key for key in said if said[key] != student.config[key]]:
         raise RecipeError(
-            f"The student in {wanted.init_from} goes on as it is, and the recipe states another.",
+            f"The recipe differs from the student in {wanted.init_from}, which continues unchanged.",
             got=", ".join(f"student.{key}: {said[key]}" for key in others),
             expected=", ".join(f"student.{key}: {student.config[key]}" for key in others),
             do="state the student's own, or set student.init_from=null for a new student",

@@ -31,7 +31,7 @@ with extra("train"):
     import tensorboard  # noqa: F401
     from accelerate import Accelerator
 
-from teachercache.pipeline.loading.loader import FeatureLoader, Labels
+from teachercache.pipeline.loading.loader import FeatureLoader, LabelSource
 from teachercache.pipeline.stores.feature_store import CLS_TOKEN
 from teachercache.student.hub import teacher_licences
 from teachercache.student.losses.weighting import Famo, TeacherDrop, Weighting
@@ -193,7 +193,7 @@ class _Run:
 
 
 def not_finite(
-    cache: FeatureCache, teachers: Sequence[str], labels: Labels | None, rows: NDArray
+    cache: FeatureCache, teachers: Sequence[str], labels: LabelSource | None, rows: NDArray
 ) -> list[str]:
     """What of the data of these rows is not finite, read again where a loss is not: one line for each part of
     a row, its teacher and shard, or its task."""

@@ -37,7 +37,7 @@ class MultiTaskRecipe(Strict):
 
     dataset: DatasetRecipe
     tasks: tuple[str, ...] | None = Field(None, min_length=1, description="Tasks to learn; null: all it has.")
-    weights: dict[str, Weight] = Field({}, description="Of the tasks' losses, where not those of SAK, B.5.")
+    weights: dict[str, Weight] = Field({}, description="Weights of the tasks' losses; else SAK's (B.5).")
 
 
 class DistillationRecipe(Strict):
@@ -45,17 +45,17 @@ class DistillationRecipe(Strict):
     compared raw, whatever `targets` is."""
 
     weight: float = Field(
-        1.0, ge=0, description="Of distillation beside the tasks (γ of SAK, Eq. 6); 0 reads no features."
+        1.0, ge=0, description="Weight of distillation beside tasks (γ of SAK, Eq. 6); 0 reads no features."
     )
     cosine: CosineKind | None = Field(
-        None, description="Of whole maps or of each token; null: flattened for a SAK, token for a KPU."
+        None, description="Cosine of whole maps or of tokens; null: flattened for a SAK, token for a KPU."
     )
-    cosine_weight: float = Field(0.9, ge=0, description="Of one minus the cosine.")
-    distance: DistanceKind = Field("smooth_l1", description="How maps are compared beside their cosine.")
-    distance_weight: float = Field(0.1, ge=0, description="Of this distance.")
-    teacher_weights: dict[str, Weight] = Field({}, description="What each teacher counts; 1 if not said.")
-    image_weight: float = Field(1.0, ge=0, description="Of the class tokens' cosine; for a KPU alone.")
-    reconstruction_weight: float = Field(1.0, ge=0, description="Of reconstruction (λ of KPU), for a KPU.")
+    cosine_weight: float = Field(0.9, ge=0, description="Weight of one minus the cosine.")
+    distance: DistanceKind = Field("smooth_l1", description="The distance that is added to the cosine.")
+    distance_weight: float = Field(0.1, ge=0, description="Weight of this distance.")
+    teacher_weights: dict[str, Weight] = Field({}, description="Weight of each teacher's loss; 1 by default.")
+    image_weight: float = Field(1.0, ge=0, description="Weight of class tokens; of a KPU only.")
+    reconstruction_weight: float = Field(1.0, ge=0, description="Weight of reconstruction (λ of KPU).")
     weighting: Literal["equal", "famo", "teacher_drop"] = Field(
         "equal", description="How teachers count (KPU, Figure 4); famo is one more forward pass a step."
     )
@@ -76,8 +76,8 @@ class OptimizerRecipe(Strict):
     all."""
 
     lr: float = Field(1e-3, gt=0, description="Learning rate after the warm-up.")
-    weight_decay: float = Field(1e-2, ge=0, description="Of every parameter, norms and biases too.")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's two.")
+    weight_decay: float = Field(1e-2, ge=0, description="Decay of all weights, norms and biases too.")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's two coefficients.")
 
 
 class ScheduleRecipe(Strict):
@@ -136,7 +136,9 @@ class ScheduleRecipe(Strict):
 class LoaderRecipe(Strict):
     """How each process reads."""
 
-    kind: Literal["random", "stream"] = Field("random", description="Rows in any order, or tars in a row.")
+    kind: Literal["random", "stream"] = Field(
+        "random", description="Rows in random order, or tars in sequence."
+    )
     shuffle_buffer: int = Field(256, ge=1, description="Rows of each process that a stream mixes.")
     threads: int = Field(8, ge=1, description="Decode images and read features, in each process.")
     prefetch: int = Field(2, ge=1, description="Batches that are kept ready.")
@@ -146,9 +148,9 @@ class ValidationRecipe(Strict):
     """Similarity to each teacher on images that the run does not train on: those of a second cache, or a part
     of its own that their keys and the seed choose."""
 
-    cache: str | None = Field(None, description="Of other images, by the same recipe; or give fraction.")
+    cache: str | None = Field(None, description="A cache of other images, by the same recipe.")
     images: str | None = Field(None, description="Where the images of that cache are now.")
-    fraction: float | None = Field(None, gt=0, lt=1, description="Of the run's own images, held out by key.")
+    fraction: float | None = Field(None, gt=0, lt=1, description="Share of the run's images to hold out.")
     every_steps: int = Field(1000, ge=1, description="Steps from one comparison to the next.")
     max_samples: int = Field(1000, ge=1, description="Images to compare.")
 
@@ -164,7 +166,9 @@ class InputRecipe(Strict):
 
     cache: str = Field(description="The cache of these images.")
     images: str | None = Field(None, description="Where the source images are now, if they moved.")
-    teachers: tuple[str, ...] | None = Field(None, min_length=1, description="Teachers of it; null: all.")
+    teachers: tuple[str, ...] | None = Field(
+        None, min_length=1, description="Its teachers to use; null: all."
+    )
     batch_size_per_process: int = Field(16, ge=1, description="Images of a step, in each process.")
 
 
@@ -175,12 +179,12 @@ class RunRecipe(Strict):
     optimizer: OptimizerRecipe = OptimizerRecipe()
     schedule: ScheduleRecipe
     gradient_accumulation_steps: int = Field(1, ge=1, description="Batches that make up a step.")
-    clip_norm: float = Field(0.0, ge=0, description="Longest gradient that is kept whole; 0: all are.")
-    mixed_precision: Literal["no", "bf16"] = Field("bf16", description="Of the forward pass, not the losses.")
-    seed: int = Field(0, ge=0, description="Of the order, of dropping and of new weights.")
+    clip_norm: float = Field(0.0, ge=0, description="Norm that gradients are clipped to; 0: never.")
+    mixed_precision: Literal["no", "bf16"] = Field("bf16", description="Precision of the forward pass.")
+    seed: int = Field(0, ge=0, description="Seed of sample order, teacher dropping and new weights.")
     resume: bool = Field(True, description="Go on from the last checkpoint in output.")
     checkpoint_every_steps: int = Field(1000, ge=1, description="Steps from one checkpoint to the next.")
-    keep_checkpoints: int = Field(2, ge=1, description="How many of the last stay.")
+    keep_checkpoints: int = Field(2, ge=1, description="Checkpoints to keep, the newest.")
     log_every_steps: int = Field(50, ge=1, description="Steps from one line of the log to the next.")
     trackers: tuple[Tracker, ...] = Field(("tensorboard",), description="Logs beside the run's own file.")
     loader: LoaderRecipe = LoaderRecipe()
@@ -218,11 +222,11 @@ class TrainRecipe(RunRecipe):
     inputs: tuple[InputRecipe, ...] = Field((), description="Caches in place of one; a batch of each a step.")
     features: FeaturesFrom = Field(
         "cached",
-        description="Of the cache, or of teachers that run: all, those not wholly cached, on new views.",
+        description="cached; online: all teachers run; hybrid: only those not cached; fresh: on new views.",
     )
     student_jitter: StudentJitter | None = None
-    cutmix: bool = Field(False, description="Each two images of a batch exchange a rectangle, of maps too.")
-    teachers: tuple[str, ...] | None = Field(None, description="Whose features are learnt; null: all's.")
+    cutmix: bool = Field(False, description="Pairs of images exchange a rectangle, maps too.")
+    teachers: tuple[str, ...] | None = Field(None, description="Teachers to learn from; null: all.")
     student: StudentOfAKind = Field(SakRecipe(), description="The student, with the keys of its kind.")
     distillation: DistillationRecipe = DistillationRecipe()
     multitask: MultiTaskRecipe | None = None
@@ -241,7 +245,9 @@ class TrainRecipe(RunRecipe):
         unsaid = {key: cls.model_fields[key].default for key in _OF_AN_INPUT} | {"cache": first}
         texts = ((str(value.get(key, one)), str(one)) for key, one in unsaid.items())  # which a file has
         if any(said != default for said, default in texts):
-            raise ValueError("inputs have caches, images, teachers and batches: leave them out beside inputs")
+            raise ValueError(
+                "each input states cache, images, teachers and batch size: leave them out beside inputs"
+            )
         return value | {"cache": first}
 
     @model_validator(mode="after")

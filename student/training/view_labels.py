@@ -27,7 +27,7 @@ def task_channels(recipe: MultiTaskRecipe) -> dict[str, int]:
 
 class ViewLabels:
     """The labels of `recipe.dataset`, moved to the views as the images are
-    (`teachercache.pipeline.loading.loader.Labels`).
+    (`teachercache.pipeline.loading.loader.LabelSource`).
 
     Samples are found by their keys. Raises `RecipeError` for a task that the data set does not have, and
     where the cache holds images that have no labels in this split. `tasks`: others than the recipe's.

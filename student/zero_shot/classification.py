@@ -126,10 +126,10 @@ def read_classes(file: Path) -> dict[str, str]:
     doubles = {one for column in (labels, names) for one in column if column.count(one) > 1}
     if doubles or len(labels) < 2:
         raise RecipeError(
-            f"{file} is no list of classes.",
+            f"{file} is not a list of classes.",
             got=f"twice {', '.join(sorted(doubles)[:5])}" if doubles else f"{len(labels)} classes",
             expected="two classes or more, a line each: its name, or a label, a tab and its name; none twice",
-            do="take doubles away, or tell them apart: crane bird, construction crane",
+            do="remove duplicates, or make the names differ: crane bird, construction crane",
         )
     return dict(zip(labels, names, strict=True))
 
@@ -139,7 +139,7 @@ def read_templates(file: Path) -> list[str]:
     templates = _lines(file)
     if wrong := [line for line in templates or ["no line"] if line.count("{}") != 1]:
         raise RecipeError(
-            f"{file} is no list of templates.",
+            f"{file} is not a list of templates.",
             got=wrong[0],
             expected="in each line one {} where the name goes, such as: a photo of a {}.",
             do="correct it, or leave it out",

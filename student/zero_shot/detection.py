@@ -25,7 +25,7 @@ from teachercache.student.zero_shot.detector import Detector
 _MOST, _DRAWN = 300, 100  # boxes of an image, as GroundingDINO's authors keep for COCO; pictures
 
 
-class Box(NamedTuple):
+class DetectedBox(NamedTuple):
     """The phrase's number, its score, and left, top, width and height in pixels of the image."""
 
     phrase: int
@@ -87,7 +87,7 @@ class CocoAnnotations:
 @torch.no_grad()
 def find(
     student: Student, images: Sequence[Image.Image], detector: Detector, phrases: Sequence[str]
-) -> list[list[Box]]:
+) -> list[list[DetectedBox]]:
     """The 300 best boxes of each image, best first. An image is fitted into the size on which the student
     learnt from GroundingDINO, and padded.
 
@@ -107,7 +107,7 @@ def find(
         first_N2, last_N2 = (centre_N2 - size_N2 / 2).clamp(0, 1), (centre_N2 + size_N2 / 2).clamp(0, 1)
         boxes_N4 = torch.cat([first_N2, last_N2 - first_N2], dim=1) * torch.tensor([*image.size, *image.size])
         columns = (places_N % len(phrases)).tolist(), scores_N.tolist(), boxes_N4.tolist()
-        found.append([Box(*row) for row in zip(*columns, strict=True)])
+        found.append([DetectedBox(*row) for row in zip(*columns, strict=True)])
     return found
 
 
@@ -196,7 +196,7 @@ def _fitted(image: Image.Image, size: Size) -> tuple[Tensor, Tensor]:
     return render_view(image, view), torch.from_numpy((rows >= 0)[:, None] & (columns >= 0)).long()
 
 
-def _draw(image: Image.Image, boxes: Sequence[Box], phrases: Sequence[str]) -> Image.Image:
+def _draw(image: Image.Image, boxes: Sequence[DetectedBox], phrases: Sequence[str]) -> Image.Image:
     drawn = image.copy()
     pen = ImageDraw.Draw(drawn)
     for phrase, score, (left, top, width, height) in boxes:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from teachercache.pipeline.places.cores import SWITCH, near_cores, share_of_cores, stay_near
+from teachercache.pipeline.places.cores import CORES_SWITCH, near_cores, share_of_cores, stay_near
 
 GPU = SimpleNamespace(pci_domain_id=0, pci_bus_id=0x17, pci_device_id=0)
 
@@ -61,10 +61,10 @@ def test_all_cores_are_near_where_the_system_does_not_say(devices: Path, text: s
 def test_all_threads_of_a_process_stay_near_or_none(devices: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = dict[int, set[int]]()
     monkeypatch.setattr(os, "sched_setaffinity", calls.__setitem__)
-    monkeypatch.setenv(SWITCH, "0")
+    monkeypatch.setenv(CORES_SWITCH, "0")
     stay_near(GPU, devices)
     assert not calls
-    monkeypatch.delenv(SWITCH)
+    monkeypatch.delenv(CORES_SWITCH)
     with ThreadPoolExecutor(1) as pool:
         threads = {threading.get_native_id(), pool.submit(threading.get_native_id).result()}
         pool.submit(stay_near, GPU, devices).result()

@@ -122,7 +122,7 @@ def test_a_gpu_that_must_do_without_says_why_once(monkeypatch: pytest.MonkeyPatc
 
 def test_a_switch_turns_the_kernels_off(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kernels.has_kernel(torch.device("cuda"))
-    monkeypatch.setenv(kernels.SWITCH, "0")
+    monkeypatch.setenv(kernels.TRITON_SWITCH, "0")
     with pytest.warns(UserWarning, match="TEACHERCACHE_TRITON=0"):
         assert not kernels.has_kernel(torch.device("cuda"))
 

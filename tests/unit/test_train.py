@@ -513,7 +513,7 @@ def test_lines_that_cannot_be_read_do_not_keep_a_run_from_going_on(
     assert logged(output) == logged(finished)
     told = capsys.readouterr().err
     assert f"{garbage.count(10)} lines of metrics.jsonl cannot be read" in told
-    assert "2 steps that no checkpoint holds are taken again" in told
+    assert "2 steps after the last checkpoint are repeated" in told
 
 
 def test_a_run_whose_checkpoints_are_gone_does_not_begin_again(
@@ -543,7 +543,7 @@ def test_a_damaged_newest_checkpoint_costs_its_own_steps(
     told = capsys.readouterr().out
     assert f"{newest}/model.safetensors is damaged" in told
     assert "step_00000008 is set aside as step_00000008.damaged: going on from 3 steps" in told
-    assert "best, no names of checkpoints" in told
+    assert "not names of checkpoints: best" in told
     assert {path.name for path in newest.parent.iterdir()} == {
         *("best", "step_00000003", "step_00000006", "step_00000008", "step_00000008.damaged")
     }
@@ -722,7 +722,7 @@ def test_a_hybrid_run_reads_what_is_there_and_runs_the_rest(images: Path, tmp_pa
 
 def test_a_cache_without_a_valid_sample_is_refused(images: Path, tmp_path: Path) -> None:
     make_cache(tmp_path / "cache", images, invalid_samples=range(10))
-    with pytest.raises(CacheError, match="Not one sample"):
+    with pytest.raises(CacheError, match="no sample to train on"):
         train(train_recipe(tmp_path / "cache", tmp_path / "run"))
 
 

@@ -215,7 +215,7 @@ def test_an_amalgam_reads_the_grids_of_its_cache() -> None:
 
 
 def test_nothing_to_learn_is_refused() -> None:
-    with pytest.raises(RecipeError, match="Nothing of the student is left to learn"):
+    with pytest.raises(RecipeError, match="Every part of the student is frozen"):
         size_of("student.freeze=[stem,paths,decoder]", "distillation.weight=0")
 
 

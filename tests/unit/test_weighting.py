@@ -225,4 +225,4 @@ def test_what_cannot_be_weighed_or_balanced_is_refused(cache: Path, tmp_path: Pa
     adjoint = teacher_spec(grid=5).model_copy(update={"grid": GridSpec(kind="adjoint", size=(4, 4))})
     spec = opened.spec.model_copy(update={"teachers": {"clip": adjoint}})
     found = preflight(recipe(cache, tmp_path, "sak", targets="phi_s"), spec)
-    assert "no map can be phi_s" in str(found.problems)
+    assert "cannot be phi_s" in str(found.problems)
