@@ -140,9 +140,6 @@ class BuildRecipe(Strict):
             raise ValueError(
                 f"compressor {self.compressor} needs store: zarr, got {self.store}: leave it out"
             )
-        for name, teacher in self.teachers.items():
-            if str(teacher.codec).startswith("bitround") and not self.compressor:
-                raise ValueError(f"codec {teacher.codec} of {name} saves nothing alone: add compressor=zstd")
         return self
 
     @field_validator("budget", mode="before")
@@ -191,23 +188,23 @@ class BuildRecipe(Strict):
         return value
 
 
-class MovedTeacher(Strict):
+class WeightsPlace(Strict):
     """`checkpoint`: where the file of the weights is now."""
 
     checkpoint: str
 
 
-class MovedRecipe(Strict):
+class WeightsRecipe(Strict):
     """Teachers of a cache, by name, whose weights are now elsewhere."""
 
-    teachers: dict[str, MovedTeacher] = Field(default_factory=dict)
+    teachers: dict[str, WeightsPlace] = Field(default_factory=dict)
 
     @property
     def checkpoints(self) -> dict[str, str]:
         return {name: teacher.checkpoint for name, teacher in self.teachers.items()}
 
 
-class RepairRecipe(RunnerRecipe, MovedRecipe):
+class RepairRecipe(RunnerRecipe, WeightsRecipe):
     """How to repair, and where the weights are."""
 
 

@@ -18,11 +18,10 @@ from rich.text import Text
 
 from teachercache.cache_builder.build_recipe import BuildRecipe, with_checkpoints
 from teachercache.cache_builder.calibrate import Calibration, other_tables, raw_losses
-from teachercache.cache_builder.draft import Draft, draft, extend, growth, spec_of
+from teachercache.cache_builder.draft import Draft, draft, extend, growth, spec_of, teachers_of
 from teachercache.cache_builder.plan import Plan, make_plan, pending
 from teachercache.cache_builder.progress import BuildProgress
 from teachercache.cache_builder.runner import LocalRunner, Runner, Task, require_place
-from teachercache.cache_builder.teachers import resolve_teachers
 from teachercache.pipeline.cache import FeatureCache
 from teachercache.pipeline.codecs import get_codec
 from teachercache.pipeline.errors import (
@@ -96,7 +95,9 @@ def foresee(recipe: BuildRecipe, count: int, image_bytes: int) -> Plan:
         )
     dataset = DatasetSpec(kind="source", location=recipe.source.path, num_samples=count, fingerprint="")
     samples = pa.table({"nbytes": [image_bytes] * count})
-    teachers = resolve_teachers(recipe.teachers, recipe.views, recipe.sak_compat)
+    problems = Problems()
+    teachers = teachers_of(recipe, problems)
+    problems.require_none()
     return make_plan(recipe, spec_of(recipe, dataset, teachers), storage, samples)
 
 
@@ -141,8 +142,8 @@ def build(recipe: BuildRecipe, console: Console | None = None) -> BuildResult:
         _require_committed(left, failed, len(tasks))
         _say_what_others_added(manifest, spec, console)
     else:
-        if drafted.moved:
-            with _runner(recipe, {name: spec.teachers[name] for name in drafted.moved}, 1) as runner:
+        if drafted.old_places:
+            with _runner(recipe, {name: spec.teachers[name] for name in drafted.old_places}, 1) as runner:
                 runner.weights_hashes()  # loading compares them
         console.print(f"Nothing to do: all {spec.num_shards} shards are committed for {', '.join(names)}.")
     return BuildResult(
@@ -186,7 +187,7 @@ def _establish(recipe: BuildRecipe, drafted: Draft, runner: Runner) -> CacheSpec
     """
     manifest, grows = drafted.manifest, drafted.spec != drafted.old
     hashes, calibrations = dict[str, str](), dict[str, Calibration]()
-    if grows or drafted.moved:
+    if grows or drafted.old_places:
         hashes = runner.weights_hashes()
     if grows:
         calibrations = _calibrations(recipe, drafted, runner, hashes)
@@ -319,7 +320,7 @@ def _write(drafted: Draft, spec: CacheSpec) -> None:
         new = with_views_hashes(spec, drafted.views)[len(known) :]
         spec = spec.changed(segments=(*spec.segments[: len(known)], *new))
     if old != spec:
-        manifest.write_spec(with_checkpoints(spec, drafted.moved))
+        manifest.write_spec(with_checkpoints(spec, drafted.old_places))
 
 
 def _without_weights(spec: CacheSpec) -> list[str]:

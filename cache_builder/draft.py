@@ -20,7 +20,7 @@ from teachercache.cache_builder.calibrate import CalibrationSample
 from teachercache.cache_builder.teachers import resolve_teachers
 from teachercache.cache_builder.teachers.teacher import versions
 from teachercache.pipeline.codecs import get_codec
-from teachercache.pipeline.errors import CacheMismatchError, Problems
+from teachercache.pipeline.errors import CacheMismatchError, Problems, RecipeError
 from teachercache.pipeline.places.open_storage import open_storage
 from teachercache.pipeline.records.manifest import Manifest
 from teachercache.pipeline.records.rows import divide_views
@@ -39,8 +39,8 @@ class Draft:
     """A spec whose new teachers have no weights hash yet, and the samples it is about.
 
     `manifest` is that of the cache's place, `old` the spec of the cache that is there. Both specs look for
-    weights where the recipe says they are; `moved` are the teachers for which `cache.json` says otherwise,
-    and what it says. `left_out` counts what a scan found in the source beside images.
+    weights where the recipe says they are; `old_places` has the teachers for which `cache.json` says
+    otherwise, and what it says. `left_out` counts what a scan found in the source beside images.
     """
 
     spec: CacheSpec
@@ -48,7 +48,7 @@ class Draft:
     source: Source
     manifest: Manifest
     old: CacheSpec | None = None
-    moved: Mapping[str, str | None] = field(default_factory=dict)
+    old_places: Mapping[str, str | None] = field(default_factory=dict)
     left_out: Counter[str] = field(default_factory=Counter)
 
     @cached_property
@@ -119,7 +119,13 @@ def teachers_of(recipe: BuildRecipe, problems: Problems) -> dict[str, TeacherSpe
     for name, teacher in recipe.teachers.items():
         with problems.noted():
             found |= resolve_teachers({name: teacher}, recipe.views, recipe.sak_compat)
-            get_codec(teacher.codec)
+            if get_codec(teacher.codec).needs_compressor and not recipe.compressor:
+                raise RecipeError(
+                    f"Codec {teacher.codec} of teacher {name} saves nothing alone.",
+                    got="no compressor",
+                    expected="one that shrinks rounded numbers",
+                    do="add compressor=zstd, or choose another codec",
+                )
     return found
 
 
@@ -174,13 +180,13 @@ def extend(recipe: BuildRecipe, drafted: Draft) -> Draft:
         for name, teacher in recipe.teachers.items()
         if name in old.teachers and teacher.checkpoint not in (None, old.teachers[name].checkpoint)
     }
-    moved = {name: old.teachers[name].checkpoint for name in places}
+    old_places = {name: old.teachers[name].checkpoint for name in places}
     old = with_checkpoints(old, places)
     spec = old.changed(teachers={**wanted.teachers, **old.teachers})
     samples = pa.concat_tables([stored, new])
     if new.num_rows or wanted.views.num_views > old.views.num_views:
         spec = _with_rows(spec, wanted, samples, new)
-    return Draft(spec, samples, drafted.source, manifest, old, moved)
+    return Draft(spec, samples, drafted.source, manifest, old, old_places)
 
 
 def _with_rows(old: CacheSpec, wanted: CacheSpec, samples: pa.Table, new: pa.Table) -> CacheSpec:

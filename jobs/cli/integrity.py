@@ -30,13 +30,13 @@ def verify(
 
     Example: `teachercache verify /data/cache --full --against-teacher 32`
     """
-    from teachercache.cache_builder.build_recipe import MovedRecipe
+    from teachercache.cache_builder.build_recipe import WeightsRecipe
     from teachercache.pipeline.errors import RecipeError
     from teachercache.pipeline.recipe_files import load_overrides
     from teachercache.pipeline.verify import strays
     from teachercache.pipeline.verify import verify as verify_cache
 
-    weights = load_overrides(MovedRecipe, overrides or [], "overrides of this comparison")
+    weights = load_overrides(WeightsRecipe, overrides or [], "overrides of this comparison")
     if overrides and not against_teacher:
         raise RecipeError(
             "Only --against-teacher loads teachers.",

@@ -33,6 +33,7 @@ class Codec(ABC):
 
     name: str
     needs_tables: ClassVar[bool] = False
+    needs_compressor: ClassVar[bool] = False
     standing: Standing = "experiment"
     reported: bool = False
     least_rows: ClassVar[int] = 1

@@ -58,6 +58,7 @@ class BitRoundCodec(Float16Codec):
 
     standing = "special"
     reported = False
+    needs_compressor = True
 
     def __init__(self, bits: int) -> None:
         self.name, self._dropped = f"bitround-{bits}", 10 - bits

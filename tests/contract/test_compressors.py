@@ -20,7 +20,7 @@ from teachercache import FeatureCache
 from teachercache.cache_builder.draft import draft
 from teachercache.jobs.inspection.summary import summarize
 from teachercache.pipeline.codecs import get_codec
-from teachercache.pipeline.errors import CacheError, CodecError, MissingExtraError
+from teachercache.pipeline.errors import CacheError, CodecError, MissingExtraError, RecipeError
 from teachercache.pipeline.rearranging.convert import convert
 from teachercache.pipeline.rearranging.merge import merge
 from teachercache.pipeline.records.spec import Compressor, GridSpec
@@ -158,8 +158,8 @@ def test_tars_are_not_compressed() -> None:
 def test_a_build_does_not_round_what_nothing_shrinks(tmp_path: Path, images: Path) -> None:
     tiny = {"model": "vit_tiny_patch16_224", "pretrained": False, "codec": "bitround-6"}
     rounded = {"teachers": {"tiny": tiny}}
-    with pytest.raises(ValueError, match="bitround-6 of tiny saves nothing alone: add compressor=zstd"):
-        build_recipe(tmp_path / "cache", images, **rounded)
+    with pytest.raises(RecipeError, match="bitround-6 of teacher tiny saves nothing alone"):
+        draft(build_recipe(tmp_path / "cache", images, **rounded))
     spec = draft(build_recipe(tmp_path / "cache", images, compressor="blosc", **rounded)).spec
     assert (spec.compressor, spec.teachers["tiny"].codec) == ("blosc", "bitround-6")
 

@@ -234,6 +234,12 @@ def test_a_plan_without_images_wants_a_new_cache_and_no_budget(tmp_path: Path) -
         foresee(build_recipe(tmp_path / "cache", "nowhere"), 8, 1000)
 
 
+def test_a_plan_without_images_tells_everything_at_once(tmp_path: Path) -> None:
+    teachers = {"a": {"preset": "dinov2_small", "codec": "nope"}, "b": {"preset": "nonsuch"}}
+    with pytest.raises(RecipeError, match=r"2 problems(.|\n)*'nope'(.|\n)*'nonsuch'"):
+        foresee(build_recipe(tmp_path / "cache", "nowhere", teachers=teachers), 8, 1000)
+
+
 def advised(plan: Plan) -> str:
     text = StringIO()
     Console(file=text, width=120).print(plan_table(plan))

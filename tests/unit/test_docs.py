@@ -16,7 +16,7 @@ import pytest
 import typer
 import yaml
 
-from teachercache.cache_builder.build_recipe import BuildRecipe, MovedRecipe, RepairRecipe
+from teachercache.cache_builder.build_recipe import BuildRecipe, RepairRecipe, WeightsRecipe
 from teachercache.jobs.cli import app
 from teachercache.pipeline.errors import RecipeError
 from teachercache.pipeline.recipe_files import check_recipe, load_overrides, load_recipe
@@ -33,7 +33,7 @@ MODELS: dict[str, type[Any]] = {
     **dict.fromkeys(("jobs/cache_teachers.py", "teachercache.jobs.cache_teachers"), BuildRecipe),
     **dict.fromkeys(("train", "jobs/train_student.py", "teachercache.jobs.train_student"), TrainRecipe),
     "train-decoders": DecoderRecipe,
-    "verify": MovedRecipe,
+    "verify": WeightsRecipe,
     "repair": RepairRecipe,
 }
 NOT_THERE = {"jobs/inspect"}  # docs/design.md says why
