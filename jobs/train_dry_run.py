@@ -41,14 +41,14 @@ def plan_training(
     whole = joined(recipe, parts)
     whole.require(print)
     plans = []
-    for one, found in zip(recipe.each, parts, strict=True):
-        assert found.student is not None
+    for one, checked in zip(recipe.each, parts, strict=True):
+        assert checked.student is not None
         plan = make_train_plan(
             one,
-            found.student,
-            found.facts,
-            num_samples=found.num_samples or one.images_per_step(processes),
-            row_bytes=sum(map(bytes_per_row, found.teachers.values())),
+            checked.student,
+            checked.facts,
+            num_samples=checked.num_samples or one.images_per_step(processes),
+            row_bytes=sum(map(bytes_per_row, checked.teachers.values())),
             processes=processes,
             tflops_per_gpu=tflops_per_gpu,
         )

@@ -280,9 +280,9 @@ def _measure(
     from teachercache.cache_builder.budget import measure
 
     sample = drafted.calibration_sample(recipe.calibration_rows)
-    found: dict[str, list[Option]] = {}
+    options: dict[str, list[Option]] = {}
     with console.status("calibrating") as status:
         for name, available in measure(specs, sample, recipe.runner.batch_size):
-            found[name] = available
-            status.update(f"calibrated {', '.join(found)}")
-    return found
+            options[name] = available
+            status.update(f"calibrated {', '.join(options)}")
+    return options

@@ -78,7 +78,7 @@ def evaluate(
         scores, told = evaluate_decoders(student, opened, table, images, max_images, batch_size, threads)
     else:
         single = read_baseline(baseline or [], opened.name)
-        found = evaluate_student(
+        evaluation = evaluate_student(
             teachercache.load_student(student),
             opened,
             name=student,
@@ -91,7 +91,7 @@ def evaluate(
             baseline=single,
             table=table,
         )
-        scores, told = found.record(), found.markdown(single, table)
+        scores, told = evaluation.record(), evaluation.markdown(single, table)
     if os.environ.get("RANK", "0") == "0":
         print_result(scores, told, as_json)
 
@@ -116,15 +116,15 @@ def repsim(
     from teachercache.jobs.inspection.tables import similarity_table
     from teachercache.student.similarity import representation_similarity
 
-    found = representation_similarity(
+    similarities = representation_similarity(
         teachercache.load_student(student),
         teachercache.FeatureCache.open(cache, images),
         teachers,
         stem=stem,
         max_samples=max_samples,
     )
-    record = {name: {"levels": one.levels, "mean": one.mean} for name, one in found.items()}
-    print_result(record, similarity_table(found), as_json)
+    record = {name: {"levels": one.levels, "mean": one.mean} for name, one in similarities.items()}
+    print_result(record, similarity_table(similarities), as_json)
 
 
 def gap(
@@ -142,15 +142,15 @@ def gap(
     from teachercache.jobs.inspection.tables import columns_table
     from teachercache.student.measuring.gap import Spread, largest_ratio, teacher_gap
 
-    loaded, found = teachercache.load_student(student), dict[str, Spread]()
+    loaded, spreads = teachercache.load_student(student), dict[str, Spread]()
     for cache in caches:
-        found |= teacher_gap(loaded, teachercache.FeatureCache.open(cache), max_samples=max_samples)
-    found |= {"largest / smallest": largest_ratio(found)}
+        spreads |= teacher_gap(loaded, teachercache.FeatureCache.open(cache), max_samples=max_samples)
+    spreads |= {"largest / smallest": largest_ratio(spreads)}
     columns = {
         name: {"own space": f"{spread.own:.4g}", "shared space": f"{spread.shared:.4g}"}
-        for name, spread in found.items()
+        for name, spread in spreads.items()
     }
-    record = {name: spread._asdict() for name, spread in found.items()}
+    record = {name: spread._asdict() for name, spread in spreads.items()}
     print_result(record, columns_table("standard deviation", columns), as_json)
 
 
@@ -201,14 +201,14 @@ def probe(
             one, other = (CachedTeacherFeatures(cache, name, tokens, batch_size, threads) for cache in caches)
             require_same_teacher(one, other)
             pairs.append((name if one.spec.pretrained else f"{name} (random weights)", one, other))
-    found = []
+    probes = []
     with console.status("") if is_first else nullcontext() as status:
         for title, one, other in pairs:
             require_other_images(one.images, other.images)
             progress = status.update if status else None
-            found.append(linear_probe(one, other, name=title, progress=progress))
+            probes.append(linear_probe(one, other, name=title, progress=progress))
     if is_first:
-        print_result([dataclasses.asdict(one) for one in found], probe_table(found), as_json)
+        print_result([dataclasses.asdict(one) for one in probes], probe_table(probes), as_json)
 
 
 def depth_probe(
@@ -245,7 +245,7 @@ def depth_probe(
     )
     maps = FrozenMaps(loaded, size, expert)
     with console.status("") as status:
-        found = [
+        probes = [
             probe_depth(
                 maps,
                 train,
@@ -259,7 +259,7 @@ def depth_probe(
             )
             for levels in (1, 4)
         ]
-    print_result([dataclasses.asdict(one) for one in found], depth_table(found), as_json)
+    print_result([dataclasses.asdict(one) for one in probes], depth_table(probes), as_json)
 
 
 def remove_teacher(

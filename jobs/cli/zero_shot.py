@@ -58,13 +58,13 @@ def classify(
     teacher = classification.require_clip(loaded, whole, teacher)
     _require_weights(cache, [teacher], whole)
     title, opened = _title(student, [teacher]), open_source(images)
-    found = classification.classify(loaded, opened, whole, names, wording, teacher=teacher, name=title)
-    record = dataclasses.asdict(found)
+    classified = classification.classify(loaded, opened, whole, names, wording, teacher=teacher, name=title)
+    record = dataclasses.asdict(classified)
     if output:
         output.mkdir(parents=True, exist_ok=True)
         (output / "classes.json").write_text(json.dumps(record, indent=2) + "\n")
-        csv.write_csv(Table.from_pylist(found.images), output / "classes.csv")
-    print_result(record, found.markdown(), as_json)
+        csv.write_csv(Table.from_pylist(classified.images), output / "classes.csv")
+    print_result(record, classified.markdown(), as_json)
 
 
 @app.command()
@@ -93,12 +93,14 @@ def detect(
     teachers = detection.require_maps(loaded, whole)
     _require_weights(cache, teachers, detector)
     title = _title(student, teachers)
-    found = detection.detect(loaded, opened, whole, phrases, output, annotations=truth, threshold=threshold)
-    told = ", ".join(f"{value:,} {what}" for what, value in found.items() if isinstance(value, int))
-    told += "".join(
-        f"; {what} {value:.2f}" for what, value in found.items() if isinstance(value, float) and value >= 0
+    detected = detection.detect(
+        loaded, opened, whole, phrases, output, annotations=truth, threshold=threshold
     )
-    print_result({"name": title, **found}, f"{title}: {told}", as_json)
+    told = ", ".join(f"{value:,} {what}" for what, value in detected.items() if isinstance(value, int))
+    told += "".join(
+        f"; {what} {value:.2f}" for what, value in detected.items() if isinstance(value, float) and value >= 0
+    )
+    print_result({"name": title, **detected}, f"{title}: {told}", as_json)
 
 
 def _load(student: str) -> Student:

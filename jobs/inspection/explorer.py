@@ -172,13 +172,13 @@ class Explorer:
         """A page of the samples whose key holds `text`, in the cache's order; which page it is, from 0, and
         of how many, in words. Beyond the first or last page is that page."""
         keys = self.cache.samples["key"]
-        found = np.arange(len(keys))
+        matches = np.arange(len(keys))
         if text:
-            found = np.flatnonzero(pc.match_substring(keys, text, ignore_case=True))
-        pages = max(1, -(-len(found) // PAGE_SIZE))
+            matches = np.flatnonzero(pc.match_substring(keys, text, ignore_case=True))
+        pages = max(1, -(-len(matches) // PAGE_SIZE))
         page = min(max(page, 0), pages - 1)
-        samples = found[page * PAGE_SIZE : (page + 1) * PAGE_SIZE].tolist()
-        return samples, page, f"{page + 1:,} / {pages:,} · {len(found):,} found"
+        samples = matches[page * PAGE_SIZE : (page + 1) * PAGE_SIZE].tolist()
+        return samples, page, f"{page + 1:,} / {pages:,} · {len(matches):,} found"
 
     def strip(self, samples: Sequence[int], selection: Selection) -> str:
         """Thumbnails to choose from."""
@@ -225,12 +225,12 @@ class Explorer:
             for name in self.cache.teachers
             if committed[name] < shards
         ]
-        found = [f"not complete: {', '.join(short)}"] if short else []
+        warnings = [f"not complete: {', '.join(short)}"] if short else []
         if count := len(summary["quarantined"]):
-            found.append(f"{count:,} quarantined")
+            warnings.append(f"{count:,} quarantined")
         if problems := summary["problems"]:
-            found.append(f"{len(problems):,} broken: {problems[0]}{', …' if problems[1:] else ''}")
-        return found
+            warnings.append(f"{len(problems):,} broken: {problems[0]}{', …' if problems[1:] else ''}")
+        return warnings
 
     def _columns(self, other: int, selection: Selection) -> list[_Column]:
         maps, codec, others = self._maps, selection.codec, (selection.patch, other)

@@ -66,7 +66,7 @@ def write_report(
     """
     reader = MapReader(cache, num_rows=num_samples, seed=seed)
     progress("records")
-    found = _records(cache, reader)
+    records = _records(cache, reader)
     teachers = []
     for name in reader.teachers:
         progress(f"maps of {name}")
@@ -77,7 +77,7 @@ def write_report(
         codecs[teacher.name] = _codecs(reader, teacher)
     progress("similarity")
     return templates.get_template("report.html").render(
-        found,
+        records,
         title=f"Teacher cache {cache.storage.url}",
         teachers=teachers,
         blocks=_levels_in_words(teachers),
@@ -140,7 +140,7 @@ def _records(cache: FeatureCache, reader: MapReader) -> dict[str, Any]:
     absent = [f"{name} is not shown below: {reason}" for name, reason in reader.absent.items()]
     checked = check_shards(cache.manifest, cache.spec, Depth.RECORD)
     history = timeline(shard.record for shard in checked if shard.record is not None)
-    found = {
+    facts = {
         "warnings": warnings(summary),
         "head": head,
         "columns": columns,
@@ -155,16 +155,16 @@ def _records(cache: FeatureCache, reader: MapReader) -> dict[str, Any]:
         "history": history,
     }
     if history is not None:
-        found["begin"], found["end"] = (
+        facts["begin"], facts["end"] = (
             datetime.fromtimestamp(time, UTC).strftime("%Y-%m-%d %H:%M UTC")
             for time in (history.start, history.end)
         )
-        found["lasted"] = human_seconds(history.end - history.start)
-        found["lanes"] = [
+        facts["lasted"] = human_seconds(history.end - history.start)
+        facts["lanes"] = [
             (worker, png_uri(heat(torch.from_numpy(forward)[None], 0, 1)))
             for worker, forward in history.lanes
         ]
-    return found
+    return facts
 
 
 def timeline(records: Iterable[CommitRecord]) -> Timeline | None:

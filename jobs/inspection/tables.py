@@ -34,7 +34,7 @@ def plan_table(plan: Plan) -> RenderableType:
     from teachercache.cache_builder.build_recipe import GPUS
     from teachercache.cache_builder.plan import advice, break_even
 
-    spec, prices, found, rates = plan.spec, plan.prices, break_even(plan), plan.rates
+    spec, prices, cost, rates = plan.spec, plan.prices, break_even(plan), plan.rates
     origin = "stated" if prices.teacher_tflops_per_gpu else f"{prices.gpu}, {GPUS[prices.gpu].origin}"
     how = f"at {prices.tflops:g} TFLOP/s sustained by a GPU ({origin})"
     if rates.device:
@@ -54,7 +54,7 @@ def plan_table(plan: Plan) -> RenderableType:
     free = "no limit known" if plan.free_bytes is None else f"{human_bytes(plan.free_bytes)} free"
     gmacs = sum(teacher.gmacs for teacher in plan.teachers)
     amount, unit = human_hours(plan.gpu_hours)
-    online, online_unit = human_hours(found.online_gpu_hours, digits=4)
+    online, online_unit = human_hours(cost.online_gpu_hours, digits=4)
     most = min(plan.limits.values())
     totals = {
         "cache": plan.url,
@@ -76,14 +76,14 @@ def plan_table(plan: Plan) -> RenderableType:
         "pixels": pixels_line(
             spec, plan.pixel_bytes, prices.student_images_per_s / prices.gpus, prices.render_ms
         ),
-        "online": f"${found.online:,.2f} for teachers, {online} {rates.machine}-{online_unit} a run: "
+        "online": f"${cost.online:,.2f} for teachers, {online} {rates.machine}-{online_unit} a run: "
         f"{prices.runs} × {prices.epochs:g} epochs",
-        "cached": f"${found.cached:,.2f}: ${found.build:,.2f} to build, ${found.keep:,.2f} to keep, "
-        f"${found.read:,.2f} to read",
+        "cached": f"${cost.cached:,.2f}: ${cost.build:,.2f} to build, ${cost.keep:,.2f} to keep, "
+        f"${cost.read:,.2f} to read",
         "prices": f"${3600 * prices.gpu_usd_per_s:g} a {rates.machine}-hour, "
         f"${prices.usd_per_tb_month:g} a TB-month × {prices.months:g}, "
         f"${prices.usd_per_million_requests:g} a million requests, {prices.storage_gb_per_s:g} GB/s",
-        "advice": found.verdict,
+        "advice": cost.verdict,
     }
     return Group(columns_table("teacher", columns), lines(totals | advice(plan)))
 
@@ -294,21 +294,21 @@ def _teacher_facts(teacher: Mapping[str, Any]) -> dict[str, str]:
 
 def warnings(summary: Mapping[str, Any]) -> list[str]:
     """What a reader must know before trusting the numbers."""
-    found = []
+    warnings = []
     random = [name for name, teacher in summary["teachers"].items() if not teacher["pretrained"]]
     if random:
-        found.append(f"Random weights, for tests and timing only: {', '.join(random)}.")
+        warnings.append(f"Random weights, for tests and timing only: {', '.join(random)}.")
     if not _complete(summary):
-        found.append("Not complete: run the same build command again to continue.")
+        warnings.append("Not complete: run the same build command again to continue.")
     if count := len(summary["quarantined"]):
-        found.append(f"{count} {'sample is' if count == 1 else 'samples are'} quarantined.")
-    return found
+        warnings.append(f"{count} {'sample is' if count == 1 else 'samples are'} quarantined.")
+    return warnings
 
 
 def what_was_checked(summary: Mapping[str, Any]) -> str:
     """How far the absence of problems can be trusted."""
-    found = "were compared" if summary["problems"] else "agree"
-    return f"Records and file sizes {found}; every byte is compared by `teachercache verify CACHE --full`."
+    state = "were compared" if summary["problems"] else "agree"
+    return f"Records and file sizes {state}; every byte is compared by `teachercache verify CACHE --full`."
 
 
 def _complete(summary: Mapping[str, Any]) -> bool:

@@ -75,7 +75,7 @@ class SetLosses(nn.Module):
         count = _mean_over_processes(sum(len(one.classes) for one in things), predictions[0].logits.device)
         totals = list[dict[str, Tensor]]()
         for layer, prediction in enumerate(predictions):
-            found = prediction
+            predicted = prediction
             if layer and noisy is not None:
                 known, _ = noisy["dn_num_split"]
                 groups = noisy["dn_num_group"]
@@ -84,8 +84,8 @@ class SetLosses(nn.Module):
                     for queries, one in zip(noisy["dn_positive_idx"], things, strict=True)
                 ]
                 totals.append(self._losses(prediction.of(slice(known)), things, matches, count * groups))
-                found = prediction.of(slice(known, None))
-            totals.append(self._losses(found, things, self.match(found, things), count))
+                predicted = prediction.of(slice(known, None))
+            totals.append(self._losses(predicted, things, self.match(predicted, things), count))
         return {
             name: weight * torch.stack([one[name] for one in totals]).sum()
             for name, weight in WEIGHTS.items()
@@ -117,19 +117,21 @@ class SetLosses(nn.Module):
         return matches
 
     def _losses(
-        self, found: Any, things: Sequence[Thing], matches: Matches, count: Tensor
+        self, predicted: Any, things: Sequence[Thing], matches: Matches, count: Tensor
     ) -> dict[str, Tensor]:
         queries = self._masks._get_predictions_permutation_indices(matches)
         classes_M = torch.cat([one.classes[own] for one, (_, own) in zip(things, matches, strict=True)])
         boxes_M4 = torch.cat([one.boxes[own] for one, (_, own) in zip(things, matches, strict=True)])
-        there_BQC = torch.zeros_like(found.logits)
+        there_BQC = torch.zeros_like(predicted.logits)
         there_BQC[(*queries, classes_M)] = 1
-        found_M4 = found.boxes[queries]
-        overlap = generalized_box_iou(center_to_corners_format(found_M4), center_to_corners_format(boxes_M4))
-        masks = self._masks.loss_masks(found.masks, [one.masks for one in things], matches, count)
+        predicted_M4 = predicted.boxes[queries]
+        overlap = generalized_box_iou(
+            center_to_corners_format(predicted_M4), center_to_corners_format(boxes_M4)
+        )
+        masks = self._masks.loss_masks(predicted.masks, [one.masks for one in things], matches, count)
         return {
-            "class": sigmoid_focal_loss(found.logits, there_BQC, count) * found.logits.shape[1],
-            "box": (found_M4 - boxes_M4).abs().sum() / count,
+            "class": sigmoid_focal_loss(predicted.logits, there_BQC, count) * predicted.logits.shape[1],
+            "box": (predicted_M4 - boxes_M4).abs().sum() / count,
             "giou": (1 - overlap.diagonal()).sum() / count,
             "mask": masks["loss_mask"],
             "dice": masks["loss_dice"],

@@ -9,16 +9,16 @@ from teachercache.pipeline.errors import CheckpointError
 from teachercache.student.kpu.vit_adapter import ViTAdapter
 
 _RENAMED = (
-    (r"^spm\.stem\.(\d+)\.", lambda found: f"prior.stem.{int(found[1]) // 3}.{int(found[1]) % 3}."),
-    (r"^spm\.conv(\d)\.", lambda found: f"prior.stages.{int(found[1]) - 2}."),
-    (r"^spm\.fc(\d)\.", lambda found: f"prior.projections.{int(found[1]) - 1}."),
+    (r"^spm\.stem\.(\d+)\.", lambda match: f"prior.stem.{int(match[1]) // 3}.{int(match[1]) % 3}."),
+    (r"^spm\.conv(\d)\.", lambda match: f"prior.stages.{int(match[1]) - 2}."),
+    (r"^spm\.fc(\d)\.", lambda match: f"prior.projections.{int(match[1]) - 1}."),
     (r"^level_embed$", "scale_embedding"),
-    (r"^norm(\d)\.", lambda found: f"norms.{int(found[1]) - 1}."),
+    (r"^norm(\d)\.", lambda match: f"norms.{int(match[1]) - 1}."),
     (r"^interactions\.(\d+)\.injector\.", r"injectors.\1."),
     (r"^interactions\.(\d+)\.extractor\.", r"extractors.\1.0."),
     (
         r"^interactions\.(\d+)\.extra_extractors\.(\d+)\.",
-        lambda found: f"extractors.{found[1]}.{int(found[2]) + 1}.",
+        lambda match: f"extractors.{match[1]}.{int(match[2]) + 1}.",
     ),
     (r"\.feat_norm\.", ".feature_norm."),
     (r"\.attn\.sampling_offsets\.", ".attention.offsets."),
@@ -39,15 +39,15 @@ def load_vit_adapter(adapter: ViTAdapter, tensors: Mapping[str, Tensor]) -> None
     Raises `CheckpointError`, and leaves the adapter as it is, where they are not all of this adapter's, as
     where its norm is not "sync_batch".
     """
-    found = {}
+    tensors = {}
     for name, tensor in tensors.items():
         if own := re.fullmatch(_OF_ADAPTER, name):
             renamed = own[2]
             for pattern, replacement in _RENAMED:
                 renamed = re.sub(pattern, replacement, renamed)
-            found[renamed] = tensor
+            tensors[renamed] = tensor
     ours, theirs = (
-        {name: tuple(one.shape) for name, one in of.items()} for of in (adapter.state_dict(), found)
+        {name: tuple(one.shape) for name, one in of.items()} for of in (adapter.state_dict(), tensors)
     )
     if wrong := sorted(name for name in ours | theirs if ours.get(name) != theirs.get(name)):
         raise CheckpointError(
@@ -56,4 +56,4 @@ def load_vit_adapter(adapter: ViTAdapter, tensors: Mapping[str, Tensor]) -> None
             expected=f"its {len(ours)} tensors, by the names of ViT-Adapter's code",
             do="build the KPU on a ViT of the checkpoint's width, with norm='sync_batch'",
         )
-    adapter.load_state_dict(found)
+    adapter.load_state_dict(tensors)

@@ -135,7 +135,7 @@ def _average_precision(dataset: LabelledDataset, numbers: range, predicted: Pred
     from teachercache.student.datasets.instances import coco_annotations, encode_mask
     from teachercache.student.metrics.average_precision import average_precision
 
-    found: dict[str, list[dict[str, Any]]] = {"bbox": [], "segm": []}
+    results: dict[str, list[dict[str, Any]]] = {"bbox": [], "segm": []}
     for places, detections in predicted:
         for (number, view, size), one in zip(places, detections, strict=True):
             masks_KHW = to_image(upsample(one.masks[None], view.size)[0], view, size).cpu().numpy() > 0
@@ -145,13 +145,13 @@ def _average_precision(dataset: LabelledDataset, numbers: range, predicted: Pred
             )
             for place, thing in enumerate(classes):
                 result = {"image_id": number, "category_id": thing}
-                found["bbox"].append(result | {"score": scores[place], "bbox": boxes_K4[place].tolist()})
+                results["bbox"].append(result | {"score": scores[place], "bbox": boxes_K4[place].tolist()})
                 mask = encode_mask(masks_KHW[place])
-                found["segm"].append(result | {"score": mask_scores[place], "segmentation": mask})
+                results["segm"].append(result | {"score": mask_scores[place], "segmentation": mask})
     annotate = dataset.annotations if isinstance(dataset, COCO) else partial(coco_annotations, dataset)
     truth = annotate(numbers)
-    boxes = average_precision(truth, gather_object(found["bbox"]), "bbox")
-    masks = average_precision(truth, gather_object(found["segm"]), "segm")
+    boxes = average_precision(truth, gather_object(results["bbox"]), "bbox")
+    masks = average_precision(truth, gather_object(results["segm"]), "segm")
     return {f"{name} of boxes": 100 * value for name, value in boxes.items()} | {
         f"{name} of masks": 100 * value for name, value in masks.items()
     }
@@ -206,15 +206,15 @@ def _cached(
 ) -> Iterator[tuple[list[EvaluatedPlace], Inputs]]:
     specs = {name: cache.spec.teachers[name] for name in teachers}
     for start in range(0, len(numbers), batch_size):
-        found = list(numbers[start : start + batch_size])
-        rows = cache.index.rows([cache.find(dataset.keys[number], whole=True) for number in found], 0)
+        batch = list(numbers[start : start + batch_size])
+        rows = cache.index.rows([cache.find(dataset.keys[number], whole=True) for number in batch], 0)
         maps, inputs = cache.read(rows, teachers), dict[str, tuple[Tensor, Tensor | None]]()
         for name, spec in specs.items():
             token = cache.read_tokens(rows, name, CLS_TOKEN)[:, -1].to(device) if spec.cls_token else None
             inputs[name] = maps[name].decode(device), token
         places = [
             EvaluatedPlace(number, cache.view(int(row)), dataset.image_size(number))
-            for number, row in zip(found, rows, strict=True)
+            for number, row in zip(batch, rows, strict=True)
         ]
         yield places, inputs
 

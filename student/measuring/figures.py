@@ -214,9 +214,9 @@ def _frozen(own: Sequence[Scores]) -> list[Panel]:
     models["SAK"] = rows["SAK of ViT-B teachers, frozen"]
     title = "Frozen models on PASCAL-Context (SAK, Figure 1 left; Table 12)"
     panel = Panel(title, "% better than frozen ViT")
-    for model, found in _gains_of(models, own, "pascal_context", rows["ViT, Freeze"]):
-        values = list(found.values())
-        panel.models[f"{model}\nμ/σ {np.mean(values) / np.std(values):.2f}"] = found
+    for model, by_task in _gains_of(models, own, "pascal_context", rows["ViT, Freeze"]):
+        values = list(by_task.values())
+        panel.models[f"{model}\nμ/σ {np.mean(values) / np.std(values):.2f}"] = by_task
     return [panel]
 
 
@@ -226,8 +226,8 @@ def _students(own: Sequence[Scores]) -> list[Panel]:
         baseline, *rows = (row for row in paper_rows(dataset, None, table) if row.backbone == _BACKBONE)
         models = {row.model: row.scores for row in rows}
         panel = Panel(f"{title} (SAK, Figure 3; Table {table})", "% better than single-task")
-        for model, found in _gains_of(models, own, dataset, baseline.scores):
-            panel.models[f"{model}\nΔm {np.mean([*found.values()]):.2f}"] = found
+        for model, by_task in _gains_of(models, own, dataset, baseline.scores):
+            panel.models[f"{model}\nΔm {np.mean([*by_task.values()]):.2f}"] = by_task
         panels.append(panel)
     return panels
 
@@ -237,7 +237,7 @@ def _shares(own: Sequence[Scores]) -> list[Panel]:
     assert baseline
     models = {row.model: row.scores for row in paper_rows("pascal_context", None, 18)}
     panel = Panel("PASCAL-Context, parts of the data (SAK, Figure 5; Table 18)", "Δm, %")
-    for name, found in _gains_of(models, own, "pascal_context", baseline):
+    for name, by_task in _gains_of(models, own, "pascal_context", baseline):
         match = _SHARE.fullmatch(name)
         if match is None:
             raise RecipeError(
@@ -246,7 +246,7 @@ def _shares(own: Sequence[Scores]) -> list[Panel]:
                 expected='a name such as "mine, 25% of the data"',
                 do="give it such a name, with the percent of multitask.dataset.fraction",
             )
-        panel.models.setdefault(match["model"], {})[match["percent"]] = float(np.mean([*found.values()]))
+        panel.models.setdefault(match["model"], {})[match["percent"]] = float(np.mean([*by_task.values()]))
     return [panel]
 
 

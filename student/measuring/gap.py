@@ -48,18 +48,18 @@ def teacher_gap(
     sampler = ShardShuffleSampler(cache, names, batch_size_per_process=batch_size)
     count = min(max_samples or sampler.num_samples, sampler.num_samples)
     targets = CachedTargets(cache, names, student.mean.device)
-    found: dict[str, list[FeatureMoments]] = {}
+    moments: dict[str, list[FeatureMoments]] = {}
     with FeatureLoader(cache, sampler, names, images=False, threads=threads) as loader, student.evaluating():
         for start, batch in zip(range(0, count, batch_size), loader, strict=False):  # which has no end
             own = {name: last_level(target) for name, target in targets(batch).items()}
             for name, shared in student.unify(own).items():
                 both = [_moments(one.map[: count - start]) for one in (own[name], shared)]
-                if name in found:
-                    both = [before.merge(more) for before, more in zip(found[name], both, strict=True)]
-                found[name] = both
+                if name in moments:
+                    both = [before.merge(more) for before, more in zip(moments[name], both, strict=True)]
+                moments[name] = both
     return {
         name: Spread(*(one.std_SC().square().mean().sqrt().item() for one in both))
-        for name, both in found.items()
+        for name, both in moments.items()
     }
 
 

@@ -78,45 +78,45 @@ def preflight(
     names = list(spec.teachers) if recipe.teachers is None else list(recipe.teachers)
     teachers = {name: spec.teachers[name] for name in names if name in spec.teachers}
     facts = {name: TeacherFacts.of(one, spec.views) for name, one in teachers.items()}
-    found = Preflight(teachers, facts, list(teachers), spec.views, num_samples=num_samples)
-    with found.problems.noted():
+    checked = Preflight(teachers, facts, list(teachers), spec.views, num_samples=num_samples)
+    with checked.problems.noted():
         spec.check_teachers(names)
     if cache is not None:
-        _ask_cache(found, recipe, cache, processes, rank)
+        _ask_cache(checked, recipe, cache, processes, rank)
     if (wanted := recipe.multitask) is not None:
-        with found.problems.noted():
+        with checked.problems.noted():
             tasks = task_channels(wanted)
-            found.task_loss = MultiTaskLoss(tasks, wanted.weights)
-            found.tasks = tasks
-            found.labels = None if cache is None else ViewLabels(wanted, cache)
-    with found.problems.noted():
-        _require_length(found.num_samples, recipe, processes, is_built=cache is not None)
+            checked.task_loss = MultiTaskLoss(tasks, wanted.weights)
+            checked.tasks = tasks
+            checked.labels = None if cache is None else ViewLabels(wanted, cache)
+    with checked.problems.noted():
+        _require_length(checked.num_samples, recipe, processes, is_built=cache is not None)
     for name in recipe.distillation.teacher_weights:
-        with found.problems.noted():
+        with checked.problems.noted():
             require_known("distilled teacher (distillation.teacher_weights)", name, names)
-    found.problems += missing_trackers(recipe.trackers)
-    with found.problems.noted():
+    checked.problems += missing_trackers(recipe.trackers)
+    with checked.problems.noted():
         require_output(recipe.checkpoint_folder, recipe.resume)
-    found.problems += _unbalanced(recipe, teachers)
+    checked.problems += _unbalanced(recipe, teachers)
     if recipe.cutmix:
-        found.problems += unmixable(recipe.batch_size_per_process, spec.views, teachers)
-    if len(teachers) == len(names) and (found.tasks is None) == (recipe.multitask is None):
+        checked.problems += unmixable(recipe.batch_size_per_process, spec.views, teachers)
+    if len(teachers) == len(names) and (checked.tasks is None) == (recipe.multitask is None):
         size, distills = spec.views.size, recipe.distills
-        with found.problems.noted():
-            found.student = first_student(
-                recipe.student, facts, size, found.tasks, distills=distills, blank=True
+        with checked.problems.noted():
+            checked.student = first_student(
+                recipe.student, facts, size, checked.tasks, distills=distills, blank=True
             )
-    cached = found.held if recipe.reads_cache else []
+    cached = checked.held if recipe.reads_cache else []
     lacks = [*recipe.student.requirements(teachers)]
-    if (grid := getattr(getattr(found.student, "stem", None), "grid", None)) is not None:
+    if (grid := getattr(getattr(checked.student, "stem", None), "grid", None)) is not None:
         compared = {name: teachers[name] for name in cached if recipe.distills}
         lacks += _other_grids(recipe, compared, spec.views, grid)
     if cache is None:  # its build may still be told otherwise
-        found.notices += map(str, lacks)
+        checked.notices += map(str, lacks)
     else:
-        found.problems += lacks
-    found.notices += notices(recipe, spec, cached)
-    return found
+        checked.problems += lacks
+    checked.notices += notices(recipe, spec, cached)
+    return checked
 
 
 def joined(recipe: TrainRecipe, parts: Sequence[Preflight]) -> Preflight:
@@ -126,15 +126,15 @@ def joined(recipe: TrainRecipe, parts: Sequence[Preflight]) -> Preflight:
     names = [name for part in parts for name in part.teachers]
     teachers = {name: spec for part in parts for name, spec in part.teachers.items()}
     facts = {name: one for part in parts for name, one in part.facts.items()}
-    found = Preflight(teachers, facts, names, parts[0].views, num_samples=parts[0].num_samples)
-    found.problems += {str(one): one for part in parts for one in part.problems}.values()
+    checked = Preflight(teachers, facts, names, parts[0].views, num_samples=parts[0].num_samples)
+    checked.problems += {str(one): one for part in parts for one in part.problems}.values()
     alone = {line for part in parts for line in recipe.student.notices(part.teachers)}
-    found.notices = [line for part in parts for line in part.notices if line not in alone]
-    found.notices += recipe.student.notices(teachers)
+    checked.notices = [line for part in parts for line in part.notices if line not in alone]
+    checked.notices += recipe.student.notices(teachers)
     if measures := [part.validation for part in parts if part.validation]:
-        found.validation = partial(_of_all, measures)
+        checked.validation = partial(_of_all, measures)
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        found.problems.append(
+        checked.problems.append(
             RecipeError(
                 "A teacher belongs to one input only.",
                 got=f"{', '.join(twice)} in several inputs",
@@ -143,12 +143,12 @@ def joined(recipe: TrainRecipe, parts: Sequence[Preflight]) -> Preflight:
             )
         )
     for name in recipe.distillation.teacher_weights:
-        with found.problems.noted():
+        with checked.problems.noted():
             require_known("distilled teacher (distillation.teacher_weights)", name, names)
-    with found.problems.noted():
-        size, distills = found.views.size, recipe.distills
-        found.student = first_student(recipe.student, facts, size, None, distills=distills, blank=True)
-    return found
+    with checked.problems.noted():
+        size, distills = checked.views.size, recipe.distills
+        checked.student = first_student(recipe.student, facts, size, None, distills=distills, blank=True)
+    return checked
 
 
 def _of_all(
@@ -157,7 +157,9 @@ def _of_all(
     return {name: one for measure in measures for name, one in measure(student, **how).items()}
 
 
-def _ask_cache(found: Preflight, recipe: TrainRecipe, cache: FeatureCache, processes: int, rank: int) -> None:
+def _ask_cache(
+    checked: Preflight, recipe: TrainRecipe, cache: FeatureCache, processes: int, rank: int
+) -> None:
     sampler = partial(
         ShardShuffleSampler,
         batch_size_per_process=recipe.batch_size_per_process,
@@ -166,17 +168,17 @@ def _ask_cache(found: Preflight, recipe: TrainRecipe, cache: FeatureCache, proce
         seed=recipe.seed,
     )
     among = held_out = None
-    with found.problems.noted():
+    with checked.problems.noted():
         if recipe.features == "hybrid":
-            held = complete_teachers(cache, found.held)
-            if found.held and not held:
+            held = complete_teachers(cache, checked.held)
+            if checked.held and not held:
                 raise RecipeError(
                     "A hybrid run reads at least one teacher.",
-                    got=f"no complete one of {', '.join(found.held)} in {cache.storage.url}",
+                    got=f"no complete one of {', '.join(checked.held)} in {cache.storage.url}",
                     expected="a teacher with every shard committed",
                     do="finish the build of one of them",
                 )
-            found.held = held
+            checked.held = held
         if recipe.held_out:
             keys = cache.samples["key"].to_pylist()
             held_out = held_out_samples(keys, recipe.held_out, recipe.seed)
@@ -184,26 +186,26 @@ def _ask_cache(found: Preflight, recipe: TrainRecipe, cache: FeatureCache, proce
         drawing: Callable[..., ShardShuffleSampler] = sampler
         if recipe.streams:
             drawing = partial(StreamSampler, **sampler.keywords, shuffle_buffer=recipe.loader.shuffle_buffer)
-        found.sampler = drawing(cache, found.held or None, fraction=recipe.fraction, among=among)
-        found.num_samples = found.num_samples or found.sampler.num_samples
+        checked.sampler = drawing(cache, checked.held or None, fraction=recipe.fraction, among=among)
+        checked.num_samples = checked.num_samples or checked.sampler.num_samples
     if cache.spec.images == "rendered":
-        with found.problems.noted():
-            found.notices += _pixel_notices(recipe, cache, found.held if recipe.reads_cache else ())
-    if (wanted := recipe.validation) is None or (recipe.held_out and found.sampler is None):
+        with checked.problems.noted():
+            checked.notices += _pixel_notices(recipe, cache, checked.held if recipe.reads_cache else ())
+    if (wanted := recipe.validation) is None or (recipe.held_out and checked.sampler is None):
         return
-    with found.problems.noted():
-        teachers = found.held if recipe.held_out else list(found.teachers)
+    with checked.problems.noted():
+        teachers = checked.held if recipe.held_out else list(checked.teachers)
         images = cache if recipe.held_out else _open_second(wanted, cache, teachers)
         samples = sampler(images, teachers, among=held_out)
         count, threads = min(wanted.max_samples, samples.num_samples), recipe.loader.threads
         of_these = partial(mean_similarity, sampler=samples, teachers=teachers, num_samples=count)
-        found.validation = partial(of_these, threads=threads, seed=recipe.seed)
-        found.notices.append(
+        checked.validation = partial(of_these, threads=threads, seed=recipe.seed)
+        checked.notices.append(
             f"Similarity to {', '.join(teachers)} is measured every {wanted.every_steps:,} steps, on"
             f" {count:,} images of {images.storage.url} that are not trained on."
         )
         if images is not cache and (shared := len(_images(images) & _images(cache))):
-            found.notices.append(f"But {shared:,} of the images in {images.storage.url} are trained on.")
+            checked.notices.append(f"But {shared:,} of the images in {images.storage.url} are trained on.")
 
 
 def _pixel_notices(recipe: TrainRecipe, cache: FeatureCache, cached: Iterable[str]) -> Iterator[str]:
@@ -325,9 +327,9 @@ def _other_grids(
 def notices(recipe: TrainRecipe, spec: CacheSpec, cached: Sequence[str]) -> list[str]:
     """Where cache and recipe make it another run than it may seem, one line each; `cached` are the teachers
     whose features are read."""
-    found = list(recipe.student.notices({name: spec.teachers[name] for name in cached}))
+    lines = list(recipe.student.notices({name: spec.teachers[name] for name in cached}))
     if recipe.multitask and not spec.views.policy.startswith("multitask_"):
-        found.append(
+        lines.append(
             f"The cache has {spec.views.policy} views: labels are learnt on those, and not on the ones of"
             " stage 2, multitask_train."
         )
@@ -337,12 +339,12 @@ def notices(recipe: TrainRecipe, spec: CacheSpec, cached: Sequence[str]) -> list
         inexact = ["smooth-L1"] if wanted.distance == "smooth_l1" and wanted.distance_weight else []
         inexact += ["the cosine of tokens"] if wanted.cosine == "token" and wanted.cosine_weight else []
         if inexact:
-            found.append(
+            lines.append(
                 f"On the adjoint grid of {', '.join(finer)} {' and '.join(inexact)} "
                 f"{'are approximations' if len(inexact) > 1 else 'is an approximation'}: exact are"
                 " distillation.cosine=flattened with distillation.distance=squared_error, or native grids."
             )
-    return found
+    return lines
 
 
 def _is_finer(teacher: TeacherSpec) -> bool:

@@ -65,29 +65,29 @@ def train(recipe: TrainRecipe) -> RunResult:
     for one in recipe.each:
         cache = FeatureCache.open(one.cache, images=one.images)
         inputs.append((cache, preflight(one, cache.spec, cache, processes=processes, rank=rank)))
-    found = joined(recipe, [part for _, part in inputs])
-    found.notices[:0] = overruled(recipe)
-    found.require(accelerator.print)
+    checked = joined(recipe, [part for _, part in inputs])
+    checked.notices[:0] = overruled(recipe)
+    checked.require(accelerator.print)
     require_folder(Path(recipe.output))
     with only_trainer(accelerator, Path(recipe.output)) as require_held:
-        return _Run(recipe, inputs, found, accelerator).go(require_held)
+        return _Run(recipe, inputs, checked, accelerator).go(require_held)
 
 
 @dataclass
 class _Run:
-    """A run of which nothing stands in the way, on one process; `found` is of all `inputs`."""
+    """A run of which nothing stands in the way, on one process; `checked` is of all `inputs`."""
 
     recipe: TrainRecipe
     inputs: list[tuple[FeatureCache, Preflight]]
-    found: Preflight
+    checked: Preflight
     accelerator: Accelerator
 
     def go(self, require_held: Callable[[], None]) -> RunResult:
         """`require_held` raises where another run has taken the output folder."""
-        recipe, accelerator, found = self.recipe, self.accelerator, self.found
+        recipe, accelerator, checked = self.recipe, self.accelerator, self.checked
         torch.manual_seed(recipe.seed)  # of weights that are not loaded
-        size, distills = found.views.size, recipe.distills
-        student = first_student(recipe.student, found.facts, size, found.tasks, distills=distills)
+        size, distills = checked.views.size, recipe.distills
+        student = first_student(recipe.student, checked.facts, size, checked.tasks, distills=distills)
         inherited = teacher_licences(begun) if (begun := recipe.student.init_from) else {}
         source, learns = TARGET_SOURCES[recipe.features], recipe.distills or student.reads_features
         targets = [
@@ -96,8 +96,8 @@ class _Run:
         ]
         weighting = self._weighting()
         famo = weighting if isinstance(weighting, Famo) else None
-        assert found.num_samples is not None
-        steps_per_epoch = found.num_samples / recipe.each[0].images_per_step(accelerator.num_processes)
+        assert checked.num_samples is not None
+        steps_per_epoch = checked.num_samples / recipe.each[0].images_per_step(accelerator.num_processes)
         run = Run(recipe, accelerator, student, self._identity(), steps_per_epoch, require_held, famo)
 
         def loaders(stack: ExitStack) -> list[FeatureLoader]:
@@ -116,9 +116,9 @@ class _Run:
             loaders,
             f"from teachercache import load_student; student = load_student({str(recipe.saved)!r})",
             save,
-            [partial(not_finite, cache, one.reads, found.labels) for cache, one in read],
+            [partial(not_finite, cache, one.reads, checked.labels) for cache, one in read],
             RunPictures(first, first_part.held if recipe.distills else [], student).draw,
-            found.validation and partial(found.validation, student, gather=accelerator.gather),
+            checked.validation and partial(checked.validation, student, gather=accelerator.gather),
             first,
         )
 
@@ -126,7 +126,7 @@ class _Run:
         processes, recipe = self.accelerator.num_processes, self.recipe
         facts: dict[str, Any] = {
             "images_per_step": recipe.images_per_step(processes),
-            "samples": self.found.num_samples,
+            "samples": self.checked.num_samples,
             "teachers": {
                 name: cache.spec.content_id(name) for cache, part in self.inputs for name in part.teachers
             },
@@ -158,7 +158,7 @@ class _Run:
         stem: Any = getattr(student, "stem", None)
         cutmix = CutMix(stem.grid, self.recipe.seed) if self.recipe.cutmix else None
         made = kind.objective(
-            model, student, targets, loss, wanted.weight, self.found.task_loss, weighting, balance, cutmix
+            model, student, targets, loss, wanted.weight, self.checked.task_loss, weighting, balance, cutmix
         )
         return cast(Objective, made)
 
@@ -166,7 +166,7 @@ class _Run:
         wanted, mean = self.recipe.distillation, partial(self.accelerator.reduce, reduction="mean")
         match wanted.weighting:
             case "famo":
-                return Famo(list(self.found.teachers), wanted.famo_lr, wanted.famo_decay, mean)
+                return Famo(list(self.checked.teachers), wanted.famo_lr, wanted.famo_decay, mean)
             case "teacher_drop":
                 return TeacherDrop(wanted.drop_probability, self.recipe.seed, mean)
         return Weighting()
@@ -197,7 +197,7 @@ def not_finite(
 ) -> list[str]:
     """What of the data of these rows is not finite, read again where a loss is not: one line for each part of
     a row, its teacher and shard, or its task."""
-    found = []
+    damaged = []
     for row in rows.tolist():
         key = cache.key(int(cache.index.locate(row)[0]))
         for teacher in teachers:
@@ -206,8 +206,8 @@ def not_finite(
                 values.append(cache.read_tokens([row], teacher, CLS_TOKEN))
             if not all(bool(tensor.isfinite().all()) for tensor in values):
                 shard = row // cache.spec.rows_per_shard
-                found.append(f"features of {teacher} in shard {shard}, row {row} (sample {key})")
+                damaged.append(f"features of {teacher} in shard {shard}, row {row} (sample {key})")
         for task, value in labels.read(key, cache.view(row)).items() if labels else ():
             if not value.isfinite().all():
-                found.append(f"{task} of sample {key}")
-    return found
+                damaged.append(f"{task} of sample {key}")
+    return damaged

@@ -75,12 +75,12 @@ class CocoAnnotations:
                 do="pass the folder of the annotated images",
             )
 
-    def average_precision(self, found: dict[str, list]) -> dict[str, float]:
-        """Of boxes in percent, over the images and categories of `found`, which has COCO's form."""
+    def average_precision(self, detected: dict[str, list]) -> dict[str, float]:
+        """Of boxes in percent, over the images and categories of `detected`, which has COCO's form."""
         from teachercache.student.metrics.average_precision import average_precision
 
-        truth = {**found, "annotations": self.content["annotations"]}
-        scores = average_precision(truth, found["annotations"], "bbox")
+        truth = {**detected, "annotations": self.content["annotations"]}
+        scores = average_precision(truth, detected["annotations"], "bbox")
         return {name: 100 * score for name, score in scores.items()}
 
 
@@ -100,15 +100,15 @@ def find(
     pixels_B3HW, shown_BHW = (torch.stack(parts).to(device) for parts in zip(*fitted, strict=True))
     projected = student.eval().project(student.normalize(pixels_B3HW), names)
     boxes_BQ4, scores_BQP = detector([projected[name].map for name in names], shown_BHW, phrases)
-    found = []
+    detected = []
     for image, boxes_Q4, scores_QP in zip(images, boxes_BQ4.cpu(), scores_BQP.cpu(), strict=True):
         scores_N, places_N = scores_QP.flatten().topk(min(_MOST, scores_QP.numel()))
         centre_N2, size_N2 = boxes_Q4[places_N // len(phrases)].split(2, dim=1)
         first_N2, last_N2 = (centre_N2 - size_N2 / 2).clamp(0, 1), (centre_N2 + size_N2 / 2).clamp(0, 1)
         boxes_N4 = torch.cat([first_N2, last_N2 - first_N2], dim=1) * torch.tensor([*image.size, *image.size])
         columns = (places_N % len(phrases)).tolist(), scores_N.tolist(), boxes_N4.tolist()
-        found.append([DetectedBox(*row) for row in zip(*columns, strict=True)])
-    return found
+        detected.append([DetectedBox(*row) for row in zip(*columns, strict=True)])
+    return detected
 
 
 def detect(
@@ -149,8 +149,8 @@ def detect(
         return chosen[number], decode_image(images.read(*place))
 
     for batch in in_threads(read, range(len(chosen)), batch_size, threads):
-        found = find(student, [image for _, image in batch], detector, phrases)
-        for (name, image), boxes in zip(batch, found, strict=True):
+        detected = find(student, [image for _, image in batch], detector, phrases)
+        for (name, image), boxes in zip(batch, detected, strict=True):
             shown = [box for box in boxes if box.score >= threshold]
             size = {"width": image.width, "height": image.height}
             file = named[name]["path"] if is_image_name(named[name]["path"]) else name
