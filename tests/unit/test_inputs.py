@@ -278,5 +278,5 @@ def test_a_teacher_of_two_inputs_and_one_that_a_cache_lacks_are_refused(
         {"cache": str(caches[0]), "batch_size_per_process": 2},
         {"cache": str(caches[0]), "batch_size_per_process": 2, "teachers": ["clip", "sam"]},
     ]
-    with pytest.raises(RecipeError, match=r"sam(.|\n)*one input alone(.|\n)*clip of several"):
+    with pytest.raises(RecipeError, match=r"sam(.|\n)*one input only(.|\n)*clip in several inputs"):
         train(recipe(caches, tmp_path, inputs=inputs))

@@ -192,7 +192,7 @@ def test_what_is_validated_and_followed_is_said_before(whole: Path, tmp_path: Pa
         train(recipe)
     for text in (
         "There are 3 problems",
-        "no sample is left",
+        "too small to hold a sample",
         "pip install 'comet_ml'",
         "pip install 'aim<4'",
     ):

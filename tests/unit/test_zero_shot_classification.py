@@ -202,14 +202,14 @@ def test_classes_have_names_and_labels(tmp_path: Path) -> None:
 )
 def test_lists_with_doubles_or_too_few_classes_are_refused(tmp_path: Path, text: str, got: str) -> None:
     (tmp_path / "classes.txt").write_text(text)
-    with pytest.raises(RecipeError, match=f"no list of classes(.|\n)*{got}"):
+    with pytest.raises(RecipeError, match=f"not a list of classes(.|\n)*{got}"):
         read_classes(tmp_path / "classes.txt")
 
 
 @pytest.mark.parametrize("text", ["a photo", "{} and {}", ""])
 def test_templates_have_one_place_for_the_name(tmp_path: Path, text: str) -> None:
     (tmp_path / "templates.txt").write_text(f"a {{}}.\n{text}\n" if text else text)
-    with pytest.raises(RecipeError, match="no list of templates"):
+    with pytest.raises(RecipeError, match="not a list of templates"):
         read_templates(tmp_path / "templates.txt")
     with pytest.raises(RecipeError, match=r"none\.txt cannot be read"):
         read_templates(tmp_path / "none.txt")
