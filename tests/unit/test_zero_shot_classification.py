@@ -150,7 +150,7 @@ def test_a_clip_with_other_weights_is_refused(
 ) -> None:
     place = str(cache.storage.url)
     _require_weights(None, ["clip"], clip)
-    assert "not compared with those of clip: --cache" in capsys.readouterr().err
+    assert "not compared with those of clip: name the student's --cache" in capsys.readouterr().err
     _require_weights(place, ["clip"], clip)
     assert not capsys.readouterr().err
     other = Clip.load(str(save_clip(tmp_path / "other", seed=1)))
