@@ -39,6 +39,11 @@ class Process:
         node, machine, pid, started, _ = tag.rsplit("~", 4)
         return cls(node, machine, int(pid), int(started))
 
+    @classmethod
+    def of_holder(cls, holder: bytes) -> Self:
+        """The process that left this in a lock. Raises `ValueError`."""
+        return cls.of(holder.decode().rpartition("~")[0])
+
     def tag(self) -> str:
         return f"{self.node}~{self.machine}~{self.pid}~{self.started}~{uuid.uuid4().hex[:8]}"
 
@@ -80,7 +85,7 @@ def is_stale(holder: bytes, unchanged_s: float) -> bool:
     is by another clock. The lock may still be being written.
     """
     try:
-        alive = Process.of(holder.decode().rpartition("~")[0]).is_alive()
+        alive = Process.of_holder(holder).is_alive()
         return unchanged_s > _LOCK_TIMEOUT_S if alive is None else not alive
     except ValueError:
         return unchanged_s > _LOCK_IS_WRITTEN_WITHIN_S
@@ -88,7 +93,7 @@ def is_stale(holder: bytes, unchanged_s: float) -> bool:
 
 def describe_holder(holder: bytes | None) -> str:
     try:
-        process = Process.of((holder or b"").decode().rpartition("~")[0])
+        process = Process.of_holder(holder or b"")
     except ValueError:
         return "an unknown process"
     return f"process {process.pid} on {process.node}"

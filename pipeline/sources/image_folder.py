@@ -27,13 +27,13 @@ class ImageFolderSource(Source):
 
     kind = "image_folder"
 
-    def _units(self) -> Iterator[Files]:
+    def units(self) -> Iterator[Files]:
         files = iter(self.place.files())
         size = _FILES_PER_UNIT if self.place.is_local else _REMOTE_FILES_PER_UNIT
         while unit := list(islice(files, size)):
             yield unit
 
-    def _scan_unit(self, unit: Files) -> Scanned:
+    def scan_unit(self, unit: Files) -> Scanned:
         rows = SampleRows()
         for path, nbytes in unit:
             if not _is_sample(path):

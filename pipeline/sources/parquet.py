@@ -48,7 +48,7 @@ class ParquetSource(Source):
     kind = "parquet"
     container = ".parquet"
 
-    def _units(self) -> Iterator[_RowGroup]:
+    def units(self) -> Iterator[_RowGroup]:
         for path, _ in self._containers():
             try:
                 footer = _footer(self.place.storage.url, path)
@@ -70,7 +70,7 @@ class ParquetSource(Source):
                 yield _RowGroup(path, group, first_row, num_rows)
                 first_row += num_rows
 
-    def _scan_unit(self, unit: _RowGroup) -> Scanned:
+    def scan_unit(self, unit: _RowGroup) -> Scanned:
         rows, row = SampleRows(), unit.first_row
         try:
             with _open(self.place.storage.url, unit.path) as file:

@@ -33,8 +33,8 @@ class SeveralSources(Source):
         return cls({name: open_one(one["path"], one["kind"]) for name, one in places(location).items()})
 
     @property
-    def _is_local(self) -> bool:
-        return all(one._is_local for one in self._sources.values())
+    def is_local(self) -> bool:
+        return all(one.is_local for one in self._sources.values())
 
     def listing(self) -> str:
         listings = "".join(f"{one.listing()} {name}\n" for name, one in self._sources.items())
@@ -54,22 +54,22 @@ class SeveralSources(Source):
         name, _, own = path.partition("/")
         return self._sources[name].stream(own, places) if name in self._sources else iter(())
 
-    def _units(self) -> Iterable[Any]:
-        return ((name, unit) for name, one in self._sources.items() for unit in one._units())
+    def units(self) -> Iterable[Any]:
+        return ((name, unit) for name, one in self._sources.items() for unit in one.units())
 
-    def _scan_unit(self, unit: Any) -> Scanned:
+    def scan_unit(self, unit: Any) -> Scanned:
         name, own = unit
-        table, left_out = self._sources[name]._scan_unit(own)
+        table, left_out = self._sources[name].scan_unit(own)
         for column in ("key", "path", "qualified_key"):
             named = pc.binary_join_element_wise(f"{name}/", table[column], "")
             table = table.set_column(table.schema.get_field_index(column), table.schema.field(column), named)
         return table, left_out
 
-    def _names(self) -> Iterator[str]:
-        return chain.from_iterable(one._names() for one in self._sources.values())
+    def names(self) -> Iterator[str]:
+        return chain.from_iterable(one.names() for one in self._sources.values())
 
-    def _other_files(self) -> Iterable[str]:
-        return chain.from_iterable(one._other_files() for one in self._sources.values())
+    def other_files(self) -> Iterable[str]:
+        return chain.from_iterable(one.other_files() for one in self._sources.values())
 
 
 def own_places(location: str, kind: str) -> list[str]:

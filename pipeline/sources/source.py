@@ -48,22 +48,22 @@ class Source(ABC):
         self.location = place.location
 
     @abstractmethod
-    def _units(self) -> Iterable[Any]:
+    def units(self) -> Iterable[Any]:
         """Picklable pieces of work, in the order (path, offset) of their rows."""
 
     @abstractmethod
-    def _scan_unit(self, unit: Any) -> Scanned:
+    def scan_unit(self, unit: Any) -> Scanned:
         """`SampleRows.scanned()` of one unit. Runs in another process or thread."""
 
     @property
-    def _is_local(self) -> bool:
+    def is_local(self) -> bool:
         return self.place.is_local
 
-    def _names(self) -> Iterator[str]:
+    def names(self) -> Iterator[str]:
         """The names among which images are sought, for the error when there are none."""
         return (name for name, _ in self.place.files())
 
-    def _other_files(self) -> Iterable[str]:
+    def other_files(self) -> Iterable[str]:
         """The kind of each file that a scan leaves out before it reaches units."""
         files = self.place.files() if self.container else ()
         return (file_kind(path) for path, _ in files if not self._is_container(path))
@@ -98,7 +98,7 @@ class Source(ABC):
                 if progress is not None:
                     progress(table.num_rows)
             if left_out is not None:
-                left_out.update(self._other_files())
+                left_out.update(self.other_files())
         except (FileNotFoundError, PermissionError) as error:
             failure = SourceNotFoundError if isinstance(error, FileNotFoundError) else SourceError
             raise failure(
@@ -144,12 +144,12 @@ class Source(ABC):
         return iter(())
 
     def _scan_units(self, workers: int) -> Iterator[Scanned]:
-        units = iter(self._units())
+        units = iter(self.units())
         pool: Executor
-        if self._is_local:
+        if self.is_local:
             start = time.monotonic()
             for unit in units:
-                yield self._scan_unit(unit)
+                yield self.scan_unit(unit)
                 if workers > 1 and time.monotonic() - start >= _SECONDS_ALONE:
                     break
             else:
@@ -159,7 +159,7 @@ class Source(ABC):
             workers = _REMOTE_THREADS
             pool = ThreadPoolExecutor(workers)
         with pool:
-            yield from ordered_map(pool, self._scan_unit, units, workers * _UNITS_AHEAD_PER_WORKER)
+            yield from ordered_map(pool, self.scan_unit, units, workers * _UNITS_AHEAD_PER_WORKER)
 
     def _is_container(self, path: str) -> bool:
         return splitext(path)[1].lower() == self.container and not basename(path).startswith("._")
@@ -195,7 +195,7 @@ class Source(ABC):
                 expected="at least one JPEG, PNG, WebP, GIF, BMP or TIFF image",
                 do="try to open some of them with an image viewer",
             )
-        names = list(islice(self._names(), _NAMES_LOOKED_AT))
+        names = list(islice(self.names(), _NAMES_LOOKED_AT))
         return no_image_error(self.location, names, f"no image for a source of kind {self.kind}")
 
 

@@ -143,15 +143,15 @@ class TarSource(Source):
 
     container = ".tar"
 
-    def _names(self) -> Iterator[str]:
-        yield from super()._names()
+    def names(self) -> Iterator[str]:
+        yield from super().names()
         for path, nbytes in self._containers():
             with self.place.storage.open_read(path) as file:
                 yield from (f"{path}/{member.name}" for member in tar_members(file, 0, nbytes))
 
     @property
     def streams(self) -> bool:
-        return not self._is_local
+        return not self.is_local
 
     def stream(self, path: str, places: Sequence[tuple[int, int]]) -> Iterator[bytes]:
         start, end = places[0][0] - tarfile.BLOCKSIZE, sum(places[-1])
@@ -184,7 +184,7 @@ class ILSVRCSource(TarSource):
 
     kind = "ilsvrc"
 
-    def _units(self) -> Iterator[tuple[str, TarMember]]:
+    def units(self) -> Iterator[tuple[str, TarMember]]:
         """(path, member) of outer tars, usually a class."""
         for path, nbytes in self._containers():
             with self.place.storage.open_read(path) as file:
@@ -198,7 +198,7 @@ class ILSVRCSource(TarSource):
                         )
                     yield path, member
 
-    def _scan_unit(self, unit: tuple[str, TarMember]) -> Scanned:
+    def scan_unit(self, unit: tuple[str, TarMember]) -> Scanned:
         path, outer = unit
         rows, wnid = SampleRows(), splitext(basename(outer.name))[0]
         if _is_class_tar(outer.name):

@@ -44,10 +44,10 @@ class WebDatasetSource(TarSource):
 
     kind = "webdataset"
 
-    def _units(self) -> Iterator[tuple[str, int]]:
+    def units(self) -> Iterator[tuple[str, int]]:
         return self._containers()
 
-    def _scan_unit(self, unit: tuple[str, int]) -> Scanned:
+    def scan_unit(self, unit: tuple[str, int]) -> Scanned:
         path, tar_nbytes = unit
         rows, stray_labels = SampleRows(), dict[str, str | None]()
         with self.place.storage.open_read(path) as file:

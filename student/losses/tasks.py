@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from teachercache.pipeline.errors import ArgumentError, require_known
-from teachercache.student.metrics.dense import IGNORE_INDEX
+from teachercache.student.metrics.dense import IGNORE_INDEX, have_direction
 
 BOUNDARY_WEIGHT = 0.95  # for boundary pixels; the others weigh 1 - 0.95
 
@@ -36,8 +36,7 @@ def balanced_cross_entropy(logits_B2HW: Tensor, labels_BHW: Tensor) -> Tensor:
 def normals_l1(normals_B3HW: Tensor, target_B3HW: Tensor) -> Tensor:
     """|n - t| summed over x, y and z, with n scaled to unit length. Pixels whose target has no direction, or
     the ignore index in a channel, are left out."""
-    valid_BHW = (target_B3HW != IGNORE_INDEX).all(1) & (target_B3HW != 0).any(1)
-    return _mean((F.normalize(normals_B3HW, dim=1) - target_B3HW).abs().sum(1), valid_BHW)
+    return _mean((F.normalize(normals_B3HW, dim=1) - target_B3HW).abs().sum(1), have_direction(target_B3HW))
 
 
 def depth_l1(depth_B1HW: Tensor, target_BHW: Tensor) -> Tensor:

@@ -79,17 +79,15 @@ class FrozenMaps:
     def __call__(self, images_B3HW: Tensor) -> list[Tensor]:
         """uint8 images → four levels (B, `width`, h, w)."""
         mean, std = self._mean_std.to(images_B3HW.device)
-        stem, prefix = self.stem, self.stem.num_prefix_tokens
+        stem = self.stem
         tokens_BND = stem((images_B3HW.float() / 255 - mean) / std)
-        levels_BND = [tokens_BND[block] for block in stem.level_depths]
-        patches_BnD = [tokens[:, prefix:] for tokens in levels_BND]
-        if self._path is not None:
-            patches_BnD = self._path(tokens_BND, prefix)
+        path = self._path
+        patches_BnD = path(tokens_BND, stem.num_prefix_tokens) if path else stem.levels(tokens_BND)
         maps = [patches.transpose(1, 2).unflatten(2, stem.grid) for patches in patches_BnD]
         if stem.has_class_token:
             maps = [
-                torch.cat([map_, tokens[:, 0, :, None, None].expand_as(map_)], dim=1)
-                for map_, tokens in zip(maps, levels_BND, strict=True)
+                torch.cat([map_, tokens_BND[block][:, 0, :, None, None].expand_as(map_)], dim=1)
+                for map_, block in zip(maps, stem.level_depths, strict=True)
             ]
         return maps
 

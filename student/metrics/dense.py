@@ -117,6 +117,11 @@ def _f_measure(counts_3T: Tensor) -> Tensor:
     return ((1 + _BETA_SQUARED) * hits_T / denominator_T).nan_to_num(0)
 
 
+def have_direction(target_B3HW: Tensor) -> Tensor:
+    """(B, H, W): where surface normals are annotated, and are not the zero vector."""
+    return (target_B3HW != IGNORE_INDEX).all(1) & (target_B3HW != 0).any(1)
+
+
 class MeanAngularError(MeanMetric):
     """Mean angle between predicted and true surface normals, in degrees, over all annotated pixels.
 
@@ -127,7 +132,7 @@ class MeanAngularError(MeanMetric):
     def update(self, prediction_B3HW: Tensor, target_B3HW: Tensor) -> None:
         """Vectors of any length; both are normalised here."""
         check_same_shape(prediction_B3HW.shape, target_B3HW.shape)
-        valid_BHW = (target_B3HW != IGNORE_INDEX).all(1) & (target_B3HW != 0).any(1)
+        valid_BHW = have_direction(target_B3HW)
         prediction_N3, target_N3 = (
             torch.nn.functional.normalize(normals.movedim(1, -1)[valid_BHW].double(), dim=1)
             for normals in (prediction_B3HW, target_B3HW)

@@ -131,7 +131,7 @@ def _read(path: Path) -> bytes | None:
 
 def _is_alive(holder: bytes) -> bool:
     try:
-        return Process.of(holder.decode().rpartition("~")[0]).is_alive() is True
+        return Process.of_holder(holder).is_alive() is True
     except ValueError:
         return False
 

@@ -154,9 +154,9 @@ def test_root_and_time_do_not_change_the_table(kind: str, location: Path, tmp_pa
 
 def test_units_give_the_same_rows_in_another_process(location: Path) -> None:
     source = open_source(location)
-    for unit in source._units():
+    for unit in source.units():
         other_source, other_unit = pickle.loads(pickle.dumps((source, unit)))  # noqa: S301
-        assert other_source._scan_unit(other_unit) == source._scan_unit(unit)
+        assert other_source.scan_unit(other_unit) == source.scan_unit(unit)
 
 
 def test_processes_do_not_change_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
