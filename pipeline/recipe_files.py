@@ -83,7 +83,7 @@ def load_overrides(model: type[Model], overrides: Sequence[str], origin: str) ->
 
 def _load(model: type[Model], text: bytes, overrides: Sequence[str], origin: str) -> Model:
     try:
-        config = OmegaConf.create(yaml.load(text, _TextLoader) or {})
+        config = OmegaConf.create(_TextLoader(text).get_single_data() or {})
         for override in overrides:
             key, value = _parse(model, override)
             _name_the_items(config, key)
@@ -148,7 +148,7 @@ def _parse(model: type[BaseModel], override: str) -> tuple[str, Any]:
         return key, None
     if not is_text and text.lstrip()[0] in "{[":
         with suppress(yaml.YAMLError):  # the model then says what it is not
-            return key, OmegaConf.create(yaml.load(text, _TextLoader))
+            return key, OmegaConf.create(_TextLoader(text).get_single_data())
     if {bool, int, float} & kinds:
         return key, text
     return key, re.sub(r"(\\*)\$\{", r"\1\1\\${", text)  # text, which OmegaConf must not interpolate

@@ -174,7 +174,7 @@ def test_levels_that_are_not_there_by_themselves_are_refused(
 ) -> None:
     teachers = {"t": teacher_spec(width=16, codec=codec)}
     cache = make_cache(tmp_path / "cache", make_images(tmp_path / "images", 2), teachers=teachers)
-    with pytest.raises(CacheError, match=f"(?s)t has no such levels.*{expected}"):
+    with pytest.raises(CacheError, match=f"(?s)t cannot be stored with these levels.*{expected}"):
         subset(cache.storage.url, str(tmp_path / "part"), levels=levels)
     assert not (tmp_path / "part").exists()
 
