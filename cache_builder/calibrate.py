@@ -140,9 +140,10 @@ def other_tables(url: str | None, spec: CacheSpec, names: Iterable[str]) -> dict
         f"teachers.{name}: that cache has {held}" for name in calibrated if name not in other.teachers
     ]
     for what, (there, here) in other.differences(spec).items():
-        part, _, key = what.rpartition(".")
+        of, _, own = what.partition(".")
+        name, _, key = own.rpartition(".")
         unknown = here is None and key in ("weights_hash", "tables_hash")
-        if part.removeprefix("teachers.") in calibrated and not unknown:
+        if of == "teachers" and name in calibrated and not unknown:
             differences.append(f"{what}: {there!r} there, {here!r} here")
     if differences:
         raise CacheMismatchError(

@@ -39,7 +39,7 @@ class Sample:
     slots: list[Slot]
     streamed: Future[bytes | None] | None
     data: bytes = b""
-    reason: str = ""
+    reason: str | None = None
 
 
 class Decoding:
@@ -94,7 +94,7 @@ class Decoding:
                 self._render(sample, data)
             sample.data = data
         except ImageDecodeError as error:
-            sample.reason, sample.slots = error.problem, []
+            sample.reason, sample.slots, sample.streamed = error.problem, [], None
         return sample
 
     def _render(self, sample: Sample, data: bytes) -> None:

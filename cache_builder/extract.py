@@ -170,10 +170,10 @@ class ShardExtractor:
             for sample in self._decoding.samples(shard.number, shard.writers, shard.seconds):
                 progress()
                 source_digest.update(sample.data)
-                if sample.reason:
+                if sample.reason is not None:
                     shard.quarantined.append(sample)
                 if shard.tar is not None:
-                    data = None if sample.reason else sample.data
+                    data = sample.data if sample.reason is None else None
                     shard.tar.add(self._cache.key(sample.index), data)
                 for row, slot in zip(sample.rows, sample.slots, strict=False):
                     batches.add(row - first_row, slot)

@@ -51,6 +51,8 @@ def upsample(s_BChw: Tensor, grid: Grid) -> Tensor:
     if isinstance(grid, Places):
         rows, columns = grid.weights(s_BChw)
         return _sandwich(rows, s_BChw, columns)
+    if s_BChw.shape[-2:] == tuple(grid):
+        return s_BChw
     return F.interpolate(s_BChw, size=grid, mode="bilinear", align_corners=False)
 
 

@@ -31,6 +31,9 @@ Model = TypeVar("Model", bound=BaseModel)
 _variables: ContextVar[set[str] | None] = ContextVar("variables", default=None)
 
 
+_HINTS = {"int_parsing": "; write it in digits, as 1000", "float_parsing": "; infinity is written inf"}
+
+
 class _TextLoader(yaml.SafeLoader):
     """Reads every scalar but null as text, and no key twice."""
 
@@ -39,13 +42,13 @@ class _TextLoader(yaml.SafeLoader):
         for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = set[str]()
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node, names = super().compose_mapping_node(anchor), set[str]()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in names:
                 raise ConstructorError(None, None, f"found duplicate key {key.value}", key.start_mark)
             names.add(key.value)
-        return super().construct_mapping(node, deep)
+        return node
 
 
 def load_recipe(
@@ -83,7 +86,10 @@ def load_overrides(model: type[Model], overrides: Sequence[str], origin: str) ->
 
 def _load(model: type[Model], text: bytes, overrides: Sequence[str], origin: str) -> Model:
     try:
-        config = OmegaConf.create(_TextLoader(text).get_single_data() or {})
+        content = _TextLoader(text).get_single_data()
+        if not isinstance(content, dict | None):
+            return check_recipe(model, content, origin)  # which says what it is not
+        config = OmegaConf.create(content or {})
         for override in overrides:
             key, value = _parse(model, override)
             _name_the_items(config, key)
@@ -150,7 +156,7 @@ def _parse(model: type[BaseModel], override: str) -> tuple[str, Any]:
         with suppress(yaml.YAMLError):  # the model then says what it is not
             return key, OmegaConf.create(_TextLoader(text).get_single_data())
     if {bool, int, float} & kinds:
-        return key, text
+        return key, text.strip()
     return key, re.sub(r"(\\*)\$\{", r"\1\1\\${", text)  # text, which OmegaConf must not interpolate
 
 
@@ -192,6 +198,7 @@ def _describe(model: type[BaseModel], problem: Any) -> str:
         message += f"; did you mean {near[0]}?" if near else ""
     if problem["type"] == "string_type":
         message += f'; in a file, quote text that YAML would read otherwise, {location[-1]}: "…"'
+    message += _HINTS.get(problem["type"], "")
     whole = problem["type"] == "value_error" and isinstance(problem["input"], Mapping)  # names what is wrong
     return f"{key or 'recipe'}: {message}" + ("" if whole else f" (got {problem['input']!r})")
 

@@ -114,7 +114,8 @@ def _modeling() -> Any:
     """transformers' GroundingDINO, imported only if a teacher needs it."""
     with extra("grounding-dino"):
         import transformers
-    return transformers.models.grounding_dino.modeling_grounding_dino
+
+        return transformers.models.grounding_dino.modeling_grounding_dino
 
 
 def _config(model: str) -> Any:

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import shlex
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -187,23 +188,25 @@ def probe(
     from teachercache.student.measuring.linear_probe import linear_probe, probe_table
 
     device, is_first = process_state().device, os.environ.get("RANK", "0") == "0"
-    pairs: list[tuple[str, Any, Any]] = []
-    if student:
-        loaded, square = teachercache.load_student(student).to(device), (size, size) if size else None
-        first, second = (
-            StudentFeatures(loaded, open_source(place), square, batch_size, threads)
-            for place in (train, test)
-        )
-        pairs.append((student, first, second))
-    else:
+
+    def pairs() -> Iterator[tuple[str, Any, Any]]:  # one after the other: each holds the labels of all images
+        if student:
+            loaded, square = teachercache.load_student(student).to(device), (size, size) if size else None
+            first, second = (
+                StudentFeatures(loaded, open_source(place), square, batch_size, threads)
+                for place in (train, test)
+            )
+            yield student, first, second
+            return
         caches = teachercache.FeatureCache.open(train), teachercache.FeatureCache.open(test)
         for name in teachers or caches[0].teachers:
             one, other = (CachedTeacherFeatures(cache, name, tokens, batch_size, threads) for cache in caches)
             require_same_teacher(one, other)
-            pairs.append((name if one.spec.pretrained else f"{name} (random weights)", one, other))
+            yield name if one.spec.pretrained else f"{name} (random weights)", one, other
+
     probes = []
     with console.status("") if is_first else nullcontext() as status:
-        for title, one, other in pairs:
+        for title, one, other in pairs():
             require_other_images(one.images, other.images)
             progress = status.update if status else None
             probes.append(linear_probe(one, other, name=title, progress=progress))

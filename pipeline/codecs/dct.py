@@ -42,12 +42,13 @@ from teachercache.pipeline.records.array_layout import ArrayLayout
 class Quantisation:
     """Of coefficients of 1 to `most_bits` bits. `distortion`: that of unit Gaussian values, from 0 bits on.
 
-    `levels` by bits; where they are `nested`, those of fewer bits begin those of more.
+    `levels` by bits, `size` many; where they are `nested`, those of fewer bits begin those of more.
     """
 
     most_bits: int
     distortion: Callable[[int], float]
     levels: Callable[[int], NDArray[np.floating]]
+    size: Callable[[int], int]
     quantizer: Callable[[Tensor], TokenQuantizer]
     nested: bool = False
 
@@ -58,14 +59,16 @@ class Quantisation:
 
     def parts(self, table: Tensor) -> list[Tensor]:
         """Those of 1 bit, of 2, …"""
-        sizes = [len(self.levels(bits)) for bits in range(1, self.most_bits + 1)]
+        sizes = [self.size(bits) for bits in range(1, self.most_bits + 1)]
         return [table[:size] for size in sizes] if self.nested else list(table.split(sizes))
 
 
 _BASES = ("level_basis", "row_basis", "column_basis")
 
-SCALAR = Quantisation(8, gaussian_distortion, gaussian_levels, ScalarQuantizer)
-RINGS = Quantisation(6, ring_distortion, ring_levels, RingQuantizer, nested=True)
+SCALAR = Quantisation(8, gaussian_distortion, gaussian_levels, lambda bits: 2**bits, ScalarQuantizer)
+RINGS = Quantisation(
+    6, ring_distortion, ring_levels, lambda bits: len(ring_levels(bits)), RingQuantizer, nested=True
+)
 
 
 @dataclass(frozen=True)

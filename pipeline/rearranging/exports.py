@@ -124,8 +124,11 @@ def _claim(storage: Storage, folder: str, stem: str, made_from: dict[str, Any]) 
     """Record what a split is made from. Raises `CacheMismatchError` if it was made from something else."""
     name, data = f"{folder}/{stem}.json", (json.dumps(made_from, indent=2) + "\n").encode()
     columns = ("images", *made_from["levels"])
-    tars = [tar for column in columns for tar in storage.names(f"{folder}/{column}") if tar.startswith(stem)]
-    existing = storage.read(name) if storage.exists(name) else b"tars without that file" if tars else data
+    existing = data
+    if storage.exists(name):
+        existing = storage.read(name)
+    elif any(tar.startswith(stem) for column in columns for tar in storage.names(f"{folder}/{column}")):
+        existing = b"tars without that file"
     if existing != data:
         raise CacheMismatchError(
             f"Another export is at {storage.url}/{folder}.",

@@ -1,5 +1,6 @@
 """Make a cache of some samples, teachers and levels of another."""
 
+import difflib
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -107,7 +108,14 @@ def _chosen(source: FeatureCache, keys: Iterable[str] | None, fraction: float | 
         distinct_keys = pa.array(sorted(set(keys)), pa.string())
         places = pc.index_in(distinct_keys, value_set=source.samples["key"])
         if places.null_count:
-            source.find(distinct_keys[pc.index(pc.is_null(places), True).as_py()].as_py(), whole=True)
+            unknown = distinct_keys.filter(pc.is_null(places)).to_pylist()
+            near = difflib.get_close_matches(unknown[0], source.samples["key"].to_pylist(), 1)
+            raise CacheError(
+                f"{len(unknown)} of {len(distinct_keys)} keys are not in this cache.",
+                got=", ".join(unknown[:3]),
+                expected=f"keys of {source.storage.url}/samples.parquet",
+                do=f"did you mean {near[0]}?" if near else "give whole keys, one per line",
+            )
         chosen = np.sort(places.to_numpy())
     elif fraction is not None:
         chosen = random_samples(source.num_samples, fraction if 0 < fraction <= 1 else 0, seed)

@@ -46,8 +46,7 @@ class Projection(nn.Module):
         self.map = _mlp(before, hidden, after)
 
     def forward(self, features: Features, grid: Size) -> Features:
-        map_BCHW = features.map if features.grid == grid else upsample(features.map, grid)
-        map_BHWC = self.map(map_BCHW.permute(0, 2, 3, 1))
+        map_BHWC = self.map(upsample(features.map, grid).permute(0, 2, 3, 1))
         image_BC = None if self.image is None else self.image(features.image)
         return Features(image_BC, map_BHWC.permute(0, 3, 1, 2))
 

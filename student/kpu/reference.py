@@ -39,15 +39,15 @@ def load_vit_adapter(adapter: ViTAdapter, tensors: Mapping[str, Tensor]) -> None
     Raises `CheckpointError`, and leaves the adapter as it is, where they are not all of this adapter's, as
     where its norm is not "sync_batch".
     """
-    tensors = {}
+    own = {}
     for name, tensor in tensors.items():
-        if own := re.fullmatch(_OF_ADAPTER, name):
-            renamed = own[2]
+        if match := re.fullmatch(_OF_ADAPTER, name):
+            renamed = match[2]
             for pattern, replacement in _RENAMED:
                 renamed = re.sub(pattern, replacement, renamed)
-            tensors[renamed] = tensor
+            own[renamed] = tensor
     ours, theirs = (
-        {name: tuple(one.shape) for name, one in of.items()} for of in (adapter.state_dict(), tensors)
+        {name: tuple(one.shape) for name, one in of.items()} for of in (adapter.state_dict(), own)
     )
     if wrong := sorted(name for name in ours | theirs if ours.get(name) != theirs.get(name)):
         raise CheckpointError(
@@ -56,4 +56,4 @@ def load_vit_adapter(adapter: ViTAdapter, tensors: Mapping[str, Tensor]) -> None
             expected=f"its {len(ours)} tensors, by the names of ViT-Adapter's code",
             do="build the KPU on a ViT of the checkpoint's width, with norm='sync_batch'",
         )
-    adapter.load_state_dict(tensors)
+    adapter.load_state_dict(own)

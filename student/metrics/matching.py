@@ -42,7 +42,8 @@ class Candidates(NamedTuple):
 def find_candidates(prediction_HW: Bools, target_HW: Bools, max_distance_px: float) -> Candidates:
     """All pairs of a predicted and a true boundary pixel that are at most `max_distance_px` apart."""
     predicted, true = (KDTree(np.argwhere(map_HW)) for map_HW in (prediction_HW, target_HW))
-    found = predicted.sparse_distance_matrix(true, max_distance_px, output_type="ndarray")
+    reach_px = np.nextafter(max_distance_px, np.inf)  # it compares squares, which are not exact
+    found = predicted.sparse_distance_matrix(true, reach_px, output_type="ndarray")
     order_E = np.lexsort((found["j"], found["i"]))
     prediction_E, target_E, distance_E = (found[name][order_E] for name in "ijv")
     outlier_cost = float(np.ceil(100 * 100 * max_distance_px))

@@ -29,6 +29,7 @@ from teachercache.student.training.checkpoint import (
     DAMAGED_SUFFIX,
     load_newest,
     misnamed,
+    require_output,
     set_aside,
 )
 from teachercache.student.training.decoder_recipe import AnyRecipe
@@ -144,6 +145,7 @@ class Run:
     def _resume(self) -> int:
         """Load the newest checkpoint of the output folder, if there is one; the first step to take."""
         folder = self.recipe.checkpoint_folder
+        require_output(folder, self.recipe.resume)  # again: another run may just have ended
         first_step, damaged = load_newest(folder, self.module, self.optimizer, self.identity, self.famo)
         finished = self.recipe.saved.exists()
         taken = 0 if first_step else logged_steps(Path(self.recipe.output))
@@ -154,7 +156,7 @@ class Run:
                 if finished
                 else f"{taken} steps in {self.recipe.output}/{METRICS_FILE}",
                 expected=f"checkpoints in {folder}, or an output without a run",
-                do="put them back, or choose another output to begin again",
+                do="put them back; to begin again choose another output, or move this one away",
             )
         steps = self.accelerator.gather(torch.tensor([first_step], device=self.accelerator.device)).tolist()
         if len(set(steps)) > 1:

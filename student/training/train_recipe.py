@@ -239,9 +239,11 @@ class TrainRecipe(RunRecipe):
     @classmethod
     def _first_input(cls, value: Any) -> Any:
         """`cache` is that of the first input."""
-        if not isinstance(value, dict) or not value.get("inputs"):
-            return value
-        first = dict(value["inputs"][0]).get("cache")
+        match value:
+            case {"inputs": [dict() | InputRecipe() as one, *_]}:
+                first = dict(one).get("cache")
+            case _:
+                return value
         unsaid = {key: cls.model_fields[key].default for key in _OF_AN_INPUT} | {"cache": first}
         texts = ((str(value.get(key, one)), str(one)) for key, one in unsaid.items())  # which a file has
         if any(said != default for said, default in texts):

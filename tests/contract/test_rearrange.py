@@ -364,7 +364,7 @@ def test_subset_by_keys_packs_the_rows(tmp_path: Path, store: StoreKind) -> None
     assert_rows_are(small, source, [0, 2, 3], [0, 5, 7])
     (entry,) = small.manifest.quarantine()
     assert (entry.sample_index, entry.reason) == (1, "cut")
-    with pytest.raises(CacheError, match=r"No sample has this key(.|\n)*image_99(.|\n)*one of image_00"):
+    with pytest.raises(CacheError, match=r"1 of 2 keys(.|\n)*image_99(.|\n)*did you mean"):
         subset(source.storage.url, str(tmp_path / "none"), keys=["image_000", "image_99"])
 
 

@@ -117,29 +117,29 @@ def test_parts_with_the_tables_of_one_can_be_merged(tmp_path: Path, images: Path
     more.mkdir()
     for path in make_images(tmp_path / "plain", 5, seed=1).iterdir():
         path.rename(more / f"more_{path.name}")
-    teachers = {"t": TEACHER | {"codec": "int4-hadamard"}, "plain": TEACHER | {"random_seed": 2}}
+    teachers = {"dataset": TEACHER | {"codec": "int4-hadamard"}, "plain": TEACHER | {"random_seed": 2}}
     first, apart = (
         build(build_recipe(tmp_path / name, source, teachers=teachers), QUIET).cache
         for name, source in (("first", images), ("apart", more))
     )
-    with pytest.raises(CacheMismatchError, match=r"teachers\.t\.tables_hash(.|\n)*tables_from=FIRST"):
+    with pytest.raises(CacheMismatchError, match=r"teachers\.dataset\.tables_hash(.|\n)*tables_from=FIRST"):
         merge([first.storage.url, apart.storage.url], str(tmp_path / "merged"))
-    for name in ("cache.json", "stats/t.safetensors"):  # all that another machine needs of it
+    for name in ("cache.json", "stats/dataset.safetensors"):  # all that another machine needs of it
         (tmp_path / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(tmp_path / "first" / name, tmp_path / "copy" / name)
     recipe = build_recipe(tmp_path / "second", more, teachers=teachers, tables_from=str(tmp_path / "copy"))
     second = build(recipe, QUIET).cache
     assert second.spec.teachers == first.spec.teachers
-    assert second.spec.fidelity["t"] == first.spec.fidelity["t"]
+    assert second.spec.fidelity["dataset"] == first.spec.fidelity["dataset"]
     assert build(recipe, QUIET).shards == 0
     merged = merge([first.storage.url, second.storage.url], str(tmp_path / "merged")).run()
     assert verify(merged, full=True) == []
-    live = build_teacher(second.spec.teachers["t"])(
-        render_view(second.image(2), second.view(5), second.spec.teachers["t"].render_size)[None]
+    live = build_teacher(second.spec.teachers["dataset"])(
+        render_view(second.image(2), second.view(5), second.spec.teachers["dataset"].render_size)[None]
     )
-    codes = second.codec("t").encode(live.feature_maps_BSHWC).decode()
-    torch.testing.assert_close(second.read([5])["t"].decode(), codes, rtol=1e-3, atol=1e-3)
-    with pytest.raises(CacheMismatchError, match=r"teachers\.t\.tables_hash: '\w+' there, '\w+' here"):
+    codes = second.codec("dataset").encode(live.feature_maps_BSHWC).decode()
+    torch.testing.assert_close(second.read([5])["dataset"].decode(), codes, rtol=1e-3, atol=1e-3)
+    with pytest.raises(CacheMismatchError, match=r"teachers\.dataset\.tables_hash: '\w+' there, '\w+' here"):
         build(recipe.model_copy(update={"cache": apart.storage.url}), QUIET)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from docs.decode_with_numpy import decode
 from teachercache.pipeline.codecs import Codec, Standing, codec_names, get_codec, torch_dtype
-from teachercache.pipeline.codecs.dct import allocate_bits
+from teachercache.pipeline.codecs.dct import RINGS, SCALAR, Quantisation, allocate_bits
 from teachercache.pipeline.codecs.fidelity import measure_fidelity
 from teachercache.pipeline.codecs.quantizer import gaussian_distortion, gaussian_levels
 from teachercache.pipeline.codecs.rings import RingQuantizer, nearest_path, ring_distortion, ring_levels
@@ -449,3 +449,9 @@ def test_fidelity_counts_cosines_of_standardised_tokens() -> None:
     assert fidelity.cosine_mean == pytest.approx(cosines.mean().item(), abs=1e-5)
     assert fidelity.cosine_p1 == pytest.approx(cosines.quantile(0.01).item(), abs=1e-3)
     assert fidelity.relative_l2 == pytest.approx(((z - decoded).norm() / z.norm()).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("quantisation", [SCALAR, RINGS])
+def test_the_levels_of_each_number_of_bits_are_as_many_as_are_read(quantisation: Quantisation) -> None:
+    for bits in range(1, quantisation.most_bits + 1):
+        assert quantisation.size(bits) == len(quantisation.levels(bits))

@@ -236,6 +236,7 @@ def test_a_run_goes_on_with_the_same_inputs_alone(caches: list[Path], finished: 
     [
         ({"student": {"stem": "test_vit"}}, "only a kpu sees images of several sizes"),
         ({"validation": {"cache": "another"}}, r"give validation\.fraction"),
+        ({"inputs": [1, 2]}, "InputRecipe"),
         ({"teachers": ["clip"]}, "leave them out beside inputs"),
         ({"cache": "another"}, "leave them out beside inputs"),
         ({"batch_size_per_process": 8}, "leave them out beside inputs"),

@@ -326,3 +326,9 @@ def test_wrong_inputs_are_named() -> None:
     for wrong in (-0.1, 1.1, np.nan):
         with pytest.raises(ValueError, match="sigmoid"):
             benchmark.update(np.full((9, 9), wrong), np.zeros((9, 9)))
+
+
+def test_pixels_just_within_reach_are_candidates() -> None:
+    prediction_HW, target_HW = np.zeros((2, 8, 8), bool)
+    prediction_HW[2, 3] = target_HW[4, 6] = True
+    assert find_candidates(prediction_HW, target_HW, float(np.hypot(2, 3))).prediction_E.tolist() == [0]

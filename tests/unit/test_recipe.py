@@ -15,7 +15,7 @@ from teachercache.cache_builder.build_recipe import BuildRecipe, RepairRecipe
 from teachercache.cache_builder.teachers.teacher_recipe import TeacherRecipe
 from teachercache.jobs.recipes import SHIPPED, find_recipe, verb_of
 from teachercache.pipeline.errors import RecipeError
-from teachercache.pipeline.recipe_files import check_recipe, load_overrides, load_recipe
+from teachercache.pipeline.recipe_files import _TextLoader, check_recipe, load_overrides, load_recipe
 from teachercache.student.training.decoder_recipe import DecoderRecipe
 from teachercache.student.training.student_recipe import SakRecipe
 from teachercache.student.training.train_recipe import TrainRecipe
@@ -193,6 +193,8 @@ def test_a_file_still_reads_its_own_keys_and_the_environment(
         ("cache: c\n? [a]\n: b", "cannot be read"),
         ("cache: c\ncache: d", "found duplicate key cache, line 2"),
         ("cache: c\nrunner: {batch_size: yes}", "runner.batch_size: .*integer.*'yes'"),
+        ("cache: c\nrunner: {batch_size: 1e3}", "runner.batch_size: .*in digits, as 1000.*'1e3'"),
+        ("cache: c\nrunner: {stall_timeout_s: .inf}", "infinity is written inf"),
     ],
 )
 def test_what_a_file_cannot_mean_is_named(tmp_path: Path, line: str, message: str) -> None:
@@ -200,6 +202,18 @@ def test_what_a_file_cannot_mean_is_named(tmp_path: Path, line: str, message: st
     path.write_text(f"{line}\nsource: s\nteachers: [a]\n")
     with pytest.raises(RecipeError, match=message):
         load_recipe(BuildRecipe, path)
+
+
+@pytest.mark.parametrize("text", ["true", "3.5", "[a]", '"seed: 3"'])
+def test_a_file_without_keys_is_no_recipe(tmp_path: Path, text: str) -> None:
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(RecipeError, match="valid dictionary"):
+        load_recipe(BuildRecipe, tmp_path / "recipe.yaml")
+
+
+def test_a_merged_mapping_may_replace_what_it_merges() -> None:
+    text = "a: &a {seed: 1}\nx: {y: {z: &b {<<: *a, seed: 2}}}\nw: {<<: *b}\n"
+    assert _TextLoader(text).get_single_data()["w"] == {"seed": "2"}
 
 
 def test_a_number_is_what_it_says(recipe: Path) -> None:
