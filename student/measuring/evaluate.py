@@ -151,12 +151,19 @@ def evaluate(
     `CheckpointError` if `output` cannot be written.
     """
     tasks = [task for task in student.tasks if task in dataset.tasks]
-    if not (tasks and dataset.keys):
+    if not tasks:
         raise RecipeError(
-            "Student and data set have no task in common, or there are no images to evaluate on.",
-            got=f"a student of {', '.join(student.tasks) or 'no task (stage 1)'}, {len(dataset.keys)} images",
-            expected=f"some of {', '.join(dataset.tasks)}, and an image in the {dataset.split} split",
-            do="evaluate a student of stage 2 on its data set, which `teachercache datasets` checks",
+            "Student and data set have no task in common.",
+            got=f"a student of {', '.join(student.tasks) or 'no task (stage 1)'}",
+            expected=f"some of {', '.join(dataset.tasks)}",
+            do="evaluate a student of stage 2, on the data set it was trained for",
+        )
+    if not dataset.keys:
+        raise RecipeError(
+            "There are no images to evaluate on.",
+            got=f"no key in the {dataset.split} split of {dataset.name}",
+            expected="at least one",
+            do="name another split, or check the data set with `teachercache datasets`",
         )
     if table is not None:
         paper_rows(dataset.name, None, table)
