@@ -264,14 +264,14 @@ def break_even(plan: Plan) -> BreakEven:
 def advice(plan: Plan) -> dict[str, str]:
     """What makes a cache better, or smaller, by the measured curve of views and bits (docs/views.md)."""
     curve = yaml.safe_load(files("teachercache.cache_builder").joinpath("curve.yaml").read_text("utf-8"))
-    spec, advice = plan.spec, {}
+    spec, lines = plan.spec, {}
     if spec.views.margin:
-        advice["better"] = curve["margin"]
+        lines["better"] = curve["margin"]
     elif spec.views.num_views == 1 and not spec.views.is_fixed:
-        advice["better"] = f"{curve['views']}, +{human_bytes(spec.num_rows * plan.read_bytes_per_row)}"
+        lines["better"] = f"{curve['views']}, +{human_bytes(spec.num_rows * plan.read_bytes_per_row)}"
     elif spec.views.policy == "imagenet_train" and spec.views.flip == "random" and spec.views.num_views > 4:
         spared = (spec.num_rows - 4 * spec.dataset.num_samples) * plan.read_bytes_per_row
-        advice["fewer"] = f"{curve['fewer']}, -{human_bytes(spared)}"
+        lines["fewer"] = f"{curve['fewer']}, -{human_bytes(spared)}"
     codec = get_codec(curve["codec"])
     saved = sum(
         max(0, one.bytes_per_row - bytes_per_row(one.spec.model_copy(update={"codec": codec.name})))
@@ -281,5 +281,5 @@ def advice(plan: Plan) -> dict[str, str]:
     if saved:
         adjoint = any(one.spec.grid.kind == "adjoint" for one in plan.teachers)
         bits = curve["bits_adjoint" if adjoint else "bits"]
-        advice["smaller"] = f"{bits}, -{human_bytes(spec.num_rows * saved)}"
-    return advice
+        lines["smaller"] = f"{bits}, -{human_bytes(spec.num_rows * saved)}"
+    return lines

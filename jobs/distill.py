@@ -76,10 +76,10 @@ def distill(
 
     `cache` and `output` are IMAGES.teachercache and IMAGES.student, beside the images, unless given; `build`
     and `train` are overrides of the two recipes. `pretrained`: weights from the Hub; without it random ones,
-    for a trial. What stands in the way is raised before anything is written: as by `choose`, and
+    for a trial. What stands in the way is raised before anything is written: as by `choose_recipes`, and
     `WeightsNotFoundError`. Later problems are those of `build` and `train`.
     """
-    return follow(*choose(images, cache, output, pretrained, build, train))
+    return follow(*choose_recipes(images, cache, output, pretrained, build, train))
 
 
 def follow(build_recipe: BuildRecipe, train_recipe: TrainRecipe) -> tuple[BuildResult, RunResult]:
@@ -109,7 +109,7 @@ def follow(build_recipe: BuildRecipe, train_recipe: TrainRecipe) -> tuple[BuildR
     return built, trained
 
 
-def choose(
+def choose_recipes(
     images: LocalPath,
     cache: LocalPath | None,
     output: LocalPath | None,

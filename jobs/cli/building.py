@@ -53,9 +53,9 @@ def distill(
 
     Example: `teachercache distill ~/photos --build views.num_views=4 --train schedule.max_steps=500`
     """
-    from teachercache.jobs.distill import choose, follow, in_yaml
+    from teachercache.jobs.distill import choose_recipes, follow, in_yaml
 
-    recipes = choose(images, cache, output, pretrained, build or [], train or [])
+    recipes = choose_recipes(images, cache, output, pretrained, build or [], train or [])
     if print_recipes:
         typer.echo("---\n".join(in_yaml(*recipes).values()), nl=False)
     elif follow(*recipes)[1].interrupted:

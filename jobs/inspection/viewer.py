@@ -98,7 +98,7 @@ def make_server(explorer: Explorer, server_name: str) -> uvicorn.Server:
     no_such_event = {KeyError: lambda *_: PlainTextResponse(_NOT_OURS, 400)}
     app = gr.mount_gradio_app(
         FastAPI(**closed, middleware=guards),
-        build(explorer),
+        build_page(explorer),
         path="/",
         app_kwargs={**closed, "exception_handlers": no_such_event},
         allowed_paths=[],
@@ -128,7 +128,7 @@ async def _only_what_is_needed(request: Request, answer: RequestResponseEndpoint
     return response
 
 
-def build(explorer: Explorer) -> gr.Blocks:
+def build_page(explorer: Explorer) -> gr.Blocks:
     """The page. What a session looks at is kept on the server; an event names one change of it."""
     cache = explorer.cache
     first = explorer.first()

@@ -35,8 +35,11 @@ def encode_mask(mask_HW: NDArray[np.bool_]) -> dict[str, Any]:
 
 
 def decode_mask(segmentation: Any, height: int, width: int) -> NDArray[np.bool_]:
-    """Polygons, run lengths or encoded ones, as annotations have them → (H, W)."""
-    return np.asarray(run_lengths.decode(run_lengths.segmToRle(segmentation, width, height)), bool)
+    """Polygons, run lengths or encoded ones, as annotations have them → (H, W). Raises `ValueError`."""
+    try:
+        return np.asarray(run_lengths.decode(run_lengths.segmToRle(segmentation, width, height)), bool)
+    except RuntimeError as error:  # of the library, for anything else
+        raise ValueError(str(error)) from error
 
 
 def coco_annotations(dataset: LabelledDataset, numbers: Iterable[int]) -> dict[str, Any]:

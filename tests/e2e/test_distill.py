@@ -16,7 +16,7 @@ from teachercache import FeatureCache, distill
 from teachercache.cache_builder.build_recipe import BuildRecipe
 from teachercache.cache_builder.progress import BuildProgress
 from teachercache.jobs.cli import app
-from teachercache.jobs.distill import choose
+from teachercache.jobs.distill import choose_recipes
 from teachercache.jobs.recipes import find_recipe
 from teachercache.pipeline.errors import (
     CacheMismatchError,
@@ -152,8 +152,8 @@ def test_a_begun_run_is_not_begun_otherwise(runs: Runs) -> None:
 
 def test_what_was_chosen_stays_when_the_disk_fills(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LocalStorage, "free_bytes", lambda _: 1)
-    assert choose(runs.photos, None, None, False, BUILD, TRAIN)[0].views.num_views == 2
-    build, _ = choose(runs.photos, f"{runs.photos}.other", None, False, BUILD[1:], TRAIN)
+    assert choose_recipes(runs.photos, None, None, False, BUILD, TRAIN)[0].views.num_views == 2
+    build, _ = choose_recipes(runs.photos, f"{runs.photos}.other", None, False, BUILD[1:], TRAIN)
     assert {teacher.codec for teacher in build.teachers.values()} == {"int4-hadamard"}
     assert build.views.num_views == 1
 
@@ -170,12 +170,12 @@ def test_what_is_said_of_a_teachers_weights_holds(tmp_path: Path) -> None:
     said = {False: "checkpoint: /weights", True: "pretrained: false"}
     for flag, of_weights in said.items():
         build = [*BUILD, f"teachers={{tiny: {{model: test_vit, {of_weights}}}}}"]
-        recipe, student = choose(photos, None, None, flag, build, TRAIN)
+        recipe, student = choose_recipes(photos, None, None, flag, build, TRAIN)
         teacher = recipe.teachers["tiny"]
         assert (teacher.checkpoint, teacher.pretrained) == (("/weights", None) if not flag else (None, False))
         assert student.student.pretrained is flag
     two = [*BUILD, "teachers.untiny={model: test_vit}", "teachers.untiny.pretrained=true"]
-    recipe, _ = choose(photos, None, None, False, two, TRAIN)
+    recipe, _ = choose_recipes(photos, None, None, False, two, TRAIN)
     assert {name: teacher.pretrained for name, teacher in recipe.teachers.items()} == {
         "tiny": False,
         "untiny": True,
@@ -228,7 +228,7 @@ def test_batches_follow_from_the_memory_of_the_gpu(tmp_path: Path, monkeypatch: 
 
     def chosen(nbytes: int) -> tuple[int, int | None, int]:
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (nbytes, 80 * 10**9))
-        build, train = choose(photos, None, None, False, BUILD, TRAIN)
+        build, train = choose_recipes(photos, None, None, False, BUILD, TRAIN)
         return build.runner.batch_size, train.global_batch_size, train.batch_size_per_process
 
     assert chosen(10**9) == (16, IMAGES, IMAGES)

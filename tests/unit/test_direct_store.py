@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import zarr
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from zarr.codecs import ZstdCodec
@@ -70,6 +70,7 @@ def stores(cache: FeatureCache) -> list[ZarrStore]:
     ]
 
 
+@settings(deadline=None)
 @given(teacher=st.sampled_from(CODECS), rows=st.lists(st.sampled_from(VALID_ROWS), max_size=12))
 def test_rows_are_those_that_zarr_reads(
     cache: FeatureCache, stores: list[ZarrStore], teacher: str, rows: list[int]
@@ -80,6 +81,7 @@ def test_rows_are_those_that_zarr_reads(
             assert values.tobytes() == written[name][rows].numpy().tobytes(), (store, name)
 
 
+@settings(deadline=None)
 @given(
     row=st.sampled_from(sorted(set(range(24)) - set(VALID_ROWS))), more=st.lists(st.sampled_from(VALID_ROWS))
 )
@@ -145,6 +147,7 @@ def test_a_shard_that_is_cut_while_it_is_open_is_an_error(tmp_path: Path, images
         cache.read([5], ["alpha"])
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200), st.integers(0, 8))
 def test_no_bytes_are_taken_for_an_index(data: bytes, rows: int) -> None:
     end = data[-index_nbytes(rows) :]
