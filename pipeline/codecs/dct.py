@@ -17,6 +17,7 @@ Shapes: R rows, S levels, H×W grid, C channels, N = S·H·W coefficients.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -65,10 +66,13 @@ class Quantisation:
 
 _BASES = ("level_basis", "row_basis", "column_basis")
 
-SCALAR = Quantisation(8, gaussian_distortion, gaussian_levels, lambda bits: 2**bits, ScalarQuantizer)
-RINGS = Quantisation(
-    6, ring_distortion, ring_levels, lambda bits: len(ring_levels(bits)), RingQuantizer, nested=True
-)
+
+def _num_ring_levels(bits: int) -> int:
+    return len(ring_levels(bits))
+
+
+SCALAR = Quantisation(8, gaussian_distortion, gaussian_levels, partial(pow, 2), ScalarQuantizer)
+RINGS = Quantisation(6, ring_distortion, ring_levels, _num_ring_levels, RingQuantizer, nested=True)
 
 
 @dataclass(frozen=True)
