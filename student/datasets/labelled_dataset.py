@@ -24,7 +24,7 @@ from teachercache.pipeline.sources.source import is_image_name
 
 _SHOWN_FILES = 3
 _DAMAGE = (  # what the readers of all these formats raise for damaged files
-    *(ValueError, LookupError, TypeError, AttributeError, NotImplementedError, RecursionError, SyntaxError),
+    *(ValueError, LookupError, TypeError, AttributeError, NotImplementedError, SyntaxError),
     *(OSError, EOFError, MatReadError, SafetensorError, TokenError, zlib.error),
 )
 
